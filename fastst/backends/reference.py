@@ -1,0 +1,144 @@
+"""Ground truth: ``nn.Conv3d`` composed, differentiable any number of times.
+
+``compose`` runs in the dtype it is given and is what functorch transforms, double backward and
+layers with foreign children use. As a backend the same composition runs in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import activations
+from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
+from . import PairResult
+
+_PAD_MODE = {"zeros": "constant"}
+
+
+def pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
+    """Pad (N, C, T, H, W) by (before, after) of t, h, w; pads nothing that is 0."""
+    t0, t1, h0, h1, w0, w1 = padding
+    if not any(padding):
+        return x
+    return F.pad(x, (w0, w1, h0, h1, t0, t1), _PAD_MODE.get(mode, mode))
+
+
+def conv_pass(x: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
+    """One pass as ``nn.Conv3d`` computes it."""
+    t0, t1, h0, h1, w0, w1 = p.padding
+    padding = (t0, h0, w0)
+    if p.padding_mode != "zeros" or padding != (t1, h1, w1):
+        x, padding = pad(x, p.padding, p.padding_mode), (0, 0, 0)
+    return F.conv3d(x, weight, bias, p.stride, padding, p.dilation, p.groups)
+
+
+def batch_norm(t: PairTensors, spec: PairSpec) -> Callable[[Tensor], Tensor]:
+    """Norm of the spec as a function of u."""
+    if spec.norm == "none":
+        return lambda u: u
+    mean, var = (t.mean, t.var) if spec.norm == "frozen" else (None, None)
+    training = spec.norm == "batch"
+    return lambda u: F.batch_norm(u, mean, var, t.norm_weight, t.norm_bias, training, 0.0, spec.eps)
+
+
+def compose_pair(
+    t: PairTensors, spec: PairSpec, norm: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """``conv2plus1d`` by PyTorch's own differentiable operators, in the dtype of its tensors.
+
+    ``norm`` replaces the spec's normalisation, for callers that own running statistics.
+    """
+    first, second = Problem.of(t, spec).passes
+    weights = {
+        "spatial": (t.spatial_weight, t.spatial_bias),
+        "temporal": (t.temporal_weight, t.temporal_bias),
+    }
+    u = conv_pass(t.x, *weights[first.kind], first)
+    v = (norm or batch_norm(t, spec))(u)
+    z = activations.apply(spec.activation, v, spec.slope)
+    return conv_pass(z, *weights[second.kind], second)
+
+
+def compose_parallel(t: ParallelTensors, spec: ParallelSpec) -> Tensor:
+    """``parallel_conv2plus1d`` by PyTorch's own differentiable operators."""
+    spatial, temporal = Problem.of(t, spec).passes
+    a = conv_pass(t.x, t.spatial_weight, t.spatial_bias, spatial)
+    b = conv_pass(t.x, t.temporal_weight, t.temporal_bias, temporal)
+    a = activations.apply(spec.branch_activation, a, spec.slope)
+    b = activations.apply(spec.branch_activation, b, spec.slope)
+    y = a + b if spec.combine == "add" else torch.cat((a, b), 1)
+    return activations.apply(spec.activation, y, spec.slope)
+
+
+def why_not(problem: Problem, phase: str) -> str | None:
+    if problem.device.type == "mps":
+        return "needs float64, which MPS devices lack"
+    return None
+
+
+def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    mids: list[Tensor] = []
+    norm = batch_norm(_double(tensors), spec)
+
+    def keep(u: Tensor) -> Tensor:
+        mids.append(u)
+        return norm(u)
+
+    with torch.no_grad():
+        y = problem.empty_output(tensors.x).copy_(compose_pair(_double(tensors), spec, keep))
+        (u,) = mids
+        saved = mean = var = None
+        if save and not spec.recompute:
+            saved = y.new_zeros(problem.mid_shape)
+            saved[..., : problem.mid_channels] = u.permute(0, 2, 3, 4, 1)
+        if spec.norm == "batch":
+            var, mean = torch.var_mean(u, (0, 2, 3, 4), correction=0)
+            mean, var = mean.to(problem.accumulate_dtype), var.to(problem.accumulate_dtype)
+    return PairResult(y, saved, mean, var)
+
+
+def conv2plus1d_backward(
+    problem: Problem,
+    tensors: PairTensors,
+    dy: Tensor,
+    u: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return gradients(compose_pair, tensors, problem.spec, dy, needs)
+
+
+def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
+    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+    with torch.no_grad():
+        return problem.empty_output(tensors.x).copy_(compose_parallel(_double(tensors), spec))
+
+
+def parallel_conv2plus1d_backward(
+    problem: Problem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    return gradients(compose_parallel, tensors, problem.spec, dy, needs)
+
+
+def _double(tensors: Any) -> Any:
+    return type(tensors)(*(None if t is None else t.detach().double() for t in tensors))
+
+
+def gradients(
+    compose: Callable[..., Tensor], tensors: Any, spec: Any, dy: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of the tensors that need one, through the float64 composition."""
+    leaves = _double(tensors)
+    wanted = [t.requires_grad_() for t, n in zip(leaves, needs, strict=False) if n]
+    with torch.enable_grad():
+        y = compose(leaves, spec)
+    grads = torch.autograd.grad(y, wanted, dy.double())
+    likes = [t for t, n in zip(tensors, needs, strict=False) if n]
+    return [torch.empty_like(t).copy_(g) for t, g in zip(likes, grads, strict=True)]

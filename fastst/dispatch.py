@@ -1,0 +1,111 @@
+"""Which backend runs a problem: an ordered list of modules that say why they cannot.
+
+``auto`` takes the first that can. A backend that was named must be able to, or it is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import ModuleType, TracebackType
+
+from .backends import aten, reference
+from .shapes import Problem
+
+# In the order of preference of "auto"; reference is only ever chosen by name.
+BACKENDS: dict[str, ModuleType] = {"aten": aten, "reference": reference}
+AUTO = ("aten",)
+
+
+class FallbackWarning(UserWarning):
+    """``auto`` took a slower way than the one this library exists for; said once per reason."""
+
+
+class BackendError(ValueError):
+    """The backend that was asked for cannot run this call, or no backend can."""
+
+
+def _known(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(repr(n) for n in ("auto", *BACKENDS))
+        raise ValueError(f"unknown backend {name!r}: expected one of {known}")
+    return name
+
+
+_requested = _known(os.environ.get("FASTST_BACKEND", "auto"))
+_warned: set[str] = set()
+
+
+def requested() -> str:
+    """The backend that calls made now ask for: "auto" or a name."""
+    return _requested
+
+
+class use_backend:
+    """Ask for a backend from here on, or within a ``with`` block.
+
+    Process-wide like ``torch.backends`` flags, so that threads of the autograd engine agree.
+
+    Args:
+        name: "auto", or one of ``fastst.dispatch.BACKENDS``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        self._previous = _requested
+        _requested = _known(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def reasons(problem: Problem, phase: str = "forward") -> dict[str, str | None]:
+    """For every backend the reason why it cannot run the problem, or None where it can."""
+    return {name: backend.why_not(problem, phase) for name, backend in BACKENDS.items()}
+
+
+def choose(problem: Problem, phase: str, name: str) -> ModuleType:
+    """The module that runs the problem.
+
+    Raises:
+        BackendError: a named backend cannot run it, with its reason; or none can.
+    """
+    if name != "auto":
+        why = BACKENDS[name].why_not(problem, phase)
+        if why is not None:
+            raise BackendError(f"{problem.op}: backend {name!r} cannot run the {phase}: it {why}")
+        return BACKENDS[name]
+    for candidate in AUTO:
+        if BACKENDS[candidate].why_not(problem, phase) is None:
+            return BACKENDS[candidate]
+    told = "; ".join(f"{n} {BACKENDS[n].why_not(problem, phase)}" for n in AUTO)
+    raise BackendError(f"{problem.op}: no backend can run the {phase}: {told}")
+
+
+def strict() -> bool:
+    """Whether falling back to something slow is an error (``FASTST_STRICT=1``)."""
+    return os.environ.get("FASTST_STRICT", "0") not in ("", "0")
+
+
+def fall_back(what: str, why: str) -> None:
+    """Warn once that ``what`` takes a slower way because of ``why``; raise if strict.
+
+    Raises:
+        BackendError: under ``FASTST_STRICT=1``, or where a kernel backend was asked for by name.
+    """
+    message = f"{what} runs as separate PyTorch operators: {why}"
+    if strict() or _requested != "auto":
+        asked = "FASTST_STRICT=1" if _requested == "auto" else f"backend {_requested!r}"
+        raise BackendError(f"{message} (refused under {asked})")
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, FallbackWarning, stacklevel=4)

@@ -1,0 +1,223 @@
+"""Typed public functions: what they compute, in which shapes, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, dispatch, ops
+from .backends import reference
+from .shapes import PairTensors, ParallelTensors, Problem
+
+IntOrTriple = int | Sequence[int]
+PaddingArg = int | Sequence[int] | str
+Pair = str | tuple[str, str]
+Causal = bool | Literal["strided"]
+
+
+class BatchNorm(NamedTuple):
+    """Batch norm between the two passes: the arguments of ``torch.nn.functional.batch_norm``.
+
+    In training the statistics of the batch normalise, and running_mean and running_var, where
+    given, are updated in place (with the unbiased variance). Otherwise the running ones normalise.
+
+    Attributes:
+        running_mean: (M,) or None.
+        running_var: (M,) or None.
+        weight: (M,) gamma, or None for ones.
+        bias: (M,) beta, or None for zeros.
+        training: normalise with the statistics of this batch.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+def conv2plus1d(
+    x: Tensor,
+    spatial_weight: Tensor,
+    temporal_weight: Tensor,
+    spatial_bias: Tensor | None = None,
+    temporal_bias: Tensor | None = None,
+    *,
+    stride: IntOrTriple = 1,
+    padding: PaddingArg = 0,
+    dilation: IntOrTriple = 1,
+    groups: int | tuple[int, int] = 1,
+    padding_mode: Pair = "zeros",
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+    norm: BatchNorm | None = None,
+    order: str = "spatial-first",
+    causal: Causal = False,
+    recompute: bool = False,
+) -> Tensor:
+    """A spatial and a temporal convolution with norm and activation between them, as one operation.
+
+    The (2+1)D convolution of arXiv 1711.11248::
+
+        u = conv3d(x, spatial_weight, spatial_bias, (1, sh, sw), (0, ph, pw), (1, dh, dw), groups)
+        z = activation(norm(u))
+        y = conv3d(z, temporal_weight, temporal_bias, (st, 1, 1), (pt, 0, 0), (dt, 1, 1), groups)
+
+    With ``order="temporal-first"`` the two convolutions change places. Each keeps its own
+    dimensions of stride, padding and dilation. Triples are in the order time, height, width.
+
+    Args:
+        x: (N, C, T, H, W) or (C, T, H, W); float16, bfloat16, float32 or float64; any strides.
+        spatial_weight: (M, C/groups, 1, kh, kw); temporal-first (K, M/groups, 1, kh, kw).
+        temporal_weight: (K, M/groups, kt, 1, 1); temporal-first (M, C/groups, kt, 1, 1).
+        spatial_bias: (M,); temporal-first (K,).
+        temporal_bias: (K,); temporal-first (M,).
+        stride: int or (st, sh, sw).
+        padding: int, (pt, ph, pw), "valid" or "same" (output size = input size; stride 1 only).
+        dilation: int or (dt, dh, dw).
+        groups: of both passes, or (spatial, temporal).
+        padding_mode: "zeros", "replicate", "reflect" or "circular"; or (spatial, temporal).
+            Temporal padding pads what the temporal convolution reads: z when spatial-first.
+        activation: "relu", "silu", "gelu", "gelu_tanh", "leaky_relu", "hardswish", "none" or None.
+        negative_slope: of leaky_relu.
+        norm: a ``BatchNorm``, or None.
+        order: "spatial-first" or "temporal-first".
+        causal: no output frame i depends on an input frame after i·st: dt·(kt−1) frames of padding
+            before the first and none after; the temporal padding must then be 0 and its mode
+            "zeros" or "replicate". "strided" pads dt·(kt−1) + 1 − st, as NVIDIA's Cosmos tokenizer
+            does.
+        recompute: keep only x for backward and compute the mid tensor u again there.
+
+    Returns:
+        (N, K, T', H', W'), or (K, T', H', W'), in the memory format ``nn.Conv3d`` would give.
+
+    Raises:
+        TypeError: arguments of a wrong type, or tensors whose dtypes differ.
+        ValueError: shapes, sizes or names that do not fit; says what was required and what came.
+        BackendError: the backend asked for cannot run this call.
+    """
+    x, batched = checks.batched("conv2plus1d", x)
+    tensors = PairTensors(x, spatial_weight, temporal_weight, spatial_bias, temporal_bias)
+    tensors, spec = checks.pair(
+        tensors, stride, padding, dilation, groups, padding_mode, activation, negative_slope, norm,
+        order, causal, recompute,
+    )  # fmt: skip
+    tensors = _autocast(tensors)
+    checks.same_dtype("conv2plus1d", tensors[:5])
+    if _composes(x):
+        y = reference.compose_pair(tensors, spec, _norm_function(norm))
+    else:
+        y, mean, var = ops.conv2plus1d(tensors, spec, dispatch.requested())
+        if mean is not None and var is not None and norm is not None:
+            _update_running(norm, mean, var, Problem.of(tensors, spec))
+    return y if batched else y.squeeze(0)
+
+
+def parallel_conv2plus1d(
+    x: Tensor,
+    spatial_weight: Tensor,
+    temporal_weight: Tensor,
+    spatial_bias: Tensor | None = None,
+    temporal_bias: Tensor | None = None,
+    *,
+    stride: IntOrTriple = 1,
+    padding: PaddingArg = 0,
+    dilation: IntOrTriple = 1,
+    groups: int | tuple[int, int] = 1,
+    padding_mode: Pair = "zeros",
+    branch_activation: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    combine: str = "add",
+    causal: Causal = False,
+) -> Tensor:
+    """A spatial and a temporal convolution of the same input, added or concatenated.
+
+    The 4D convolution of arXiv 2407.16514::
+
+        a = branch_activation(conv3d(x, spatial_weight, spatial_bias, stride, (0, ph, pw), ...))
+        b = branch_activation(conv3d(x, temporal_weight, temporal_bias, stride, (pt, 0, 0), ...))
+        y = activation(a + b)  or  activation(cat((a, b), 1))
+
+    Both branches take the whole stride, so the spatial one subsamples time and the temporal one
+    subsamples space. (The paper strides the flattened H·W by s², which gives the same number of
+    pixels but other ones; here the stride is in two dimensions.)
+
+    Args:
+        x: (N, C, T, H, W) or (C, T, H, W); float16, bfloat16, float32 or float64; any strides.
+        spatial_weight: (Ks, C/groups, 1, kh, kw).
+        temporal_weight: (Kt, C/groups, kt, 1, 1); with ``combine="add"`` Kt = Ks.
+        spatial_bias: (Ks,).
+        temporal_bias: (Kt,).
+        stride, padding, dilation, groups, padding_mode, causal: as in ``conv2plus1d``.
+        branch_activation: of each branch before they are combined; names as in ``conv2plus1d``.
+        activation: after they are combined.
+        negative_slope: of leaky_relu.
+        combine: "add" or "cat".
+
+    Returns:
+        (N, K, T', H', W') with K = Ks, or Ks + Kt for "cat"; unbatched for an unbatched input.
+
+    Raises:
+        TypeError: arguments of a wrong type, or tensors whose dtypes differ.
+        ValueError: shapes, sizes or names that do not fit, or branches of different output sizes.
+        BackendError: the backend asked for cannot run this call.
+    """
+    x, batched = checks.batched("parallel_conv2plus1d", x)
+    tensors = ParallelTensors(x, spatial_weight, temporal_weight, spatial_bias, temporal_bias)
+    spec = checks.parallel(
+        tensors, stride, padding, dilation, groups, padding_mode, branch_activation, activation,
+        negative_slope, combine, causal,
+    )  # fmt: skip
+    tensors = _autocast(tensors)
+    checks.same_dtype("parallel_conv2plus1d", tensors)
+    if _composes(x):
+        y = reference.compose_parallel(tensors, spec)
+    else:
+        y = ops.parallel_conv2plus1d(tensors, spec, dispatch.requested())
+    return y if batched else y.squeeze(0)
+
+
+def _composes(x: Tensor) -> bool:
+    """Whether PyTorch's own operators must be seen: functorch, forward-mode AD, empty tensors."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or x.numel() == 0
+    )
+
+
+def _autocast(tensors: Any) -> Any:
+    """What autocast does to the arguments of ``nn.Conv3d``; the norm's stay as they are."""
+    device = tensors.x.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors[:5])
+    return type(tensors)(*cast, *tensors[5:])
+
+
+def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
+    if norm is None:
+        return lambda u: u
+    return lambda u: F.batch_norm(u, *norm)
+
+
+def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, problem: Problem) -> None:
+    """Running statistics as ``torch.nn.functional.batch_norm`` leaves them."""
+    n = problem.batch * math.prod(problem.mid_size)
+    with torch.no_grad():
+        if norm.running_mean is not None:
+            norm.running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
+        if norm.running_var is not None:
+            unbiased = norm.momentum * n / (n - 1)
+            norm.running_var.mul_(1 - norm.momentum).add_(var, alpha=unbiased)

@@ -1,0 +1,306 @@
+"""The ``fastst::`` operators: schema, fake, implementation, autograd.
+
+Each public function has one op that only computes (inference), one that also returns what backward
+needs, and a backward op; all opaque to the compiler and all of them pure. A ``Function`` joins them
+where a gradient is needed; its backward is a ``Function`` again, so that create_graph works.
+functorch transforms and forward-mode AD never reach this module: ``functional`` composes for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .backends import reference
+from .shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
+
+_PAIR_TENSORS = (
+    "Tensor x, Tensor spatial_weight, Tensor temporal_weight, Tensor? spatial_bias, "
+    "Tensor? temporal_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var"
+)
+_PAIR_SPEC = (
+    "int[] stride, int[] padding, int[] dilation, int[] groups, str[] padding_mode, "
+    "str activation, float slope, str norm, float eps, str order, bool recompute"
+)
+_PARALLEL_TENSORS = (
+    "Tensor x, Tensor spatial_weight, Tensor temporal_weight, Tensor? spatial_bias, "
+    "Tensor? temporal_bias"
+)
+_PARALLEL_SPEC = (
+    "int[] stride, int[] padding, int[] dilation, int[] groups, str[] padding_mode, "
+    "str branch_activation, str activation, float slope, str combine"
+)
+
+_library = torch.library.Library("fastst", "DEF")
+
+
+def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args: Any) -> Any:
+        # Kernels see the dtypes that functional decided on, and nothing records their insides.
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return implementation(*args)
+        with torch.no_grad():
+            return implementation(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastst::{name}", fake, lib=_library)
+
+
+def _pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, str]:
+    tensors, spec = PairTensors(*args[:9]), PairSpec(*_tuples(args[9:20]))
+    return tensors, spec, Problem.of(tensors, spec), args[20]
+
+
+def _parallel(args: Sequence[Any]) -> tuple[ParallelTensors, ParallelSpec, Problem, str]:
+    tensors, spec = ParallelTensors(*args[:5]), ParallelSpec(*_tuples(args[5:14]))
+    return tensors, spec, Problem.of(tensors, spec), args[14]
+
+
+def _tuples(values: Sequence[Any]) -> list[Any]:
+    return [tuple(v) if isinstance(v, list) else v for v in values]
+
+
+# ---- conv2plus1d
+
+
+def _conv2plus1d(*args: Any) -> Tensor:
+    tensors, _, problem, backend = _pair(args)
+    return dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, False).y
+
+
+def _conv2plus1d_fake(*args: Any) -> Tensor:
+    return _pair(args)[2].empty_output(args[0])
+
+
+def _conv2plus1d_train(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors, _, problem, backend = _pair(args)
+    y, *kept = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
+    nothing = y.new_empty(0)
+    u, mean, var = (nothing.clone() if t is None else t for t in kept)
+    return y, u, mean, var
+
+
+def _conv2plus1d_train_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, spec, problem, _ = _pair(args)
+    x: Tensor = args[0]
+    u = x.new_empty(0 if spec.recompute else problem.mid_shape)
+    stats = [x.new_empty(0), x.new_empty(0)]
+    if spec.norm == "batch":
+        m, dtype = problem.mid_channels, problem.accumulate_dtype
+        stats = [x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)]
+    return problem.empty_output(x), u, *stats  # type: ignore[return-value]
+
+
+def _conv2plus1d_backward(
+    dy: Tensor, u: Tensor, batch_mean: Tensor, batch_var: Tensor, *args: Any
+) -> list[Tensor]:
+    *args, needs = args  # type: ignore[assignment]
+    tensors, spec, problem, backend = _pair(args)
+    batch = spec.norm == "batch"
+    return dispatch.choose(problem, "backward", backend).conv2plus1d_backward(
+        problem, tensors, dy, None if spec.recompute else u,
+        batch_mean if batch else None, batch_var if batch else None, needs,
+    )  # fmt: skip
+
+
+def _conv2plus1d_backward_fake(
+    dy: Tensor, u: Tensor, batch_mean: Tensor, batch_var: Tensor, *args: Any
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t, n in zip(args[:9], args[-1], strict=False) if n]
+
+
+_register(
+    f"conv2plus1d({_PAIR_TENSORS}, {_PAIR_SPEC}, str backend) -> Tensor",
+    _conv2plus1d,
+    _conv2plus1d_fake,
+)
+_register(
+    f"conv2plus1d_train({_PAIR_TENSORS}, {_PAIR_SPEC}, str backend)"
+    " -> (Tensor y, Tensor u, Tensor batch_mean, Tensor batch_var)",
+    _conv2plus1d_train,
+    _conv2plus1d_train_fake,
+)
+_register(
+    "conv2plus1d_backward(Tensor dy, Tensor u, Tensor batch_mean, Tensor batch_var, "
+    f"{_PAIR_TENSORS}, {_PAIR_SPEC}, str backend, bool[] needs) -> Tensor[]",
+    _conv2plus1d_backward,
+    _conv2plus1d_backward_fake,
+)
+
+
+# ---- parallel_conv2plus1d
+
+
+def _parallel_conv2plus1d(*args: Any) -> Tensor:
+    tensors, _, problem, backend = _parallel(args)
+    return dispatch.choose(problem, "forward", backend).parallel_conv2plus1d(problem, tensors)
+
+
+def _parallel_conv2plus1d_fake(*args: Any) -> Tensor:
+    return _parallel(args)[2].empty_output(args[0])
+
+
+def _parallel_conv2plus1d_backward(dy: Tensor, *args: Any) -> list[Tensor]:
+    *args, needs = args  # type: ignore[assignment]
+    tensors, _, problem, backend = _parallel(args)
+    return dispatch.choose(problem, "backward", backend).parallel_conv2plus1d_backward(
+        problem, tensors, dy, needs
+    )
+
+
+def _parallel_conv2plus1d_backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
+    return [torch.empty_like(t) for t, n in zip(args[:5], args[-1], strict=False) if n]
+
+
+_register(
+    f"parallel_conv2plus1d({_PARALLEL_TENSORS}, {_PARALLEL_SPEC}, str backend) -> Tensor",
+    _parallel_conv2plus1d,
+    _parallel_conv2plus1d_fake,
+)
+_register(
+    f"parallel_conv2plus1d_backward(Tensor dy, {_PARALLEL_TENSORS}, {_PARALLEL_SPEC}, "
+    "str backend, bool[] needs) -> Tensor[]",
+    _parallel_conv2plus1d_backward,
+    _parallel_conv2plus1d_backward_fake,
+)
+
+
+# ---- autograd
+
+
+def _scatter(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """One entry per tensor argument from the gradients of those that need one."""
+    found = iter(grads)
+    return [next(found) if n else None for n in needs]
+
+
+class _PairFunction(torch.autograd.Function):
+    """(y, batch_mean, batch_var) of conv2plus1d; keeps x and, without recompute, u."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: PairSpec, backend: str, *tensors: Tensor | None) -> Any:
+        y, u, mean, var = torch.ops.fastst.conv2plus1d_train(*tensors, *spec, backend)
+        ctx.save_for_backward(u, mean, var, *tensors)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.spec, ctx.backend = spec, backend
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        kept = ctx.saved_tensors[:3]
+        needs = ctx.needs_input_grad[2:]
+        grads = _backward(
+            torch.ops.fastst.conv2plus1d_backward, reference.compose_pair, dy, kept,
+            PairTensors(*ctx.saved_tensors[3:]), ctx.spec, ctx.backend, needs,
+        )  # fmt: skip
+        return None, None, *grads
+
+
+class _ParallelFunction(torch.autograd.Function):
+    """parallel_conv2plus1d; keeps only x."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: ParallelSpec, backend: str, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.spec, ctx.backend = spec, backend
+        return torch.ops.fastst.parallel_conv2plus1d(*tensors, *spec, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        grads = _backward(
+            torch.ops.fastst.parallel_conv2plus1d_backward, reference.compose_parallel, dy, (),
+            ParallelTensors(*ctx.saved_tensors), ctx.spec, ctx.backend, ctx.needs_input_grad[2:],
+        )  # fmt: skip
+        return None, None, *grads
+
+
+def _backward(
+    op: Callable[..., list[Tensor]],
+    compose: Callable[..., Tensor],
+    dy: Tensor,
+    kept: tuple[Tensor, ...],
+    tensors: Any,
+    spec: Any,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    if torch.is_grad_enabled():  # create_graph
+        grads = _BackwardFunction.apply(op, compose, spec, backend, needs, kept, dy, *tensors)
+    else:
+        grads = op(dy, *kept, *tensors, *spec, backend, list(needs))
+    return _scatter(grads, needs)
+
+
+class _BackwardFunction(torch.autograd.Function):
+    """A backward op with a gradient of its own, which composes: right for any order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: Callable[..., list[Tensor]],
+        compose: Callable[..., Tensor],
+        spec: Any,
+        backend: str,
+        needs: Sequence[bool],
+        kept: tuple[Tensor, ...],
+        dy: Tensor,
+        *tensors: Tensor | None,
+    ) -> Any:
+        ctx.compose, ctx.spec, ctx.needs = compose, spec, needs
+        ctx.save_for_backward(dy, *tensors)
+        return tuple(op(dy, *kept, *tensors, *spec, backend, list(needs)))
+
+    @staticmethod
+    def backward(ctx: Any, *ddgrads: Tensor) -> Any:
+        higher = torch.is_grad_enabled()
+        kind = PairTensors if isinstance(ctx.spec, PairSpec) else ParallelTensors
+        with torch.enable_grad():
+            # Aliases, so that nothing is differentiated through one argument into another.
+            dy, *tensors = (
+                None if t is None else t.view_as(t) if needed else t.detach()
+                for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[6:], strict=True)
+            )  # fmt: skip
+            y = ctx.compose(kind(*tensors), ctx.spec)
+            wanted = [t for t, n in zip(tensors, ctx.needs, strict=False) if n]
+            grads = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
+        sources = [t for t in (dy, *tensors) if t is not None and t.requires_grad]
+        live = [(g, d) for g, d in zip(grads, ddgrads, strict=True) if g is not None and g.requires_grad]  # fmt: skip
+        second = torch.autograd.grad(
+            [g for g, _ in live], sources, [d for _, d in live],
+            create_graph=higher, allow_unused=True,
+        )  # fmt: skip
+        needed = [t is not None and t.requires_grad for t in (dy, *tensors)]
+        return (None,) * 6 + tuple(_scatter(second, needed))
+
+
+def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def conv2plus1d(
+    tensors: PairTensors, spec: PairSpec, backend: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, and the batch's mean and biased variance where the norm is over the batch."""
+    if _needs_grad(tensors):
+        y, mean, var = _PairFunction.apply(spec, backend, *tensors)
+    elif spec.norm == "batch":
+        spec = spec._replace(recompute=True)  # nothing needs u
+        y, _, mean, var = torch.ops.fastst.conv2plus1d_train(*tensors, *spec, backend)
+    else:
+        return torch.ops.fastst.conv2plus1d(*tensors, *spec, backend), None, None
+    return (y, mean, var) if spec.norm == "batch" else (y, None, None)
+
+
+def parallel_conv2plus1d(tensors: ParallelTensors, spec: ParallelSpec, backend: str) -> Tensor:
+    if _needs_grad(tensors):
+        return _ParallelFunction.apply(spec, backend, *tensors)  # type: ignore[no-any-return]
+    return torch.ops.fastst.parallel_conv2plus1d(*tensors, *spec, backend)  # type: ignore[no-any-return]

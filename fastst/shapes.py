@@ -1,0 +1,254 @@
+"""What a call computes, as plain data: the specification, its tensors, and the sizes that follow.
+
+Letters (see CONTRIBUTING): the input ``x`` is ``(N, C, T, H, W)``; the first pass writes ``M`` mid
+channels, the second ``K`` output channels; triples are in the order time, height, width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh", "leaky_relu", "hardswish")
+PADDING_MODES = ("zeros", "replicate", "reflect", "circular")
+ORDERS = ("spatial-first", "temporal-first")
+NORMS = ("none", "batch", "frozen")
+COMBINES = ("add", "cat")
+
+Triple = tuple[int, int, int]
+Padding = tuple[int, int, int, int, int, int]
+
+
+class PairTensors(NamedTuple):
+    """Tensor arguments of ``conv2plus1d`` in the order of the op's schema."""
+
+    x: Tensor  # (N, C, T, H, W)
+    spatial_weight: Tensor  # (M, C/g, 1, kh, kw), or (K, M/g, 1, kh, kw) when temporal-first
+    temporal_weight: Tensor  # (K, M/g, kt, 1, 1), or (M, C/g, kt, 1, 1) when temporal-first
+    spatial_bias: Tensor | None = None
+    temporal_bias: Tensor | None = None
+    norm_weight: Tensor | None = None  # (M,) gamma
+    norm_bias: Tensor | None = None  # (M,) beta
+    mean: Tensor | None = None  # (M,) only with norm="frozen"
+    var: Tensor | None = None  # (M,) only with norm="frozen", biased as it stands
+
+
+class PairSpec(NamedTuple):
+    """Everything about ``conv2plus1d`` that is no tensor, in the order of the op's schema."""
+
+    stride: Triple = (1, 1, 1)
+    padding: Padding = (0, 0, 0, 0, 0, 0)  # before and after, of t, h, w
+    dilation: Triple = (1, 1, 1)
+    groups: tuple[int, int] = (1, 1)  # of the spatial and of the temporal pass
+    padding_mode: tuple[str, str] = ("zeros", "zeros")  # of the spatial and of the temporal pass
+    activation: str = "relu"
+    slope: float = 0.01  # of leaky_relu only
+    norm: str = "none"  # "batch": statistics of this batch; "frozen": mean and var are given
+    eps: float = 1e-5
+    order: str = "spatial-first"
+    recompute: bool = False  # keep only x for backward, not the mid tensor u
+
+
+class ParallelTensors(NamedTuple):
+    """Tensor arguments of ``parallel_conv2plus1d`` in the order of the op's schema."""
+
+    x: Tensor  # (N, C, T, H, W)
+    spatial_weight: Tensor  # (Ks, C/g, 1, kh, kw)
+    temporal_weight: Tensor  # (Kt, C/g, kt, 1, 1)
+    spatial_bias: Tensor | None = None
+    temporal_bias: Tensor | None = None
+
+
+class ParallelSpec(NamedTuple):
+    """Everything about ``parallel_conv2plus1d`` that is no tensor, in the order of the schema."""
+
+    stride: Triple = (1, 1, 1)
+    padding: Padding = (0, 0, 0, 0, 0, 0)
+    dilation: Triple = (1, 1, 1)
+    groups: tuple[int, int] = (1, 1)
+    padding_mode: tuple[str, str] = ("zeros", "zeros")
+    branch_activation: str = "none"  # of each branch, before they are combined
+    activation: str = "none"  # after they are combined
+    slope: float = 0.01
+    combine: str = "add"
+
+
+class Pass(NamedTuple):
+    """One convolution of the pair: a spatial (1, kh, kw) or a temporal (kt, 1, 1) one."""
+
+    kind: str  # "spatial" | "temporal"
+    in_channels: int
+    out_channels: int
+    kernel: Triple
+    stride: Triple
+    padding: Padding
+    dilation: Triple
+    groups: int
+    padding_mode: str
+
+    def out_size(self, size: Triple) -> Triple:
+        """(T, H, W) of the output for (T, H, W) of the input."""
+        p = self.padding
+        return tuple(  # type: ignore[return-value]
+            (size[i] + p[2 * i] + p[2 * i + 1] - self.dilation[i] * (self.kernel[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i in range(3)
+        )
+
+    def flops(self, out_positions: int) -> int:
+        """Multiplications and additions, padding counted as if it were multiplied."""
+        taps = math.prod(self.kernel)
+        return 2 * out_positions * taps * (self.in_channels // self.groups) * self.out_channels
+
+
+def _passes(
+    stride: Triple,
+    padding: Padding,
+    dilation: Triple,
+    groups: tuple[int, int],
+    padding_mode: tuple[str, str],
+    spatial_weight: Tensor,
+    temporal_weight: Tensor,
+) -> tuple[Pass, Pass]:
+    """The spatial and the temporal pass, each with its own dimensions of stride and padding."""
+    ws, wt = spatial_weight.shape, temporal_weight.shape
+    spatial = Pass(
+        "spatial", ws[1] * groups[0], ws[0], (1, ws[3], ws[4]), (1, *stride[1:]),
+        (0, 0, *padding[2:]), (1, *dilation[1:]), groups[0], padding_mode[0],
+    )  # fmt: skip
+    temporal = Pass(
+        "temporal", wt[1] * groups[1], wt[0], (wt[2], 1, 1), (stride[0], 1, 1),
+        (*padding[:2], 0, 0, 0, 0), (dilation[0], 1, 1), groups[1], padding_mode[1],
+    )  # fmt: skip
+    return spatial, temporal
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an op: specification, sizes, dtype, device and layout; what dispatch decides on.
+
+    ``passes`` are in the order of execution for ``conv2plus1d`` and (spatial, temporal) for
+    ``parallel_conv2plus1d``.
+    """
+
+    op: str  # "conv2plus1d" | "parallel_conv2plus1d"
+    spec: PairSpec | ParallelSpec
+    passes: tuple[Pass, Pass]
+    batch: int
+    size: Triple  # (T, H, W) of x
+    mid_size: Triple  # (T, H, W) after the first pass; of the output for the parallel op
+    out_size: Triple
+    out_channels: int
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool  # memory format of the output
+
+    @classmethod
+    def of(cls, tensors: PairTensors | ParallelTensors, spec: PairSpec | ParallelSpec) -> Problem:
+        """Describe a validated call. Cheap: it is computed on every one."""
+        x = tensors.x
+        spatial, temporal = _passes(*spec[:5], tensors.spatial_weight, tensors.temporal_weight)
+        size = tuple(x.shape[2:])
+        if isinstance(spec, PairSpec):
+            op = "conv2plus1d"
+            passes = (spatial, temporal) if spec.order == "spatial-first" else (temporal, spatial)
+            mid_size = passes[0].out_size(size)
+            out_size = passes[1].out_size(mid_size)
+            out_channels = passes[1].out_channels
+        else:
+            op = "parallel_conv2plus1d"
+            # Both branches stride in all three dimensions; each pads only its own.
+            passes = (spatial._replace(stride=spec.stride), temporal._replace(stride=spec.stride))
+            mid_size = out_size = passes[0].out_size(size)
+            a, b = spatial.out_channels, temporal.out_channels
+            out_channels = a + b if spec.combine == "cat" else a
+        weights = (tensors.spatial_weight, tensors.temporal_weight)
+        return cls(
+            op, spec, passes, x.shape[0], size, mid_size, out_size, out_channels, x.dtype, x.device,
+            any(is_channels_last(t.shape, t.stride()) for t in (x, *weights)),
+        )  # fmt: skip
+
+    @property
+    def mid_channels(self) -> int:
+        return self.passes[0].out_channels
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int, int]:
+        return (self.batch, self.out_channels, *self.out_size)
+
+    @property
+    def mid_shape(self) -> tuple[int, int, int, int, int]:
+        """Shape of the saved mid tensor u: (N, T', H', W', M rounded up to 8), contiguous.
+
+        Rows of whole 16-byte vectors in every dtype, whatever M is. Nobody outside sees it.
+        """
+        return (self.batch, *self.mid_size, -(-self.mid_channels // 8) * 8)
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """dtype of statistics and of accumulation."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def flops(self) -> int:
+        """Multiplications and additions of both convolutions, forward."""
+        sizes = (self.mid_size, self.out_size)
+        return sum(
+            p.flops(self.batch * math.prod(s)) for p, s in zip(self.passes, sizes, strict=True)
+        )
+
+    def bytes(self, mid_transfers: int) -> int:
+        """Bytes moved: x and weights read once, y written once, u moved ``mid_transfers`` times."""
+        weights = sum(p.out_channels * p.in_channels // p.groups * math.prod(p.kernel) for p in self.passes)  # fmt: skip
+        x = self.batch * self.passes[0].in_channels * math.prod(self.size)
+        mid = 0
+        if self.op == "conv2plus1d":
+            mid = self.batch * self.mid_channels * math.prod(self.mid_size)
+        elements = x + weights + math.prod(self.out_shape) + mid_transfers * mid
+        return elements * self.dtype.itemsize
+
+    def empty_output(self, x: Tensor) -> Tensor:
+        """Uninitialised y with the strides that ``nn.Conv3d`` would give it."""
+        fmt = torch.channels_last_3d if self.channels_last else torch.contiguous_format
+        return torch.empty(self.out_shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+
+
+def is_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether 5-D strides mean channels_last_3d, by the rule of PyTorch's suggest_memory_format.
+
+    Dense or sliced alike: only the order of the strides counts. Ambiguous ones (all sizes 1 in
+    channels or in space) count as contiguous.
+    """
+    if len(shape) != 5 or stride[1] == 0:
+        return False
+    least = 0
+    for d in (1, 4, 3, 2, 0):
+        if shape[d] == 0 or stride[d] < least:
+            return False
+        if d == 0 and least == stride[1]:
+            return False  # N, 1, 1, 1, 1 and N, C, 1, 1, 1: contiguous as well
+        least = stride[d] * (shape[d] if shape[d] > 1 else 1)
+    return True
+
+
+def pad_index(mode: str, size: int, before: int, after: int, device: torch.device) -> Tensor:
+    """Source index of each padded position along one axis, for modes other than zeros."""
+    i = torch.arange(-before, size + after, device=device)
+    if mode == "replicate":
+        return i.clamp(0, size - 1)
+    if mode == "circular":
+        return i.remainder(size)
+    i = i.abs()  # reflect about the first, then about the last sample
+    return torch.where(i < size, i, 2 * (size - 1) - i)
+
+
+def default_mid_channels(in_channels: int, out_channels: int, kernel_size: Triple) -> int:
+    """Mid channels that match the parameters of one kt×kh×kw convolution (arXiv 1711.11248)."""
+    kt, kh, kw = kernel_size
+    c, k = in_channels, out_channels
+    return max(1, kt * kh * kw * c * k // (kh * kw * c + kt * k))
