@@ -1,0 +1,63 @@
+# Every target sets up .venv first, and only when something it was made from has changed.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup
+NATIVE := $(shell find csrc tests/emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+INPUTS := pyproject.toml constraints.txt fastst/version.py $(wildcard setup.py) $(filter csrc/%,$(NATIVE))
+
+.PHONY: help setup demo test lint format static bench gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    a real network on a real clip, before and after conversion (ARGS="--help")'
+	@echo 'make test    all tests (ARGS passes options to pytest)'
+	@echo 'make lint    ruff, mypy, clang-format;  make format  rewrites'
+	@echo 'make static  compiles every kernel without a GPU and inspects the machine code'
+	@echo 'make bench   CPU benchmarks;  make gpu  everything that needs a GPU, in one run'
+	@echo 'make setup   only the environment;  make clean  removes it and what was built'
+
+setup: $(SETUP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is required, got %d.%d: make PYTHON=python3.12 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# The first line brings what the second builds with; both take torch in the pinned version.
+$(SETUP): $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt torch 'setuptools>=77' pybind11 ninja
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(SETUP)
+	$(BIN)/python -m fastst.demo $(ARGS)
+
+# One thread per worker: two workers share two cores without oversubscription.
+test: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(NATIVE),$(BIN)/clang-format --dry-run -Werror $(NATIVE))
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
+
+static: $(SETUP)
+	$(if $(wildcard tests/static/triton.py),$(BIN)/python tests/static/triton.py)
+	$(if $(wildcard tests/static/cuda.py),$(BIN)/python tests/static/cuda.py)
+
+bench: $(SETUP)
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+gpu: $(SETUP)
+	$(BIN)/python -m benchmarks.gpu_run $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info fastst/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
