@@ -2,5 +2,18 @@
 
 from . import functional
 from .dispatch import BackendError, FallbackWarning, use_backend
+from .explaining import Explanation, explain
+from .layers import Conv2Plus1d, ParallelConv2Plus1d
 
-__all__ = ["BackendError", "FallbackWarning", "functional", "use_backend"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Conv2Plus1d",
+    "Explanation",
+    "FallbackWarning",
+    "ParallelConv2Plus1d",
+    "explain",
+    "functional",
+    "use_backend",
+]

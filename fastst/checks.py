@@ -109,7 +109,7 @@ def resolve_padding(
         if causal:
             each[0] = (0, 0)
     else:
-        each = [(p, p) for p in triple(f"{op}: padding", padding, 0)]
+        each = _each_side(op, padding)
     if causal:
         if each[0] != (0, 0):
             raise ValueError(
@@ -129,6 +129,19 @@ def resolve_padding(
             )
         each[0] = (left, 0)
     return tuple(p for pair in each for p in pair)  # type: ignore[return-value]
+
+
+def _each_side(op: str, padding: Any) -> list[tuple[int, int]]:
+    """(before, after) of each axis from an int or a triple whose entries are ints or such pairs."""
+    if not isinstance(padding, Sequence):
+        return [(p, p) for p in triple(f"{op}: padding", padding, 0)]
+    sides = [[p, p] if isinstance(p, int) else p for p in padding]
+    what = f"{op}: padding before and after each axis"
+    if not all(isinstance(s, Sequence) and len(s) == 2 for s in sides):
+        raise TypeError(f"{what} must be ints or pairs of ints, got {padding!r}")
+    before = triple(what, [s[0] for s in sides], 0)
+    after = triple(what, [s[1] for s in sides], 0)
+    return list(zip(before, after, strict=True))
 
 
 def batched(op: str, x: Tensor) -> tuple[Tensor, bool]:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, TracebackType
+from typing import NamedTuple
 
 from .backends import aten, reference
 from .shapes import Problem
@@ -15,6 +18,16 @@ from .shapes import Problem
 # In the order of preference of "auto"; reference is only ever chosen by name.
 BACKENDS: dict[str, ModuleType] = {"aten": aten, "reference": reference}
 AUTO = ("aten",)
+
+
+class Call(NamedTuple):
+    """One decision of ``choose`` or ``fall_back``, as ``recording`` keeps it."""
+
+    what: str  # the op, or the module that was composed
+    problem: Problem | None  # None where a module was composed
+    phase: str  # "forward" | "backward"
+    chosen: str  # name of the backend, or "composed"
+    why: str | None  # why it was composed
 
 
 class FallbackWarning(UserWarning):
@@ -34,6 +47,7 @@ def _known(name: str) -> str:
 
 _requested = _known(os.environ.get("FASTST_BACKEND", "auto"))
 _warned: set[str] = set()
+_recorders: list[list[Call]] = []
 
 
 def requested() -> str:
@@ -68,6 +82,22 @@ class use_backend:
         _requested = self._previous
 
 
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Collect the decisions that are made within the block, process-wide."""
+    calls: list[Call] = []
+    _recorders.append(calls)
+    try:
+        yield calls
+    finally:
+        _recorders[:] = [r for r in _recorders if r is not calls]
+
+
+def _record(*call: object) -> None:
+    for calls in _recorders:
+        calls.append(Call(*call))  # type: ignore[arg-type]
+
+
 def reasons(problem: Problem, phase: str = "forward") -> dict[str, str | None]:
     """For every backend the reason why it cannot run the problem, or None where it can."""
     return {name: backend.why_not(problem, phase) for name, backend in BACKENDS.items()}
@@ -79,14 +109,20 @@ def choose(problem: Problem, phase: str, name: str) -> ModuleType:
     Raises:
         BackendError: a named backend cannot run it, with its reason; or none can.
     """
+    chosen = _choose(problem, phase, name)
+    _record(problem.op, problem, phase, chosen, None)
+    return BACKENDS[chosen]
+
+
+def _choose(problem: Problem, phase: str, name: str) -> str:
     if name != "auto":
         why = BACKENDS[name].why_not(problem, phase)
         if why is not None:
             raise BackendError(f"{problem.op}: backend {name!r} cannot run the {phase}: it {why}")
-        return BACKENDS[name]
+        return name
     for candidate in AUTO:
         if BACKENDS[candidate].why_not(problem, phase) is None:
-            return BACKENDS[candidate]
+            return candidate
     told = "; ".join(f"{n} {BACKENDS[n].why_not(problem, phase)}" for n in AUTO)
     raise BackendError(f"{problem.op}: no backend can run the {phase}: {told}")
 
@@ -103,6 +139,7 @@ def fall_back(what: str, why: str) -> None:
         BackendError: under ``FASTST_STRICT=1``, or where a kernel backend was asked for by name.
     """
     message = f"{what} runs as separate PyTorch operators: {why}"
+    _record(what, None, "forward", "composed", why)
     if strict() or _requested != "auto":
         asked = "FASTST_STRICT=1" if _requested == "auto" else f"backend {_requested!r}"
         raise BackendError(f"{message} (refused under {asked})")

@@ -15,7 +15,7 @@ from .backends import reference
 from .shapes import PairTensors, ParallelTensors, Problem
 
 IntOrTriple = int | Sequence[int]
-PaddingArg = int | Sequence[int] | str
+PaddingArg = int | Sequence[int | tuple[int, int]] | str
 Pair = str | tuple[str, str]
 Causal = bool | Literal["strided"]
 
@@ -83,6 +83,7 @@ def conv2plus1d(
         temporal_bias: (K,); temporal-first (M,).
         stride: int or (st, sh, sw).
         padding: int, (pt, ph, pw), "valid" or "same" (output size = input size; stride 1 only).
+            An entry of the triple may be a pair (before, after).
         dilation: int or (dt, dh, dw).
         groups: of both passes, or (spatial, temporal).
         padding_mode: "zeros", "replicate", "reflect" or "circular"; or (spatial, temporal).
