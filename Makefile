@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup
 NATIVE := $(shell find csrc tests/emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
-INPUTS := pyproject.toml constraints.txt fastst/version.py $(wildcard setup.py) $(filter csrc/%,$(NATIVE))
+INPUTS := pyproject.toml constraints.txt $(wildcard setup.py) $(filter csrc/%,$(NATIVE))
 
 .PHONY: help setup demo test lint format static bench gpu clean
 .DEFAULT_GOAL := help
