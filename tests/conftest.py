@@ -1,0 +1,38 @@
+"""Fixtures and report lines shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import fuzz
+import pytest
+import torch
+
+import fastst
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    torch.set_num_threads(1)  # tests run side by side
+
+
+def pytest_report_header() -> str:
+    return f"fastst tests: FASTST_SEED={fuzz.SEED}, torch {torch.__version__}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test starts from the same seed and leaves the backend as it found it."""
+    torch.manual_seed(fuzz.SEED)
+    before = fastst.dispatch.requested()
+    yield
+    fastst.use_backend(before)
