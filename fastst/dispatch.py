@@ -120,11 +120,16 @@ def _choose(problem: Problem, phase: str, name: str) -> str:
         if why is not None:
             raise BackendError(f"{problem.op}: backend {name!r} cannot run the {phase}: it {why}")
         return name
+    refusals: list[str] = []
     for candidate in AUTO:
-        if BACKENDS[candidate].why_not(problem, phase) is None:
+        why = BACKENDS[candidate].why_not(problem, phase)
+        if why is None:
+            if refusals and problem.device.type == "cuda":
+                # On a CPU the first that can is the fast one; a GPU's kernels are what is missed.
+                _say_slow(f"{problem.op} runs its {phase} on {candidate!r}: {'; '.join(refusals)}")
             return candidate
-    told = "; ".join(f"{n} {BACKENDS[n].why_not(problem, phase)}" for n in AUTO)
-    raise BackendError(f"{problem.op}: no backend can run the {phase}: {told}")
+        refusals.append(f"{candidate!r} {why}")
+    raise BackendError(f"{problem.op}: no backend can run the {phase}: {'; '.join(refusals)}")
 
 
 def strict() -> bool:
@@ -133,16 +138,21 @@ def strict() -> bool:
 
 
 def fall_back(what: str, why: str) -> None:
-    """Warn once that ``what`` takes a slower way because of ``why``; raise if strict.
+    """Warn once that ``what`` is composed of separate operators because of ``why``.
 
     Raises:
-        BackendError: under ``FASTST_STRICT=1``, or where a kernel backend was asked for by name.
+        BackendError: under ``FASTST_STRICT=1``, or where a backend was asked for by name.
     """
     message = f"{what} runs as separate PyTorch operators: {why}"
     _record(what, None, "forward", "composed", why)
-    if strict() or _requested != "auto":
-        asked = "FASTST_STRICT=1" if _requested == "auto" else f"backend {_requested!r}"
-        raise BackendError(f"{message} (refused under {asked})")
+    if _requested != "auto":
+        raise BackendError(f"{message} (refused, as backend {_requested!r} was asked for)")
+    _say_slow(message)
+
+
+def _say_slow(message: str) -> None:
+    if strict():
+        raise BackendError(f"{message} (refused under FASTST_STRICT=1)")
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, FallbackWarning, stacklevel=4)
+        warnings.warn(message, FallbackWarning, stacklevel=5)
