@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
+import torch
+
 from .backends import aten, reference
 from .shapes import Problem
 
@@ -144,7 +146,7 @@ def fall_back(what: str, why: str) -> None:
         BackendError: under ``FASTST_STRICT=1``, or where a backend was asked for by name.
     """
     message = f"{what} runs as separate PyTorch operators: {why}"
-    _record(what, None, "forward", "composed", why)
+    _record_composed(what, why)
     if _requested != "auto":
         raise BackendError(f"{message} (refused, as backend {_requested!r} was asked for)")
     _say_slow(message)
@@ -153,6 +155,17 @@ def fall_back(what: str, why: str) -> None:
 def _say_slow(message: str) -> None:
     if strict():
         raise BackendError(f"{message} (refused under FASTST_STRICT=1)")
+    _warn_once(message)
+
+
+# Constants to the compiler: run while it traces, so that a warning breaks no graph.
+@torch.compiler.assume_constant_result
+def _record_composed(what: str, why: str) -> None:
+    _record(what, None, "forward", "composed", why)
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, FallbackWarning, stacklevel=5)
