@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,6 +172,38 @@ def same_dtype(op: str, tensors: Sequence[Tensor | None]) -> None:
             raise TypeError(f"{op}: {label} must have the dtype of x, {dtype}, got {t.dtype}")
 
 
+def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Check a combination of shapes, dtypes, devices and arguments only the first time."""
+    passed: dict[Any, Any] = {}
+
+    @wraps(check)
+    def checked(tensors: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return check(tensors, *args)
+        try:
+            key = tuple(_identity(t) for t in (*tensors, *args))
+            found = passed.get(key)
+        except (TypeError, AttributeError):  # unhashable or odd: the check says what is wrong
+            return check(tensors, *args)
+        if found is None:
+            if len(passed) >= 4096:
+                passed.clear()
+            found = passed[key] = check(tensors, *args)
+        return found
+
+    return checked
+
+
+def _identity(value: Any) -> Any:
+    """What a check looks at: of a tensor its shape, dtype and device."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    if isinstance(value, tuple):
+        return tuple(_identity(v) for v in value)
+    return type(value), value
+
+
+@remembered
 def pair(
     tensors: PairTensors,
     stride: Any,
@@ -184,8 +217,8 @@ def pair(
     order: str,
     causal: Any,
     recompute: bool,
-) -> tuple[PairTensors, PairSpec]:
-    """Validated arguments of ``conv2plus1d``, with the tensors of the norm.
+) -> PairSpec:
+    """Validated arguments of ``conv2plus1d``.
 
     Raises:
         TypeError, ValueError: what does not fit.
@@ -197,8 +230,6 @@ def pair(
     kind, eps = "none", 0.0
     if norm is not None:
         kind, eps = _norm(op, norm)
-        mean, var = (norm.running_mean, norm.running_var) if kind == "frozen" else (None, None)
-        tensors = tensors._replace(norm_weight=norm.weight, norm_bias=norm.bias, mean=mean, var=var)
     spec = PairSpec(*geometry, act, float(negative_slope), kind, eps, order, bool(recompute))
     problem = Problem.of(tensors, spec)
     first, second = problem.passes
@@ -223,9 +254,10 @@ def pair(
                 f"{op}: batch norm in training requires more than 1 value per channel, got the mid "
                 f"tensor {(tensors.x.shape[0], first.out_channels, *problem.mid_size)}"
             )
-    return tensors, spec
+    return spec
 
 
+@remembered
 def parallel(
     tensors: ParallelTensors,
     stride: Any,

@@ -108,10 +108,13 @@ def conv2plus1d(
     """
     x, batched = checks.batched("conv2plus1d", x)
     tensors = PairTensors(x, spatial_weight, temporal_weight, spatial_bias, temporal_bias)
-    tensors, spec = checks.pair(
+    spec = checks.pair(
         tensors, stride, padding, dilation, groups, padding_mode, activation, negative_slope, norm,
         order, causal, recompute,
     )  # fmt: skip
+    if norm is not None:
+        mean, var = (None, None) if norm.training else norm[:2]
+        tensors = PairTensors(*tensors[:5], norm.weight, norm.bias, mean, var)
     tensors = _autocast(tensors)
     checks.same_dtype("conv2plus1d", tensors[:5])
     if _composes(x):

@@ -441,8 +441,8 @@ def _conv_sides(conv: nn.Module) -> list[tuple[int, int]]:
     return [(p, p) for p in conv.padding]  # type: ignore[union-attr]
 
 
-def _sides(spatial: nn.Module, temporal: nn.Module) -> list[tuple[int, int]]:
-    return [_conv_sides(temporal)[0], *_conv_sides(spatial)[1:]]
+def _sides(spatial: nn.Module, temporal: nn.Module) -> tuple[tuple[int, int], ...]:
+    return (_conv_sides(temporal)[0], *_conv_sides(spatial)[1:])
 
 
 def _batch_norm(norm: nn.Module | None) -> BatchNorm | None:

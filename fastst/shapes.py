@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -113,11 +114,10 @@ def _passes(
     dilation: Triple,
     groups: tuple[int, int],
     padding_mode: tuple[str, str],
-    spatial_weight: Tensor,
-    temporal_weight: Tensor,
+    ws: Sequence[int],
+    wt: Sequence[int],
 ) -> tuple[Pass, Pass]:
     """The spatial and the temporal pass, each with its own dimensions of stride and padding."""
-    ws, wt = spatial_weight.shape, temporal_weight.shape
     spatial = Pass(
         "spatial", ws[1] * groups[0], ws[0], (1, ws[3], ws[4]), (1, *stride[1:]),
         (0, 0, *padding[2:]), (1, *dilation[1:]), groups[0], padding_mode[0],
@@ -151,28 +151,19 @@ class Problem:
 
     @classmethod
     def of(cls, tensors: PairTensors | ParallelTensors, spec: PairSpec | ParallelSpec) -> Problem:
-        """Describe a validated call. Cheap: it is computed on every one."""
+        """Describe a validated call. Remembered by sizes, so that it costs little on every one."""
         x = tensors.x
-        spatial, temporal = _passes(*spec[:5], tensors.spatial_weight, tensors.temporal_weight)
-        size = tuple(x.shape[2:])
-        if isinstance(spec, PairSpec):
-            op = "conv2plus1d"
-            passes = (spatial, temporal) if spec.order == "spatial-first" else (temporal, spatial)
-            mid_size = passes[0].out_size(size)
-            out_size = passes[1].out_size(mid_size)
-            out_channels = passes[1].out_channels
-        else:
-            op = "parallel_conv2plus1d"
-            # Both branches stride in all three dimensions; each pads only its own.
-            passes = (spatial._replace(stride=spec.stride), temporal._replace(stride=spec.stride))
-            mid_size = out_size = passes[0].out_size(size)
-            a, b = spatial.out_channels, temporal.out_channels
-            out_channels = a + b if spec.combine == "cat" else a
-        weights = (tensors.spatial_weight, tensors.temporal_weight)
-        return cls(
-            op, spec, passes, x.shape[0], size, mid_size, out_size, out_channels, x.dtype, x.device,
-            any(is_channels_last(t.shape, t.stride()) for t in (x, *weights)),
+        key = (
+            spec, x.shape, x.stride(), x.dtype, x.device,
+            tensors.spatial_weight.shape, tensors.spatial_weight.stride(),
+            tensors.temporal_weight.shape, tensors.temporal_weight.stride(),
         )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return _describe(*key)
+        try:
+            return _remembered(*key)
+        except TypeError:  # symbolic sizes do not hash
+            return _describe(*key)
 
     @property
     def mid_channels(self) -> int:
@@ -216,6 +207,43 @@ class Problem:
         """Uninitialised y with the strides that ``nn.Conv3d`` would give it."""
         fmt = torch.channels_last_3d if self.channels_last else torch.contiguous_format
         return torch.empty(self.out_shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+
+
+def _describe(
+    spec: PairSpec | ParallelSpec,
+    x: Sequence[int],
+    x_stride: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    ws: Sequence[int],
+    ws_stride: Sequence[int],
+    wt: Sequence[int],
+    wt_stride: Sequence[int],
+) -> Problem:
+    """The problem of tensors with these shapes and strides."""
+    spatial, temporal = _passes(*spec[:5], ws, wt)
+    size: Triple = tuple(x[2:])  # type: ignore[assignment]
+    if isinstance(spec, PairSpec):
+        op = "conv2plus1d"
+        passes = (spatial, temporal) if spec.order == "spatial-first" else (temporal, spatial)
+        mid_size = passes[0].out_size(size)
+        out_size = passes[1].out_size(mid_size)
+        out_channels = passes[1].out_channels
+    else:
+        op = "parallel_conv2plus1d"
+        # Both branches stride in all three dimensions; each pads only its own.
+        passes = (spatial._replace(stride=spec.stride), temporal._replace(stride=spec.stride))
+        mid_size = out_size = passes[0].out_size(size)
+        a, b = spatial.out_channels, temporal.out_channels
+        out_channels = a + b if spec.combine == "cat" else a
+    layouts = ((x, x_stride), (ws, ws_stride), (wt, wt_stride))
+    channels_last = any(is_channels_last(shape, stride) for shape, stride in layouts)
+    return Problem(
+        op, spec, passes, x[0], size, mid_size, out_size, out_channels, dtype, device, channels_last
+    )  # fmt: skip
+
+
+_remembered = lru_cache(maxsize=4096)(_describe)
 
 
 def is_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
