@@ -45,7 +45,9 @@ def triple(what: str, value: Any, least: int) -> Triple:
     if isinstance(value, (bool, str)) or not ints:
         raise TypeError(f"{what} must be an int or three ints (t, h, w), got {value!r}")
     if len(values) != 3 or any(v < least for v in values):
-        raise ValueError(f"{what} must be an int or (t, h, w), each at least {least}, got {value!r}")
+        raise ValueError(
+            f"{what} must be an int or (t, h, w), each at least {least}, got {value!r}"
+        )
     return tuple(values)
 
 
@@ -57,7 +59,7 @@ def name(what: str, value: Any, known: Sequence[str]) -> str:
     """
     if value not in known:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def activation_name(what: str, value: str | None) -> str:
@@ -75,7 +77,7 @@ def per_pass(what: str, value: Any, kind: type) -> tuple[Any, Any]:
         raise TypeError(
             f"{what} must be one {kind.__name__} or two (spatial, temporal), got {value!r}"
         )
-    return tuple(pair)  # type: ignore[return-value]
+    return tuple(pair)
 
 
 def padding_modes(op: str, value: Any) -> tuple[str, str]:
@@ -324,9 +326,13 @@ def _geometry(
             raise TypeError(f"{op}: {label} must be a tensor, got {type(w).__name__}")
     ws, wt = tensors.spatial_weight.shape, tensors.temporal_weight.shape
     if len(ws) != 5 or ws[2] != 1 or 0 in ws:
-        raise ValueError(f"{op}: spatial_weight must be (out, in/groups, 1, kh, kw), got {tuple(ws)}")
+        raise ValueError(
+            f"{op}: spatial_weight must be (out, in/groups, 1, kh, kw), got {tuple(ws)}"
+        )
     if len(wt) != 5 or wt[3:] != (1, 1) or 0 in wt:
-        raise ValueError(f"{op}: temporal_weight must be (out, in/groups, kt, 1, 1), got {tuple(wt)}")
+        raise ValueError(
+            f"{op}: temporal_weight must be (out, in/groups, kt, 1, 1), got {tuple(wt)}"
+        )
     stride = triple(f"{op}: stride", stride, 1)
     dilation = triple(f"{op}: dilation", dilation, 1)
     pair_of_groups = per_pass(f"{op}: groups", groups, int)
@@ -348,7 +354,9 @@ def _weights_fit(op: str, tensors: PairTensors | ParallelTensors) -> None:
     for label in ("spatial_weight", "temporal_weight"):
         w = getattr(tensors, label)
         if w.device != x.device:
-            raise ValueError(f"{op}: {label} must be on the device of x, {x.device}, got {w.device}")
+            raise ValueError(
+                f"{op}: {label} must be on the device of x, {x.device}, got {w.device}"
+            )
     _vector(op, "spatial_bias", tensors.spatial_bias, tensors.spatial_weight.shape[0], x.device)
     _vector(op, "temporal_bias", tensors.temporal_bias, tensors.temporal_weight.shape[0], x.device)
 

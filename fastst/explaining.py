@@ -70,7 +70,9 @@ def _reasons(call: Call, phase: str) -> dict[str, str]:
     if call.problem is None:
         return {}
     requested = dispatch.requested()
-    other = f"{call.chosen!r} comes first" if requested == "auto" else f"{requested!r} was asked for"
+    other = (
+        f"{call.chosen!r} comes first" if requested == "auto" else f"{requested!r} was asked for"
+    )
     found = dispatch.reasons(call.problem, phase)
     return {n: other if why is None else why for n, why in found.items() if n != call.chosen}
 

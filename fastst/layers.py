@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from . import activations, checks, dispatch, functional, streaming
-from .backends import reference
-from .functional import BatchNorm, Causal, IntOrTriple, PaddingArg, Pair
+from .functional import Causal, IntOrTriple, PaddingArg, Pair
+from .pairing import by_kind, pad_causally, pair_forward, sides, why_foreign
 from .shapes import COMBINES, ORDERS, Padding, Triple, default_mid_channels
-
-_BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Conv2Plus1d(nn.Module):
@@ -108,12 +105,13 @@ class Conv2Plus1d(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise as ``nn.Conv3d`` and the norm do."""
         for child in self.children():
-            if hasattr(child, "reset_parameters"):
-                child.reset_parameters()
+            reset = getattr(child, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x; shapes as above."""
-        first, second = _by_kind(self.spatial, self.temporal, self.order)
+        first, second = by_kind(self.spatial, self.temporal, self.order)
         return pair_forward(
             x, first, self.norm, self.activation, second,
             order=self.order, causal=self.causal, recompute=self.recompute, owner="Conv2Plus1d",
@@ -242,7 +240,7 @@ class ParallelConv2Plus1d(nn.Module):
             weights = self._fold_after(weights)
         (ws, bs), (wt, bt) = weights
         y = functional.parallel_conv2plus1d(
-            x, ws, wt, bs, bt, stride=self.stride, padding=_sides(self.spatial, self.temporal),
+            x, ws, wt, bs, bt, stride=self.stride, padding=sides(self.spatial, self.temporal),
             dilation=self.dilation, groups=(self.spatial.groups, self.temporal.groups),
             padding_mode=(self.spatial.padding_mode, self.temporal.padding_mode),
             branch_activation=branch[0], activation=after[0] if folds else None,
@@ -254,7 +252,7 @@ class ParallelConv2Plus1d(nn.Module):
     def _why_composed(self) -> str | None:
         convs = {"spatial convolution": self.spatial, "temporal convolution": self.temporal}
         acts = {"branch activation": self.branch_activation, "activation": self.activation}
-        why = _why_foreign(convs, {}, acts)
+        why = why_foreign(convs, {}, acts)
         if why is not None:
             return why
         for label, norm in (("spatial", self.spatial_norm), ("temporal", self.temporal_norm)):
@@ -276,204 +274,19 @@ class ParallelConv2Plus1d(nn.Module):
 
     def _compose(self, x: Tensor) -> Tensor:
         a = self.spatial(x)
-        b = self.temporal(_pad_causally(x, self.temporal, self.causal))
+        b = self.temporal(pad_causally(x, self.temporal, self.causal))
         a = self.branch_activation(a if self.spatial_norm is None else self.spatial_norm(a))
         b = self.branch_activation(b if self.temporal_norm is None else self.temporal_norm(b))
         y = a + b if self.combine == "add" else torch.cat((a, b), -4)
-        return self.activation(y if self.norm is None else self.norm(y))  # type: ignore[no-any-return]
+        return self.activation(y if self.norm is None else self.norm(y))
 
     def extra_repr(self) -> str:
         return f"combine={self.combine!r}" + (f", causal={self.causal!r}" if self.causal else "")
 
 
-def pair_forward(
-    x: Tensor,
-    first: nn.Module,
-    norm: nn.Module | None,
-    activation: nn.Module | None,
-    second: nn.Module,
-    *,
-    order: str | None = None,
-    causal: Causal = False,
-    recompute: bool = False,
-    owner: str = "conv pair",
-) -> Tensor:
-    """Run existing modules ``second(activation(norm(first(x))))`` as one ``conv2plus1d``.
-
-    One of ``first`` and ``second`` is a (1, kh, kw), the other a (kt, 1, 1) ``nn.Conv3d``. Where the
-    modules cannot be seen through, they are called one after the other, and a ``FallbackWarning``
-    says why. Running statistics of the norm are updated as the norm would.
-
-    Args:
-        x: (N, C, T, H, W) or (C, T, H, W).
-        first, norm, activation, second: the modules; norm and activation may be None.
-        order: which of the two convolutions is which; None to read it off their kernels.
-        causal, recompute: see ``functional.conv2plus1d``.
-        owner: what a warning calls them.
-    """
-    order = order or pair_order(first, second)
-    why = why_composed(first, norm, activation, second, order)
-    if why is not None:
-        dispatch.fall_back(owner, why)
-        return compose_modules(x, first, norm, activation, second, order, causal)
-    spatial, temporal = _by_kind(first, second, order)
-    named = activations.from_module(activation)
-    assert named is not None
-    y = functional.conv2plus1d(
-        x, spatial.weight, temporal.weight, spatial.bias, temporal.bias,
-        stride=(temporal.stride[0], *spatial.stride[1:]), padding=_sides(spatial, temporal),
-        dilation=(temporal.dilation[0], *spatial.dilation[1:]),
-        groups=(spatial.groups, temporal.groups),
-        padding_mode=(spatial.padding_mode, temporal.padding_mode),
-        activation=named[0], negative_slope=named[1], norm=_batch_norm(norm), order=order,
-        causal=causal, recompute=recompute,
-    )  # fmt: skip
-    if isinstance(norm, _BATCH_NORMS) and norm.training and norm.track_running_stats:
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-    return y
-
-
-def compose_modules(
-    x: Tensor,
-    first: nn.Module,
-    norm: nn.Module | None,
-    activation: nn.Module | None,
-    second: nn.Module,
-    order: str,
-    causal: Causal = False,
-) -> Tensor:
-    """The modules called one after the other."""
-    if x.dim() == 4:  # batch norms take no unbatched input
-        y = compose_modules(x.unsqueeze(0), first, norm, activation, second, order, causal)
-        return y.squeeze(0)
-    if order == "temporal-first":
-        x = _pad_causally(x, first, causal)
-    x = first(x)
-    x = x if norm is None else norm(x)
-    x = x if activation is None else activation(x)
-    if order == "spatial-first":
-        x = _pad_causally(x, second, causal)
-    return second(x)  # type: ignore[no-any-return]
-
-
-def why_composed(
-    first: nn.Module,
-    norm: nn.Module | None,
-    activation: nn.Module | None,
-    second: nn.Module,
-    order: str | None = None,
-) -> str | None:
-    """Why the modules cannot run as one op, or None where they can."""
-    spatial, temporal = _by_kind(first, second, order or pair_order(first, second))
-    convs = {"spatial convolution": spatial, "temporal convolution": temporal}
-    why = _why_foreign(convs, {"norm": norm}, {"activation": activation})
-    if why is not None:
-        return why
-    if isinstance(norm, nn.SyncBatchNorm) and norm.training:
-        return "its SyncBatchNorm reduces statistics over processes in training"
-    for label, conv, axes in (("spatial", spatial, (0,)), ("temporal", temporal, (1, 2))):
-        for i in axes:
-            came = (conv.kernel_size[i], conv.stride[i], sum(_conv_sides(conv)[i]))
-            if came != (1, 1, 0):
-                return (
-                    f"its {label} convolution must have kernel 1, stride 1 and padding 0 in "
-                    f"{'thw'[i]}, got {came}"
-                )
-    return None
-
-
-def pair_order(first: nn.Module, second: nn.Module) -> str:
-    """The order of two convolutions, read off their kernels, strides and padding."""
-
-    def fits(conv: Any, axes: Sequence[int]) -> bool:
-        """Whether a convolution does nothing along these axes."""
-        if not isinstance(conv, nn.Conv3d):
-            return False
-        sides = _conv_sides(conv)
-        return all((conv.kernel_size[i], conv.stride[i], sum(sides[i])) == (1, 1, 0) for i in axes)
-
-    temporal_first = fits(first, (1, 2)) and fits(second, (0,))
-    spatial_first = fits(first, (0,)) and fits(second, (1, 2))
-    return "temporal-first" if temporal_first and not spatial_first else "spatial-first"
-
-
-def _by_kind(first: Any, second: Any, order: str) -> tuple[Any, Any]:
-    """(spatial, temporal) of (first, second), and the other way round."""
-    return (first, second) if order == "spatial-first" else (second, first)
-
-
-def _why_foreign(
-    convs: dict[str, nn.Module],
-    norms: dict[str, nn.Module | None],
-    acts: dict[str, nn.Module | None],
-) -> str | None:
-    """Why calling a child might do more than its class says, or what no kernel knows."""
-    for label, child in {**convs, **norms, **acts}.items():
-        if child is None:
-            continue
-        kind = type(child).__name__
-        if label in convs and type(child) is not nn.Conv3d:
-            return f"its {label} is a {kind}, not a plain nn.Conv3d"
-        if label in norms and type(child) not in _BATCH_NORMS:
-            return f"its {label} is a {kind}, which no kernel knows"
-        if label in acts and activations.from_module(child) is None:
-            return f"its {label} is a {kind}, which no kernel knows"
-        if (
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-        ):
-            return f"its {label} has hooks"
-        if "forward" in child.__dict__:
-            return f"the forward of its {label} was replaced"
-    if torch_module._has_any_global_hook():
-        return "global module hooks are registered"
-    return None
-
-
-def _conv_sides(conv: nn.Module) -> list[tuple[int, int]]:
-    """Padding (before, after) of each axis of an ``nn.Conv3d``, strings resolved."""
-    if isinstance(conv.padding, str):
-        w = conv._reversed_padding_repeated_twice
-        return [(w[4], w[5]), (w[2], w[3]), (w[0], w[1])]  # type: ignore[index]
-    return [(p, p) for p in conv.padding]  # type: ignore[union-attr]
-
-
-def _sides(spatial: nn.Module, temporal: nn.Module) -> tuple[tuple[int, int], ...]:
-    return (_conv_sides(temporal)[0], *_conv_sides(spatial)[1:])
-
-
-def _batch_norm(norm: nn.Module | None) -> BatchNorm | None:
-    """The functional form of a batch norm module in the mode it is in."""
-    if norm is None:
-        return None
-    assert isinstance(norm, _BATCH_NORMS)
-    training = norm.training or (norm.running_mean is None and norm.running_var is None)
-    momentum = norm.momentum
-    if momentum is None:  # cumulative average; counted after the op has run
-        tracks = norm.training and norm.num_batches_tracked is not None
-        momentum = 1.0 / (float(norm.num_batches_tracked) + 1) if tracks else 0.0
-    tracked = not norm.training or norm.track_running_stats
-    mean, var = (norm.running_mean, norm.running_var) if tracked else (None, None)
-    return BatchNorm(mean, var, norm.weight, norm.bias, training, momentum, norm.eps)
-
-
-def _pad_causally(x: Tensor, conv: nn.Module, causal: Causal) -> Tensor:
-    """x with the frames before the first that a causal temporal convolution reads."""
-    if not causal:
-        return x
-    (kernel, stride, dilation) = (conv.kernel_size[0], conv.stride[0], conv.dilation[0])  # type: ignore[index]
-    left = streaming.left_padding(kernel, stride, dilation, causal)
-    batched = x if x.dim() == 5 else x.unsqueeze(0)
-    padded = reference.pad(batched, (left, 0, 0, 0, 0, 0), str(conv.padding_mode))
-    return padded if x.dim() == 5 else padded.squeeze(0)
-
-
-def _folds(norm: nn.Module) -> bool:
+def _folds(norm: Any) -> bool:
     """Whether a norm is a fixed affine map per channel that nobody watches."""
-    plain = _why_foreign({}, {"norm": norm}, {}) is None
+    plain = why_foreign({}, {"norm": norm}, {}) is None
     return plain and not norm.training and norm.running_mean is not None
 
 
@@ -523,12 +336,14 @@ class _Geometry:
         self.stride: Triple = checks.triple(f"{op}: stride", stride, 1)
         self.dilation: Triple = checks.triple(f"{op}: dilation", dilation, 1)
         self.groups: tuple[int, int] = checks.per_pass(f"{op}: groups", groups, int)
-        self.modes = checks.padding_modes(op, padding_mode)
+        self.modes: Any = checks.padding_modes(op, padding_mode)
         resolved: Padding = checks.resolve_padding(
             op, padding, self.kernel, self.stride, self.dilation, self.modes[1], causal
         )
         if not isinstance(padding, str):
-            uneven = [i for i in range(1 if causal else 0, 3) if resolved[2 * i] != resolved[2 * i + 1]]
+            uneven = [
+                i for i in range(1 if causal else 0, 3) if resolved[2 * i] != resolved[2 * i + 1]
+            ]
             if uneven:
                 raise ValueError(
                     f"{op}: padding must be the same before and after an axis, as in nn.Conv3d, "
@@ -542,14 +357,18 @@ class _Geometry:
         """Stride of a pass of the sequential pair: its own dimensions only."""
         return (1, *self.stride[1:]) if kind == "spatial" else (self.stride[0], 1, 1)
 
-    def spatial(self, c: int, k: int, stride: Triple, bias: bool, device: Any, dtype: Any) -> nn.Conv3d:
+    def spatial(
+        self, c: int, k: int, stride: Triple, bias: bool, device: Any, dtype: Any
+    ) -> nn.Conv3d:
         padding: Any = self.name or (0, *self.sides[1:])
         return nn.Conv3d(
             c, k, (1, *self.kernel[1:]), stride, padding, (1, *self.dilation[1:]),
             self.groups[0], bias, self.modes[0], device, dtype,
         )  # fmt: skip
 
-    def temporal(self, c: int, k: int, stride: Triple, bias: bool, device: Any, dtype: Any) -> nn.Conv3d:
+    def temporal(
+        self, c: int, k: int, stride: Triple, bias: bool, device: Any, dtype: Any
+    ) -> nn.Conv3d:
         padding: Any = (self.sides[0], 0, 0)
         if self.name is not None:
             padding = 0 if self.causal else self.name

@@ -262,18 +262,21 @@ class _BackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor) -> Any:
         higher = torch.is_grad_enabled()
-        kind = PairTensors if isinstance(ctx.spec, PairSpec) else ParallelTensors
+        kind: Any = PairTensors if isinstance(ctx.spec, PairSpec) else ParallelTensors
         with torch.enable_grad():
             # Aliases, so that nothing is differentiated through one argument into another.
-            dy, *tensors = (
+            aliases: list[Any] = [
                 None if t is None else t.view_as(t) if needed else t.detach()
                 for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[6:], strict=True)
-            )  # fmt: skip
+            ]
+            dy, *tensors = aliases
             y = ctx.compose(kind(*tensors), ctx.spec)
             wanted = [t for t, n in zip(tensors, ctx.needs, strict=False) if n]
             grads = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
         sources = [t for t in (dy, *tensors) if t is not None and t.requires_grad]
-        live = [(g, d) for g, d in zip(grads, ddgrads, strict=True) if g is not None and g.requires_grad]  # fmt: skip
+        live = [
+            (g, d) for g, d in zip(grads, ddgrads, strict=True) if g is not None and g.requires_grad
+        ]
         second = torch.autograd.grad(
             [g for g, _ in live], sources, [d for _, d in live],
             create_graph=higher, allow_unused=True,
@@ -302,5 +305,5 @@ def conv2plus1d(
 
 def parallel_conv2plus1d(tensors: ParallelTensors, spec: ParallelSpec, backend: str) -> Tensor:
     if _needs_grad(tensors):
-        return _ParallelFunction.apply(spec, backend, *tensors)  # type: ignore[no-any-return]
-    return torch.ops.fastst.parallel_conv2plus1d(*tensors, *spec, backend)  # type: ignore[no-any-return]
+        return _ParallelFunction.apply(spec, backend, *tensors)
+    return torch.ops.fastst.parallel_conv2plus1d(*tensors, *spec, backend)

@@ -194,8 +194,10 @@ class Problem:
         )
 
     def bytes(self, mid_transfers: int) -> int:
-        """Bytes moved: x and weights read once, y written once, u moved ``mid_transfers`` times."""
-        weights = sum(p.out_channels * p.in_channels // p.groups * math.prod(p.kernel) for p in self.passes)  # fmt: skip
+        """Bytes moved: x and weights read once, y written once, u ``mid_transfers`` times."""
+        weights = sum(
+            p.out_channels * p.in_channels // p.groups * math.prod(p.kernel) for p in self.passes
+        )
         x = self.batch * self.passes[0].in_channels * math.prod(self.size)
         mid = 0
         if self.op == "conv2plus1d":

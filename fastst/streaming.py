@@ -33,9 +33,7 @@ def stream(
         came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"stream: x must be (N, C, t, H, W) with t of at least 1, got {came}")
     if x.shape[1] != layer.in_channels:
-        raise ValueError(
-            f"stream: x must have {layer.in_channels} channels, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"stream: x must have {layer.in_channels} channels, got {tuple(x.shape)}")
     temporal = layer.temporal
     stride = temporal.stride[0]
     reach = temporal.dilation[0] * (temporal.kernel_size[0] - 1) + 1
@@ -67,7 +65,7 @@ def _one(frames: Tensor, reach: int) -> tuple[int, ...]:
 
 
 def _activate(layer: Conv2Plus1d, u: Tensor) -> Tensor:
-    return layer.activation(u if layer.norm is None else layer.norm(u))  # type: ignore[no-any-return]
+    return layer.activation(u if layer.norm is None else layer.norm(u))
 
 
 def _check_layer(layer: Conv2Plus1d) -> None:

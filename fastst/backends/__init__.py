@@ -1,17 +1,17 @@
 """Backends: each a module with the same functions, none of which validates or chooses.
 
-``why_not(problem, phase)``   reason why it cannot run this problem ("forward" | "backward"), or None
+``why_not(problem, phase)``    why it cannot run this problem ("forward" | "backward"), or None
 ``conv2plus1d(problem, tensors, save)``                   -> ``PairResult``
 ``conv2plus1d_backward(problem, tensors, dy, u, mean, var, needs)``    -> one gradient per need
 ``parallel_conv2plus1d(problem, tensors)``                -> y
 ``parallel_conv2plus1d_backward(problem, tensors, dy, needs)``         -> one gradient per need
 
-``problem`` is a ``shapes.Problem``, ``tensors`` a ``PairTensors`` or ``ParallelTensors``, any strides.
-y has the strides of ``problem.empty_output``; each gradient those of ``torch.empty_like`` of its
-tensor; u is ``problem.mid_shape`` in the dtype of x (channels beyond M are zeros); mean and var are
-(M,) in ``problem.accumulate_dtype``. u is what leaves the first convolution, its bias included,
-before norm and activation. It is the same for all backends, so that forward and backward may run
-on different ones. Phases that a backend lacks are refused by ``why_not``.
+``problem`` is a ``shapes.Problem``, ``tensors`` a ``PairTensors`` or ``ParallelTensors`` of any
+strides. y has the strides of ``problem.empty_output``; each gradient those of ``torch.empty_like``
+of its tensor; u is ``problem.mid_shape`` in the dtype of x (channels beyond M are zeros); mean and
+var are (M,) in ``problem.accumulate_dtype``. u is what leaves the first convolution, its bias
+included, before norm and activation. It is the same for all backends, so that forward and backward
+may run on different ones. Phases that a backend lacks are refused by ``why_not``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,207 @@
+"""A conv, a norm, an activation and a conv module, run as one op where nobody can tell.
+
+What ``Conv2Plus1d`` and converted models have in common: reading the tensors and settings off
+existing modules, and calling the modules one after the other where calling them might do more than
+their class says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from . import activations, dispatch, functional, streaming
+from .backends import reference
+from .functional import BatchNorm, Causal
+
+_BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def pair_forward(
+    x: Tensor,
+    first: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | None,
+    second: nn.Module,
+    *,
+    order: str | None = None,
+    causal: Causal = False,
+    recompute: bool = False,
+    owner: str = "conv pair",
+) -> Tensor:
+    """Run existing modules ``second(activation(norm(first(x))))`` as one ``conv2plus1d``.
+
+    One of ``first`` and ``second`` is a (1, kh, kw), the other a (kt, 1, 1) ``nn.Conv3d``. Where
+    the modules cannot be seen through, they are called one after the other, and a
+    ``FallbackWarning`` says why. Running statistics of the norm are updated as the norm would.
+
+    Args:
+        x: (N, C, T, H, W) or (C, T, H, W).
+        first, norm, activation, second: the modules; norm and activation may be None.
+        order: which of the two convolutions is which; None to read it off their kernels.
+        causal, recompute: see ``functional.conv2plus1d``.
+        owner: what a warning calls them.
+    """
+    order = order or pair_order(first, second)
+    why = why_composed(first, norm, activation, second, order)
+    if why is not None:
+        dispatch.fall_back(owner, why)
+        return compose_modules(x, first, norm, activation, second, order, causal)
+    spatial, temporal = by_kind(first, second, order)
+    named = activations.from_module(activation)
+    assert named is not None
+    y = functional.conv2plus1d(
+        x, spatial.weight, temporal.weight, spatial.bias, temporal.bias,
+        stride=(temporal.stride[0], *spatial.stride[1:]), padding=sides(spatial, temporal),
+        dilation=(temporal.dilation[0], *spatial.dilation[1:]),
+        groups=(spatial.groups, temporal.groups),
+        padding_mode=(spatial.padding_mode, temporal.padding_mode),
+        activation=named[0], negative_slope=named[1], norm=_batch_norm(norm), order=order,
+        causal=causal, recompute=recompute,
+    )  # fmt: skip
+    if _counts(norm):
+        norm.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
+    return y
+
+
+def compose_modules(
+    x: Tensor,
+    first: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | None,
+    second: nn.Module,
+    order: str,
+    causal: Causal = False,
+) -> Tensor:
+    """The modules called one after the other."""
+    if x.dim() == 4:  # batch norms take no unbatched input
+        y = compose_modules(x.unsqueeze(0), first, norm, activation, second, order, causal)
+        return y.squeeze(0)
+    if order == "temporal-first":
+        x = pad_causally(x, first, causal)
+    x = first(x)
+    x = x if norm is None else norm(x)
+    x = x if activation is None else activation(x)
+    if order == "spatial-first":
+        x = pad_causally(x, second, causal)
+    return second(x)
+
+
+def why_composed(
+    first: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | None,
+    second: nn.Module,
+    order: str | None = None,
+) -> str | None:
+    """Why the modules cannot run as one op, or None where they can."""
+    spatial, temporal = by_kind(first, second, order or pair_order(first, second))
+    convs = {"spatial convolution": spatial, "temporal convolution": temporal}
+    why = why_foreign(convs, {"norm": norm}, {"activation": activation})
+    if why is not None:
+        return why
+    if isinstance(norm, nn.SyncBatchNorm) and norm.training:
+        return "its SyncBatchNorm reduces statistics over processes in training"
+    for label, conv, axes in (("spatial", spatial, (0,)), ("temporal", temporal, (1, 2))):
+        for i in axes:
+            came = (conv.kernel_size[i], conv.stride[i], sum(_conv_sides(conv)[i]))
+            if came != (1, 1, 0):
+                return (
+                    f"its {label} convolution must have kernel 1, stride 1 and padding 0 in "
+                    f"{'thw'[i]}, got {came}"
+                )
+    return None
+
+
+def pair_order(first: nn.Module, second: nn.Module) -> str:
+    """The order of two convolutions, read off their kernels, strides and padding."""
+
+    def fits(conv: Any, axes: Sequence[int]) -> bool:
+        """Whether a convolution does nothing along these axes."""
+        if not isinstance(conv, nn.Conv3d):
+            return False
+        sides = _conv_sides(conv)
+        return all((conv.kernel_size[i], conv.stride[i], sum(sides[i])) == (1, 1, 0) for i in axes)
+
+    temporal_first = fits(first, (1, 2)) and fits(second, (0,))
+    spatial_first = fits(first, (0,)) and fits(second, (1, 2))
+    return "temporal-first" if temporal_first and not spatial_first else "spatial-first"
+
+
+def by_kind(first: Any, second: Any, order: str) -> tuple[Any, Any]:
+    """(spatial, temporal) of (first, second), and the other way round."""
+    return (first, second) if order == "spatial-first" else (second, first)
+
+
+def why_foreign(
+    convs: Mapping[str, nn.Module],
+    norms: Mapping[str, nn.Module | None],
+    acts: Mapping[str, nn.Module | None],
+) -> str | None:
+    """Why calling a child might do more than its class says, or what no kernel knows."""
+    for label, child in {**convs, **norms, **acts}.items():
+        if child is None:
+            continue
+        kind = type(child).__name__
+        if label in convs and type(child) is not nn.Conv3d:
+            return f"its {label} is a {kind}, not a plain nn.Conv3d"
+        if label in norms and type(child) not in _BATCH_NORMS:
+            return f"its {label} is a {kind}, which no kernel knows"
+        if label in acts and activations.from_module(child) is None:
+            return f"its {label} is a {kind}, which no kernel knows"
+        if (
+            child._forward_hooks
+            or child._forward_pre_hooks
+            or child._backward_hooks
+            or child._backward_pre_hooks
+        ):
+            return f"its {label} has hooks"
+        if "forward" in child.__dict__:
+            return f"the forward of its {label} was replaced"
+    if torch_module._has_any_global_hook():
+        return "global module hooks are registered"
+    return None
+
+
+def _conv_sides(conv: Any) -> list[tuple[int, int]]:
+    """Padding (before, after) of each axis of an ``nn.Conv3d``, strings resolved."""
+    if isinstance(conv.padding, str):
+        w = conv._reversed_padding_repeated_twice
+        return [(w[4], w[5]), (w[2], w[3]), (w[0], w[1])]
+    return [(p, p) for p in conv.padding]
+
+
+def sides(spatial: Any, temporal: Any) -> tuple[tuple[int, int], ...]:
+    return (_conv_sides(temporal)[0], *_conv_sides(spatial)[1:])
+
+
+def _counts(norm: Any) -> bool:
+    """Whether a batch norm counts this batch."""
+    counts = norm is not None and norm.training and norm.track_running_stats
+    return counts and norm.num_batches_tracked is not None
+
+
+def _batch_norm(norm: Any) -> BatchNorm | None:
+    """The functional form of a batch norm module in the mode it is in."""
+    if norm is None:
+        return None
+    training = norm.training or (norm.running_mean is None and norm.running_var is None)
+    momentum = norm.momentum
+    if momentum is None:  # cumulative average; counted after the op has run
+        momentum = 1.0 / (float(norm.num_batches_tracked) + 1) if _counts(norm) else 0.0
+    tracked = not norm.training or norm.track_running_stats
+    mean, var = (norm.running_mean, norm.running_var) if tracked else (None, None)
+    return BatchNorm(mean, var, norm.weight, norm.bias, training, momentum, norm.eps)
+
+
+def pad_causally(x: Tensor, conv: Any, causal: Causal) -> Tensor:
+    """x with the frames before the first that a causal temporal convolution reads."""
+    if not causal:
+        return x
+    left = streaming.left_padding(conv.kernel_size[0], conv.stride[0], conv.dilation[0], causal)
+    batched = x if x.dim() == 5 else x.unsqueeze(0)
+    padded = reference.pad(batched, (left, 0, 0, 0, 0, 0), str(conv.padding_mode))
+    return padded if x.dim() == 5 else padded.squeeze(0)
