@@ -118,6 +118,9 @@ def _passes(
     wt: Sequence[int],
 ) -> tuple[Pass, Pass]:
     """The spatial and the temporal pass, each with its own dimensions of stride and padding."""
+    # A single tap has no dilation; PyTorch's bfloat16 input gradient on CPUs is wrong if told one.
+    kernel = (wt[2], ws[3], ws[4])
+    dilation = tuple(d if k > 1 else 1 for d, k in zip(dilation, kernel, strict=True))  # type: ignore[assignment]
     spatial = Pass(
         "spatial", ws[1] * groups[0], ws[0], (1, ws[3], ws[4]), (1, *stride[1:]),
         (0, 0, *padding[2:]), (1, *dilation[1:]), groups[0], padding_mode[0],
