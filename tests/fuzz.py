@@ -30,14 +30,26 @@ from fastst.functional import BatchNorm, conv2plus1d, parallel_conv2plus1d
 SEED = int(os.environ.get("FASTST_SEED", "0"))
 CASES = int(os.environ.get("FASTST_FUZZ", "0"))
 
-ULPS = 4.0  # beside PyTorch's own error, of the largest magnitude that enters the result
+# Beside PyTorch's own error, in units of the largest magnitude that enters the result. float32 has
+# twice as many because its sums are rounded at every step, those of 16 bits only at the end.
+ULPS = {torch.float32: 8.0, torch.float16: 4.0, torch.bfloat16: 4.0}
+# PyTorch being off by more is taken for a bug of the vendor's convolution (there are some in
+# bfloat16 with dilation, and in grouped channels_last_3d backward), not for a tolerance.
+VENDOR_BUG = {torch.float32: 512.0, torch.float16: 64.0, torch.bfloat16: 32.0}
 FLOAT64 = 1e-10
 MOMENTUM = 0.3
 
 KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh", "leaky_relu", "hardswish")
-LAYOUTS = ("contiguous", "channels_last", "sliced", "sliced_channels_last", "permuted", "expanded", "offset")  # fmt: skip
+LAYOUTS = (
+    "contiguous", "channels_last", "sliced", "sliced_channels_last", "permuted", "expanded",
+    "offset",
+)  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NAMES = (
+    "x", "spatial_weight", "temporal_weight", "spatial_bias", "temporal_bias", "norm_weight",
+    "norm_bias",
+)  # fmt: skip
 Triple = tuple[int, int, int]
 
 
@@ -106,19 +118,22 @@ class Config:
         axes = (1, 2) if kind == "spatial" else (0,)
         kernel = tuple(self.kernel[i] if i in axes else 1 for i in range(3))
         dilation = tuple(self.dilation[i] if i in axes else 1 for i in range(3))
-        stride = self.stride if self.parallel else tuple(self.stride[i] if i in axes else 1 for i in range(3))  # fmt: skip
+        striding = range(3) if self.parallel else axes
+        stride = tuple(self.stride[i] if i in striding else 1 for i in range(3))
         pads = [self.pads[i] if i in axes else (0, 0) for i in range(3)]
-        return kernel, stride, dilation, pads, self.padding_mode[kind == "temporal"]  # type: ignore[return-value]
+        return kernel, stride, dilation, pads, self.padding_mode[kind == "temporal"]
 
     def sizes(self) -> list[Triple]:
         """(T, H, W) after the first and after the second pass; of the two branches if parallel."""
         out, size = [], self.size
         for kind in self.kinds:
             k, s, d, p, _ = self.geometry(kind)
-            after = tuple((n + sum(p[i]) - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i, n in enumerate(size))  # fmt: skip
+            after = tuple(
+                (n + sum(p[i]) - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i, n in enumerate(size)
+            )
             out.append(after)
-            size = size if self.parallel else after  # type: ignore[assignment]
-        return out  # type: ignore[return-value]
+            size = size if self.parallel else after
+        return out
 
     def invalid(self) -> bool:
         """Whether the documentation refuses it."""
@@ -214,7 +229,6 @@ def _draw(rng: random.Random, limits: Limits) -> Config:
     if causal and not isinstance(padding, str):
         padding = (0, *((padding,) * 3 if isinstance(padding, int) else padding)[1:])
     modes = tuple(often("zeros", "replicate", "reflect", "circular", odds=0.7) for _ in range(2))
-    names = ("x", "spatial_weight", "temporal_weight", "spatial_bias", "temporal_bias", "norm_weight", "norm_bias")  # fmt: skip
     return Config(
         op="parallel_conv2plus1d" if parallel else "conv2plus1d",
         batch=rng.randint(1, limits.batch), channels=c, mid=m, out=k,
@@ -229,7 +243,7 @@ def _draw(rng: random.Random, limits: Limits) -> Config:
         dtype=rng.choice(limits.dtypes), x_layout=often("contiguous", *LAYOUTS[1:]),
         weight_layout=often("contiguous", *LAYOUTS[1:], odds=0.7),
         grad_layout=often("contiguous", *LAYOUTS[1:]),
-        constant=tuple(n for n in names if rng.random() < 0.3) if rng.random() < 0.2 else (),
+        constant=tuple(n for n in NAMES if rng.random() < 0.3) if rng.random() < 0.2 else (),
     )  # fmt: skip
 
 
@@ -258,9 +272,10 @@ def lay_out(t: Tensor, layout: str, rng: random.Random | None = None) -> Tensor:
         return flat.view(t.shape).copy_(t)
     if layout.startswith("sliced"):
         steps = [rng.choice((1, 1, 2)) for _ in t.shape]
-        fmt = torch.channels_last_3d if "channels" in layout and t.dim() == 5 else torch.contiguous_format  # fmt: skip
+        last = "channels" in layout and t.dim() == 5
+        fmt = torch.channels_last_3d if last else torch.contiguous_format
         wide = [n * s + 2 for n, s in zip(t.shape, steps, strict=True)]
-        whole = torch.empty(wide, dtype=t.dtype, device=t.device, memory_format=fmt).fill_(torch.nan)
+        whole = t.new_full(wide, torch.nan).contiguous(memory_format=fmt)
         part = whole[tuple(slice(1, 1 + n * s, s) for n, s in zip(t.shape, steps, strict=True))]
         return part.copy_(t)
     raise ValueError(layout)
@@ -276,10 +291,11 @@ def make(config: Config, device: str = "cpu") -> tuple[dict[str, Tensor], Tensor
         generator = torch.Generator().manual_seed(1000 * config.seed + attempt)
         tensors, dy = _values(config, generator)
         rng = random.Random(config.seed)
+        layouts = {"x": config.x_layout}
+        layouts |= dict.fromkeys(("spatial_weight", "temporal_weight"), config.weight_layout)
         tensors = {
-            n: lay_out(t.to(device), config.x_layout if n == "x" else config.weight_layout if t.dim() == 5 else "contiguous", rng)
-            for n, t in tensors.items()
-        }  # fmt: skip
+            n: lay_out(t.to(device), layouts.get(n, "contiguous"), rng) for n, t in tensors.items()
+        }
         if attempt == 199 or _clear_of_kinks(config, tensors):
             break
     return tensors, lay_out(dy.to(device), config.grad_layout, rng)
@@ -324,9 +340,13 @@ def _values(config: Config, generator: torch.Generator) -> tuple[dict[str, Tenso
             scale = tensors["norm_weight"] * (tensors["running_var"] + config.eps).rsqrt()
             tensors["running_mean"] = tensors["running_mean"].round()
             tensors["norm_bias"] = scale * (tensors["norm_bias"].round() + 0.25)
-    narrow = {n: t.to(torch.float32 if config.wide_norm and config.dtype.itemsize == 2 and n.startswith(("norm", "running")) else config.dtype) for n, t in tensors.items()}  # fmt: skip
-    dy = normal(config.batch, m + k if config.parallel and config.combine == "cat" else k, *config.sizes()[1])  # fmt: skip
-    return narrow, dy.to(config.dtype)
+    wide = config.wide_norm and config.dtype.itemsize == 2
+    tensors = {
+        n: t.to(torch.float32 if wide and n.startswith(("norm", "running")) else config.dtype)
+        for n, t in tensors.items()
+    }
+    total = m + k if config.parallel and config.combine == "cat" else k
+    return tensors, normal(config.batch, total, *config.sizes()[1]).to(config.dtype)
 
 
 def _clear_of_kinks(config: Config, tensors: dict[str, Tensor]) -> bool:
@@ -355,22 +375,40 @@ def _act(name: str, v: Tensor, slope: float) -> Tensor:
 
 
 def _conv(config: Config, kind: str, x: Tensor, t: dict[str, Tensor]) -> Tensor:
-    _, stride, dilation, pads, mode = config.geometry(kind)
+    kernel, stride, dilation, pads, mode = config.geometry(kind)
     flat = [p for pair in reversed(pads) for p in pair]
     if any(flat):
         x = F.pad(x, flat, "constant" if mode == "zeros" else mode)
+    # PyTorch 2.13 on CPU: bfloat16 gradients are wrong with a stride and a dilation over one tap.
+    dilation = tuple(d if k > 1 else 1 for d, k in zip(dilation, kernel, strict=True))
     groups = config.groups[kind == "temporal"]
     weight, bias = t[f"{kind}_weight"], t.get(f"{kind}_bias")
     return F.conv3d(x, weight, bias, stride, 0, dilation, groups)
 
 
+class _ChannelsLast(torch.autograd.Function):
+    """Identity whose value and gradient are in channels_last_3d."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last_3d)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=torch.channels_last_3d)
+
+
 def compose(
-    config: Config, t: dict[str, Tensor], statistics: tuple[Tensor, Tensor] | None = None
+    config: Config,
+    t: dict[str, Tensor],
+    statistics: tuple[Tensor, Tensor] | None = None,
+    channels_last: bool = False,
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """y by PyTorch's operators, in the dtype of the tensors, and what each activation was fed.
 
     ``statistics``: mean and variance to normalise with instead of those of the configuration.
-    Running statistics are updated in place by norm="batch".
+    Running statistics are updated in place by norm="batch". ``channels_last`` keeps everything in
+    that format, where PyTorch sums in another order.
     """
     first, second = config.kinds
     fed: list[tuple[str, Tensor]] = []
@@ -379,23 +417,29 @@ def compose(
         fed.append((name, v.detach()))
         return _act(name, v, config.slope)
 
+    def conv(kind: str, x: Tensor) -> Tensor:
+        if not channels_last:
+            return _conv(config, kind, x, t)
+        return _ChannelsLast.apply(_conv(config, kind, _ChannelsLast.apply(x), t))
+
     if config.parallel:
-        a, b = (act(config.branch_activation, _conv(config, k, t["x"], t)) for k in config.kinds)
+        a, b = (act(config.branch_activation, conv(kind, t["x"])) for kind in config.kinds)
         y = a + b if config.combine == "add" else torch.cat((a, b), 1)
         return act(config.activation, y), fed
-    u = _conv(config, first, t["x"], t)
+    u = conv(first, t["x"])
     if config.norm != "none":
         running = statistics or (t["running_mean"], t["running_var"])
         u = F.batch_norm(
             u, *running, t.get("norm_weight"), t.get("norm_bias"),
             config.norm == "batch" and statistics is None, MOMENTUM, config.eps,
         )  # fmt: skip
-    return _conv(config, second, act(config.activation, u), t), fed
+    return conv(second, act(config.activation, u)), fed
 
 
 def call(config: Config, t: dict[str, Tensor]) -> Tensor:
     """y by fastst."""
-    main = (t["x"], t["spatial_weight"], t["temporal_weight"], t.get("spatial_bias"), t.get("temporal_bias"))  # fmt: skip
+    weights = t["spatial_weight"], t["temporal_weight"]
+    main = (t["x"], *weights, t.get("spatial_bias"), t.get("temporal_bias"))
     if config.parallel:
         return parallel_conv2plus1d(*main, **config.kwargs())
     norm = None
@@ -437,7 +481,9 @@ def results(
     return out
 
 
-def scales(config: Config, tensors: dict[str, Tensor], dy: Tensor | None, truth: Results) -> dict[str, float]:  # fmt: skip
+def scales(
+    config: Config, tensors: dict[str, Tensor], dy: Tensor | None, truth: Results
+) -> dict[str, float]:
     """Largest magnitude that enters each result.
 
     Through batch statistics gradients are differences of larger terms (a bias before batch norm has
@@ -446,11 +492,14 @@ def scales(config: Config, tensors: dict[str, Tensor], dy: Tensor | None, truth:
     largest = {n: float(t.abs().max()) if t.numel() else 0.0 for n, t in truth.items()}
     if config.norm == "batch" and dy is not None:
         with torch.no_grad():
-            bare = replace(config, norm="none", activation="none")
-            u = _conv(bare, config.kinds[0], tensors["x"].double(), {n: t.double() for n, t in tensors.items()})  # fmt: skip
+            double = {n: t.double() for n, t in tensors.items()}
+            u = _conv(config, config.kinds[0], double["x"], double)
             var, mean = torch.var_mean(u, (0, 2, 3, 4), correction=0)
-        held = results(lambda c, t: compose(c, t, (mean, var))[0], config, tensors, dy, torch.float64)  # fmt: skip
-        largest = {n: max(s, float(held[n].abs().max())) if n in held else s for n, s in largest.items()}  # fmt: skip
+        held = results(
+            lambda c, t: compose(c, t, (mean, var))[0], config, tensors, dy, torch.float64
+        )
+        for n in largest.keys() & held.keys():
+            largest[n] = max(largest[n], float(held[n].abs().max()))
     return largest
 
 
@@ -488,25 +537,34 @@ def error(result: Tensor, truth: Tensor) -> float:
     return math.inf if math.isnan(worst) else worst
 
 
-def complaints(config: Config, ours: Results, own: Results, truth: Results, scale: dict[str, float]) -> list[str]:  # fmt: skip
+def complaints(
+    config: Config, ours: Results, peers: list[Results], truth: Results, scale: dict[str, float]
+) -> list[str]:
     """What of ``ours`` is further from the truth than the rule allows."""
     found = []
+    eps = torch.finfo(config.dtype).eps
     for name, true in truth.items():
-        got, eps = ours[name], torch.finfo(ours[name].dtype).eps
-        if got.shape != true.shape or got.dtype != own[name].dtype:
-            found.append(f"{name}: {got.dtype} {tuple(got.shape)}, not {own[name].dtype} {tuple(true.shape)}")  # fmt: skip
+        got, own = ours[name], peers[0][name]
+        if got.shape != true.shape or got.dtype != own.dtype:
+            found.append(
+                f"{name}: {got.dtype} {tuple(got.shape)}, not {own.dtype} {tuple(true.shape)}"
+            )
             continue
-        err, peer = error(got, true), error(own[name], true)
-        if config.dtype == torch.float64:
-            bound = FLOAT64 * scale[name]
-        else:
-            bound = 2 * peer + ULPS * eps * scale[name]
+        err, bound, told = error(got, true), FLOAT64 * scale[name], ""
+        if config.dtype != torch.float64:
+            ulp = eps * scale[name]
+            errors = [error(peer[name], true) for peer in peers]
+            sane = [e for e in errors if e <= VENDOR_BUG[config.dtype] * ulp]
+            bound = 2 * max(sane, default=0.0) + ULPS[config.dtype] * ulp
+            told = f", PyTorch {' and '.join(f'{e:.3g}' for e in errors)}"
         if not err <= bound:
-            found.append(f"{name}: error {err:.3g} > {bound:.3g} (PyTorch {peer:.3g}, largest {scale[name]:.3g})")  # fmt: skip
+            found.append(f"{name}: error {err:.3g} > {bound:.3g} (largest {scale[name]:.3g}{told})")
     return found
 
 
-def check(config: Config, backend: str = "auto", backward: bool = True, device: str = "cpu") -> str | None:  # fmt: skip
+def check(
+    config: Config, backend: str = "auto", backward: bool = True, device: str = "cpu"
+) -> str | None:
     """Hold one backend to the rule for one configuration.
 
     Args:
@@ -531,8 +589,11 @@ def check(config: Config, backend: str = "auto", backward: bool = True, device: 
     on_cpu = {n: t.cpu() for n, t in tensors.items()}
     dy_cpu = None if grad is None else grad.cpu()
     truth = results(lambda c, t: compose(c, t)[0], config, on_cpu, dy_cpu, torch.float64)
-    own = results(lambda c, t: compose(c, t)[0], config, tensors, grad)
-    found = complaints(config, ours, own, truth, scales(config, on_cpu, dy_cpu, truth))
+    peers = [
+        results(lambda c, t, last=last: compose(c, t, None, last)[0], config, tensors, grad)
+        for last in (False, True)
+    ]
+    found = complaints(config, ours, peers, truth, scales(config, on_cpu, dy_cpu, truth))
     found += [f"{n} was overwritten" for n in changed]
     assert not found, f"\nbackend {backend!r}, {config}\n  " + "\n  ".join(found)
     return None
@@ -564,4 +625,4 @@ def fuzz(
             raise AssertionError(f"FASTST_SEED={seed} FASTST_FUZZ=1: {config}: {wrong}") from wrong
         if why is not None:
             refused.append(why)
-    assert len(refused) <= (1 - least) * cases, f"{len(refused)} of {cases} refused, such as: {refused[0]}"  # fmt: skip
+    assert len(refused) <= (1 - least) * cases, f"refused {len(refused)} of {cases}: {refused[0]}"
