@@ -1,9 +1,16 @@
 """Fused space-time convolutions: (2+1)D pairs and the parallel 4D path as single operations."""
 
-from . import functional
-from .dispatch import BackendError, FallbackWarning, use_backend
-from .explaining import Explanation, explain
-from .layers import Conv2Plus1d, ParallelConv2Plus1d
+import sys
+
+try:
+    from . import functional
+    from .dispatch import BackendError, FallbackWarning, use_backend
+    from .explaining import Explanation, explain
+    from .layers import Conv2Plus1d, ParallelConv2Plus1d
+except Exception:
+    # ``python -m fastst.info`` runs this file first, and is there to say what is broken.
+    if "fastst.info" not in sys.orig_argv:
+        raise
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,162 @@
+"""What is installed, built and able to run here: ``python -m fastst.info``.
+
+Imports nothing but the standard library itself, and survives whatever the rest does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# What ``fastst/__init__.py`` imports: it keeps silent about their errors when this module runs.
+_PARTS = ("functional", "dispatch", "explaining", "layers", "convert", "models")
+_PACKAGES = ("torch", "triton", "numpy", "av", "matplotlib")
+
+
+def report() -> str:
+    """The whole report as text. Never raises: what cannot be found out says why."""
+    sections: dict[str, Callable[[], Iterator[str]]] = {
+        "Versions": _versions,
+        "Devices": _devices,
+        "Native library": _native,
+        "Backends": _backends,
+        "Cache": _cache,
+        "Environment": _environment,
+    }
+    lines = []
+    for title, section in sections.items():
+        lines.append(title)
+        lines += [f"  {line}" for line in _survive(section)]
+    return "\n".join(lines)
+
+
+def _survive(section: Callable[[], Iterator[str]]) -> Iterator[str]:
+    try:
+        yield from section()
+    except (Exception, SystemExit) as error:
+        yield _failure(error)
+
+
+def _failure(error: BaseException) -> str:
+    first = str(error).strip().splitlines()
+    return f"broken: {type(error).__name__}" + (f": {first[0]}" if first else "")
+
+
+def _versions() -> Iterator[str]:
+    yield f"fastst {_version('fastst')} in {os.path.dirname(os.path.abspath(__file__))}"
+    for part in _PARTS:
+        try:
+            importlib.import_module(f"fastst.{part}")
+        except (Exception, SystemExit) as error:
+            yield f"fastst.{part} is {_failure(error)}"
+    yield f"Python {platform.python_version()}, {platform.platform()}"
+    for name in _PACKAGES:
+        yield from _survive(lambda name=name: iter([f"{name} {_version(name)}"]))  # type: ignore[misc]
+    yield from _survive(_torch_build)
+
+
+def _version(name: str) -> str:
+    """Version of a package as its metadata has it, and whether it can be imported."""
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found = "not installed"
+        if name != "fastst":
+            return found
+    try:
+        module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        return f"{found}, {_failure(error)}"
+    return str(getattr(module, "__version__", found))
+
+
+def _torch_build() -> Iterator[str]:
+    import torch
+
+    yield f"CUDA of torch: {torch.version.cuda or 'none, a CPU build'}"
+    yield f"cuDNN: {torch.backends.cudnn.version() or 'none'}"
+
+
+def _devices() -> Iterator[str]:
+    import torch
+
+    yield f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if not torch.cuda.is_available():
+        yield "no CUDA device"
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        gib = p.total_memory / 2**30
+        yield (
+            f"cuda:{i}: {p.name}, compute capability {p.major}.{p.minor}, "
+            f"{p.multi_processor_count} multiprocessors, {gib:.0f} GiB"
+        )
+
+
+def _native() -> Iterator[str]:
+    yield f"nvcc: {shutil.which('nvcc') or 'not on PATH'}"
+
+
+def _backends() -> Iterator[str]:
+    """Which backends run a dense pair, 64 to 144 to 64 channels, and why not the others."""
+    import torch
+
+    dispatch = importlib.import_module("fastst.dispatch")
+    yield f"auto takes the first that can run of: {', '.join(dispatch.AUTO)}"
+    cases = [(torch.device("cpu"), torch.float32)]
+    if torch.cuda.is_available():
+        cases.append((torch.device("cuda"), torch.bfloat16))
+    for device, dtype in cases:
+        problem = _dense_pair(device, dtype)
+        for name, backend in dispatch.BACKENDS.items():
+            label = f"{name}, on {device.type} in {str(dtype).removeprefix('torch.')}: "
+            yield label + "; ".join(_verdicts(backend, problem))
+
+
+def _verdicts(backend: Any, problem: Any) -> list[str]:
+    """One verdict where forward and backward agree, else one for each."""
+    try:
+        forward, backward = (backend.why_not(problem, phase) for phase in ("forward", "backward"))
+    except (Exception, SystemExit) as error:
+        return [_failure(error)]
+    if forward == backward:
+        return ["runs" if forward is None else f"does not run: it {forward}"]
+    return [
+        f"{phase} {'runs' if why is None else f'does not run: it {why}'}"
+        for phase, why in (("forward", forward), ("backward", backward))
+    ]
+
+
+def _dense_pair(device: Any, dtype: Any) -> Any:
+    import torch
+
+    shapes = importlib.import_module("fastst.shapes")
+    sizes = ((1, 64, 4, 14, 14), (144, 64, 1, 3, 3), (64, 144, 3, 1, 1))
+    tensors = (torch.empty(size, device=device, dtype=dtype) for size in sizes)
+    return shapes.Problem.of(
+        shapes.PairTensors(*tensors), shapes.PairSpec(padding=(1, 1, 1, 1, 1, 1))
+    )
+
+
+def _cache() -> Iterator[str]:
+    yield "none yet"
+
+
+def _environment() -> Iterator[str]:
+    found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTST_", "TRITON_"))}
+    for name, value in found.items():
+        yield f"{name}={value}"
+    if not found:
+        yield "no FASTST_ or TRITON_ variable is set"
+
+
+if __name__ == "__main__":
+    # A terminal of another encoding must not break the one command that is for broken set-ups.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(report())
