@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import aten, reference
+from .backends import aten, reference, triton
 from .shapes import Problem
 
 # In the order of preference of "auto"; reference is only ever chosen by name.
-BACKENDS: dict[str, ModuleType] = {"aten": aten, "reference": reference}
-AUTO = ("aten",)
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "aten": aten, "reference": reference}
+AUTO = ("triton", "aten")
 
 
 class Call(NamedTuple):
@@ -105,7 +105,16 @@ def _record(*call: object) -> None:
 
 def reasons(problem: Problem, phase: str = "forward") -> dict[str, str | None]:
     """For every backend the reason why it cannot run the problem, or None where it can."""
-    return {name: backend.why_not(problem, phase) for name, backend in BACKENDS.items()}
+    return {name: _why_not(name, problem, phase, _requested) for name in BACKENDS}
+
+
+def _why_not(candidate: str, problem: Problem, phase: str, name: str) -> str | None:
+    """Why a backend cannot run it or, under "auto", is passed over."""
+    backend = BACKENDS[candidate]
+    why = backend.why_not(problem, phase)
+    if why is None and name == "auto" and hasattr(backend, "avoid"):
+        why = backend.avoid(problem, phase)
+    return why
 
 
 def choose(problem: Problem, phase: str, name: str) -> ModuleType:
@@ -127,7 +136,7 @@ def _choose(problem: Problem, phase: str, name: str) -> str:
         return name
     refusals: list[str] = []
     for candidate in AUTO:
-        why = BACKENDS[candidate].why_not(problem, phase)
+        why = _why_not(candidate, problem, phase, name)
         if why is None:
             if refusals and problem.device.type == "cuda":
                 # On a CPU the first that can is the fast one; a GPU's kernels are what is missed.

@@ -1,6 +1,7 @@
 """Backends: each a module with the same functions, none of which validates or chooses.
 
 ``why_not(problem, phase)``    why it cannot run this problem ("forward" | "backward"), or None
+``avoid(problem, phase)``     reason why "auto" passes it over although it could run it; optional
 ``conv2plus1d(problem, tensors, save)``                   -> ``PairResult``
 ``conv2plus1d_backward(problem, tensors, dy, u, mean, var, needs)``    -> one gradient per need
 ``parallel_conv2plus1d(problem, tensors)``                -> y

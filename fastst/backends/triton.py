@@ -1,0 +1,292 @@
+"""Triton kernels: every NVIDIA GPU from compute capability 8.0 on, without a compiler.
+
+Each pass is a tap convolution (``kernels.tap_conv``) that reads x by its own strides. The pair keeps
+u or, where nothing needs u, z = act(norm(u)) between its two passes as ``Problem.mid_shape``.
+Under ``TRITON_INTERPRET=1`` the same code runs on CPU tensors, when asked for by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import configs
+from ..shapes import PairSpec, PairTensors, Pass, Problem
+from . import PairResult
+
+_WIDE = 1 << 31  # positions from which coordinates are int64
+
+
+@functools.cache
+def _kernels() -> tuple[ModuleType | None, str | None]:
+    """The kernels, or why there are none."""
+    if importlib.util.find_spec("triton") is None:
+        return None, "needs the package triton, which is not installed"
+    try:
+        from .. import kernels
+        from ..kernels import statistics, tap_conv  # noqa: F401
+    except Exception as error:  # a broken Triton must not break the other backends
+        return None, f"needs a working Triton: importing it failed with {error!r}"
+    return kernels, None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter (set before Triton was imported)."""
+    kernels, _ = _kernels()
+    return kernels is not None and type(kernels.tap_conv.tap_conv).__name__ == "InterpretedFunction"
+
+
+@functools.cache
+def capability(device: torch.device) -> configs.Capability:
+    """Compute capability; that of the data-centre Hopper where the interpreter stands in."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def why_not(problem: Problem, phase: str) -> str | None:
+    if phase != "forward":
+        return "has no backward kernels yet"
+    if problem.op != "conv2plus1d":
+        return "has no kernel for the parallel op yet"
+    device = problem.device
+    if device.type not in ("cuda", "cpu") or torch.version.hip is not None:
+        return f"runs on NVIDIA GPUs, not on {device.type} tensors"
+    _, missing = _kernels()
+    if missing is not None:
+        return missing
+    if device.type == "cpu":
+        if not interpreted():
+            return "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set at start"
+        return None
+    if interpreted():
+        return "interprets its kernels because TRITON_INTERPRET is set, and that on CPU tensors only"
+    major_minor = capability(device)
+    if major_minor < configs.LEAST_CAPABILITY:
+        return (
+            "needs compute capability {}.{}, and {} has {}.{}"
+        ).format(*configs.LEAST_CAPABILITY, device, *major_minor)  # fmt: skip
+    return None
+
+
+def avoid(problem: Problem, phase: str) -> str | None:
+    if problem.device.type == "cpu":
+        return "interprets its kernels on CPU tensors, when asked for by name"
+    return None
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 convolutions may round their operands to TF32, by PyTorch's own switch."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+
+def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    first, second = problem.passes
+    w1, b1, w2, b2 = tensors[1], tensors[3], tensors[2], tensors[4]
+    if first.kind == "temporal":
+        w1, b1, w2, b2 = w2, b2, w1, b1
+    m, padded = problem.mid_channels, problem.mid_shape[-1]
+    x, y = tensors.x, problem.empty_output(tensors.x)
+    mid_rows = x.new_empty(problem.mid_shape)
+    mid = mid_rows.permute(0, 4, 1, 2, 3)
+    if first.groups > 1 and padded > m:
+        mid_rows[..., m:].zero_()  # channels that belong to no group
+    keep = save and not spec.recompute
+    epilogue: dict[str, Any] = {"shift": b1}
+    prologue: dict[str, Any] = {}
+    mean = var = None
+    if spec.norm == "frozen":
+        scale, shift = finish_norm(problem, tensors, bias=None if keep else b1)
+        if keep:
+            prologue = {"in_scale": scale, "in_shift": shift}
+        else:
+            epilogue = {"scale": scale, "shift": shift}
+    if keep or spec.norm == "batch":
+        prologue["in_activation"] = spec.activation
+    else:
+        epilogue["activation"] = spec.activation
+    if spec.norm == "batch":
+        partial, rows = conv_pass(first, x, w1, mid, slope=spec.slope, statistics=True, **epilogue)
+        mean, var = partial.new_empty(m), partial.new_empty(m)
+        scale, shift = finish_norm(problem, tensors, mean, var, partial, rows)
+        prologue.update(in_scale=scale, in_shift=shift)
+    else:
+        conv_pass(first, x, w1, mid, slope=spec.slope, **epilogue)
+    conv_pass(second, mid, w2, y, slope=spec.slope, shift=b2, **prologue)
+    return PairResult(y, mid_rows if keep else None, mean, var)
+
+
+def conv_pass(
+    p: Pass,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    *,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    in_activation: str = "none",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    inner: str = "none",
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.01,
+    statistics: bool = False,
+) -> tuple[Tensor, int]:
+    """One convolution into y (N, K, T', H', W'), any strides; u and z may have padding channels.
+
+    Returns:
+        Partials (tiles, 2, K) of the statistics of y (empty if not asked for) and rows per tile.
+    """
+    kernels, _ = _kernels()
+    assert kernels is not None
+    groups = p.groups
+    # Padding channels of u are zeros and cost nothing where the tile has room for them.
+    channels = x.shape[1] if groups == 1 else p.in_channels // groups
+    out_channels = p.out_channels // groups
+    stored = y.shape[1] if groups == 1 else out_channels
+    count = y.shape[0] * math.prod(y.shape[2:])
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    config = configs.tap_conv(
+        count, channels, out_channels, groups, math.prod(p.kernel), x.dtype,
+        uses_tensor_cores(x.dtype), capability(x.device),
+    )  # fmt: skip
+    packed = pack(weight, groups, channels, config)
+    tiles = -(-count // config.block_p)
+    partial = x.new_empty((tiles if statistics else 0, 2, p.out_channels), dtype=accumulate)
+    launch(
+        kernels.tap_conv.tap_conv, (tiles * groups * (packed.shape[-1] // config.columns),), config,
+        x, x.stride(), tuple(x.shape[2:]), channels, groups, packed, packed.shape[-1],
+        in_scale, in_shift, scale, shift, partial if statistics else None,
+        residual, (0,) * 5 if residual is None else residual.stride(),
+        y, y.stride(), tuple(y.shape[2:]), out_channels, stored, count,
+        TAPS=taps(p), FLAT=channels if config.flat else 0,
+        X_ALIGN=alignment(x, channels), Y_ALIGN=alignment(y, stored), RUN=run_length(x, y),
+        WIDE=count >= _WIDE, IN_ACTIVATION=in_activation, INNER=inner, ACTIVATION=activation,
+        SLOPE=slope, BLOCK_P=config.block_p, BLOCK_N=config.block_n, REST_N=config.rest_n,
+        BLOCK_K=config.block_k, **arithmetic(x.dtype),
+    )  # fmt: skip
+    return partial, config.block_p
+
+
+def finish_norm(
+    problem: Problem,
+    t: PairTensors,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    partial: Tensor | None = None,
+    rows: int = 1,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of the norm, over the channels of u, from partials or from given statistics.
+
+    mean and var are written where partials are given, else they are the problem's frozen ones.
+    """
+    kernels, _ = _kernels()
+    assert kernels is not None
+    m, padded = problem.mid_channels, problem.mid_shape[-1]
+    total = problem.batch * math.prod(problem.mid_size)
+    block_t, block_c, per_split = configs.combine(m)
+    meta = {"BLOCK_T": block_t, "BLOCK_C": block_c, "ACCUMULATE": _dot_type(problem.dtype)}
+    blocks = -(-padded // block_c)
+    tiles = 0
+    if partial is None:
+        mean, var = t.mean, t.var
+    else:
+        tiles = partial.shape[0]
+        if tiles > per_split:
+            splits = -(-tiles // per_split)
+            into = partial.new_empty((splits, 2, m))
+            launch(
+                kernels.statistics.combine_partials, (blocks, splits), None,
+                partial, tiles, rows, total, m, into, per_split, **meta,
+            )  # fmt: skip
+            partial, tiles, rows = into, splits, rows * per_split
+    scale, shift = (t.x.new_empty(padded, dtype=problem.accumulate_dtype) for _ in range(2))
+    launch(
+        kernels.statistics.finish_norm, (blocks,), None,
+        partial, tiles, rows, total, mean, var, t.norm_weight, t.norm_bias, bias, scale, shift,
+        m, padded, EPS=problem.spec.eps, **meta,  # type: ignore[union-attr]
+    )  # fmt: skip
+    return scale, shift
+
+
+# ---- from tensors to kernel arguments
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    config: configs.TapConfig | configs.StreamConfig | None,
+    *args: Any,
+    **meta: Any,
+) -> None:
+    """Run a kernel on the device of its first tensor."""
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    guard: Any = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if config is not None:
+        meta["num_warps"] = config.num_warps
+        if isinstance(config, configs.TapConfig):
+            meta["num_stages"] = config.num_stages
+    with guard:
+        kernel[grid](*args, **meta)
+
+
+def pack(weight: Tensor, groups: int, channels: int, config: configs.TapConfig) -> Tensor:
+    """(K, C/g, kt, kh, kw) as (groups, reduction, width): see ``kernels.tap_conv``."""
+    k, c = weight.shape[:2]
+    w = weight.reshape(groups, k // groups, c, -1).permute(0, 3, 2, 1)  # (g, taps, C/g, K/g)
+    width = configs.round_up(k // groups, config.columns) - k // groups
+    if config.flat:
+        w = F.pad(w, (0, 0, 0, channels - c)).flatten(1, 2)
+        return F.pad(w, (0, width, 0, -w.shape[1] % config.block_k)).contiguous()
+    depth = configs.round_up(channels, config.block_k) - c
+    return F.pad(w, (0, width, 0, depth)).flatten(1, 2).contiguous()
+
+
+def taps(p: Pass) -> Any:
+    """Geometry of a pass as the kernels take it."""
+    from ..kernels.common import Taps
+
+    return Taps(p.kernel, p.stride, p.dilation, p.padding[::2], p.padding_mode)  # type: ignore[arg-type]
+
+
+def alignment(t: Tensor, channels: int) -> int:
+    """Largest divisor up to 8 of row offsets and channel count, where channels are contiguous."""
+    if t.stride(1) != 1:
+        return 1
+    return math.gcd(8, channels, *(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 and s != 1))  # fmt: skip
+
+
+def run_length(x: Tensor, y: Tensor) -> int:
+    """Positions that are neighbours in memory for certain, where w is the contiguous axis."""
+    contiguous = 1 in (x.stride(4), y.stride(4)) and 1 not in (x.stride(1), y.stride(1))
+    return math.gcd(16, y.shape[4]) if contiguous else 1
+
+
+def uses_tensor_cores(dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 2 or (dtype == torch.float32 and tf32_allowed())
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """How products are formed."""
+    return {
+        "PRECISION": "tf32" if uses_tensor_cores(dtype) and dtype == torch.float32 else "ieee",
+        "EMULATE": interpreted() and dtype == torch.bfloat16,
+        "ACCUMULATE": _dot_type(dtype),
+    }
+
+
+def _dot_type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32

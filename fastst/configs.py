@@ -1,0 +1,162 @@
+"""Tile configurations: pure functions from the sizes of a problem and an architecture.
+
+Nothing here needs a GPU. A tile is ``block_p`` positions × (``block_n`` + ``rest_n``) output channels
+× ``block_k`` of the reduction; Triton's shapes are powers of two, and the second column block lets
+144 channels run as 128 + 16 instead of 256.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+Capability = tuple[int, int]
+
+# Below this there are no bfloat16 tensor cores and no asynchronous copies to shared memory.
+LEAST_CAPABILITY: Capability = (8, 0)
+# Column tiles as (block_n, rest_n). Above 192 columns × 128 rows of float32 the accumulators alone
+# take more than 96 of the 255 registers of a thread, and operands spill.
+_COLUMNS = (
+    (16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32), (128, 0), (128, 16), (128, 32), (128, 64),
+)  # fmt: skip
+_LEAST_K = 16  # of tl.dot
+
+
+@dataclass(frozen=True)
+class TapConfig:
+    """Tiles and launch parameters of ``tap_conv`` and ``parallel_conv``."""
+
+    block_p: int
+    block_n: int
+    rest_n: int
+    block_k: int
+    flat: bool  # the reduction runs over (tap, channel) as one index
+    num_warps: int
+    num_stages: int
+
+    @property
+    def columns(self) -> int:
+        return self.block_n + self.rest_n
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Tiles of the element-wise kernels: positions × channels, no products of matrices."""
+
+    block_p: int
+    block_c: int
+    num_warps: int
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def shared_memory_limit(capability: Capability) -> int:
+    """Bytes of shared memory that one block may use (CUDA programming guide, table of limits)."""
+    if capability in ((8, 6), (8, 9)) or capability[0] == 12:
+        return 99 << 10
+    if capability[0] == 8:
+        return 163 << 10
+    return 227 << 10
+
+
+def processors(capability: Capability) -> int:
+    """Multiprocessors to keep busy: about what the data-centre part of the architecture has."""
+    return 108 if capability[0] == 8 else 132
+
+
+def shared_memory(config: TapConfig, itemsize: int) -> int:
+    """Bytes that the pipelined operand tiles take."""
+    return config.num_stages * config.block_k * (config.block_p + config.columns) * itemsize
+
+
+def tap_conv(
+    positions: int,
+    channels: int,
+    out_channels: int,
+    groups: int,
+    taps: int,
+    dtype: torch.dtype,
+    tensor_cores: bool,
+    capability: Capability,
+) -> TapConfig:
+    """Configuration of one pass, or of both branches of the parallel op.
+
+    Args:
+        positions: N·T'·H'·W' of the output.
+        channels, out_channels: of one group.
+        groups: of the convolution.
+        taps: kernel positions.
+        dtype: of x and of the weights.
+        tensor_cores: whether products may run on tensor cores (float32 only where TF32 is allowed).
+        capability: of the GPU.
+    """
+    return candidates(
+        positions, channels, out_channels, groups, taps, dtype, tensor_cores, capability
+    )[0]
+
+
+def candidates(
+    positions: int,
+    channels: int,
+    out_channels: int,
+    groups: int,
+    taps: int,
+    dtype: torch.dtype,
+    tensor_cores: bool,
+    capability: Capability,
+    limit: int = 12,
+) -> list[TapConfig]:
+    """Configurations worth measuring, best guess first; at most ``limit``. Arguments as above."""
+    itemsize = dtype.itemsize
+    flat = channels < _LEAST_K and taps > 1
+    reduction = channels * taps if flat else channels
+    # Without tensor cores every product is an FMA on registers: small tiles, or operands spill.
+    widest, most_k, rows = (192, 64, (128, 64)) if tensor_cores else (64, 32, (64, 32))
+    if itemsize == 4 and tensor_cores:
+        widest, most_k = 128, 32  # operands are twice as wide
+    if itemsize == 8:
+        widest, most_k, rows = 32, 16, (32, 32)
+    # Padded columns cost products; each column tile reads x again, here counted as 32 columns.
+    columns = sorted(
+        (c for c in _COLUMNS if sum(c) <= max(widest, 16)),
+        key=lambda c: (round_up(out_channels, sum(c)) * (1 + 32 / sum(c)), -sum(c)),
+    )
+    # Padded reduction costs products; each step costs a barrier, here counted as 8 of it.
+    depths = sorted(
+        (k for k in (16, 32, 64) if k <= most_k),
+        key=lambda k: (round_up(reduction, k) * (1 + 8 / k), -k),
+    )
+    if capability[0] == 8 and itemsize == 2:
+        depths = [min(d, 32) for d in depths[:1]] + depths  # mma.sync: more stages, thinner
+    found: list[TapConfig] = []
+    for block_n, rest_n in columns[:2]:
+        programs = groups * math.ceil(out_channels / (block_n + rest_n))
+        tall = math.ceil(positions / rows[0]) * programs >= processors(capability)
+        for block_p in rows if tall else rows[::-1]:
+            for block_k in depths[:2]:
+                # 128 × 128 accumulators over 4 warps are 128 registers of each thread: 8 from there.
+                warps = 8 if block_p * (block_n + rest_n) >= 128 * 96 else 4
+                config = TapConfig(block_p, block_n, rest_n, block_k, flat, warps, 4)
+                while shared_memory(config, itemsize) > shared_memory_limit(capability) // 2:
+                    # Half of it, so that two blocks fit on a multiprocessor.
+                    if config.num_stages == 2:
+                        break
+                    config = replace(config, num_stages=config.num_stages - 1)
+                for stages in (config.num_stages, max(2, config.num_stages - 1)):
+                    candidate = replace(config, num_stages=stages)
+                    if candidate not in found:
+                        found.append(candidate)
+    return found[:limit]
+
+
+def combine(channels: int) -> tuple[int, int, int]:
+    """(partials per step, channels per program, partials per split) of the statistics kernels.
+
+    One step loads 64 × 16 values with 4 warps, 8 of each thread; 1,024 partials a program keep the
+    fixed order short (a float32 pass of 2^31 positions is 2^24 partials).
+    """
+    return 64, 16 if channels > 16 else 8, 1024

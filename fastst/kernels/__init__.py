@@ -1,0 +1,1 @@
+"""Triton kernels only; imported by ``backends.triton`` when first needed, never by ``fastst``."""

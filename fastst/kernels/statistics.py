@@ -1,0 +1,98 @@
+"""Batch statistics from per-tile partials, and the per-channel affine map of a norm.
+
+Partials are (tiles, 2, channels): mean and M2 = Σ(v − mean)² of up to ``rows`` values each, the last
+tile of what is left. They are combined by Chan's formula in a fixed order: deterministic, and
+without the cancellation of sums of squares.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def combine(
+    partial_ptr, channel, channel_ok, channels, first, last, rows, total,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """(mean, M2) of partials first..last − 1, for ``channel`` (BLOCK_C,)."""
+    n_all = tl.zeros((BLOCK_C,), ACCUMULATE)
+    mean = tl.zeros((BLOCK_C,), ACCUMULATE)
+    m2 = tl.zeros((BLOCK_C,), ACCUMULATE)
+    for start in range(first, last, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        ok = (tile < last)[:, None] & channel_ok[None, :]
+        at = partial_ptr + tile.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
+        means = tl.load(at, mask=ok, other=0.0)
+        m2s = tl.load(at + channels, mask=ok, other=0.0)
+        left = total - tile.to(tl.int64) * rows
+        n = tl.where(tile < last, tl.minimum(left, rows), 0).to(ACCUMULATE)[:, None]
+        n_block = tl.sum(n, 0)
+        mean_block = tl.sum(n * means, 0) / n_block
+        away = means - mean_block[None, :]
+        m2_block = tl.sum(m2s + n * away * away, 0)
+        step = mean_block - mean
+        n_new = n_all + n_block
+        mean += step * (n_block / n_new)
+        m2 += m2_block + step * step * (n_all * (n_block / n_new))
+        n_all = n_new
+    return mean, m2
+
+
+@triton.jit(do_not_specialize=["tiles", "total"])
+def combine_partials(
+    partial_ptr, tiles, rows, total, channels, out_ptr, per_split,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Partials of ``per_split`` tiles each into one: (splits, 2, channels)."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < channels
+    split = tl.program_id(1)
+    first = split * per_split
+    last = tl.minimum(first + per_split, tiles)
+    mean, m2 = combine(
+        partial_ptr, channel, channel_ok, channels, first, last, rows, total,
+        BLOCK_T, BLOCK_C, ACCUMULATE,
+    )  # fmt: skip
+    at = out_ptr + split.to(tl.int64) * 2 * channels + channel
+    tl.store(at, mean, mask=channel_ok)
+    tl.store(at + channels, m2, mask=channel_ok)
+
+
+@triton.jit(do_not_specialize=["tiles", "total"])
+def finish_norm(
+    partial_ptr, tiles, rows, total,  # partial_ptr None: mean and var are given
+    mean_ptr, var_ptr,  # (channels,), written or read
+    gamma_ptr, beta_ptr, bias_ptr,  # (channels,) each, or None
+    scale_ptr, shift_ptr,  # (padded,), written; zeros beyond channels
+    channels, padded, EPS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """scale = γ/sqrt(var + ε) and shift = β − scale·(mean − bias), of given or batch statistics.
+
+    ``bias`` is one that the convolution before has not added.
+    """
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ok = channel < channels
+    if partial_ptr is not None:
+        mean, m2 = combine(
+            partial_ptr, channel, ok, channels, 0, tiles, rows, total, BLOCK_T, BLOCK_C, ACCUMULATE
+        )
+        var = m2 / total.to(ACCUMULATE)
+        tl.store(mean_ptr + channel, mean, mask=ok)
+        tl.store(var_ptr + channel, var, mask=ok)
+    else:
+        mean = tl.load(mean_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
+        var = tl.load(var_ptr + channel, mask=ok, other=1.0).to(ACCUMULATE)
+    scale = 1 / tl.sqrt(var + EPS)
+    if gamma_ptr is not None:
+        scale *= tl.load(gamma_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
+    if bias_ptr is not None:
+        mean -= tl.load(bias_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
+    shift = -scale * mean
+    if beta_ptr is not None:
+        shift += tl.load(beta_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
+    inside = channel < padded
+    tl.store(scale_ptr + channel, tl.where(ok, scale, 0.0), mask=inside)
+    tl.store(shift_ptr + channel, tl.where(ok, shift, 0.0), mask=inside)

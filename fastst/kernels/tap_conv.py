@@ -1,0 +1,197 @@
+"""Tap convolution: implicit GEMM over a list of taps, with prologue and epilogue.
+
+    y[p, n] = epilogue( Σ_tap Σ_c prologue(x[p·stride + tap, c]) · w[tap, c, n] )
+
+Spatial passes have kh·kw taps, temporal ones kt; taps out of range are skipped, not multiplied.
+Weights come packed as (groups, reduction, width), where reduction is tap-major and padded to whole
+``BLOCK_K`` with zeros, width = output channels of a group padded to whole tiles with zeros. A tile
+is ``BLOCK_N`` channels plus, where that fits the channel count better, ``REST_N`` more.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import activate, columns, narrow, positions, product, row_offsets, tap_offsets
+
+
+@triton.jit
+def reduction_rows(channels, TAPS: tl.constexpr, FLAT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows of a group's packed weights."""
+    COUNT: tl.constexpr = TAPS.kernel[0] * TAPS.kernel[1] * TAPS.kernel[2]
+    if FLAT > 0:
+        return (COUNT * FLAT + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    return COUNT * ((channels + BLOCK_K - 1) // BLOCK_K * BLOCK_K)
+
+
+@triton.jit
+def accumulate(
+    acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
+    x_ptr, x_strides, x_size,  # x_ptr at the first channel of the group
+    channels,  # of the group
+    w_ptr, width,  # w_ptr at the group's first row and the tile's first column
+    scale_ptr, shift_ptr,  # prologue, at the first channel of the group, or None
+    position, row_ok,
+    TAPS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """acc and rest plus the convolution at the tile's positions.
+
+    FLAT is 0, or the channel count where that is too thin to fill BLOCK_K: the reduction then runs
+    over (tap, channel) as one index. ALIGN divides every stride but a unit one, and the channels.
+    """
+    KH: tl.constexpr = TAPS.kernel[1]
+    KW: tl.constexpr = TAPS.kernel[2]
+    COUNT: tl.constexpr = TAPS.kernel[0] * KH * KW
+    at = columns(position)
+    k = tl.arange(0, BLOCK_K)
+    w_tile = w_ptr + k.to(tl.int64)[:, None] * width + tl.arange(0, BLOCK_N)[None, :]
+    if REST_N > 0:
+        w_rest = w_ptr + k.to(tl.int64)[:, None] * width + BLOCK_N + tl.arange(0, REST_N)[None, :]
+    if FLAT > 0:
+        chunks = 1
+        steps = (COUNT * FLAT + BLOCK_K - 1) // BLOCK_K
+    else:
+        if ALIGN > 1:
+            channels = tl.multiple_of(channels, ALIGN)
+        chunks = (channels + BLOCK_K - 1) // BLOCK_K
+        steps = COUNT * chunks
+    for step in range(steps):
+        if FLAT > 0:
+            index = step * BLOCK_K + k
+            tap = index // FLAT
+            c = (index % FLAT)[None, :]
+            c_ok = (index < COUNT * FLAT)[None, :]
+            kt, kh, kw = (tap // (KH * KW))[None, :], (tap // KW % KH)[None, :], (tap % KW)[None, :]
+        else:
+            tap = step // chunks
+            c = ((step % chunks) * BLOCK_K + k)[None, :]
+            c_ok = c < channels
+            kt, kh, kw = tap // (KH * KW), tap // KW % KH, tap % KW
+        offsets, inside = tap_offsets(at, (kt, kh, kw), x_size, x_strides, TAPS)
+        if ALIGN > 1:
+            offsets = tl.multiple_of(offsets, (ALIGN, ALIGN))
+        ok = inside & row_ok[:, None] & c_ok
+        a = tl.load(x_ptr + offsets + c.to(tl.int64) * x_strides[1], mask=ok, other=0.0)
+        if scale_ptr is not None or ACTIVATION != "none":
+            z = a.to(acc.dtype)
+            if scale_ptr is not None:
+                scale = tl.load(scale_ptr + c, mask=c_ok, other=0.0)
+                shift = tl.load(shift_ptr + c, mask=c_ok, other=0.0)
+                z = z * scale + shift
+            z = activate(z, ACTIVATION, SLOPE)
+            if scale_ptr is not None:  # act(shift) is not 0; act(0) is, for all of them
+                z = tl.where(ok, z, 0.0)
+            a = narrow(z, a.dtype, EMULATE)
+        acc = product(a, tl.load(w_tile), acc, PRECISION, EMULATE)
+        w_tile += BLOCK_K * width
+        if REST_N > 0:
+            rest = product(a, tl.load(w_rest), rest, PRECISION, EMULATE)
+            w_rest += BLOCK_K * width
+    return acc, rest
+
+
+@triton.jit
+def finish(
+    acc, n,  # (BLOCK_P, columns) and (columns,): channel within the group
+    group, channels, all_channels, stored,  # of a group; of all; how many of n are written
+    scale_ptr, shift_ptr,  # (all_channels,), or None
+    partial_ptr,  # (2, all_channels) of this tile, or None
+    residual_ptr, residual_strides,  # like y, or None
+    y_ptr, y_strides,
+    position, row_ok, rows,  # rows: how many of the tile's positions exist
+    INNER: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, Y_ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """y = ACTIVATION(INNER(acc·scale + shift) + residual), and (mean, M2) per channel before it."""
+    n_ok = n < channels
+    channel = group * channels + n
+    if scale_ptr is not None:
+        acc = acc * tl.load(scale_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)[None, :]
+    if shift_ptr is not None:
+        acc = acc + tl.load(shift_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)[None, :]
+    ok = row_ok[:, None] & (n < stored)[None, :]
+    if partial_ptr is not None:
+        mean = tl.sum(tl.where(ok, acc, 0.0), 0) / rows.to(acc.dtype)
+        away = tl.where(ok, acc - mean[None, :], 0.0)
+        tl.store(partial_ptr + channel, mean, mask=n_ok)
+        tl.store(partial_ptr + all_channels + channel, tl.sum(away * away, 0), mask=n_ok)
+    acc = activate(acc, INNER, SLOPE)
+    column = channel.to(tl.int64)[None, :]
+    if residual_ptr is not None:
+        offsets = row_offsets(position, residual_strides)[:, None] + column * residual_strides[1]
+        acc += tl.load(residual_ptr + offsets, mask=ok, other=0.0).to(acc.dtype)
+    acc = activate(acc, ACTIVATION, SLOPE)
+    offsets = row_offsets(position, y_strides)
+    if Y_ALIGN > 1:
+        offsets = tl.multiple_of(offsets, Y_ALIGN)
+    offsets = offsets[:, None] + column * y_strides[1]
+    tl.store(y_ptr + offsets, narrow(acc, y_ptr.dtype.element_ty, EMULATE), mask=ok)
+
+
+# Sizes of a video change from call to call; a kernel of its own for sizes 1 or 16 gains nothing.
+@triton.jit(do_not_specialize=["x_size", "y_size", "count"])
+def tap_conv(
+    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
+    channels, groups,  # channels of a group
+    w_ptr, width,  # (groups, reduction, width)
+    in_scale_ptr, in_shift_ptr,  # (C,) prologue, or None
+    out_scale_ptr, out_shift_ptr,  # (K,) epilogue, or None
+    partial_ptr,  # (tiles of positions, 2, K), or None
+    residual_ptr, residual_strides,
+    y_ptr, y_strides, y_size,  # (N, K, T', H', W')
+    y_channels, y_stored,  # of a group; of it stored: more than it has are zeros
+    count,  # N·T'·H'·W'
+    TAPS: tl.constexpr, FLAT: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
+    RUN: tl.constexpr, WIDE: tl.constexpr,
+    IN_ACTIVATION: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """One pass. Programs of one tile of positions are neighbours, so that they share it in L2."""
+    tiles_n = width // (BLOCK_N + REST_N)
+    pid = tl.program_id(0)
+    tile_p = pid // (tiles_n * groups)
+    group = pid // tiles_n % groups
+    first = pid % tiles_n * (BLOCK_N + REST_N)
+    start = tile_p * BLOCK_P
+    if WIDE:
+        start = tile_p.to(tl.int64) * BLOCK_P
+    p = start + tl.arange(0, BLOCK_P)
+    row_ok = p < count
+    position = positions(p, y_size, RUN)
+
+    acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
+    rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
+    in_channel = group * channels
+    if in_scale_ptr is not None:
+        in_scale_ptr += in_channel
+        in_shift_ptr += in_channel
+    reduction = reduction_rows(channels, TAPS, FLAT, BLOCK_K)
+    acc, rest = accumulate(
+        acc, rest, x_ptr + in_channel.to(tl.int64) * x_strides[1], x_strides, x_size, channels,
+        w_ptr + group.to(tl.int64) * reduction * width + first, width, in_scale_ptr, in_shift_ptr,
+        position, row_ok, TAPS, FLAT, X_ALIGN, IN_ACTIVATION, SLOPE, BLOCK_N, REST_N, BLOCK_K,
+        PRECISION, EMULATE,
+    )  # fmt: skip
+
+    all_channels = groups * y_channels
+    rows = tl.minimum(count - start, BLOCK_P)
+    if partial_ptr is not None:
+        partial_ptr += tile_p.to(tl.int64) * 2 * all_channels
+    n = first + tl.arange(0, BLOCK_N)
+    finish(
+        acc, n, group, y_channels, all_channels, y_stored, out_scale_ptr, out_shift_ptr, partial_ptr,
+        residual_ptr, residual_strides, y_ptr, y_strides, position, row_ok, rows,
+        INNER, ACTIVATION, SLOPE, Y_ALIGN, EMULATE,
+    )  # fmt: skip
+    if REST_N > 0:
+        n = first + BLOCK_N + tl.arange(0, REST_N)
+        finish(
+            rest, n, group, y_channels, all_channels, y_stored, out_scale_ptr, out_shift_ptr,
+            partial_ptr, residual_ptr, residual_strides, y_ptr, y_strides, position, row_ok, rows,
+            INNER, ACTIVATION, SLOPE, Y_ALIGN, EMULATE,
+        )  # fmt: skip
