@@ -1,0 +1,1 @@
+"""Benchmarks: measured side by side in one process, recorded, and reported from the record."""

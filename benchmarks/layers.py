@@ -1,0 +1,389 @@
+"""Microbenchmarks: every shape × dtype × mode, on every backend that can run, against every peer.
+
+Within one unit (a shape, a dtype, a mode) all contenders hold the same state, run in one process,
+interleaved, and are compared with float64 before anything is timed. What disagrees gets no number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastst import dispatch
+
+from . import measure, peers
+from .measure import Error, Spread
+from .record import Record, default_path, progress
+from .shapes import ALL, MODES, Case
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a unit is measured."""
+
+    device: torch.device
+    level: str = "core"  # of peers: "short", "core", "all"
+    backends: tuple[str, ...] = ("auto",)
+    seconds: float = 2.0  # of timing, per unit
+    rounds: int = 50  # at most
+    ceilings: dict[str, Any] | None = None
+
+
+class Inputs:
+    """Clips and gradients of the output in one dtype, in both layouts; shared by all contenders."""
+
+    def __init__(
+        self, clips: Sequence[Tensor], seeds: Sequence[Tensor], dtype: torch.dtype,
+        device: torch.device, needs_grad: bool,
+    ) -> None:  # fmt: skip
+        self.sets: dict[bool, tuple[list[Tensor], list[Tensor]]] = {}
+        for channels_last in (False, True):
+            fmt = torch.channels_last_3d if channels_last else torch.contiguous_format
+
+            def laid_out(t: Tensor, fmt: torch.memory_format = fmt) -> Tensor:
+                return t.to(device, dtype).clone(memory_format=fmt)
+
+            self.sets[channels_last] = (
+                [laid_out(x).requires_grad_(needs_grad) for x in clips],
+                [laid_out(g) for g in seeds],
+            )
+
+
+class Step:
+    """One contender's call in one mode: forward, or forward and backward."""
+
+    def __init__(
+        self, contender: peers.Contender, mode: str, inputs: Inputs, dtype: torch.dtype,
+        device: torch.device, mid: int,
+    ) -> None:  # fmt: skip
+        self.contender, self.training, self.mid = contender, mode.startswith("training"), mid
+        self.module = peers.prepare(contender, dtype, device).train(self.training)
+        self.clips, self.seeds = inputs.sets[contender.channels_last]
+
+    def forward(self, i: int = 0) -> Tensor:
+        with self.contender.context():
+            return self.module(self.clips[i])
+
+    def __call__(self, i: int = 0) -> Tensor:
+        if not self.training:
+            with torch.no_grad():
+                return self.forward(i)
+        with self.contender.context():
+            y: Tensor = self.module(self.clips[i])
+            torch.autograd.backward(y, self.seeds[i])
+        return y.detach()
+
+    def clear(self) -> None:
+        """Forget gradients: every step writes new ones, none accumulates."""
+        self.module.zero_grad(set_to_none=True)
+        for x in self.clips:
+            x.grad = None
+
+    def outputs(self) -> dict[str, Tensor]:
+        """y and, in training, every gradient and the running statistics, of the first inputs."""
+        self.clear()
+        found = collect(self(0), self.clips[0], self.module, self.mid)
+        self.clear()
+        return found
+
+
+def collect(y: Tensor, x: Tensor, module: nn.Module, mid: int) -> dict[str, Tensor]:
+    """Everything that two runs of one case must agree on; padded mid channels cut off."""
+    found = {"y": y}
+    if x.requires_grad and x.grad is not None:
+        found["dx"] = x.grad
+    for name, p in module.named_parameters():
+        if p.grad is not None:
+            g = p.grad
+            if name in ("spatial.weight", "spatial.bias", "norm.weight", "norm.bias"):
+                g = g[:mid]
+            if name == "temporal.weight":
+                g = g[:, :mid]
+            found["d " + name] = g
+    if module.training:
+        for name, b in module.named_buffers():
+            if "running" in name:
+                found[name] = b[:mid]
+    return found
+
+
+def representable(t: Tensor) -> Tensor:
+    """t rounded to what bfloat16 and float16 both hold, so that all dtypes see the same numbers."""
+    t = t.bfloat16().float()
+    return torch.where(t.abs() < 2**-14, 0, t)
+
+
+def model_of(case: Case, mode: str, generator: torch.Generator) -> peers.Eager:
+    """The eager layer in the mode's state, with random parameters and running statistics."""
+    norm = case.norm and mode in ("eval", "training-bn")
+    model = peers.Eager(case, norm).train(mode.startswith("training"))
+    with torch.no_grad():
+        for p in model.parameters():
+            fan = max(p[0].numel(), 1) if p.dim() > 1 else 1
+            noise = torch.randn(p.shape, generator=generator) * (2 / fan) ** 0.5
+            p.copy_(representable(noise if p.dim() > 1 else 0.1 * noise))
+        if model.norm is not None:
+            bn: Any = model.norm
+
+            def uniform() -> Tensor:
+                return representable(torch.rand(bn.weight.shape, generator=generator) + 0.5)
+
+            bn.weight.copy_(uniform())
+            bn.running_mean.copy_(uniform() - 1)
+            bn.running_var.copy_(uniform())
+    return model
+
+
+def reference(
+    model: peers.Eager, mode: str, clip: Tensor, seed: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """The outputs that ``Step.outputs`` is compared with: ``nn.Conv3d`` composed, in float64."""
+    needs = mode.startswith("training") and model.case.x_grad
+    inputs = Inputs([clip], [seed], torch.float64, device, needs)
+    plain = peers.Contender("float64", "control", lambda: model)
+    step = Step(plain, mode, inputs, torch.float64, device, model.case.channels[1])
+    step.module.double()
+    return step.outputs()
+
+
+def draw(case: Case, generator: torch.Generator, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Input clips and gradients of the output."""
+    problem = case.problem()
+    x = (case.batch, case.channels[0], *case.size)
+    return (
+        [representable(torch.randn(x, generator=generator)) for _ in range(count)],
+        [representable(torch.randn(problem.out_shape, generator=generator)) for _ in range(count)],
+    )
+
+
+def unit(
+    case: Case, mode: str, dtypes: Sequence[str], options: Options, seed: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows of one case in one mode, for each dtype, from one set of numbers and one reference."""
+    seed = random.SystemRandom().getrandbits(31) if seed is None else seed
+    generator = torch.Generator().manual_seed(seed)
+    model = model_of(case, mode, generator)
+    clips, seeds = draw(case, generator, 3)
+    truth = reference(model, mode, clips[0], seeds[0], options.device)
+    rows = []
+    for dtype in dtypes:
+        with measure.precision(dtype):
+            rows += _contest(case, mode, dtype, model, clips, seeds, truth, options, seed)
+    return rows
+
+
+def _contest(
+    case: Case, mode: str, dtype: str, model: peers.Eager, clips: Sequence[Tensor],
+    seeds: Sequence[Tensor], truth: dict[str, Tensor], options: Options, seed: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    device, torch_dtype = options.device, measure.DTYPES[dtype]
+    cuda = device.type == "cuda"
+    field = [
+        *peers.others(model, mode, cuda, options.level),
+        *peers.ours(model, list(options.backends), mode),
+    ]
+    work = case.work(mode, torch_dtype)
+    needs = mode.startswith("training") and case.x_grad
+    inputs = Inputs(clips, seeds, torch_dtype, device, needs)
+    steps: dict[str, Step] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    yardsticks: list[dict[str, Error]] = []
+    for c in field:
+        row: dict[str, Any] = {
+            "case": case.name, "family": case.family, "label": case.label, "dtype": dtype,
+            "mode": mode, "contender": c.name, "kind": c.kind, "ms": None, "refused": None,
+            "seed": seed,
+        }  # fmt: skip
+        rows[c.name] = row
+        try:
+            step = Step(c, mode, inputs, torch_dtype, device, case.channels[1])
+            with dispatch.recording() as calls:
+                measure.poison(work.bytes, device)
+                outputs = step.outputs()
+            if c.kind == "fastst":
+                row["ran_on"] = sorted({call.chosen for call in calls})
+            if c.kind != "other":
+                found = measure.errors(outputs, truth)
+                row["error"] = {"l2": found["y"].l2, "largest": found["y"].largest}
+                if c.name in peers.YARDSTICKS:
+                    row["refused"] = measure.untrusted(found, dtype)
+                    if row["refused"] is None:
+                        yardsticks.append(found)
+                elif not yardsticks:
+                    row["refused"] = "nothing to compare with: PyTorch's own result is wrong"
+                else:
+                    row["refused"] = measure.disagreement(found, yardsticks, dtype)
+            del outputs
+            if row["refused"] is not None:
+                continue
+            row |= _costs(step, mode, device)
+            steps[c.name] = step
+        except (RuntimeError, ValueError, NotImplementedError, TypeError) as e:
+            row["refused"] = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
+    _time(steps, rows, case, work, options, seed)
+    if options.level != "short":
+        torch._dynamo.reset()
+    return list(rows.values())
+
+
+def _costs(step: Step, mode: str, device: torch.device) -> dict[str, Any]:
+    """Memory and kernels of a warm call."""
+    step.clear()
+    if step.training:  # the gate's run allocated gradients; what follows starts without
+        step(0)
+        step.clear()
+    seen = measure.observe(lambda: step(0), device)
+    step.clear()
+    found: dict[str, Any] = seen._asdict()
+    if step.training:
+        found["saved_bytes"] = measure.saved_bytes(step.forward)
+    return found
+
+
+def _time(
+    steps: dict[str, Step], rows: dict[str, dict[str, Any]], case: Case, work: Any,
+    options: Options, seed: int,
+) -> None:  # fmt: skip
+    if not steps:
+        return
+    clock = measure.Clock(options.device)
+    timed = {name: measure.Timed(step, step.clear) for name, step in steps.items()}
+    gc.collect()
+    samples = measure.interleave(clock, timed, options.seconds, 3, seed, most=options.rounds)
+    medians = {name: Spread.of(s).median for name, s in samples.items()}
+    peer = [n for n in steps if rows[n]["kind"] == "peer"]
+    best = min(peer, key=medians.__getitem__) if peer else None
+    for name, values in samples.items():
+        row = rows[name]
+        spread = Spread.of(values)
+        ms = spread.median
+        row |= {
+            "ms": ms,
+            "ms_quartiles": (spread.q25, spread.q75),
+            "samples": len(values),
+            "tflops": work.flops / ms / 1e9 if row["kind"] != "other" else None,
+            "gbs": work.bytes / ms / 1e6 if row["kind"] != "other" else None,
+        }
+        if peers.BASELINE in samples:
+            row["vs_users"] = measure.ratios(samples[peers.BASELINE], values)
+        if best is not None:
+            row["best_peer"] = best
+            row["vs_best"] = measure.ratios(samples[best], values)
+        if options.ceilings is not None and row["kind"] != "other":
+            row["roofline"] = _floor_ms(work, row["dtype"], options.ceilings) / ms
+
+
+def _floor_ms(work: Any, dtype: str, ceilings: dict[str, Any]) -> float:
+    """The larger of the times for the arithmetic and for the bytes, at the measured ceilings."""
+    peak = ceilings["gemm_tflops"][dtype]
+    return max(work.flops / peak / 1e9, work.bytes / ceilings["copy_gbs"] / 1e6)
+
+
+def run(
+    record: Record,
+    cases: Sequence[Case],
+    modes: Sequence[str],
+    dtypes: Sequence[str],
+    options: Options,
+    deadline: float | None = None,
+    label: str = "layers",
+) -> int:
+    """Measure units until the deadline (of ``time.monotonic``); how many rows were refused.
+
+    Each unit is written when it ends. A refusal that only says that a peer cannot run such a call
+    is no fault; one of this library, or numbers that disagree, is.
+    """
+    units = [(c, m) for c in cases for m in modes if m in c.modes]
+    wrong, skipped = 0, []
+    bar = progress(units, desc=label, unit="unit")
+    for case, mode in bar:
+        if deadline is not None and time.monotonic() > deadline:
+            skipped.append(f"{case.family}/{case.name}/{mode}")
+            continue
+        try:
+            rows = unit(case, mode, dtypes, options)
+        except torch.OutOfMemoryError as e:
+            skipped.append(f"{case.family}/{case.name}/{mode}: {str(e).splitlines()[0][:120]}")
+            continue
+        record.extend("layers", rows)
+        wrong += sum(r["refused"] is not None and r["kind"] == "fastst" for r in rows)
+        for r in rows:
+            if r["refused"] is not None and r["kind"] == "fastst":
+                what = " ".join(r[k] for k in ("label", "mode", "dtype", "contender"))
+                print(f"REFUSED {what}: {r['refused']}")
+        gc.collect()
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if skipped:
+        record.set(not_run=[*record.data.get("not_run", []), *skipped])
+        print(f"{len(skipped)} of {len(units)} units did not run in the given time or memory")
+    return wrong
+
+
+def available_backends() -> tuple[str, ...]:
+    """Every backend to try; one that cannot run a call says so in its row."""
+    return ("auto", *(name for name in dispatch.BACKENDS if name != "reference"))
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that the benchmarks share."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's")
+    parser.add_argument("--out", type=Path, help="record to write or add to")
+    parser.add_argument("--minutes", type=float, help="stop starting measurements after these")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes: exercises everything")
+
+
+def opened(args: argparse.Namespace) -> tuple[Record, torch.device, float | None]:
+    """Record, device and deadline of shared arguments."""
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    warnings.filterwarnings("ignore", category=dispatch.FallbackWarning)
+    record = Record(args.out or default_path(device), device, fresh=args.out is None)
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    return record, device, deadline
+
+
+def main(argv: Sequence[str] | None = None, before: Callable[[], None] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.layers", description=__doc__)
+    arguments(parser)
+    parser.add_argument("--dtypes", default="", help="of bf16,fp16,tf32,fp32; default: all on CUDA")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--families", default="", help="families or case names, comma-separated")
+    parser.add_argument("--peers", default="core", choices=("short", "core", "all"))
+    parser.add_argument("--batch", type=int, help="instead of each case's own")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing, per unit")
+    args = parser.parse_args(argv)
+    record, device, deadline = opened(args)
+    cuda = device.type == "cuda"
+    dtypes = (args.dtypes or ("bf16,fp16,tf32,fp32" if cuda else "fp32")).split(",")
+    wanted = [f for f in args.families.split(",") if f]
+    cases = [c for c in ALL if not wanted or c.family in wanted or c.name in wanted]
+    batch = args.batch or (None if cuda else 1)
+    cases = [c.at_batch(batch) if batch else c for c in cases]
+    seconds, rounds = args.seconds, 50
+    if args.dry:
+        cases, seconds, rounds = [c.tiny() for c in cases], 0.0, 5
+    ceilings = measure.ceilings(device, dtypes, 0.0 if args.dry else 1.0)
+    record.set(ceilings=record.data.get("ceilings") or ceilings)
+    options = Options(device, args.peers, available_backends(), seconds, rounds, ceilings)
+    wrong = run(record, cases, args.modes.split(","), dtypes, options, deadline)
+    print(f"{len(record.data['layers'])} rows, {wrong} refused: {record.path.name}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
