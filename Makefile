@@ -4,9 +4,9 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
+TOOLS := $(VENV)/.tools
 SETUP := $(VENV)/.setup
 NATIVE := $(shell find csrc tests/emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
-INPUTS := pyproject.toml constraints.txt $(wildcard setup.py) $(filter csrc/%,$(NATIVE))
 
 .PHONY: help setup demo test lint format static bench gpu clean
 .DEFAULT_GOAL := help
@@ -26,9 +26,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The first line brings what the second builds with; both take torch in the pinned version.
-$(SETUP): $(INPUTS) | $(BIN)/python
+$(TOOLS): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt torch 'setuptools>=77' pybind11 ninja
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	FASTST_BUILD_CUDA=0 $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# The native library, where there is an nvcc; compiles only what has changed.
+$(SETUP): $(TOOLS) setup.py $(filter csrc/%,$(NATIVE))
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
 	@touch $@
 
 demo: $(SETUP)
@@ -38,13 +43,13 @@ demo: $(SETUP)
 test: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
-lint: $(SETUP)
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(NATIVE),$(BIN)/clang-format --dry-run -Werror $(NATIVE))
 
-format: $(SETUP)
+format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))

@@ -42,7 +42,9 @@ def test_snippets_run(
 
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
-    missing = [link for link in _LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    missing = [
+        link for link in _LINK.findall(page.read_text()) if not (page.parent / link).exists()
+    ]
     assert not missing
 
 
