@@ -124,7 +124,9 @@ def parallel_conv2plus1d_backward(
         g = activations.grad(spec.activation, g, y, spec.slope)
     ga = gb = g
     if spec.combine == "cat":
-        ga, gb = (t.contiguous() for t in g.split((spatial.out_channels, temporal.out_channels), -1))
+        ga, gb = (
+            t.contiguous() for t in g.split((spatial.out_channels, temporal.out_channels), -1)
+        )
     if spec.branch_activation != "none":
         ga = activations.grad(spec.branch_activation, ga, a, spec.slope)
         gb = activations.grad(spec.branch_activation, gb, b, spec.slope)
@@ -341,10 +343,23 @@ class _Conv4d:
 
 def _conv(rows: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
     """One pass from rows to rows."""
+    if _needs_float32(rows, p.groups > 1 or max(p.dilation) > 1):
+        wide = (None if t is None else t.float() for t in (rows, weight, bias))
+        return _conv(*wide, p).to(rows.dtype)  # type: ignore[arg-type]
     padded, padding = _pad_rows(rows, p)
     c = _Conv4d(padded, weight, p, padding)
     y = F.conv2d(c.x, c.weight, bias, c.stride, c.padding, c.dilation, p.groups)
     return c.rows(y)
+
+
+def _needs_float32(rows: Tensor, risky: bool) -> bool:
+    """Whether a convolution must run on float32 copies.
+
+    On CPUs, oneDNN's channels-last bfloat16 is wrong for some grouped and dilated convolutions
+    and for the gradients of others (up to reads out of bounds), and PyTorch's float16 gradient
+    refuses some weights. float32 is right.
+    """
+    return risky and rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16)
 
 
 def _conv_backward(
@@ -353,6 +368,9 @@ def _conv_backward(
     """Gradients of ``_conv`` with respect to rows, weight (5D) and bias, where needed."""
     if not any(needs):
         return None, None, None
+    if _needs_float32(rows, True):
+        wide = _conv_backward(dy.float(), rows.float(), weight.float(), p, needs)
+        return tuple(None if g is None else g.to(rows.dtype) for g in wide)  # type: ignore[return-value]
     padded, padding = _pad_rows(rows, p)
     c = _Conv4d(padded, weight, p, padding)
     dx, dw, db = aten.convolution_backward(
