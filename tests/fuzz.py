@@ -33,8 +33,8 @@ CASES = int(os.environ.get("FASTST_FUZZ", "0"))
 # Beside PyTorch's own error, in units of the largest magnitude that enters the result. float32 has
 # twice as many because its sums are rounded at every step, those of 16 bits only at the end.
 ULPS = {torch.float32: 8.0, torch.float16: 4.0, torch.bfloat16: 4.0}
-# PyTorch being off by more is taken for a bug of the vendor's convolution (there are some in
-# bfloat16 with dilation, and in grouped channels_last_3d backward), not for a tolerance.
+# PyTorch being off by more in channels_last_3d is a bug of its convolutions, not a tolerance: on
+# the CPU there are some in grouped float32 gradients and in bfloat16.
 VENDOR_BUG = {torch.float32: 512.0, torch.float16: 64.0, torch.bfloat16: 32.0}
 FLOAT64 = 1e-10
 MOMENTUM = 0.3
@@ -136,9 +136,11 @@ class Config:
         return out
 
     def invalid(self) -> bool:
-        """Whether the documentation refuses it."""
+        """Whether the documentation refuses it, or float64 would not be the measure."""
         sizes = self.sizes()
         if min(min(s) for s in sizes) < 1 or (self.parallel and sizes[0] != sizes[1]):
+            return True
+        if self.parallel and self.combine == "add" and self.mid != self.out:
             return True
         read = [self.size, self.size if self.parallel else sizes[0]]
         for kind, size in zip(self.kinds, read, strict=True):
@@ -150,7 +152,15 @@ class Config:
         if self.causal and (not causal_ok or (isinstance(self.padding, tuple) and self.padding[0])):
             return True
         # Batch norm over a handful of values has gradients that cancel: its own tests have those.
-        return self.norm == "batch" and self.batch * math.prod(sizes[0]) < 16
+        if self.norm == "batch" and self.batch * math.prod(sizes[0]) < 16:
+            return True
+        return self.dtype.itemsize == 2 and self._kinks_unavoidable()
+
+    def _kinks_unavoidable(self) -> bool:
+        """Whether ``make`` cannot keep rounded values on their side of where a gradient jumps."""
+        if self.parallel:
+            return self.activation in KINKS and self.branch_activation not in ("none", "relu")
+        return self.activation == "hardswish" and self.norm != "none"
 
     def work(self) -> int:
         """Multiplications of both passes."""
@@ -193,10 +203,11 @@ SMALL = Limits(batch=2, channels=20, frames=5, space=7, work=200_000)
 def random_config(seed: int, limits: Limits = Limits()) -> Config:
     """The configuration of a seed: always the same one for the same limits."""
     rng = random.Random(seed)
-    while True:
+    for _ in range(100_000):
         config = replace(_draw(rng, limits), seed=seed, **limits.fixed)
         if not config.invalid() and config.work() <= limits.work and limits.accept(config):
             return config
+    raise ValueError(f"nothing valid in {limits}")
 
 
 def _draw(rng: random.Random, limits: Limits) -> Config:
@@ -287,7 +298,7 @@ def make(config: Config, device: str = "cpu") -> tuple[dict[str, Tensor], Tensor
     No activation is fed a value that rounding could carry over one of its kinks, where the
     gradient jumps: with 16 bits values lie on a coarse grid and the kink between its points.
     """
-    for attempt in range(200):
+    for attempt in range(20):
         generator = torch.Generator().manual_seed(1000 * config.seed + attempt)
         tensors, dy = _values(config, generator)
         rng = random.Random(config.seed)
@@ -296,7 +307,9 @@ def make(config: Config, device: str = "cpu") -> tuple[dict[str, Tensor], Tensor
         tensors = {
             n: lay_out(t.to(device), layouts.get(n, "contiguous"), rng) for n, t in tensors.items()
         }
-        if attempt == 199 or _clear_of_kinks(config, tensors):
+        if _on_grid(config) and config.norm != "none" and config.affine:
+            _move_kinks_off_grid(config, tensors)
+        if clear_of_kinks(config, tensors):
             break
     return tensors, lay_out(dy.to(device), config.grad_layout, rng)
 
@@ -335,11 +348,6 @@ def _values(config: Config, generator: torch.Generator) -> tuple[dict[str, Tenso
             if f"{kind}_bias" in tensors:
                 bias = tensors[f"{kind}_bias"]
                 bias.copy_(bias.round() + (0.5 if kind == "spatial" else 0.25))
-        if config.norm == "frozen" and config.affine:
-            # gamma·(u − mean)·rstd + beta crosses 0 a quarter beside a whole or half number.
-            scale = tensors["norm_weight"] * (tensors["running_var"] + config.eps).rsqrt()
-            tensors["running_mean"] = tensors["running_mean"].round()
-            tensors["norm_bias"] = scale * (tensors["norm_bias"].round() + 0.25)
     wide = config.wide_norm and config.dtype.itemsize == 2
     tensors = {
         n: t.to(torch.float32 if wide and n.startswith(("norm", "running")) else config.dtype)
@@ -349,14 +357,33 @@ def _values(config: Config, generator: torch.Generator) -> tuple[dict[str, Tenso
     return tensors, normal(config.batch, total, *config.sizes()[1]).to(config.dtype)
 
 
-def _clear_of_kinks(config: Config, tensors: dict[str, Tensor]) -> bool:
-    eps = torch.finfo(config.dtype).eps
+def _first_pass(config: Config, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """u, and the mean and variance that normalise it, in float64."""
+    double = {n: t.double() for n, t in tensors.items()}
+    u = _conv(config, config.kinds[0], double["x"], double)
+    if config.norm == "frozen":
+        return u, double["running_mean"], double["running_var"]
+    var, mean = torch.var_mean(u, (0, 2, 3, 4), correction=0)
+    return u, mean, var
+
+
+def _move_kinks_off_grid(config: Config, tensors: dict[str, Tensor]) -> None:
+    """Set beta so that v = 0 where u is a whole number and three quarters."""
+    _, mean, var = _first_pass(config, tensors)
+    scale = tensors["norm_weight"].double() * (var + config.eps).rsqrt()
+    crossing = (mean - tensors["norm_bias"] / scale).round().clamp(-8, 8) + 0.75
+    tensors["norm_bias"].copy_(scale * (mean - crossing))
+
+
+def clear_of_kinks(config: Config, tensors: dict[str, Tensor]) -> bool:
+    """Whether float32 arithmetic keeps every value on its side of the kinks of its activation."""
+    eps = torch.finfo(torch.float32).eps
     _, fed = compose(config, {n: t.double() for n, t in tensors.items()})
     for name, v in fed:
         for kink in KINKS.get(name, ()):
-            distance = (v - kink).abs()
-            # An exact 0 comes of rows of zeros and is 0 in every dtype.
-            if bool(((distance < 16 * eps * (1 + v.abs().max())) & (v != 0)).any()):
+            near = (v - kink).abs() < 64 * eps * (1 + v.abs().max())
+            # An exact one comes of small whole numbers and is exact in every dtype.
+            if bool((near & (v != kink)).any()):
                 return False
     return True
 
@@ -492,11 +519,9 @@ def scales(
     largest = {n: float(t.abs().max()) if t.numel() else 0.0 for n, t in truth.items()}
     if config.norm == "batch" and dy is not None:
         with torch.no_grad():
-            double = {n: t.double() for n, t in tensors.items()}
-            u = _conv(config, config.kinds[0], double["x"], double)
-            var, mean = torch.var_mean(u, (0, 2, 3, 4), correction=0)
+            _, *statistics = _first_pass(config, tensors)
         held = results(
-            lambda c, t: compose(c, t, (mean, var))[0], config, tensors, dy, torch.float64
+            lambda c, t: compose(c, t, tuple(statistics))[0], config, tensors, dy, torch.float64
         )
         for n in largest.keys() & held.keys():
             largest[n] = max(largest[n], float(held[n].abs().max()))
@@ -554,8 +579,8 @@ def complaints(
         if config.dtype != torch.float64:
             ulp = eps * scale[name]
             errors = [error(peer[name], true) for peer in peers]
-            sane = [e for e in errors if e <= VENDOR_BUG[config.dtype] * ulp]
-            bound = 2 * max(sane, default=0.0) + ULPS[config.dtype] * ulp
+            sane = [e for e in errors[1:] if e <= VENDOR_BUG[config.dtype] * ulp]
+            bound = 2 * max(errors[:1] + sane) + ULPS[config.dtype] * ulp
             told = f", PyTorch {' and '.join(f'{e:.3g}' for e in errors)}"
         if not err <= bound:
             found.append(f"{name}: error {err:.3g} > {bound:.3g} (largest {scale[name]:.3g}{told})")
