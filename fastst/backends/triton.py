@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib.util
 import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -68,7 +67,9 @@ def why_not(problem: Problem, phase: str) -> str | None:
             return "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set at start"
         return None
     if interpreted():
-        return "interprets its kernels because TRITON_INTERPRET is set, and that on CPU tensors only"
+        return (
+            "interprets its kernels because TRITON_INTERPRET is set, and that on CPU tensors only"
+        )
     major_minor = capability(device)
     if major_minor < configs.LEAST_CAPABILITY:
         return (
@@ -161,16 +162,17 @@ def conv_pass(
         uses_tensor_cores(x.dtype), capability(x.device),
     )  # fmt: skip
     packed = pack(weight, groups, channels, config)
+    x_align, y_align = alignment(x, channels), alignment(y, stored)
     tiles = -(-count // config.block_p)
     partial = x.new_empty((tiles if statistics else 0, 2, p.out_channels), dtype=accumulate)
     launch(
         kernels.tap_conv.tap_conv, (tiles * groups * (packed.shape[-1] // config.columns),), config,
-        x, x.stride(), tuple(x.shape[2:]), channels, groups, packed, packed.shape[-1],
+        x, strides(x, x_align), tuple(x.shape[2:]), channels, groups, packed, packed.shape[-1],
         in_scale, in_shift, scale, shift, partial if statistics else None,
         residual, (0,) * 5 if residual is None else residual.stride(),
-        y, y.stride(), tuple(y.shape[2:]), out_channels, stored, count,
+        y, strides(y, y_align), tuple(y.shape[2:]), out_channels, stored, count,
         TAPS=taps(p), FLAT=channels if config.flat else 0,
-        X_ALIGN=alignment(x, channels), Y_ALIGN=alignment(y, stored), RUN=run_length(x, y),
+        X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run_length(x, y),
         WIDE=count >= _WIDE, IN_ACTIVATION=in_activation, INNER=inner, ACTIVATION=activation,
         SLOPE=slope, BLOCK_P=config.block_p, BLOCK_N=config.block_n, REST_N=config.rest_n,
         BLOCK_K=config.block_k, **arithmetic(x.dtype),
@@ -267,9 +269,15 @@ def alignment(t: Tensor, channels: int) -> int:
     return math.gcd(8, channels, *(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 and s != 1))  # fmt: skip
 
 
+def strides(t: Tensor, align: int) -> tuple[int, ...]:
+    """Strides as the kernels take them: of positions in units of ``align``."""
+    n, c, *thw = t.stride()
+    return (n // align, c, *(s // align for s in thw))
+
+
 def run_length(x: Tensor, y: Tensor) -> int:
     """Positions that are neighbours in memory for certain, where w is the contiguous axis."""
-    contiguous = 1 in (x.stride(4), y.stride(4)) and 1 not in (x.stride(1), y.stride(1))
+    contiguous = any(t.stride(4) == 1 != t.stride(1) for t in (x, y))
     return math.gcd(16, y.shape[4]) if contiguous else 1
 
 

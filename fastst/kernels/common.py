@@ -1,7 +1,8 @@
 """Device functions that the kernels share: activations, positions, padding by index, products.
 
 Tiles are ``BLOCK_P`` positions × ``BLOCK_N`` output channels × ``BLOCK_K`` of the reduction. A
-tensor of video shape comes as a pointer and its five element strides in the order n, c, t, h, w.
+tensor of video shape comes as a pointer and its five element strides in the order n, c, t, h, w, all
+but that of c divided by ``ALIGN``: a factor that the compiler can see makes wide loads and stores.
 Offsets are int64, coordinates int32 unless there are 2^31 positions or more (``WIDE``).
 """
 
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
-_GELU_SCALE = tl.constexpr(1.5957691216057308)  # 2·sqrt(2/π)
+_GELU_RATE = tl.constexpr(-1.5957691216057308)  # −2·sqrt(2/π)
 
 
 class Taps(NamedTuple):
@@ -37,7 +38,7 @@ def activate(v, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
         v = 0.5 * v * (1 + tl.erf(v * _SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":
         # 0.5·(1 + tanh(y)) = sigmoid(2y), without the cancellation at y → −∞
-        v = v / (1 + tl.exp(-_GELU_SCALE * (v + 0.044715 * v * v * v)))
+        v = v / (1 + tl.exp((v + 0.044715 * v * v * v) * _GELU_RATE))
     elif ACTIVATION == "leaky_relu":
         v = tl.where(v < 0, SLOPE * v, v)
     elif ACTIVATION == "hardswish":
@@ -53,13 +54,13 @@ def activate(v, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 def positions(p, size, RUN: tl.constexpr):
     """(n, t, h, w) of flat positions p in a grid of ``size`` (T, H, W).
 
-    RUN divides W and every tile starts at a multiple of it: that is what lets loads and stores of
-    contiguous video be vectorised, or at least coalesced, along w.
+    RUN divides W and the start of every tile. Split off, it shows the compiler runs of neighbours
+    along w, so that loads and stores of contiguous video are coalesced.
     """
-    w = p % size[2]
-    if RUN > 1:
-        w = tl.max_contiguous(tl.multiple_of(w, RUN), RUN)
-    rows = p // size[2]
+    runs = size[2] // RUN
+    q = p // RUN
+    w = q % runs * RUN + p % RUN
+    rows = q // runs
     h = rows % size[1]
     frames = rows // size[1]
     return frames // size[0], frames % size[0], h, w
@@ -68,23 +69,21 @@ def positions(p, size, RUN: tl.constexpr):
 @triton.jit
 def source(i, size, MODE: tl.constexpr):
     """The index that a padded index reads, and whether it reads at all."""
-    if MODE == "zeros":
-        return i, (i >= 0) & (i < size)
     if MODE == "replicate":
         i = tl.minimum(tl.maximum(i, 0), size - 1)
     elif MODE == "circular":
         i = tl.where(i < 0, i + size, i)
         i = tl.where(i < size, i, i - size)
-    else:
-        tl.static_assert(MODE == "reflect")
+    elif MODE == "reflect":
         i = tl.where(i < 0, -i, i)
         i = tl.where(i < size, i, 2 * (size - 1) - i)
-    # Positions past the last row of a tile may point anywhere; their loads are masked.
+    else:
+        tl.static_assert(MODE == "zeros")
     return i, (i >= 0) & (i < size)
 
 
 @triton.jit
-def tap_offsets(position, tap, size, strides, TAPS: tl.constexpr):
+def tap_offsets(position, tap, size, strides, ALIGN: tl.constexpr, TAPS: tl.constexpr):
     """int64 offsets that a tap of output positions reads, and which of them exist.
 
     ``position`` is (n, t, h, w) and ``tap`` (kt, kh, kw), of shapes that broadcast. Axes along
@@ -106,17 +105,15 @@ def tap_offsets(position, tap, size, strides, TAPS: tl.constexpr):
     else:
         w = w * TAPS.stride[2] + (tap[2] * TAPS.dilation[2] - TAPS.before[2])
         w, ok_w = source(w, size[2], TAPS.mode)
-    offsets = n.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[2]
-    offsets = offsets + h.to(tl.int64) * strides[3] + w.to(tl.int64) * strides[4]
-    return offsets, ok_t & ok_h & ok_w
+    return row_offsets((n, t, h, w), strides, ALIGN), ok_t & ok_h & ok_w
 
 
 @triton.jit
-def row_offsets(position, strides):
+def row_offsets(position, strides, ALIGN: tl.constexpr):
     """int64 offsets of positions (n, t, h, w), channel 0."""
     n, t, h, w = position
     offsets = n.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[2]
-    return offsets + h.to(tl.int64) * strides[3] + w.to(tl.int64) * strides[4]
+    return (offsets + h.to(tl.int64) * strides[3] + w.to(tl.int64) * strides[4]) * ALIGN
 
 
 @triton.jit

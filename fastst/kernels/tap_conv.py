@@ -21,8 +21,10 @@ def reduction_rows(channels, TAPS: tl.constexpr, FLAT: tl.constexpr, BLOCK_K: tl
     """Rows of a group's packed weights."""
     COUNT: tl.constexpr = TAPS.kernel[0] * TAPS.kernel[1] * TAPS.kernel[2]
     if FLAT > 0:
-        return (COUNT * FLAT + BLOCK_K - 1) // BLOCK_K * BLOCK_K
-    return COUNT * ((channels + BLOCK_K - 1) // BLOCK_K * BLOCK_K)
+        rows = (COUNT * FLAT + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    else:
+        rows = COUNT * ((channels + BLOCK_K - 1) // BLOCK_K * BLOCK_K)
+    return rows
 
 
 @triton.jit
@@ -41,7 +43,7 @@ def accumulate(
     """acc and rest plus the convolution at the tile's positions.
 
     FLAT is 0, or the channel count where that is too thin to fill BLOCK_K: the reduction then runs
-    over (tap, channel) as one index. ALIGN divides every stride but a unit one, and the channels.
+    over (tap, channel) as one index. ALIGN divides the strides and the channels.
     """
     KH: tl.constexpr = TAPS.kernel[1]
     KW: tl.constexpr = TAPS.kernel[2]
@@ -55,8 +57,7 @@ def accumulate(
         chunks = 1
         steps = (COUNT * FLAT + BLOCK_K - 1) // BLOCK_K
     else:
-        if ALIGN > 1:
-            channels = tl.multiple_of(channels, ALIGN)
+        channels = channels // ALIGN * ALIGN  # the same number, and a mask of whole vectors
         chunks = (channels + BLOCK_K - 1) // BLOCK_K
         steps = COUNT * chunks
     for step in range(steps):
@@ -71,9 +72,7 @@ def accumulate(
             c = ((step % chunks) * BLOCK_K + k)[None, :]
             c_ok = c < channels
             kt, kh, kw = tap // (KH * KW), tap // KW % KH, tap % KW
-        offsets, inside = tap_offsets(at, (kt, kh, kw), x_size, x_strides, TAPS)
-        if ALIGN > 1:
-            offsets = tl.multiple_of(offsets, (ALIGN, ALIGN))
+        offsets, inside = tap_offsets(at, (kt, kh, kw), x_size, x_strides, ALIGN, TAPS)
         ok = inside & row_ok[:, None] & c_ok
         a = tl.load(x_ptr + offsets + c.to(tl.int64) * x_strides[1], mask=ok, other=0.0)
         if scale_ptr is not None or ACTIVATION != "none":
@@ -113,6 +112,7 @@ def finish(
         acc = acc * tl.load(scale_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)[None, :]
     if shift_ptr is not None:
         acc = acc + tl.load(shift_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)[None, :]
+    stored = stored // Y_ALIGN * Y_ALIGN  # the same number, and a mask of whole vectors
     ok = row_ok[:, None] & (n < stored)[None, :]
     if partial_ptr is not None:
         mean = tl.sum(tl.where(ok, acc, 0.0), 0) / rows.to(acc.dtype)
@@ -120,15 +120,12 @@ def finish(
         tl.store(partial_ptr + channel, mean, mask=n_ok)
         tl.store(partial_ptr + all_channels + channel, tl.sum(away * away, 0), mask=n_ok)
     acc = activate(acc, INNER, SLOPE)
-    column = channel.to(tl.int64)[None, :]
+    column = (group * channels // Y_ALIGN * Y_ALIGN + n).to(tl.int64)[None, :]
     if residual_ptr is not None:
-        offsets = row_offsets(position, residual_strides)[:, None] + column * residual_strides[1]
+        offsets = row_offsets(position, residual_strides, 1)[:, None] + column * residual_strides[1]
         acc += tl.load(residual_ptr + offsets, mask=ok, other=0.0).to(acc.dtype)
     acc = activate(acc, ACTIVATION, SLOPE)
-    offsets = row_offsets(position, y_strides)
-    if Y_ALIGN > 1:
-        offsets = tl.multiple_of(offsets, Y_ALIGN)
-    offsets = offsets[:, None] + column * y_strides[1]
+    offsets = row_offsets(position, y_strides, Y_ALIGN)[:, None] + column * y_strides[1]
     tl.store(y_ptr + offsets, narrow(acc, y_ptr.dtype.element_ty, EMULATE), mask=ok)
 
 
