@@ -312,7 +312,7 @@ class _Conv4d:
             self.weight = weight[..., 0]
             self.stride, self.dilation = (p.stride[0], 1), (p.dilation[0], 1)
             self.padding = (padding[0], 0)
-        self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+        self.weight = _channels_last(self.weight)
 
     def rows(self, y: Tensor) -> Tensor:
         """Rows of an output of the 2D convolution, or of a gradient of its input."""
@@ -339,6 +339,18 @@ class _Conv4d:
         full = g.new_zeros(self.n, *self.size, g.shape[-1])
         full[:, ::st, ::sh, ::sw] = g
         return full
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """A 4D weight in channels_last with the very strides that a fresh one has.
+
+    Axes of size 1 may have any stride and still count as channels_last, but oneDNN's grouped
+    convolutions believe those strides.
+    """
+    o, c, h, w = weight.shape
+    if weight.stride() == (h * w * c, 1, w * c, c):
+        return weight
+    return torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)
 
 
 def _conv(rows: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
