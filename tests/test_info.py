@@ -1,0 +1,108 @@
+"""``python -m fastst.info`` answers on every machine, whatever is broken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastst
+from fastst import info
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = ("Versions", "Devices", "Native library", "Backends", "Cache", "Environment")
+
+
+def run(*shadows: Path, encoding: str = "utf-8", **variables: str) -> str:
+    """Output of the command in a process of its own, with folders put before all packages."""
+    path = os.pathsep.join([*map(str, shadows), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "fastst.info"],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": encoding, **variables},
+        cwd=ROOT.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line in SECTIONS] == list(SECTIONS)
+    return done.stdout
+
+
+def shadow(folder: Path, name: str, source: str) -> Path:
+    """A folder with a module that hides the real one."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(source)
+    return folder
+
+
+def test_says_what_is_there() -> None:
+    text = run()
+    assert f"fastst {fastst.__version__}" in text
+    assert "broken" not in text
+    for name in fastst.dispatch.BACKENDS:
+        assert f"\n  {name}, on cpu in float32: " in text
+
+
+def test_prints_on_an_ascii_terminal() -> None:
+    run(encoding="ascii")
+
+
+def test_survives_a_broken_torch(tmp_path: Path) -> None:
+    message = "libcudart.so.13: cannot open shared object file"
+    text = run(shadow(tmp_path, "torch", f"raise OSError({message!r})"))
+    assert f"broken: OSError: {message}" in text
+
+
+def test_survives_a_broken_triton(tmp_path: Path) -> None:
+    text = run(shadow(tmp_path, "triton", "raise RuntimeError('half installed')"))
+    assert "broken: RuntimeError: half installed" in text
+
+
+def test_survives_a_package_that_exits(tmp_path: Path) -> None:
+    text = run(shadow(tmp_path, "av", "raise SystemExit('no FFmpeg here')"))
+    assert "broken: SystemExit: no FFmpeg here" in text
+
+
+def test_survives_an_unknown_backend() -> None:
+    assert "unknown backend 'nonsense'" in run(FASTST_BACKEND="nonsense")
+
+
+def test_the_package_itself_does_not_hide_a_broken_torch(tmp_path: Path) -> None:
+    folder = shadow(tmp_path, "torch", "raise OSError('broken on purpose')")
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastst"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "OSError: broken on purpose" in done.stderr
+
+
+def test_a_section_that_fails_does_not_end_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("this driver is too old\nand more")
+
+    monkeypatch.setattr("torch.cuda.device_count", fail)
+    backend = fastst.dispatch.BACKENDS["aten"]
+    monkeypatch.setattr(backend, "why_not", fail)
+    text = info.report()
+    assert text.count("broken: RuntimeError: this driver is too old") == 2
+    assert "and more" not in text
+    assert "reference, on cpu" in text
+
+
+def test_a_backend_that_lacks_a_phase_shows_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = fastst.dispatch.BACKENDS["aten"]
+    why = {"forward": None, "backward": "has no backward"}
+    monkeypatch.setattr(backend, "why_not", lambda problem, phase: why[phase])
+    text = info.report()
+    assert (
+        "aten, on cpu in float32: forward runs; backward does not run: it has no backward" in text
+    )
