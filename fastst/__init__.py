@@ -4,6 +4,7 @@ import sys
 
 try:
     from . import functional
+    from .convert import convert, revert
     from .dispatch import BackendError, FallbackWarning, use_backend
     from .explaining import Explanation, explain
     from .layers import Conv2Plus1d, ParallelConv2Plus1d
@@ -20,7 +21,9 @@ __all__ = [
     "Explanation",
     "FallbackWarning",
     "ParallelConv2Plus1d",
+    "convert",
     "explain",
     "functional",
+    "revert",
     "use_backend",
 ]

@@ -55,7 +55,9 @@ def _describe(found: Any) -> str:
     if not isinstance(found, Mapping):
         return f"a {type(found).__name__}"
     kinds = sorted({type(v).__name__ for v in found.values()})
-    return f"a {type(found).__name__} of {', '.join(kinds)} under {', '.join(map(repr, found))[:80]}"
+    return (
+        f"a {type(found).__name__} of {', '.join(kinds)} under {', '.join(map(repr, found))[:80]}"
+    )
 
 
 def _list(label: str, names: list[str]) -> list[str]:

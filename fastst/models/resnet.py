@@ -53,7 +53,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(self.conv2(self.conv1(x)) + shortcut)  # type: ignore[no-any-return]
+        return self.relu(self.conv2(self.conv1(x)) + shortcut)
 
 
 class VideoResNet(nn.Module):
@@ -104,7 +104,7 @@ class VideoResNet(nn.Module):
         x = self.stem(x)
         for name in self.stages:
             x = getattr(self, name)(x)
-        return self.fc(self.avgpool(x).flatten(1))  # type: ignore[no-any-return]
+        return self.fc(self.avgpool(x).flatten(1))
 
 
 def r2plus1d_18(

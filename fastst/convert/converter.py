@@ -1,0 +1,258 @@
+"""``convert`` and ``revert``: walks over a model, module by module, the innermost first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx, nn
+
+from . import fused
+from .match import Chain, find, separable, why_unfit
+from .report import Left, Replaced, Report
+from .trace import CannotTrace, Trace, trace
+
+Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+_NEVER_RUN = (None, "no forward that could be traced runs it")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def convert(model: nn.Module, *, only: Filter | None = None, skip: Filter | None = None) -> Report:
+    """Let every pair of a spatial and a temporal convolution in a model run as one op, in place.
+
+    A pair is a (1, kh, kw) and a (kt, 1, 1) ``nn.Conv3d``, in either order, with at most a batch
+    norm and an activation between them. They are found in what each module's ``forward`` does,
+    whatever the modules are called. Nothing that holds state changes: modules, parameters, buffers,
+    hooks and ``state_dict`` keys are the same objects and names as before, and so are outputs and
+    gradients. A module that runs a pair gets a subclass of its own class, whose ``forward`` calls
+    the op; ``revert`` gives it its own class back.
+
+    Converting again changes nothing, unless the filters now admit more.
+
+    Args:
+        model: any module; a pair itself, too.
+        only: convert only pairs one of whose convolutions, or a module that holds one, has a name
+            that matches: a pattern or several (``fnmatch``), or a predicate of name and module.
+        skip: do not convert those that match.
+
+    Returns:
+        What was replaced, and what was left and why.
+
+    Raises:
+        TypeError: ``model`` is no module, or a filter neither pattern nor predicate.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be an nn.Module, got {type(model).__name__}")
+    admits, rejects = _matcher("only", model, only), _matcher("skip", model, skip)
+    walk = _Walk(model, lambda names: (only is None or admits(names)) and not rejects(names))
+    for name, module in reversed(list(model.named_modules())):
+        walk.visit(name, module)
+    return walk.report()
+
+
+def revert(model: nn.Module) -> list[str]:
+    """Undo ``convert`` in place.
+
+    Returns:
+        Names of the modules that have their own forward back.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert: model must be an nn.Module, got {type(model).__name__}")
+    names = []
+    for name, module in model.named_modules():
+        if fused.is_converted(module):
+            fused.revert_module(module)
+            names.append(name)
+    return names
+
+
+class _Walk:
+    """One conversion: what has been found out about each convolution, by full name."""
+
+    def __init__(self, model: nn.Module, wanted: Callable[[Iterable[str]], bool]) -> None:
+        self.model, self.wanted = model, wanted
+        self.order = [name for name, _ in model.named_modules()]
+        self.uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+        self.replaced: list[Replaced] = []
+        self.already: list[Replaced] = []
+        self.reasons: dict[str, tuple[str | None, str]] = {
+            name: _NEVER_RUN for name, m in model.named_modules() if separable(m)
+        }
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        """Convert what a module's own forward holds, once its descendants have been visited."""
+        inside = [n for n in self.reasons if n != name and _under(n, name)]
+        if len({separable(self.model.get_submodule(n)) for n in inside}) < 2:
+            return
+        before: tuple[fused.Pair, ...] = ()
+        if isinstance(module, fused.Converted):
+            before = module._plan.pairs
+            fused.revert_module(module)
+        if _is_leaf(module):
+            return
+        try:
+            self._convert(name, module, before)
+        except CannotTrace as error:
+            for n in inside:
+                if self.reasons[n] == _NEVER_RUN:
+                    self.reasons[n] = (None, f"{_title(name, module)} was left: {error}")
+
+    def _convert(self, name: str, module: nn.Module, before: Sequence[fused.Pair]) -> None:
+        _check_class(module)
+        get = module.get_submodule
+        open_all = _graph(module, None)
+        chains, loose = find(open_all.graph, get)
+        for path, reason in loose.items():
+            self.reasons[_join(name, path)] = (None, reason)
+        known = {(p.first, p.second) for p in before}
+        chosen = []
+        for chain in chains:
+            why = None
+            if (chain.first, chain.second) not in known:
+                why = self._why_left(name, module, chain)
+            if why is None:
+                chosen.append(chain)
+            else:
+                self.reasons[_join(name, chain.first)] = (_join(name, chain.second), why)
+        if not chosen:
+            return
+        # Opened again only along the way to the pairs: the rest is called as it is.
+        called = [str(n.target) for c in chosen for n in c.nodes if n.op == "call_module"]
+        crossed = {above for path in called for above in _above(path)}
+        traced = _graph(module, crossed)
+        wanted = {(c.first, c.second) for c in chosen}
+        again = [c for c in find(traced.graph, get)[0] if (c.first, c.second) in wanted]
+        if len(again) != len(chosen):
+            raise CannotTrace("its graph depends on how far it is opened")
+        plan = fused.plan_of(module, traced.graph, traced.opened, again)
+        fused.apply(module, plan)
+        for pair in plan.pairs:
+            entry = Replaced(
+                name, _join(name, pair.first), _join(name, pair.second),
+                pair.norm and _join(name, pair.norm), pair.activation, pair.order,
+            )  # fmt: skip
+            (self.already if (pair.first, pair.second) in known else self.replaced).append(entry)
+            for conv in (entry.first, entry.second):
+                self.reasons.pop(conv, None)
+
+    def _why_left(self, name: str, module: nn.Module, chain: Chain) -> str | None:
+        """Why a chain is not to be replaced, or None."""
+        if chain.obstacles:
+            return "; ".join(chain.obstacles)
+        why = why_unfit(chain, module.get_submodule)
+        if why is not None:
+            return why
+        for node in chain.nodes:
+            if node.op != "call_module":
+                continue
+            path = str(node.target)
+            child = module.get_submodule(path)
+            if self.uses[id(child)] > 1 and any(True for _ in child.parameters()):
+                return f"{path} is shared: the model holds it {self.uses[id(child)]} times"
+            for above in _above(path):
+                if fused.is_watched(module.get_submodule(above)):
+                    return f"{above} has hooks"
+        if not self.wanted((_join(name, chain.first), _join(name, chain.second))):
+            return "not selected by only= and skip="
+        return None
+
+    def report(self) -> Report:
+        """In the order of the model."""
+        place = {name: i for i, name in enumerate(self.order)}
+        partners = {second for second, _ in self.reasons.values() if second is not None}
+        left = [
+            Left(name, second, reason)
+            for name, (second, reason) in self.reasons.items()
+            if second is not None or name not in partners
+        ]
+        return Report(
+            sorted(self.replaced, key=lambda e: place[e.first]),
+            sorted(self.already, key=lambda e: place[e.first]),
+            sorted(left, key=lambda e: place[e.name]),
+        )
+
+
+def _graph(module: nn.Module, only: set[str] | None) -> Trace:
+    """The graph of a module, which must be the same in training and in evaluation."""
+    modes = [m.training for m in module.modules()]
+    sources = []
+    try:
+        for training in (True, False):
+            for m in module.modules():
+                object.__setattr__(m, "training", training)
+            found = trace(module, _is_leaf, only)
+            sources.append(found.graph.python_code("self").src)
+    finally:
+        for m, training in zip(module.modules(), modes, strict=True):
+            object.__setattr__(m, "training", training)
+    if sources[0] != sources[1]:
+        raise CannotTrace("its forward is another one in training than in evaluation")
+    return found
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is called as it is: PyTorch's own, and what runs pairs already."""
+    if fused.is_converted(module) or isinstance(module, torch.jit.ScriptModule):
+        return True
+    own = type(module).__module__
+    return own.startswith(("torch.", "fastst.layers")) and not isinstance(module, _CONTAINERS)
+
+
+def _check_class(module: nn.Module) -> None:
+    """
+    Raises:
+        CannotTrace: the class of a module cannot be replaced by a subclass.
+    """
+    if isinstance(module, fx.GraphModule):
+        raise CannotTrace("it is a torch.fx.GraphModule, whose class is its graph")
+    if "forward" in module.__dict__:
+        raise CannotTrace("its forward was replaced on the object")
+    if type(module).forward is nn.Module.forward:
+        raise CannotTrace("it has no forward")
+
+
+def _join(name: str, path: str) -> str:
+    return f"{name}.{path}" if name and path else name or path
+
+
+def _under(name: str, above: str) -> bool:
+    return not above or name == above or name.startswith(f"{above}.")
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the modules that hold the one at a path, without the root."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _title(name: str, module: nn.Module) -> str:
+    return f"{name or 'the model'} ({type(module).__name__})"
+
+
+def _matcher(label: str, model: nn.Module, given: Filter | None) -> Callable[[Iterable[str]], bool]:
+    """Whether one of some names, or a module that holds one of them, passes a filter.
+
+    Raises:
+        TypeError: a filter neither pattern nor predicate.
+    """
+    if given is None:
+        return lambda names: False
+    patterns = [given] if isinstance(given, str) else given
+    if callable(patterns):
+        passes = patterns
+    elif isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns):
+        passes = lambda name, _: any(fnmatchcase(name, p) for p in patterns)  # noqa: E731
+    else:
+        raise TypeError(
+            f"convert: {label} must be a pattern, a sequence of patterns or a predicate of name "
+            f"and module, got {given!r}"
+        )
+    return lambda names: any(
+        passes(n, model.get_submodule(n)) for name in names for n in [*_above(name), name]
+    )

@@ -1,0 +1,295 @@
+"""Converted modules: the same objects, with a forward in which pairs of modules run as one op.
+
+A converted module keeps its children, parameters, buffers, hooks and attributes; only its class
+changes, to a subclass of its own whose forward runs the rewritten graph. Calls, or changes of the
+module, that the graph was not made for run the original forward.
+"""
+
+from __future__ import annotations
+
+import importlib
+import linecache
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .. import activations, dispatch
+from ..pairing import pair_forward
+from ..shapes import ACTIVATIONS
+from .match import Chain
+from .trace import CannotTrace, Parameters
+
+# One module of each functional activation: they have no state.
+_ACTIVATIONS = {name: activations.to_module(name) for name in ACTIVATIONS}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Paths, from the converted module, of the modules that run as one op."""
+
+    first: str
+    norm: str | None
+    activation: str  # its name
+    second: str
+    order: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the forward of a converted module is."""
+
+    source: str  # of a function run(self, *required)
+    imports: tuple[tuple[str, str, str], ...]  # name in the source, module, qualified name
+    pairs: tuple[Pair, ...]
+    opened: tuple[tuple[str, type[nn.Module], int], ...]  # path, class, number of children
+    children: int  # of the module itself
+
+
+class Converted:
+    """Mixed into the class of a module while ``fastst.convert`` has replaced its pairs."""
+
+    _original: type[nn.Module]
+    _plan: Plan
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Slices of an nn.Sequential construct their own class: they are no converted modules.
+        return cls._original(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._original, self._plan), self.__dict__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _matters(self, name, value):
+            kind = self._original
+            object.__setattr__(self, "__class__", kind)
+            dispatch.fall_back(
+                kind.__name__, f"its attribute {name!r} changed after fastst.convert; convert again"
+            )
+        super().__setattr__(name, value)
+
+
+def _matters(module: Any, name: str, value: Any) -> bool:
+    """Whether an assignment may change what the original forward would compute."""
+    if name == "training" or name.startswith("_") or name == "forward":
+        return False
+    children = module.__dict__.get("_modules", {})
+    if name in children:  # looked up at each call, but for None and opened ones
+        parts = {path.split(".")[0] for path, _, _ in module._plan.opened}
+        is_leaf = isinstance(value, nn.Module) and children[name] is not None
+        return not is_leaf or name in parts
+    old = module.__dict__.get(name, value)
+    return old is not value and (type(old) is not type(value) or bool(old != value))
+
+
+def is_converted(module: nn.Module) -> bool:
+    return isinstance(module, Converted)
+
+
+def revert_module(module: Any) -> None:
+    """Give a converted module its own class back."""
+    object.__setattr__(module, "__class__", module._original)
+
+
+def apply(module: nn.Module, plan: Plan) -> None:
+    """Give a module the forward of a plan."""
+    module.__class__ = _class_of(type(module), plan)
+
+
+def _rebuild(original: type[nn.Module], plan: Plan) -> Any:
+    module = original.__new__(original)
+    object.__setattr__(module, "__class__", _class_of(original, plan))
+    return module
+
+
+_classes: dict[tuple[type[nn.Module], Plan], type[nn.Module]] = {}
+
+
+def _class_of(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
+    """The class of converted modules; the same for the same plan, so that compilers reuse code."""
+    key = (original, plan)
+    if key not in _classes:
+        forward = _forward(original, plan)
+        body = {
+            "_original": original, "_plan": plan, "forward": forward,
+            "__module__": original.__module__, "__doc__": original.__doc__,
+        }  # fmt: skip
+        _classes.setdefault(key, type(f"Fused{original.__name__}", (Converted, original), body))
+    return _classes[key]
+
+
+_FORWARD = """\
+def forward({signature}):
+    why = why_not(({required},), ({optional}), ({variadic}), ({opened}), self)
+    if why is None:
+        return run(self, {required})
+    fall_back({label!r}, why)
+    return original.forward({call})
+"""
+
+
+def _forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
+    """A forward with the parameters of the original one, which runs the plan where it may."""
+    p = Parameters.of(original)
+    expected = tuple((kind, children) for _, kind, children in plan.opened)
+
+    def why_not(required: Any, optional: Any, variadic: Any, opened: Any, self: Any) -> str | None:
+        if len(self._modules) != plan.children:
+            return "it has more or fewer children than when it was converted"
+        return _why_not(p, expected, required, optional, variadic, opened)
+
+    source = _FORWARD.format(
+        signature=p.declaration(),
+        call=p.call(),
+        required=", ".join(p.required),
+        optional="".join(f"{n}, " for n in p.optional),
+        variadic="".join(f"{n}, " for n in p.variadic),
+        opened="".join(f"{_expression(path)}, " for path, _, _ in plan.opened),
+        label=original.__name__,
+    )
+    namespace = {
+        "why_not": why_not, "run": _compile(plan, original), "original": original,
+        "fall_back": dispatch.fall_back, "defaults": p.optional,
+    }  # fmt: skip
+    return _execute(source, f"forward of a converted {original.__qualname__}", namespace)["forward"]
+
+
+def _why_not(
+    parameters: Parameters,
+    expected: Sequence[tuple[type[nn.Module], int]],
+    required: Sequence[Any],
+    optional: Sequence[Any],
+    variadic: Sequence[Any],
+    opened: Sequence[nn.Module],
+) -> str | None:
+    """Why a call is not one that the plan was made for, or None."""
+    for name, value in zip(parameters.required, required, strict=True):
+        if not isinstance(value, Tensor):
+            return f"its argument {name!r} is a {type(value).__name__}, not a tensor"
+    for (name, default), value in zip(parameters.optional.items(), optional, strict=True):
+        same = value is default or (isinstance(value, (bool, int, float, str)) and value == default)
+        if not same:
+            return f"its argument {name!r} is given"
+    if any(variadic):
+        return "it is called with arguments that it does not name"
+    for module, (kind, children) in zip(opened, expected, strict=True):
+        if type(module) is not kind or len(module._modules) != children:
+            return f"its {kind.__name__} has changed since fastst.convert"
+        if is_watched(module):
+            return f"its {kind.__name__} has hooks"
+    return None
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling a module runs more than the forward of its class."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+# ---- source code of a plan
+
+
+def plan_of(
+    module: nn.Module, graph: fx.Graph, opened: Sequence[str], chains: Sequence[Chain]
+) -> Plan:
+    """Rewrite a graph so that each chain is one call, and write it down. Consumes the graph.
+
+    Raises:
+        CannotTrace: the graph calls a function that cannot be imported by name.
+    """
+    pairs = []
+    for chain in chains:
+        nodes = chain.nodes
+        norm, act = chain.norm, chain.activation
+        with graph.inserting_before(nodes[0]):
+            get = [None if n is None else graph.get_attr(str(n.target)) for n in (norm, act)]
+            if chain.named is not None:
+                get[1] = graph.call_function(functional_activation, chain.named)
+            first, second = graph.get_attr(chain.first), graph.get_attr(chain.second)
+            args = (nodes[0].all_input_nodes[0], first, *get, second)
+            y = graph.call_function(pair_forward, args, {"order": chain.order})
+        nodes[-1].replace_all_uses_with(y)
+        for node in reversed(nodes):
+            graph.erase_node(node)
+        norm_name = None if norm is None else str(norm.target)
+        name = _activation_name(module, chain)
+        pairs.append(Pair(chain.first, norm_name, name, chain.second, chain.order))
+    code = graph.python_code("self")
+    kinds = []
+    for path in opened:
+        m = module.get_submodule(path)
+        kinds.append((path, type(m), len(m._modules)))
+    return Plan(
+        code.src, _imports(code.globals, code.src), tuple(pairs), tuple(kinds), len(module._modules)
+    )
+
+
+def _activation_name(module: nn.Module, chain: Chain) -> str:
+    named = chain.named
+    if named is None and chain.activation is not None:
+        named = activations.from_module(module.get_submodule(str(chain.activation.target)))
+    return "none" if named is None else named[0]
+
+
+def functional_activation(name: str, slope: float) -> nn.Module:
+    """A module of an activation that the source calls as a function."""
+    return nn.LeakyReLU(slope) if name == "leaky_relu" else _ACTIVATIONS[name]
+
+
+def _imports(names: dict[str, Any], source: str) -> tuple[tuple[str, str, str], ...]:
+    """Where what the source refers to comes from."""
+    found = []
+    for name, value in names.items():
+        if name not in source or name in ("inf", "nan", "NoneType"):
+            continue
+        if isinstance(value, types.ModuleType):
+            found.append((name, value.__name__, ""))
+            continue
+        module = getattr(value, "__module__", None)
+        path = getattr(value, "__qualname__", "")
+        try:
+            same = _import(module or "", path) is value
+        except (ImportError, AttributeError, ValueError):
+            same = False
+        if not same:
+            raise CannotTrace(f"its forward calls {name}, which cannot be imported by name")
+        found.append((name, str(module), path))
+    return tuple(found)
+
+
+def _import(module: str, path: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for name in filter(None, path.split(".")):
+        found = getattr(found, name)
+    return found
+
+
+def _compile(plan: Plan, original: type[nn.Module]) -> Callable[..., Any]:
+    names: dict[str, Any] = {name: _import(m, path) for name, m, path in plan.imports}
+    names.update(torch=torch, inf=float("inf"), nan=float("nan"), NoneType=type(None))
+    run = _execute(plan.source, f"converted {original.__qualname__}", names)["forward"]
+    return run
+
+
+def _execute(source: str, title: str, namespace: dict[str, Any]) -> dict[str, Any]:
+    """Run source code that tracebacks can show."""
+    filename = f"<{title} #{abs(hash(source)) % 16**8:08x}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace
+
+
+def _expression(path: str) -> str:
+    """The expression for a module at a path from self."""
+    text = "self"
+    for name in path.split("."):
+        text = f"{text}.{name}" if name.isidentifier() else f"getattr({text}, {name!r})"
+    return text

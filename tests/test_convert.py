@@ -1,0 +1,238 @@
+"""Conversion in place: the same keys, parameters, buffers, outputs and gradients; and back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastst
+from fastst.models import r2plus1d_18
+
+
+def small(bias: bool = False) -> nn.Sequential:
+    """A pair with norm and activation, an outer norm, and a second pair without."""
+    return nn.Sequential(
+        nn.Sequential(
+            nn.Conv3d(3, 5, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=bias),
+            nn.BatchNorm3d(5, eps=1e-3, momentum=0.7),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(5, 4, (3, 1, 1), (2, 1, 1), (1, 0, 0), bias=bias),
+        ),
+        nn.BatchNorm3d(4),
+        nn.Conv3d(4, 6, (3, 1, 1), padding=(1, 0, 0)),
+        nn.Conv3d(6, 2, (1, 3, 3), padding=(0, 1, 1)),
+    )
+
+
+def step(model: nn.Module, x: torch.Tensor, training: bool) -> list[torch.Tensor]:
+    """Output, gradients of input and parameters, and buffers after one step."""
+    model.train(training)
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = model(x)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    (y * weight).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    return [y.detach(), x.grad, *grads, *(b.clone() for b in model.buffers())]
+
+
+def assert_same(model: nn.Module, original: nn.Module, x: torch.Tensor) -> None:
+    """float64 outputs, gradients and buffers agree in both modes; no part fell back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastst.FallbackWarning)
+        for training in (True, False):
+            for a, b in zip(step(model, x, training), step(original, x, training), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_convert_keeps_everything_but_the_class(bias):
+    torch.manual_seed(0)
+    model = small(bias).double()
+    original = copy.deepcopy(model)
+    state = {k: id(t) for k, t in model.state_dict(keep_vars=True).items()}
+    modules = [id(m) for m in model.modules()]
+    report = fastst.convert(model)
+    assert [(r.first, r.second, r.order) for r in report.replaced] == [
+        ("0.0", "0.3", "spatial-first"),
+        ("2", "3", "temporal-first"),
+    ]
+    assert report.left == report.already == []
+    assert {k: id(t) for k, t in model.state_dict(keep_vars=True).items()} == state
+    assert [id(m) for m in model.modules()] == modules
+    assert isinstance(model, nn.Sequential)
+    assert_same(model, original, torch.randn(2, 3, 5, 7, 6, dtype=torch.float64))
+
+
+def test_the_op_runs(monkeypatch):
+    model = small()
+    fastst.convert(model)
+    calls = []
+    original = fastst.functional.ops.conv2plus1d
+    monkeypatch.setattr(
+        fastst.functional.ops, "conv2plus1d", lambda *a: calls.append(a) or original(*a)
+    )
+    model(torch.randn(1, 3, 4, 6, 6))
+    assert len(calls) == 2
+
+
+def test_revert_restores_the_classes():
+    model = small()
+    kinds = [type(m) for m in model.modules()]
+    fastst.convert(model)
+    assert [type(m) for m in model.modules()] != kinds
+    assert fastst.revert(model) == ["", "0"]
+    assert [type(m) for m in model.modules()] == kinds
+    assert fastst.revert(model) == []
+
+
+def test_converting_twice_changes_nothing():
+    model = small()
+    first = fastst.convert(model)
+    kinds = [type(m) for m in model.modules()]
+    again = fastst.convert(model)
+    assert again.replaced == again.left == []
+    assert again.already == first.replaced
+    assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"only": "0"}, ["0.0"]),
+        ({"only": ["2", "nothing"]}, ["2"]),
+        ({"skip": "0"}, ["2"]),
+        ({"skip": "*"}, []),
+        ({"only": "0*", "skip": "0.0"}, []),
+        ({"only": lambda name, m: isinstance(m, nn.Sequential)}, ["0.0"]),
+        ({"skip": lambda name, m: getattr(m, "out_channels", 0) == 2}, ["0.0"]),
+    ],
+)
+def test_filters(options, first):
+    model = small()
+    report = fastst.convert(model, **options)
+    assert [r.first for r in report.replaced] == first
+    assert {entry.reason for entry in report.left} <= {"not selected by only= and skip="}
+    assert len(report.left) == 2 - len(first)
+    everything = fastst.convert(model)
+    assert [r.first for r in everything.already] == first
+    assert len(everything.replaced) == 2 - len(first)
+
+
+@pytest.mark.parametrize("bad", [3, [3], [None]])
+def test_bad_arguments(bad):
+    with pytest.raises(TypeError, match="only must be a pattern"):
+        fastst.convert(small(), only=bad)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
+        fastst.convert(bad)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
+        fastst.revert(bad)
+
+
+def test_a_model_without_pairs():
+    report = fastst.convert(nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.Linear(4, 4)))
+    assert not (report.replaced or report.left or report.already)
+    assert str(report) == "no pair of a spatial and a temporal convolution found"
+
+
+def test_report_tells_all():
+    model = small()
+    model.append(nn.Conv3d(2, 2, (1, 3, 3)))
+    text = str(fastst.convert(model, skip="2"))
+    assert "replaced: 1\n  0.0 → 0.3, spatial-first, with 0.1 and relu between" in text
+    assert "2 → 3: not selected by only= and skip=" in text
+    assert "4: its output leaves the module before another convolution" in text
+
+
+def test_optimizers_created_before_keep_working():
+    torch.manual_seed(0)
+    model = small().double()
+    original = copy.deepcopy(model)
+    optimizers = [torch.optim.Adam(m.parameters(), 0.1) for m in (model, original)]
+    fastst.convert(model)
+    x = torch.randn(2, 3, 5, 7, 6, dtype=torch.float64)
+    for _ in range(3):
+        for m, optimizer in zip((model, original), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(model(x), original(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_converted_and_independent(way):
+    model = small().eval()
+    fastst.convert(model)
+    if way == "deepcopy":
+        again = copy.deepcopy(model)
+    elif way == "pickle":
+        again = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    x = torch.randn(1, 3, 4, 6, 6)
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    before = model(x)
+    with torch.no_grad():
+        for p in again.parameters():
+            p.fill_(0.1)
+    assert torch.equal(model(x), before)
+    assert not torch.equal(again(x), before)
+    fastst.revert(again)
+    assert type(again[0]) is nn.Sequential
+    assert type(model[0]) is not nn.Sequential
+
+
+def test_slices_of_a_converted_sequential_are_plain():
+    model = small().eval()
+    fastst.convert(model)
+    part = model[0][:2]
+    assert type(part) is nn.Sequential
+    x = torch.randn(1, 3, 4, 6, 6)
+    torch.testing.assert_close(part(x), model[0][1](model[0][0](x)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(training, dynamic):
+    torch.manual_seed(0)
+    model = small()[0].train(training)
+    original = copy.deepcopy(model)
+    fastst.convert(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in (6, 8):
+        x = torch.randn(2, 3, 4, size, size)
+        torch.testing.assert_close(compiled(x), original(x))
+    for a, b in zip(model.buffers(), original.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    model = small().eval()
+    original = copy.deepcopy(model)
+    fastst.convert(model)
+    x = torch.randn(1, 3, 4, 6, 6)
+    program = torch.export.export(model, (x,), strict=strict)
+    graphs = [m.graph for m in program.graph_module.modules()]
+    assert sum("fastst.conv2plus1d" in str(n.target) for g in graphs for n in g.nodes) == 2
+    torch.testing.assert_close(program.module()(x), original(x))
+
+
+def test_r2plus1d_18():
+    torch.manual_seed(0)
+    model = r2plus1d_18(5).double()
+    original = copy.deepcopy(model)
+    report = fastst.convert(model)
+    assert len(report.replaced) == 17
+    assert report.left == []
+    assert_same(model, original, torch.randn(3, 3, 4, 20, 20, dtype=torch.float64))
