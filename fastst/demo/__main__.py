@@ -20,7 +20,8 @@ try:
 
     from . import chart, clip
 except ImportError as error:
-    sys.exit(f"fastst.demo: {error}; the demo needs: pip install 'fastst[demo]'")
+    print(f"fastst.demo: {error}; it needs: pip install 'fastst[demo]'", file=sys.stderr)
+    sys.exit(2)
 from . import measure
 
 _FEW_ULPS = 4 * torch.finfo(torch.float32).eps
