@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import aten, reference, triton
+from .backends import aten, cuda, reference, triton
 from .shapes import Problem
 
 # In the order of preference of "auto"; reference is only ever chosen by name.
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "aten": aten, "reference": reference}
-AUTO = ("triton", "aten")
+BACKENDS: dict[str, ModuleType] = {
+    "cuda": cuda, "triton": triton, "aten": aten, "reference": reference,
+}  # fmt: skip
+AUTO = ("cuda", "triton", "aten")
 
 
 class Call(NamedTuple):
@@ -138,8 +140,8 @@ def _choose(problem: Problem, phase: str, name: str) -> str:
     for candidate in AUTO:
         why = _why_not(candidate, problem, phase, name)
         if why is None:
-            if refusals and problem.device.type == "cuda":
-                # On a CPU the first that can is the fast one; a GPU's kernels are what is missed.
+            if candidate == AUTO[-1] and problem.device.type == "cuda":
+                # On a CPU the last is the fast one; on a GPU it means that no kernel runs.
                 _say_slow(f"{problem.op} runs its {phase} on {candidate!r}: {'; '.join(refusals)}")
             return candidate
         refusals.append(f"{candidate!r} {why}")

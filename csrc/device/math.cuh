@@ -1,0 +1,125 @@
+// Element types and activations.
+#pragma once
+
+#include <api.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+namespace fastst {
+
+// Calls f with a value of the element type.
+template <class F>
+void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f16:
+      return f(__half{});
+    case Dtype::bf16:
+      return f(__nv_bfloat16{});
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f64:
+      return f(double{});
+  }
+  throw std::invalid_argument("unknown dtype");
+}
+
+// Type of accumulation and of statistics.
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename Accumulator<T>::type;
+
+__device__ inline double widen(double v) { return v; }
+__device__ inline float widen(float v) { return v; }
+__device__ inline float widen(__half v) { return __half2float(v); }
+__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Rounds to nearest even.
+template <class T>
+__device__ T narrow(Acc<T> v) {
+  return v;
+}
+template <>
+__device__ inline __half narrow<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+template <class A>
+__device__ A sigmoid(A v) {
+  return A(1) / (A(1) + exp(-v));
+}
+
+// 1 + erf(v/√2) without cancellation for negative v.
+template <class A>
+__device__ A twice_normal_cdf(A v) {
+  return erfc(v * A(-0.70710678118654752440));
+}
+
+constexpr double kTanhOuter = 0.79788456080286535588;  // √(2/π)
+constexpr double kTanhInner = 0.044715;
+
+template <class A>
+__device__ A activate(Activation kind, A slope, A v) {
+  switch (kind) {
+    case Activation::relu:
+      return v < A(0) ? A(0) : v;  // keeps NaN, as PyTorch does
+    case Activation::silu:
+      return v * sigmoid(v);
+    case Activation::gelu:
+      return A(0.5) * v * twice_normal_cdf(v);
+    case Activation::gelu_tanh:
+      return A(0.5) * v * (A(1) + tanh(A(kTanhOuter) * (v + A(kTanhInner) * v * v * v)));
+    case Activation::leaky_relu:
+      return v > A(0) ? v : v * slope;
+    case Activation::hardswish: {
+      A gate = v + A(3);
+      gate = gate < A(0) ? A(0) : gate > A(6) ? A(6) : gate;
+      return v * gate / A(6);
+    }
+    default:
+      return v;
+  }
+}
+
+// act'(v), with PyTorch's choice at the kinks.
+template <class A>
+__device__ A activate_gradient(Activation kind, A slope, A v) {
+  switch (kind) {
+    case Activation::relu:
+      return v <= A(0) ? A(0) : A(1);
+    case Activation::silu: {
+      A s = sigmoid(v);
+      return s * (A(1) + v * (A(1) - s));
+    }
+    case Activation::gelu: {
+      A density = exp(A(-0.5) * v * v) * A(0.39894228040143267794);
+      return A(0.5) * twice_normal_cdf(v) + v * density;
+    }
+    case Activation::gelu_tanh: {
+      A th = tanh(A(kTanhOuter) * (v + A(kTanhInner) * v * v * v));
+      A inner = A(kTanhOuter) * (A(1) + A(3 * kTanhInner) * v * v);
+      return A(0.5) * (A(1) + th) + A(0.5) * v * (A(1) - th * th) * inner;
+    }
+    case Activation::leaky_relu:
+      return v > A(0) ? A(1) : slope;
+    case Activation::hardswish:
+      return v <= A(-3) ? A(0) : v < A(3) ? v / A(3) + A(0.5) : A(1);
+    default:
+      return A(1);
+  }
+}
+
+}  // namespace fastst

@@ -1,0 +1,14 @@
+// Questions to the CUDA runtime and driver that must not fail where there is neither.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace fastst {
+
+int device_count();
+std::string device_error();
+int shared_memory_limit(int device);
+uintptr_t driver_entry_point(const std::string& name, unsigned version);
+
+}  // namespace fastst

@@ -1,0 +1,252 @@
+// Per-channel reductions and the small per-channel arithmetic of batch norm.
+//
+// Deterministic: each block reduces a chunk of positions for 32 channels, and a second kernel adds
+// the partials of the chunks in a fixed order.
+#include <device/launch.cuh>
+#include <device/tensor.cuh>
+
+namespace fastst {
+namespace {
+
+constexpr int kColumns = 32, kLanes = 8;  // a block: channels by positions
+
+template <class A>
+struct Moments {  // of a set of values; merged by Chan's formula
+  A count = A(0), mean = A(0), m2 = A(0);
+
+  __device__ void add(A value) {
+    count += A(1);
+    const A delta = value - mean;
+    mean += delta / count;
+    m2 += delta * (value - mean);
+  }
+  __device__ void merge(const Moments& other) {
+    const A total = count + other.count;
+    if (other.count == A(0)) return;
+    const A delta = other.mean - mean, share = other.count / total;
+    mean += delta * share;
+    m2 += other.m2 + delta * delta * count * share;
+    count = total;
+  }
+};
+
+template <class A>
+struct Sums {
+  A first = A(0), second = A(0);
+
+  __device__ void merge(const Sums& other) { first += other.first, second += other.second; }
+};
+
+// Merges the values of all lanes of a column; right in lane 0. All threads of the block call it.
+template <class V>
+__device__ V merge_lanes(V value) {
+  const Shared<V> all = shared<V>(0);  // (kLanes, kColumns)
+  const int lane = static_cast<int>(threadIdx.y), own = lane * kColumns + int(threadIdx.x);
+  all[own] = value;
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    sync_block();
+    if (lane < step) {
+      const V other = all[own + step * kColumns];
+      value.merge(other);
+      all[own] = value;
+    }
+  }
+  return value;
+}
+
+__device__ inline int64_t column() { return int64_t(blockIdx.x) * kColumns + threadIdx.x; }
+
+template <class T>
+__global__ void statistics_kernel(const __grid_constant__ Tensor<const T> u,
+                                  Global<Acc<T>> partials, int64_t chunk) {
+  const int64_t c = column(), channels = u.size[1], positions = u.positions();
+  const int64_t begin = blockIdx.y * chunk;
+  const int64_t end = begin + chunk < positions ? begin + chunk : positions;
+  Moments<Acc<T>> moments;
+  if (c < channels)
+    for (int64_t i = begin + threadIdx.y; i < end; i += kLanes) {
+      const Position at(i, u);
+      moments.add(widen(u.data[u.offset(at.n, at.t, at.h, at.w) + c * u.stride[1]]));
+    }
+  moments = merge_lanes(moments);
+  if (threadIdx.y == 0 && c < channels) {
+    const int64_t row = int64_t(blockIdx.y) * 3;
+    partials[row * channels + c] = moments.count;
+    partials[(row + 1) * channels + c] = moments.mean;
+    partials[(row + 2) * channels + c] = moments.m2;
+  }
+}
+
+template <class T>
+__global__ void sums_kernel(const __grid_constant__ Reader<T> s,
+                            const __grid_constant__ Tensor<const T> u, Global<Acc<T>> partials,
+                            int64_t chunk) {
+  using A = Acc<T>;
+  const int64_t c = column(), channels = s.a.size[1], positions = s.a.positions();
+  const int64_t begin = blockIdx.y * chunk;
+  const int64_t end = begin + chunk < positions ? begin + chunk : positions;
+  Sums<A> sums;
+  if (c < channels) {
+    const A mean = u.data && s.norm.data ? s.norm.mean(c) : A(0);
+    for (int64_t i = begin + threadIdx.y; i < end; i += kLanes) {
+      const Position at(i, s.a);
+      const A value = s(s.place(at.n, at.t, at.h, at.w), c);
+      sums.first += value;
+      if (u.data)
+        sums.second +=
+            value * (widen(u.data[u.offset(at.n, at.t, at.h, at.w) + c * u.stride[1]]) - mean);
+    }
+  }
+  sums = merge_lanes(sums);
+  if (threadIdx.y == 0 && c < channels) {
+    partials[int64_t(blockIdx.y) * 2 * channels + c] = sums.first;
+    partials[(int64_t(blockIdx.y) * 2 + 1) * channels + c] = sums.second;
+  }
+}
+
+template <class A>
+__global__ void sum_rows_kernel(Global<const A> partials, Global<A> out, int64_t rows,
+                                int64_t columns) {
+  Sums<A> sum;
+  if (column() < columns)
+    for (int64_t r = threadIdx.y; r < rows; r += kLanes)
+      sum.first += partials[r * columns + column()];
+  sum = merge_lanes(sum);
+  if (threadIdx.y == 0 && column() < columns) out[column()] = sum.first;
+}
+
+template <class A>
+__global__ void combine_statistics_kernel(Global<const A> partials, Global<A> mean, Global<A> var,
+                                          int64_t splits, int64_t channels) {
+  const int64_t c = column();
+  Moments<A> moments;
+  if (c < channels)
+    for (int64_t r = threadIdx.y; r < splits; r += kLanes) {
+      Moments<A> part;
+      part.count = partials[r * 3 * channels + c];
+      part.mean = partials[(r * 3 + 1) * channels + c];
+      part.m2 = partials[(r * 3 + 2) * channels + c];
+      moments.merge(part);
+    }
+  moments = merge_lanes(moments);
+  if (threadIdx.y == 0 && c < channels) {
+    mean[c] = moments.mean;
+    var[c] = moments.m2 / moments.count;
+  }
+}
+
+template <class A>
+__global__ void norm_coefficients_kernel(Global<const A> mean, Global<const A> var,
+                                         Global<const A> gamma, Global<const A> beta, A eps,
+                                         Global<A> out, int64_t channels) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= channels) return;
+  out[c] = mean[c];
+  out[channels + c] = (gamma ? gamma[c] : A(1)) / sqrt(var[c] + eps);
+  out[2 * channels + c] = beta ? beta[c] : A(0);
+  out[3 * channels + c] = out[4 * channels + c] = A(0);
+}
+
+// du = s·dv + p·(u − mean) + q with p = −s·rstd²·Σdv(u − mean)/n and q = −s·Σdv/n.
+template <class A>
+__global__ void norm_gradient_kernel(Global<const A> sums, Global<const A> var, A eps, A count,
+                                     bool batch, Global<A> dgamma, Global<A> coefficients,
+                                     int64_t channels) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= channels) return;
+  const A rstd = A(1) / sqrt(var[c] + eps), scale = coefficients[channels + c];
+  const A dv = sums[c], dv_u = sums[channels + c];
+  dgamma[c] = rstd * dv_u;
+  coefficients[3 * channels + c] = batch ? -scale * rstd * rstd * dv_u / count : A(0);
+  coefficients[4 * channels + c] = batch ? -scale * dv / count : A(0);
+}
+
+constexpr int kThreads = 256;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::string channels_text(int64_t channels) { return std::to_string(channels) + " channels"; }
+
+template <class A>
+Global<const A> in(Array a) {
+  return global<const A>(a.data, a.count);
+}
+
+template <class A>
+Global<A> out(Array a) {
+  return global<A>(a.data, a.count);
+}
+
+// Calls f with a value of the accumulation type.
+template <class F>
+void with_accumulator(Dtype dtype, F f) {
+  if (dtype == Dtype::f64) return f(double{});
+  f(float{});
+}
+
+}  // namespace
+
+void channel_statistics(Dtype dtype, const View& u, Array partials, int64_t splits, Stream stream) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t positions = u.size[0] * u.size[2] * u.size[3] * u.size[4];
+    launch("channel_statistics", statistics_kernel<T>, dim3(divide_up(u.size[1], kColumns), splits),
+           dim3(kColumns, kLanes), sizeof(Moments<Acc<T>>) * kColumns * kLanes, stream, shape(u),
+           Tensor<const T>(u), out<Acc<T>>(partials), divide_up(positions, splits));
+  });
+}
+
+void channel_sums(Dtype dtype, const Source& s, std::optional<View> u, Array partials,
+                  int64_t splits, Stream stream) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t positions = s.a.size[0] * s.a.size[2] * s.a.size[3] * s.a.size[4];
+    launch("channel_sums", sums_kernel<T>, dim3(divide_up(s.a.size[1], kColumns), splits),
+           dim3(kColumns, kLanes), sizeof(Sums<Acc<T>>) * kColumns * kLanes, stream, shape(s.a),
+           Reader<T>(s), Tensor<const T>(u.value_or(View{})), out<Acc<T>>(partials),
+           divide_up(positions, splits));
+  });
+}
+
+void sum_rows(Dtype dtype, Array partials, Array sums, int64_t rows, Stream stream) {
+  with_accumulator(dtype, [&](auto accumulator) {
+    using A = decltype(accumulator);
+    launch("sum_rows", sum_rows_kernel<A>, dim3(divide_up(sums.count, kColumns)),
+           dim3(kColumns, kLanes), sizeof(Sums<A>) * kColumns * kLanes, stream,
+           std::to_string(rows) + " rows of " + std::to_string(sums.count), in<A>(partials),
+           out<A>(sums), rows, sums.count);
+  });
+}
+
+void combine_statistics(Dtype dtype, Array partials, Array mean, Array var, int64_t splits,
+                        Stream stream) {
+  with_accumulator(dtype, [&](auto accumulator) {
+    using A = decltype(accumulator);
+    launch("combine_statistics", combine_statistics_kernel<A>,
+           dim3(divide_up(mean.count, kColumns)), dim3(kColumns, kLanes),
+           sizeof(Moments<A>) * kColumns * kLanes, stream, channels_text(mean.count),
+           in<A>(partials), out<A>(mean), out<A>(var), splits, mean.count);
+  });
+}
+
+void norm_coefficients(Dtype dtype, Array mean, Array var, Array gamma, Array beta, double eps,
+                       Array coefficients, Stream stream) {
+  with_accumulator(dtype, [&](auto accumulator) {
+    using A = decltype(accumulator);
+    launch("norm_coefficients", norm_coefficients_kernel<A>, dim3(divide_up(mean.count, kThreads)),
+           dim3(kThreads), 0, stream, channels_text(mean.count), in<A>(mean), in<A>(var),
+           in<A>(gamma), in<A>(beta), A(eps), out<A>(coefficients), mean.count);
+  });
+}
+
+void norm_gradient_coefficients(Dtype dtype, Array sums, Array var, double eps, double count,
+                                bool batch, Array dgamma, Array coefficients, Stream stream) {
+  with_accumulator(dtype, [&](auto accumulator) {
+    using A = decltype(accumulator);
+    launch("norm_gradient", norm_gradient_kernel<A>, dim3(divide_up(var.count, kThreads)),
+           dim3(kThreads), 0, stream, channels_text(var.count), in<A>(sums), in<A>(var), A(eps),
+           A(count), batch, out<A>(dgamma), out<A>(coefficients), var.count);
+  });
+}
+
+}  // namespace fastst

@@ -1,0 +1,110 @@
+"""Builds the kernels' sources with the host compiler against the emulator's headers.
+
+The module has the functions of ``fastst._C`` and runs the same host and kernel code on CPU memory.
+Objects are kept by the hash of everything they are made from (FASTST_EMULATOR_CACHE, else a folder
+in the user's cache), so that a change recompiles what it touches and test workers share the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+MODULE = "fastst_emulated"
+FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+
+
+def cache() -> Path:
+    folder = os.environ.get("FASTST_EMULATOR_CACHE")
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastst-emulator"
+
+
+def compiler() -> str:
+    """
+    Raises:
+        RuntimeError: there is no C++ compiler.
+    """
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not found:
+        raise RuntimeError("the emulator needs a C++20 compiler (g++ 12 or newer), found none")
+    return found
+
+
+def module(csrc: Path = CSRC, defines: Sequence[str] = ()) -> Path:
+    """Path of the Python module made from the sources in ``csrc``, built if need be.
+
+    Raises:
+        RuntimeError: the compiler's messages.
+    """
+    import pybind11
+
+    python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
+    names = (f"-DFASTST_MODULE={MODULE}", "-DFASTST_EMULATED=true", "-fvisibility=hidden")
+    sources = sorted(csrc.glob("*.cu")) + sorted(csrc.glob("*.cpp")) + [HERE / "emulator.cpp"]
+    headers = _headers(csrc)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(
+            pool.map(
+                lambda s: _object(
+                    s, headers, csrc,
+                    # Binding code is slow to optimise and its speed does not matter.
+                    ("-O0", *python, *names) if s.name == "bindings.cpp" else ("-O1", *defines),
+                ),
+                sources,
+            )
+        )  # fmt: skip
+    return _made(_hash(*(str(o) for o in objects)), f"{MODULE}.so", "-shared", *map(str, objects))
+
+
+def program(source: Path) -> Path:
+    """Path of the executable made from one source file and the emulator."""
+    headers = _headers(CSRC)
+    objects = [_object(s, headers, CSRC, ("-O1",)) for s in (source, HERE / "emulator.cpp")]
+    return _made(_hash(*(str(o) for o in objects)), source.stem, *map(str, objects))
+
+
+def _headers(csrc: Path) -> str:
+    files = [f for d in (csrc, HERE) for f in sorted(d.rglob("*")) if f.suffix in (".h", ".cuh")]
+    return _hash(*(f.read_text() for f in files))
+
+
+def _object(source: Path, headers: str, csrc: Path, flags: Sequence[str]) -> Path:
+    includes = (f"-I{HERE}", f"-I{csrc}")
+    key = _hash(compiler(), headers, source.read_text(), *FLAGS, *flags)
+    return _made(key, f"{source.stem}.o", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source))
+
+
+def _made(key: str, name: str, *arguments: str) -> Path:
+    """The compiler's output for these arguments, from the cache where it is there."""
+    target = cache() / key / name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / name
+        run = subprocess.run(
+            [compiler(), *arguments, "-o", str(made)], capture_output=True, text=True
+        )
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(run.args)}\n{run.stderr}")
+        os.replace(made, target)  # at once: other processes may be building the same
+    return target
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+if __name__ == "__main__":
+    print(module())

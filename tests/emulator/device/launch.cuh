@@ -1,0 +1,32 @@
+// The emulator's counterpart of csrc/device/launch.cuh.
+#pragma once
+
+#include <api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../emulator.h"
+
+namespace fastst {
+
+inline std::string shape(const View& v) {
+  std::string s = "(";
+  for (int i = 0; i < 5; ++i) s += (i ? ", " : "") + std::to_string(v.size[i]);
+  return s + ")";
+}
+
+constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+            Stream, const std::string& what, Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const std::string error = emulator::launch(name, grid, block, int64_t(shared),
+                                             [&] { kernel(Parameters(arguments)...); });
+  if (!error.empty())
+    throw std::runtime_error(std::string("fastst kernel ") + name + " for " + what +
+                             " could not be launched: " + error);
+}
+
+}  // namespace fastst
