@@ -355,23 +355,10 @@ def _channels_last(weight: Tensor) -> Tensor:
 
 def _conv(rows: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
     """One pass from rows to rows."""
-    if _needs_float32(rows, p.groups > 1 or max(p.dilation) > 1):
-        wide = (None if t is None else t.float() for t in (rows, weight, bias))
-        return _conv(*wide, p).to(rows.dtype)  # type: ignore[arg-type]
     padded, padding = _pad_rows(rows, p)
     c = _Conv4d(padded, weight, p, padding)
     y = F.conv2d(c.x, c.weight, bias, c.stride, c.padding, c.dilation, p.groups)
     return c.rows(y)
-
-
-def _needs_float32(rows: Tensor, risky: bool) -> bool:
-    """Whether a convolution must run on float32 copies.
-
-    On CPUs, oneDNN's channels-last bfloat16 is wrong for some grouped and dilated convolutions
-    and for the gradients of others (up to reads out of bounds), and PyTorch's float16 gradient
-    refuses some weights. float32 is right.
-    """
-    return risky and rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16)
 
 
 def _conv_backward(
@@ -380,20 +367,24 @@ def _conv_backward(
     """Gradients of ``_conv`` with respect to rows, weight (5D) and bias, where needed."""
     if not any(needs):
         return None, None, None
-    if _needs_float32(rows, True):
+    if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
+        # oneDNN's channels-last bfloat16 weight gradient reads out of bounds for some dilated
+        # convolutions, and more of its gradients are wrong; float32 is right.
         wide = _conv_backward(dy.float(), rows.float(), weight.float(), p, needs)
         return tuple(None if g is None else g.to(rows.dtype) for g in wide)  # type: ignore[return-value]
     padded, padding = _pad_rows(rows, p)
     c = _Conv4d(padded, weight, p, padding)
-    dx, dw, db = aten.convolution_backward(
+    dx, dw, _ = aten.convolution_backward(
         c.unrows(dy), c.x, c.weight, [weight.shape[0]], c.stride, c.padding, c.dilation,
-        False, (0, 0), p.groups, list(needs),
+        False, (0, 0), p.groups, [*needs[:2], False],
     )  # fmt: skip
+    # oneDNN sums the bias gradient one by one, PyTorch pairwise.
+    db = dy.sum((0, 1, 2, 3)) if needs[2] else None
     if needs[0]:
         dx = _unpad_rows(c.unstride(c.rows(dx)), rows.shape, p)
     if needs[1]:
         dw = dw.unsqueeze(2 if p.kind == "spatial" else 4)
-    return dx if needs[0] else None, dw if needs[1] else None, db if needs[2] else None
+    return dx if needs[0] else None, dw if needs[1] else None, db
 
 
 def _finish(
