@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -100,6 +101,14 @@ def _devices() -> Iterator[str]:
 
 def _native() -> Iterator[str]:
     yield f"nvcc: {shutil.which('nvcc') or 'not on PATH'}"
+    found = importlib.util.find_spec("fastst._C")
+    if found is None:
+        yield "fastst._C was not built: FASTST_BUILD_CUDA=1 pip install . says what is missing"
+        return
+    yield f"fastst._C is {found.origin}"
+    library = importlib.import_module("fastst._C")
+    why = library.device_error()
+    yield f"it sees {library.device_count()} CUDA devices" + (f": {why}" if why else "")
 
 
 def _backends() -> Iterator[str]:
