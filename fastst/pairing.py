@@ -59,10 +59,10 @@ def pair_forward(
         dilation=(temporal.dilation[0], *spatial.dilation[1:]),
         groups=(spatial.groups, temporal.groups),
         padding_mode=(spatial.padding_mode, temporal.padding_mode),
-        activation=named[0], negative_slope=named[1], norm=_batch_norm(norm), order=order,
+        activation=named[0], negative_slope=named[1], norm=batch_norm_arguments(norm), order=order,
         causal=causal, recompute=recompute,
     )  # fmt: skip
-    if _counts(norm):
+    if counts_batches(norm):
         norm.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
     return y
 
@@ -178,20 +178,20 @@ def sides(spatial: Any, temporal: Any) -> tuple[tuple[int, int], ...]:
     return (_conv_sides(temporal)[0], *_conv_sides(spatial)[1:])
 
 
-def _counts(norm: Any) -> bool:
+def counts_batches(norm: Any) -> bool:
     """Whether a batch norm counts this batch."""
     counts = norm is not None and norm.training and norm.track_running_stats
     return counts and norm.num_batches_tracked is not None
 
 
-def _batch_norm(norm: Any) -> BatchNorm | None:
+def batch_norm_arguments(norm: Any) -> BatchNorm | None:
     """The functional form of a batch norm module in the mode it is in."""
     if norm is None:
         return None
     training = norm.training or (norm.running_mean is None and norm.running_var is None)
     momentum = norm.momentum
     if momentum is None:  # cumulative average; counted after the op has run
-        momentum = 1.0 / (float(norm.num_batches_tracked) + 1) if _counts(norm) else 0.0
+        momentum = 1.0 / (float(norm.num_batches_tracked) + 1) if counts_batches(norm) else 0.0
     tracked = not norm.training or norm.track_running_stats
     mean, var = (norm.running_mean, norm.running_var) if tracked else (None, None)
     return BatchNorm(mean, var, norm.weight, norm.bias, training, momentum, norm.eps)
