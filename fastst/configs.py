@@ -50,6 +50,14 @@ class StreamConfig:
     num_warps: int
 
 
+def launch_options(config: TapConfig | StreamConfig) -> dict[str, int]:
+    """What Triton itself takes of a configuration."""
+    options = {"num_warps": config.num_warps}
+    if isinstance(config, TapConfig):
+        options["num_stages"] = config.num_stages
+    return options
+
+
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import configs
-from ..shapes import PairSpec, PairTensors, Pass, Problem
+from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
 from . import PairResult
 
 _WIDE = 1 << 31  # positions from which coordinates are int64
@@ -54,8 +54,6 @@ def capability(device: torch.device) -> configs.Capability:
 def why_not(problem: Problem, phase: str) -> str | None:
     if phase != "forward":
         return "has no backward kernels yet"
-    if problem.op != "conv2plus1d":
-        return "has no kernel for the parallel op yet"
     device = problem.device
     if device.type not in ("cuda", "cpu") or torch.version.hip is not None:
         return f"runs on NVIDIA GPUs, not on {device.type} tensors"
@@ -126,6 +124,53 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
     return PairResult(y, mid_rows if keep else None, mean, var)
 
 
+def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
+    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+    x, ws, wt, bs, bt = tensors
+    spatial, temporal = problem.passes
+    y = problem.empty_output(x)
+    if spec.combine == "add" and spatial.groups == temporal.groups == 1:
+        _parallel_conv(spec, spatial, temporal, tensors, y)
+        return y
+    end = {"inner": spec.branch_activation, "activation": spec.activation, "slope": spec.slope}
+    if spec.combine == "cat":
+        conv_pass(spatial, x, ws, y[:, : spatial.out_channels], shift=bs, **end)
+        conv_pass(temporal, x, wt, y[:, spatial.out_channels :], shift=bt, **end)
+    else:
+        conv_pass(spatial, x, ws, y, shift=bs, inner=spec.branch_activation, slope=spec.slope)
+        conv_pass(temporal, x, wt, y, shift=bt, residual=y, **end)
+    return y
+
+
+def _parallel_conv(
+    spec: ParallelSpec, spatial: Pass, temporal: Pass, tensors: ParallelTensors, y: Tensor
+) -> None:
+    """Both ungrouped branches, added, in one launch into y."""
+    kernels, _ = _kernels()
+    assert kernels is not None
+    x, ws, wt, bs, bt = tensors
+    channels, out_channels = x.shape[1], y.shape[1]
+    count = y.shape[0] * math.prod(y.shape[2:])
+    config = configs.tap_conv(
+        count, channels, out_channels, 1, math.prod(spatial.kernel) + temporal.kernel[0] - 1,
+        x.dtype, uses_tensor_cores(x.dtype), capability(x.device),
+    )  # fmt: skip
+    packed = [pack(w, 1, channels, config) for w in (ws, wt)]
+    width = packed[0].shape[-1]
+    x_align, y_align = alignment(x, channels), alignment(y, out_channels)
+    launch(
+        kernels.tap_conv.parallel_conv,
+        (-(-count // config.block_p) * (width // config.columns),), config,
+        x, strides(x, x_align), tuple(x.shape[2:]), channels, *packed, width, bs, bt,
+        y, strides(y, y_align), tuple(y.shape[2:]), out_channels, count,
+        SPATIAL=taps(spatial), TEMPORAL=taps(temporal), FLAT=channels if config.flat else 0,
+        X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run_length(x, y), WIDE=count >= _WIDE,
+        BRANCH=spec.branch_activation, ACTIVATION=spec.activation, SLOPE=spec.slope,
+        BLOCK_P=config.block_p, BLOCK_N=config.block_n, REST_N=config.rest_n,
+        BLOCK_K=config.block_k, **arithmetic(x.dtype),
+    )  # fmt: skip
+
+
 def conv_pass(
     p: Pass,
     x: Tensor,
@@ -138,7 +183,7 @@ def conv_pass(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     inner: str = "none",
-    residual: Tensor | None = None,
+    residual: Tensor | None = None,  # of the strides of y, or y itself
     activation: str = "none",
     slope: float = 0.01,
     statistics: bool = False,
@@ -169,7 +214,7 @@ def conv_pass(
         kernels.tap_conv.tap_conv, (tiles * groups * (packed.shape[-1] // config.columns),), config,
         x, strides(x, x_align), tuple(x.shape[2:]), channels, groups, packed, packed.shape[-1],
         in_scale, in_shift, scale, shift, partial if statistics else None,
-        residual, (0,) * 5 if residual is None else residual.stride(),
+        residual, None if residual is None else strides(residual, y_align),
         y, strides(y, y_align), tuple(y.shape[2:]), out_channels, stored, count,
         TAPS=taps(p), FLAT=channels if config.flat else 0,
         X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run_length(x, y),
@@ -236,9 +281,7 @@ def launch(
     device = next(a.device for a in args if isinstance(a, Tensor))
     guard: Any = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     if config is not None:
-        meta["num_warps"] = config.num_warps
-        if isinstance(config, configs.TapConfig):
-            meta["num_stages"] = config.num_stages
+        meta |= configs.launch_options(config)
     with guard:
         kernel[grid](*args, **meta)
 

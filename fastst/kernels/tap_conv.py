@@ -94,6 +94,27 @@ def accumulate(
 
 
 @triton.jit
+def biased(acc, bias_ptr, channel, channels):
+    """acc plus a bias per channel, which may be None."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0)
+        acc = acc + bias.to(acc.dtype)[None, :]
+    return acc
+
+
+@triton.jit
+def store(
+    v, channel, channel_ok, y_ptr, y_strides, position, row_ok,
+    Y_ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """A tile of y, narrowed to its dtype."""
+    offsets = row_offsets(position, y_strides, Y_ALIGN)[:, None]
+    offsets = offsets + channel.to(tl.int64)[None, :] * y_strides[1]
+    v = narrow(v, y_ptr.dtype.element_ty, EMULATE)
+    tl.store(y_ptr + offsets, v, mask=row_ok[:, None] & channel_ok[None, :])
+
+
+@triton.jit
 def finish(
     acc, n,  # (BLOCK_P, columns) and (columns,): channel within the group
     group, channels, all_channels, stored,  # of a group; of all; how many of n are written
@@ -107,26 +128,36 @@ def finish(
 ):  # fmt: skip
     """y = ACTIVATION(INNER(acc·scale + shift) + residual), and (mean, M2) per channel before it."""
     n_ok = n < channels
-    channel = group * channels + n
+    # Y_ALIGN divides both numbers: multiplied by it, the mask is seen to be one of whole vectors.
+    stored = stored // Y_ALIGN * Y_ALIGN
+    channel = group * channels // Y_ALIGN * Y_ALIGN + n
     if scale_ptr is not None:
         acc = acc * tl.load(scale_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)[None, :]
     if shift_ptr is not None:
         acc = acc + tl.load(shift_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)[None, :]
-    stored = stored // Y_ALIGN * Y_ALIGN  # the same number, and a mask of whole vectors
-    ok = row_ok[:, None] & (n < stored)[None, :]
     if partial_ptr is not None:
+        ok = row_ok[:, None] & n_ok[None, :]
         mean = tl.sum(tl.where(ok, acc, 0.0), 0) / rows.to(acc.dtype)
         away = tl.where(ok, acc - mean[None, :], 0.0)
         tl.store(partial_ptr + channel, mean, mask=n_ok)
         tl.store(partial_ptr + all_channels + channel, tl.sum(away * away, 0), mask=n_ok)
     acc = activate(acc, INNER, SLOPE)
-    column = (group * channels // Y_ALIGN * Y_ALIGN + n).to(tl.int64)[None, :]
     if residual_ptr is not None:
-        offsets = row_offsets(position, residual_strides, 1)[:, None] + column * residual_strides[1]
+        offsets = row_offsets(position, residual_strides, Y_ALIGN)[:, None]
+        offsets = offsets + channel.to(tl.int64)[None, :] * residual_strides[1]
+        ok = row_ok[:, None] & n_ok[None, :]
         acc += tl.load(residual_ptr + offsets, mask=ok, other=0.0).to(acc.dtype)
     acc = activate(acc, ACTIVATION, SLOPE)
-    offsets = row_offsets(position, y_strides, Y_ALIGN)[:, None] + column * y_strides[1]
-    tl.store(y_ptr + offsets, narrow(acc, y_ptr.dtype.element_ty, EMULATE), mask=ok)
+    store(acc, channel, n < stored, y_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
+
+
+@triton.jit
+def tile_positions(tile, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
+    """First position of a tile, and all of them."""
+    start = tile * BLOCK_P
+    if WIDE:
+        start = tile.to(tl.int64) * BLOCK_P
+    return start, start + tl.arange(0, BLOCK_P)
 
 
 # Sizes of a video change from call to call; a kernel of its own for sizes 1 or 16 gains nothing.
@@ -138,7 +169,7 @@ def tap_conv(
     in_scale_ptr, in_shift_ptr,  # (C,) prologue, or None
     out_scale_ptr, out_shift_ptr,  # (K,) epilogue, or None
     partial_ptr,  # (tiles of positions, 2, K), or None
-    residual_ptr, residual_strides,
+    residual_ptr, residual_strides,  # like y, or None; may be y itself
     y_ptr, y_strides, y_size,  # (N, K, T', H', W')
     y_channels, y_stored,  # of a group; of it stored: more than it has are zeros
     count,  # N·T'·H'·W'
@@ -154,10 +185,7 @@ def tap_conv(
     tile_p = pid // (tiles_n * groups)
     group = pid // tiles_n % groups
     first = pid % tiles_n * (BLOCK_N + REST_N)
-    start = tile_p * BLOCK_P
-    if WIDE:
-        start = tile_p.to(tl.int64) * BLOCK_P
-    p = start + tl.arange(0, BLOCK_P)
+    start, p = tile_positions(tile_p, BLOCK_P, WIDE)
     row_ok = p < count
     position = positions(p, y_size, RUN)
 
@@ -191,4 +219,67 @@ def tap_conv(
             rest, n, group, y_channels, all_channels, y_stored, out_scale_ptr, out_shift_ptr,
             partial_ptr, residual_ptr, residual_strides, y_ptr, y_strides, position, row_ok, rows,
             INNER, ACTIVATION, SLOPE, Y_ALIGN, EMULATE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["x_size", "y_size", "count"])
+def parallel_conv(
+    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
+    channels,
+    spatial_ptr, temporal_ptr, width,  # both packed as for tap_conv, one group
+    spatial_bias_ptr, temporal_bias_ptr,  # (K,), or None
+    y_ptr, y_strides, y_size, y_channels,  # (N, K, T', H', W')
+    count,
+    SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, FLAT: tl.constexpr,
+    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
+    BRANCH: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """ACTIVATION(BRANCH(spatial) + BRANCH(temporal)) in one launch.
+
+    Without a branch activation both are one sum over a cross of taps, else two accumulators.
+    """
+    STEP: tl.constexpr = BLOCK_N + REST_N
+    tiles_n = width // STEP
+    pid = tl.program_id(0)
+    start, p = tile_positions(pid // tiles_n, BLOCK_P, WIDE)
+    row_ok = p < count
+    position = positions(p, y_size, RUN)
+    first = pid % tiles_n * STEP
+    n = first + tl.arange(0, BLOCK_N)
+    n_rest = first + BLOCK_N + tl.arange(0, REST_N if REST_N > 0 else 16)
+
+    acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
+    rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
+    acc, rest = accumulate(
+        acc, rest, x_ptr, x_strides, x_size, channels, spatial_ptr + first, width, None, None,
+        position, row_ok, SPATIAL, FLAT, X_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K,
+        PRECISION, EMULATE,
+    )  # fmt: skip
+    acc = activate(biased(acc, spatial_bias_ptr, n, y_channels), BRANCH, SLOPE)
+    rest = activate(biased(rest, spatial_bias_ptr, n_rest, y_channels), BRANCH, SLOPE)
+    if BRANCH == "none":
+        onto, onto_rest = acc, rest
+    else:
+        onto, onto_rest = tl.zeros_like(acc), tl.zeros_like(rest)
+    onto, onto_rest = accumulate(
+        onto, onto_rest, x_ptr, x_strides, x_size, channels, temporal_ptr + first, width, None, None,
+        position, row_ok, TEMPORAL, FLAT, X_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K,
+        PRECISION, EMULATE,
+    )  # fmt: skip
+    onto = activate(biased(onto, temporal_bias_ptr, n, y_channels), BRANCH, SLOPE)
+    onto_rest = activate(biased(onto_rest, temporal_bias_ptr, n_rest, y_channels), BRANCH, SLOPE)
+    if BRANCH != "none":
+        onto += acc
+        onto_rest += rest
+
+    store(
+        activate(onto, ACTIVATION, SLOPE), n, n < y_channels, y_ptr, y_strides, position, row_ok,
+        Y_ALIGN, EMULATE,
+    )  # fmt: skip
+    if REST_N > 0:
+        store(
+            activate(onto_rest, ACTIVATION, SLOPE), n_rest, n_rest < y_channels, y_ptr, y_strides,
+            position, row_ok, Y_ALIGN, EMULATE,
         )  # fmt: skip

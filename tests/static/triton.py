@@ -1,0 +1,241 @@
+"""Compile the shipped Triton kernels for real targets, without a GPU, and inspect the machine code.
+
+The backend's own host code runs on meta tensors with its launches recorded, so that kernels,
+configurations and argument specialisations are those that a GPU would get. One row each: kernel,
+case, architecture, registers, spilled bytes, shared memory, tensor-core instruction. Fails on a
+spill, on shared memory over the limit, or on a dense kernel of a 16-bit type without tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path[0] = str(Path(__file__).parents[2])  # this file's own name would hide the package triton
+
+import torch
+
+from fastst import configs
+from fastst.backends import triton as backend
+from fastst.shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
+
+ARCHITECTURES = (80, 90, 100)
+TENSOR_CORES = re.compile(r"\b(HGMMA|UTCHMMA|UTCQMMA|UTCMMA|HMMA|DMMA)\b")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the backend whose kernels are compiled."""
+
+    name: str
+    channels: tuple[int, int, int]  # C, M, K
+    size: tuple[int, int, int]
+    kernel: tuple[int, int, int] = (3, 3, 3)
+    stride: tuple[int, int, int] = (1, 1, 1)
+    groups: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = True
+    norm: str = "batch"
+    save: bool = True  # a training call
+    activation: str = "relu"
+    combine: str = ""  # of the parallel op
+    branch_activation: str = "none"
+    tf32: bool = True
+
+    def run(self) -> None:
+        """The backend's host code on meta tensors."""
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        c, m, k = self.channels
+        x = empty(8, c, *self.size)
+        if self.channels_last:
+            x = x.to(memory_format=torch.channels_last_3d)
+        kt, kh, kw = self.kernel
+        padding = (kt // 2, kt // 2, kh // 2, kh // 2, kw // 2, kw // 2)
+        common = {"stride": self.stride, "padding": padding, "groups": (self.groups,) * 2}
+        if self.combine:
+            weights = empty(k, c // self.groups, 1, kh, kw), empty(k, c // self.groups, kt, 1, 1)
+            tensors = ParallelTensors(x, *weights, empty(k), empty(k))
+            spec = ParallelSpec(
+                **common, branch_activation=self.branch_activation, activation=self.activation,
+                combine=self.combine,
+            )  # fmt: skip
+            backend.parallel_conv2plus1d(Problem.of(tensors, spec), tensors)
+            return
+        weights = empty(m, c // self.groups, 1, kh, kw), empty(k, m // self.groups, kt, 1, 1)
+        vectors = [empty(m, dtype=torch.float32) for _ in range(4)]
+        if self.norm != "frozen":
+            vectors[2:] = [None, None]
+        if self.norm == "none":
+            vectors[:2] = [None, None]
+        tensors = PairTensors(x, *weights, None, empty(k), *vectors)
+        spec = PairSpec(**common, activation=self.activation, norm=self.norm)
+        backend.conv2plus1d(Problem.of(tensors, spec), tensors, self.save)
+
+
+HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
+# The pairs of R(2+1)D-18 in training and inference, other dtypes, thin and grouped ones.
+CASES = (
+    Case("stem", (3, 45, 64), (16, 112, 112), (3, 7, 7), (1, 2, 2), channels_last=False),
+    Case("64-144-64", (64, 144, 64), (16, 56, 56)),
+    Case("64-144-64 contiguous", (64, 144, 64), (16, 56, 56), channels_last=False),
+    Case("64-230-128 s2", (64, 230, 128), (16, 56, 56), stride=(2, 2, 2)),
+    Case("128-288-128", (128, 288, 128), (8, 28, 28), norm="frozen", save=False),
+    Case("256-576-256", (256, 576, 256), (4, 14, 14), activation="silu"),
+    Case("512-1152-512", (512, 1152, 512), (2, 7, 7), norm="none", save=False, dtype=HALF),
+    Case("tf32", (64, 144, 64), (16, 56, 56), dtype=SINGLE),
+    Case("float32", (64, 144, 64), (16, 56, 56), dtype=SINGLE, tf32=False),
+    Case("float64", (16, 32, 16), (4, 14, 14), dtype=DOUBLE),
+    Case("gelu", (32, 96, 32), (8, 28, 28), norm="frozen", activation="gelu", dtype=HALF),
+)
+
+
+# ---- compiling without a driver
+
+
+class OfflineDriver:
+    """What Triton asks of a driver before it compiles for an architecture."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps compiled kernels per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def kernels(case: Case, architecture: int) -> Iterator[tuple[Any, str]]:
+    """Every kernel of a case, compiled, with its configuration in words."""
+    import triton
+
+    triton.runtime.driver.set_active(OfflineDriver(architecture))
+    found: list[tuple[Any, str]] = []
+
+    def launch(kernel: Any, grid: Any, config: Any, *args: Any, **meta: Any) -> None:
+        told = ""
+        if config is not None:
+            meta |= configs.launch_options(config)
+            told = str(config).split("(", 1)[1].rstrip(")").replace("block_", "").replace("num_", "")
+        found.append((kernel.warmup(*args, grid=grid, **meta), told))
+
+    with (
+        mock.patch.object(backend, "launch", launch),
+        mock.patch.object(backend, "capability", lambda device: divmod(architecture, 10)),
+        mock.patch.object(backend, "tf32_allowed", lambda: case.tf32),
+    ):
+        case.run()
+    yield from found
+
+
+# ---- reading the machine code
+
+
+def tool(name: str, *args: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str
+    case: str
+    config: str
+    architecture: int
+    registers: int
+    spilled: int  # bytes of local memory of a thread
+    shared: int
+    tensor_cores: str
+    wrong: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:17} {self.case:22} sm_{self.architecture:<4} {self.registers:4} "
+            f"{self.spilled:6} {self.shared:7} {self.tensor_cores or '-':8} {self.config}"
+            + (f"  <- {self.wrong}" if self.wrong else "")
+        )
+
+
+HEADER = f"{'kernel':17} {'case':22} {'arch':7} regs spills  shared tensor   configuration"
+
+
+def inspect(compiled: Any, config: str, case: Case, architecture: int) -> Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        code = tool("cuobjdump", "-sass", file.name)
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    units = ",".join(sorted(set(TENSOR_CORES.findall(code))))
+    shared = compiled.metadata.shared
+    limit = configs.shared_memory_limit(divmod(architecture, 10))
+    name = compiled.metadata.name
+    wrong = []
+    if stack + local:
+        wrong.append("spills")
+    if shared > limit:
+        wrong.append(f"more than {limit} bytes of shared memory")
+    if name in DENSE and case.dtype.itemsize == 2 and not units:
+        wrong.append("no tensor-core instruction")
+    return Row(
+        name, case.name, config, architecture, registers, stack + local, shared, units,
+        ", ".join(wrong),
+    )  # fmt: skip
+
+
+def rows(task: tuple[Case, int]) -> list[Row]:
+    case, architecture = task
+    return [inspect(k, config, case, architecture) for k, config in kernels(case, architecture)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--case", nargs="*", help="names of cases")
+    args = parser.parse_args()
+    cases = [c for c in CASES if not args.case or c.name in args.case]
+    tasks = [(c, a) for c in cases for a in args.arch]
+    print(HEADER)
+    seen: set[tuple[str, str, str, int]] = set()
+    bad = 0
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # nothing from an earlier run counts
+        with ProcessPoolExecutor(2) as pool:
+            for found in pool.map(rows, tasks):
+                for row in found:
+                    key = (row.kernel, row.case, row.config, row.architecture)
+                    if key not in seen or row.wrong:
+                        print(row, flush=True)
+                    seen.add(key)
+                    bad += bool(row.wrong)
+    print(f"{len(seen)} kernels, {bad} wrong")
+    return 1 if bad or not seen else 0
+
+
+DENSE = ("tap_conv", "parallel_conv", "pair_conv")
+
+if __name__ == "__main__":
+    sys.exit(main())
