@@ -208,7 +208,8 @@ def plan_of(
     pairs = []
     for chain in chains:
         nodes = chain.nodes
-        norm, act = chain.norm, chain.activation
+        norm = chain.norm
+        act = None if chain.named is not None else chain.activation  # a function has no module
         with graph.inserting_before(nodes[0]):
             get = [None if n is None else graph.get_attr(str(n.target)) for n in (norm, act)]
             if chain.named is not None:
