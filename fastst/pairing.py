@@ -107,7 +107,7 @@ def why_composed(
         return "its SyncBatchNorm reduces statistics over processes in training"
     for label, conv, axes in (("spatial", spatial, (0,)), ("temporal", temporal, (1, 2))):
         for i in axes:
-            came = (conv.kernel_size[i], conv.stride[i], sum(_conv_sides(conv)[i]))
+            came = (conv.kernel_size[i], conv.stride[i], sum(sides_of(conv)[i]))
             if came != (1, 1, 0):
                 return (
                     f"its {label} convolution must have kernel 1, stride 1 and padding 0 in "
@@ -123,7 +123,7 @@ def pair_order(first: nn.Module, second: nn.Module) -> str:
         """Whether a convolution does nothing along these axes."""
         if not isinstance(conv, nn.Conv3d):
             return False
-        sides = _conv_sides(conv)
+        sides = sides_of(conv)
         return all((conv.kernel_size[i], conv.stride[i], sum(sides[i])) == (1, 1, 0) for i in axes)
 
     temporal_first = fits(first, (1, 2)) and fits(second, (0,))
@@ -166,7 +166,7 @@ def why_foreign(
     return None
 
 
-def _conv_sides(conv: Any) -> list[tuple[int, int]]:
+def sides_of(conv: Any) -> list[tuple[int, int]]:
     """Padding (before, after) of each axis of an ``nn.Conv3d``, strings resolved."""
     if isinstance(conv.padding, str):
         w = conv._reversed_padding_repeated_twice
@@ -175,7 +175,7 @@ def _conv_sides(conv: Any) -> list[tuple[int, int]]:
 
 
 def sides(spatial: Any, temporal: Any) -> tuple[tuple[int, int], ...]:
-    return (_conv_sides(temporal)[0], *_conv_sides(spatial)[1:])
+    return (sides_of(temporal)[0], *sides_of(spatial)[1:])
 
 
 def counts_batches(norm: Any) -> bool:
