@@ -124,21 +124,22 @@ def _backends() -> Iterator[str]:
         problem = _dense_pair(device, dtype)
         for name, backend in dispatch.BACKENDS.items():
             label = f"{name}, on {device.type} in {str(dtype).removeprefix('torch.')}: "
-            yield label + "; ".join(_verdicts(backend, problem))
+            found = [_verdict(backend, problem, phase) for phase in ("forward", "backward")]
+            if found[0] == found[1]:
+                yield label + found[0]
+            else:
+                yield f"{label}forward {found[0]}; backward {found[1]}"
 
 
-def _verdicts(backend: Any, problem: Any) -> list[str]:
-    """One verdict where forward and backward agree, else one for each."""
+def _verdict(backend: Any, problem: Any, phase: str) -> str:
     try:
-        forward, backward = (backend.why_not(problem, phase) for phase in ("forward", "backward"))
+        why = backend.why_not(problem, phase)
+        avoid = getattr(backend, "avoid", lambda *_: None)(problem, phase)
     except (Exception, SystemExit) as error:
-        return [_failure(error)]
-    if forward == backward:
-        return ["runs" if forward is None else f"does not run: it {forward}"]
-    return [
-        f"{phase} {'runs' if why is None else f'does not run: it {why}'}"
-        for phase, why in (("forward", forward), ("backward", backward))
-    ]
+        return f"is {_failure(error)}"
+    if why is not None:
+        return f"does not run: it {why}"
+    return "runs" if avoid is None else f"runs by name, but not by auto: it {avoid}"
 
 
 def _dense_pair(device: Any, dtype: Any) -> Any:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 import fastst
+from fastst.backends import cuda, triton
+from fastst.shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -63,3 +69,46 @@ def test_readme_shows_the_equivalence_first() -> None:
     first, source = snippets(ROOT / "README.md")[0]
     assert first < 30
     assert "assert_close" in source
+
+
+def problem(**changes: Any) -> Problem:
+    """A pair on a CUDA device, or the parallel layer, with one thing made different."""
+    parallel, dtype = changes.pop("parallel", False), changes.pop("dtype", torch.bfloat16)
+    groups = changes.get("groups", (1, 1))
+    sizes = [(2, 16, 5, 9, 9), (16, 16 // groups[0], 1, 3, 3), (16, 16 // groups[1], 3, 1, 1)]
+    tensors = [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
+    padding = (1, 1, 1, 1, 1, 1)
+    if parallel:
+        described = Problem.of(ParallelTensors(*tensors), ParallelSpec(padding=padding, **changes))
+    else:
+        described = Problem.of(PairTensors(*tensors), PairSpec(padding=padding, **changes))
+    return dataclasses.replace(described, device=torch.device("cuda", 0))
+
+
+FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "inference, batch norm folded": ("forward", {"norm": "frozen"}),
+    "training forward, batch norm": ("forward", {"norm": "batch"}),
+    "backward": ("backward", {"norm": "batch"}),
+    "float16, float32": ("forward", {"dtype": torch.float16}),
+    "float64": ("forward", {"dtype": torch.float64}),
+    "depthwise and grouped": ("forward", {"groups": (16, 16)}),
+    "temporal-first": ("forward", {"order": "temporal-first"}),
+    "padding modes": ("forward", {"padding_mode": ("reflect", "replicate")}),
+    "parallel layer": ("forward", {"parallel": True}),
+    "parallel layer, backward": ("backward", {"parallel": True}),
+}
+
+
+def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cell of the README's table against ``why_not``, as if there were an H200."""
+    library = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "")
+    monkeypatch.setattr(cuda, "_load", lambda: library)
+    monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
+    rows = re.findall(r"^\| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = {label: cells for label, *cells in (row.split(" | ") for row in rows)}
+    names = [cell.strip("`") for cell in table["call"]]
+    assert names == list(fastst.dispatch.BACKENDS)
+    for feature, (phase, changes) in FEATURES.items():
+        backends = fastst.dispatch.BACKENDS.values()
+        found = [b.why_not(problem(**changes), phase) for b in backends]
+        assert table[feature] == ["yes" if why is None else "no" for why in found], (feature, found)
