@@ -69,7 +69,7 @@ def test_metadata_asks_for_ranges(wheel: Path) -> None:
     assert [str(r) for r in required if r.marker is None] == ["torch>=2.11"]
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "bench", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "bench", "train", "dev"}
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     pinned = {r.name: r.specifier for r in map(Requirement, pins)}
     (torch,) = [r for r in required if r.name == "torch"]
