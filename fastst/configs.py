@@ -47,6 +47,7 @@ class StreamConfig:
 
     block_p: int
     block_c: int
+    unroll: int  # taps of the innermost loop whose loads are in flight together
     num_warps: int
 
 
@@ -159,6 +160,42 @@ def candidates(
                     if candidate not in found:
                         found.append(candidate)
     return found[:limit]
+
+
+def thin(channels: int, groups: int) -> bool:
+    """Whether a grouped convolution runs on ordinary cores.
+
+    Tensor cores multiply at least 16 channels with 16: below 4 of a group at most a quarter of
+    what they read, and a sixteenth of what they do, would count.
+    """
+    return groups > 1 and channels <= 4
+
+
+def direct(
+    positions: int, out_channels: int, taps: int, channels_last: bool, capability: Capability
+) -> StreamConfig:
+    """Configuration of ``direct_conv`` and ``depthwise_pair``.
+
+    Args:
+        positions: of the output; those that a program does not walk over.
+        out_channels: of all groups.
+        taps: kernel positions of the pass that reads x.
+        channels_last: whether the channels of x, not its columns, are neighbours in memory.
+        capability: of the GPU.
+    """
+    # 8 elements of 16 bits are one load of 16 bytes; 64 channels are whole 128-byte lines.
+    block_c = min(64, _power(out_channels)) if channels_last else 1
+    # 2,048 outputs are 16 of each of 128 threads: the sums of 5 frames still fit the registers.
+    block_p = 2048 // block_c if channels_last else 1024
+    block_p = min(block_p, max(16, _power(positions)))
+    while block_p > 16 and positions * out_channels < block_p * block_c * 2 * processors(capability):
+        block_p //= 2
+    return StreamConfig(block_p, block_c, min(taps, 9), 4)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def combine(channels: int) -> tuple[int, int, int]:

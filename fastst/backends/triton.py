@@ -32,7 +32,7 @@ def _kernels() -> tuple[ModuleType | None, str | None]:
         return None, "needs the package triton, which is not installed"
     try:
         from .. import kernels
-        from ..kernels import statistics, tap_conv  # noqa: F401
+        from ..kernels import depthwise, statistics, tap_conv  # noqa: F401
     except Exception as error:  # a broken Triton must not break the other backends
         return None, f"needs a working Triton: importing it failed with {error!r}"
     return kernels, None
@@ -88,6 +88,56 @@ def tf32_allowed() -> bool:
 
 
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+    if streams(problem, save):
+        return PairResult(_depthwise_pair(problem, tensors))
+    return _two_passes(problem, tensors, save)
+
+
+def streams(problem: Problem, save: bool) -> bool:
+    """Whether ``depthwise_pair`` runs it: nothing of the mid tensor is wanted, depthwise throughout."""
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    first, second = problem.passes
+    span = second.dilation[0] * (second.kernel[0] - 1) + 1
+    return (
+        spec.order == "spatial-first"
+        and spec.norm != "batch"
+        and (not save or spec.recompute)
+        and all(p.groups == p.in_channels == p.out_channels > 1 for p in problem.passes)
+        and second.padding_mode == "zeros"
+        and second.padding[0] < span <= 5  # accumulators of that many frames are in registers
+    )
+
+
+def _depthwise_pair(problem: Problem, tensors: PairTensors) -> Tensor:
+    kernels, _ = _kernels()
+    assert kernels is not None
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    first, second = problem.passes
+    x, y, channels = tensors.x, problem.empty_output(tensors.x), problem.out_channels
+    scale, shift = None, tensors.spatial_bias
+    if spec.norm == "frozen":
+        scale, shift = finish_norm(problem, tensors, bias=tensors.spatial_bias)
+    count = problem.batch * math.prod(problem.out_size[1:])
+    config = configs.direct(
+        count, channels, math.prod(first.kernel), x.stride(1) == 1, capability(x.device)
+    )
+    x_align, y_align = alignment(x, channels), alignment(y, channels)
+    launch(
+        kernels.depthwise.depthwise_pair,
+        (-(-count // config.block_p) * -(-channels // config.block_c),), config,
+        x, strides(x, x_align), tuple(x.shape[2:]),
+        pack_direct(tensors.spatial_weight), pack_direct(tensors.temporal_weight), channels,
+        scale, shift, tensors.temporal_bias, y, strides(y, y_align), problem.out_size,
+        problem.mid_size[0], count,
+        SPATIAL=taps(first), TEMPORAL=taps(second), X_ALIGN=x_align, Y_ALIGN=y_align,
+        RUN=run_length(x, y), WIDE=count >= _WIDE, ACTIVATION=spec.activation, SLOPE=spec.slope,
+        BLOCK_P=config.block_p, BLOCK_C=config.block_c, UNROLL=config.unroll,
+        **arithmetic(x.dtype, dot=False),
+    )  # fmt: skip
+    return y
+
+
+def _two_passes(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
     w1, b1, w2, b2 = tensors[1], tensors[3], tensors[2], tensors[4]
@@ -115,6 +165,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         epilogue["activation"] = spec.activation
     if spec.norm == "batch":
         partial, rows = conv_pass(first, x, w1, mid, slope=spec.slope, statistics=True, **epilogue)
+        assert partial is not None
         mean, var = partial.new_empty(m), partial.new_empty(m)
         scale, shift = finish_norm(problem, tensors, mean, var, partial, rows)
         prologue.update(in_scale=scale, in_shift=shift)
@@ -166,8 +217,7 @@ def _parallel_conv(
         SPATIAL=taps(spatial), TEMPORAL=taps(temporal), FLAT=channels if config.flat else 0,
         X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run_length(x, y), WIDE=count >= _WIDE,
         BRANCH=spec.branch_activation, ACTIVATION=spec.activation, SLOPE=spec.slope,
-        BLOCK_P=config.block_p, BLOCK_N=config.block_n, REST_N=config.rest_n,
-        BLOCK_K=config.block_k, **arithmetic(x.dtype),
+        **tiling(config), **arithmetic(x.dtype),
     )  # fmt: skip
 
 
@@ -187,11 +237,11 @@ def conv_pass(
     activation: str = "none",
     slope: float = 0.01,
     statistics: bool = False,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor | None, int]:
     """One convolution into y (N, K, T', H', W'), any strides; u and z may have padding channels.
 
     Returns:
-        Partials (tiles, 2, K) of the statistics of y (empty if not asked for) and rows per tile.
+        Partials (tiles, 2, K) of the statistics of y, if asked for, and positions per tile.
     """
     kernels, _ = _kernels()
     assert kernels is not None
@@ -199,28 +249,52 @@ def conv_pass(
     # Padding channels of u are zeros and cost nothing where the tile has room for them.
     channels = x.shape[1] if groups == 1 else p.in_channels // groups
     out_channels = p.out_channels // groups
-    stored = y.shape[1] if groups == 1 else out_channels
     count = y.shape[0] * math.prod(y.shape[2:])
+    common = {
+        "RUN": run_length(x, y), "WIDE": count >= _WIDE, "IN_ACTIVATION": in_activation,
+        "INNER": inner, "ACTIVATION": activation, "SLOPE": slope,
+    }  # fmt: skip
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def partials(block_p: int) -> tuple[int, Tensor | None]:
+        tiles = -(-count // block_p)
+        shape = (tiles, 2, p.out_channels)
+        return tiles, x.new_empty(shape, dtype=accumulate) if statistics else None
+
+    if configs.thin(channels, groups):
+        direct = configs.direct(
+            count, p.out_channels, math.prod(p.kernel), x.stride(1) == 1, capability(x.device)
+        )
+        tiles, partial = partials(direct.block_p)
+        x_align, y_align = alignment(x, p.in_channels), alignment(y, p.out_channels)
+        launch(
+            kernels.depthwise.direct_conv, (tiles * -(-p.out_channels // direct.block_c),), direct,
+            x, strides(x, x_align), tuple(x.shape[2:]), channels, out_channels, pack_direct(weight),
+            in_scale, in_shift, scale, shift, partial,
+            residual, None if residual is None else strides(residual, y_align),
+            y, strides(y, y_align), tuple(y.shape[2:]), p.out_channels, count,
+            TAPS=taps(p), X_ALIGN=x_align, Y_ALIGN=y_align, **common,
+            BLOCK_P=direct.block_p, BLOCK_C=direct.block_c, UNROLL=direct.unroll,
+            **arithmetic(x.dtype, dot=False),
+        )  # fmt: skip
+        return partial, direct.block_p
+
+    stored = y.shape[1] if groups == 1 else out_channels
     config = configs.tap_conv(
         count, channels, out_channels, groups, math.prod(p.kernel), x.dtype,
         uses_tensor_cores(x.dtype), capability(x.device),
     )  # fmt: skip
     packed = pack(weight, groups, channels, config)
     x_align, y_align = alignment(x, channels), alignment(y, stored)
-    tiles = -(-count // config.block_p)
-    partial = x.new_empty((tiles if statistics else 0, 2, p.out_channels), dtype=accumulate)
+    tiles, partial = partials(config.block_p)
     launch(
         kernels.tap_conv.tap_conv, (tiles * groups * (packed.shape[-1] // config.columns),), config,
         x, strides(x, x_align), tuple(x.shape[2:]), channels, groups, packed, packed.shape[-1],
-        in_scale, in_shift, scale, shift, partial if statistics else None,
+        in_scale, in_shift, scale, shift, partial,
         residual, None if residual is None else strides(residual, y_align),
         y, strides(y, y_align), tuple(y.shape[2:]), out_channels, stored, count,
-        TAPS=taps(p), FLAT=channels if config.flat else 0,
-        X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run_length(x, y),
-        WIDE=count >= _WIDE, IN_ACTIVATION=in_activation, INNER=inner, ACTIVATION=activation,
-        SLOPE=slope, BLOCK_P=config.block_p, BLOCK_N=config.block_n, REST_N=config.rest_n,
-        BLOCK_K=config.block_k, **arithmetic(x.dtype),
+        TAPS=taps(p), FLAT=channels if config.flat else 0, X_ALIGN=x_align, Y_ALIGN=y_align,
+        **common, **tiling(config), **arithmetic(x.dtype),
     )  # fmt: skip
     return partial, config.block_p
 
@@ -298,6 +372,18 @@ def pack(weight: Tensor, groups: int, channels: int, config: configs.TapConfig) 
     return F.pad(w, (0, width, 0, depth)).flatten(1, 2).contiguous()
 
 
+def pack_direct(weight: Tensor) -> Tensor:
+    """(K, C/g, kt, kh, kw) as (taps · C/g, K)."""
+    return weight.flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous()
+
+
+def tiling(config: configs.TapConfig) -> dict[str, int]:
+    return {
+        "BLOCK_P": config.block_p, "BLOCK_N": config.block_n, "REST_N": config.rest_n,
+        "BLOCK_K": config.block_k,
+    }  # fmt: skip
+
+
 def taps(p: Pass) -> Any:
     """Geometry of a pass as the kernels take it."""
     from ..kernels.common import Taps
@@ -328,13 +414,16 @@ def uses_tensor_cores(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 or (dtype == torch.float32 and tf32_allowed())
 
 
-def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """How products are formed."""
-    return {
-        "PRECISION": "tf32" if uses_tensor_cores(dtype) and dtype == torch.float32 else "ieee",
+def arithmetic(dtype: torch.dtype, dot: bool = True) -> dict[str, Any]:
+    """How products and sums are formed; ``dot``: of matrices."""
+    kinds: dict[str, Any] = {
         "EMULATE": interpreted() and dtype == torch.bfloat16,
         "ACCUMULATE": _dot_type(dtype),
     }
+    if dot:
+        tf32 = dtype == torch.float32 and tf32_allowed()
+        kinds["PRECISION"] = "tf32" if tf32 else "ieee"
+    return kinds
 
 
 def _dot_type(dtype: torch.dtype) -> Any:
