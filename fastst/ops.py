@@ -196,11 +196,11 @@ class _PairFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        kept = ctx.saved_tensors[:3]
+        u, mean, var, *tensors = ctx.saved_tensors  # read once: a checkpoint unpacks them
         needs = ctx.needs_input_grad[2:]
         grads = _backward(
-            torch.ops.fastst.conv2plus1d_backward, reference.compose_pair, dy, kept,
-            PairTensors(*ctx.saved_tensors[3:]), ctx.spec, ctx.backend, needs,
+            torch.ops.fastst.conv2plus1d_backward, reference.compose_pair, dy, (u, mean, var),
+            PairTensors(*tensors), ctx.spec, ctx.backend, needs,
         )  # fmt: skip
         return None, None, *grads
 

@@ -392,7 +392,7 @@ def clear_of_kinks(config: Config, tensors: dict[str, Tensor]) -> bool:
 # ---- truth
 
 
-def _act(name: str, v: Tensor, slope: float) -> Tensor:
+def act(name: str, v: Tensor, slope: float) -> Tensor:
     if name == "none":
         return v
     if name == "leaky_relu":
@@ -441,9 +441,9 @@ def compose(
     first, second = config.kinds
     fed: list[tuple[str, Tensor]] = []
 
-    def act(name: str, v: Tensor) -> Tensor:
+    def feed(name: str, v: Tensor) -> Tensor:
         fed.append((name, v.detach()))
-        return _act(name, v, config.slope)
+        return act(name, v, config.slope)
 
     def conv(kind: str, x: Tensor) -> Tensor:
         if not channels_last:
@@ -451,9 +451,9 @@ def compose(
         return _ChannelsLast.apply(_conv(config, kind, _ChannelsLast.apply(x), t))
 
     if config.parallel:
-        a, b = (act(config.branch_activation, conv(kind, t["x"])) for kind in config.kinds)
+        a, b = (feed(config.branch_activation, conv(kind, t["x"])) for kind in config.kinds)
         y = a + b if config.combine == "add" else torch.cat((a, b), 1)
-        return act(config.activation, y), fed
+        return feed(config.activation, y), fed
     u = conv(first, t["x"])
     if config.norm != "none":
         running = statistics or (t["running_mean"], t["running_var"])
@@ -461,7 +461,7 @@ def compose(
             u, *running, t.get("norm_weight"), t.get("norm_bias"),
             config.norm == "batch" and statistics is None, MOMENTUM, config.eps,
         )  # fmt: skip
-    return conv(second, act(config.activation, u)), fed
+    return conv(second, feed(config.activation, u)), fed
 
 
 def call(config: Config, t: dict[str, Tensor]) -> Tensor:
