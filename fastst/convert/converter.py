@@ -16,7 +16,7 @@ from .trace import CannotTrace, Trace, trace
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
-_NEVER_RUN = (None, "no forward that could be traced runs it")
+_NEVER_RUN = (None, "no forward that could be traced calls it as a plain convolution")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -113,21 +113,19 @@ class _Walk:
         known = {(p.first, p.second) for p in before}
         chosen = []
         for chain in chains:
-            why = None
-            if (chain.first, chain.second) not in known:
-                why = self._why_left(name, module, chain)
+            names = chain.names
+            why = None if names in known else self._why_left(name, module, chain)
             if why is None:
                 chosen.append(chain)
             else:
-                self.reasons[_join(name, chain.first)] = (_join(name, chain.second), why)
+                self.reasons[_join(name, names[0])] = (_join(name, names[1]), why)
         if not chosen:
             return
         # Opened again only along the way to the pairs: the rest is called as it is.
-        called = [str(n.target) for c in chosen for n in c.nodes if n.op == "call_module"]
-        crossed = {above for path in called for above in _above(path)}
+        crossed = {path for chain in chosen for path in _crossed(chain)}
         traced = _graph(module, crossed)
-        wanted = {(c.first, c.second) for c in chosen}
-        again = [c for c in find(traced.graph, get)[0] if (c.first, c.second) in wanted]
+        wanted = {c.names for c in chosen}
+        again = [c for c in find(traced.graph, get)[0] if c.names in wanted]
         if len(again) != len(chosen):
             raise CannotTrace("its graph depends on how far it is opened")
         plan = fused.plan_of(module, traced.graph, traced.opened, again)
@@ -148,17 +146,15 @@ class _Walk:
         why = why_unfit(chain, module.get_submodule)
         if why is not None:
             return why
-        for node in chain.nodes:
-            if node.op != "call_module":
-                continue
-            path = str(node.target)
-            child = module.get_submodule(path)
-            if self.uses[id(child)] > 1 and any(True for _ in child.parameters()):
-                return f"{path} is shared: the model holds it {self.uses[id(child)]} times"
-            for above in _above(path):
-                if fused.is_watched(module.get_submodule(above)):
-                    return f"{above} has hooks"
-        if not self.wanted((_join(name, chain.first), _join(name, chain.second))):
+        norm = () if chain.norm is None else (str(chain.norm.target),)
+        for path in (*chain.names, *norm):
+            uses = self.uses[id(module.get_submodule(path))]
+            if uses > 1:
+                return f"{path} is shared: the model holds it {uses} times"
+        for path in _crossed(chain):
+            if fused.is_watched(module.get_submodule(path)):
+                return f"{path} has hooks"
+        if not self.wanted([_join(name, path) for path in chain.names]):
             return "not selected by only= and skip="
         return None
 
@@ -215,6 +211,14 @@ def _check_class(module: nn.Module) -> None:
         raise CannotTrace("its forward was replaced on the object")
     if type(module).forward is nn.Module.forward:
         raise CannotTrace("it has no forward")
+
+
+def _crossed(chain: Chain) -> list[str]:
+    """Paths of the modules whose forward must be opened to see a chain, the outermost first."""
+    stacks = [node.meta.get("nn_module_stack", {}).values() for node in chain.calls()]
+    paths = {path: None for stack in stacks for path, _ in stack}
+    called = {str(node.target) for node in chain.calls() if node.op == "call_module"}
+    return [path for path in paths if path not in called]
 
 
 def _join(name: str, path: str) -> str:

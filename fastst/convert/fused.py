@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .. import activations, dispatch
-from ..pairing import pair_forward
+from .. import activations, dispatch, functional
+from ..pairing import batch_norm_arguments, counts_batches, pair_forward
 from ..shapes import ACTIVATIONS
 from .match import Chain
+from .padding import Pad, merge
 from .trace import CannotTrace, Parameters
 
 # One module of each functional activation: they have no state.
@@ -205,39 +206,91 @@ def plan_of(
     Raises:
         CannotTrace: the graph calls a function that cannot be imported by name.
     """
-    pairs = []
+    pairs, watched = [], list(opened)
     for chain in chains:
-        nodes = chain.nodes
-        norm = chain.norm
-        act = None if chain.named is not None else chain.activation  # a function has no module
+        nodes = list(chain.calls())
         with graph.inserting_before(nodes[0]):
-            get = [None if n is None else graph.get_attr(str(n.target)) for n in (norm, act)]
-            if chain.named is not None:
-                get[1] = graph.call_function(functional_activation, chain.named)
-            first, second = graph.get_attr(chain.first), graph.get_attr(chain.second)
-            args = (nodes[0].all_input_nodes[0], first, *get, second)
-            y = graph.call_function(pair_forward, args, {"order": chain.order})
+            y = _plain_call(graph, chain) if chain.plain else _call(module, graph, chain)
         nodes[-1].replace_all_uses_with(y)
         for node in reversed(nodes):
             graph.erase_node(node)
-        norm_name = None if norm is None else str(norm.target)
-        name = _activation_name(module, chain)
-        pairs.append(Pair(chain.first, norm_name, name, chain.second, chain.order))
+        norm = None if chain.norm is None else str(chain.norm.target)
+        act = "none" if chain.named is None else chain.named[0]
+        pairs.append(Pair(chain.names[0], norm, act, chain.names[1], chain.order))
+        if not chain.plain:  # nothing else would see that they have changed
+            used = [n.target for n in (chain.norm, chain.activation) if n and n.op == "call_module"]
+            watched += [p for p in (*chain.names, *map(str, used)) if p not in watched]
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
     code = graph.python_code("self")
     kinds = []
-    for path in opened:
+    for path in watched:
         m = module.get_submodule(path)
         kinds.append((path, type(m), len(m._modules)))
-    return Plan(
-        code.src, _imports(code.globals, code.src), tuple(pairs), tuple(kinds), len(module._modules)
+    imports = _imports(code.globals, code.src)
+    return Plan(code.src, imports, tuple(pairs), tuple(kinds), len(module._modules))
+
+
+def _plain_call(graph: fx.Graph, chain: Chain) -> fx.Node:
+    """Settings are read off the modules at each call."""
+    norm = None if chain.norm is None else graph.get_attr(str(chain.norm.target))
+    act = None
+    if chain.activation is not None and chain.activation.op == "call_module":
+        act = graph.get_attr(str(chain.activation.target))
+    elif chain.named is not None:
+        act = graph.call_function(functional_activation, chain.named)
+    first, second = map(graph.get_attr, chain.names)
+    return graph.call_function(
+        pair_forward, (chain.source, first, norm, act, second), {"order": chain.order}
     )
 
 
-def _activation_name(module: nn.Module, chain: Chain) -> str:
-    named = chain.named
-    if named is None and chain.activation is not None:
-        named = activations.from_module(module.get_submodule(str(chain.activation.target)))
-    return "none" if named is None else named[0]
+def _call(module: nn.Module, graph: fx.Graph, chain: Chain) -> fx.Node:
+    """Settings are those that the trace has seen."""
+    convs = {
+        c.kind: (c, merge([*pads, c.padding], c.kind))
+        for c, pads in zip(chain.convs, chain.pads, strict=True)
+    }
+    (spatial, around), (temporal, along) = convs["spatial"], convs["temporal"]
+    assert isinstance(around, Pad) and isinstance(along, Pad)
+    tensors: list[Any] = [chain.source]
+    for name in ("weight", "bias"):
+        for c in (spatial, temporal):
+            there = getattr(module.get_submodule(c.path), name) is not None
+            tensors.append(graph.get_attr(f"{c.path}.{name}") if there else None)
+    norm = None if chain.norm is None else graph.get_attr(str(chain.norm.target))
+    activation, slope = chain.named or ("none", 0.01)
+    settings: dict[str, Any] = {
+        "stride": (temporal.stride[0], *spatial.stride[1:]),
+        "padding": (along.sides[0], *around.sides[1:]),
+        "dilation": (temporal.dilation[0], *spatial.dilation[1:]),
+        "groups": (spatial.groups, temporal.groups),
+        "padding_mode": (around.mode, along.mode),
+        "activation": activation,
+        "negative_slope": slope,
+        "order": chain.order,
+    }
+    return graph.call_function(run_pair, (*tensors, norm), settings)
+
+
+def run_pair(
+    x: Tensor,
+    spatial_weight: Tensor,
+    temporal_weight: Tensor,
+    spatial_bias: Tensor | None,
+    temporal_bias: Tensor | None,
+    norm: Any,
+    **settings: Any,
+) -> Tensor:
+    """``conv2plus1d`` with the batch norm of a module, whose running statistics it updates."""
+    y = functional.conv2plus1d(
+        x, spatial_weight, temporal_weight, spatial_bias, temporal_bias,
+        norm=batch_norm_arguments(norm), **settings,
+    )  # fmt: skip
+    if counts_batches(norm):
+        norm.num_batches_tracked.add_(1)
+    return y
 
 
 def functional_activation(name: str, slope: float) -> nn.Module:
