@@ -104,8 +104,8 @@ def interleave(
     budget_s: float,
     inputs: int,
     seed: int,
+    most: int,
     least: int = 5,
-    most: int = 50,
 ) -> dict[str, list[float]]:
     """Samples in ms of each call. Every round calls each once, in a new random order.
 
@@ -122,7 +122,7 @@ def interleave(
             hold[name] = 1.5 * clock.enqueue_ms(t.call) + 0.05
             took = time.perf_counter() - start
         estimate += took + (hold[name] / 1e3 if clock.cuda else 0)
-    rounds = max(least, min(most, int(budget_s / max(estimate, 1e-6))))
+    rounds = min(most, max(least, int(budget_s / max(estimate, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for r in range(rounds):
@@ -277,11 +277,14 @@ def disagreement(
 # ---- ceilings
 
 
-def ceilings(device: torch.device, dtypes: Sequence[str], seconds: float = 1.0) -> dict[str, Any]:
+def ceilings(device: torch.device, dtypes: Sequence[str], dry: bool = False) -> dict[str, Any]:
     """What this machine reaches now: a large copy, and a large matrix product of each dtype."""
     clock = Clock(device)
     cuda = device.type == "cuda"
-    source = torch.empty((2 << 30) if cuda else (256 << 20), dtype=torch.uint8, device=device)
+    nbytes, n, seconds = (2 << 30, 8192, 1.0) if cuda else (256 << 20, 2048, 1.0)
+    if dry:
+        nbytes, n, seconds = 1 << 20, 64, 0.0
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device)
     source.random_(0, 255)
     target = torch.empty_like(source)
 
@@ -296,7 +299,6 @@ def ceilings(device: torch.device, dtypes: Sequence[str], seconds: float = 1.0) 
 
     gbs = 2 * source.nbytes / typical(partial(_copy, target, source)) / 1e6
     del source, target
-    n = 8192 if cuda else 2048
     tflops = {}
     for name in dtypes:
         with precision(name):

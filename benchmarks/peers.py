@@ -181,6 +181,7 @@ class Contender:
 
 
 BASELINE = "eager"  # what users have: every ratio "× users" is against it
+LEVELS = ("short", "core", "compiled", "all")
 # PyTorch's own ways, whose errors are the yardstick of everybody else's.
 YARDSTICKS = (BASELINE, "eager channels-last", "4D")
 
@@ -233,10 +234,11 @@ def ours(model: Eager, backends: list[str], mode: str) -> Iterator[Contender]:
 
 
 def others(model: Eager, mode: str, cuda: bool, level: str) -> Iterator[Contender]:
-    """The peers. ``level``: "short" (the two eager layouts and the 4D path), "core" or "all".
+    """The peers, by level.
 
-    "core" adds aligned mids, cuDNN's fused call, one compiled form of the two eager
-    layouts and the full 3D convolution; "all" compiles each, in both modes.
+    "short": the two eager layouts and the 4D path. "core": also aligned mids, cuDNN's fused call
+    and the full 3D convolution. "compiled": also torch.compile of the short ones. "all":
+    torch.compile of every one, in its default and its max-autotune mode.
     """
     case = model.case
     plain: list[Contender] = []
@@ -283,11 +285,14 @@ def others(model: Eager, mode: str, cuda: bool, level: str) -> Iterator[Contende
     if not case.combine:
         yield Contender("conv3d k×k×k", "other", lambda: Full3d(case), False)
         yield Contender("conv3d k×k×k channels-last", "other", lambda: Full3d(case), True)
-    for mode_name in ("default", "max-autotune"):
-        if mode_name == "max-autotune" and level != "all":
-            return
-        for c in plain if level == "all" else plain[:2]:
-            yield replace(c, name=f"{c.name} compiled {mode_name}", compile_mode=mode_name)
+    short = [c for c in plain if c.name in YARDSTICKS]
+    compiled = {
+        "compiled": [("default", short)],
+        "all": [("default", plain), ("max-autotune", plain)],
+    }
+    for compile_mode, which in compiled.get(level, []):
+        for c in which:
+            yield replace(c, name=f"{c.name} compiled {compile_mode}", compile_mode=compile_mode)
 
 
 def prepare(c: Contender, dtype: torch.dtype, device: torch.device) -> nn.Module:

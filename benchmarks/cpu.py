@@ -1,0 +1,54 @@
+"""The CPU part: a record, tables and charts in under five minutes on two cores.
+
+``--long`` adds torch.compile of the whole model and every peer of the layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from . import charts, layers, measure, models, overhead, report
+from .shapes import R2PLUS1D_18
+
+MODES = ("inference", "eval", "training-bn")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.cpu", description=__doc__)
+    layers.arguments(parser)
+    parser.set_defaults(device="cpu", threads=2)
+    parser.add_argument("--long", action="store_true", help="with torch.compile and all peers")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    record, device, _ = layers.opened(args)
+    cases = [c.at_batch(1) for c in R2PLUS1D_18]
+    clip, seconds, rounds = models.Clip(1), 3.5, 20
+    if args.dry:
+        cases, clip = [c.tiny() for c in cases[:2]], models.Clip(1, 4, 32, 8)
+        seconds, rounds = 0.0, 2
+    ceilings = measure.ceilings(device, ["fp32"], args.dry)
+    record.set(ceilings=ceilings, threads=torch.get_num_threads())
+    level = "all" if args.long else "short"
+    options = layers.Options(device, level, ("auto",), seconds, rounds, ceilings)
+    wrong = layers.run(record, cases, MODES, ["fp32"], options)
+    what = ("inference", "training") if args.long else ("inference",)
+    model_seconds = 0.0 if args.dry else 15.0
+    wrong += models.run(record, clip, device, ["fp32"], what, args.long, model_seconds, rounds)
+    overhead.run(record, device, *((3, 1) if args.dry else (30, 3)))
+    record.set(seconds=time.monotonic() - start)
+    if args.out is None:
+        report.update()
+        charts.draw(record.data, report.IMAGES)
+    else:
+        charts.draw(record.data, args.out.parent)
+    print(report.show(record.data))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

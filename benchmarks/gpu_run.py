@@ -1,0 +1,278 @@
+"""One command for a machine with a GPU: build, test, sanitise, tune, measure, record, summarise.
+
+Needs PyTorch, Triton and pytest; nvcc and ninja for the native library; no network. Every stage has
+its share of the time and is written when it ends, so that being cut off loses only the rest.
+Writes to --out: summary.txt, record.json, log.txt and up to three charts. Exits non-zero when
+anything was wrong. ``--dry`` goes through every stage on the CPU at tiny sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import charts, tables
+from .record import ROOT, Record
+
+LOG_BYTES = 400_000  # of each stage's output, the end of it
+SUMMARY_LINES = 60
+SANITIZED = 99  # exit status by which compute-sanitizer says that it found something
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and its share of what time is left; ``why_not`` says why it cannot run here."""
+
+    name: str
+    share: float
+    command: list[str]
+    why_not: str | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+    judge: Callable[[int, str], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    output: str
+    seconds: float
+    cut_off: bool
+
+
+def execute(command: Sequence[str], limit_s: float, environment: dict[str, str]) -> Outcome:
+    """Run a command in a process group of its own; end all of it after the limit."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        )  # fmt: skip
+        cut_off = False
+        try:
+            process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            cut_off = True
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        output = log.read()
+    return Outcome(process.returncode, output, time.monotonic() - start, cut_off)
+
+
+def module(name: str, *args: str) -> list[str]:
+    return [sys.executable, "-m", name, *args]
+
+
+def stages(dry: bool, out: Path, scratch: Path) -> list[Stage]:
+    """Every stage in the order of its value, with its share of the time."""
+    record, junit = str(out / "record.json"), scratch / "tests.xml"
+    device = "cpu" if dry else "cuda"
+
+    def layers(name: str, share: float, dry_case: str, *args: str) -> Stage:
+        common = ("--device", device, "--out", record, "--seconds", "1", "--minutes", "{minutes}")
+        small = ("--dry", "--peers", "core", "--families", dry_case)
+        return Stage(name, share, module("benchmarks.layers", *common, *(small if dry else args)))
+
+    tests = module("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}")
+    if dry:
+        tests.append("--collect-only")
+    else:
+        tests.append("--continue-on-collection-errors")
+        if importlib.util.find_spec("xdist"):
+            tests += ["-n", "4"]
+    probe = module("benchmarks.probe", "--device", device)
+    tool = shutil.which("compute-sanitizer")
+    missing = None if tool or dry else "compute-sanitizer is not on the PATH"
+    uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    sanitizers = []
+    for check in ("memcheck", "racecheck"):
+        watched = [tool or "", "--tool", check, "--error-exitcode", str(SANITIZED), *probe]
+        command = probe if dry else watched
+        sanitizers.append(Stage(check, 4, command, missing, uncached, judge_sanitizer))
+        missing = missing or ("dry run: as memcheck" if dry else None)
+    whole = ["--device", device, "--out", record] + ["--dry"] * dry
+    networks = ["--no-compile"] if dry else ["--minutes", "{minutes}"]
+    main = "r2plus1d-18,depthwise,tokenizer"
+    some = "64-144-64,256-576-256"
+    rest = "latents,parallel-4d,odd,r2plus1d-18-torchvision,r2plus1d-34"
+    return [
+        Stage(
+            "build", 14, [sys.executable, "setup.py", "build_ext", "--inplace"], why_no_build(dry),
+            (("TORCH_CUDA_ARCH_LIST", architecture()), ("FASTST_BUILD_CUDA", "1")),
+        ),
+        Stage("tests", 18, tests, None, (), lambda status, _: judge_tests(status, junit, dry)),
+        layers("layers", 22, "64-230-128-s2", "--dtypes", "bf16", "--families", main),
+        *sanitizers,
+        Stage("tune", 6, module("benchmarks.probe", "--device", device, "--tune")),
+        layers(
+            "layers compiled", 10, "stem", "--dtypes", "bf16", "--peers", "compiled",
+            "--modes", "inference,training-bn", "--families", some,
+        ),
+        Stage("models", 12, module("benchmarks.models", *whole, *networks)),
+        Stage("overhead", 3, module("benchmarks.overhead", *whole)),
+        layers(
+            "layers dtypes", 10, "parallel-add-64", "--dtypes", "tf32,fp16,fp32",
+            "--families", "r2plus1d-18",
+        ),
+        layers("layers rest", 6, "tokenizer-128", "--dtypes", "bf16", "--families", rest),
+    ]  # fmt: skip
+
+
+def architecture() -> str:
+    """Only this GPU's, for a quick build: "9.0a" on Hopper, whose own instructions need the "a"."""
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}" + "a" * (major >= 9)
+
+
+def why_no_build(dry: bool) -> str | None:
+    """Why the native library is not built in place, or None."""
+    if not (ROOT / "setup.py").exists() or not list((ROOT / "csrc").glob("**/*.cu")):
+        return "there is no native library in this checkout"
+    if dry:
+        return "dry run"
+    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
+        return "nvcc is not on the PATH and CUDA_HOME is not set"
+    return None
+
+
+def judge_tests(status: int, junit: Path, dry: bool) -> dict[str, Any]:
+    """Counts and names of failures. No GPU test at all is as wrong as one that fails."""
+    if dry:
+        return {"ok": status in (0, 5)}  # 5: nothing carries the marker
+    if not junit.exists():
+        return {"ok": False, "told": f"pytest ended with {status} and left no report"}
+    cases = list(ElementTree.parse(junit).iter("testcase"))
+    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = [c for c in cases if c.find("skipped") is not None]
+    passed = len(cases) - len(bad) - len(skipped)
+    return {
+        "ok": status == 0 and passed > 0,
+        "passed": passed, "failed": len(bad), "skipped": len(skipped),
+        "failures": [f"{c.get('classname')}::{c.get('name')}" for c in bad][:50],
+        "told": f"{passed} passed, {len(bad)} failed, {len(skipped)} skipped",
+    }  # fmt: skip
+
+
+def judge_sanitizer(status: int, text: str) -> dict[str, Any]:
+    """Found something, found nothing, or does not work on this machine."""
+    if status == 0:
+        return {"ok": True}
+    if status == SANITIZED:
+        found = [line.strip("= \n") for line in text.splitlines() if line.startswith("=====")]
+        return {"ok": False, "told": "; ".join(found[:3])[:300]}
+    last = (text.strip().splitlines() or ["no output"])[-1][:160]
+    if "not supported" in text or "Unable to" in text or "error 999" in text:
+        return {"ok": True, "skipped": True, "told": f"does not work here: {last}"}
+    return {"ok": False, "told": last}
+
+
+def skipped(stage: Stage, why: str) -> dict[str, Any]:
+    return {"stage": stage.name, "ok": True, "skipped": True, "seconds": 0.0, "told": why}
+
+
+def run_stage(stage: Stage, limit_s: float, log: Path) -> dict[str, Any]:
+    """Run one stage within its limit; what happened, for the record."""
+    if stage.why_not is not None:
+        return skipped(stage, stage.why_not)
+    # The measuring stages stop by themselves a little before they would be ended.
+    minutes = f"{max(limit_s - 25, 0.6 * limit_s) / 60:.3f}"
+    command = [a.replace("{minutes}", minutes) for a in stage.command]
+    done = execute(command, limit_s, dict(stage.environment))
+    found: dict[str, Any] = {"ok": done.status == 0}
+    if done.cut_off:
+        found = {"ok": False, "told": f"cut off after {done.seconds:.0f} s"}
+    elif stage.judge is not None:
+        found = stage.judge(done.status, done.output)
+    if not found["ok"] and "told" not in found:
+        last = (done.output.strip().splitlines() or ["no output"])[-1]
+        found["told"] = f"exit status {done.status}: {last[:200]}"
+    with log.open("a") as f:
+        f.write(f"\n===== {stage.name}: {'ok' if found['ok'] else 'WRONG'}, {done.seconds:.0f} s\n")
+        f.write(done.output[-LOG_BYTES:])
+    return {"stage": stage.name, "skipped": False, "seconds": done.seconds} | found
+
+
+def summary(data: dict[str, Any]) -> str:
+    """What a reader must know, in at most 60 lines."""
+    lines = [tables.machine_line(data), ""]
+    for s in data["stages"]:
+        word = "skipped" if s.get("skipped") else "ok" if s["ok"] else "WRONG"
+        lines.append(
+            f"{s['stage']:16} {word:8} {s['seconds']:6.0f} s  {s.get('told', '')}".rstrip()
+        )
+    failures = [f for s in data["stages"] for f in s.get("failures", [])]
+    refused = [
+        f"{r['label']} {r['mode']} {r['dtype']} {r['contender']}: {r['refused']}"
+        for r in data["layers"] if r["refused"] and r["kind"] == "fastst"
+    ]  # fmt: skip
+    for title, found in (("failed tests", failures), ("results of ours refused", refused)):
+        if found:
+            lines += ["", f"{title}: {len(found)}", *(f"  {f[:150]}" for f in found[:8])]
+    if data.get("not_run"):
+        lines += ["", f"not run in the given time: {len(data['not_run'])} units"]
+    lines += ["", *tables.by_family(data["layers"]).splitlines()]
+    text = tables.models(data)
+    lines += ["", *text.splitlines()] if text else []
+    cut = len(lines) - SUMMARY_LINES
+    if cut > 0:
+        lines = [*lines[: SUMMARY_LINES - 1], f"… {cut + 1} more lines: see record.json"]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_run", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu_run")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--dry", action="store_true", help="every stage on the CPU, tiny")
+    parser.add_argument("--commit", help="of this checkout, where git is not there to ask")
+    args = parser.parse_args(argv)
+    if not args.dry and not torch.cuda.is_available():
+        print(
+            "gpu_run requires a CUDA device that PyTorch sees; --dry goes without", file=sys.stderr
+        )
+        return 2
+    if args.commit:
+        os.environ["FASTST_COMMIT"] = args.commit
+    end = time.monotonic() + 60 * args.minutes
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu" if args.dry else "cuda")
+    path, log = args.out / "record.json", args.out / "log.txt"
+    Record(path, device, fresh=True, dry=args.dry)
+    log.write_text("")
+    with tempfile.TemporaryDirectory() as scratch:
+        todo = stages(args.dry, args.out, Path(scratch))
+        while todo:
+            stage, left = todo[0], end - time.monotonic() - 10
+            shares = sum(s.share for s in todo if s.why_not is None or s is stage)
+            limit, todo = left * stage.share / shares, todo[1:]
+            found = skipped(stage, "no time left") if limit < 5 else run_stage(stage, limit, log)
+            record = Record(path, device)  # a stage may have written to it
+            record.extend("stages", [found])
+            (args.out / "summary.txt").write_text(summary(record.data))
+            word = "ok" if found["ok"] else "WRONG"
+            print(f"{stage.name}: {word}, {found['seconds']:.0f} s", flush=True)
+    data = json.loads(path.read_text())
+    charts.draw(data, args.out)
+    print(summary(data))
+    return 0 if all(s["ok"] for s in data["stages"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

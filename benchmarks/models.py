@@ -1,0 +1,312 @@
+"""R(2+1)D-18 end to end: original, converted, and torch.compile of each, in one run.
+
+Also the largest batch that trains in a given memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastst.convert import convert
+from fastst.models import r2plus1d_18
+
+from . import measure
+from .layers import arguments, opened
+from .measure import Spread
+from .record import Record, progress
+
+MODEL = "R(2+1)D-18"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Size of the input, and the network's classes."""
+
+    batch: int
+    frames: int = 16
+    space: int = 112
+    classes: int = 400
+
+    @property
+    def label(self) -> str:
+        return f"{self.batch}×{self.frames}×{self.space}²"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model."""
+
+    name: str
+    kind: str  # "peer" or "fastst"
+    converted: bool = False
+    channels_last: bool = False
+    compiled: bool = False
+
+
+def variants(compiled: bool) -> Iterator[Variant]:
+    """The first one is what users have."""
+    for compile_it in (False, True) if compiled else (False,):
+        for converted in (False, True):
+            for channels_last in (False, True):
+                name = "converted" if converted else "original"
+                name += " channels-last" * channels_last + " compiled" * compile_it
+                kind = "fastst" if converted else "peer"
+                yield Variant(name, kind, converted, channels_last, compile_it)
+
+
+class ModelStep:
+    """One variant's inference, or its forward, loss and backward."""
+
+    def __init__(
+        self, base: nn.Module, variant: Variant, clips: Sequence[Tensor], targets: Tensor,
+        training: bool, amp: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        self.training, self.amp, self.targets = training, amp, targets
+        self.model = copy.deepcopy(base).train(training)
+        self.replaced = len(convert(self.model).replaced) if variant.converted else 0
+        fmt = torch.contiguous_format
+        if variant.channels_last:
+            fmt = torch.channels_last_3d
+            self.model = self.model.to(memory_format=fmt)  # type: ignore[call-overload]
+        if variant.compiled:
+            self.model.compile()
+        self.clips = [x.contiguous(memory_format=fmt) for x in clips]
+
+    def __call__(self, i: int = 0) -> Tensor:
+        device = self.clips[0].device.type
+        with (
+            torch.set_grad_enabled(self.training),
+            torch.autocast(device, self.amp, enabled=self.amp is not None),
+        ):
+            logits: Tensor = self.model(self.clips[i])
+            self.logits = logits.detach()
+            if not self.training:
+                return logits
+            loss = F.cross_entropy(logits, self.targets)
+        loss.backward()
+        return loss.detach()
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def outputs(self, i: int) -> dict[str, Tensor]:
+        """Logits and, in training, all gradients as one vector."""
+        self.clear()
+        self(i)
+        found = {"logits": self.logits}
+        if self.training:
+            grads = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+            found["gradient"] = torch.cat(grads)
+        self.clear()
+        return found
+
+
+Errors = dict[str, list[float]]  # relative error on each clip
+
+
+def _errors(step: ModelStep, truth: Sequence[dict[str, Tensor]]) -> Errors:
+    each = [measure.errors(step.outputs(i), t) for i, t in enumerate(truth)]
+    return {name: [e[name].l2 for e in each] for name in each[0]}
+
+
+def _disagreement(found: Errors, yardsticks: Sequence[Errors], dtype: str) -> str | None:
+    """More than twice PyTorch's own error and a few ulps, or None.
+
+    Of whole vectors, because a deep network spreads every error. Rounding that turns the sign of
+    one ReLU's input moves a gradient by far more than rounding does: so the median over the clips
+    is held against the largest of PyTorch's own. What is wrong is wrong on every clip.
+    """
+    for name, values in found.items():
+        own = max(max(y[name]) for y in yardsticks)
+        got = statistics.median(values)
+        if not got <= 2 * own + 4 * measure.EPSILON[dtype]:
+            return f"{name}: relative error {got:.2g}, PyTorch's own {own:.2g}"
+    return None
+
+
+def compare(
+    clip: Clip, device: torch.device, dtype: str, training: bool, compiled: bool, seconds: float,
+    rounds: int, seed: int = 0,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of every variant of the model in one mode."""
+    torch.manual_seed(seed)
+    amp = None if dtype == "fp32" else measure.DTYPES[dtype]
+    base = r2plus1d_18(clip.classes).to(device).train(training)
+    size = (clip.batch, 3, clip.frames, clip.space, clip.space)
+    clips = [torch.randn(size, device=device) for _ in range(3)]
+    targets = torch.randint(clip.classes, (clip.batch,), device=device)
+    exact = ModelStep(
+        copy.deepcopy(base).double(), Variant("float64", "peer"), [x.double() for x in clips],
+        targets, training, None,
+    )  # fmt: skip
+    truth = [exact.outputs(i) for i in range(len(clips) if training else 1)]
+    del exact
+    gc.collect()
+    rows: dict[str, dict[str, Any]] = {}
+    steps: dict[str, ModelStep] = {}
+    yardsticks: list[Errors] = []
+    for v in variants(compiled):
+        row: dict[str, Any] = {
+            "model": MODEL, "clip": clip.label, "batch": clip.batch, "dtype": dtype,
+            "mode": "training" if training else "inference", "contender": v.name, "kind": v.kind,
+            "ms": None, "refused": None,
+        }  # fmt: skip
+        rows[v.name] = row
+        try:
+            step = ModelStep(base, v, clips, targets, training, amp)
+            found = _errors(step, truth)
+            row["error"] = {name: statistics.median(e) for name, e in found.items()}
+            if not (v.converted or v.compiled):
+                yardsticks.append(found)
+            row["refused"] = _disagreement(found, yardsticks, dtype)
+            if row["refused"] is None:
+                row["peak_bytes"] = measure.observe(lambda s=step: s(0), device).peak_bytes  # type: ignore[misc]
+                row["replaced"] = step.replaced
+                step.clear()
+                steps[v.name] = step
+        except (RuntimeError, ValueError) as e:
+            row["refused"] = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
+    timed = {name: measure.Timed(s, s.clear) for name, s in steps.items()}
+    samples = measure.interleave(measure.Clock(device), timed, seconds, len(clips), seed, rounds)
+    for name, values in samples.items():
+        spread = Spread.of(values)
+        rows[name] |= {
+            "ms": spread.median,
+            "ms_quartiles": (spread.q25, spread.q75),
+            "samples": len(values),
+            "clips_per_s": 1e3 * clip.batch / spread.median,
+            "vs_users": measure.ratios(samples[next(iter(samples))], values),
+        }
+    if compiled:
+        torch._dynamo.reset()
+    return list(rows.values())
+
+
+def largest(fits: Callable[[int], bool], most: int = 4096) -> int:
+    """The largest n up to ``most`` that fits, where all below it do; 0 if 1 does not."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def training_batches(
+    clip: Clip, device: torch.device, dtype: str, limits_gib: Sequence[float], most: int
+) -> list[dict[str, Any]]:
+    """Largest training batch within each limit of memory, original and converted.
+
+    On CUDA the process is held to the limit and tries; on the CPU a batch fits when the model and
+    the peak of a step do.
+    """
+    amp = None if dtype == "fp32" else measure.DTYPES[dtype]
+    search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    rows = []
+    for variant in list(variants(False))[::2]:
+        base = r2plus1d_18(clip.classes).to(device)
+        held = sum(p.nbytes for p in base.parameters())
+
+        def peak(n: int, v: Variant = variant, base: nn.Module = base) -> int:
+            x = torch.randn(n, 3, clip.frames, clip.space, clip.space, device=device)
+            y = torch.randint(clip.classes, (n,), device=device)
+            step = ModelStep(base, v, [x], y, True, amp)
+            return measure.observe(lambda: step(0), device).peak_bytes + x.nbytes
+
+        for limit in limits_gib:
+            budget = int(limit * 2**30)
+
+            def fits(n: int, budget: int = budget, held: int = held) -> bool:
+                if device.type != "cuda":
+                    return peak(n) + held <= budget
+                total = torch.cuda.get_device_properties(device).total_memory
+                torch.cuda.empty_cache()
+                torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), device)
+                try:
+                    peak(n)
+                except torch.OutOfMemoryError:
+                    return False
+                finally:
+                    torch.cuda.set_per_process_memory_fraction(1.0, device)
+                return True
+
+            rows.append(
+                {
+                    "model": MODEL,
+                    "clip": f"{clip.frames}×{clip.space}²",
+                    "dtype": dtype,
+                    "contender": variant.name,
+                    "memory_gib": limit,
+                    "batch": largest(fits, most),
+                }
+            )
+    torch.backends.cudnn.benchmark = search
+    return rows
+
+
+def run(
+    record: Record, clip: Clip, device: torch.device, dtypes: Sequence[str], modes: Sequence[str],
+    compiled: bool, seconds: float, rounds: int, deadline: float | None = None,
+) -> int:  # fmt: skip
+    """Compare in each dtype and mode until the deadline; how many rows were refused."""
+    wrong = 0
+    units = [(d, m) for d in dtypes for m in modes]
+    for dtype, mode in progress(units, desc="models", unit="mode"):
+        if deadline is not None and time.monotonic() > deadline:
+            record.set(not_run=[*record.data.get("not_run", []), f"models/{mode}/{dtype}"])
+            continue
+        with measure.precision(dtype):
+            rows = compare(clip, device, dtype, mode == "training", compiled, seconds, rounds)
+        record.extend("models", rows)
+        for r in rows:
+            if r["refused"] is not None:
+                wrong += r["kind"] == "fastst"
+                print(f"REFUSED {MODEL} {mode} {dtype} {r['contender']}: {r['refused']}")
+        gc.collect()
+    return wrong
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.models", description=__doc__)
+    arguments(parser)
+    parser.add_argument("--batch", type=int, help="default: 16 on CUDA, 1 on the CPU")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--memory", default="", help="GiB, comma-separated: largest batches")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing, per mode")
+    args = parser.parse_args(argv)
+    record, device, deadline = opened(args)
+    cuda = device.type == "cuda"
+    clip = Clip(args.batch or (16 if cuda else 1))
+    limits = [float(m) for m in (args.memory or ("8,16,40" if cuda else "")).split(",") if m]
+    seconds, rounds, most = args.seconds, 30, 4096
+    if args.dry:
+        clip, limits, seconds, rounds, most = Clip(2, 8, 32, 8), [0.5], 0.0, 2, 1
+    dtypes = ["bf16", "fp16"] if cuda else ["fp32"]
+    wrong = run(
+        record, clip, device, dtypes, ("inference", "training"), not args.no_compile, seconds,
+        rounds, deadline,
+    )  # fmt: skip
+    if limits and (deadline is None or time.monotonic() < deadline):
+        record.extend("training_batches", training_batches(clip, device, dtypes[0], limits, most))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

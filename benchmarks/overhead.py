@@ -1,0 +1,149 @@
+"""Host cost of a call on tiny inputs, and of a cold start: import, first call, first backward."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import peers
+from .layers import Inputs, Step, arguments, draw, model_of, opened
+from .measure import Spread, ratios
+from .record import ROOT, Record
+from .shapes import R2PLUS1D_18
+
+CALLS = 20  # per sample: a clock's tick is far below their sum
+
+COLD_START = """
+import json, sys, time
+took = {}
+def lap(name, start=[time.perf_counter()]):
+    took[name] = (time.perf_counter() - start[0]) * 1e3
+    start[0] = time.perf_counter()
+import torch
+from torch import nn
+device = sys.argv[2]
+x = torch.randn(1, 4, 4, 8, 8).to(device)
+lap("import torch")
+if sys.argv[1] == "fastst":
+    import fastst
+lap("import")
+if sys.argv[1] == "fastst":
+    layer = fastst.Conv2Plus1d(4, 8, 3, padding=1, mid_channels=8, norm="batch")
+else:
+    layer = nn.Sequential(
+        nn.Conv3d(4, 8, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(8), nn.ReLU(),
+        nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0)),
+    )
+layer = layer.to(device)
+def wait():
+    if device == "cuda":
+        torch.cuda.synchronize()
+wait()
+lap("build")
+y = layer(x)
+wait()
+lap("first call")
+y.sum().backward()
+wait()
+lap("first backward")
+print(json.dumps(took))
+"""
+
+
+def host_us(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None]
+) -> dict[str, list[float]]:
+    """µs of host time per call, interleaved as in ``measure.interleave``."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(0)
+    for r in range(rounds + 2):
+        shuffle.shuffle(order)
+        for name in order:
+            call = calls[name]
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            took = time.perf_counter() - start
+            if r >= 2:  # the first two are warm-up
+                samples[name].append(took / CALLS * 1e6)
+    synchronize()
+    return samples
+
+
+def per_call(device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """The layer against the eager composition, where nothing but the host's work takes time."""
+    case = R2PLUS1D_18[1].tiny()
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for mode, what in (("eval", "forward"), ("training-bn", "forward and backward")):
+        model = model_of(case, mode, generator)
+        clips, seeds = draw(case, generator, 1)
+        inputs = Inputs(clips, seeds, torch.float32, device, mode == "training-bn")
+        steps = {}
+        for c in (
+            peers.Contender(peers.BASELINE, "peer", lambda m=model: m),  # type: ignore[misc]
+            peers.Contender("fastst", "fastst", lambda m=model: peers.layer(m)),  # type: ignore[misc]
+        ):
+            steps[c.name] = Step(c, mode, inputs, torch.float32, device, case.channels[1])
+
+        def synchronize() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        samples = host_us(steps, rounds, synchronize)
+        for name, values in samples.items():
+            rows.append(
+                {
+                    "call": what,
+                    "contender": name,
+                    "us": Spread.of(values).median,
+                    "us_quartiles": Spread.of(values)[::2],
+                    "vs_users": ratios(samples[peers.BASELINE], values),
+                }
+            )
+    return rows
+
+
+def cold_start(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Medians over fresh processes, in ms, of what a first use waits for."""
+    found: dict[str, list[dict[str, float]]] = {"eager": [], "fastst": []}
+    for _ in range(repeats):
+        for name in found:
+            done = subprocess.run(
+                [sys.executable, "-c", COLD_START, name, device.type],
+                capture_output=True, text=True, cwd=ROOT, check=True, timeout=300,
+            )  # fmt: skip
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return [
+        {"contender": name} | {k: statistics.median(t[k] for t in takes) for k in takes[0]}
+        for name, takes in found.items()
+    ]
+
+
+def run(record: Record, device: torch.device, rounds: int, repeats: int) -> None:
+    record.extend("overhead", per_call(device, rounds))
+    record.extend("cold_start", cold_start(device, repeats))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.overhead", description=__doc__)
+    arguments(parser)
+    args = parser.parse_args(argv)
+    record, device, _ = opened(args)
+    run(record, device, *((3, 1) if args.dry else (30, 3)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Small calls of every backend's kernels, forward and backward: what compute-sanitizer watches.
+
+``--tune`` instead lets the library measure its own choices for R(2+1)D-18.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import fastst
+from fastst import dispatch
+
+from . import layers
+from .shapes import DEPTHWISE, PARALLEL, R2PLUS1D_18, TOKENIZER, Case
+
+
+def cases() -> list[Case]:
+    """One of each kind, sizes that are no multiple of any tile."""
+    return [c.tiny() for c in (R2PLUS1D_18[2], DEPTHWISE[0], TOKENIZER[0], *PARALLEL[:2])]
+
+
+def probe(device: torch.device) -> int:
+    """Run every backend with kernels; how many calls disagreed with float64."""
+    backends = tuple(b for b in dispatch.BACKENDS if b not in ("aten", "reference"))
+    options = layers.Options(device, "short", backends or ("auto",), timed=False)
+    dtypes = ["bf16", "fp32"] if device.type == "cuda" else ["fp32"]
+    wrong = 0
+    for case in cases():
+        for mode in case.modes:
+            for row in layers.unit(case, mode, dtypes, options):
+                if row["kind"] != "fastst":
+                    continue
+                wrong += row["refused"] is not None
+                found = row["refused"] or row["cannot"] or "agrees"
+                print(row["label"], mode, row["dtype"], row["contender"], found)
+    return wrong
+
+
+def tune(device: torch.device) -> None:
+    """Tune the converted network for its own clips, where the library has something to tune."""
+    if not hasattr(fastst, "tune"):
+        print("nothing to tune")
+        return
+    from fastst.convert import convert
+    from fastst.models import r2plus1d_18
+
+    cuda = device.type == "cuda"
+    size = (16, 3, 16, 112, 112) if cuda else (1, 3, 4, 16, 16)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    model = r2plus1d_18().to(device, dtype)
+    convert(model)
+    print(fastst.tune(model, torch.randn(size, device=device, dtype=dtype)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.probe", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tune", action="store_true")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if args.tune:
+        tune(device)
+        return 0
+    return 1 if probe(device) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""Markdown tables made from records, and nothing else. Every figure comes from a measured row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .measure import Spread
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+
+NEVER = "never run on a GPU"
+MODES = {
+    "inference": "inference, norm folded for all",
+    "eval": "inference, batch norm as in the model",
+    "training-bn": "training step, batch norm",
+    "training": "training step, no norm",
+}
+OURS = {"fastst auto": "contiguous", "fastst auto channels-last": "channels-last"}
+EAGER = ("eager", "eager channels-last")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def geomean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values))
+
+
+def times(spread: Sequence[float] | None) -> str:
+    """A ratio with its quartiles."""
+    if spread is None:
+        return "–"
+    q25, median, q75 = spread
+    return f"{median:.2f} ({q25:.2f}–{q75:.2f})"
+
+
+def find(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Measured rows with these values."""
+    return [r for r in rows if r["ms"] is not None and all(r[k] == v for k, v in wanted.items())]
+
+
+def pooled(spreads: Sequence[Sequence[float]]) -> Spread:
+    """Geometric means of quartiles over cases."""
+    return Spread(*(geomean(q) for q in zip(*spreads, strict=True)))
+
+
+def machine_line(record: Record) -> str:
+    m = record["machine"]
+    what = f"{m['cpu']}, {m['threads']} threads"
+    if m["device"] == "cuda":
+        what = f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}, cuDNN {m['cudnn']}"
+    triton = f", Triton {m['triton']}" if m["device"] == "cuda" else ""
+    ceilings = record.get("ceilings") or {}
+    reached = ", ".join(f"{v:.3g} TFLOP/s {k}" for k, v in ceilings.get("gemm_tflops", {}).items())
+    text = (
+        f"{what}; torch {m['torch']}{triton}, Python {m['python']}; "
+        f"{record['date'][:10]} at `{record['commit']}`."
+    )
+    if ceilings:
+        text += f" Ceilings in the same run: copy {ceilings['copy_gbs']:.3g} GB/s, matrix product {reached}."  # noqa: E501
+    return text
+
+
+def _against_better_eager(rows: list[Row], ours: Row) -> float | None:
+    """× the faster of the two eager layouts, from medians."""
+    same = {k: ours[k] for k in ("case", "family", "mode", "dtype")}
+    eager = [r["ms"] for name in EAGER for r in find(rows, contender=name, **same)]
+    return min(eager) / ours["ms"] if eager else None
+
+
+def summary(rows: list[Row], family: str, dtype: str) -> str:
+    """Geometric means over a family's shapes, and the worst shape."""
+    body = []
+    for mode, title in MODES.items():
+        for name, layout in OURS.items():
+            mine = find(rows, family=family, dtype=dtype, mode=mode, contender=name)
+            mine = [r for r in mine if r.get("vs_users") and r.get("vs_best")]
+            better = [b for r in mine if (b := _against_better_eager(rows, r)) is not None]
+            if not mine or not better:
+                continue
+            users = [r["vs_users"] for r in mine]
+            body.append([
+                title, layout, str(len(mine)), times(pooled(users)),
+                f"{min(u[1] for u in users):.2f}", f"{geomean(better):.2f}",
+                f"{min(better):.2f}", times(pooled([r["vs_best"] for r in mine])),
+            ])  # fmt: skip
+    head = [
+        "mode", "input", "shapes", "× eager contiguous", "least", "× better eager layout", "least",
+        "× best peer",
+    ]  # fmt: skip
+    return table(head, body)
+
+
+def shapes(rows: list[Row], family: str, dtype: str, modes: Sequence[str]) -> str:
+    """Each shape: eager's time and everybody's ratio to it."""
+    contenders = ["eager channels-last", "4D", *OURS]
+    titles = ["eager channels-last", "4D reshape", *(f"fastst, {v}" for v in OURS.values())]
+    body = []
+    for mode in modes:
+        for base in find(rows, family=family, dtype=dtype, mode=mode, contender="eager"):
+            cells = []
+            for name in contenders:
+                found = find(rows, family=family, dtype=dtype, mode=mode, contender=name, case=base["case"])  # fmt: skip  # noqa: E501
+                cells.append(times(found[0]["vs_users"]) if found else "refused")
+            body.append([base["label"], MODES[mode], f"{base['ms']:.3g} ms", *cells])
+    return table(["layer, N×T×H×W", "mode", "eager contiguous", *titles], body)
+
+
+def memory(rows: list[Row], family: str, case: str, dtype: str) -> str:
+    """What a training step holds for backward and at its peak, against eager."""
+    wanted = dict(family=family, case=case, mode="training-bn", dtype=dtype)
+    base = find(rows, contender="eager", **wanted)
+    if not base:
+        return ""
+    names = {
+        "eager": "eager contiguous",
+        "fastst auto": "fastst",
+        "fastst auto recompute": "fastst, `recompute=True`",
+    }
+    body = []
+    for name, title in names.items():
+        for r in find(rows, contender=name, **wanted):
+            saved, peak = r["saved_bytes"], r["peak_bytes"]
+            body.append([
+                title, f"{saved / 2**20:.1f} MiB", f"{saved / base[0]['saved_bytes']:.2f}",
+                f"{peak / 2**20:.1f} MiB", f"{peak / base[0]['peak_bytes']:.2f}",
+            ])  # fmt: skip
+    head = [
+        "training " + base[0]["label"],
+        "held for backward",
+        "of eager",
+        "peak above inputs",
+        "of eager",
+    ]
+    return table(head, body)
+
+
+def models(record: Record) -> str:
+    body = [
+        [
+            f"{r['model']} {r['mode']}, {r['clip']} {r['dtype']}", r["contender"],
+            f"{r['clips_per_s']:.3g}", times(r["vs_users"]), f"{r['peak_bytes'] / 2**20:.0f} MiB",
+        ]
+        for r in record["models"] if r["ms"] is not None
+    ]  # fmt: skip
+    head = ["model", "variant", "clips/s", "× original", "peak above model and input"]
+    return table(head, body) if body else ""
+
+
+def training_batches(record: Record) -> str:
+    body = [
+        [
+            r["model"] + " " + r["clip"],
+            r["dtype"],
+            f"{r['memory_gib']:g} GiB",
+            r["contender"],
+            str(r["batch"]),
+        ]
+        for r in record["training_batches"]
+    ]
+    head = ["model", "dtype", "memory", "variant", "largest training batch"]
+    return table(head, body) if body else ""
+
+
+def overhead(record: Record) -> str:
+    calls = [
+        [r["call"], r["contender"], f"{r['us']:.0f} µs"] for r in record["overhead"]
+    ]  # fmt: skip
+    parts = []
+    if calls:
+        parts.append(table(["host cost, tiny input", "", "per call"], calls))
+    if record["cold_start"]:
+        head = [k for k in record["cold_start"][0] if k not in ("contender", "build")]
+        body = [[r["contender"], *(f"{r[k]:.0f} ms" for k in head)] for r in record["cold_start"]]
+        parts.append(table(["cold start", *head], body))
+    return "\n\n".join(parts)
+
+
+def control(rows: list[Row]) -> str:
+    """How far two measurements of the same thing lie apart: smaller differences are noise."""
+    again = find(rows, kind="control")
+    if not again:
+        return ""
+    worst = max(abs(math.log(r["vs_users"][1])) for r in again)
+    pooled_again = times(pooled([r["vs_users"] for r in again]))
+    return (
+        f"Eager contiguous measured a second time as if it were a contender: × {pooled_again}; "
+        f"on its worst shape it was off by {math.expm1(worst):.0%}."
+    )
+
+
+def refusals(rows: list[Row]) -> str:
+    bad = [r for r in rows if r["refused"]]
+    if not bad:
+        return "Every result agreed with float64; none was refused."
+    ours = sum(r["kind"] == "fastst" for r in bad)
+    return f"{len(bad)} of {len(rows)} rows have no number because they disagreed with float64 ({ours} of this library): the record says why."  # noqa: E501
+
+
+def slow_paths(rows: list[Row]) -> str:
+    slow = sorted({(r["contender"], r["slow_path"]) for r in rows if r.get("slow_path")})
+    if not slow:
+        return ""
+    return "Fell into a slow path on some shape: " + ", ".join(f"{n} ({s})" for n, s in slow) + "."
+
+
+HOW = (
+    "Medians of interleaved rounds, quartiles in brackets; × is the other's time over ours of the "
+    "same round, so above 1 is faster. Best peer: the fastest of the eager layouts, the 4D reshape "
+    "and whatever else the run had."
+)
+
+
+def cpu_block(record: Record | None) -> str:
+    if record is None:
+        return "No record yet: `make bench`."
+    rows, family = record["layers"], "r2plus1d-18"
+    parts = [
+        machine_line(record), HOW,
+        "**The eight pairs of R(2+1)D-18, 16×112² clip, batch 1, float32** (geometric means)",
+        summary(rows, family, "fp32"),
+        " ".join(filter(None, (control(rows), refusals(rows), slow_paths(rows)))),
+        shapes(rows, family, "fp32", ("eval", "training-bn")),
+        memory(rows, family, "64-144-64", "fp32"),
+        models(record), overhead(record),
+    ]  # fmt: skip
+    return "\n\n".join(p for p in parts if p)
+
+
+def gpu_block(records: dict[str, Record]) -> str:
+    if not records:
+        return (
+            f"No GPU record exists: every kernel here was {NEVER}. `make gpu` makes one wherever "
+            "there is a GPU."
+        )
+    return "\n\n".join(_one_gpu(r) for r in records.values())
+
+
+def _one_gpu(record: Record) -> str:
+    rows = record["layers"]
+    parts = [f"**{record['machine']['gpu']}**: " + machine_line(record), HOW, by_family(rows)]
+    parts.append(" ".join(filter(None, (control(rows), refusals(rows), slow_paths(rows)))))
+    parts += [memory(rows, "r2plus1d-18", "64-144-64", "bf16"), models(record)]
+    parts += [training_batches(record), overhead(record)]
+    return "\n\n".join(p for p in parts if p)
+
+
+def by_family(rows: list[Row]) -> str:
+    """Each family, dtype and mode: this library's faster layout of ``auto`` on each shape."""
+    keys = dict.fromkeys((r["family"], r["mode"], r["dtype"]) for r in rows)
+    body = []
+    for family, mode, dtype in keys:
+        best: dict[str, Row] = {}
+        for name in OURS:
+            for r in find(rows, family=family, mode=mode, dtype=dtype, contender=name):
+                if r["case"] not in best or r["ms"] < best[r["case"]]["ms"]:
+                    best[r["case"]] = r
+        mine = [r for r in best.values() if r.get("vs_users") and r.get("vs_best")]
+        if not mine:
+            continue
+        users = pooled([r["vs_users"] for r in mine])
+        roofline = [r["roofline"] for r in mine if r.get("roofline")]
+        body.append([
+            family, MODES[mode], dtype, str(len(mine)), times(users),
+            times(pooled([r["vs_best"] for r in mine])),
+            f"{min(r['vs_best'][1] for r in mine):.2f}",
+            f"{geomean(roofline):.0%}" if roofline else "–",
+        ])  # fmt: skip
+    head = [
+        "shapes",
+        "mode",
+        "dtype",
+        "n",
+        "× eager contiguous",
+        "× best peer",
+        "least",
+        "of roofline",
+    ]
+    return table(head, body)
+
+
+def status_block(records: dict[str, Record], kernels: Sequence[tuple[str, str]]) -> str:
+    """Kernel family × GPU: verified at, measured at, or never run."""
+    names = [r["machine"]["gpu"] for r in records.values()] or ["any GPU"]
+    body = []
+    for backend, what in kernels:
+        cells = [status(r, backend, what) for r in records.values()] or [NEVER]
+        body.append([f"`{backend}`", what, *cells])
+    return table(["backend", "kernel family", *names], body)
+
+
+FAMILY_OF = {
+    "(2+1)D pair, forward": lambda r: not r["family"].startswith("parallel"),
+    "(2+1)D pair, training": lambda r: (
+        not r["family"].startswith("parallel") and r["mode"].startswith("training")
+    ),
+    "depthwise pair": lambda r: r["family"] == "depthwise",
+    "parallel 4D": lambda r: r["family"].startswith("parallel"),
+}
+
+
+def status(record: Record, backend: str, what: str) -> str:
+    """Of one kernel family in one record: rows exist only where the result agreed with float64."""
+    rows = [r for r in record["layers"] if r["kind"] == "fastst" and FAMILY_OF[what](r)]
+    ran = [r for r in rows if r.get("ran_on") == [backend]]
+    if not ran:
+        return NEVER
+    wrong = [r for r in ran if r["refused"]]
+    if wrong:
+        return f"**{len(wrong)} of {len(ran)} results refused** at `{record['commit']}`"
+    tests = next((s for s in record["stages"] if s["stage"] == "tests"), None)
+    passed = tests is not None and tests["ok"] and tests.get("passed", 0) > 0
+    verified = "verified and measured" if passed else "measured"
+    return f"{verified} at `{record['commit']}`"
