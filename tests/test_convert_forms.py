@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -122,6 +123,62 @@ class Untraceable(nn.Module):
         return self.block(x) if x.shape[2] > 1 else x
 
 
+class Pseudo(nn.Module):
+    """Conv2d over frames, then Conv1d over time; images pass through the first only."""
+
+    def __init__(self):
+        super().__init__()
+        self.spatial_conv = nn.Conv2d(4, 6, 3, padding=1)
+        self.temporal_conv = nn.Conv1d(6, 6, 3, padding=1)
+
+    def forward(self, x, enable_time=True):
+        is_video = x.ndim == 5
+        b, _, *_, h, w = x.shape
+        if is_video:
+            x = x.transpose(1, 2).flatten(0, 1)
+        x = self.spatial_conv(x)
+        if not (is_video and enable_time):
+            return x.unflatten(0, (b, -1)).transpose(1, 2) if is_video else x
+        k = x.shape[1]
+        x = x.unflatten(0, (b, -1)).permute(0, 3, 4, 2, 1).flatten(0, 2)
+        return self.temporal_conv(x).view(b, h, w, k, -1).permute(0, 3, 4, 1, 2)
+
+
+class Flattened(nn.Module):
+    """Conv2d k×k and Conv2d k×1, each with norm and activation, causal with zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_1 = nn.Sequential(
+            nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.Hardswish()
+        )
+        self.conv_2 = nn.Sequential(
+            nn.Conv2d(6, 6, (3, 1), groups=6, bias=False), nn.BatchNorm2d(6), nn.Hardswish()
+        )
+
+    def forward(self, x):
+        n, _, t, *_ = x.shape
+        x = self.conv_1(x.permute(0, 2, 1, 3, 4).reshape(n * t, *x.shape[1:2], *x.shape[3:]))
+        h, w = x.shape[-2:]
+        x = x.reshape(n, t, -1, h, w).permute(0, 2, 1, 3, 4)
+        x = torch.cat([x.new_zeros(n, x.shape[1], 2, h, w), x], 2)
+        return self.conv_2(x.flatten(3)).unflatten(3, (h, w))
+
+
+class Branching(nn.Module):
+    """Two Conv3d in a forward that branches on the rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.t = nn.Conv3d(4, 6, (3, 1, 1), padding=(1, 0, 0))
+        self.s = nn.Conv3d(6, 5, (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x):
+        if x.dim() != 5:
+            raise ValueError("video only")
+        return self.s(F.relu(self.t(x)))
+
+
 def causal():
     return nn.Sequential(
         CausalConv(4, 6, (1, 3, 3), (1, 2, 2)), CausalConv(6, 5, (3, 1, 1), (2, 1, 1))
@@ -168,6 +225,9 @@ FORMS = {
     "depthwise": (depthwise, ["0 → 1, spatial, "]),
     "subclassed": (subclassed, ["0 → 2, spatial, "]),
     "padded": (padded, ["1 → 5, spatial, 2 hardswish"]),
+    "pseudo": (Pseudo, ["spatial_conv → temporal_conv, spatial, "]),
+    "flattened": (Flattened, ["conv_1.0 → conv_2.0, spatial, conv_1.1 hardswish"]),
+    "branching": (Branching, ["t → s, temporal, relu"]),
     "untraceable": (Untraceable, ["block.conv_t → block.conv_s, spatial, block.norm silu"]),
 }
 
@@ -202,6 +262,19 @@ def test_arguments_with_defaults():
     torch.testing.assert_close(model(x, None), original(x))
     with pytest.warns(fastst.FallbackWarning, match="its argument 'scale' is given"):
         torch.testing.assert_close(model(x, torch.tensor(3.0)), original(x, 3.0))
+
+
+def test_images_through_a_module_for_both():
+    model = nn.Sequential(Pseudo())
+    original = copy.deepcopy(model)
+    assert len(fastst.convert(model).replaced) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastst.FallbackWarning)
+        x = torch.randn(2, 4, 6, 6)
+        torch.testing.assert_close(model(x), original(x), rtol=0, atol=0)
+    x = torch.randn(2, 4, 3, 6, 6)
+    with pytest.warns(fastst.FallbackWarning, match="'enable_time' is given"):
+        torch.testing.assert_close(model[0](x, enable_time=False), original[0](x, False))
 
 
 def test_pytorchvideo_conv2plus1d():

@@ -10,13 +10,16 @@ import torch
 from torch import fx, nn
 
 from . import fused
-from .match import Chain, find, separable, why_unfit
+from .match import Chain, find, separable, why_altered, why_unfit
+from .probe import recognise
 from .report import Left, Replaced, Report
 from .trace import CannotTrace, Trace, trace
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 _NEVER_RUN = (None, "no forward that could be traced calls it as a plain convolution")
+_NOT_SELECTED = "not selected by only= and skip="
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -87,21 +90,22 @@ class _Walk:
 
     def visit(self, name: str, module: nn.Module) -> None:
         """Convert what a module's own forward holds, once its descendants have been visited."""
-        inside = [n for n in self.reasons if n != name and _under(n, name)]
-        if len({separable(self.model.get_submodule(n)) for n in inside}) < 2:
-            return
         before: tuple[fused.Pair, ...] = ()
         if isinstance(module, fused.Converted):
             before = module._plan.pairs
             fused.revert_module(module)
         if _is_leaf(module):
             return
+        inside = [n for n in self.reasons if n != name and _under(n, name)]
         try:
-            self._convert(name, module, before)
+            if len({separable(self.model.get_submodule(n)) for n in inside}) == 2:
+                self._convert(name, module, before)
         except CannotTrace as error:
             for n in inside:
                 if self.reasons[n] == _NEVER_RUN:
                     self.reasons[n] = (None, f"{_title(name, module)} was left: {error}")
+        if not any(fused.is_converted(m) for m in module.modules()):
+            self._convert_whole(name, module, before)
 
     def _convert(self, name: str, module: nn.Module, before: Sequence[fused.Pair]) -> None:
         _check_class(module)
@@ -128,7 +132,47 @@ class _Walk:
         again = [c for c in find(traced.graph, get)[0] if c.names in wanted]
         if len(again) != len(chosen):
             raise CannotTrace("its graph depends on how far it is opened")
-        plan = fused.plan_of(module, traced.graph, traced.opened, again)
+        self._apply(name, module, fused.plan_of(module, traced.graph, traced.opened, again), known)
+
+    def _convert_whole(self, name: str, module: nn.Module, before: Sequence[fused.Pair]) -> None:
+        """Convert a module that is a pair as a whole, though no graph shows it."""
+        below = [path for path, _ in module.named_modules()][1:]
+        if why_altered(module.get_submodule, below) is not None:
+            return
+        try:
+            _check_class(module)
+        except CannotTrace:
+            return
+        whole = recognise(module)
+        if whole is None:
+            return
+        known = {(p.first, p.second) for p in before}
+        if isinstance(whole, str):
+            convs = [n for n, m in module.named_modules() if isinstance(m, _CONVS)]
+            first, second = (_join(name, n) for n in convs)
+            if self.reasons.get(first, _NEVER_RUN)[0] is None:  # else a trace has seen more
+                self.reasons[first] = (second, f"{_title(name, module)} was left: {whole}")
+            return
+        names = [_join(name, p) for p in (whole.spatial, whole.temporal)]
+        why = None
+        for path, m in module.named_modules():
+            if path in whole.paths and self.uses[id(m)] > 1:
+                why = f"{path} is shared: the model holds it {self.uses[id(m)]} times"
+            elif path and fused.is_watched(m):
+                why = f"{path} has hooks"
+        if why is None and not before and not self.wanted(names):
+            why = _NOT_SELECTED
+        if why is None:
+            try:
+                self._apply(name, module, fused.plan_of_whole(module, whole), known)
+                return
+            except CannotTrace as error:
+                why = f"{_title(name, module)} was left: {error}"
+        self.reasons[names[0]] = (names[1], why)
+
+    def _apply(
+        self, name: str, module: nn.Module, plan: fused.Plan, known: set[tuple[str, str]]
+    ) -> None:
         fused.apply(module, plan)
         for pair in plan.pairs:
             entry = Replaced(
@@ -155,7 +199,7 @@ class _Walk:
             if fused.is_watched(module.get_submodule(path)):
                 return f"{path} has hooks"
         if not self.wanted([_join(name, path) for path in chain.names]):
-            return "not selected by only= and skip="
+            return _NOT_SELECTED
         return None
 
     def report(self) -> Report:

@@ -22,6 +22,7 @@ from ..pairing import batch_norm_arguments, counts_batches, pair_forward
 from ..shapes import ACTIVATIONS
 from .match import Chain
 from .padding import Pad, merge
+from .probe import Whole, run_whole
 from .trace import CannotTrace, Parameters
 
 # One module of each functional activation: they have no state.
@@ -48,6 +49,7 @@ class Plan:
     pairs: tuple[Pair, ...]
     opened: tuple[tuple[str, type[nn.Module], int], ...]  # path, class, number of children
     children: int  # of the module itself
+    rank: int | None = None  # of the input, where another one has no pair in it
 
 
 class Converted:
@@ -124,6 +126,8 @@ def _class_of(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
 
 _FORWARD = """\
 def forward({signature}):
+    if rank is not None and isinstance({first}, Tensor) and {first}.dim() != rank:
+        return original.forward({call})
     why = why_not(({required},), ({optional}), ({variadic}), ({opened}), self)
     if why is None:
         return run(self, {required})
@@ -144,6 +148,7 @@ def _forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
 
     source = _FORWARD.format(
         signature=p.declaration(),
+        first=p.required[0],
         call=p.call(),
         required=", ".join(p.required),
         optional="".join(f"{n}, " for n in p.optional),
@@ -154,6 +159,7 @@ def _forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
     namespace = {
         "why_not": why_not, "run": _compile(plan, original), "original": original,
         "fall_back": dispatch.fall_back, "defaults": p.optional,
+        "rank": plan.rank, "Tensor": Tensor,
     }  # fmt: skip
     return _execute(source, f"forward of a converted {original.__qualname__}", namespace)["forward"]
 
@@ -230,6 +236,34 @@ def plan_of(
         kinds.append((path, type(m), len(m._modules)))
     imports = _imports(code.globals, code.src)
     return Plan(code.src, imports, tuple(pairs), tuple(kinds), len(module._modules))
+
+
+def plan_of_whole(module: nn.Module, whole: Whole) -> Plan:
+    """The plan of a module that as a whole is a pair.
+
+    Raises:
+        CannotTrace: its forward takes more than a clip.
+    """
+    parameters = Parameters.of(type(module))
+    if len(parameters.required) != 1:
+        raise CannotTrace("its forward requires more than one argument")
+    (x,) = parameters.required
+    paths = (whole.spatial, whole.temporal, whole.norm, whole.tail_norm)
+    modules = ", ".join("None" if p is None else _expression(p) for p in paths)
+    source = (
+        f"def forward(self, {x}):\n"
+        f"    return run_whole({x}, {modules}, order={whole.order!r}, "
+        f"activation={whole.activation!r}, padding={whole.padding!r}, "
+        f"temporal_mode={whole.temporal_mode!r}, tail_activation={whole.tail_activation!r})\n"
+    )
+    convs = (whole.spatial, whole.temporal)
+    first, second = convs if whole.order == "spatial-first" else convs[::-1]
+    pair = Pair(first, whole.norm, whole.activation[0], second, whole.order)
+    below = list(module.named_modules())[1:]
+    return Plan(
+        source, (("run_whole", run_whole.__module__, "run_whole"),), (pair,),
+        tuple((path, type(m), len(m._modules)) for path, m in below), len(module._modules), 5,
+    )  # fmt: skip
 
 
 def _plain_call(graph: fx.Graph, chain: Chain) -> fx.Node:

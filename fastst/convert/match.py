@@ -252,12 +252,9 @@ def functional_activation(node: fx.Node) -> tuple[str, float] | None:
     return None
 
 
-def why_unfit(chain: Chain, modules: Modules) -> str | None:
-    """Why the modules of a chain cannot run as one op as they stand, or None."""
-    norm = None if chain.norm is None else str(chain.norm.target)
-    for path in (*chain.names, norm):
-        if path is None:
-            continue
+def why_altered(modules: Modules, paths: Iterable[str]) -> str | None:
+    """Why the parameters of some modules are not plain tensors with values, or None."""
+    for path in paths:
         module = modules(path)
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
             return f"{path} is lazy: it has no weights before its first call"
@@ -268,6 +265,15 @@ def why_unfit(chain: Chain, modules: Modules) -> str | None:
                 return f"{path}.{name} is on the meta device"
             if not p.is_floating_point() or type(p.data) is not torch.Tensor:
                 return f"{path}.{name} is quantised or a tensor of another class"
+    return None
+
+
+def why_unfit(chain: Chain, modules: Modules) -> str | None:
+    """Why the modules of a chain cannot run as one op as they stand, or None."""
+    norm = None if chain.norm is None else str(chain.norm.target)
+    altered = why_altered(modules, [*chain.names, *([] if norm is None else [norm])])
+    if altered is not None:
+        return altered
     if norm is not None and not chain.plain and isinstance(modules(norm), nn.SyncBatchNorm):
         return f"{norm} is a SyncBatchNorm between convolutions with padding of their own"
     act = chain.activation
