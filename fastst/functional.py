@@ -203,7 +203,7 @@ def _composes(x: Tensor) -> bool:
 def _autocast(tensors: Any) -> Any:
     """What autocast does to the arguments of ``nn.Conv3d``; the norm's stay as they are."""
     device = tensors.x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors[:5])
