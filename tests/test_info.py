@@ -85,6 +85,23 @@ def test_the_package_itself_does_not_hide_a_broken_torch(tmp_path: Path) -> None
     assert "OSError: broken on purpose" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        (None, "does not exist, nothing was tuned here"),
+        ('{"a": "rows", "b": "blocked"}', "2 measured choices"),
+        ("half a fi", "broken: JSONDecodeError"),
+    ],
+)
+def test_tells_of_the_cache(
+    contents: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
+    if contents is not None:
+        (tmp_path / "tuning.json").write_text(contents)
+    assert expected in info.report()
+
+
 def test_a_section_that_fails_does_not_end_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("this driver is too old\nand more")
