@@ -102,7 +102,7 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each cell of the README's table against ``why_not``, as if there were an H200."""
     library = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "")
-    monkeypatch.setattr(cuda, "_load", lambda: library)
+    monkeypatch.setattr(cuda, "load", lambda: library)
     monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
     rows = re.findall(r"^\| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     table = {label: cells for label, *cells in (row.split(" | ") for row in rows)}
