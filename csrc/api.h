@@ -82,17 +82,17 @@ struct TapConv {
   bool transposed;  // input gradient: sources are output gradients, out is shaped as the input
 };
 
+// A depthwise pair, spatial first: channels of every view are neighbours in memory, in 16-byte
+// rows.
 struct Depthwise {
-  View x, y;
-  std::optional<View> u, dy, dx;
-  View spatial_weight, temporal_weight;
+  View x, spatial_weight, temporal_weight;
   Array spatial_bias, temporal_bias, coefficients;
-  Array partials;
   std::array<int64_t, 3> stride;
   std::array<int64_t, 6> padding;
   Activation act;
   double slope;
-  int64_t frames_per_block, stages;
+  int64_t frames_per_block;  // output frames forward, mid frames backward
+  int64_t stages;            // of the pipeline that loads frames: 2, or 1 to save shared memory
 };
 
 using Stream = uintptr_t;  // a cudaStream_t
@@ -118,5 +118,18 @@ void norm_coefficients(Dtype, Array mean, Array var, Array gamma, Array beta, do
 // Rows p and q from sums (2, C), for statistics over `count` values; and dgamma (C,).
 void norm_gradient_coefficients(Dtype, Array sums, Array var, double eps, double count, bool batch,
                                 Array dgamma, Array coefficients, Stream);
+
+// What is absent is not computed. partials (blocks, 3, C): statistics of u.
+void depthwise_forward(Dtype, const Depthwise&, std::optional<View> y, std::optional<View> u,
+                       std::array<int64_t, 3> out_size, Array partials, Stream);
+// partials (blocks, kh·kw + kt + 4, C): gradients of the spatial and the temporal weight, Σdu, Σdy,
+// Σdv and Σdv·(u − mean).
+void depthwise_backward(Dtype, const Depthwise&, const View& dy, std::optional<View> dx,
+                        Array partials, Stream);
+// Blocks that share no channel, which is the number of rows of partials.
+int64_t depthwise_blocks(const View& x, std::array<int64_t, 3> out_size, int64_t frames_per_block,
+                         bool backward);
+int64_t depthwise_shared_bytes(int64_t kernel, int64_t temporal_kernel, int64_t stride,
+                               int64_t stages, bool backward);
 
 }  // namespace fastst

@@ -76,6 +76,9 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   py::class_<TapConv>(m, "TapConv")
       .def(py::init<std::vector<Branch>, std::vector<View>, std::optional<View>, Array, Write,
                     Activation, double, bool>());
+  py::class_<Depthwise>(m, "Depthwise")
+      .def(py::init<View, View, View, Array, Array, Array, std::array<int64_t, 3>,
+                    std::array<int64_t, 6>, Activation, double, int64_t, int64_t>());
 
   m.def("tap_conv", launcher(tap_conv));
   m.def("weight_gradient", launcher(weight_gradient));
@@ -85,6 +88,11 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.def("combine_statistics", launcher(combine_statistics));
   m.def("norm_coefficients", launcher(norm_coefficients));
   m.def("norm_gradient_coefficients", launcher(norm_gradient_coefficients));
+
+  m.def("depthwise_forward", launcher(depthwise_forward));
+  m.def("depthwise_backward", launcher(depthwise_backward));
+  m.def("depthwise_blocks", &depthwise_blocks);
+  m.def("depthwise_shared_bytes", &depthwise_shared_bytes);
 
   m.def("device_count", &device_count, "CUDA devices; 0 where there is none or no driver.");
   m.def("device_error", &device_error, "Why device_count is 0, or an empty string.");

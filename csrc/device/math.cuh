@@ -122,4 +122,51 @@ __device__ A activate_gradient(Activation kind, A slope, A v) {
   }
 }
 
+// ---- the same for arrays: one decision, then straight code
+
+template <Activation K>
+struct Kind {
+  static constexpr Activation value = K;
+};
+
+template <class F>
+__device__ void with_activation(Activation kind, F f) {
+  switch (kind) {
+    case Activation::none:
+      return f(Kind<Activation::none>{});
+    case Activation::relu:
+      return f(Kind<Activation::relu>{});
+    case Activation::silu:
+      return f(Kind<Activation::silu>{});
+    case Activation::gelu:
+      return f(Kind<Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return f(Kind<Activation::gelu_tanh>{});
+    case Activation::leaky_relu:
+      return f(Kind<Activation::leaky_relu>{});
+    case Activation::hardswish:
+      return f(Kind<Activation::hardswish>{});
+  }
+}
+
+template <int N, int V>
+__device__ void activate_all(Activation kind, float slope, float (&values)[N][V]) {
+  with_activation(kind, [&](auto k) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int v = 0; v < V; ++v) values[i][v] = activate(k.value, slope, values[i][v]);
+  });
+}
+
+template <int N, int V>
+__device__ void activate_gradient_all(Activation kind, float slope, float (&values)[N][V]) {
+  with_activation(kind, [&](auto k) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int v = 0; v < V; ++v) values[i][v] = activate_gradient(k.value, slope, values[i][v]);
+  });
+}
+
 }  // namespace fastst

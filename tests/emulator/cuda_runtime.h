@@ -5,6 +5,9 @@
 
 #include <cstdint>
 
+using std::max;
+using std::min;
+
 #define __host__
 #define __device__
 #define __global__

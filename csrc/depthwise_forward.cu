@@ -1,0 +1,263 @@
+// Depthwise pair, spatial first: y = conv_t(act(norm(conv_s(x)))) in one pass over x.
+//
+// A block owns 8×8 output pixels of one slab and walks over time; warp r holds row r. Each frame of
+// x comes into shared memory while the one before is worked on; its z joins a window of the last KT
+// frames in registers, from which y is retired. Frames outside of the clip are zeros of z.
+#include <device/depthwise.cuh>
+#include <device/launch.cuh>
+
+namespace fastst {
+namespace {
+
+constexpr int kThreads = kTile * 32;
+
+template <class T>
+struct Parameters {
+  Tensor<const T> x, spatial_weight, temporal_weight;
+  Global<const float> spatial_bias, temporal_bias;
+  Coefficients<float> norm;
+  Tensor<T> y, u;  // either may be absent
+  Global<float> partials;
+  int tiles_h, tiles_w, slabs, chunks;
+  int stride_t, pad_t, pad_h, pad_w;
+  int frames_out, height, width, frames_per_block, stages;
+  Activation act;
+  float slope;
+};
+
+// Statistics of one channel: count, mean, sum of squared deviations.
+struct Moments {
+  float count = 0.f, mean = 0.f, m2 = 0.f;
+
+  __device__ void merge(float n, float other_mean, float other_m2) {
+    if (n == 0.f) return;
+    const float delta = other_mean - mean, share = n / (count + n);
+    mean += delta * share;
+    m2 += other_m2 + delta * delta * count * share;
+    count += n;
+  }
+};
+
+template <class T, int K, int KT, int S>
+__global__ void __launch_bounds__(kThreads, 1)
+    depthwise_forward_kernel(const __grid_constant__ Parameters<T> p) {
+  constexpr int V = kVector<T>, kSize = Extent<K, S>::forward_x;
+  const Task task(p.tiles_h, p.tiles_w, p.slabs, p.chunks, kSlab<T>);
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
+  const int channel = task.channel0 + lane * V, h = task.h0 + row;
+  const int64_t channels = p.x.size[1];
+  const bool mine = channel < channels && h < p.height;
+  const auto stage = [&](int t) { return shared<T>((t % p.stages) * kSize * kSize * kRow); };
+  const auto issue = [&](int t) {
+    load_frame<kSize>(stage(t), p.x, task.n, t, task.h0 * S - p.pad_h, task.w0 * S - p.pad_w,
+                      task.channel0);
+    copy_commit();
+  };
+
+  float ws[K * K][V], wt[KT][V], bias_s[V], bias_t[V], mean[V], scale[V], shift[V];
+#pragma unroll
+  for (int k = 0; k < K * K; ++k)
+    per_channel<T>(ws[k], channel, channels, [&](int c) {
+      const auto& w = p.spatial_weight;
+      return widen(w.data[c * w.stride[0] + w.offset(0, 0, k / K, k % K)]);
+    });
+#pragma unroll
+  for (int k = 0; k < KT; ++k)
+    per_channel<T>(wt[k], channel, channels, [&](int c) {
+      const auto& w = p.temporal_weight;
+      return widen(w.data[c * w.stride[0] + w.offset(0, k, 0, 0)]);
+    });
+  per_channel<T>(bias_s, channel, channels,
+                 [&](int c) { return p.spatial_bias ? p.spatial_bias[c] : 0.f; });
+  per_channel<T>(bias_t, channel, channels,
+                 [&](int c) { return p.temporal_bias ? p.temporal_bias[c] : 0.f; });
+  per_channel<T>(mean, channel, channels,
+                 [&](int c) { return p.norm.data ? p.norm.mean(c) : 0.f; });
+  per_channel<T>(scale, channel, channels,
+                 [&](int c) { return p.norm.data ? p.norm.scale(c) : 1.f; });
+  per_channel<T>(shift, channel, channels,
+                 [&](int c) { return p.norm.data ? p.norm.shift(c) : 0.f; });
+
+  // Output frames [first, last) of this block; it owns the frames of u from where its first output
+  // starts to read to where the next block's does.
+  const int frames = static_cast<int>(p.x.size[2]);
+  const int first = task.chunk * p.frames_per_block;
+  const int last = min(first + p.frames_per_block, p.frames_out);
+  const bool at_end = task.chunk == p.chunks - 1;
+  const int begin = first * p.stride_t - p.pad_t;
+  const int reach = (last - 1) * p.stride_t - p.pad_t + KT;
+  const int end = at_end ? max(reach, frames) : reach;
+  const int owned_from = task.chunk == 0 ? 0 : begin;
+  const int owned_to = at_end ? frames : last * p.stride_t - p.pad_t;
+
+  float window[KT][kTile][V] = {};
+  Moments moments[V];
+  if (p.stages == 2 && max(begin, 0) < min(end, frames)) issue(max(begin, 0));
+  for (int t = begin; t < end; ++t) {
+    float z[kTile][V] = {};
+    if (t >= 0 && t < frames) {
+      if (p.stages == 1) {
+        sync_block();  // all have read the frame before
+        issue(t);
+      }
+      copy_wait<0>();
+      sync_block();
+      if (p.stages == 2 && t + 1 < min(end, frames)) issue(t + 1);
+
+      const Shared<T> x = stage(t);
+#pragma unroll
+      for (int j = 0; j < kTile; ++j)
+#pragma unroll
+        for (int v = 0; v < V; ++v) z[j][v] = bias_s[v];
+#pragma unroll
+      for (int kh = 0; kh < K; ++kh) {
+        float in[kSize][V];
+#pragma unroll
+        for (int j = 0; j < kSize; ++j)
+          widen_lane(x + (((row * S + kh) * kSize + j) * kSlab<T> + lane * V), in[j]);
+#pragma unroll
+        for (int kw = 0; kw < K; ++kw)
+#pragma unroll
+          for (int j = 0; j < kTile; ++j)
+#pragma unroll
+            for (int v = 0; v < V; ++v) z[j][v] += in[j * S + kw][v] * ws[kh * K + kw][v];
+      }
+      if (t >= owned_from && t < owned_to && mine) {
+        if (p.u.data) {
+          const int64_t at = p.u.offset(task.n, t, h, task.w0) + channel;
+#pragma unroll
+          for (int j = 0; j < kTile; ++j)
+            if (task.w0 + j < p.width)
+              store(p.u.data + (at + j * p.u.stride[4]), narrow_lane<T>(z[j]));
+        }
+        if (p.partials) {
+          const float n = static_cast<float>(min(kTile, p.width - task.w0));
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            float sum = 0.f, m2 = 0.f;
+#pragma unroll
+            for (int j = 0; j < kTile; ++j) sum += task.w0 + j < p.width ? z[j][v] : 0.f;
+#pragma unroll
+            for (int j = 0; j < kTile; ++j) {
+              const float delta = z[j][v] - sum / n;
+              m2 += task.w0 + j < p.width ? delta * delta : 0.f;
+            }
+            moments[v].merge(n, sum / n, m2);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTile; ++j)
+#pragma unroll
+        for (int v = 0; v < V; ++v) z[j][v] = (z[j][v] - mean[v]) * scale[v] + shift[v];
+      activate_all(p.act, p.slope, z);
+    }
+    if (!p.y.data) continue;
+#pragma unroll
+    for (int j = 0; j < kTile; ++j)
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+#pragma unroll
+        for (int k = 0; k + 1 < KT; ++k) window[k][j][v] = window[k + 1][j][v];
+        window[KT - 1][j][v] = z[j][v];
+      }
+    const int step = t + p.pad_t - (KT - 1);  // i·stride of the output whose last tap is t
+    if (step < first * p.stride_t || step % p.stride_t || step >= last * p.stride_t || !mine)
+      continue;
+    const int64_t at = p.y.offset(task.n, step / p.stride_t, h, task.w0) + channel;
+#pragma unroll
+    for (int j = 0; j < kTile; ++j) {
+      float sum[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sum[v] = bias_t[v];
+#pragma unroll
+        for (int k = 0; k < KT; ++k) sum[v] += window[k][j][v] * wt[k][v];
+      }
+      if (task.w0 + j < p.width) store(p.y.data + (at + j * p.y.stride[4]), narrow_lane<T>(sum));
+    }
+  }
+
+  if (!p.partials) return;
+  sync_block();  // the last frame has been read; its place takes the rows' statistics
+  const Shared<Moments> rows = shared<Moments>(0);  // (kTile, slab)
+#pragma unroll
+  for (int v = 0; v < V; ++v) rows[row * kSlab<T> + lane * V + v] = moments[v];
+  sync_block();
+  if (row != 0 || channel >= channels) return;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    Moments all;
+    for (int r = 0; r < kTile; ++r) {
+      const Moments part = rows[r * kSlab<T> + lane * V + v];
+      all.merge(part.count, part.mean, part.m2);
+    }
+    const int64_t at = task.slot * 3 * channels + channel + v;
+    p.partials[at] = all.count;
+    p.partials[at + channels] = all.mean;
+    p.partials[at + 2 * channels] = all.m2;
+  }
+}
+
+template <class T, int K, int KT, int S>
+void run(const Depthwise& d, const std::optional<View>& y, const std::optional<View>& u,
+         const std::array<int64_t, 3>& out_size, Array partials, Stream stream) {
+  Parameters<T> p{};
+  p.x = Tensor<const T>(d.x);
+  p.spatial_weight = Tensor<const T>(d.spatial_weight);
+  p.temporal_weight = Tensor<const T>(d.temporal_weight);
+  p.spatial_bias = global<const float>(d.spatial_bias.data, d.spatial_bias.count);
+  p.temporal_bias = global<const float>(d.temporal_bias.data, d.temporal_bias.count);
+  p.norm = Coefficients<float>(d.coefficients);
+  if (y) p.y = Tensor<T>(*y);
+  if (u) p.u = Tensor<T>(*u);
+  p.partials = global<float>(partials.data, partials.count);
+  p.frames_out = int(out_size[0]), p.height = int(out_size[1]), p.width = int(out_size[2]);
+  p.frames_per_block = int(d.frames_per_block), p.stages = int(d.stages);
+  p.chunks = (p.frames_out + p.frames_per_block - 1) / p.frames_per_block;
+  p.tiles_h = (p.height + kTile - 1) / kTile, p.tiles_w = (p.width + kTile - 1) / kTile;
+  p.slabs = int((d.x.size[1] + kSlab<T> - 1) / kSlab<T>);
+  p.stride_t = int(d.stride[0]);
+  p.pad_t = int(d.padding[0]), p.pad_h = int(d.padding[2]), p.pad_w = int(d.padding[4]);
+  p.act = d.act, p.slope = float(d.slope);
+  const int64_t blocks =
+      depthwise_blocks(d.x, out_size, d.frames_per_block, false) * int64_t(p.slabs);
+  if (blocks > kMaxGridX) throw std::runtime_error("fastst kernel depthwise_forward: too large");
+  launch("depthwise_forward", depthwise_forward_kernel<T, K, KT, S>, dim3(unsigned(blocks)),
+         dim3(kThreads), forward_bytes<K, S>(p.stages), stream, "x " + shape(d.x), p);
+}
+
+}  // namespace
+
+int64_t depthwise_blocks(const View& x, std::array<int64_t, 3> out_size, int64_t frames_per_block,
+                         bool backward) {
+  // Backward tiles dx and walks over frames of u; forward tiles y and walks over its frames.
+  const int64_t frames = backward ? x.size[2] : out_size[0];
+  const int64_t h = backward ? x.size[3] : out_size[1], w = backward ? x.size[4] : out_size[2];
+  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  return x.size[0] * up(frames, frames_per_block) * up(h, kTile) * up(w, kTile);
+}
+
+int64_t depthwise_shared_bytes(int64_t kernel, int64_t temporal_kernel, int64_t stride,
+                               int64_t stages, bool backward) {
+  return with_depthwise(kernel, temporal_kernel, stride, [&](auto k, auto kt, auto s) {
+    // Two channels to a lane need the most.
+    return backward ? backward_bytes<__half, k.value, kt.value, s.value>(int(stages))
+                    : forward_bytes<k.value, s.value>(int(stages));
+  });
+}
+
+void depthwise_forward(Dtype dtype, const Depthwise& d, std::optional<View> y,
+                       std::optional<View> u, std::array<int64_t, 3> out_size, Array partials,
+                       Stream stream) {
+  with_depthwise_type(dtype, [&](auto element) {
+    with_depthwise(d.spatial_weight.size[3], d.temporal_weight.size[2], d.stride[1],
+                   [&](auto k, auto kt, auto s) {
+                     run<decltype(element), k.value, kt.value, s.value>(d, y, u, out_size, partials,
+                                                                        stream);
+                     return 0;
+                   });
+  });
+}
+
+}  // namespace fastst
