@@ -230,9 +230,11 @@ def test_export(strict):
 
 def test_r2plus1d_18():
     torch.manual_seed(0)
-    model = r2plus1d_18(5).double()
-    original = copy.deepcopy(model)
-    report = fastst.convert(model)
-    assert len(report.replaced) == 17
-    assert report.left == []
-    assert_same(model, original, torch.randn(3, 3, 4, 20, 20, dtype=torch.float64))
+    model = r2plus1d_18(5).eval()
+    x = torch.randn(1, 3, 4, 24, 24)
+    with torch.no_grad():
+        before = model(x)
+        report = fastst.convert(model)
+        assert len(report.replaced) == 17
+        assert report.left == []
+        torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)

@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from . import fused
 from .match import Chain, find, separable, why_altered, why_unfit
-from .probe import recognise
+from .probe import Whole, could_be_whole, recognise
 from .report import Left, Replaced, Report
-from .trace import CannotTrace, Trace, trace
+from .trace import CannotTrace, Trace, is_watched, trace
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -114,8 +114,12 @@ class _Walk:
         chains, loose = find(open_all.graph, get)
         for path, reason in loose.items():
             self.reasons[_join(name, path)] = (None, reason)
+        for path, told in open_all.closed.items():
+            for n in self.reasons:
+                if _under(n, _join(name, path)) and self.reasons[n] == _NEVER_RUN:
+                    self.reasons[n] = (None, f"{_join(name, path)}: {told}")
         known = {(p.first, p.second) for p in before}
-        chosen = []
+        chosen: list[Chain] = []
         for chain in chains:
             names = chain.names
             why = None if names in known else self._why_left(name, module, chain)
@@ -136,39 +140,35 @@ class _Walk:
 
     def _convert_whole(self, name: str, module: nn.Module, before: Sequence[fused.Pair]) -> None:
         """Convert a module that is a pair as a whole, though no graph shows it."""
-        below = [path for path, _ in module.named_modules()][1:]
-        if why_altered(module.get_submodule, below) is not None:
-            return
-        try:
-            _check_class(module)
-        except CannotTrace:
-            return
-        whole = recognise(module)
-        if whole is None:
+        if not could_be_whole(module):
             return
         known = {(p.first, p.second) for p in before}
+        convs = [_join(name, n) for n, m in module.named_modules() if isinstance(m, _CONVS)]
+        why = self._why_not_whole(module)
+        whole = None if why is not None else recognise(module)
         if isinstance(whole, str):
-            convs = [n for n, m in module.named_modules() if isinstance(m, _CONVS)]
-            first, second = (_join(name, n) for n in convs)
-            if self.reasons.get(first, _NEVER_RUN)[0] is None:  # else a trace has seen more
-                self.reasons[first] = (second, f"{_title(name, module)} was left: {whole}")
-            return
-        names = [_join(name, p) for p in (whole.spatial, whole.temporal)]
-        why = None
-        for path, m in module.named_modules():
-            if path in whole.paths and self.uses[id(m)] > 1:
-                why = f"{path} is shared: the model holds it {self.uses[id(m)]} times"
-            elif path and fused.is_watched(m):
-                why = f"{path} has hooks"
-        if why is None and not before and not self.wanted(names):
+            why = f"{_title(name, module)} was left: {whole}"
+        if why is None and not before and not self.wanted(convs):
             why = _NOT_SELECTED
-        if why is None:
-            try:
-                self._apply(name, module, fused.plan_of_whole(module, whole), known)
-                return
-            except CannotTrace as error:
-                why = f"{_title(name, module)} was left: {error}"
-        self.reasons[names[0]] = (names[1], why)
+        if why is None and isinstance(whole, Whole):
+            self._apply(name, module, fused.plan_of_whole(module, whole), known)
+        elif why is not None and self.reasons.get(convs[0], _NEVER_RUN) == _NEVER_RUN:
+            self.reasons[convs[0]] = (convs[1], why)  # else a trace has seen more
+
+    def _why_not_whole(self, module: nn.Module) -> str | None:
+        """Why a module must not be copied and asked, or None."""
+        below = dict(module.named_modules())
+        del below[""]
+        for path, m in below.items():
+            if self.uses[id(m)] > 1 and len(m.state_dict()) > 0:
+                return f"{path} is shared: the model holds it {self.uses[id(m)]} times"
+            if is_watched(m):
+                return f"{path} has hooks"
+        try:
+            _check_class(module)
+        except CannotTrace as error:
+            return str(error)
+        return why_altered(module.get_submodule, below)
 
     def _apply(
         self, name: str, module: nn.Module, plan: fused.Plan, known: set[tuple[str, str]]
@@ -196,7 +196,7 @@ class _Walk:
             if uses > 1:
                 return f"{path} is shared: the model holds it {uses} times"
         for path in _crossed(chain):
-            if fused.is_watched(module.get_submodule(path)):
+            if is_watched(module.get_submodule(path)):
                 return f"{path} has hooks"
         if not self.wanted([_join(name, path) for path in chain.names]):
             return _NOT_SELECTED
@@ -205,6 +205,10 @@ class _Walk:
     def report(self) -> Report:
         """In the order of the model."""
         place = {name: i for i, name in enumerate(self.order)}
+        kinds = {separable(m): n for n, m in self.model.named_modules()}
+        for name, told in self.reasons.items():
+            if told == _NEVER_RUN and not {"spatial", "temporal"} <= kinds.keys():
+                self.reasons[name] = (None, "the model has no convolution of the other kind")
         partners = {second for second, _ in self.reasons.values() if second is not None}
         left = [
             Left(name, second, reason)

@@ -23,7 +23,7 @@ from ..shapes import ACTIVATIONS
 from .match import Chain
 from .padding import Pad, merge
 from .probe import Whole, run_whole
-from .trace import CannotTrace, Parameters
+from .trace import CannotTrace, Parameters, is_watched
 
 # One module of each functional activation: they have no state.
 _ACTIVATIONS = {name: activations.to_module(name) for name in ACTIVATIONS}
@@ -67,12 +67,14 @@ class Converted:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if _matters(self, name, value):
-            kind = self._original
-            object.__setattr__(self, "__class__", kind)
+            kind = self._original.__name__
+            revert_module(self)
             dispatch.fall_back(
-                kind.__name__, f"its attribute {name!r} changed after fastst.convert; convert again"
+                kind, f"its attribute {name!r} changed after fastst.convert; convert again"
             )
-        super().__setattr__(name, value)
+            setattr(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def _matters(module: Any, name: str, value: Any) -> bool:
@@ -190,17 +192,6 @@ def _why_not(
     return None
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether calling a module runs more than the forward of its class."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 # ---- source code of a plan
 
 
@@ -239,15 +230,8 @@ def plan_of(
 
 
 def plan_of_whole(module: nn.Module, whole: Whole) -> Plan:
-    """The plan of a module that as a whole is a pair.
-
-    Raises:
-        CannotTrace: its forward takes more than a clip.
-    """
-    parameters = Parameters.of(type(module))
-    if len(parameters.required) != 1:
-        raise CannotTrace("its forward requires more than one argument")
-    (x,) = parameters.required
+    """The plan of a module that as a whole is a pair."""
+    (x,) = Parameters.of(type(module)).required
     paths = (whole.spatial, whole.temporal, whole.norm, whole.tail_norm)
     modules = ", ".join("None" if p is None else _expression(p) for p in paths)
     source = (

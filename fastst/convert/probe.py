@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import activations, dispatch, functional
 from ..pairing import batch_norm_arguments, counts_batches
+from .match import separable
 from .padding import Sides
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,16 +52,16 @@ class Whole:
         return tuple(p for p in found if p is not None)
 
 
-def recognise(module: nn.Module) -> Whole | str | None:
-    """The pair that a module is as a whole.
-
-    Returns:
-        How it computes; why it is not a pair though it has the parts of one; or None where it has
-        not even these.
-    """
+def could_be_whole(module: nn.Module) -> bool:
+    """Whether a module has the parts of a pair and nothing else."""
     parts = _parts(module)
-    if parts is None or next(_candidates(module, parts), None) is None:
-        return None
+    return parts is not None and next(_candidates(module, parts), None) is not None
+
+
+def recognise(module: nn.Module) -> Whole | str:
+    """How a module that could be a pair computes, or why it is none."""
+    parts = _parts(module)
+    assert parts is not None
     with dispatch.use_backend("reference"), torch.no_grad():
         return _recognise(copy.deepcopy(module).double().cpu().eval(), parts)
 
@@ -135,6 +136,8 @@ def _parts(module: nn.Module) -> _Parts | None:
     convs, norms, acts = [], [], []
     for path, m in module.named_modules():
         known = activations.from_module(m)
+        if type(m) is nn.Conv3d and separable(m) is None:
+            return None
         if type(m) in _CONVS:
             convs.append(path)
         elif type(m) in _NORMS:

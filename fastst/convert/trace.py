@@ -113,6 +113,17 @@ def trace(
     return Trace(graph, tuple(tracer.opened), tracer.closed)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling a module runs more than the forward of its class."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 class _Value(fx.Proxy):
     """A proxy that user code takes for a tensor when it asks for its type."""
 
@@ -147,6 +158,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
+        if is_watched(m) and not self.is_leaf_module(m, path):
+            self.closed[path] = "has hooks"  # they are for whoever calls it, not for a trace
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         last = next(reversed(self.graph.nodes), None)
