@@ -7,6 +7,7 @@ try:
     from .convert import convert, revert
     from .dispatch import BackendError, FallbackWarning, use_backend
     from .explaining import Explanation, explain
+    from .inference import optimize_for_inference
     from .layers import Conv2Plus1d, ParallelConv2Plus1d
 except Exception:
     # ``python -m fastst.info`` runs this file first, and is there to say what is broken.
@@ -24,6 +25,7 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "optimize_for_inference",
     "revert",
     "use_backend",
 ]

@@ -94,7 +94,7 @@ class _Walk:
         if isinstance(module, fused.Converted):
             before = module._plan.pairs
             fused.revert_module(module)
-        if _is_leaf(module):
+        if is_leaf(module):
             return
         inside = [n for n in self.reasons if n != name and _under(n, name)]
         try:
@@ -230,7 +230,7 @@ def _graph(module: nn.Module, only: set[str] | None) -> Trace:
         for training in (True, False):
             for m in module.modules():
                 object.__setattr__(m, "training", training)
-            found = trace(module, _is_leaf, only)
+            found = trace(module, is_leaf, only)
             sources.append(found.graph.python_code("self").src)
     finally:
         for m, training in zip(module.modules(), modes, strict=True):
@@ -240,7 +240,7 @@ def _graph(module: nn.Module, only: set[str] | None) -> Trace:
     return found
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     """Whether a module is called as it is: PyTorch's own, and what runs pairs already."""
     if fused.is_converted(module) or isinstance(module, torch.jit.ScriptModule):
         return True

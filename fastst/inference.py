@@ -1,0 +1,120 @@
+"""Models for inference only: norms folded into convolutions, pairs as single operations."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .convert import convert, revert
+from .convert.converter import is_leaf
+from .convert.match import why_altered
+from .convert.trace import CannotTrace, is_watched, trace
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def optimize_for_inference(
+    model: nn.Module, *, memory_format: torch.memory_format = torch.channels_last_3d
+) -> nn.Module:
+    """A copy of a model that computes the same in evaluation mode, faster.
+
+    Batch norms are folded into the convolution before them wherever a trace shows that nothing
+    else sees what lies between: the one inside a pair into its first convolution, the one after it
+    into the second, that of a shortcut into its own. Pairs run as one operation, as after
+    ``fastst.convert``. Weights take the memory format in which the next operation wants its input,
+    so that none has to be rearranged.
+
+    Folding changes weights by rounding: outputs agree with those of the original to the accuracy of
+    its dtype, not bit by bit. The copy has no norms left to train.
+
+    Args:
+        model: left as it is, and in its mode.
+        memory_format: of 5-D weights; what they read and write takes it too.
+
+    Returns:
+        The copy, in evaluation mode, without gradients.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"optimize_for_inference: model must be an nn.Module, got {type(model).__name__}"
+        )
+    optimised = copy.deepcopy(model).eval().requires_grad_(False)
+    revert(optimised)
+    fold_norms(optimised)
+    convert(optimised)
+    for module in optimised.modules():
+        for p in module.parameters(recurse=False):
+            if p.dim() == 5:
+                p.data = p.data.contiguous(memory_format=memory_format)
+    return optimised
+
+
+def fold_norms(model: nn.Module) -> list[tuple[str, str]]:
+    """Fold batch norms into the convolutions whose outputs only they read, in place.
+
+    Args:
+        model: in evaluation mode.
+
+    Returns:
+        Names of each convolution and of the norm that is an ``nn.Identity`` now.
+    """
+    names = {id(m): name for name, m in model.named_modules()}
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    folded = []
+    for module in reversed(list(model.modules())):
+        if is_leaf(module):
+            continue
+        try:
+            graph = trace(module, is_leaf).graph
+        except CannotTrace:
+            continue
+        times = Counter(n.target for n in graph.nodes if n.op == "call_module")
+        for node in graph.nodes:
+            pair = _conv_and_norm(module, node)
+            if pair is None or any(times[n.target] > 1 for n in (node, *node.users)):
+                continue
+            conv, norm = pair
+            if any(uses[id(m)] > 1 or is_watched(m) for m in pair):
+                continue
+            _fold(conv, norm)
+            path, _, name = str(next(iter(node.users)).target).rpartition(".")
+            setattr(module.get_submodule(path), name, nn.Identity())
+            folded.append((names[id(conv)], names[id(norm)]))
+    return folded
+
+
+def _conv_and_norm(module: nn.Module, node: fx.Node) -> tuple[Any, Any] | None:
+    """A plain convolution that a node calls, and the norm that alone reads its output."""
+    users = list(node.users)
+    if node.op != "call_module" or len(users) != 1 or users[0].op != "call_module":
+        return None
+    paths = str(node.target), str(users[0].target)
+    conv, norm = map(module.get_submodule, paths)
+    if type(conv) not in _CONVS or type(norm) not in _NORMS or norm.running_mean is None:
+        return None
+    return None if why_altered(module.get_submodule, paths) is not None else (conv, norm)
+
+
+def _fold(conv: Any, norm: Any) -> None:
+    """scale·conv(x) + shift as one convolution; computed in float64, rounded once."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias: Tensor = -norm.running_mean.double()
+    if conv.bias is not None:
+        bias = bias + conv.bias.double()
+    bias = bias * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.double()
+    weight = conv.weight.double() * scale.view(-1, *(1,) * (conv.weight.dim() - 1))
+    dtype = conv.weight.dtype
+    conv.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
