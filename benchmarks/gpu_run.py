@@ -116,11 +116,11 @@ def stages(dry: bool, out: Path, scratch: Path) -> list[Stage]:
             (("TORCH_CUDA_ARCH_LIST", architecture()), ("FASTST_BUILD_CUDA", "1")),
         ),
         Stage("tests", 18, tests, None, (), lambda status, _: judge_tests(status, junit, dry)),
-        layers("layers", 22, "64-230-128-s2", "--dtypes", "bf16", "--families", main),
+        layers("layers", 22, "128-230-128", "--dtypes", "bf16", "--families", main),
         *sanitizers,
         Stage("tune", 6, module("benchmarks.probe", "--device", device, "--tune")),
         layers(
-            "layers compiled", 10, "stem", "--dtypes", "bf16", "--peers", "compiled",
+            "layers compiled", 10, "mid-45", "--dtypes", "bf16", "--peers", "compiled",
             "--modes", "inference,training-bn", "--families", some,
         ),
         Stage("models", 12, module("benchmarks.models", *whole, *networks)),

@@ -169,7 +169,7 @@ def move_off_kinks(model: peers.Eager, clip: Tensor, device: torch.device) -> No
     with torch.no_grad():
         double(clip.double().to(device))
         v = seen[0].transpose(0, 1).flatten(1)  # (channels, positions)
-        shifts = torch.arange(-16, 16, device=device, dtype=v.dtype) / 256
+        shifts = torch.arange(-6, 6, device=device, dtype=v.dtype) / 256
         gaps = torch.stack([
             torch.stack([(v + (s - k)).abs().amin(1) for k in kinks]).amin(0) for s in shifts
         ])  # fmt: skip

@@ -1,0 +1,166 @@
+"""The one GPU run: its stages on the CPU, its limits, and what it calls wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_run
+from benchmarks.gpu_run import Stage
+
+ORDER = [
+    "build", "tests", "layers", "memcheck", "racecheck", "tune", "layers compiled", "models",
+    "overhead", "layers dtypes", "layers rest",
+]  # fmt: skip
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_dry_run_goes_through_every_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = gpu_run.main(["--dry", "--out", str(tmp_path), "--minutes", "9", "--commit", "abc"])
+    data = json.loads((tmp_path / "record.json").read_text())
+    told = {s["stage"]: s.get("told") for s in data["stages"] if not s["ok"]}
+    assert (status, told) == (0, {}), (tmp_path / "log.txt").read_text()[-3000:]
+    assert [s["stage"] for s in data["stages"]] == ORDER
+    ran = {s["stage"] for s in data["stages"] if not s.get("skipped")}
+    assert ran == set(ORDER) - {"build", "racecheck"}
+    assert data["commit"] == "abc"
+    assert {r["case"] for r in data["layers"]} == {
+        "128-230-128", "mid-45", "parallel-add-64", "tokenizer-128",
+    }  # fmt: skip
+    assert any(r["mode"] == "training" for r in data["models"])
+    assert data["training_batches"]
+    assert data["overhead"]
+    assert data["cold_start"]
+    files = list(tmp_path.iterdir())
+    assert {"summary.txt", "record.json", "log.txt"} <= {f.name for f in files}
+    assert len(files) <= 8
+    assert sum(f.stat().st_size for f in files) < 16 << 20
+    summary = (tmp_path / "summary.txt").read_text()
+    assert len(summary.splitlines()) <= 60
+    assert summary in capsys.readouterr().out
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, out: Path, stages: list[Stage], minutes: float = 2.0
+) -> tuple[int, dict[str, Any]]:
+    monkeypatch.setattr(gpu_run, "stages", lambda *_: stages)
+    status = gpu_run.main(["--dry", "--out", str(out), "--minutes", str(minutes)])
+    return status, json.loads((out / "record.json").read_text())
+
+
+def test_one_wrong_stage_makes_the_run_wrong_and_the_rest_still_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bad = Stage("bad", 1, python("print('no such kernel'); raise SystemExit(3)"))
+    good = Stage("good", 1, python("print('fine')"))
+    status, data = run(monkeypatch, tmp_path, [bad, good])
+    assert status == 1
+    assert [s["ok"] for s in data["stages"]] == [False, True]
+    assert data["stages"][0]["told"] == "exit status 3: no such kernel"
+    assert "no such kernel" in (tmp_path / "log.txt").read_text()
+    assert "WRONG" in (tmp_path / "summary.txt").read_text()
+
+
+def test_a_stage_that_hangs_is_ended_with_its_children(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    alive = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(8); pathlib.Path({str(alive)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    hangs = Stage("hangs", 1, python(code))
+    after = Stage("after", 1, python(""))
+    start = time.monotonic()
+    status, data = run(monkeypatch, tmp_path, [hangs, after], minutes=21 / 60)
+    assert status == 1
+    assert [s["ok"] for s in data["stages"]] == [False, True]
+    assert data["stages"][0]["told"].startswith("cut off after")
+    time.sleep(max(0.0, 10 - (time.monotonic() - start)))
+    assert not alive.exists()
+
+
+def test_stages_are_written_as_they_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    code = f"import json; assert [s['stage'] for s in json.load(open({str(record)!r}))['stages']] == ['first']"  # noqa: E501
+    stages = [Stage("first", 1, python("")), Stage("second", 1, python(code))]
+    status, data = run(monkeypatch, tmp_path, stages)
+    assert status == 0, data["stages"]
+
+
+def test_no_time_left_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, data = run(monkeypatch, tmp_path, [Stage("late", 1, python("1/0"))], minutes=0.01)
+    assert data["stages"][0]["told"] == "no time left"
+
+
+def test_unused_time_goes_to_the_later_stages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    show = python("import sys; print(sys.argv[1])") + ["{minutes}"]
+    limits = []
+    original = gpu_run.run_stage
+
+    def spied(stage: Stage, limit_s: float, log: Path) -> dict[str, Any]:
+        limits.append(limit_s)
+        return original(stage, limit_s, log)
+
+    monkeypatch.setattr(gpu_run, "run_stage", spied)
+    run(monkeypatch, tmp_path, [Stage("a", 1, show), Stage("b", 1, show)], minutes=10)
+    assert limits[0] == pytest.approx(295, abs=5)
+    assert limits[1] > 1.8 * limits[0]
+    assert float((tmp_path / "log.txt").read_text().splitlines()[2]) < limits[0] / 60
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.test_a" name="one"/>
+<testcase classname="tests.test_a" name="two"><failure/></testcase>
+<testcase classname="tests.test_a" name="three"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_tests_are_counted_and_failures_named(tmp_path: Path) -> None:
+    junit = tmp_path / "tests.xml"
+    assert not gpu_run.judge_tests(3, junit, False)["ok"]
+    junit.write_text(JUNIT)
+    found = gpu_run.judge_tests(1, junit, False)
+    assert not found["ok"]
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert found["failures"] == ["tests.test_a::two"]
+
+
+def test_a_run_in_which_every_gpu_test_was_skipped_is_wrong(tmp_path: Path) -> None:
+    junit = tmp_path / "tests.xml"
+    junit.write_text('<testsuite><testcase name="a"><skipped/></testcase></testsuite>')
+    assert not gpu_run.judge_tests(0, junit, False)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "ok", "skipped"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", True, False),
+        (99, "========= Invalid __global__ read of size 4 bytes", False, False),
+        (1, "========= Error: Device not supported. Please refer to the documentation", True, True),
+        (1, "Traceback", False, False),
+    ],
+)
+def test_the_sanitizer_finds_or_does_not_work(
+    status: int, text: str, ok: bool, skipped: bool
+) -> None:
+    found = gpu_run.judge_sanitizer(status, text)
+    assert (found["ok"], found.get("skipped", False)) == (ok, skipped)
+
+
+def test_without_a_gpu_it_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu_run.main(["--out", str(tmp_path)]) == 2
+    assert "requires a CUDA device" in capsys.readouterr().err
