@@ -7,15 +7,15 @@ temporal one, so neither pass needs a layout copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import activations
+from .. import activations, tuning
 from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem, pad_index
-from . import PairResult
+from . import PairResult, cpu
 
 aten = torch.ops.aten
 
@@ -24,7 +24,20 @@ def why_not(problem: Problem, phase: str) -> str | None:
     return None
 
 
+def ways(problem: Problem, phase: str) -> tuple[str, ...]:
+    """What ``tune`` may choose from: inference on the CPU only."""
+    return cpu.ways(problem) if phase == "forward" and cpu.why_not(problem) is None else ()
+
+
+def trial(problem: Problem, phase: str, way: str) -> Callable[[], object]:
+    """One way on random tensors."""
+    tensors: PairTensors = tuning.example(problem)  # type: ignore[assignment]
+    return lambda: cpu.run(way, problem, tensors)
+
+
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+    if not save and cpu.why_not(problem) is None:
+        return PairResult(cpu.conv2plus1d(problem, tensors))
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     weights = _Weights(problem, tensors)
     u = _conv(_rows(tensors.x), *weights.first, problem.passes[0])
@@ -243,8 +256,14 @@ def _normalise_backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N, C, T, H, W) of any strides as (N, T, H, W, C) contiguous; no copy if it is so already."""
-    return x.permute(0, 2, 3, 4, 1).contiguous()
+    """(N, C, T, H, W) of any strides as (N, T, H, W, C) contiguous; no copy if it is so already.
+
+    The strides are those of a fresh tensor also along axes of size 1, where a contiguous tensor may
+    have any: oneDNN believes them.
+    """
+    rows = x.permute(0, 2, 3, 4, 1).contiguous()
+    n, t, h, w, c = rows.shape
+    return rows.as_strided(rows.shape, (t * h * w * c, h * w * c, w * c, c, 1))
 
 
 def _leave(rows: Tensor, out: Tensor) -> Tensor:
@@ -312,20 +331,21 @@ class _Conv4d:
             self.weight = weight[..., 0]
             self.stride, self.dilation = (p.stride[0], 1), (p.dilation[0], 1)
             self.padding = (padding[0], 0)
-        self.weight = _channels_last(self.weight)
+        self.layout = _layout(self.x, self.weight, p, self.dilation)
+        self.x, self.weight = _dense(self.x, self.layout), _dense(self.weight, self.layout)
 
     def rows(self, y: Tensor) -> Tensor:
         """Rows of an output of the 2D convolution, or of a gradient of its input."""
         y = y.permute(0, 2, 3, 1)
         if self.p.kind == "spatial":
-            return y.reshape(self.n, -1 if self.n else self.x.shape[0], *y.shape[1:])
-        return y.reshape(self.n, y.shape[1], *self.hw, y.shape[3])
+            return y.reshape(self.n, -1 if self.n else self.x.shape[0], *y.shape[1:]).contiguous()
+        return y.reshape(self.n, y.shape[1], *self.hw, y.shape[3]).contiguous()
 
     def unrows(self, g: Tensor) -> Tensor:
         """The 4D view, shaped as the convolution's output, of rows."""
         if self.p.kind == "spatial":
-            return _frames(g)
-        return g.flatten(2, 3).permute(0, 3, 1, 2)
+            return _dense(_frames(g), self.layout)
+        return _dense(g.flatten(2, 3).permute(0, 3, 1, 2), self.layout)
 
     def unstride(self, g: Tensor) -> Tensor:
         """Gradient of the subsampling of the axes that the convolution does not see."""
@@ -341,16 +361,29 @@ class _Conv4d:
         return full
 
 
-def _channels_last(weight: Tensor) -> Tensor:
-    """A 4D weight in channels_last with the very strides that a fresh one has.
+def _layout(x: Tensor, weight: Tensor, p: Pass, dilation: Sequence[int]) -> torch.memory_format:
+    """Memory format for a 4D convolution: channels_last, but for what oneDNN gets wrong in it.
 
-    Axes of size 1 may have any stride and still count as channels_last, but oneDNN's grouped
-    convolutions believe those strides.
+    On CPUs its channels-last convolutions read out of bounds over frames narrower than the kernel
+    and, in some shapes, with groups, dilation or a stride over 2.
     """
-    o, c, h, w = weight.shape
-    if weight.stride() == (h * w * c, 1, w * c, c):
-        return weight
-    return torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)
+    kh, kw = weight.shape[2:]
+    narrow = x.shape[2] < kh or x.shape[3] < kw
+    odd = narrow or p.groups > 1 or max(dilation) > 1 or max(p.stride) > 2
+    return torch.contiguous_format if odd and x.device.type == "cpu" else torch.channels_last
+
+
+def _dense(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """A 4D tensor in a memory format, with the very strides that a fresh one has.
+
+    Axes of size 1 may have any stride and still count, but oneDNN's grouped ones believe them.
+    """
+    _, c, h, w = t.shape
+    last = layout is torch.channels_last
+    stride = (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    if t.stride() == stride:
+        return t
+    return t.contiguous(memory_format=layout).as_strided(t.shape, stride)
 
 
 def _conv(rows: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
@@ -368,8 +401,7 @@ def _conv_backward(
     if not any(needs):
         return None, None, None
     if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
-        # oneDNN's channels-last bfloat16 weight gradient reads out of bounds for some dilated
-        # convolutions, and more of its gradients are wrong; float32 is right.
+        # oneDNN's bfloat16 gradients are wrong in too many shapes to tell them apart.
         wide = _conv_backward(dy.float(), rows.float(), weight.float(), p, needs)
         return tuple(None if g is None else g.to(rows.dtype) for g in wide)  # type: ignore[return-value]
     padded, padding = _pad_rows(rows, p)
