@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass
 
@@ -46,7 +45,7 @@ class Explanation:
 def explain(module: nn.Module, x: Tensor) -> Explanation:
     """Say what runs ``module(x)``: the backend, and for every other one the reason it does not.
 
-    Runs the module once on a copy, so that neither its buffers nor its gradients change.
+    Runs the module once on a copy of its buffers, without gradients, so that nothing changes.
 
     Args:
         module: a layer of fastst, or a model that contains some.
@@ -57,7 +56,8 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     """
     with dispatch.recording() as calls, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", dispatch.FallbackWarning)
-        copy.deepcopy(module)(x)
+        buffers = {n: b.clone() for n, b in module.named_buffers()}
+        torch.func.functional_call(module, buffers, (x,))
     if not calls:
         raise ValueError(
             f"explain: requires a module that calls fastst on a non-empty input, got "

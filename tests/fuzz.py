@@ -30,9 +30,9 @@ from fastst.functional import BatchNorm, conv2plus1d, parallel_conv2plus1d
 SEED = int(os.environ.get("FASTST_SEED", "0"))
 CASES = int(os.environ.get("FASTST_FUZZ", "0"))
 
-# A few ulps beside PyTorch's own error, of the largest magnitude that enters the result. float32 has
-# more of them: its sums are rounded at every step (a thousand terms one after the other lose about
-# ten), those of 16 bits only at the end.
+# A few ulps beside PyTorch's own error, of the largest magnitude that enters the result. float32
+# has more of them: its sums are rounded at every step (a thousand terms one after the other lose
+# about ten), those of 16 bits only at the end.
 ULPS = {torch.float32: 12.0, torch.float16: 4.0, torch.bfloat16: 4.0}
 # PyTorch being off by more in channels_last_3d is a bug of its convolutions, not a tolerance: on
 # the CPU there are some in grouped float32 gradients and in bfloat16.
