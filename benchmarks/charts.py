@@ -29,7 +29,7 @@ def draw(record: Record, folder: Path) -> list[Path]:
         if figure is None:
             continue
         caption = f"{_machine(record)}, {dtype}, {record['date'][:10]} at {record['commit']}"
-        figure.text(0.995, 0.005, caption, ha="right", va="bottom", fontsize=7, color="#555")
+        figure.supxlabel(caption, x=0.99, ha="right", fontsize=7, color="#555")
         path = folder / f"benchmarks-{record['place']}-{name}.png"
         figure.savefig(path, dpi=120, metadata={"Software": None})
         pyplot.close(figure)
@@ -71,7 +71,7 @@ def speedup(pyplot: Any, record: Record, rows: list[Row]) -> Any:
                 error = [[max(median - q25, 0)], [max(q75 - median, 0)]]
                 axis.barh(i + offset, median, 0.38, color=colour, xerr=error, ecolor="#333")
         axis.axvline(1, color="#333", linewidth=0.8)
-        axis.set_yticks(range(len(part)), [r["label"].split(",")[0] for r in part], fontsize=8)
+        axis.set_yticks(range(len(part)), [r["label"].rsplit(", ", 1)[0] for r in part], fontsize=8)
         axis.set_title(MODES[mode], fontsize=9)
         axis.set_xlabel("× faster (median, quartiles)", fontsize=8)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=c) for c in (FASTST, PEER)]
@@ -120,8 +120,8 @@ def roofline(pyplot: Any, record: Record, rows: list[Row]) -> Any:
         points = [(1e3 * r["tflops"] / r["gbs"], r["tflops"]) for r in rows if belongs(r)]
         if points:
             axis.scatter(*zip(*points, strict=True), s=16, color=colour, label=label, alpha=0.85)
-    low, high = min(intensities) / 2, max(max(intensities) * 2, 2e3 * peak / copy)
     ridge = 1e3 * peak / copy
+    low, high = min(*intensities, ridge) / 2, 2 * max(*intensities, ridge)
     axis.plot(
         [low, ridge, high], [low * copy / 1e3, peak, peak], color="#333", linewidth=1,
         label="measured ceilings",

@@ -216,13 +216,17 @@ HOW = (
 )
 
 
+def _clip(record: Record) -> str:
+    return "".join(f"{r['clip']} clip, " for r in record["models"][:1])
+
+
 def cpu_block(record: Record | None) -> str:
     if record is None:
         return "No record yet: `make bench`."
     rows, family = record["layers"], "r2plus1d-18"
     parts = [
         machine_line(record), HOW,
-        "**The eight pairs of R(2+1)D-18, 16×112² clip, batch 1, float32** (geometric means)",
+        f"**Pairs of R(2+1)D-18, {_clip(record)}float32** (geometric means over the shapes)",
         summary(rows, family, "fp32"),
         " ".join(filter(None, (control(rows), refusals(rows), slow_paths(rows)))),
         shapes(rows, family, "fp32", ("eval", "training-bn")),
