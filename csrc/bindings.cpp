@@ -13,6 +13,9 @@ using namespace fastst;
 
 namespace {
 
+// More than one build of this module may be loaded, each with types of its own.
+const py::module_local kLocal;
+
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 // Launches neither hold the interpreter's lock nor touch Python objects.
@@ -31,12 +34,12 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.attr("EMULATED") = FASTST_EMULATED;
   m.attr("TOOLKIT") = CUDART_VERSION;
 
-  py::enum_<Dtype>(m, "Dtype")
+  py::enum_<Dtype>(m, "Dtype", kLocal)
       .value("f16", Dtype::f16)
       .value("bf16", Dtype::bf16)
       .value("f32", Dtype::f32)
       .value("f64", Dtype::f64);
-  py::enum_<Activation>(m, "Activation")
+  py::enum_<Activation>(m, "Activation", kLocal)
       .value("none", Activation::none)
       .value("relu", Activation::relu)
       .value("silu", Activation::silu)
@@ -44,39 +47,39 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
       .value("gelu_tanh", Activation::gelu_tanh)
       .value("leaky_relu", Activation::leaky_relu)
       .value("hardswish", Activation::hardswish);
-  py::enum_<PadMode>(m, "PadMode")
+  py::enum_<PadMode>(m, "PadMode", kLocal)
       .value("zeros", PadMode::zeros)
       .value("replicate", PadMode::replicate)
       .value("reflect", PadMode::reflect)
       .value("circular", PadMode::circular);
-  py::enum_<Read>(m, "Read")
+  py::enum_<Read>(m, "Read", kLocal)
       .value("plain", Read::plain)
       .value("norm_act", Read::norm_act)
       .value("norm_gradient", Read::norm_gradient);
-  py::enum_<Write>(m, "Write")
+  py::enum_<Write>(m, "Write", kLocal)
       .value("forward", Write::forward)
       .value("branch_gradient", Write::branch_gradient)
       .value("norm_gradient", Write::norm_gradient);
 
-  py::class_<View>(m, "View").def(
-      py::init([](uintptr_t data, std::array<int64_t, 5> size, std::array<int64_t, 5> stride) {
+  py::class_<View>(m, "View", kLocal)
+      .def(py::init([](uintptr_t data, std::array<int64_t, 5> size, std::array<int64_t, 5> stride) {
         return View{pointer(data), size, stride};
       }));
-  py::class_<Array>(m, "Array").def(py::init<>()).def(py::init([](uintptr_t data, int64_t count) {
-    return Array{pointer(data), count};
-  }));
-  py::class_<Conv>(m, "Conv").def(
-      py::init<std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>,
-               std::array<int64_t, 6>, int64_t, PadMode>(),
-      py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
-      py::arg("groups"), py::arg("mode"));
-  py::class_<Source>(m, "Source")
+  py::class_<Array>(m, "Array", kLocal)
+      .def(py::init<>())
+      .def(py::init([](uintptr_t data, int64_t count) { return Array{pointer(data), count}; }));
+  py::class_<Conv>(m, "Conv", kLocal)
+      .def(py::init<std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>,
+                    std::array<int64_t, 6>, int64_t, PadMode>(),
+           py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
+           py::arg("groups"), py::arg("mode"));
+  py::class_<Source>(m, "Source", kLocal)
       .def(py::init<View, std::optional<View>, Array, Read, Activation, double>());
-  py::class_<Branch>(m, "Branch").def(py::init<Source, View, Array, Conv, Activation>());
-  py::class_<TapConv>(m, "TapConv")
+  py::class_<Branch>(m, "Branch", kLocal).def(py::init<Source, View, Array, Conv, Activation>());
+  py::class_<TapConv>(m, "TapConv", kLocal)
       .def(py::init<std::vector<Branch>, std::vector<View>, std::optional<View>, Array, Write,
                     Activation, double, bool>());
-  py::class_<Depthwise>(m, "Depthwise")
+  py::class_<Depthwise>(m, "Depthwise", kLocal)
       .def(py::init<View, View, View, Array, Array, Array, std::array<int64_t, 3>,
                     std::array<int64_t, 6>, Activation, double, int64_t, int64_t>());
 

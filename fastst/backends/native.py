@@ -28,6 +28,7 @@ _DTYPES = {
 _LARGEST_GRID_YZ = 65535
 # Enough blocks to fill a large GPU several times over; more only lengthens the second stage.
 _REDUCTION_BLOCKS = 2048
+_EMULATOR = Path(__file__).parents[2] / "tests" / "emulator" / "build.py"
 
 
 def emulating() -> bool:
@@ -37,17 +38,16 @@ def emulating() -> bool:
 @functools.cache
 def emulated() -> ModuleType | str:
     """The emulated library, built if need be, or why there is none."""
-    builder = Path(__file__).parents[2] / "tests" / "emulator" / "build.py"
-    if not builder.exists():
+    if not _EMULATOR.exists():
         return "is emulated (FASTST_CUDA_EMULATE), which needs a source checkout with its tests"
-    build = _import_file("fastst_emulator_build", builder)
+    build = import_file("fastst_emulator_build", _EMULATOR)
     try:
-        return _import_file(build.MODULE, build.module())
+        return import_file(build.MODULE, build.module())
     except (ImportError, RuntimeError) as error:
         return f"is emulated (FASTST_CUDA_EMULATE), but the emulator cannot be built: {error}"
 
 
-def _import_file(name: str, path: Path) -> ModuleType:
+def import_file(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -41,7 +41,7 @@ def compiler() -> str:
     return found
 
 
-def module(csrc: Path = CSRC, defines: Sequence[str] = ()) -> Path:
+def module(csrc: Path = CSRC) -> Path:
     """Path of the Python module made from the sources in ``csrc``, built if need be.
 
     Raises:
@@ -52,14 +52,13 @@ def module(csrc: Path = CSRC, defines: Sequence[str] = ()) -> Path:
     python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     names = (f"-DFASTST_MODULE={MODULE}", "-DFASTST_EMULATED=true", "-fvisibility=hidden")
     sources = sorted(csrc.glob("*.cu")) + sorted(csrc.glob("*.cpp")) + [HERE / "emulator.cpp"]
-    headers = _headers(csrc)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(
             pool.map(
                 lambda s: _object(
-                    s, headers, csrc,
+                    s, csrc,
                     # Binding code is slow to optimise and its speed does not matter.
-                    ("-O0", *python, *names) if s.name == "bindings.cpp" else ("-O1", *defines),
+                    ("-O0", *python, *names) if s.name == "bindings.cpp" else ("-O1",),
                 ),
                 sources,
             )
@@ -69,19 +68,20 @@ def module(csrc: Path = CSRC, defines: Sequence[str] = ()) -> Path:
 
 def program(source: Path) -> Path:
     """Path of the executable made from one source file and the emulator."""
-    headers = _headers(CSRC)
-    objects = [_object(s, headers, CSRC, ("-O1",)) for s in (source, HERE / "emulator.cpp")]
+    objects = [_object(s, CSRC, ("-O1",)) for s in (source, HERE / "emulator.cpp")]
     return _made(_hash(*(str(o) for o in objects)), source.stem, *map(str, objects))
 
 
-def _headers(csrc: Path) -> str:
+def _headers(csrc: Path, host_only: bool) -> str:
+    """Everything that a source may include; host code includes no device headers of ours."""
     files = [f for d in (csrc, HERE) for f in sorted(d.rglob("*")) if f.suffix in (".h", ".cuh")]
-    return _hash(*(f.read_text() for f in files))
+    return _hash(*(f.read_text() for f in files if not (host_only and f.suffix == ".cuh")))
 
 
-def _object(source: Path, headers: str, csrc: Path, flags: Sequence[str]) -> Path:
+def _object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
     includes = (f"-I{HERE}", f"-I{csrc}")
-    key = _hash(compiler(), headers, source.read_text(), *FLAGS, *flags)
+    text = source.read_text()
+    key = _hash(compiler(), _headers(csrc, ".cuh>" not in text), text, *FLAGS, *flags)
     return _made(key, f"{source.stem}.o", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source))
 
 
