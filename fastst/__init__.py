@@ -7,7 +7,9 @@ try:
     from .convert import convert, revert
     from .dispatch import BackendError, FallbackWarning, use_backend
     from .explaining import Explanation, explain
+    from .factorize import factorize
     from .inference import optimize_for_inference
+    from .inflate import inflate
     from .layers import Conv2Plus1d, ParallelConv2Plus1d
 except Exception:
     # ``python -m fastst.info`` runs this file first, and is there to say what is broken.
@@ -24,7 +26,9 @@ __all__ = [
     "ParallelConv2Plus1d",
     "convert",
     "explain",
+    "factorize",
     "functional",
+    "inflate",
     "optimize_for_inference",
     "revert",
     "use_backend",

@@ -204,11 +204,15 @@ def plan_of(
         CannotTrace: the graph calls a function that cannot be imported by name.
     """
     pairs, watched = [], list(opened)
+    made: dict[fx.Node | None, fx.Node] = {}  # by the convolution whose output it is
     for chain in chains:
         nodes = list(chain.calls())
+        source = made.get(chain.source, chain.source)
         with graph.inserting_before(nodes[0]):
-            y = _plain_call(graph, chain) if chain.plain else _call(module, graph, chain)
+            call = _plain_call if chain.plain else _call
+            y = call(module, graph, chain, source)
         nodes[-1].replace_all_uses_with(y)
+        made[nodes[-1]] = y
         for node in reversed(nodes):
             graph.erase_node(node)
         norm = None if chain.norm is None else str(chain.norm.target)
@@ -250,7 +254,7 @@ def plan_of_whole(module: nn.Module, whole: Whole) -> Plan:
     )  # fmt: skip
 
 
-def _plain_call(graph: fx.Graph, chain: Chain) -> fx.Node:
+def _plain_call(module: nn.Module, graph: fx.Graph, chain: Chain, source: Any) -> fx.Node:
     """Settings are read off the modules at each call."""
     norm = None if chain.norm is None else graph.get_attr(str(chain.norm.target))
     act = None
@@ -260,11 +264,11 @@ def _plain_call(graph: fx.Graph, chain: Chain) -> fx.Node:
         act = graph.call_function(functional_activation, chain.named)
     first, second = map(graph.get_attr, chain.names)
     return graph.call_function(
-        pair_forward, (chain.source, first, norm, act, second), {"order": chain.order}
+        pair_forward, (source, first, norm, act, second), {"order": chain.order}
     )
 
 
-def _call(module: nn.Module, graph: fx.Graph, chain: Chain) -> fx.Node:
+def _call(module: nn.Module, graph: fx.Graph, chain: Chain, source: Any) -> fx.Node:
     """Settings are those that the trace has seen."""
     convs = {
         c.kind: (c, merge([*pads, c.padding], c.kind))
@@ -272,7 +276,7 @@ def _call(module: nn.Module, graph: fx.Graph, chain: Chain) -> fx.Node:
     }
     (spatial, around), (temporal, along) = convs["spatial"], convs["temporal"]
     assert isinstance(around, Pad) and isinstance(along, Pad)
-    tensors: list[Any] = [chain.source]
+    tensors: list[Any] = [source]
     for name in ("weight", "bias"):
         for c in (spatial, temporal):
             there = getattr(module.get_submodule(c.path), name) is not None

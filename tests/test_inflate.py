@@ -1,0 +1,124 @@
+"""Inflated networks equal the 2D ones frame by frame, and learn along time."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from peers import torchvision_video
+from torch import nn
+
+import fastst
+
+
+def frame_by_frame(model: nn.Module, clip: torch.Tensor) -> torch.Tensor:
+    """(N, C, T, H, W) through a 2D network."""
+    return torch.stack([model(frame) for frame in clip.unbind(2)], 2)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 5, 2, 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding="same", groups=4, padding_mode="replicate")
+        self.short = nn.Conv2d(8, 8, 1)
+        self.avg = nn.AvgPool2d(2, count_include_pad=False)
+        self.drop = nn.Dropout2d(0.5)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.bn1(self.conv1(x))))
+        return self.drop(self.avg(self.relu(self.conv2(x) + self.short(x))))
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("kt", [1, 3, 5])
+def test_block(kt, depthwise):
+    torch.manual_seed(0)
+    model = Block().double().eval()
+    inflated = fastst.inflate(model, temporal_kernel=kt, depthwise=depthwise)
+    clip = torch.randn(2, 3, 4, 33, 30, dtype=torch.float64)
+    torch.testing.assert_close(inflated(clip), frame_by_frame(model, clip), rtol=1e-10, atol=1e-10)
+    assert type(inflated.conv1) is fastst.Conv2Plus1d
+    assert type(inflated.short) is nn.Conv3d
+    assert inflated.conv1.temporal.weight.shape == (8, 1 if depthwise else 8, kt, 1, 1)
+    assert isinstance(model.conv1, nn.Conv2d)
+    inflated(clip).sum().backward()
+    assert kt == 1 or inflated.conv1.temporal.weight.grad[:, :, 0].abs().max() > 0
+
+
+def test_training_has_the_statistics_of_all_frames():
+    model = Block().double().train()
+    model.drop.p = 0.0
+    inflated = fastst.inflate(model)
+    clip = torch.randn(2, 3, 4, 16, 16, dtype=torch.float64)
+    flat = model(clip.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 4)).transpose(1, 2)
+    torch.testing.assert_close(inflated(clip), flat, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(inflated.bn1.running_var, model.bn1.running_var)
+
+
+def test_convolution():
+    conv = nn.Conv2d(3, 6, 3, 2, 1, dilation=2).double()
+    layer = fastst.inflate(conv)
+    clip = torch.randn(1, 3, 5, 9, 9, dtype=torch.float64)
+    torch.testing.assert_close(layer(clip), frame_by_frame(conv, clip), rtol=1e-10, atol=1e-10)
+    assert isinstance(layer, fastst.Conv2Plus1d)
+    assert layer.stride == (1, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_torchvision_resnet(name):
+    torchvision_video()
+    torch.manual_seed(0)
+    model = getattr(importlib.import_module("torchvision.models"), name)(num_classes=5).eval()
+    inflated = fastst.inflate(model)
+    clip = torch.randn(1, 3, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            inflated(clip), frame_by_frame(model, clip).mean(2), rtol=1e-3, atol=1e-3
+        )
+    keys = set(inflated.state_dict())
+    assert {"conv1.spatial.weight", "conv1.temporal.weight", "layer2.0.downsample.0.weight"} <= keys
+
+
+class MeansOverSpace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+class Own(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (MeansOverSpace(), "not equal to the 2D one frame by frame"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)), "1 is a InstanceNorm2d"),
+        (nn.Sequential(Own(3, 4, 3)), "0 is a Own, of which no 3D form is known"),
+        (nn.Sequential(nn.Linear(3, 4)), "has no nn.Conv2d"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(3844, 2)), "does not run"),
+    ],
+)
+def test_refused(model, told):
+    with pytest.raises(ValueError, match=told):
+        fastst.inflate(model)
+
+
+def test_bad_arguments():
+    conv = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ValueError, match="temporal_kernel must be odd, got 2"):
+        fastst.inflate(conv, temporal_kernel=2)
+    with pytest.raises((TypeError, ValueError), match="temporal_kernel"):
+        fastst.inflate(conv, temporal_kernel=0)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
+        fastst.inflate(3)
+    with pytest.raises(ValueError, match=r"example must be \(T, C, H, W\)"):
+        fastst.inflate(conv, example=torch.zeros(3, 8, 8))
