@@ -514,17 +514,24 @@ def scales(
 ) -> dict[str, float]:
     """Largest magnitude that enters each result.
 
-    Through batch statistics gradients are differences of larger terms (a bias before batch norm has
-    none at all); the terms are as large as the gradients with those statistics held constant.
+    Some gradients are 0, or nearly, because large terms cancel: through batch statistics (a bias
+    before batch norm has none at all), or where the gradient of the output is constant. The terms
+    are as large as gradients with those statistics held and with random signs.
     """
     largest = {n: float(t.abs().max()) if t.numel() else 0.0 for n, t in truth.items()}
-    if config.norm == "batch" and dy is not None:
+    if dy is None:
+        return largest
+    statistics = None
+    if config.norm == "batch":
         with torch.no_grad():
-            _, *statistics = _first_pass(config, tensors)
+            statistics = _first_pass(config, tensors)[1:]
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in range(3):
+        signs = torch.randint(2, dy.shape, generator=generator) * 2 - 1
         held = results(
-            lambda c, t: compose(c, t, tuple(statistics))[0], config, tensors, dy, torch.float64
+            lambda c, t: compose(c, t, statistics)[0], config, tensors, dy * signs, torch.float64
         )
-        for n in largest.keys() & held.keys():
+        for n in largest.keys() & held.keys() - {"y"}:
             largest[n] = max(largest[n], float(held[n].abs().max()))
     return largest
 
