@@ -1,0 +1,77 @@
+"""What a training run is made of."""
+
+# ruff: noqa: RUF009 -- option() is dataclasses.field()
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastst import models
+
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def option(default: Any, text: str, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a run is made of; also the command line."""
+
+    data: Path | None = option(
+        None, "folder of the videos: DATA/{train,val}/CLASS/FILE, or root of the lists",
+        nargs="?", type=Path,
+    )  # fmt: skip
+    train_list: Path | None = option(None, "videos to train on (txt, csv, json)", type=Path)
+    val_list: Path | None = option(None, "videos to evaluate on", type=Path)
+    classes: Path | None = option(None, "names (classInd.txt, labels.json)", type=Path)
+    model: str = option("r2plus1d_18", "network of fastst.models", choices=sorted(models.NETWORKS))
+    width: int | None = option(None, "channels of the first stage, for networks that take it")
+    weights: Path | None = option(None, "checkpoint or state_dict to start from", type=Path)
+    new_classifier: bool = option(False, "leave the last linear layer out of --weights")
+    convert: bool = option(True, "run the conv pairs as single operations (fastst.convert)")
+    frames: int = option(16, "frames of a clip")
+    step: int = option(2, "every how many-th frame of the video is taken")
+    size: int = option(112, "height and width of a clip")
+    clips: int = option(10, "clips of each video in evaluation, whose probabilities are averaged")
+    flip: bool = option(True, "mirror at random (not for classes about left and right)")
+    epochs: int = option(30, "passes over the training videos")
+    batch: int = option(8, "clips at a time and device")
+    accumulate: int = option(1, "batches whose gradients make one step")
+    lr: float = option(0.01, "learning rate after the warm-up; decays to 0 along a cosine")
+    warmup: float = option(1.0, "epochs of rising learning rate")
+    momentum: float = option(0.9, "of SGD")
+    weight_decay: float = option(1e-4, "of SGD")
+    amp: str = option("none", "automatic mixed precision", choices=tuple(AMP))
+    parallel: str = option("ddp", "under torchrun", choices=("ddp", "fsdp"))
+    sync_bn: bool = option(False, "batch norm statistics over all processes")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    workers: int = option(4, "decoding processes per device")
+    seed: int = option(0, "of everything random")
+    out: Path = option(Path("out/train"), "folder of checkpoints and TensorBoard logs", type=Path)
+    resume: bool = option(False, "go on from OUT/last.pt")
+    save_every: int = option(0, "steps between checkpoints, beside those after every epoch")
+    log_every: int = option(10, "steps between entries in the log")
+
+    @classmethod
+    def parse(cls, description: str | None, arguments: list[str] | None = None) -> Options:
+        parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for f in fields(cls):
+            kwargs = dict(f.metadata)
+            if isinstance(f.default, bool):
+                kwargs["action"] = argparse.BooleanOptionalAction
+            elif "type" not in kwargs:
+                kwargs["type"] = int if f.default is None else type(f.default)
+            if "nargs" not in kwargs:
+                kwargs["help"] += f" (default: {f.default})"
+            name = f.name if "nargs" in kwargs else "--" + f.name.replace("_", "-")
+            parser.add_argument(name, default=f.default, **kwargs)
+        return cls(**vars(parser.parse_args(arguments)))
