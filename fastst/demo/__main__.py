@@ -24,29 +24,30 @@ except ImportError as error:
     sys.exit(2)
 from . import measure
 
+ORIGINAL, CONVERTED, OPTIMISED = "original", "converted", "for inference"
 _FEW_ULPS = 4 * torch.finfo(torch.float32).eps
 _DOUBLE = 1e-8  # what float64 keeps of a gradient through 37 batch norms, some over few values
 
 
 class Agreement(NamedTuple):
-    """Relative errors of the original and of the converted network."""
+    """Relative errors against the original network in float64."""
 
-    output: float  # of the original in float32 against float64
-    converted_output: float  # of the converted one in float32, against the original in float64
-    gradient: float  # of the converted one against the original, both in float64
+    outputs: dict[str, float]  # of each network in float32
+    gradient: float  # of the converted one in float64
     running_statistics: float  # likewise, after one training step
 
     def holds(self) -> bool:
         """At most twice the error of PyTorch's own operators, and the same function in float64."""
+        limit = 2 * self.outputs[ORIGINAL] + _FEW_ULPS
         double = max(self.gradient, self.running_statistics)
-        return self.converted_output <= 2 * self.output + _FEW_ULPS and double <= _DOUBLE
+        return max(self.outputs.values()) <= limit and double <= _DOUBLE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo.
 
     Returns:
-        0; 1 if the converted network computes something else; 2 if the clip, the checkpoint or the
+        0; 1 if a replaced network computes something else; 2 if the clip, the checkpoint or the
         output file is of no use.
     """
     options = _options(argv)
@@ -54,33 +55,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
+        frames = clip.read(options.video, options.frames, options.size)
+        original = r2plus1d_18(weights=options.weights).to(options.device)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.open("ab").close()
-        frames = clip.read(options.video, options.frames, options.size)
-        original = r2plus1d_18(weights=options.weights)
     except (clip.ClipError, OSError, ValueError) as error:
         print(f"fastst.demo: {error}", file=sys.stderr)
         return 2
     x = clip.normalise(frames).expand(options.batch, -1, -1, -1, -1).to(options.device)
-    original.to(options.device)
     converted = copy.deepcopy(original)
     report = fastst.convert(converted)
-    models = {"original": original, "converted": converted}
+    same_keys = list(original.state_dict()) == list(converted.state_dict())
+    trained = {ORIGINAL: original, CONVERTED: converted}
+    run = {**trained, OPTIMISED: fastst.optimize_for_inference(original)}
 
-    rounds = 2 * len(models) * (options.repeats + 1)
-    with tqdm(total=rounds + 2 * len(models), unit="run", disable=options.quiet) as bar:
-        agreement = _agreement(models, x, bar)
-        seconds = {}
-        for what, step in (("inference", measure.infer), ("training step", measure.train)):
-            bar.set_description(f"timing, {what}")
-            seconds[what] = measure.medians(step, models, x, options.repeats, bar.update)
-    saved = {name: measure.saved_bytes(model, x) for name, model in models.items()}
+    rounds = (len(run) + len(trained)) * (options.repeats + 1)
+    with tqdm(total=rounds + len(run) + len(trained), unit="run", disable=options.quiet) as bar:
+        agreement = _agreement(run, trained, x, bar)
+        bar.set_description("timing, inference")
+        inference = measure.medians(measure.infer, run, x, options.repeats, bar.update)
+        bar.set_description("timing, training step")
+        training = measure.medians(measure.train, trained, x, options.repeats, bar.update)
+    saved = {name: measure.saved_bytes(model, x) for name, model in trained.items()}
 
     panels = [
-        *(
-            chart.Panel(f"{what[0].upper()}{what[1:]}, median", "ms", _scaled(1e3, by_model))
-            for what, by_model in seconds.items()
-        ),
+        chart.Panel("Inference, median", "ms", _scaled(1e3, inference)),
+        chart.Panel("Training step, median", "ms", _scaled(1e3, training)),
         chart.Panel("Saved for backward", "MB", _scaled(1e-6, saved)),
     ]
     weights = options.weights.name if options.weights else "random weights"
@@ -89,14 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{options.video.name}; {_machine(options.device)}, float32"
     )
     replaced = f"{len(report.replaced)} pairs of convolutions replaced"
-    keys = "unchanged" if list(original.state_dict()) == list(converted.state_dict()) else "CHANGED"
+    keys = "unchanged" if same_keys else "CHANGED"
     print(f"{setting}\n{replaced}, state_dict keys {keys}\n\n{_table(agreement, panels)}")
-    notes = [setting, f"{replaced}; {_summary(agreement)}"]
-    chart.draw(options.output, frames, "fastst.convert: before and after", notes, panels)
+    notes = [setting, f"{replaced}, state_dict keys {keys}", _summary(agreement)]
+    chart.draw(options.output, frames, "One network, before and after conversion", notes, panels)
     print(f"\nchart: {options.output}")
-    if keys == "unchanged" and agreement.holds():
+    if same_keys and agreement.holds():
         return 0
-    print("fastst.demo: the converted network does not agree with the original", file=sys.stderr)
+    print("fastst.demo: the networks do not agree with the original", file=sys.stderr)
     return 1
 
 
@@ -138,32 +138,29 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _agreement(models: Mapping[str, nn.Module], x: Tensor, bar: tqdm) -> Agreement:
+def _agreement(
+    run: Mapping[str, nn.Module], trained: Mapping[str, nn.Module], x: Tensor, bar: tqdm
+) -> Agreement:
     """Errors of one inference and one training step; leaves the models as they were.
 
     Training is compared in float64: in float32 a ReLU whose input is nearly 0 may open in one run
     and not in the other, which moves the gradient of the early layers by a percent.
     """
     bar.set_description("agreement, float64")
-    double, found = x.double(), []
-    for model in models.values():
+    double, truth, steps = x.double(), {}, {}
+    for name, model in trained.items():
         model = copy.deepcopy(model).double()
-        output = measure.infer(model, double)
+        truth[name] = measure.infer(model, double)
         measure.train(model, double)
-        found.append((output, measure.gradient(model), measure.running_statistics(model)))
+        steps[name] = measure.gradient(model), measure.running_statistics(model)
         bar.update()
-    (truth, gradient, statistics), (_, other_gradient, other_statistics) = found
     bar.set_description("agreement, float32")
-    errors = []
-    for model in models.values():
-        errors.append(measure.relative_error(measure.infer(model, x), truth))
+    outputs = {}
+    for name, model in run.items():
+        outputs[name] = measure.relative_error(measure.infer(model, x), truth[ORIGINAL])
         bar.update()
-    return Agreement(
-        errors[0],
-        errors[1],
-        measure.relative_error(other_gradient, gradient),
-        measure.relative_error(other_statistics, statistics),
-    )
+    gradient, statistics = map(measure.relative_error, steps[CONVERTED], steps[ORIGINAL])
+    return Agreement(outputs, gradient, statistics)
 
 
 def _scaled(factor: float, values: Mapping[str, float]) -> dict[str, float]:
@@ -177,24 +174,27 @@ def _machine(device: torch.device) -> str:
 
 
 def _summary(a: Agreement) -> str:
-    return (
-        f"error of the output against float64 {a.output:.1e}, converted {a.converted_output:.1e}; "
-        f"gradients differ by {a.gradient:.1e} in float64"
-    )
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in a.outputs.items())
+    return f"output against float64: {errors}; gradient in float64: {a.gradient:.1e} apart"
 
 
 def _table(a: Agreement, panels: list[chart.Panel]) -> str:
-    rows = [
-        ("", "original", "converted", "ratio"),
-        ("Output: error against float64", f"{a.output:.1e}", f"{a.converted_output:.1e}", ""),
-        ("Gradient: difference in float64", "", f"{a.gradient:.1e}", ""),
-        ("Running statistics: difference in float64", "", f"{a.running_statistics:.1e}", ""),
-    ]
+    rows = {
+        "": {name: name for name in a.outputs},
+        "Output, error against float64": {n: f"{e:.1e}" for n, e in a.outputs.items()},
+        "Gradient, difference in float64": {CONVERTED: f"{a.gradient:.1e}"},
+        "Running statistics, likewise": {CONVERTED: f"{a.running_statistics:.1e}"},
+    }
     for panel in panels:
-        before, after = panel.values["original"], panel.values["converted"]
-        label, ratio = f"{panel.title}, {panel.unit}", f"{after / before:.2f}"
-        rows.append((label, f"{before:,.0f}", f"{after:,.0f}", ratio))
-    return "\n".join(f"{r[0]:<44}{r[1]:>12}{r[2]:>12}{r[3]:>8}".rstrip() for r in rows)
+        first = panel.values[ORIGINAL]
+        rows[f"{panel.title}, {panel.unit}"] = {
+            name: f"{value:,.0f}" + (f" ({value / first:.2f})" if name != ORIGINAL else "")
+            for name, value in panel.values.items()
+        }
+    return "\n".join(
+        f"{label:<32}{''.join(f'{cells.get(name, str()):>16}' for name in a.outputs)}".rstrip()
+        for label, cells in rows.items()
+    )
 
 
 if __name__ == "__main__":

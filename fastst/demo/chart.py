@@ -14,7 +14,7 @@ _INK, _FAINT = "#1f2933", "#616e7c"
 
 
 class Panel(NamedTuple):
-    """One group of bars; less is better."""
+    """One group of bars, each labelled with its ratio to the first; less is better."""
 
     title: str
     unit: str
@@ -38,7 +38,8 @@ def draw(path: Path, clip: Tensor, title: str, notes: Sequence[str], panels: lis
     for axes, frame in zip(frames[0], shown.permute(1, 2, 3, 0), strict=True):
         axes.imshow(frame.numpy())
         axes.set_axis_off()
-    columns: Any = charts.subplots(1, len(panels), squeeze=False)
+    widths = [len(panel.values) + 0.4 for panel in panels]
+    columns: Any = charts.subplots(1, len(panels), squeeze=False, width_ratios=widths)
     for axes, panel in zip(columns[0], panels, strict=True):
         _bars(axes, panel)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +53,12 @@ def _bars(axes: Any, panel: Panel) -> None:
     for i, (bar, value) in enumerate(zip(bars, values, strict=True)):
         label = f"{value:,.0f} {panel.unit}"
         if i:
-            label += f"\n{value / values[0]:.2f} × original"
+            label += f"\n{value / values[0]:.2f} ×"
         axes.annotate(
             label, (bar.get_x() + bar.get_width() / 2, value), (0, 3), textcoords="offset points",
             ha="center", va="bottom", fontsize=10, color=_INK, fontweight="bold" if i else None,
         )  # fmt: skip
+    axes.set_xlim(-0.6, len(values) - 0.4)
     axes.set_ylim(0, 1.22 * max(values))
     axes.set_yticks([])
     axes.tick_params(axis="x", length=0, labelsize=10, labelcolor=_INK)
