@@ -1,14 +1,15 @@
 """Tile configurations: pure functions from the sizes of a problem and an architecture.
 
-Nothing here needs a GPU. A tile is ``block_p`` positions × (``block_n`` + ``rest_n``) output channels
-× ``block_k`` of the reduction; Triton's shapes are powers of two, and the second column block lets
-144 channels run as 128 + 16 instead of 256.
+Nothing here needs a GPU. A tile is ``block_p`` positions × (``block_n`` + ``rest_n``) output
+channels × ``block_k`` of the reduction; Triton's shapes are powers of two, and the second column
+block lets 144 channels run as 128 + 16 instead of 256.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,7 +20,8 @@ LEAST_CAPABILITY: Capability = (8, 0)
 # Column tiles as (block_n, rest_n). Above 192 columns × 128 rows of float32 the accumulators alone
 # take more than 96 of the 255 registers of a thread, and operands spill.
 _COLUMNS = (
-    (16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32), (128, 0), (128, 16), (128, 32), (128, 64),
+    (16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32),
+    (128, 0), (128, 16), (128, 32), (128, 64),
 )  # fmt: skip
 _LEAST_K = 16  # of tl.dot
 
@@ -108,6 +110,14 @@ def tap_conv(
     )[0]
 
 
+def parallel_conv(*sizes: Any) -> TapConfig:
+    """Configuration of both branches in one launch; arguments as for ``tap_conv``, groups 1.
+
+    Two sums, or the addresses of two convolutions, are alive at once: 4 warps run out of registers.
+    """
+    return replace(tap_conv(*sizes), num_warps=8)
+
+
 def candidates(
     positions: int,
     channels: int,
@@ -124,7 +134,7 @@ def candidates(
     flat = channels < _LEAST_K and taps > 1
     reduction = channels * taps if flat else channels
     # Without tensor cores every product is an FMA on registers: small tiles, or operands spill.
-    widest, most_k, rows = (192, 64, (128, 64)) if tensor_cores else (64, 32, (64, 32))
+    widest, most_k, rows = (192, 64, (128, 64)) if tensor_cores else (64, 16, (64, 32))
     if itemsize == 4 and tensor_cores:
         widest, most_k = 128, 32  # operands are twice as wide
     if itemsize == 8:
@@ -147,8 +157,13 @@ def candidates(
         tall = math.ceil(positions / rows[0]) * programs >= processors(capability)
         for block_p in rows if tall else rows[::-1]:
             for block_k in depths[:2]:
-                # 128 × 128 accumulators over 4 warps are 128 registers of each thread: 8 from there.
-                warps = 8 if block_p * (block_n + rest_n) >= 128 * 96 else 4
+                # 128 × 96 accumulators over 4 warps are 96 registers of each thread, beside
+                # operands that take as many again: 8 warps from there, sooner for wide types.
+                tile = block_p * (block_n + rest_n)
+                many = tile * itemsize >= 128 * 96 * 2 or (tile >= 64 * 64 and not tensor_cores)
+                if capability[0] >= 10 and block_p == 128:
+                    many = True  # 4 warps at 128 rows of tensor memory were held to 128 registers
+                warps = 8 if many else 4
                 config = TapConfig(block_p, block_n, rest_n, block_k, flat, warps, 4)
                 while shared_memory(config, itemsize) > shared_memory_limit(capability) // 2:
                     # Half of it, so that two blocks fit on a multiprocessor.
@@ -185,10 +200,12 @@ def direct(
     """
     # 8 elements of 16 bits are one load of 16 bytes; 64 channels are whole 128-byte lines.
     block_c = min(64, _power(out_channels)) if channels_last else 1
-    # 2,048 outputs are 16 of each of 128 threads: the sums of 5 frames still fit the registers.
-    block_p = 2048 // block_c if channels_last else 1024
-    block_p = min(block_p, max(16, _power(positions)))
-    while block_p > 16 and positions * out_channels < block_p * block_c * 2 * processors(capability):
+    # 1,024 outputs are 8 of each of 128 threads: with 16, the sums of 3 frames beside the loads in
+    # flight filled all 255 registers.
+    block_p = min(1024 // block_c, max(16, _power(positions)))
+    while block_p > 16 and positions * out_channels < block_p * block_c * 2 * processors(
+        capability
+    ):
         block_p //= 2
     return StreamConfig(block_p, block_c, min(taps, 9), 4)
 

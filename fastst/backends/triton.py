@@ -1,7 +1,7 @@
 """Triton kernels: every NVIDIA GPU from compute capability 8.0 on, without a compiler.
 
-Each pass is a tap convolution (``kernels.tap_conv``) that reads x by its own strides. The pair keeps
-u or, where nothing needs u, z = act(norm(u)) between its two passes as ``Problem.mid_shape``.
+Each pass is a tap convolution (``kernels.tap_conv``) that reads x by its own strides. The pair
+keeps u or, where nothing needs u, z = act(norm(u)) between its two as ``Problem.mid_shape``.
 Under ``TRITON_INTERPRET=1`` the same code runs on CPU tensors, when asked for by name.
 """
 
@@ -79,12 +79,14 @@ def why_not(problem: Problem, phase: str) -> str | None:
 def avoid(problem: Problem, phase: str) -> str | None:
     if problem.device.type == "cpu":
         return "interprets its kernels on CPU tensors, when asked for by name"
-    return None
+    from .. import selfcheck
+
+    return selfcheck.why_broken("triton", problem)
 
 
 def tf32_allowed() -> bool:
     """Whether float32 convolutions may round their operands to TF32, by PyTorch's own switch."""
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
@@ -94,7 +96,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
 
 
 def streams(problem: Problem, save: bool) -> bool:
-    """Whether ``depthwise_pair`` runs it: nothing of the mid tensor is wanted, depthwise throughout."""
+    """Whether ``depthwise_pair`` runs it: both passes depthwise, no mid tensor asked for."""
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
     span = second.dilation[0] * (second.kernel[0] - 1) + 1
@@ -183,7 +185,11 @@ def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
     if spec.combine == "add" and spatial.groups == temporal.groups == 1:
         _parallel_conv(spec, spatial, temporal, tensors, y)
         return y
-    end = {"inner": spec.branch_activation, "activation": spec.activation, "slope": spec.slope}
+    end: dict[str, Any] = {
+        "inner": spec.branch_activation,
+        "activation": spec.activation,
+        "slope": spec.slope,
+    }
     if spec.combine == "cat":
         conv_pass(spatial, x, ws, y[:, : spatial.out_channels], shift=bs, **end)
         conv_pass(temporal, x, wt, y[:, spatial.out_channels :], shift=bt, **end)
@@ -202,7 +208,7 @@ def _parallel_conv(
     x, ws, wt, bs, bt = tensors
     channels, out_channels = x.shape[1], y.shape[1]
     count = y.shape[0] * math.prod(y.shape[2:])
-    config = configs.tap_conv(
+    config = configs.parallel_conv(
         count, channels, out_channels, 1, math.prod(spatial.kernel) + temporal.kernel[0] - 1,
         x.dtype, uses_tensor_cores(x.dtype), capability(x.device),
     )  # fmt: skip
@@ -388,14 +394,15 @@ def taps(p: Pass) -> Any:
     """Geometry of a pass as the kernels take it."""
     from ..kernels.common import Taps
 
-    return Taps(p.kernel, p.stride, p.dilation, p.padding[::2], p.padding_mode)  # type: ignore[arg-type]
+    return Taps(p.kernel, p.stride, p.dilation, p.padding[::2], p.padding_mode)
 
 
 def alignment(t: Tensor, channels: int) -> int:
     """Largest divisor up to 8 of row offsets and channel count, where channels are contiguous."""
     if t.stride(1) != 1:
         return 1
-    return math.gcd(8, channels, *(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 and s != 1))  # fmt: skip
+    used = (s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 and s != 1)
+    return math.gcd(8, channels, *used)
 
 
 def strides(t: Tensor, align: int) -> tuple[int, ...]:

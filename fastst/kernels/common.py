@@ -1,8 +1,8 @@
 """Device functions that the kernels share: activations, positions, padding by index, products.
 
 Tiles are ``BLOCK_P`` positions × ``BLOCK_N`` output channels × ``BLOCK_K`` of the reduction. A
-tensor of video shape comes as a pointer and its five element strides in the order n, c, t, h, w, all
-but that of c divided by ``ALIGN``: a factor that the compiler can see makes wide loads and stores.
+tensor of video shape comes as a pointer and its five element strides in the order n, c, t, h, w,
+all but that of c divided by ``ALIGN``: a factor that the compiler sees makes accesses wide.
 Offsets are int64, coordinates int32 unless there are 2^31 positions or more (``WIDE``).
 """
 

@@ -1,7 +1,9 @@
+# mypy: ignore-errors
+# Its tuples of sums grow while Triton unrolls, which mypy cannot follow.
 """Depthwise and thinly grouped convolutions, on ordinary cores: memory decides there.
 
-Tiles are ``BLOCK_P`` positions × ``BLOCK_C`` output channels. Weights come packed as (taps · channels
-of x per group, output channels), tap-major.
+Tiles are ``BLOCK_P`` positions × ``BLOCK_C`` output channels. Weights come packed as (taps ·
+channels of x per group, output channels), tap-major.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def direct_sum(
         ok = inside & row_ok & n_ok[None, :]
         for j in range(per_group):
             c = n // out_per_group * per_group + j
-            z = tl.load(x_ptr + offsets + c.to(tl.int64)[None, :] * x_strides[1], mask=ok, other=0.0)
+            z = tl.load(
+                x_ptr + offsets + c.to(tl.int64)[None, :] * x_strides[1], mask=ok, other=0.0
+            )
             z = z.to(acc.dtype)
             if scale_ptr is not None:
                 z = z * tl.load(scale_ptr + c, mask=n_ok, other=0.0)[None, :]
@@ -116,7 +120,7 @@ def depthwise_pair(
     pid = tl.program_id(0)
     _, p = tile_positions(pid // tiles_n, BLOCK_P, WIDE)
     row_ok = p < count
-    sample, _, h, w = positions(p, (1, y_size[1], y_size[2]), RUN)
+    sample, _, row, column = positions(p, (1, y_size[1], y_size[2]), RUN)
     n = pid % tiles_n * BLOCK_C + tl.arange(0, BLOCK_C)
     n_ok = n < channels
 
@@ -132,7 +136,7 @@ def depthwise_pair(
         t = tl.to_tensor(step)
         z = direct_sum(
             zero, x_ptr, x_strides, x_size, spatial_ptr, n, n_ok, channels, 1, 1, None, None,
-            (sample[:, None], t, h[:, None], w[:, None]), row_ok[:, None] & (t < frames),
+            (sample[:, None], t, row[:, None], column[:, None]), row_ok[:, None] & (t < frames),
             SPATIAL, X_ALIGN, "none", SLOPE, UNROLL,
         )  # fmt: skip
         if scale_ptr is not None:
@@ -144,9 +148,9 @@ def depthwise_pair(
         for age in tl.static_range(SPAN):
             total = sums[age]
             if (SPAN - 1 - age) % STEP == 0:
-                tap: tl.constexpr = (SPAN - 1 - age) // STEP
-                row = tl.load(temporal_ptr + tap * channels + n, mask=n_ok, other=0.0)
-                total += z * row.to(ACCUMULATE)[None, :]
+                tap = (SPAN - 1 - age) // STEP
+                w = tl.load(temporal_ptr + tap * channels + n, mask=n_ok, other=0.0)
+                total += z * w.to(ACCUMULATE)[None, :]
             moved = moved + (total,)
         i = t + TEMPORAL.before[0] - (SPAN - 1)
         y = moved[0]
@@ -154,8 +158,8 @@ def depthwise_pair(
             y += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(ACCUMULATE)[None, :]
         done = (i >= 0) & (i % STRIDE == 0)
         store(
-            y, n, n_ok, y_ptr, y_strides, (sample, i // STRIDE, h, w), row_ok & done, Y_ALIGN,
-            EMULATE,
+            y, n, n_ok, y_ptr, y_strides, (sample, i // STRIDE, row, column), row_ok & done,
+            Y_ALIGN, EMULATE,
         )  # fmt: skip
         sums = ()
         for age in tl.static_range(1, SPAN):

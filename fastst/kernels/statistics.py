@@ -1,7 +1,7 @@
 """Batch statistics from per-tile partials, and the per-channel affine map of a norm.
 
-Partials are (tiles, 2, channels): mean and M2 = Σ(v − mean)² of up to ``rows`` values each, the last
-tile of what is left. They are combined by Chan's formula in a fixed order: deterministic, and
+Partials are (tiles, 2, channels): mean and M2 = Σ(v − mean)² of up to ``rows`` values each, the
+last tile of what is left. They are combined by Chan's formula in a fixed order: deterministic, and
 without the cancellation of sums of squares.
 """
 

@@ -141,7 +141,7 @@ def finish(
         away = tl.where(ok, acc - mean[None, :], 0.0)
         tl.store(partial_ptr + channel, mean, mask=n_ok)
         tl.store(partial_ptr + all_channels + channel, tl.sum(away * away, 0), mask=n_ok)
-    acc = activate(acc, INNER, SLOPE)
+    acc = tl.where(n_ok[None, :], activate(acc, INNER, SLOPE), 0.0)  # also where 0·inf is no number
     if residual_ptr is not None:
         offsets = row_offsets(position, residual_strides, Y_ALIGN)[:, None]
         offsets = offsets + channel.to(tl.int64)[None, :] * residual_strides[1]
@@ -209,8 +209,8 @@ def tap_conv(
         partial_ptr += tile_p.to(tl.int64) * 2 * all_channels
     n = first + tl.arange(0, BLOCK_N)
     finish(
-        acc, n, group, y_channels, all_channels, y_stored, out_scale_ptr, out_shift_ptr, partial_ptr,
-        residual_ptr, residual_strides, y_ptr, y_strides, position, row_ok, rows,
+        acc, n, group, y_channels, all_channels, y_stored, out_scale_ptr, out_shift_ptr,
+        partial_ptr, residual_ptr, residual_strides, y_ptr, y_strides, position, row_ok, rows,
         INNER, ACTIVATION, SLOPE, Y_ALIGN, EMULATE,
     )  # fmt: skip
     if REST_N > 0:
@@ -264,8 +264,8 @@ def parallel_conv(
     else:
         onto, onto_rest = tl.zeros_like(acc), tl.zeros_like(rest)
     onto, onto_rest = accumulate(
-        onto, onto_rest, x_ptr, x_strides, x_size, channels, temporal_ptr + first, width, None, None,
-        position, row_ok, TEMPORAL, FLAT, X_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K,
+        onto, onto_rest, x_ptr, x_strides, x_size, channels, temporal_ptr + first, width, None,
+        None, position, row_ok, TEMPORAL, FLAT, X_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K,
         PRECISION, EMULATE,
     )  # fmt: skip
     onto = activate(biased(onto, temporal_bias_ptr, n, y_channels), BRANCH, SLOPE)

@@ -99,6 +99,10 @@ CASES = (
     Case("tf32", (64, 144, 64), (16, 56, 56), dtype=SINGLE),
     Case("float32", (64, 144, 64), (16, 56, 56), dtype=SINGLE, tf32=False),
     Case("float64", (16, 32, 16), (4, 14, 14), dtype=DOUBLE),
+    Case("parallel add", (64, 64, 64), (16, 56, 56), combine="add"),
+    Case("parallel relu", (64, 64, 64), (16, 56, 56), combine="add", branch_activation="relu"),
+    Case("depthwise", (108, 108, 108), (16, 56, 56), groups=108, norm="frozen", save=False),
+    Case("depthwise batch", (64, 64, 64), (16, 56, 56), groups=64, channels_last=False),
     Case("gelu", (32, 96, 32), (8, 28, 28), norm="frozen", activation="gelu", dtype=HALF),
 )
 
@@ -135,7 +139,9 @@ def kernels(case: Case, architecture: int) -> Iterator[tuple[Any, str]]:
         told = ""
         if config is not None:
             meta |= configs.launch_options(config)
-            told = str(config).split("(", 1)[1].rstrip(")").replace("block_", "").replace("num_", "")
+            told = (
+                str(config).split("(", 1)[1].rstrip(")").replace("block_", "").replace("num_", "")
+            )
         found.append((kernel.warmup(*args, grid=grid, **meta), told))
 
     with (
@@ -189,6 +195,8 @@ def inspect(compiled: Any, config: str, case: Case, architecture: int) -> Row:
     registers, stack, local = (
         int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
     )
+    if not re.search(r"\b(STL|LDL)\b", code):
+        stack = 0  # reserved, never used
     units = ",".join(sorted(set(TENSOR_CORES.findall(code))))
     shared = compiled.metadata.shared
     limit = configs.shared_memory_limit(divmod(architecture, 10))

@@ -1,0 +1,91 @@
+"""The self-check on first use: kinds, verdicts on disk, what a failure does."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastst import configs, dispatch, selfcheck
+from fastst.backends import triton as backend
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KINDS = ("dense", "grouped", "depthwise", "parallel")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+    monkeypatch.setattr(configs, "processors", lambda capability: 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_kernels_pass(kind: str, dtype: torch.dtype) -> None:
+    assert selfcheck.check("triton", kind, DEVICE, dtype) is None
+    assert selfcheck.check("aten", kind, DEVICE, dtype) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_tap_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taps = backend.taps
+    monkeypatch.setattr(backend, "taps", lambda p: taps(p)._replace(before=(1, 1, 0)))
+    why = selfcheck.check("triton", kind, DEVICE, torch.bfloat16)
+    assert why is not None and "is off by" in why
+
+
+def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _ = selfcheck._example("dense", torch.float32)
+    runs: list[str] = []
+
+    def check(name: str, kind: str, *rest: Any) -> str:
+        runs.append(kind)
+        return "is off by 1"
+
+    monkeypatch.setattr(selfcheck, "check", check)
+    with pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'triton'"):
+        assert selfcheck.why_broken("triton", problem) == "is off by 1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert selfcheck.why_broken("triton", problem) == "is off by 1"
+        selfcheck.forget()  # another process
+        assert selfcheck.why_broken("triton", problem) == "is off by 1"
+    assert runs == ["dense"]
+    assert list(selfcheck.verdicts().values()) == ["is off by 1"]
+
+
+def test_a_broken_file_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "selfcheck.json").write_text("{")
+    problem, _ = selfcheck._example("dense", torch.float32)
+    monkeypatch.setattr(selfcheck, "check", lambda *a: None)
+    assert selfcheck.why_broken("triton", problem) is None
+    assert list(selfcheck.verdicts().values()) == [""]
+
+
+def test_auto_avoids_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _ = selfcheck._example("dense", torch.float32)
+    problem = replace(problem, device=torch.device("cuda", 0))
+    monkeypatch.setattr(backend, "why_not", lambda problem, phase: None)
+    monkeypatch.setattr(selfcheck, "why_broken", lambda name, problem: "is off by 1")
+    monkeypatch.setattr(dispatch, "AUTO", ("triton", "aten"))
+    monkeypatch.setattr(dispatch, "_warned", set())
+    with pytest.warns(dispatch.FallbackWarning, match="is off by 1"):
+        assert dispatch.choose(problem, "forward", "auto").__name__.endswith("aten")
+    assert dispatch.reasons(problem)["triton"] == "is off by 1"
+    assert dispatch.choose(problem, "forward", "triton") is backend
+
+
+def test_failing_to_run_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **meta: Any) -> None:
+        raise RuntimeError("no ptxas")
+
+    monkeypatch.setattr(backend, "launch", broken)
+    why = selfcheck.check("triton", "dense", DEVICE, torch.float32)
+    assert why is not None and "no ptxas" in why
