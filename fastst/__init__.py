@@ -11,6 +11,7 @@ try:
     from .inference import optimize_for_inference
     from .inflate import inflate
     from .layers import Conv2Plus1d, ParallelConv2Plus1d
+    from .tuning import Measurement, tune
 except Exception:
     # ``python -m fastst.info`` runs this file first, and is there to say what is broken.
     if "fastst.info" not in sys.orig_argv:
@@ -23,6 +24,7 @@ __all__ = [
     "Conv2Plus1d",
     "Explanation",
     "FallbackWarning",
+    "Measurement",
     "ParallelConv2Plus1d",
     "convert",
     "explain",
@@ -31,5 +33,6 @@ __all__ = [
     "inflate",
     "optimize_for_inference",
     "revert",
+    "tune",
     "use_backend",
 ]

@@ -155,11 +155,24 @@ def _dense_pair(device: Any, dtype: Any) -> Any:
 
 
 def _cache() -> Iterator[str]:
+    yield from _survive(_tuning)
+    yield from _survive(_self_checks)
+
+
+def _tuning() -> Iterator[str]:
     path = importlib.import_module("fastst.tuning").cache_file()
     if path.exists():
         yield f"{path}: {len(json.loads(path.read_text()))} measured choices"
     else:
         yield f"{path}: does not exist, nothing was tuned here"
+
+
+def _self_checks() -> Iterator[str]:
+    verdicts = importlib.import_module("fastst.selfcheck").verdicts()
+    failed = {what: why for what, why in verdicts.items() if why}
+    yield f"self-checks of kernels: {len(verdicts) - len(failed)} passed, {len(failed)} failed"
+    for what, why in failed.items():
+        yield f"not chosen, {what}: it {why}"
 
 
 def _environment() -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastst
-from fastst import info
+from fastst import info, selfcheck
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = ("Versions", "Devices", "Native library", "Backends", "Cache", "Environment")
@@ -100,6 +100,14 @@ def test_tells_of_the_cache(
     if contents is not None:
         (tmp_path / "tuning.json").write_text(contents)
     assert expected in info.report()
+
+
+def test_tells_of_failed_self_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = {"triton dense": "", "triton grouped": "is off by 0.3 of the largest output"}
+    monkeypatch.setattr(selfcheck, "verdicts", lambda: verdicts)
+    text = info.report()
+    assert "self-checks of kernels: 1 passed, 1 failed" in text
+    assert "not chosen, triton grouped: it is off by 0.3" in text
 
 
 def test_a_section_that_fails_does_not_end_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
