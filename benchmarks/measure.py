@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 # What a convolution library falls into when it has no kernel of its own for a call.
 SLOW_PATHS = ("vol2col", "col2vol", "im2col", "col2im", "conv_depthwise3d", "slow_conv")
 
-# Relative errors beyond which PyTorch's own result is no yardstick but itself wrong.
+# Relative errors beyond which a result is wrong, PyTorch's own as well.
 TRUSTED = {"fp64": 1e-10, "fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 EPSILON = {"fp64": 2**-52, "fp32": 2**-23, "tf32": 2**-10, "fp16": 2**-10, "bf16": 2**-7}
 DTYPES = {
@@ -252,10 +252,10 @@ def errors(outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> di
 
 
 def untrusted(found: Mapping[str, Error], dtype: str) -> str | None:
-    """Why PyTorch's own result cannot be the yardstick, or None."""
+    """Why a result is wrong by any measure, so that it cannot be a yardstick either; or None."""
     for name, e in found.items():
         if not e.l2 <= TRUSTED[dtype]:
-            return f"PyTorch's own {name} has a relative error of {e.l2:.2g} in {dtype}"
+            return f"{name} has a relative error of {e.l2:.2g} in {dtype}"
     return None
 
 
@@ -283,7 +283,8 @@ def ceilings(device: torch.device, dtypes: Sequence[str], dry: bool = False) -> 
     The fastest of many, so that nothing else that ran meanwhile lowers a ceiling.
     """
     clock = Clock(device)
-    nbytes, sizes, seconds = 256 << 20, (1024, 2048), 0.5
+    nbytes, seconds = 256 << 20, 0.5
+    sizes: tuple[int, ...] = (1024, 2048)
     if device.type == "cuda":
         nbytes, sizes = 2 << 30, (4096, 8192)
     if dry:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .measure import Spread
 from .record import Record, progress
 
 MODEL = "R(2+1)D-18"
+GATED = 2  # clips of a batch that are compared with float64, which takes several times the memory
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,19 @@ class ModelStep:
         self.clips = [x.contiguous(memory_format=fmt) for x in clips]
 
     def __call__(self, i: int = 0) -> Tensor:
-        device = self.clips[0].device.type
+        return self.step(self.clips[i], self.targets)
+
+    def step(self, clip: Tensor, targets: Tensor) -> Tensor:
+        device = clip.device.type
         with (
             torch.set_grad_enabled(self.training),
             torch.autocast(device, self.amp, enabled=self.amp is not None),
         ):
-            logits: Tensor = self.model(self.clips[i])
+            logits: Tensor = self.model(clip)
             self.logits = logits.detach()
             if not self.training:
                 return logits
-            loss = F.cross_entropy(logits, self.targets)
+            loss = F.cross_entropy(logits, targets)
         loss.backward()
         return loss.detach()
 
@@ -102,9 +107,9 @@ class ModelStep:
         self.model.zero_grad(set_to_none=True)
 
     def outputs(self, i: int) -> dict[str, Tensor]:
-        """Logits and, in training, all gradients as one vector."""
+        """Logits and, in training, all gradients as one vector, of the first clips of a batch."""
         self.clear()
-        self(i)
+        self.step(self.clips[i][:GATED], self.targets[:GATED])
         found = {"logits": self.logits}
         if self.training:
             grads = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
@@ -210,7 +215,12 @@ def largest(fits: Callable[[int], bool], most: int = 4096) -> int:
 
 
 def training_batches(
-    clip: Clip, device: torch.device, dtype: str, limits_gib: Sequence[float], most: int
+    clip: Clip,
+    device: torch.device,
+    dtype: str,
+    limits_gib: Sequence[float],
+    most: int,
+    deadline: float | None = None,
 ) -> list[dict[str, Any]]:
     """Largest training batch within each limit of memory, original and converted.
 
@@ -218,45 +228,45 @@ def training_batches(
     the peak of a step do.
     """
     amp = None if dtype == "fp32" else measure.DTYPES[dtype]
+    cuda = device.type == "cuda"
     search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    base = r2plus1d_18(clip.classes).to(device)
+    held = sum(p.nbytes for p in base.parameters())
     rows = []
-    for variant in list(variants(False))[::2]:
-        base = r2plus1d_18(clip.classes).to(device)
-        held = sum(p.nbytes for p in base.parameters())
 
-        def peak(n: int, v: Variant = variant, base: nn.Module = base) -> int:
-            x = torch.randn(n, 3, clip.frames, clip.space, clip.space, device=device)
-            y = torch.randint(clip.classes, (n,), device=device)
-            step = ModelStep(base, v, [x], y, True, amp)
-            return measure.observe(lambda: step(0), device).peak_bytes + x.nbytes
+    def train(n: int, v: Variant) -> int:
+        """Train one step with n clips; its peak memory on the CPU."""
+        x = torch.randn(n, 3, clip.frames, clip.space, clip.space, device=device)
+        step = ModelStep(base, v, [x], torch.randint(clip.classes, (n,), device=device), True, amp)
+        if cuda:
+            step(0)
+            torch.cuda.synchronize(device)
+            return 0
+        return measure.observe(lambda: step(0), device).peak_bytes + x.nbytes + held
 
-        for limit in limits_gib:
-            budget = int(limit * 2**30)
+    def fits(n: int, v: Variant, budget: int) -> bool:
+        if not cuda:
+            return train(n, v) <= budget
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), device)
+        try:
+            train(n, v)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return True
 
-            def fits(n: int, budget: int = budget, held: int = held) -> bool:
-                if device.type != "cuda":
-                    return peak(n) + held <= budget
-                total = torch.cuda.get_device_properties(device).total_memory
-                torch.cuda.empty_cache()
-                torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), device)
-                try:
-                    peak(n)
-                except torch.OutOfMemoryError:
-                    return False
-                finally:
-                    torch.cuda.set_per_process_memory_fraction(1.0, device)
-                return True
-
-            rows.append(
-                {
-                    "model": MODEL,
-                    "clip": f"{clip.frames}×{clip.space}²",
-                    "dtype": dtype,
-                    "contender": variant.name,
-                    "memory_gib": limit,
-                    "batch": largest(fits, most),
-                }
-            )
+    for limit in limits_gib:
+        for variant in list(variants(False))[::2]:
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            found = largest(partial(fits, v=variant, budget=int(limit * 2**30)), most)
+            rows.append({
+                "model": MODEL, "clip": f"{clip.frames}×{clip.space}²", "dtype": dtype,
+                "contender": variant.name, "memory_gib": limit, "batch": found,
+            })  # fmt: skip
     torch.backends.cudnn.benchmark = search
     return rows
 
@@ -274,7 +284,11 @@ def run(
             continue
         with measure.precision(dtype):
             rows = compare(clip, device, dtype, mode == "training", compiled, seconds, rounds)
-        record.extend("models", rows)
+        done = [rows[0][k] for k in ("clip", "mode", "dtype")]
+        kept = [
+            r for r in record.data["models"] if [r[k] for k in ("clip", "mode", "dtype")] != done
+        ]
+        record.set(models=kept + rows)
         for r in rows:
             if r["refused"] is not None:
                 wrong += r["kind"] == "fastst"
@@ -288,23 +302,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments(parser)
     parser.add_argument("--batch", type=int, help="default: 16 on CUDA, 1 on the CPU")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--memory", default="", help="GiB, comma-separated: largest batches")
+    parser.add_argument("--dtypes", default="", help="of autocast: bf16, fp16; or fp32 without")
+    parser.add_argument("--memory", help="GiB, comma-separated: largest batches")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, per mode")
     args = parser.parse_args(argv)
     record, device, deadline = opened(args)
     cuda = device.type == "cuda"
     clip = Clip(args.batch or (16 if cuda else 1))
-    limits = [float(m) for m in (args.memory or ("8,16,40" if cuda else "")).split(",") if m]
-    seconds, rounds, most = args.seconds, 30, 4096
+    memory = args.memory if args.memory is not None else "16,40" if cuda else ""
+    limits = [float(m) for m in memory.split(",") if m]
+    seconds, rounds, most = args.seconds, 30, 512
     if args.dry:
         clip, limits, seconds, rounds, most = Clip(2, 8, 32, 8), [0.5], 0.0, 2, 1
-    dtypes = ["bf16", "fp16"] if cuda else ["fp32"]
+    dtypes = (args.dtypes or ("bf16" if cuda else "fp32")).split(",")
     wrong = run(
         record, clip, device, dtypes, ("inference", "training"), not args.no_compile, seconds,
         rounds, deadline,
     )  # fmt: skip
     if limits and (deadline is None or time.monotonic() < deadline):
-        record.extend("training_batches", training_batches(clip, device, dtypes[0], limits, most))
+        batches = training_batches(clip, device, dtypes[0], limits, most, deadline)
+        record.extend("training_batches", batches)
     return 1 if wrong else 0
 
 

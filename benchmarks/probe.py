@@ -14,7 +14,7 @@ import torch
 import fastst
 from fastst import dispatch
 
-from . import layers
+from . import layers, measure, peers
 from .shapes import DEPTHWISE, PARALLEL, R2PLUS1D_18, TOKENIZER, Case
 
 
@@ -24,19 +24,34 @@ def cases() -> list[Case]:
 
 
 def probe(device: torch.device) -> int:
-    """Run every backend with kernels; how many calls disagreed with float64."""
-    backends = tuple(b for b in dispatch.BACKENDS if b not in ("aten", "reference"))
-    options = layers.Options(device, "short", backends or ("auto",), timed=False)
+    """Run every backend with kernels; how many calls broke or disagreed with float64.
+
+    The reference runs on the CPU: on the device nothing runs but what is to be watched.
+    """
+    backends = [b for b in dispatch.BACKENDS if b not in ("aten", "reference")]
     dtypes = ["bf16", "fp32"] if device.type == "cuda" else ["fp32"]
+    generator = torch.Generator().manual_seed(0)
     wrong = 0
     for case in cases():
         for mode in case.modes:
-            for row in layers.unit(case, mode, dtypes, options):
-                if row["kind"] != "fastst":
-                    continue
-                wrong += row["refused"] is not None
-                found = row["refused"] or row["cannot"] or "agrees"
-                print(row["label"], mode, row["dtype"], row["contender"], found)
+            model = layers.model_of(case, mode, generator)
+            clips, seeds = layers.draw(case, generator, 1)
+            if mode.startswith("training"):
+                layers.move_off_kinks(model, clips[0], torch.device("cpu"))
+            truth = layers.reference(model, mode, clips[0], seeds[0], torch.device("cpu"))
+            for dtype in dtypes:
+                kind, needs = measure.DTYPES[dtype], mode.startswith("training") and case.x_grad
+                inputs = layers.Inputs(clips, seeds, kind, device, needs)
+                for c in peers.ours(model, backends, mode):
+                    try:
+                        step = layers.Step(c, mode, inputs, kind, device, case.channels[1])
+                        found = {k: v.cpu() for k, v in step.outputs().items()}
+                        why = measure.untrusted(measure.errors(found, truth), dtype)
+                    except dispatch.BackendError as e:
+                        print(case.label, mode, dtype, c.name, f"cannot: {str(e)[:120]}")
+                        continue
+                    wrong += why is not None
+                    print(case.label, mode, dtype, c.name, why or "agrees")
     return wrong
 
 
