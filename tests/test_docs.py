@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fastst
+from fastst import tuning
 from fastst.backends import cuda, triton
 from fastst.shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
@@ -38,12 +39,14 @@ def test_snippets_run(
     """All blocks of a page, in order, in one namespace; slow paths only where they are shown."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fastst.dispatch, "_warned", set())
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
     namespace: dict[str, object] = {"__name__": "__main__"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", fastst.FallbackWarning)
         for line, source in snippets(page):
             code = compile("\n" * line + source, str(page), "exec")
             exec(code, namespace)
+    tuning.forget()
 
 
 @each_page
@@ -58,8 +61,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_exist(page: Path) -> None:
     """Every ``make x`` is a target, every ``python -m fastst.x`` or ``benchmarks.x`` a module."""
     text = page.read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:`|^    |^)make ([a-z]+)", text, re.MULTILINE)) <= targets
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^    |^)make ([a-z-]+)", text, re.MULTILINE)) <= targets
     for module in set(re.findall(r"python -m ((?:fastst|benchmarks)[\w.]*)", text)):
         assert importlib.util.find_spec(module) is not None, module
 
@@ -104,6 +107,7 @@ def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
     library = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "")
     monkeypatch.setattr(cuda, "load", lambda: library)
     monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
     rows = re.findall(r"^\| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     table = {label: cells for label, *cells in (row.split(" | ") for row in rows)}
     names = [cell.strip("`") for cell in table["call"]]
