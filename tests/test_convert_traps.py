@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_convert import assert_same, small, step
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import fastst
 
@@ -104,6 +105,35 @@ class WritesBuffer(Pair):
         return super().forward(x)
 
 
+class WithoutGradients(Pair):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class WithGradients(Pair):
+    def forward(self, x):
+        with torch.enable_grad():
+            return super().forward(x)
+
+
+class WithoutAutocast(Pair):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+class WithAutocast(Pair):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+class Checkpointed(Pair):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
 class Standardized(nn.Conv3d):
     def forward(self, x):
         return F.conv3d(x, self.weight - self.weight.mean(), self.bias, padding=self.padding)
@@ -174,6 +204,11 @@ TRAPS = {
     PadsForeignAxis: "its input is padded in space though it is temporal",
     Counting: "changes the attribute 'calls'",
     WritesBuffer: "changes the attribute 'steps'",
+    WithoutGradients: "switches gradients, autocast",
+    WithGradients: "switches gradients, autocast",
+    WithoutAutocast: "switches gradients, autocast",
+    WithAutocast: "switches gradients, autocast",
+    Checkpointed: "switches gradients, autocast",
     with_group_norm: "norm, a GroupNorm, stands between",
     hooked: "has hooks",
     hooked_above: "0: has hooks",
@@ -290,14 +325,12 @@ def test_parametrization_added_later_is_used():
 )
 def test_changed_modules_are_used(change):
     model, original = converted()
-    for m in (model, original):
-        torch.manual_seed(1)
-        change(m)
     x = torch.randn(2, 4, 3, 5, 5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fastst.FallbackWarning)
         for m in (model, original):
-            m.eval()
+            torch.manual_seed(1)
+            change(m.eval())
         torch.testing.assert_close(model(x), original(x))
 
 
@@ -333,6 +366,23 @@ def test_sync_batch_norm_conversion_after():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     x = torch.randn(1, 4, 3, 5, 5)
     torch.testing.assert_close(model.eval()(x), original.eval()(x))
+
+
+def test_replicas_are_converted():
+    model, _ = converted()
+    replica = model[0]._replicate_for_data_parallel()
+    assert type(replica) is type(model[0])
+    assert replica is not model[0]
+
+
+def test_a_class_changed_after_conversion_is_not_lost():
+    model, _ = converted()
+    kind = type(model[0])
+    model[0].__class__ = type("Sharded", (kind,), {})
+    assert fastst.convert(model).replaced == []
+    assert type(model[0]).__name__ == "Sharded"
+    with pytest.raises(ValueError, match="the class of 0 was changed after"):
+        fastst.revert(model)
 
 
 def test_strict_mode_refuses_to_fall_back(monkeypatch):
@@ -380,8 +430,6 @@ def test_two_threads_at_once():
 
 
 def test_autocast_and_checkpointing():
-    from torch.utils.checkpoint import checkpoint
-
     model = small()
     original = copy.deepcopy(model)
     fastst.convert(model)

@@ -13,7 +13,7 @@ from . import fused
 from .match import Chain, find, separable, why_altered, why_unfit
 from .probe import Whole, could_be_whole, recognise
 from .report import Left, Replaced, Report
-from .trace import CannotTrace, Trace, is_watched, trace
+from .trace import CannotTrace, Trace, is_watched, switched, trace
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -64,12 +64,18 @@ def revert(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: ``model`` is no module.
+        ValueError: something else, such as FSDP, has changed the class of a converted module since.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert: model must be an nn.Module, got {type(model).__name__}")
     names = []
     for name, module in model.named_modules():
         if fused.is_converted(module):
+            if not fused.is_direct(module):
+                raise ValueError(
+                    f"revert: the class of {name or 'the model'} was changed after fastst.convert, "
+                    f"to {type(module).__name__}; undo that first"
+                )
             fused.revert_module(module)
             names.append(name)
     return names
@@ -92,6 +98,8 @@ class _Walk:
         """Convert what a module's own forward holds, once its descendants have been visited."""
         before: tuple[fused.Pair, ...] = ()
         if isinstance(module, fused.Converted):
+            if not fused.is_direct(module):
+                return
             before = module._plan.pairs
             fused.revert_module(module)
         if is_leaf(module):
@@ -230,7 +238,8 @@ def _graph(module: nn.Module, only: set[str] | None) -> Trace:
         for training in (True, False):
             for m in module.modules():
                 object.__setattr__(m, "training", training)
-            found = trace(module, is_leaf, only)
+            with switched(training):
+                found = trace(module, is_leaf, only)
             sources.append(found.graph.python_code("self").src)
     finally:
         for m, training in zip(module.modules(), modes, strict=True):

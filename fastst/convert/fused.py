@@ -60,7 +60,8 @@ class Converted:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Slices of an nn.Sequential construct their own class: they are no converted modules.
-        return cls._original(*args, **kwargs)
+        # Without arguments it is a replica, which is given the attributes of this one.
+        return cls._original(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._original, self._plan), self.__dict__
@@ -87,11 +88,19 @@ def _matters(module: Any, name: str, value: Any) -> bool:
         is_leaf = isinstance(value, nn.Module) and children[name] is not None
         return not is_leaf or name in parts
     old = module.__dict__.get(name, value)
-    return old is not value and (type(old) is not type(value) or bool(old != value))
+    if old is value:
+        return False
+    comparable = isinstance(old, (bool, int, float, str, tuple, type(None)))
+    return not comparable or type(old) is not type(value) or bool(old != value)
 
 
 def is_converted(module: nn.Module) -> bool:
     return isinstance(module, Converted)
+
+
+def is_direct(module: nn.Module) -> bool:
+    """Whether nothing has changed the class of a converted module since."""
+    return "_plan" in type(module).__dict__
 
 
 def revert_module(module: Any) -> None:

@@ -23,6 +23,7 @@ from .. import activations, dispatch, functional
 from ..pairing import batch_norm_arguments, counts_batches
 from .match import separable
 from .padding import Sides
+from .trace import SWITCHES, context, switched
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -77,6 +78,8 @@ def _recognise(copied: nn.Module, parts: _Parts) -> Whole | str:
     x = _clip(generator, channels, 2, 7, 9, 8)
     state = _state(copied)
     try:
+        if _switches(copied, parts, x):
+            return SWITCHES
         y = copied(x.clone())
     except Exception as error:  # whatever user code raises
         return f"running it on a clip raised {type(error).__name__}: {str(error)[:100]}"
@@ -273,6 +276,26 @@ def _holds(module: nn.Module, whole: Whole, generator: torch.Generator, channels
         if not all(_close(a.double(), b.double()) for a, b in pairs):
             return False
     return True
+
+
+def _switches(module: nn.Module, parts: _Parts, x: Tensor) -> bool:
+    """Whether the convolutions run in another context than the module is called in."""
+    seen: list[bool] = []
+    for on in (False, True):
+        with switched(on):
+            outside = context()
+            handles = [
+                module.get_submodule(path).register_forward_pre_hook(
+                    lambda m, args, outside=outside: seen.append(context() != outside)
+                )
+                for path in parts.convs
+            ]
+            try:
+                module(x.clone())
+            finally:
+                for handle in handles:
+                    handle.remove()
+    return any(seen)
 
 
 def _state(module: nn.Module) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -135,6 +136,33 @@ class _Value(fx.Proxy):
         return _Value if inside and asking.f_code.co_name != "is_tensor" else Tensor
 
 
+SWITCHES = "its forward switches gradients, autocast or what is saved for them"
+
+
+def context() -> tuple[object, ...]:
+    """What context managers may have switched, which a graph does not show."""
+    autocast = (
+        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    )
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # checkpointing, offloading
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, hooks
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Gradients and autocast all on, or all off: what a forward switches then shows in one."""
+    devices = ("cpu", "cuda")
+    before = [torch.is_autocast_enabled(d) for d in devices]
+    with torch.set_grad_enabled(on):
+        try:
+            for d in devices:
+                torch.set_autocast_enabled(d, on)
+            yield
+        finally:
+            for d, enabled in zip(devices, before, strict=True):
+                torch.set_autocast_enabled(d, enabled)
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # a forward that writes to a buffer must be seen to
 
@@ -143,8 +171,14 @@ class _Tracer(fx.Tracer):
         wrapped = () if einops is None else (einops.rearrange, einops.reduce, einops.repeat)
         super().__init__(autowrap_functions=wrapped)
         self._is_leaf, self._only = is_leaf, only
+        self._started_in = context()
         self.opened: dict[str, None] = {}
         self.closed: dict[str, str] = {}
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if context() != self._started_in:
+            raise CannotTrace(SWITCHES)
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -215,6 +249,8 @@ def _restore(
 
 def _told(error: Exception) -> str:
     """One line of an exception that tracing met."""
+    if isinstance(error, CannotTrace):
+        return str(error)
     if isinstance(error, fx.proxy.TraceError):
         return "its forward branches or loops on values or sizes of tensors"
     text = " ".join(str(error).split())
