@@ -7,6 +7,7 @@ temporal one, so neither pass needs a layout copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,7 +41,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         return PairResult(cpu.conv2plus1d(problem, tensors))
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     weights = _Weights(problem, tensors)
-    u = _conv(_rows(tensors.x), *weights.first, problem.passes[0])
+    u = weights.clear(_conv(_rows(tensors.x), *weights.first, problem.passes[0]))
     v, mean, var = u, None, None
     if spec.norm != "none":
         v, mean, var = _normalise(problem, tensors, u)
@@ -78,7 +79,7 @@ def conv2plus1d_backward(
     weights = _Weights(problem, tensors)
     x = _rows(tensors.x)
     if u is None:
-        u = _conv(x, *weights.first, first)
+        u = weights.clear(_conv(x, *weights.first, first))
     elif u.shape[-1] != weights.mid:
         u = u[..., : weights.mid].contiguous()
     if spec.norm == "frozen":
@@ -87,12 +88,16 @@ def conv2plus1d_backward(
     if spec.norm != "none":
         assert mean is not None and var is not None
         v = _affine(problem, tensors, u, mean, var)
-    z = activations.apply(spec.activation, v, spec.slope)
+    # The sign of relu(v) is all that its gradient asks of v, so z may take v's place.
+    z = activations.apply(spec.activation, v, spec.slope, spec.activation == "relu" and v is not u)
     below = need.x or any(need_first) or need.norm_weight or need.norm_bias
     dz, dw2, db2 = _conv_backward(_rows(dy), z, weights.second[0], second, (below, *need_second))
     dgamma = dbeta = dx = dw1 = db1 = None
     if below:
-        dv = activations.grad(spec.activation, dz, v, spec.slope)
+        if spec.activation == "relu":
+            dv = aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
+        else:
+            dv = activations.grad(spec.activation, dz, v, spec.slope)
         del dz, z, v
         du = dv
         if spec.norm != "none":
@@ -167,6 +172,7 @@ class _Weights:
     """(weight, bias) of the two passes in order, mid channels padded with zeros where possible.
 
     Padding needs ungrouped passes: in a grouped one, appended channels would belong to no group.
+    On CPUs it pays only while the weights that it copies are smaller than what they are used on.
     """
 
     def __init__(self, problem: Problem, t: PairTensors) -> None:
@@ -176,12 +182,20 @@ class _Weights:
             w1, b1, w2, b2 = w2, b2, w1, b1
         extra = problem.mid_shape[-1] - problem.mid_channels
         self.mid = problem.mid_channels
-        if extra and first.groups == second.groups == 1:
+        pays = problem.device.type != "cpu" or w1.numel() < math.prod(problem.mid_shape)
+        if extra and pays and first.groups == second.groups == 1:
             self.mid += extra
             w1 = F.pad(w1, (0, 0) * 4 + (0, extra))
             b1 = None if b1 is None else F.pad(b1, (0, extra))
             w2 = F.pad(w2, (0, 0) * 3 + (0, extra))
         self.first, self.second = (w1, b1), (w2, b2)
+        self.real = problem.mid_channels
+
+    def clear(self, u: Tensor) -> Tensor:
+        """u with zeros in the channels beyond M, where an infinite x leaves NaN (0 · inf)."""
+        if self.mid > self.real:
+            u[..., self.real :] = 0
+        return u
 
 
 def _widen(u: Tensor, problem: Problem) -> Tensor:
@@ -261,8 +275,14 @@ def _rows(x: Tensor) -> Tensor:
     The strides are those of a fresh tensor also along axes of size 1, where a contiguous tensor may
     have any: oneDNN believes them.
     """
-    rows = x.permute(0, 2, 3, 4, 1).contiguous()
+    rows = x.permute(0, 2, 3, 4, 1)
     n, t, h, w, c = rows.shape
+    if x.device.type == "cpu" and x.is_contiguous() and not rows.is_contiguous():
+        # PyTorch transposes matrices in blocks, tensors of more dimensions element by element.
+        rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for sample, matrix in zip(rows.view(n, t * h * w, c), x.flatten(2), strict=True):
+            sample.copy_(matrix.t())
+    rows = rows.contiguous()
     return rows.as_strided(rows.shape, (t * h * w * c, h * w * c, w * c, c, 1))
 
 
@@ -362,15 +382,19 @@ class _Conv4d:
 
 
 def _layout(x: Tensor, weight: Tensor, p: Pass, dilation: Sequence[int]) -> torch.memory_format:
-    """Memory format for a 4D convolution: channels_last, but for what oneDNN gets wrong in it.
+    """Memory format for a 4D convolution: channels_last, but for two cases on CPUs.
 
-    On CPUs its channels-last convolutions read out of bounds over frames narrower than the kernel
-    and, in some shapes, with groups, dilation or a stride over 2.
+    oneDNN's channels-last convolutions read out of bounds over frames narrower than the kernel and,
+    in some shapes, with groups, dilation or a stride over 2. And a contiguous weight that is larger
+    than x, as in a network's last stage, costs more to convert, gradient included, than x does.
     """
+    if x.device.type != "cpu":
+        return torch.channels_last
     kh, kw = weight.shape[2:]
     narrow = x.shape[2] < kh or x.shape[3] < kw
     odd = narrow or p.groups > 1 or max(dilation) > 1 or max(p.stride) > 2
-    return torch.contiguous_format if odd and x.device.type == "cpu" else torch.channels_last
+    heavy = weight.is_contiguous() and weight.numel() > x.numel()
+    return torch.contiguous_format if odd or heavy else torch.channels_last
 
 
 def _dense(t: Tensor, layout: torch.memory_format) -> Tensor:

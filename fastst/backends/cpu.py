@@ -1,7 +1,7 @@
 """float32 inference on the CPU: three ways through oneDNN, one rule that picks.
 
 ``aten`` comes here for calls that keep nothing for backward. A frozen norm is folded into the first
-weights where these are smaller than u; the mid channels are then padded to oneDNN's blocks of 16.
+weights where these are smaller than u.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def rule(problem: Problem) -> str:
 
 def conv2plus1d(problem: Problem, tensors: PairTensors) -> Tensor:
     """y of a problem that ``why_not`` lets through."""
-    way = tuning.choice("aten", problem, "forward") or rule(problem)
-    return run(way, problem, tensors)
+    way = tuning.choice("aten", problem, "forward")
+    return run(way if way in ways(problem) else rule(problem), problem, tensors)
 
 
 def run(way: str, problem: Problem, tensors: PairTensors) -> Tensor:
@@ -86,7 +86,9 @@ def run(way: str, problem: Problem, tensors: PairTensors) -> Tensor:
     cheap = _mid_elements(problem) > tensors.x.numel() + weights.first[0].numel()
     relu = problem.spec.activation == "relu" and weights.scale is None
     finite = (way == "winograd" or (relu and cheap)) and _stays_finite(tensors.x, *weights.first)
-    if way == "winograd" and not finite:
+    if finite:
+        weights = _pad(weights)
+    elif way == "winograd":
         way = "rows"  # Winograd's differences make NaN of infinities
     y = _WAYS[way](problem, tensors.x, weights, "relu" if relu and finite else "none")
     out = problem.empty_output(y)
@@ -205,12 +207,18 @@ def _prepare(problem: Problem, t: PairTensors) -> _Weights:
     if scale is not None and shift is not None:
         w1 = w1 * scale.view(-1, 1, 1, 1, 1)
         b1 = shift if b1 is None else torch.addcmul(shift, scale, b1)
-    extra = -problem.mid_channels % 16
-    if extra:
-        w1 = F.pad(w1, (0, 0) * 4 + (0, extra))
-        b1 = None if b1 is None else F.pad(b1, (0, extra))
-        w2 = F.pad(w2, (0, 0) * 3 + (0, extra))
     return _Weights((w1, b1), (w2, b2), None, None)
+
+
+def _pad(weights: _Weights) -> _Weights:
+    """Mid channels in whole blocks of 16; for finite x only, since 0 · inf is NaN."""
+    (w1, b1), (w2, b2) = weights.first, weights.second
+    extra = -w1.shape[0] % 16
+    if not extra or weights.scale is not None:
+        return weights
+    w1 = F.pad(w1, (0, 0) * 4 + (0, extra))
+    b1 = None if b1 is None else F.pad(b1, (0, extra))
+    return _Weights((w1, b1), (F.pad(w2, (0, 0) * 3 + (0, extra)), b2), None, None)
 
 
 def _mid_elements(problem: Problem) -> int:

@@ -1,0 +1,229 @@
+"""The ways of inference on the CPU, the rule that picks one, and the measured choices on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastst
+from fastst import dispatch, tuning
+from fastst.backends import aten, cpu, reference
+from fastst.shapes import PairSpec, PairTensors, Problem
+
+WAYS = ("blocked", "rows", "winograd")
+PAD = (1, 1, 1, 1, 1, 1)
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN"
+)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
+def tensors(
+    c: int = 5, m: int = 11, k: int = 6, size: tuple[int, int, int] = (5, 8, 7), norm: bool = True
+) -> PairTensors:
+    frozen = [torch.rand(m) + 0.5, torch.randn(m), torch.randn(m), torch.rand(m) + 0.5]
+    return PairTensors(
+        torch.randn(2, c, *size), torch.randn(m, c, 1, 3, 3), torch.randn(k, m, 3, 1, 1),
+        torch.randn(m), torch.randn(k), *(frozen if norm else [None] * 4),
+    )  # fmt: skip
+
+
+def spec(norm: bool = True, **changes: Any) -> PairSpec:
+    return PairSpec(padding=PAD, norm="frozen" if norm else "none")._replace(**changes)
+
+
+def agrees(way: str, t: PairTensors, s: PairSpec) -> None:
+    """Error at most twice PyTorch's own and a few ulps; strides as ``nn.Conv3d`` leaves them."""
+    problem = Problem.of(t, s)
+    assert cpu.why_not(problem) is None
+    truth = reference.compose_pair(reference._double(t), s)
+    y = cpu.run(way, problem, t)
+    assert y.stride() == problem.empty_output(t.x).stride()
+    own = reference.compose_pair(t, s)
+    ulps = 12 * torch.finfo(torch.float32).eps * truth.abs().max()
+    worst = (own.double() - truth).abs().max() * 2 + ulps
+    assert (y.double() - truth).abs().max() <= worst, way
+
+
+@needs_onednn
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("activation", ["relu", "silu", "none"])
+def test_ways_agree(way: str, norm: bool, layout: Any, activation: str) -> None:
+    t = tensors(norm=norm)
+    three = (a.contiguous(memory_format=layout) for a in t[:3])
+    agrees(
+        way,
+        t._replace(**dict(zip(t._fields, three, strict=False))),
+        spec(norm, activation=activation),
+    )
+
+
+@needs_onednn
+@pytest.mark.parametrize("way", WAYS)
+def test_strided_input_and_strides(way: str) -> None:
+    t = tensors(size=(5, 8, 14))
+    agrees(way, t._replace(x=t.x[..., ::2]), spec(stride=(2, 1, 2)))
+
+
+@needs_onednn
+@pytest.mark.parametrize("way", ["blocked", "rows"])
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 2, 2), (4, 9, 7)])
+def test_temporal_first_and_narrow(way: str, size: tuple[int, int, int]) -> None:
+    t = tensors(c=6, m=6, k=6, size=size)
+    agrees(way, t, spec(order="temporal-first", stride=(2, 2, 2)))
+    agrees(way, t, spec(stride=(2, 2, 2)))
+
+
+@needs_onednn
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_propagate(way: str, bad: float) -> None:
+    """oneDNN's fused relu makes 0 of NaN, and Winograd's differences NaN of infinity."""
+    t = tensors(c=2, m=32, size=(5, 16, 16))
+    t.x[0, 0, 2, 5, 5] = bad
+    problem = Problem.of(t, spec())
+    expected = reference.compose_pair(t, problem.spec)  # type: ignore[arg-type]
+    y = cpu.run(way, problem, t)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
+
+
+@needs_onednn
+def test_fused_where_finite_matters() -> None:
+    """The shape of the test above is one that fuses relu: without the guard it would fail."""
+    t = tensors(c=2, m=32, size=(5, 16, 16))
+    assert cpu._stays_finite(t.x, t.spatial_weight, t.spatial_bias)
+    for i, bad in enumerate((float("nan"), float("inf"), 1e38)):
+        t.x.view(-1)[i] = bad
+        assert not cpu._stays_finite(t.x, t.spatial_weight, t.spatial_bias)
+        t.x.view(-1)[i] = 0.0
+    assert cpu._mid_elements(Problem.of(t, spec())) > t.x.numel() + t.spatial_weight.numel()
+
+
+def test_refusals_have_reasons() -> None:
+    t = tensors()
+    for changes, word in [
+        (dict(norm="batch"), "batch"), (dict(groups=(5, 1)), "groups"),
+        (dict(dilation=(1, 2, 2)), "dilation"), (dict(padding=(2, 0, 1, 1, 1, 1)), "alike"),
+        (dict(padding_mode=("replicate", "zeros")), "zeros"),
+    ]:  # fmt: skip
+        why = cpu.why_not(Problem.of(t, spec()._replace(**changes)))
+        assert why is not None and word in why
+        assert aten.ways(Problem.of(t, spec()._replace(**changes)), "forward") == ()
+    assert cpu.why_not(Problem.of(t._replace(x=t.x.double()), spec())) is not None
+    assert aten.ways(Problem.of(t, spec()), "backward") == ()
+
+
+def test_rule_is_about_the_problem() -> None:
+    def picks(c: int, m: int, size: tuple[int, int, int], last: bool) -> str:
+        layout = torch.channels_last_3d if last else torch.contiguous_format
+        x = torch.empty(1, c, *size, device="meta").contiguous(memory_format=layout)
+        ws = torch.empty(m, c, 1, 3, 3, device="meta")
+        wt = torch.empty(c, m, 3, 1, 1, device="meta")
+        return cpu.rule(Problem.of(PairTensors(x, ws, wt), PairSpec(padding=PAD)))
+
+    assert picks(64, 144, (16, 56, 56), False) == "blocked"
+    assert picks(64, 144, (16, 56, 56), True) == "winograd"
+    assert picks(64, 144, (16, 55, 56), True) == "rows"
+    assert picks(256, 576, (4, 14, 14), True) == "rows"
+
+
+def _model() -> tuple[torch.nn.Module, torch.Tensor]:
+    layers = [fastst.Conv2Plus1d(4, 4, 3, padding=1, norm="batch") for _ in range(2)]
+    return torch.nn.Sequential(*layers).eval(), torch.randn(1, 4, 4, 8, 8)
+
+
+@needs_onednn
+def test_tune_measures_once_and_remembers(tmp_path: Path) -> None:
+    model, x = _model()
+    before = model(x)
+    found = fastst.tune(model, x, seconds=0.01)
+    assert len(found) == 1  # the two layers are the same problem
+    (m,) = found
+    assert set(m.seconds) == set(WAYS) and m.way in WAYS and m.phase == "forward"
+    assert list(tmp_path.iterdir()) == [tmp_path / "tuning.json"]
+    tuning.forget()
+    assert tuning.choice(m.backend, m.problem, m.phase) == m.way
+    torch.testing.assert_close(model(x), before)
+
+
+@needs_onednn
+@pytest.mark.parametrize("way", WAYS)
+def test_choice_is_obeyed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = _model()
+    with dispatch.recording() as calls, torch.no_grad():
+        model(x)
+    problem = calls[0].problem
+    assert problem is not None
+    tuning._remember({("aten", problem, "forward", torch.get_num_threads()): way})
+    seen: list[str] = []
+    real = cpu.run
+    monkeypatch.setattr(cpu, "run", lambda w, *rest: seen.append(w) or real(w, *rest))  # type: ignore[func-returns-value]
+    with torch.no_grad():
+        model(x)
+    assert seen == [way, way]
+
+
+@needs_onednn
+def test_choices_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "tuning.json").write_text(json.dumps({"another machine": "rows"}))
+    model, x = _model()
+    fastst.tune(model, x, seconds=0.01)
+    stored = json.loads((tmp_path / "tuning.json").read_text())
+    assert len(stored) == 2 and stored["another machine"] == "rows"
+
+
+@needs_onednn
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}', "\x00\xff"])
+def test_corrupt_file_is_ignored_with_one_warning(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tuning.json").write_text(text)
+    model, x = _model()
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        model(x)
+        model(x)
+    assert [str(w.message) for w in caught if "tuning cache" in str(w.message)] != []
+    assert len([w for w in caught if "tuning cache" in str(w.message)]) == 1
+
+
+@needs_onednn
+def test_unknown_way_in_the_file_is_ignored(tmp_path: Path) -> None:
+    model, x = _model()
+    fastst.tune(model, x, seconds=0.01)
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), "gone")))
+    tuning.forget()
+    with torch.no_grad():
+        assert model(x).isfinite().all()
+
+
+@needs_onednn
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder_warns(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    model, x = _model()
+    with pytest.warns(UserWarning, match="this process only"):
+        (m,) = fastst.tune(model, x, seconds=0.01)
+    assert tuning.choice(m.backend, m.problem, m.phase) == m.way
+
+
+def test_bad_seconds() -> None:
+    model, x = _model()
+    with pytest.raises(ValueError, match="seconds must be positive, got 0"):
+        fastst.tune(model, x, seconds=0)
