@@ -8,11 +8,12 @@ TOOLS := $(VENV)/.tools
 SETUP := $(VENV)/.setup
 NATIVE := $(shell find csrc tests/emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo test lint format static bench gpu clean
+.PHONY: help setup demo train-demo test lint format static bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    a real network on a real clip, before and after conversion (ARGS="--help")'
+	@echo 'make train-demo  two networks on clips that only the order of frames tells apart'
 	@echo 'make test    all tests (ARGS passes options to pytest)'
 	@echo 'make lint    ruff, mypy, clang-format;  make format  rewrites'
 	@echo 'make static  compiles every kernel without a GPU and inspects the machine code'
@@ -39,6 +40,9 @@ $(SETUP): $(TOOLS) setup.py $(filter csrc/%,$(NATIVE))
 
 demo: $(SETUP)
 	$(BIN)/python -m fastst.demo $(ARGS)
+
+train-demo: $(SETUP)
+	$(BIN)/python examples/train_demo.py $(ARGS)
 
 # One thread per worker: two workers share two cores without oversubscription.
 test: $(SETUP)
