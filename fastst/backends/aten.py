@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ def conv2plus1d_backward(
 ) -> list[Tensor]:
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
-    need = PairTensors(*needs)  # type: ignore[arg-type]
+    need: Any = PairTensors(*needs)  # type: ignore[arg-type]
     spatial_first = first.kind == "spatial"
     need_first = (need.spatial_weight, need.spatial_bias)
     need_second = (need.temporal_weight, need.temporal_bias)
@@ -94,6 +95,7 @@ def conv2plus1d_backward(
     dz, dw2, db2 = _conv_backward(_rows(dy), z, weights.second[0], second, (below, *need_second))
     dgamma = dbeta = dx = dw1 = db1 = None
     if below:
+        assert dz is not None
         if spec.activation == "relu":
             dv = aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
         else:
@@ -130,10 +132,11 @@ def parallel_conv2plus1d_backward(
     problem: Problem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
     spec: ParallelSpec = problem.spec  # type: ignore[assignment]
-    need = ParallelTensors(*needs)  # type: ignore[arg-type]
+    need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
     spatial, temporal = problem.passes
     x, g = _rows(tensors.x), _rows(dy)
-    a = b = None
+    a: Any = None
+    b: Any = None
     if spec.branch_activation != "none" or spec.activation != "none":
         a, b = _branches(problem, tensors, x)
     if spec.activation != "none":
@@ -241,7 +244,8 @@ def _affine(problem: Problem, t: PairTensors, u: Tensor, mean: Tensor, var: Tens
     """v = gamma·(u − mean)/sqrt(var + eps) + beta for given statistics."""
     channels = u.shape[-1]
     gamma, beta = _affine_parameters(problem, t, channels)
-    mean_, var_ = _per_channel(mean, problem, channels, 0.0), _per_channel(var, problem, channels, 1.0)  # fmt: skip
+    mean_ = _per_channel(mean, problem, channels, 0.0)
+    var_ = _per_channel(var, problem, channels, 1.0)
     eps = problem.spec.eps  # type: ignore[union-attr]
     v, _, _ = aten.native_batch_norm(_frames(u), gamma, beta, mean_, var_, False, 0.0, eps)
     return _unframe(v, u.shape)
@@ -254,7 +258,8 @@ def _normalise_backward(
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     channels = u.shape[-1]
     gamma, _ = _affine_parameters(problem, t, channels)
-    mean_, var_ = _per_channel(mean, problem, channels, 0.0), _per_channel(var, problem, channels, 1.0)  # fmt: skip
+    mean_ = _per_channel(mean, problem, channels, 0.0)
+    var_ = _per_channel(var, problem, channels, 1.0)
     assert var_ is not None
     training = spec.norm == "batch"
     running, saved = ((None, None), (mean_, (var_ + spec.eps).rsqrt()))
@@ -338,12 +343,14 @@ class _Conv4d:
     def __init__(self, rows: Tensor, weight: Tensor, p: Pass, padding: Sequence[int]) -> None:
         n, t, h, w, c = rows.shape
         self.n, self.size, self.p = n, (t, h, w), p
+        self.stride: Sequence[int]
+        self.dilation: Sequence[int]
+        self.padding: Sequence[int]
         if p.kind == "spatial":
             rows = rows[:, :: p.stride[0]]  # a stride in time subsamples the frames
             self.x = _frames(rows)
             self.weight = weight[:, :, 0]
-            axes = slice(1, 3)
-            self.stride, self.dilation, self.padding = p.stride[axes], p.dilation[axes], padding[1:]
+            self.stride, self.dilation, self.padding = p.stride[1:], p.dilation[1:], padding[1:]
         else:
             rows = rows[:, :, :: p.stride[1], :: p.stride[2]]
             self.hw = rows.shape[2:4]
