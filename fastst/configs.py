@@ -44,6 +44,23 @@ class TapConfig:
 
 
 @dataclass(frozen=True)
+class PairConfig:
+    """Tiles and launch parameters of ``pair_conv``."""
+
+    block_p: int
+    block_m: int  # mid channels at a time
+    block_n: int  # all output channels
+    block_k: int
+    flat: bool
+    num_warps: int
+    num_stages: int
+
+    def pass_config(self, columns: int, block_k: int, flat: bool) -> TapConfig:
+        """How the weights of one of its passes are packed."""
+        return TapConfig(self.block_p, columns, 0, block_k, flat, self.num_warps, self.num_stages)
+
+
+@dataclass(frozen=True)
 class StreamConfig:
     """Tiles of the element-wise kernels: positions × channels, no products of matrices."""
 
@@ -53,10 +70,10 @@ class StreamConfig:
     num_warps: int
 
 
-def launch_options(config: TapConfig | StreamConfig) -> dict[str, int]:
+def launch_options(config: TapConfig | PairConfig | StreamConfig) -> dict[str, int]:
     """What Triton itself takes of a configuration."""
     options = {"num_warps": config.num_warps}
-    if isinstance(config, TapConfig):
+    if not isinstance(config, StreamConfig):
         options["num_stages"] = config.num_stages
     return options
 
@@ -161,7 +178,7 @@ def candidates(
                 # operands that take as many again: 8 warps from there, sooner for wide types.
                 tile = block_p * (block_n + rest_n)
                 many = tile * itemsize >= 128 * 96 * 2 or (tile >= 64 * 64 and not tensor_cores)
-                if capability[0] >= 10 and block_p == 128:
+                if capability[0] >= 10 and block_p == 128 and not flat:
                     many = True  # 4 warps at 128 rows of tensor memory were held to 128 registers
                 warps = 8 if many else 4
                 config = TapConfig(block_p, block_n, rest_n, block_k, flat, warps, 4)
@@ -175,6 +192,30 @@ def candidates(
                     if candidate not in found:
                         found.append(candidate)
     return found[:limit]
+
+
+def pair_fits(mid_channels: int, out_channels: int, span: int) -> bool:
+    """Whether ``pair_conv`` is worth it: thin layers, where moving u costs more than computing it.
+
+    ``span`` output frames of all output channels are in registers at once.
+    """
+    return mid_channels <= 64 and out_channels <= 64 and span <= 3
+
+
+def pair_conv(
+    channels: int, mid_channels: int, out_channels: int, taps: int, capability: Capability
+) -> PairConfig:
+    """Configuration of ``pair_conv``; arguments of the spatial pass, and the output channels."""
+    flat = channels < _LEAST_K and taps > 1
+    # Before Hopper the products take all operands from registers: smaller tiles of them.
+    hopper = capability[0] >= 9
+    block_m = max(16, min(64 if hopper else 32, _power(mid_channels)))
+    block_n = max(16, _power(out_channels))
+    reduction = channels * taps if flat else channels
+    block_k = 16 if reduction <= 16 or (flat and not hopper) else 32
+    # 64 rows × 64 columns × 3 frames are 48 registers of each of 256 threads, beside 16 of the mid
+    # chunk; with 128 threads the sums alone took 96, and their operands spilled.
+    return PairConfig(64, block_m, block_n, block_k, flat, 8, 3)
 
 
 def thin(channels: int, groups: int) -> bool:

@@ -31,7 +31,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py asks for the interpreter
 
-TINY = Limits(batch=2, channels=20, frames=5, space=7, work=100_000)
+TINY = Limits(batch=2, channels=20, frames=5, space=7, work=40_000)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,34 @@ def test_random_depthwise_pairs_stream(
     )  # fmt: skip
     fuzz.fuzz("triton", 2, limits, first=fuzz.SEED + 50 * part, backward=False, device=DEVICE)
     assert launched["depthwise_pair"]
+
+
+@pytest.mark.parametrize("dtype", fuzz.DTYPES[2:])
+def test_random_thin_pairs_take_one_kernel(dtype: torch.dtype, launched: Counter[str]) -> None:
+    fixed = dict(op="conv2plus1d", order="spatial-first", groups=(1, 1), dtype=dtype)
+    limits = replace(
+        TINY, fixed=fixed,
+        accept=lambda c: (
+            c.norm != "batch" and c.padding_mode[1] == "zeros"
+            and c.dilation[0] * (c.kernel[0] - 1) < 3 and c.pads[0][0] <= c.kernel[0] - 1
+        ),
+    )  # fmt: skip
+    fuzz.fuzz("triton", 8, limits, backward=False, device=DEVICE)
+    assert launched["pair_conv"] == 8
+
+
+def test_one_kernel_only_where_nothing_of_the_mid_tensor_is_wanted() -> None:
+    problem, _ = problem_of(Config(dtype=torch.float16, norm="frozen"))
+    assert backend.single_kernel(problem, save=False) == "pair_conv"
+    assert backend.single_kernel(problem, save=True) is None
+    again, _ = problem_of(Config(dtype=torch.float16, norm="frozen"), recompute=True)
+    assert backend.single_kernel(again, save=True) == "pair_conv"
+    for other in (
+        {"norm": "batch"}, {"order": "temporal-first"}, {"padding_mode": ("zeros", "circular")},
+        {"kernel": (5, 3, 3)}, {"mid": 65}, {"out": 65}, {"dtype": torch.float64},
+    ):  # fmt: skip
+        config = replace(Config(dtype=torch.float16), **other)
+        assert backend.single_kernel(problem_of(config)[0], save=False) is None
 
 
 @pytest.mark.parametrize("branch", ["none", "gelu"])
@@ -354,6 +382,9 @@ MUTANTS = {
     "temporal padding adds act(shift)": (
         "depthwise", "z = tl.where(t < frames, activate(z, ACTIVATION, SLOPE), 0.0)",
         "z = activate(z, ACTIVATION, SLOPE)"),
+    "frames in the wrong order": (
+        "pair", "rows = (SPAN - 1 - age) // STEP", "rows = age // STEP"),
+    "a frame is kept too long": ("pair", "tl.static_range(1, SPAN)", "tl.static_range(SPAN - 1)"),
     "taps in the wrong order": (
         "depthwise", "tap = (SPAN - 1 - age) // STEP", "tap = age // STEP"),
 }  # fmt: skip
@@ -362,7 +393,7 @@ MUTANTS = {
 @pytest.fixture
 def mutated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Replace text in the kernels' source, for the time of the test."""
-    names = ("common", "tap_conv", "statistics", "depthwise")
+    names = ("common", "tap_conv", "statistics", "depthwise", "pair")
 
     def mutate(module: str, old: str, new: str) -> None:
         package = tmp_path / "mutant"
@@ -399,6 +430,7 @@ def test_planted_bugs_are_seen(
         check(replace(base, norm="batch", mid=40, kernel=(3, 3, 2), channels=17, padding=(1, 1, 1)))
         check(replace(base, norm="frozen", groups=(4, 4), mid=4, out=4))
         check(replace(base, padding_mode=("reflect", "reflect"), activation="gelu_tanh"))
+        check(replace(base, dtype=torch.float16, norm="frozen"))
         test_no_number_passes_through(math.nan, "relu", 1)
         test_many_partials_are_combined_in_two_steps(monkeypatch)
 

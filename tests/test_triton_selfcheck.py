@@ -27,7 +27,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_kernels_pass(kind: str, dtype: torch.dtype) -> None:
     assert selfcheck.check("triton", kind, DEVICE, dtype) is None
     assert selfcheck.check("aten", kind, DEVICE, dtype) is None

@@ -32,7 +32,7 @@ def _kernels() -> tuple[ModuleType | None, str | None]:
         return None, "needs the package triton, which is not installed"
     try:
         from .. import kernels
-        from ..kernels import depthwise, statistics, tap_conv  # noqa: F401
+        from ..kernels import depthwise, pair, statistics, tap_conv  # noqa: F401
     except Exception as error:  # a broken Triton must not break the other backends
         return None, f"needs a working Triton: importing it failed with {error!r}"
     return kernels, None
@@ -90,24 +90,59 @@ def tf32_allowed() -> bool:
 
 
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
-    if streams(problem, save):
-        return PairResult(_depthwise_pair(problem, tensors))
+    match single_kernel(problem, save):
+        case "depthwise_pair":
+            return PairResult(_depthwise_pair(problem, tensors))
+        case "pair_conv":
+            return PairResult(_pair_conv(problem, tensors))
     return _two_passes(problem, tensors, save)
 
 
-def streams(problem: Problem, save: bool) -> bool:
-    """Whether ``depthwise_pair`` runs it: both passes depthwise, no mid tensor asked for."""
+def single_kernel(problem: Problem, save: bool) -> str | None:
+    """Name of the one kernel that runs the pair, where nothing of the mid tensor is asked for."""
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
     span = second.dilation[0] * (second.kernel[0] - 1) + 1
-    return (
-        spec.order == "spatial-first"
-        and spec.norm != "batch"
-        and (not save or spec.recompute)
-        and all(p.groups == p.in_channels == p.out_channels > 1 for p in problem.passes)
-        and second.padding_mode == "zeros"
-        and second.padding[0] < span <= 5  # accumulators of that many frames are in registers
-    )
+    if spec.order != "spatial-first" or spec.norm == "batch" or (save and not spec.recompute):
+        return None
+    if second.padding_mode != "zeros" or second.padding[0] >= span:
+        return None
+    if all(p.groups == p.in_channels == p.out_channels > 1 for p in problem.passes):
+        return "depthwise_pair" if span <= 5 else None  # so many sums are in registers
+    fits = configs.pair_fits(first.out_channels, second.out_channels, span)
+    if first.groups == second.groups == 1 and fits and uses_tensor_cores(problem.dtype):
+        return "pair_conv"
+    return None
+
+
+def _pair_conv(problem: Problem, tensors: PairTensors) -> Tensor:
+    kernels, _ = _kernels()
+    assert kernels is not None
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    first, second = problem.passes
+    x, y = tensors.x, problem.empty_output(tensors.x)
+    channels, m, k = first.in_channels, first.out_channels, second.out_channels
+    scale, shift = None, tensors.spatial_bias
+    if spec.norm == "frozen":
+        scale, shift = finish_norm(problem, tensors, bias=tensors.spatial_bias)
+    count = problem.batch * math.prod(problem.out_size[1:])
+    c = configs.pair_conv(channels, m, k, math.prod(first.kernel), capability(x.device))
+    spatial = c.pass_config(c.block_m, c.block_k, c.flat)
+    temporal = c.pass_config(c.block_n, c.block_m, False)
+    packed = pack(tensors.spatial_weight, 1, channels, spatial)
+    x_align, y_align = alignment(x, channels), alignment(y, k)
+    launch(
+        kernels.pair.pair_conv, (-(-count // c.block_p),), c,
+        x, strides(x, x_align), tuple(x.shape[2:]), channels, m, k, packed, packed.shape[-1],
+        pack(tensors.temporal_weight, 1, m, temporal), scale, shift, tensors.temporal_bias,
+        y, strides(y, y_align), problem.out_size, problem.mid_size[0], count,
+        SPATIAL=taps(first), TEMPORAL=taps(second), FLAT=channels if c.flat else 0,
+        X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run_length(x, y), WIDE=count >= _WIDE,
+        ACTIVATION=spec.activation, SLOPE=spec.slope,
+        BLOCK_P=c.block_p, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
+        **arithmetic(x.dtype),
+    )  # fmt: skip
+    return y
 
 
 def _depthwise_pair(problem: Problem, tensors: PairTensors) -> Tensor:
@@ -353,7 +388,7 @@ def finish_norm(
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    config: configs.TapConfig | configs.StreamConfig | None,
+    config: configs.TapConfig | configs.PairConfig | configs.StreamConfig | None,
     *args: Any,
     **meta: Any,
 ) -> None:

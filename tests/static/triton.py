@@ -90,6 +90,16 @@ HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
 # The pairs of R(2+1)D-18 in training and inference, other dtypes, thin and grouped ones.
 CASES = (
     Case("stem", (3, 45, 64), (16, 112, 112), (3, 7, 7), (1, 2, 2), channels_last=False),
+    Case(
+        "stem inference",
+        (3, 45, 64),
+        (16, 112, 112),
+        (3, 7, 7),
+        (1, 2, 2),
+        norm="frozen",
+        save=False,
+    ),
+    Case("thin inference", (64, 64, 64), (16, 56, 56), norm="frozen", save=False, dtype=HALF),
     Case("64-144-64", (64, 144, 64), (16, 56, 56)),
     Case("64-144-64 contiguous", (64, 144, 64), (16, 56, 56), channels_last=False),
     Case("64-230-128 s2", (64, 230, 128), (16, 56, 56), stride=(2, 2, 2)),

@@ -1,0 +1,77 @@
+"""Tile configurations: pure functions, tested without Triton and without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastst import configs
+
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIZES = [
+    (8 * 16 * 56 * 56, 64, 144, 9), (8 * 16 * 56 * 56, 144, 64, 3), (8 * 7 * 7, 512, 1152, 9),
+    (8 * 16 * 56 * 56, 3, 45, 49), (1, 1, 1, 1), (100, 5, 921, 3),
+]  # fmt: skip
+
+
+def sure(channels: int, dtype: torch.dtype = torch.bfloat16) -> configs.TapConfig:
+    return configs.tap_conv(400_000, 64, channels, 1, 9, dtype, True, (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("channels", "computed"),
+    [
+        (45, 48), (64, 64), (128, 128), (144, 144), (256, 256), (288, 288), (512, 512), (576, 576),
+        (1152, 1152), (230, 256), (460, 480), (921, 960),
+    ],
+)  # fmt: skip
+def test_columns_fit(channels: int, computed: int) -> None:
+    """144 channels are computed as 128 + 16, not as 192 or 256; never more than 12% in vain."""
+    config = sure(channels)
+    assert configs.round_up(channels, config.columns) == computed
+    assert computed <= 1.12 * channels
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_candidates_are_few_and_fit(
+    size: tuple[int, int, int, int], dtype: torch.dtype, capability: tuple[int, int]
+) -> None:
+    positions, channels, out_channels, taps = size
+    for cores in {dtype.itemsize == 2, dtype != torch.float64}:
+        found = configs.candidates(
+            positions, channels, out_channels, 1, taps, dtype, cores, capability
+        )
+        assert 1 <= len(found) <= 12
+        assert len(set(found)) == len(found)
+        assert found[0] == configs.tap_conv(
+            positions, channels, out_channels, 1, taps, dtype, cores, capability
+        )
+        for c in found:
+            assert configs.shared_memory(c, dtype.itemsize) <= configs.shared_memory_limit(
+                capability
+            )
+            assert min(c.block_p, c.block_n, c.block_k) >= 16
+            for block in (c.block_p, c.block_n, c.block_k, c.rest_n or 16):
+                assert block & (block - 1) == 0
+            assert c.flat == (channels < 16 and taps > 1)
+
+
+def test_few_positions_take_shorter_tiles() -> None:
+    assert sure(512).block_p == 128
+    few = configs.tap_conv(8 * 7 * 7, 512, 512, 1, 9, torch.bfloat16, True, (9, 0))
+    assert few.block_p == 64
+
+
+@pytest.mark.parametrize("channels", [1, 3, 24, 64, 100])
+@pytest.mark.parametrize("positions", [1, 50, 10_000_000])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_direct(channels: int, positions: int, channels_last: bool) -> None:
+    c = configs.direct(positions, channels, 9, channels_last, (9, 0))
+    assert c.block_p * c.block_c <= 1024
+    assert c.block_c == 1 or channels_last
+    assert c.block_p & (c.block_p - 1) == c.block_c & (c.block_c - 1) == 0
+    assert c.block_p % 16 == 0  # runs of positions start at multiples of 16
+    assert 1 <= c.unroll <= 9
