@@ -10,10 +10,10 @@ away, and judged by how often they tell the direction of a movement whose axis i
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import re
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,11 @@ NAMES = {"fr2d_18": "f-R2D-18", "r2plus1d_18": "R(2+1)D-18"}
 FRAMES, SIZE, WIDTH, BATCH = 8, 32, 16, 16
 _COLOURS = {"fr2d_18": "#9aa5b1", "r2plus1d_18": "#2a78b5"}
 _INK, _FAINT = "#1f2933", "#616e7c"
-_BEGIN, _END = "<!-- train-demo: begin -->", "<!-- train-demo: end -->"
+_BEGIN, _END = "<!-- train-demo:begin -->", "<!-- train-demo:end -->"
+# Of a recorded run: the figures, and the pages and the chart that show them.
+ROOT = Path(__file__).parents[1]
+RECORD, CHART = ROOT / "docs/train-demo.json", ROOT / "docs/train-demo.png"
+PAGES = (ROOT / "README.md", ROOT / "docs/training.md")
 
 
 class Result(NamedTuple):
@@ -36,7 +40,6 @@ class Result(NamedTuple):
 
     parameters: int
     history: list[dict[str, float]]  # of each epoch: loss, top1, direction
-    seconds: float
 
 
 def run(
@@ -64,11 +67,9 @@ def run(
                 batch=BATCH, lr=0.02, warmup=0.5, workers=0, seed=seed, device="cpu",
                 out=Path(folder),
             )  # fmt: skip
-            start = time.perf_counter()
             trainer = train.train(options, data)
-            seconds = time.perf_counter() - start
         parameters = sum(p.numel() for p in trainer.model.parameters())
-        results[name] = Result(parameters, trainer.history, seconds)
+        results[name] = Result(parameters, trainer.history)
     return results
 
 
@@ -106,12 +107,9 @@ def _curves(axes: Any, results: dict[str, Result], key: str, title: str, scale: 
         values = [scale * figures[key] for figures in result.history]
         epochs = range(1, len(values) + 1)
         axes.plot(epochs, values, color=_COLOURS[name], linewidth=2, marker="o", markersize=3)
-        # Named at the end of the line, on the side where the other one is not.
-        others = [r.history[-1][key] * scale for n, r in results.items() if n != name]
-        above = values[-1] >= max(others, default=0)
         axes.annotate(
-            NAMES[name], (epochs[-1], values[-1]), (0, 7 if above else -15),
-            textcoords="offset points", ha="right", color=_COLOURS[name], fontweight="bold",
+            NAMES[name], (epochs[-1], values[-1]), (0, 7), textcoords="offset points",
+            ha="right", color=_COLOURS[name], fontweight="bold",
         )  # fmt: skip
     axes.set_title(title, loc="left", fontsize=11, color=_INK)
     axes.set_xlabel("epoch", color=_FAINT)
@@ -121,29 +119,42 @@ def _curves(axes: Any, results: dict[str, Result], key: str, title: str, scale: 
         axes.spines[side].set_visible(False)
 
 
-def table(results: dict[str, Result], epochs: int, clips: int, evaluated: int) -> str:
+def describe(results: dict[str, Result], epochs: int, clips: int, evaluated: int) -> dict[str, Any]:
+    """A run as plain values."""
+    networks = [
+        {"network": NAMES[name], "parameters": r.parameters, "history": r.history}
+        for name, r in results.items()
+    ]
+    return {
+        "networks": networks, "epochs": epochs, "clips": clips, "evaluated": evaluated,
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }  # fmt: skip
+
+
+def table(run: dict[str, Any]) -> str:
     """The figures of a run as Markdown."""
     lines = [
-        "| network | parameters | direction told right | right of 6 classes | seconds |",
-        "|---|---:|---:|---:|---:|",
+        "| network | parameters | direction told right | right of 6 classes |",
+        "|---|---:|---:|---:|",
     ]
-    for name, result in results.items():
-        last = result.history[-1]
+    for network in run["networks"]:
+        last = network["history"][-1]
         lines.append(
-            f"| {NAMES[name]} | {result.parameters:,} | {last['direction']:.1%} | "
-            f"{last['top1']:.1%} | {result.seconds:.0f} |"
+            f"| {network['network']} | {network['parameters']:,} | {last['direction']:.1%} | "
+            f"{last['top1']:.1%} |"
         )
     lines.append("")
     lines.append(
-        f"{epochs} epochs of {clips:,} clips of {FRAMES}×{SIZE}×{SIZE}, judged on {evaluated:,} "
-        f"others; width {WIDTH} instead of 64; PyTorch {torch.__version__}, "
-        f"{torch.get_num_threads()} CPU threads ({platform.machine()}). Chance is 50% and 16.7%; "
-        "what tells the axis but not the direction reaches 50%."
+        f"{run['epochs']} epochs of {run['clips']:,} clips of {FRAMES}×{SIZE}×{SIZE}, judged on "
+        f"{run['evaluated']:,} others; first stages of {WIDTH} channels instead of 64; PyTorch "
+        f"{run['torch']} on a CPU ({run['machine']}, threads: {run['threads']}). Chance is 50.0% "
+        "and 16.7%; what tells the axis but not the direction reaches 50.0% in both."
     )
     return "\n".join(lines)
 
 
-def record(path: Path, text: str) -> None:
+def insert(path: Path, text: str) -> None:
     """Put text between the marks of a Markdown page.
 
     Raises:
@@ -161,18 +172,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--clips", type=int, default=1200, help="of an epoch (default: 1200)")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--clips", type=int, default=480, help="of an epoch (default: 480)")
     parser.add_argument("--evaluated", type=int, default=300, help="clips (default: 300)")
     parser.add_argument("--out", type=Path, default=Path("out/train-demo.png"), help="chart")
-    parser.add_argument("--record", type=Path, nargs="*", default=[], help="pages to update")
+    parser.add_argument("--record", action="store_true", help="update the documentation")
     options = parser.parse_args(arguments)
-    results = run(options.epochs, options.clips, options.evaluated)
+    sizes = options.epochs, options.clips, options.evaluated
+    results = run(*sizes)
     draw(options.out, results)
-    text = table(results, options.epochs, options.clips, options.evaluated)
-    print(f"{text}\n\n{options.out}")
-    for page in options.record:
-        record(page, text)
+    figures = describe(results, *sizes)
+    print(f"{table(figures)}\n\n{options.out}")
+    if options.record:
+        RECORD.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        draw(CHART, results)
+        for page in PAGES:
+            insert(page, table(figures))
 
 
 if __name__ == "__main__":

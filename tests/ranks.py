@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Ranks:
             process.join(10)
             if process.is_alive():
                 process.kill()
+        Path(self._store).unlink(missing_ok=True)
 
 
 def _serve(rank: int, store: str, pipe: Connection) -> None:

@@ -265,6 +265,10 @@ def sharded_layer(rank: int, name: str) -> None:
     for p, q in zip(sharded.parameters(), layer.parameters(), strict=True):
         dist.all_reduce(p.grad)
         torch.testing.assert_close(p.grad, q.grad, **TIGHT)
+    distributed.unshard_time(model)
+    torch.testing.assert_close(model(x), y, **TIGHT)
+    assert type(sharded) is type(layer)
+    assert getattr(sharded, "causal", None) == getattr(layer, "causal", None)
 
 
 @pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")

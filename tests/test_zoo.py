@@ -193,6 +193,13 @@ def test_autoencoder_streams(cuts: list[int]) -> None:
         torch.testing.assert_close(torch.cat(parts, 2), model(x), rtol=1e-10, atol=1e-12)
 
 
+def test_autoencoder_exports() -> None:
+    model, x = autoencoder().eval(), torch.randn(1, 3, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=False)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
 def test_autoencoder_is_causal() -> None:
     model = autoencoder()
     x = torch.randn(1, 3, 12, 8, 8, dtype=torch.float64)
