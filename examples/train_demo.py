@@ -95,7 +95,7 @@ def draw(path: Path, results: dict[str, Result]) -> None:
     panels[0].axhline(50, color=_FAINT, linewidth=1, linestyle=":")
     panels[0].set_ylim(0, 105)
     panels[0].yaxis.set_major_formatter("{x:.0f}%")
-    panels[0].annotate("chance", (1, 50), (0, 4), textcoords="offset points", color=_FAINT)
+    panels[0].annotate("chance", (1, 50), (0, -12), textcoords="offset points", color=_FAINT)
     _curves(panels[1], results, "loss", "training loss (6 classes)", 1)
     panels[1].set_ylim(bottom=0)
     path.parent.mkdir(parents=True, exist_ok=True)
