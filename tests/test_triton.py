@@ -21,7 +21,7 @@ from fuzz import Config, Limits
 from torch import Tensor
 
 import fastst
-from fastst import configs, dispatch, kernels
+from fastst import configs, dispatch, kernels, tuning
 from fastst.backends import reference
 from fastst.backends import triton as backend
 from fastst.functional import conv2plus1d
@@ -356,6 +356,21 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "TRITON_INTERPRET" in (backend.why_not(problem, "forward") or "")
     monkeypatch.setattr(backend, "_kernels", lambda: (None, "needs a working Triton: …"))
     assert "needs a working Triton" in (backend.why_not(on_gpu, "forward") or "")
+
+
+@pytest.mark.parametrize("config", [
+    Config(mid=40, dtype=torch.float16, norm="frozen"), Config(groups=(3, 3), channels=3, out=3),
+    Config(mid=40, norm="batch"), Config(channels=6, out=6, groups=(6, 6)),
+])  # fmt: skip
+def test_every_way_is_right(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _ = problem_of(config)
+    names = backend.ways(problem, "forward")
+    assert 1 <= len(names) <= 12
+    assert backend.ways(problem, "backward") == []
+    backend.trial(problem, "forward", names[-1])()
+    for way in names:
+        monkeypatch.setattr(tuning, "choice", lambda *key, way=way: way)
+        check(config)
 
 
 # ---- bugs that these tests must see

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -90,12 +91,50 @@ def tf32_allowed() -> bool:
 
 
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
-    match single_kernel(problem, save):
-        case "depthwise_pair":
-            return PairResult(_depthwise_pair(problem, tensors))
-        case "pair_conv":
-            return PairResult(_pair_conv(problem, tensors))
-    return _two_passes(problem, tensors, save)
+    from .. import tuning
+
+    return _run(problem, tensors, save, tuning.choice("triton", problem, "forward"))
+
+
+def ways(problem: Problem, phase: str) -> list[str]:
+    """What ``tune`` may choose from: one kernel where there is one, and tiles for two passes."""
+    if phase != "forward" or problem.op != "conv2plus1d":
+        return []
+    tiles = 1
+    for p, size in zip(problem.passes, (problem.mid_size, problem.out_size), strict=True):
+        channels = p.in_channels // p.groups
+        if not configs.thin(channels, p.groups):
+            found = configs.candidates(
+                problem.batch * math.prod(size), channels, p.out_channels // p.groups, p.groups,
+                math.prod(p.kernel), problem.dtype, uses_tensor_cores(problem.dtype),
+                capability(problem.device),
+            )  # fmt: skip
+            tiles = max(tiles, len(found))
+    one = ["one kernel"] if single_kernel(problem, save=False) else []
+    return (one + [f"tiles {i}" for i in range(tiles)])[:12]
+
+
+def trial(problem: Problem, phase: str, way: str) -> Callable[[], None]:
+    """Run the problem once in one of its ways, on random tensors, to the end."""
+    from .. import tuning
+
+    tensors: PairTensors = tuning.example(problem)  # type: ignore[assignment]
+
+    def run() -> None:
+        _run(problem, tensors, False, way)
+        if problem.device.type == "cuda":
+            torch.cuda.synchronize(problem.device)
+
+    return run
+
+
+def _run(problem: Problem, tensors: PairTensors, save: bool, way: str | None) -> PairResult:
+    kernel = single_kernel(problem, save)
+    if kernel is not None and way in (None, "one kernel"):
+        run = _depthwise_pair if kernel == "depthwise_pair" else _pair_conv
+        return PairResult(run(problem, tensors))
+    rank = int(way.removeprefix("tiles ")) if way and way.startswith("tiles ") else 0
+    return _two_passes(problem, tensors, save, rank)
 
 
 def single_kernel(problem: Problem, save: bool) -> str | None:
@@ -174,7 +213,7 @@ def _depthwise_pair(problem: Problem, tensors: PairTensors) -> Tensor:
     return y
 
 
-def _two_passes(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+def _two_passes(problem: Problem, tensors: PairTensors, save: bool, rank: int = 0) -> PairResult:
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
     w1, b1, w2, b2 = tensors[1], tensors[3], tensors[2], tensors[4]
@@ -187,28 +226,28 @@ def _two_passes(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
     if first.groups > 1 and padded > m:
         mid_rows[..., m:].zero_()  # channels that belong to no group
     keep = save and not spec.recompute
-    epilogue: dict[str, Any] = {"shift": b1}
-    prologue: dict[str, Any] = {}
+    epilogue: dict[str, Any] = {"shift": b1, "slope": spec.slope, "rank": rank}
+    prologue: dict[str, Any] = {"shift": b2, "slope": spec.slope, "rank": rank}
     mean = var = None
     if spec.norm == "frozen":
         scale, shift = finish_norm(problem, tensors, bias=None if keep else b1)
         if keep:
-            prologue = {"in_scale": scale, "in_shift": shift}
+            prologue |= {"in_scale": scale, "in_shift": shift}
         else:
-            epilogue = {"scale": scale, "shift": shift}
+            epilogue |= {"scale": scale, "shift": shift}
     if keep or spec.norm == "batch":
         prologue["in_activation"] = spec.activation
     else:
         epilogue["activation"] = spec.activation
     if spec.norm == "batch":
-        partial, rows = conv_pass(first, x, w1, mid, slope=spec.slope, statistics=True, **epilogue)
+        partial, rows = conv_pass(first, x, w1, mid, statistics=True, **epilogue)
         assert partial is not None
         mean, var = partial.new_empty(m), partial.new_empty(m)
         scale, shift = finish_norm(problem, tensors, mean, var, partial, rows)
         prologue.update(in_scale=scale, in_shift=shift)
     else:
-        conv_pass(first, x, w1, mid, slope=spec.slope, **epilogue)
-    conv_pass(second, mid, w2, y, slope=spec.slope, shift=b2, **prologue)
+        conv_pass(first, x, w1, mid, **epilogue)
+    conv_pass(second, mid, w2, y, **prologue)
     return PairResult(y, mid_rows if keep else None, mean, var)
 
 
@@ -278,6 +317,7 @@ def conv_pass(
     activation: str = "none",
     slope: float = 0.01,
     statistics: bool = False,
+    rank: int = 0,  # of the configuration among the candidates
 ) -> tuple[Tensor | None, int]:
     """One convolution into y (N, K, T', H', W'), any strides; u and z may have padding channels.
 
@@ -321,10 +361,11 @@ def conv_pass(
         return partial, direct.block_p
 
     stored = y.shape[1] if groups == 1 else out_channels
-    config = configs.tap_conv(
+    found = configs.candidates(
         count, channels, out_channels, groups, math.prod(p.kernel), x.dtype,
         uses_tensor_cores(x.dtype), capability(x.device),
     )  # fmt: skip
+    config = found[min(rank, len(found) - 1)]
     packed = pack(weight, groups, channels, config)
     x_align, y_align = alignment(x, channels), alignment(y, stored)
     tiles, partial = partials(config.block_p)
