@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass,
 from . import PairResult
 
 _WIDE = 1 << 31  # positions from which coordinates are int64
+_ON_CPU = "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set at start"
 
 
 @functools.cache
@@ -58,22 +60,21 @@ def why_not(problem: Problem, phase: str) -> str | None:
     device = problem.device
     if device.type not in ("cuda", "cpu") or torch.version.hip is not None:
         return f"runs on NVIDIA GPUs, not on {device.type} tensors"
+    # Asked first: importing Triton takes half a second that calls on a CPU need not pay.
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return _ON_CPU
     _, missing = _kernels()
     if missing is not None:
         return missing
     if device.type == "cpu":
-        if not interpreted():
-            return "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set at start"
-        return None
+        return None if interpreted() else _ON_CPU
     if interpreted():
         return (
             "interprets its kernels because TRITON_INTERPRET is set, and that on CPU tensors only"
         )
-    major_minor = capability(device)
-    if major_minor < configs.LEAST_CAPABILITY:
-        return (
-            "needs compute capability {}.{}, and {} has {}.{}"
-        ).format(*configs.LEAST_CAPABILITY, device, *major_minor)  # fmt: skip
+    has, least = capability(device), configs.LEAST_CAPABILITY
+    if has < least:
+        return "needs compute capability {}.{}, but {} has {}.{}".format(*least, device, *has)
     return None
 
 
