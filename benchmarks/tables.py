@@ -187,10 +187,13 @@ def control(rows: list[Row]) -> str:
     if not again:
         return ""
     worst = max(abs(math.log(r["vs_users"][1])) for r in again)
-    pooled_again = times(pooled([r["vs_users"] for r in again]))
+    spread = pooled([r["vs_users"] for r in again])
+    pooled_again = times(spread)
+    quiet = spread.q75 / spread.q25 < 1.1 and worst < 0.1
     return (
         f"Eager contiguous measured a second time as if it were a contender: × {pooled_again}; "
         f"on its worst shape it was off by {math.expm1(worst):.0%}."
+        + ("" if quiet else " **The machine was not quiet: differences of that size are noise.**")
     )
 
 
