@@ -101,7 +101,7 @@ def extensions() -> list[Extension]:
         if wanted == "auto":
             print(
                 "fastst: nvcc was not found, so fastst is installed without its CUDA library; the "
-                "Triton and PyTorch backends work. To get it: install the CUDA toolkit 12.4 or "
+                "Triton and PyTorch backends work. To get it: install the CUDA toolkit 12.5 or "
                 "newer, set CUDA_HOME to it, and install fastst again.",
                 file=sys.stderr,
             )
@@ -109,7 +109,7 @@ def extensions() -> list[Extension]:
     if not find_nvcc():
         sys.exit(
             "fastst: FASTST_BUILD_CUDA=1 requires nvcc, which is neither on PATH nor under "
-            "CUDA_HOME; install the CUDA toolkit 12.4 or newer"
+            "CUDA_HOME; install the CUDA toolkit 12.5 or newer"
         )
     return [Extension("fastst._C", sources=[])]
 

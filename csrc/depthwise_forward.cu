@@ -38,8 +38,13 @@ struct Moments {
   }
 };
 
+// Two blocks to a multiprocessor where 128 registers hold the window and the weights: not for two
+// channels to a lane.
+template <class T, int K, int KT>
+constexpr int kBlocks = KT == 3 && kVector<T> == 1 ? 2 : 1;
+
 template <class T, int K, int KT, int S>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, K, KT>))
     depthwise_forward_kernel(const __grid_constant__ Parameters<T> p) {
   constexpr int V = kVector<T>, kSize = Extent<K, S>::forward_x;
   const Task task(p.tiles_h, p.tiles_w, p.slabs, p.chunks, kSlab<T>);
@@ -90,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int owned_from = task.chunk == 0 ? 0 : begin;
   const int owned_to = at_end ? frames : last * p.stride_t - p.pad_t;
 
-  float window[KT][kTile][V] = {};
+  float window[KT - 1][kTile][V] = {};  // z of the frames before
   Moments moments[V];
   if (p.stages == 2 && max(begin, 0) < min(end, frames)) issue(max(begin, 0));
   for (int t = begin; t < end; ++t) {
@@ -153,29 +158,30 @@ __global__ void __launch_bounds__(kThreads, 1)
       activate_all(p.act, p.slope, z);
     }
     if (!p.y.data) continue;
+    const int step = t + p.pad_t - (KT - 1);  // i·stride of the output whose last tap is t
+    const bool due = step >= first * p.stride_t && step < last * p.stride_t;
+    if (due && step % p.stride_t == 0 && mine) {
+      const int64_t at = p.y.offset(task.n, step / p.stride_t, h, task.w0) + channel;
+#pragma unroll
+      for (int j = 0; j < kTile; ++j) {
+        float sum[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          sum[v] = bias_t[v] + z[j][v] * wt[KT - 1][v];
+#pragma unroll
+          for (int k = 0; k + 1 < KT; ++k) sum[v] += window[k][j][v] * wt[k][v];
+        }
+        if (task.w0 + j < p.width) store(p.y.data + (at + j * p.y.stride[4]), narrow_lane<T>(sum));
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kTile; ++j)
 #pragma unroll
       for (int v = 0; v < V; ++v) {
 #pragma unroll
-        for (int k = 0; k + 1 < KT; ++k) window[k][j][v] = window[k + 1][j][v];
-        window[KT - 1][j][v] = z[j][v];
+        for (int k = 0; k + 2 < KT; ++k) window[k][j][v] = window[k + 1][j][v];
+        window[KT - 2][j][v] = z[j][v];
       }
-    const int step = t + p.pad_t - (KT - 1);  // i·stride of the output whose last tap is t
-    if (step < first * p.stride_t || step % p.stride_t || step >= last * p.stride_t || !mine)
-      continue;
-    const int64_t at = p.y.offset(task.n, step / p.stride_t, h, task.w0) + channel;
-#pragma unroll
-    for (int j = 0; j < kTile; ++j) {
-      float sum[V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        sum[v] = bias_t[v];
-#pragma unroll
-        for (int k = 0; k < KT; ++k) sum[v] += window[k][j][v] * wt[k][v];
-      }
-      if (task.w0 + j < p.width) store(p.y.data + (at + j * p.y.stride[4]), narrow_lane<T>(sum));
-    }
   }
 
   if (!p.partials) return;

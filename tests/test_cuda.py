@@ -1,4 +1,4 @@
-"""The native library without a GPU: that it builds and loads, and what is said where it does not."""
+"""The native library without a GPU: that it builds and loads, and what is said where not."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_library_loads_without_a_gpu() -> None:
     from fastst import _C
 
     assert not _C.EMULATED
-    assert _C.TOOLKIT >= 12040
+    assert _C.TOOLKIT >= 12050
     if not torch.cuda.is_available():
         assert _C.device_count() == 0
         assert _C.device_error()
@@ -123,6 +123,24 @@ def test_corrupt_library_gives_one_clear_reason(tmp_path: Path) -> None:
     assert where.startswith(str(tmp_path))
     assert "cannot be loaded" in told[0]
     assert "install fastst again" in told[-1]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_static_inspection_finds_a_spill(tmp_path: Path) -> None:
+    """With 32 registers the weight gradient must spill, and that must be seen."""
+    static = native.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
+    cubin = tmp_path / "spilling.sm_90a.cubin"
+    subprocess.run(
+        [
+            "nvcc", "-std=c++20", f"-I{ROOT / 'csrc'}", "-cubin", "-maxrregcount=32",
+            "-gencode", "arch=compute_90a,code=sm_90a", "-o", str(cubin),
+            str(ROOT / "csrc" / "weight_gradient.cu"),
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    resources = [r for _, r in static.inspect(cubin)]
+    assert resources
+    assert any(r["STACK"] > 0 and r["local"] > 0 for r in resources)
 
 
 # ---- setup.py
