@@ -117,7 +117,7 @@ def test_a_missing_backend_says_how_to_get_it() -> None:
     assert set(reasons) == set(dispatch.BACKENDS) - {"aten"}
     for name, why in reasons.items():
         assert len(why) > 10, name
-        if "comes first" not in why:
+        if "comes first" not in why and "by name" not in why:
             with fastst.use_backend(name), pytest.raises(fastst.BackendError, match=name):
                 layer(torch.randn(1, 2, 3, 4, 4))
 
