@@ -112,7 +112,7 @@ class _Walk:
             for n in inside:
                 if self.reasons[n] == _NEVER_RUN:
                     self.reasons[n] = (None, f"{_title(name, module)} was left: {error}")
-        if not any(fused.is_converted(m) for m in module.modules()):
+        if not any(fused.is_converted(m) or _is_layer(m) for m in module.modules()):
             self._convert_whole(name, module, before)
 
     def _convert(self, name: str, module: nn.Module, before: Sequence[fused.Pair]) -> None:
@@ -253,8 +253,13 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is called as it is: PyTorch's own, and what runs pairs already."""
     if fused.is_converted(module) or isinstance(module, torch.jit.ScriptModule):
         return True
-    own = type(module).__module__
-    return own.startswith(("torch.", "fastst.layers")) and not isinstance(module, _CONTAINERS)
+    foreign = not type(module).__module__.startswith("torch.")
+    return _is_layer(module) or not (foreign or isinstance(module, _CONTAINERS))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of this library, which runs its convolutions as one op."""
+    return type(module).__module__.startswith("fastst.layers")
 
 
 def _check_class(module: nn.Module) -> None:
