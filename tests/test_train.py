@@ -414,7 +414,7 @@ def test_reversed_clips_differ_in_nothing_else() -> None:
 
 def test_train_demo_in_short(tmp_path: Path) -> None:
     """f-R2D tells no direction, R(2+1)D does, and what is shown is written."""
-    sizes = {"epochs": 2, "clips": 240, "evaluated": 36}
+    sizes = {"epochs": 2, "clips": 480, "evaluated": 60}
     results = train_demo.run(**sizes, width=8)
     directions = {name: r.history[-1]["direction"] for name, r in results.items()}
     assert directions["fr2d_18"] == pytest.approx(0.5, abs=0.03)
