@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
-import torch
-
 from .backends import aten, cuda, reference, triton
 from .shapes import Problem
 
@@ -172,14 +170,17 @@ def _say_slow(message: str) -> None:
     _warn_once(message)
 
 
-# Constants to the compiler: run while it traces, so that a warning breaks no graph.
-@torch.compiler.assume_constant_result
 def _record_composed(what: str, why: str) -> None:
     _record(what, None, "forward", "composed", why)
 
 
-@torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, FallbackWarning, stacklevel=5)
+
+
+# Constants to the compiler: they run while it traces, so that a warning breaks no graph. This is
+# all that torch.compiler.assume_constant_result does, but that loads the compiler for a second.
+for _said in (_record_composed, _warn_once):
+    vars(_said)["_dynamo_marked_constant"] = True
