@@ -13,6 +13,8 @@ import torch
 
 import fastst
 from fastst import dispatch
+from fastst.convert import convert
+from fastst.models import r2plus1d_18
 
 from . import layers, measure, peers
 from .shapes import DEPTHWISE, PARALLEL, R2PLUS1D_18, TOKENIZER, Case
@@ -56,19 +58,16 @@ def probe(device: torch.device) -> int:
 
 
 def tune(device: torch.device) -> None:
-    """Tune the converted network for its own clips, where the library has something to tune."""
-    if not hasattr(fastst, "tune"):
-        print("nothing to tune")
-        return
-    from fastst.convert import convert
-    from fastst.models import r2plus1d_18
-
+    """Tune the converted network for its own clips, inference and training."""
     cuda = device.type == "cuda"
-    size = (16, 3, 16, 112, 112) if cuda else (1, 3, 4, 16, 16)
+    size = (16, 3, 16, 112, 112) if cuda else (2, 3, 4, 32, 32)
     dtype = torch.bfloat16 if cuda else torch.float32
     model = r2plus1d_18().to(device, dtype)
     convert(model)
-    print(fastst.tune(model, torch.randn(size, device=device, dtype=dtype)))
+    clip = torch.randn(size, device=device, dtype=dtype)
+    for training in (False, True):
+        for measured in fastst.tune(model.train(training), clip, seconds=0.5 if cuda else 0.01):
+            print("training" if training else "inference", measured)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

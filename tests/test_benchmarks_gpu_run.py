@@ -24,9 +24,11 @@ def python(code: str) -> list[str]:
 
 
 def test_dry_run_goes_through_every_stage(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status = gpu_run.main(["--dry", "--out", str(tmp_path), "--minutes", "9", "--commit", "abc"])
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path.parent / "cache"))
+    # Time enough on any machine: the limits are tested below.
+    status = gpu_run.main(["--dry", "--out", str(tmp_path), "--minutes", "60", "--commit", "abc"])
     data = json.loads((tmp_path / "record.json").read_text())
     told = {s["stage"]: s.get("told") for s in data["stages"] if not s["ok"]}
     assert (status, told) == (0, {}), (tmp_path / "log.txt").read_text()[-3000:]
