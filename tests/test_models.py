@@ -67,6 +67,10 @@ def test_checkpoint_of_another_network_is_refused_as_a_whole(tmp_path):
         r2plus1d_18(5, weights=path)
     with pytest.raises(FileNotFoundError):
         r2plus1d_18(5, weights=tmp_path / "nowhere.pth")
+    for junk in (b"", b"junk", b"PK\x03\x04 cut off"):
+        path.write_bytes(junk)
+        with pytest.raises(ValueError, match="must be a file of tensors"):
+            r2plus1d_18(5, weights=path)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0, True, "400"])

@@ -24,7 +24,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: no such file.
         ValueError: no state_dict, or one of another network.
     """
-    found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what the unpickler raises depends on where the bytes go wrong
+        raise ValueError(
+            f"{os.fspath(path)}: a checkpoint must be a file of tensors that torch.save wrote, "
+            f"but it cannot be read ({type(error).__name__})"
+        ) from error
     if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError(
             f"{os.fspath(path)}: a checkpoint must be a state_dict (names to tensors), got "
