@@ -98,6 +98,12 @@ def test_stages_are_written_as_they_end(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert status == 0, data["stages"]
 
 
+def test_stages_never_interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    code = "import os; raise SystemExit('TRITON_INTERPRET' in os.environ)"
+    assert gpu_run.execute(python(code), 60, {}).status == 0
+
+
 def test_no_time_left_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, data = run(monkeypatch, tmp_path, [Stage("late", 1, python("1/0"))], minutes=0.01)
     assert data["stages"][0]["told"] == "no time left"
