@@ -8,16 +8,8 @@ kernel source.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import platform
-import tempfile
 import warnings
-from contextlib import suppress
-from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -25,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cache
 from .shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
 # Largest error allowed, in units of the rounding of the dtype and of the largest output: the
@@ -61,11 +54,11 @@ def why_broken(backend: str, problem: Problem) -> str | None:
         if key not in _verdicts:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None
-            _verdicts.update({k: v for k, v in _read().items() if k not in _verdicts})
+            _verdicts.update({k: v for k, v in cache.read(_file()).items() if k not in _verdicts})
         if key not in _verdicts:
             verdict = check(backend, kind, device, dtype) or ""
             _verdicts[key] = verdict
-            _write({key: verdict})
+            cache.add(_file(), {key: verdict})
             if verdict:
                 warnings.warn(
                     f"fastst no longer chooses backend {backend!r} for {kind} layers in {dtype}: "
@@ -109,7 +102,7 @@ def check(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> 
 
 def verdicts() -> dict[str, str]:
     """Every verdict in memory and on disk, by a description of the check; empty: passed."""
-    return {**_read(), **_verdicts}
+    return {**cache.read(_file()), **_verdicts}
 
 
 def forget() -> None:
@@ -159,53 +152,8 @@ def _rounding(dtype: torch.dtype, device: torch.device) -> float:
 def _key(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> str:
     tf32 = device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     precision = " tf32" if tf32 and dtype == torch.float32 else ""
-    return f"{_machine(device)} | {_versions()} | {backend} | {kind} | {dtype}{precision}"
-
-
-@lru_cache(maxsize=16)
-def _machine(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"{device.type} {platform.machine()}"
-    driver, cudnn = torch._C._cuda_getDriverVersion(), torch.backends.cudnn.version()  # type: ignore[attr-defined]
-    return f"{torch.cuda.get_device_name(device)} driver {driver} cudnn {cudnn}"
-
-
-@lru_cache(maxsize=1)
-def _versions() -> str:
-    """PyTorch, Triton, and the source of the kernels."""
-    triton = "none"
-    with suppress(metadata.PackageNotFoundError):
-        triton = metadata.version("triton")
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in sorted(
-        [*package.glob("kernels/*.py"), *package.glob("*_C*"), package / "configs.py"]
-    ):
-        digest.update(path.read_bytes())
-    return f"torch {torch.__version__} triton {triton} kernels {digest.hexdigest()[:12]}"
+    return f"{cache.machine(device)} | {cache.versions()} | {backend} | {kind} | {dtype}{precision}"
 
 
 def _file() -> Path:
-    from . import tuning
-
-    return tuning.cache_file().with_name("selfcheck.json")
-
-
-def _read() -> dict[str, str]:
-    try:
-        data = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # none yet, or broken: then the checks run again
-    known = isinstance(data, dict) and all(isinstance(v, str) for v in data.values())
-    return data if known else {}
-
-
-def _write(found: dict[str, str]) -> None:
-    path = _file()
-    with suppress(OSError):  # a read-only home: the next process checks again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False
-        ) as file:
-            json.dump({**_read(), **found}, file, indent=1)
-        os.replace(file.name, path)
+    return cache.folder() / "selfcheck.json"

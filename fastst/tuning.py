@@ -6,28 +6,22 @@ A backend with more than one way offers two functions and asks ``choice`` before
 ``trial(problem, phase, way)``    a function without arguments that runs it once, to the end
 
 Names are kept in ``$FASTST_CACHE/tuning.json`` (``$XDG_CACHE_HOME/fastst``, ``~/.cache/fastst``),
-by machine, PyTorch, threads, backend, phase and problem.
+by machine, versions, threads, backend, phase and problem.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
+from . import cache, dispatch
 from .shapes import PairSpec, PairTensors, ParallelTensors, Problem
 
 Key = tuple[str, Problem, str, int]  # backend, problem, phase, threads
@@ -138,11 +132,7 @@ def example(problem: Problem) -> PairTensors | ParallelTensors:
 
 def cache_file() -> Path:
     """Where choices are kept."""
-    folder = os.environ.get("FASTST_CACHE")
-    if not folder:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = os.path.join(base, "fastst")
-    return Path(folder) / "tuning.json"
+    return cache.folder() / "tuning.json"
 
 
 def _race(trials: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -162,31 +152,13 @@ def _race(trials: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
 def _name(key: Key) -> str:
     """A key as it stands in the file."""
     backend, problem, phase, threads = key
-    device = problem.device
-    where = _cpu() if device.type == "cpu" else _accelerator(device.type, device.index or 0)
     layout = "channels_last" if problem.channels_last else "contiguous"
     parts: Sequence[object] = (
-        torch.__version__, where, threads, backend, phase, problem.op, tuple(problem.spec),
-        [tuple(p) for p in problem.passes], problem.batch, problem.size, problem.dtype, layout,
+        cache.machine(problem.device), cache.versions(), threads, backend, phase, problem.op,
+        tuple(problem.spec), [tuple(p) for p in problem.passes], problem.batch, problem.size,
+        problem.dtype, layout,
     )  # fmt: skip
     return " | ".join(map(str, parts))
-
-
-@lru_cache(maxsize=1)
-def _cpu() -> str:
-    """Model and vector unit of the CPU."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(s.split(":", 1)[1].strip() for s in lines if s.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # no such file outside Linux, no such line on some architectures
-    return f"{model} {torch.backends.cpu.get_cpu_capability()}"
-
-
-@lru_cache(maxsize=8)
-def _accelerator(kind: str, index: int) -> str:
-    return torch.cuda.get_device_name(index) if kind == "cuda" else f"{kind}:{index}"
 
 
 def _load() -> dict[str, str]:
@@ -194,21 +166,8 @@ def _load() -> dict[str, str]:
     global _stored
     with _lock:
         if _stored is None:
-            _stored = _read(cache_file())
+            _stored = cache.read(cache_file())
         return _stored
-
-
-def _read(path: Path) -> dict[str, str]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
-            raise ValueError("expected an object of strings")
-        return data
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        warnings.warn(f"fastst ignores the tuning cache {path}: {error}", stacklevel=2)
-        return {}
 
 
 def _remember(choices: dict[Key, str]) -> None:
@@ -217,17 +176,5 @@ def _remember(choices: dict[Key, str]) -> None:
     _chosen.update(choices)
     if not choices:
         return
-    path = cache_file()
     with _lock:
-        _stored = {**_read(path), **{_name(k): way for k, way in choices.items()}}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False
-            ) as file:
-                json.dump(_stored, file, indent=1)
-            os.replace(file.name, path)
-        except OSError as error:
-            warnings.warn(
-                f"fastst keeps what it measured for this process only: {error}", stacklevel=3
-            )
+        _stored = cache.add(cache_file(), {_name(k): way for k, way in choices.items()})

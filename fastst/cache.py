@@ -1,0 +1,89 @@
+"""Small files of what was measured or checked here, which outlive the process.
+
+They lie in ``$FASTST_CACHE``, ``$XDG_CACHE_HOME/fastst`` or ``~/.cache/fastst``; their keys name
+all that an entry holds for: ``machine`` and ``versions``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import warnings
+from contextlib import suppress
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def folder() -> Path:
+    """Where the files lie."""
+    named = os.environ.get("FASTST_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastst"
+
+
+@lru_cache(maxsize=16)
+def machine(device: torch.device) -> str:
+    """Model and vector unit of the CPU; name, driver and cuDNN of a GPU."""
+    if device.type == "cuda":
+        driver, cudnn = torch._C._cuda_getDriverVersion(), torch.backends.cudnn.version()  # type: ignore[attr-defined]
+        return f"{torch.cuda.get_device_name(device)} driver {driver} cudnn {cudnn}"
+    if device.type != "cpu":
+        return f"{device.type} {platform.machine()}"
+    model = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):  # no such file outside Linux, no such line everywhere
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(s.split(":", 1)[1].strip() for s in lines if s.startswith("model name"))
+    return f"{model} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@lru_cache(maxsize=1)
+def versions() -> str:
+    """PyTorch, Triton, and the source of the kernels and of what calls them."""
+    triton = "none"
+    with suppress(metadata.PackageNotFoundError):
+        triton = metadata.version("triton")
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    sources = [*package.glob("kernels/*.py"), *package.glob("backends/*.py"), *package.glob("*_C*")]
+    for path in sorted([*sources, package / "configs.py"]):
+        digest.update(path.read_bytes())
+    return f"torch {torch.__version__} triton {triton} kernels {digest.hexdigest()[:12]}"
+
+
+def read(path: Path) -> dict[str, str]:
+    """What a file holds; nothing if there is none, nothing and a warning if it is broken."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
+            raise ValueError("expected an object of strings")
+        return data
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"fastst ignores the cache {path}: {error}", stacklevel=2)
+        return {}
+
+
+def add(path: Path, found: dict[str, str]) -> dict[str, str]:
+    """Add entries to a file, which others may have written to; returns all of them.
+
+    Atomic. Where the file cannot be written, a warning says that they last for this process.
+    """
+    merged = {**read(path), **found}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False
+        ) as file:
+            json.dump(merged, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"fastst keeps what it found for this process only: {error}", stacklevel=3)
+    return merged
