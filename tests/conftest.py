@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+# What was tuned or checked on this machine must not change which way the tests take.
+_cache = tempfile.TemporaryDirectory(prefix="fastst-tests-")
+os.environ["FASTST_CACHE"] = _cache.name
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by fastst even
 
