@@ -9,9 +9,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# What was tuned or checked on this machine must not change which way the tests take.
-_cache = tempfile.TemporaryDirectory(prefix="fastst-tests-")
-os.environ["FASTST_CACHE"] = _cache.name
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by fastst even
 
@@ -23,6 +20,10 @@ import fastst
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     torch.set_num_threads(1)  # tests run side by side
+    # What was tuned or checked on this machine must not change which way the tests take.
+    cache = tempfile.TemporaryDirectory(prefix="fastst-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["FASTST_CACHE"] = cache.name
 
 
 def pytest_report_header() -> str:
