@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_converts_and_exports(name: str) -> None:
         torch.testing.assert_close(program.module()(x), before)
 
 
-@pytest.mark.parametrize("name", ["r2plus1d_18", "eco_lite, add", "cnn_lstm"])
+@pytest.mark.parametrize("name", SMALL)
 def test_compiles_without_breaks(name: str) -> None:
     model, x = small(name)
     fastst.convert(model)
@@ -193,11 +194,35 @@ def test_autoencoder_streams(cuts: list[int]) -> None:
         torch.testing.assert_close(torch.cat(parts, 2), model(x), rtol=1e-10, atol=1e-12)
 
 
-def test_autoencoder_exports() -> None:
-    model, x = autoencoder().eval(), torch.randn(1, 3, 4, 8, 8, dtype=torch.float64)
+def two_streams() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    streams = [models.mc3_18(5, width=8, in_channels=c) for c in (3, 2)]
+    return models.TwoStream(*streams), tuple(torch.randn(2, c, 4, 32, 32) for c in (3, 2))
+
+
+def causal_pair() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return autoencoder(), (torch.randn(1, 3, 4, 8, 8, dtype=torch.float64),)
+
+
+def clips_of_full_size() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return models.c3d(5), (torch.randn(1, 3, 16, 112, 112),)
+
+
+@pytest.mark.parametrize("make", [two_streams, causal_pair, clips_of_full_size])
+def test_the_rest_converts_exports_and_compiles(
+    make: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]],
+) -> None:
+    torch.manual_seed(0)
+    model, inputs = make()
+    model.eval()
     with torch.no_grad():
-        program = torch.export.export(model, (x,), strict=False)
-        torch.testing.assert_close(program.module()(x), model(x))
+        before = model(*inputs)
+        fastst.convert(model)
+        torch.testing.assert_close(model(*inputs), before)
+        program = torch.export.export(model, inputs, strict=False)
+        torch.testing.assert_close(program.module()(*inputs), before)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), before)
 
 
 def test_autoencoder_is_causal() -> None:
