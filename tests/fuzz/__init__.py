@@ -1,0 +1,21 @@
+"""Random configurations of every function, and the check of a backend against float64.
+
+The ground truth is composed here, of ``torch.nn.functional`` alone: nothing in this package knows
+how fastst computes. ``check`` holds the output, every gradient and the running statistics to
+
+    error ≤ 2 · (error of PyTorch's own operators in that dtype) + a few ulps
+
+where errors are against float64, and outputs and workspaces of the library are filled with NaN
+first. Environment: FASTST_SEED (first seed), FASTST_FUZZ (cases per test).
+"""
+
+from .config import ACTIVATIONS, DTYPES, KINKS, LAYOUTS, NAMES, SMALL, Config, Limits, random_config
+from .rule import CASES, SEED, call, check, complaints, error, fuzz, poisoned, results, scales
+from .truth import act, compose
+from .values import clear_of_kinks, lay_out, make
+
+__all__ = [
+    "ACTIVATIONS", "CASES", "Config", "DTYPES", "KINKS", "LAYOUTS", "Limits", "NAMES", "SEED",
+    "SMALL", "act", "call", "check", "clear_of_kinks", "complaints", "compose", "error", "fuzz",
+    "lay_out", "make", "poisoned", "random_config", "results", "scales",
+]  # fmt: skip
