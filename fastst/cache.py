@@ -51,8 +51,8 @@ def versions() -> str:
         triton = metadata.version("triton")
     digest = hashlib.sha256()
     package = Path(__file__).parent
-    sources = [*package.glob("kernels/*.py"), *package.glob("backends/*.py"), *package.glob("*_C*")]
-    for path in sorted([*sources, package / "configs.py"]):
+    patterns = ("kernels/*.py", "backends/**/*.py", "configs.py", "*_C*")
+    for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
         digest.update(path.read_bytes())
     return f"torch {torch.__version__} triton {triton} kernels {digest.hexdigest()[:12]}"
 

@@ -106,8 +106,8 @@ def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each cell of the README's table against ``why_not``, as if there were an H200."""
     library = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "")
     monkeypatch.setattr(cuda, "load", lambda: library)
-    monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(triton.launch, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton.launch, "interpreted", lambda: False)
     rows = re.findall(r"^\| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     table = {label: cells for label, *cells in (row.split(" | ") for row in rows)}
     names = [cell.strip("`") for cell in table["call"]]

@@ -38,7 +38,7 @@ TINY = Limits(batch=2, channels=20, frames=5, space=7, work=40_000)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large tiles: the interpreter pays by the program, not by the element."""
     if DEVICE == "cpu":
-        assert backend.interpreted()
+        assert backend.launch.interpreted()
         monkeypatch.setattr(configs, "processors", lambda capability: 1)
 
 
@@ -46,13 +46,13 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Names of the kernels that ran."""
     names: Counter[str] = Counter()
-    launch = backend.launch
+    launch = backend.launch.run
 
     def counted(kernel: Any, *args: Any, **meta: Any) -> None:
         names[kernel.__name__] += 1
         launch(kernel, *args, **meta)
 
-    monkeypatch.setattr(backend, "launch", counted)
+    monkeypatch.setattr(backend.launch, "run", counted)
     return names
 
 
@@ -101,16 +101,16 @@ def test_random_thin_pairs_take_one_kernel(dtype: torch.dtype, launched: Counter
 
 def test_one_kernel_only_where_nothing_of_the_mid_tensor_is_wanted() -> None:
     problem, _ = problem_of(Config(dtype=torch.float16, norm="frozen"))
-    assert backend.single_kernel(problem, save=False) == "pair_conv"
-    assert backend.single_kernel(problem, save=True) is None
+    assert backend.pair.single_kernel(problem, save=False) == "pair_conv"
+    assert backend.pair.single_kernel(problem, save=True) is None
     again, _ = problem_of(Config(dtype=torch.float16, norm="frozen"), recompute=True)
-    assert backend.single_kernel(again, save=True) == "pair_conv"
+    assert backend.pair.single_kernel(again, save=True) == "pair_conv"
     for other in (
         {"norm": "batch"}, {"order": "temporal-first"}, {"padding_mode": ("zeros", "circular")},
         {"kernel": (5, 3, 3)}, {"mid": 65}, {"out": 65}, {"dtype": torch.float64},
     ):  # fmt: skip
         config = replace(Config(dtype=torch.float16), **other)
-        assert backend.single_kernel(problem_of(config)[0], save=False) is None
+        assert backend.pair.single_kernel(problem_of(config)[0], save=False) is None
 
 
 @pytest.mark.parametrize("branch", ["none", "gelu"])
@@ -242,7 +242,7 @@ def test_layouts(layout: str, groups: int) -> None:
 
 
 def test_positions_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_WIDE", 1)
+    monkeypatch.setattr(backend.arguments, "wide", lambda count: True)
     check(Config(norm="batch"))
     check(Config(op="parallel_conv2plus1d", mid=5))
     check(Config(channels=6, groups=(6, 6), out=6))
@@ -348,13 +348,13 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "meta" in (
         backend.why_not(replace(problem, device=torch.device("meta")), "forward") or ""
     )
-    monkeypatch.setattr(backend, "interpreted", lambda: False)
-    monkeypatch.setattr(backend, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(backend.launch, "interpreted", lambda: False)
+    monkeypatch.setattr(backend.launch, "capability", lambda device: (7, 5))
     on_gpu = replace(problem, device=torch.device("cuda", 0))
     assert "8.0" in (backend.why_not(on_gpu, "forward") or "")
     if DEVICE == "cpu":
         assert "TRITON_INTERPRET" in (backend.why_not(problem, "forward") or "")
-    monkeypatch.setattr(backend, "_kernels", lambda: (None, "needs a working Triton: …"))
+    monkeypatch.setattr(backend.launch, "found", lambda: (None, "needs a working Triton: …"))
     assert "needs a working Triton" in (backend.why_not(on_gpu, "forward") or "")
 
 

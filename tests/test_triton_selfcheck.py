@@ -35,8 +35,8 @@ def test_kernels_pass(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_tap_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    taps = backend.taps
-    monkeypatch.setattr(backend, "taps", lambda p: taps(p)._replace(before=(1, 1, 0)))
+    taps = backend.arguments.taps
+    monkeypatch.setattr(backend.arguments, "taps", lambda p: taps(p)._replace(before=(1, 1, 0)))
     why = selfcheck.check("triton", kind, DEVICE, torch.bfloat16)
     assert why is not None and "is off by" in why
 
@@ -86,6 +86,6 @@ def test_failing_to_run_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **meta: Any) -> None:
         raise RuntimeError("no ptxas")
 
-    monkeypatch.setattr(backend, "launch", broken)
+    monkeypatch.setattr(backend.launch, "run", broken)
     why = selfcheck.check("triton", "dense", DEVICE, torch.float32)
     assert why is not None and "no ptxas" in why

@@ -155,9 +155,9 @@ def kernels(case: Case, architecture: int) -> Iterator[tuple[Any, str]]:
         found.append((kernel.warmup(*args, grid=grid, **meta), told))
 
     with (
-        mock.patch.object(backend, "launch", launch),
-        mock.patch.object(backend, "capability", lambda device: divmod(architecture, 10)),
-        mock.patch.object(backend, "tf32_allowed", lambda: case.tf32),
+        mock.patch.object(backend.launch, "run", launch),
+        mock.patch.object(backend.launch, "capability", lambda device: divmod(architecture, 10)),
+        mock.patch.object(backend.launch, "tf32_allowed", lambda: case.tf32),
     ):
         case.run()
     yield from found

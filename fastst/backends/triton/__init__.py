@@ -1,0 +1,54 @@
+"""Triton kernels: every NVIDIA GPU from compute capability 8.0 on, without a compiler.
+
+Each pass is a tap convolution (``kernels.tap_conv``) that reads x by its own strides. The pair
+keeps u or, where nothing needs u, z = act(norm(u)) between its two as ``Problem.mid_shape``.
+Under ``TRITON_INTERPRET=1`` the same code runs on CPU tensors, when asked for by name.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ... import configs
+from ...shapes import Problem
+from . import launch
+from .pair import conv2plus1d, trial, ways
+from .parallel import parallel_conv2plus1d
+
+__all__ = ["avoid", "conv2plus1d", "parallel_conv2plus1d", "trial", "ways", "why_not"]
+
+_ON_CPU = "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set at start"
+
+
+def why_not(problem: Problem, phase: str) -> str | None:
+    if phase != "forward":
+        return "has no backward kernels yet"
+    device = problem.device
+    if device.type not in ("cuda", "cpu") or torch.version.hip is not None:
+        return f"runs on NVIDIA GPUs, not on {device.type} tensors"
+    # Asked first: importing Triton takes half a second that calls on a CPU need not pay.
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return _ON_CPU
+    _, missing = launch.found()
+    if missing is not None:
+        return missing
+    if device.type == "cpu":
+        return None if launch.interpreted() else _ON_CPU
+    if launch.interpreted():
+        return (
+            "interprets its kernels because TRITON_INTERPRET is set, and that on CPU tensors only"
+        )
+    has, least = launch.capability(device), configs.LEAST_CAPABILITY
+    if has < least:
+        return "needs compute capability {}.{}, but {} has {}.{}".format(*least, device, *has)
+    return None
+
+
+def avoid(problem: Problem, phase: str) -> str | None:
+    if problem.device.type == "cpu":
+        return "interprets its kernels on CPU tensors, when asked for by name"
+    from ... import selfcheck
+
+    return selfcheck.why_broken("triton", problem)

@@ -1,0 +1,103 @@
+"""From tensors and passes to the arguments of kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import configs
+from ...shapes import Pass
+from . import launch
+
+
+def pack(weight: Tensor, groups: int, channels: int, config: configs.TapConfig) -> Tensor:
+    """(K, C/g, kt, kh, kw) as (groups, reduction, width): see ``kernels.tap_conv``."""
+    k, c = weight.shape[:2]
+    w = weight.reshape(groups, k // groups, c, -1).permute(0, 3, 2, 1)  # (g, taps, C/g, K/g)
+    width = configs.round_up(k // groups, config.columns) - k // groups
+    if config.flat:
+        w = F.pad(w, (0, 0, 0, channels - c)).flatten(1, 2)
+        return F.pad(w, (0, width, 0, -w.shape[1] % config.block_k)).contiguous()
+    depth = configs.round_up(channels, config.block_k) - c
+    return F.pad(w, (0, width, 0, depth)).flatten(1, 2).contiguous()
+
+
+def pack_direct(weight: Tensor) -> Tensor:
+    """(K, C/g, kt, kh, kw) as (taps · C/g, K)."""
+    return weight.flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous()
+
+
+def tiling(config: configs.TapConfig) -> dict[str, int]:
+    return {
+        "BLOCK_P": config.block_p, "BLOCK_N": config.block_n, "REST_N": config.rest_n,
+        "BLOCK_K": config.block_k,
+    }  # fmt: skip
+
+
+def wide(count: int) -> bool:
+    """Whether coordinates of that many positions must be int64."""
+    return count >= 1 << 31
+
+
+def taps(p: Pass) -> Any:
+    """Geometry of a pass as the kernels take it."""
+    from ...kernels.common import Taps
+
+    return Taps(p.kernel, p.stride, p.dilation, p.padding[::2], p.padding_mode)
+
+
+def operand(t: Tensor, channels: int) -> tuple[tuple[Any, ...], int]:
+    """(pointer, strides, (T, H, W)) of a video with that many channels in use, and its ALIGN."""
+    align = alignment(t, channels)
+    return (t, strides(t, align), tuple(t.shape[2:])), align
+
+
+def alignment(t: Tensor, channels: int) -> int:
+    """Largest divisor up to 8 of row offsets and channel count, where channels are contiguous."""
+    if t.stride(1) != 1:
+        return 1
+    used = (s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 and s != 1)
+    return math.gcd(8, channels, *used)
+
+
+def strides(t: Tensor, align: int) -> tuple[int, ...]:
+    """Strides as the kernels take them: of positions in units of ``align``."""
+    n, c, *thw = t.stride()
+    return (n // align, c, *(s // align for s in thw))
+
+
+def layout(x: Tensor, y: Tensor, count: int) -> dict[str, Any]:
+    """What the kernels must know at compile time about ``count`` positions of y, read from x."""
+    return {"RUN": run_length(x, y), "WIDE": wide(count)}
+
+
+def run_length(x: Tensor, y: Tensor) -> int:
+    """Positions that are neighbours in memory for certain, where w is the contiguous axis."""
+    contiguous = any(t.stride(4) == 1 != t.stride(1) for t in (x, y))
+    return math.gcd(16, y.shape[4]) if contiguous else 1
+
+
+def uses_tensor_cores(dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 2 or (dtype == torch.float32 and launch.tf32_allowed())
+
+
+def arithmetic(dtype: torch.dtype, dot: bool = True) -> dict[str, Any]:
+    """How products and sums are formed; ``dot``: of matrices."""
+    kinds: dict[str, Any] = {
+        "EMULATE": launch.interpreted() and dtype == torch.bfloat16,
+        "ACCUMULATE": dot_type(dtype),
+    }
+    if dot:
+        tf32 = dtype == torch.float32 and launch.tf32_allowed()
+        kinds["PRECISION"] = "tf32" if tf32 else "ieee"
+    return kinds
+
+
+def dot_type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32

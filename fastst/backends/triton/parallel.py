@@ -1,0 +1,63 @@
+"""``parallel_conv2plus1d``: one launch for ungrouped sums, else one for each branch into y."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ... import configs
+from ...shapes import ParallelSpec, ParallelTensors, Pass, Problem
+from . import arguments, launch
+from .passes import conv_pass
+
+
+def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
+    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+    x, ws, wt, bs, bt = tensors
+    spatial, temporal = problem.passes
+    y = problem.empty_output(x)
+    if spec.combine == "add" and spatial.groups == temporal.groups == 1:
+        _parallel_conv(spec, spatial, temporal, tensors, y)
+        return y
+    end: dict[str, Any] = {
+        "inner": spec.branch_activation,
+        "activation": spec.activation,
+        "slope": spec.slope,
+    }
+    if spec.combine == "cat":
+        conv_pass(spatial, x, ws, y[:, : spatial.out_channels], shift=bs, **end)
+        conv_pass(temporal, x, wt, y[:, spatial.out_channels :], shift=bt, **end)
+    else:
+        conv_pass(spatial, x, ws, y, shift=bs, inner=spec.branch_activation, slope=spec.slope)
+        conv_pass(temporal, x, wt, y, shift=bt, residual=y, **end)
+    return y
+
+
+def _parallel_conv(
+    spec: ParallelSpec, spatial: Pass, temporal: Pass, tensors: ParallelTensors, y: Tensor
+) -> None:
+    """Both ungrouped branches, added, in one launch into y."""
+    kernels = launch.kernels()
+    x, ws, wt, bs, bt = tensors
+    channels, out_channels = x.shape[1], y.shape[1]
+    count = y.shape[0] * math.prod(y.shape[2:])
+    config = configs.parallel_conv(
+        count, channels, out_channels, 1, math.prod(spatial.kernel) + temporal.kernel[0] - 1,
+        x.dtype, arguments.uses_tensor_cores(x.dtype), launch.capability(x.device),
+    )  # fmt: skip
+    packed = [arguments.pack(w, 1, channels, config) for w in (ws, wt)]
+    width = packed[0].shape[-1]
+    x_args, x_align = arguments.operand(x, channels)
+    y_args, y_align = arguments.operand(y, out_channels)
+    launch.run(
+        kernels.tap_conv.parallel_conv,
+        (-(-count // config.block_p) * (width // config.columns),), config,
+        *x_args, channels, *packed, width, bs, bt, *y_args, out_channels, count,
+        SPATIAL=arguments.taps(spatial), TEMPORAL=arguments.taps(temporal),
+        FLAT=channels if config.flat else 0, X_ALIGN=x_align, Y_ALIGN=y_align,
+        **arguments.layout(x, y, count),
+        BRANCH=spec.branch_activation, ACTIVATION=spec.activation, SLOPE=spec.slope,
+        **arguments.tiling(config), **arguments.arithmetic(x.dtype),
+    )  # fmt: skip

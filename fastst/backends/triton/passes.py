@@ -1,0 +1,134 @@
+"""One pass by itself, and the scale and shift of the norm between two."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import configs
+from ...shapes import PairTensors, Pass, Problem
+from . import arguments, launch
+
+
+def conv_pass(
+    p: Pass,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    *,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    in_activation: str = "none",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    inner: str = "none",
+    residual: Tensor | None = None,  # of the strides of y, or y itself
+    activation: str = "none",
+    slope: float = 0.01,
+    statistics: bool = False,
+    rank: int = 0,  # of the configuration among the candidates
+) -> tuple[Tensor | None, int]:
+    """One convolution into y (N, K, T', H', W'), any strides; u and z may have padding channels.
+
+    Returns:
+        Partials (tiles, 2, K) of the statistics of y, if asked for, and positions per tile.
+    """
+    kernels = launch.kernels()
+    groups = p.groups
+    # Padding channels of u are zeros and cost nothing where the tile has room for them.
+    channels = x.shape[1] if groups == 1 else p.in_channels // groups
+    out_channels = p.out_channels // groups
+    count = y.shape[0] * math.prod(y.shape[2:])
+    common = {
+        "TAPS": arguments.taps(p), "IN_ACTIVATION": in_activation, "INNER": inner,
+        "ACTIVATION": activation, "SLOPE": slope, **arguments.layout(x, y, count),
+    }  # fmt: skip
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def partials(block_p: int) -> tuple[int, Tensor | None]:
+        tiles = -(-count // block_p)
+        shape = (tiles, 2, p.out_channels)
+        return tiles, x.new_empty(shape, dtype=accumulate) if statistics else None
+
+    if configs.thin(channels, groups):
+        direct = configs.direct(
+            count, p.out_channels, math.prod(p.kernel), x.stride(1) == 1,
+            launch.capability(x.device),
+        )  # fmt: skip
+        tiles, partial = partials(direct.block_p)
+        x_args, x_align = arguments.operand(x, p.in_channels)
+        y_args, y_align = arguments.operand(y, p.out_channels)
+        launch.run(
+            kernels.depthwise.direct_conv, (tiles * -(-p.out_channels // direct.block_c),), direct,
+            *x_args, channels, out_channels, arguments.pack_direct(weight),
+            in_scale, in_shift, scale, shift, partial,
+            residual, None if residual is None else arguments.strides(residual, y_align),
+            *y_args, p.out_channels, count, X_ALIGN=x_align, Y_ALIGN=y_align, **common,
+            BLOCK_P=direct.block_p, BLOCK_C=direct.block_c, UNROLL=direct.unroll,
+            **arguments.arithmetic(x.dtype, dot=False),
+        )  # fmt: skip
+        return partial, direct.block_p
+
+    stored = y.shape[1] if groups == 1 else out_channels
+    found = configs.candidates(
+        count, channels, out_channels, groups, math.prod(p.kernel), x.dtype,
+        arguments.uses_tensor_cores(x.dtype), launch.capability(x.device),
+    )  # fmt: skip
+    config = found[min(rank, len(found) - 1)]
+    packed = arguments.pack(weight, groups, channels, config)
+    x_args, x_align = arguments.operand(x, channels)
+    y_args, y_align = arguments.operand(y, stored)
+    tiles, partial = partials(config.block_p)
+    launch.run(
+        kernels.tap_conv.tap_conv, (tiles * groups * (packed.shape[-1] // config.columns),), config,
+        *x_args, channels, groups, packed, packed.shape[-1],
+        in_scale, in_shift, scale, shift, partial,
+        residual, None if residual is None else arguments.strides(residual, y_align),
+        *y_args, out_channels, stored, count,
+        FLAT=channels if config.flat else 0, X_ALIGN=x_align, Y_ALIGN=y_align,
+        **common, **arguments.tiling(config), **arguments.arithmetic(x.dtype),
+    )  # fmt: skip
+    return partial, config.block_p
+
+
+def finish_norm(
+    problem: Problem,
+    t: PairTensors,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    partial: Tensor | None = None,
+    rows: int = 1,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of the norm, over the channels of u, from partials or from given statistics.
+
+    mean and var are written where partials are given, else they are the problem's frozen ones.
+    """
+    kernels = launch.kernels()
+    m, padded = problem.mid_channels, problem.mid_shape[-1]
+    total = problem.batch * math.prod(problem.mid_size)
+    block_t, block_c, per_split = configs.combine(m)
+    meta = {"BLOCK_T": block_t, "BLOCK_C": block_c, "ACCUMULATE": arguments.dot_type(problem.dtype)}
+    blocks = -(-padded // block_c)
+    tiles = 0
+    if partial is None:
+        mean, var = t.mean, t.var
+    else:
+        tiles = partial.shape[0]
+        if tiles > per_split:
+            splits = -(-tiles // per_split)
+            into = partial.new_empty((splits, 2, m))
+            launch.run(
+                kernels.statistics.combine_partials, (blocks, splits), None,
+                partial, tiles, rows, total, m, into, per_split, **meta,
+            )  # fmt: skip
+            partial, tiles, rows = into, splits, rows * per_split
+    scale, shift = (t.x.new_empty(padded, dtype=problem.accumulate_dtype) for _ in range(2))
+    launch.run(
+        kernels.statistics.finish_norm, (blocks,), None,
+        partial, tiles, rows, total, mean, var, t.norm_weight, t.norm_bias, bias, scale, shift,
+        m, padded, EPS=problem.spec.eps, **meta,  # type: ignore[union-attr]
+    )  # fmt: skip
+    return scale, shift
