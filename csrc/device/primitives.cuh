@@ -22,10 +22,10 @@ __host__ Global<T> global(const void* data, int64_t) {
   return static_cast<T*>(const_cast<void*>(data));
 }
 
-// Dynamic shared memory from `byte` on.
+// Dynamic shared memory from `byte` on; aligned to the period of the 128-byte swizzle.
 template <class T>
 __device__ Shared<T> shared(int byte) {
-  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   return reinterpret_cast<T*>(dynamic_shared + byte);
 }
 
