@@ -377,7 +377,7 @@ def test_every_way_is_right(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
 
 MUTANTS = {
     "padding goes through norm and activation": (
-        "tap_conv", "z = tl.where(ok, z, 0.0)", "z = tl.where(c_ok, z, 0.0)"),
+        "common", "z = tl.where(ok, z, 0.0)", "z = tl.where(c_ok, z, 0.0)"),
     "statistics count rows that are not there": (
         "tap_conv", "away = tl.where(ok, acc - mean[None, :], 0.0)", "away = acc - mean[None, :]"),
     "one row too many": ("tap_conv", "row_ok = p < count", "row_ok = p <= count"),
@@ -385,8 +385,7 @@ MUTANTS = {
     "second column block repeats the first": (
         "tap_conv", "width + BLOCK_N + tl.arange", "width + tl.arange"),
     "kernel height and width change places": (
-        "tap_conv", "kt, kh, kw = tap // (KH * KW), tap // KW % KH, tap % KW",
-        "kt, kh, kw = tap // (KH * KW), tap % KH, tap // KH % KW"),
+        "tap_conv", "index // lanes % rows, index % lanes", "index % rows, index // rows % lanes"),
     "relu loses NaN": (
         "common", "tl.where(v < 0, 0.0, v)", "tl.where(v > 0, v, 0.0)"),
     "reflection repeats the border": ("common", "2 * (size - 1) - i", "2 * size - 1 - i"),

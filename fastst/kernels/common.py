@@ -15,6 +15,7 @@ import triton.language as tl
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _GELU_RATE = tl.constexpr(-1.5957691216057308)  # −2·sqrt(2/π)
+_NORMAL = tl.constexpr(0.3989422804014327)  # 1/sqrt(2π)
 
 
 class Taps(NamedTuple):
@@ -24,7 +25,8 @@ class Taps(NamedTuple):
     stride: tuple[int, int, int]
     dilation: tuple[int, int, int]
     before: tuple[int, int, int]  # padding in front; behind, the output size says it all
-    mode: str  # padding mode
+    mode: str  # padding mode; "transposed": from the input to the outputs that read it
+    step: tuple[int, int, int] = (1, 1, 1)  # between the taps that read from one residue class
 
 
 @triton.jit
@@ -48,6 +50,29 @@ def activate(v, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "none")
     return v
+
+
+@triton.jit
+def activate_gradient(dz, v, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """dz·act'(v), at kinks and for NaN as PyTorch's own."""
+    if ACTIVATION == "relu":
+        dz = tl.where(v <= 0, 0.0, dz)
+    elif ACTIVATION == "silu":
+        gate = 1 / (1 + tl.exp(-v))
+        dz = dz * (gate * (1 + v * (1 - gate)))
+    elif ACTIVATION == "gelu":
+        dz = dz * (0.5 * (1 + tl.erf(v * _SQRT_HALF)) + v * tl.exp(-0.5 * v * v) * _NORMAL)
+    elif ACTIVATION == "gelu_tanh":
+        gate = 1 / (1 + tl.exp((v + 0.044715 * v * v * v) * _GELU_RATE))
+        rise = (1 + 3 * 0.044715 * v * v) * -_GELU_RATE
+        dz = dz * (gate * (1 + v * (1 - gate) * rise))
+    elif ACTIVATION == "leaky_relu":
+        dz = tl.where(v > 0, dz, SLOPE * dz)
+    elif ACTIVATION == "hardswish":
+        dz = tl.where(v <= -3, 0.0, tl.where(v < 3, dz * (v / 3 + 0.5), dz))
+    else:
+        tl.static_assert(ACTIVATION == "none")
+    return dz
 
 
 @triton.jit
@@ -83,6 +108,52 @@ def source(i, size, MODE: tl.constexpr):
 
 
 @triton.jit
+def image(i, m, size, BEFORE: tl.constexpr, MODE: tl.constexpr):
+    """The m-th padded index that holds a copy of index i, and whether it is one.
+
+    The first is i itself. Reflected and circular padding have one on either side, and the first
+    and last of replicated padding as many as there is padding, here in front and then behind.
+    Those that are outside of the padding are read by no tap.
+    """
+    if MODE == "zeros":
+        at, ok = i, m == 0
+    elif MODE == "replicate":
+        front = (m > 0) & (m <= BEFORE)
+        at = tl.where(m == 0, i, tl.where(front, -m, size - 1 + m - BEFORE))
+        ok = (m == 0) | (i == tl.where(front, 0, size - 1))
+    elif MODE == "circular":
+        at, ok = i + tl.where(m == 0, 0, tl.where(m == 1, -size, size)), i >= 0
+    else:
+        tl.static_assert(MODE == "reflect")
+        at = tl.where(m == 0, i, tl.where(m == 1, -i, 2 * (size - 1) - i))
+        ok = (m == 0) | (i != tl.where(m == 1, 0, size - 1))
+    return at, ok
+
+
+@triton.jit
+def tap_index(i, tap, size, AXIS: tl.constexpr, TAPS: tl.constexpr):
+    """The index that a tap reads for output index i along one axis, and whether it reads at all.
+
+    Transposed: the output index, if any, that reads the padded index i by this tap.
+    """
+    STRIDE: tl.constexpr = TAPS.stride[AXIS]
+    if TAPS.kernel[AXIS] == 1:
+        shift = -TAPS.before[AXIS]
+    else:
+        shift = tap * TAPS.dilation[AXIS] - TAPS.before[AXIS]
+    if TAPS.mode == "transposed":
+        i = i - shift
+        ok = i >= 0
+        if STRIDE > 1:
+            ok = ok & (i % STRIDE == 0)
+            i = i // STRIDE
+        ok = ok & (i < size)
+    else:
+        i, ok = source(i * STRIDE + shift, size, TAPS.mode)
+    return i, ok
+
+
+@triton.jit
 def tap_offsets(position, tap, size, strides, ALIGN: tl.constexpr, TAPS: tl.constexpr):
     """int64 offsets that a tap of output positions reads, and which of them exist.
 
@@ -90,21 +161,9 @@ def tap_offsets(position, tap, size, strides, ALIGN: tl.constexpr, TAPS: tl.cons
     which the kernel has one tap keep the shape of ``position``.
     """
     n, t, h, w = position
-    if TAPS.kernel[0] == 1:
-        t, ok_t = source(t * TAPS.stride[0] - TAPS.before[0], size[0], TAPS.mode)
-    else:
-        t = t * TAPS.stride[0] + (tap[0] * TAPS.dilation[0] - TAPS.before[0])
-        t, ok_t = source(t, size[0], TAPS.mode)
-    if TAPS.kernel[1] == 1:
-        h, ok_h = source(h * TAPS.stride[1] - TAPS.before[1], size[1], TAPS.mode)
-    else:
-        h = h * TAPS.stride[1] + (tap[1] * TAPS.dilation[1] - TAPS.before[1])
-        h, ok_h = source(h, size[1], TAPS.mode)
-    if TAPS.kernel[2] == 1:
-        w, ok_w = source(w * TAPS.stride[2] - TAPS.before[2], size[2], TAPS.mode)
-    else:
-        w = w * TAPS.stride[2] + (tap[2] * TAPS.dilation[2] - TAPS.before[2])
-        w, ok_w = source(w, size[2], TAPS.mode)
+    t, ok_t = tap_index(t, tap[0], size[0], 0, TAPS)
+    h, ok_h = tap_index(h, tap[1], size[1], 1, TAPS)
+    w, ok_w = tap_index(w, tap[2], size[2], 2, TAPS)
     return row_offsets((n, t, h, w), strides, ALIGN), ok_t & ok_h & ok_w
 
 
@@ -120,6 +179,32 @@ def row_offsets(position, strides, ALIGN: tl.constexpr):
 def columns(position):
     """(n, t, h, w) of (BLOCK_P,) each as (BLOCK_P, 1)."""
     return position[0][:, None], position[1][:, None], position[2][:, None], position[3][:, None]
+
+
+@triton.jit
+def operand(
+    x_ptr, at, ok,  # elements of a tile, and which of them exist
+    c, c_ok,  # their channels
+    scale_ptr, shift_ptr,  # per channel, or None
+    other_ptr, rate_ptr,  # a second tensor with the strides of x, and its factor; or None
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """act(scale·x + rate·other + shift) in the dtype of x, 0 where nothing exists."""
+    a = tl.load(x_ptr + at, mask=ok, other=0.0)
+    if scale_ptr is not None or ACTIVATION != "none":
+        z = a.to(ACCUMULATE)
+        if scale_ptr is not None:
+            z = z * tl.load(scale_ptr + c, mask=c_ok, other=0.0)
+        if other_ptr is not None:
+            other = tl.load(other_ptr + at, mask=ok, other=0.0).to(ACCUMULATE)
+            z = z + other * tl.load(rate_ptr + c, mask=c_ok, other=0.0)
+        if shift_ptr is not None:
+            z = z + tl.load(shift_ptr + c, mask=c_ok, other=0.0)
+        z = activate(z, ACTIVATION, SLOPE)
+        if shift_ptr is not None:  # act(shift) is not 0; act(0) is, for all of them
+            z = tl.where(ok, z, 0.0)
+        a = narrow(z, a.dtype, EMULATE)
+    return a
 
 
 @triton.jit

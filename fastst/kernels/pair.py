@@ -59,7 +59,8 @@ def pair_conv(
             z, none = accumulate(
                 nothing, unused, x_ptr, x_strides, x_size, channels,
                 spatial_ptr + chunk * BLOCK_M, mid_width, None, None,
-                (sample, frame, row, column), row_ok, SPATIAL, FLAT, X_ALIGN, "none", SLOPE,
+                None, None, (sample, frame, row, column), row_ok, None, SPATIAL, FLAT, X_ALIGN,
+                "none", SLOPE,
                 BLOCK_M, 0, BLOCK_K, PRECISION, EMULATE,
             )  # fmt: skip
             if scale_ptr is not None:

@@ -13,7 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, columns, narrow, positions, product, row_offsets, tap_offsets
+from .common import (
+    activate,
+    columns,
+    narrow,
+    operand,
+    positions,
+    product,
+    row_offsets,
+    tap_offsets,
+)
 
 
 @triton.jit
@@ -28,13 +37,30 @@ def reduction_rows(channels, TAPS: tl.constexpr, FLAT: tl.constexpr, BLOCK_K: tl
 
 
 @triton.jit
+def tap_of(index, rows, lanes, subset, TAPS: tl.constexpr):
+    """(kt, kh, kw) of the index-th tap, and its place among all."""
+    KH: tl.constexpr = TAPS.kernel[1]
+    KW: tl.constexpr = TAPS.kernel[2]
+    kt, kh, kw = index // (rows * lanes), index // lanes % rows, index % lanes
+    if subset is None:
+        place = index
+    else:
+        kt = subset[0] + kt * TAPS.step[0]
+        kh = subset[1] + kh * TAPS.step[1]
+        kw = subset[2] + kw * TAPS.step[2]
+        place = (kt * KH + kh) * KW + kw
+    return (kt, kh, kw), place
+
+
+@triton.jit
 def accumulate(
     acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
     x_ptr, x_strides, x_size,  # x_ptr at the first channel of the group
     channels,  # of the group
     w_ptr, width,  # w_ptr at the group's first row and the tile's first column
-    scale_ptr, shift_ptr,  # prologue, at the first channel of the group, or None
+    scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, at the group's first channel, or None
     position, row_ok,
+    subset,  # first tap and number of taps, each along t, h, w; or None for all
     TAPS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -45,9 +71,12 @@ def accumulate(
     FLAT is 0, or the channel count where that is too thin to fill BLOCK_K: the reduction then runs
     over (tap, channel) as one index. ALIGN divides the strides and the channels.
     """
-    KH: tl.constexpr = TAPS.kernel[1]
-    KW: tl.constexpr = TAPS.kernel[2]
-    COUNT: tl.constexpr = TAPS.kernel[0] * KH * KW
+    if subset is None:
+        count = TAPS.kernel[0] * TAPS.kernel[1] * TAPS.kernel[2]
+        rows, lanes = TAPS.kernel[1], TAPS.kernel[2]
+    else:
+        count = subset[3] * subset[4] * subset[5]
+        rows, lanes = tl.maximum(subset[4], 1), tl.maximum(subset[5], 1)
     at = columns(position)
     k = tl.arange(0, BLOCK_K)
     w_tile = w_ptr + k.to(tl.int64)[:, None] * width + tl.arange(0, BLOCK_N)[None, :]
@@ -55,41 +84,39 @@ def accumulate(
         w_rest = w_ptr + k.to(tl.int64)[:, None] * width + BLOCK_N + tl.arange(0, REST_N)[None, :]
     if FLAT > 0:
         chunks = 1
-        steps = (COUNT * FLAT + BLOCK_K - 1) // BLOCK_K
+        steps = (count * FLAT + BLOCK_K - 1) // BLOCK_K
     else:
         channels = channels // ALIGN * ALIGN  # the same number, and a mask of whole vectors
         chunks = (channels + BLOCK_K - 1) // BLOCK_K
-        steps = COUNT * chunks
+        steps = count * chunks
     for step in range(steps):
         if FLAT > 0:
-            index = step * BLOCK_K + k
-            tap = index // FLAT
-            c = (index % FLAT)[None, :]
-            c_ok = (index < COUNT * FLAT)[None, :]
-            kt, kh, kw = (tap // (KH * KW))[None, :], (tap // KW % KH)[None, :], (tap % KW)[None, :]
+            index = (step * BLOCK_K + k)[None, :]
+            tap, place = tap_of(index // FLAT, rows, lanes, subset, TAPS)
+            c = index % FLAT
+            c_ok = index < count * FLAT
         else:
-            tap = step // chunks
+            tap, place = tap_of(step // chunks, rows, lanes, subset, TAPS)
             c = ((step % chunks) * BLOCK_K + k)[None, :]
             c_ok = c < channels
-            kt, kh, kw = tap // (KH * KW), tap // KW % KH, tap % KW
-        offsets, inside = tap_offsets(at, (kt, kh, kw), x_size, x_strides, ALIGN, TAPS)
-        ok = inside & row_ok[:, None] & c_ok
-        a = tl.load(x_ptr + offsets + c.to(tl.int64) * x_strides[1], mask=ok, other=0.0)
-        if scale_ptr is not None or ACTIVATION != "none":
-            z = a.to(acc.dtype)
-            if scale_ptr is not None:
-                scale = tl.load(scale_ptr + c, mask=c_ok, other=0.0)
-                shift = tl.load(shift_ptr + c, mask=c_ok, other=0.0)
-                z = z * scale + shift
-            z = activate(z, ACTIVATION, SLOPE)
-            if scale_ptr is not None:  # act(shift) is not 0; act(0) is, for all of them
-                z = tl.where(ok, z, 0.0)
-            a = narrow(z, a.dtype, EMULATE)
-        acc = product(a, tl.load(w_tile), acc, PRECISION, EMULATE)
-        w_tile += BLOCK_K * width
+        offsets, inside = tap_offsets(at, tap, x_size, x_strides, ALIGN, TAPS)
+        offsets = offsets + c.to(tl.int64) * x_strides[1]
+        a = operand(
+            x_ptr, offsets, inside & row_ok[:, None] & c_ok, c, c_ok, scale_ptr, shift_ptr,
+            other_ptr, rate_ptr, ACTIVATION, SLOPE, EMULATE, acc.dtype,
+        )  # fmt: skip
+        if subset is None:
+            moved = tl.to_tensor(step).to(tl.int64) * BLOCK_K * width
+            w_ok = None
+        elif FLAT > 0:  # rows of taps that are not neighbours; beyond the last may be anything
+            moved = tl.trans(place * FLAT + c - k[None, :]).to(tl.int64) * width
+            w_ok = tl.trans(c_ok)
+        else:
+            moved = (place * chunks + step % chunks).to(tl.int64) * BLOCK_K * width
+            w_ok = None
+        acc = product(a, tl.load(w_tile + moved, mask=w_ok), acc, PRECISION, EMULATE)
         if REST_N > 0:
-            rest = product(a, tl.load(w_rest), rest, PRECISION, EMULATE)
-            w_rest += BLOCK_K * width
+            rest = product(a, tl.load(w_rest + moved, mask=w_ok), rest, PRECISION, EMULATE)
     return acc, rest
 
 
@@ -199,7 +226,8 @@ def tap_conv(
     acc, rest = accumulate(
         acc, rest, x_ptr + in_channel.to(tl.int64) * x_strides[1], x_strides, x_size, channels,
         w_ptr + group.to(tl.int64) * reduction * width + first, width, in_scale_ptr, in_shift_ptr,
-        position, row_ok, TAPS, FLAT, X_ALIGN, IN_ACTIVATION, SLOPE, BLOCK_N, REST_N, BLOCK_K,
+        None, None, position, row_ok, None, TAPS, FLAT, X_ALIGN, IN_ACTIVATION, SLOPE, BLOCK_N,
+        REST_N, BLOCK_K,
         PRECISION, EMULATE,
     )  # fmt: skip
 
@@ -254,7 +282,8 @@ def parallel_conv(
     rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
     acc, rest = accumulate(
         acc, rest, x_ptr, x_strides, x_size, channels, spatial_ptr + first, width, None, None,
-        position, row_ok, SPATIAL, FLAT, X_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K,
+        None, None, position, row_ok, None, SPATIAL, FLAT, X_ALIGN, "none", SLOPE, BLOCK_N, REST_N,
+        BLOCK_K,
         PRECISION, EMULATE,
     )  # fmt: skip
     acc = activate(biased(acc, spatial_bias_ptr, n, y_channels), BRANCH, SLOPE)
@@ -265,7 +294,8 @@ def parallel_conv(
         onto, onto_rest = tl.zeros_like(acc), tl.zeros_like(rest)
     onto, onto_rest = accumulate(
         onto, onto_rest, x_ptr, x_strides, x_size, channels, temporal_ptr + first, width, None,
-        None, position, row_ok, TEMPORAL, FLAT, X_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K,
+        None, None, None, position, row_ok, None, TEMPORAL, FLAT, X_ALIGN, "none", SLOPE, BLOCK_N,
+        REST_N, BLOCK_K,
         PRECISION, EMULATE,
     )  # fmt: skip
     onto = activate(biased(onto, temporal_bias_ptr, n, y_channels), BRANCH, SLOPE)
