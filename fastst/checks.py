@@ -163,13 +163,14 @@ def batched(op: str, x: Tensor) -> tuple[Tensor, bool]:
     return (x, True) if x.dim() == 5 else (x.unsqueeze(0), False)
 
 
-def same_dtype(op: str, tensors: Sequence[Tensor | None]) -> None:
+def same_dtype(op: str, tensors: Sequence[Tensor | None], residual: Tensor | None = None) -> None:
     """
     Raises:
-        TypeError: a weight or bias in another dtype than x.
+        TypeError: a weight, a bias or the residual in another dtype than x.
     """
     dtype = tensors[0].dtype  # type: ignore[union-attr]
-    for label, t in zip(PairTensors._fields, tensors, strict=False):
+    labels = (*PairTensors._fields[: len(tensors)], "residual")
+    for label, t in zip(labels, (*tensors, residual), strict=True):
         if t is not None and t.dtype != dtype:
             raise TypeError(f"{op}: {label} must have the dtype of x, {dtype}, got {t.dtype}")
 
@@ -219,6 +220,7 @@ def pair(
     order: str,
     causal: Any,
     recompute: bool,
+    outer_activation: str | None = None,
 ) -> PairSpec:
     """Validated arguments of ``conv2plus1d``.
 
@@ -232,7 +234,11 @@ def pair(
     kind, eps = "none", 0.0
     if norm is not None:
         kind, eps = _norm(op, norm)
-    spec = PairSpec(*geometry, act, float(negative_slope), kind, eps, order, bool(recompute))
+    outer = activation_name(f"{op}: outer_activation", outer_activation)
+    spec = PairSpec(
+        *geometry, act, float(negative_slope), kind, eps, order, bool(recompute), outer,
+        norm.group if norm is not None and norm.training else "",
+    )  # fmt: skip
     problem = Problem.of(tensors, spec)
     first, second = problem.passes
     _weights_fit(op, tensors)
@@ -244,6 +250,8 @@ def pair(
         )
     _sizes(op, first, problem.size, problem.mid_size)
     _sizes(op, second, problem.mid_size, problem.out_size)
+    if tensors.residual is not None:
+        _residual(op, tensors.residual, problem)
     if norm is not None:
         labels = ("running_mean", "running_var", "weight", "bias")
         for label, t in zip(labels, norm[:4], strict=True):
@@ -251,12 +259,31 @@ def pair(
         positions = tensors.x.shape[0]
         for n in problem.mid_size:
             positions = positions * n
-        if kind == "batch" and positions == 1:
+        if kind == "batch" and positions == 1 and not spec.group:
             raise ValueError(
                 f"{op}: batch norm in training requires more than 1 value per channel, got the mid "
                 f"tensor {(tensors.x.shape[0], first.out_channels, *problem.mid_size)}"
             )
     return spec
+
+
+def _residual(op: str, residual: Any, problem: Problem) -> None:
+    """
+    Raises:
+        TypeError: the residual is no tensor.
+        ValueError: it has not the shape of y, or is on another device.
+    """
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{op}: residual must be a tensor, got {type(residual).__name__}")
+    if residual.shape != problem.out_shape:
+        raise ValueError(
+            f"{op}: residual must have the shape of the output, {problem.out_shape}, got "
+            f"{tuple(residual.shape)}"
+        )
+    if residual.device != problem.device:
+        raise ValueError(
+            f"{op}: residual must be on the device of x, {problem.device}, got {residual.device}"
+        )
 
 
 @remembered

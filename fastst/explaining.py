@@ -85,6 +85,10 @@ def _text(call: Call) -> str:
     lines = [f"{p.op} {shapes[0]} → {shapes[1]}, {p.dtype}, {p.device}"]
     if isinstance(p.spec, PairSpec):
         lines[0] += f", {p.mid_channels} mid channels, {p.spec.order}"
+        after = ["residual"] * p.residual + [p.spec.outer_activation] * (
+            p.spec.outer_activation != "none"
+        )
+        lines[0] += f", then {' and '.join(after)}" if after else ""
     lines.append(f"  {call.phase}: {call.chosen}")
     lines += [f"    not {name}: {why}" for name, why in _reasons(call, call.phase).items()]
     return "\n".join(lines)

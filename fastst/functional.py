@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, dispatch, ops
+from . import checks, collectives, dispatch, ops
 from .backends import reference
 from .shapes import PairTensors, ParallelTensors, Problem
 
@@ -34,6 +34,8 @@ class BatchNorm(NamedTuple):
         training: normalise with the statistics of this batch.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
+        group: name of a process group (``ProcessGroup.group_name``) over whose ranks the statistics
+            of the batch are taken in training, as by ``nn.SyncBatchNorm``; "" for this rank alone.
     """
 
     running_mean: Tensor | None
@@ -43,6 +45,7 @@ class BatchNorm(NamedTuple):
     training: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
+    group: str = ""
 
 
 def conv2plus1d(
@@ -63,6 +66,8 @@ def conv2plus1d(
     order: str = "spatial-first",
     causal: Causal = False,
     recompute: bool = False,
+    residual: Tensor | None = None,
+    outer_activation: str | None = None,
 ) -> Tensor:
     """A spatial and a temporal convolution with norm and activation between them, as one operation.
 
@@ -74,6 +79,9 @@ def conv2plus1d(
 
     With ``order="temporal-first"`` the two convolutions change places. Each keeps its own
     dimensions of stride, padding and dilation. Triples are in the order time, height, width.
+
+    What ends a residual block comes with it: ``outer_activation(y + residual)``. Without gradients
+    both are part of the operation, with them PyTorch's own operators after it.
 
     Args:
         x: (N, C, T, H, W) or (C, T, H, W); float16, bfloat16, float32 or float64; any strides.
@@ -89,7 +97,7 @@ def conv2plus1d(
         padding_mode: "zeros", "replicate", "reflect" or "circular"; or (spatial, temporal).
             Temporal padding pads what the temporal convolution reads: z when spatial-first.
         activation: "relu", "silu", "gelu", "gelu_tanh", "leaky_relu", "hardswish", "none" or None.
-        negative_slope: of leaky_relu.
+        negative_slope: of leaky_relu, of both activations.
         norm: a ``BatchNorm``, or None.
         order: "spatial-first" or "temporal-first".
         causal: no output frame i depends on an input frame after i·st: dt·(kt−1) frames of padding
@@ -97,6 +105,8 @@ def conv2plus1d(
             "zeros" or "replicate". "strided" pads dt·(kt−1) + 1 − st, as NVIDIA's Cosmos tokenizer
             does.
         recompute: keep only x for backward and compute the mid tensor u again there.
+        residual: of exactly the shape and the dtype of y, or None; any strides.
+        outer_activation: of y, after the residual; names as for ``activation``.
 
     Returns:
         (N, K, T', H', W'), or (K, T', H', W'), in the memory format ``nn.Conv3d`` would give.
@@ -107,22 +117,28 @@ def conv2plus1d(
         BackendError: the backend asked for cannot run this call.
     """
     x, batched = checks.batched("conv2plus1d", x)
-    tensors = PairTensors(x, spatial_weight, temporal_weight, spatial_bias, temporal_bias)
+    if isinstance(residual, Tensor) and not batched:
+        residual = residual.unsqueeze(0)
+    main = (x, spatial_weight, temporal_weight, spatial_bias, temporal_bias)
+    tensors = PairTensors(*main, residual=residual)
     spec = checks.pair(
         tensors, stride, padding, dilation, groups, padding_mode, activation, negative_slope, norm,
-        order, causal, recompute,
+        order, causal, recompute, outer_activation,
     )  # fmt: skip
     if norm is not None:
         mean, var = (None, None) if norm.training else norm[:2]
-        tensors = PairTensors(*tensors[:5], norm.weight, norm.bias, mean, var)
+        tensors = PairTensors(*main, norm.weight, norm.bias, mean, var, residual)
     tensors = _autocast(tensors)
-    checks.same_dtype("conv2plus1d", tensors[:5])
+    checks.same_dtype("conv2plus1d", tensors[:5], residual)
     if _composes(x):
         y = reference.compose_pair(tensors, spec, _norm_function(norm))
     else:
-        y, mean, var = ops.conv2plus1d(tensors, spec, dispatch.requested())
-        if mean is not None and var is not None and norm is not None:
-            _update_running(norm, mean, var, Problem.of(tensors, spec))
+        y, statistics = ops.conv2plus1d(tensors, spec, dispatch.requested())
+        if statistics is not None and norm is not None:
+            mean, var, count = statistics
+            problem = Problem.of(tensors, spec)
+            local = problem.batch * math.prod(problem.mid_size)
+            _update_running(norm, mean, var, count if spec.group else local)
     return y if batched else y.squeeze(0)
 
 
@@ -213,15 +229,23 @@ def _autocast(tensors: Any) -> Any:
 def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
     if norm is None:
         return lambda u: u
-    return lambda u: F.batch_norm(u, *norm)
+    if not norm.training or not norm.group:
+        return lambda u: F.batch_norm(u, *norm[:-1])
+
+    def pooled(u: Tensor) -> Tensor:
+        group = collectives.resolve(norm.group)
+        v, mean, var, count = collectives.batch_norm(u, norm.weight, norm.bias, norm.eps, group)
+        _update_running(norm, mean, var, count)
+        return v
+
+    return pooled
 
 
-def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, problem: Problem) -> None:
-    """Running statistics as ``torch.nn.functional.batch_norm`` leaves them."""
-    n = problem.batch * math.prod(problem.mid_size)
+def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
+    """Running statistics as ``torch.nn.functional.batch_norm`` leaves them, of n values."""
     with torch.no_grad():
         if norm.running_mean is not None:
             norm.running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
         if norm.running_var is not None:
-            unbiased = norm.momentum * n / (n - 1)
-            norm.running_var.mul_(1 - norm.momentum).add_(var, alpha=unbiased)
+            unbiased = var * (n / (n - 1))
+            norm.running_var.mul_(1 - norm.momentum).add_(unbiased, alpha=norm.momentum)

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .backends import reference
+from . import activations, dispatch
+from .backends import finished, reference
 from .shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
 _PAIR_TENSORS = (
     "Tensor x, Tensor spatial_weight, Tensor temporal_weight, Tensor? spatial_bias, "
-    "Tensor? temporal_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var"
+    "Tensor? temporal_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var, "
+    "Tensor? residual"
 )
 _PAIR_SPEC = (
     "int[] stride, int[] padding, int[] dilation, int[] groups, str[] padding_mode, "
-    "str activation, float slope, str norm, float eps, str order, bool recompute"
+    "str activation, float slope, str norm, float eps, str order, bool recompute, "
+    "str outer_activation"
 )
 _PARALLEL_TENSORS = (
     "Tensor x, Tensor spatial_weight, Tensor temporal_weight, Tensor? spatial_bias, "
@@ -34,6 +36,8 @@ _PARALLEL_SPEC = (
     "int[] stride, int[] padding, int[] dilation, int[] groups, str[] padding_mode, "
     "str branch_activation, str activation, float slope, str combine"
 )
+
+_PAIR, _PAIR_END = len(PairTensors._fields), len(PairTensors._fields + PairSpec._fields)
 
 _library = torch.library.Library("fastst", "DEF")
 
@@ -56,8 +60,19 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
 
 
 def _pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, str]:
-    tensors, spec = PairTensors(*args[:9]), PairSpec(*_tuples(args[9:20]))
-    return tensors, spec, Problem.of(tensors, spec), args[20]
+    tensors, spec = PairTensors(*args[:_PAIR]), PairSpec(*_tuples(args[_PAIR:_PAIR_END]))
+    return tensors, spec, Problem.of(tensors, spec), args[_PAIR_END]
+
+
+def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, str]:
+    """
+    Raises:
+        ValueError: a residual or an outer activation, which have no backward here.
+    """
+    tensors, spec, problem, backend = _pair(args)
+    if problem.residual or spec.outer_activation != "none":
+        raise ValueError("conv2plus1d_train: requires no residual and no outer activation")
+    return tensors, spec, problem, backend
 
 
 def _parallel(args: Sequence[Any]) -> tuple[ParallelTensors, ParallelSpec, Problem, str]:
@@ -74,7 +89,8 @@ def _tuples(values: Sequence[Any]) -> list[Any]:
 
 def _conv2plus1d(*args: Any) -> Tensor:
     tensors, _, problem, backend = _pair(args)
-    return dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, False).y
+    result = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, False)
+    return finished(result, problem, tensors)
 
 
 def _conv2plus1d_fake(*args: Any) -> Tensor:
@@ -82,15 +98,15 @@ def _conv2plus1d_fake(*args: Any) -> Tensor:
 
 
 def _conv2plus1d_train(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors, _, problem, backend = _pair(args)
-    y, *kept = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
+    tensors, _, problem, backend = _trained_pair(args)
+    y, *kept, _ = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
     nothing = y.new_empty(0)
     u, mean, var = (nothing.clone() if t is None else t for t in kept)
     return y, u, mean, var
 
 
 def _conv2plus1d_train_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, spec, problem, _ = _pair(args)
+    _, spec, problem, _ = _trained_pair(args)
     x: Tensor = args[0]
     u = x.new_empty(0 if spec.recompute else problem.mid_shape)
     stats = [x.new_empty(0), x.new_empty(0)]
@@ -104,7 +120,7 @@ def _conv2plus1d_backward(
     dy: Tensor, u: Tensor, batch_mean: Tensor, batch_var: Tensor, *args: Any
 ) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
-    tensors, spec, problem, backend = _pair(args)
+    tensors, spec, problem, backend = _trained_pair(args)
     batch = spec.norm == "batch"
     return dispatch.choose(problem, "backward", backend).conv2plus1d_backward(
         problem, tensors, dy, None if spec.recompute else u,
@@ -115,7 +131,7 @@ def _conv2plus1d_backward(
 def _conv2plus1d_backward_fake(
     dy: Tensor, u: Tensor, batch_mean: Tensor, batch_var: Tensor, *args: Any
 ) -> list[Tensor]:
-    return [torch.empty_like(t) for t, n in zip(args[:9], args[-1], strict=False) if n]
+    return [torch.empty_like(t) for t, n in zip(args[:_PAIR], args[-1], strict=False) if n]
 
 
 _register(
@@ -291,16 +307,26 @@ def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 def conv2plus1d(
     tensors: PairTensors, spec: PairSpec, backend: str
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, and the batch's mean and biased variance where the norm is over the batch."""
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """y; where the norm is over the batch, its mean and biased variance and, over ranks, count.
+
+    The op of inference takes the residual and the outer activation in; in training they are
+    PyTorch's own operators, whose gradients it knows.
+    """
+    outer = tensors.residual is not None or spec.outer_activation != "none"
+    if outer and (spec.norm == "batch" or _needs_grad(tensors)):
+        bare = tensors._replace(residual=None), spec._replace(outer_activation="none")
+        y, statistics = conv2plus1d(*bare, backend)
+        y = y if tensors.residual is None else y + tensors.residual
+        return activations.apply(spec.outer_activation, y, spec.slope), statistics
     if _needs_grad(tensors):
-        y, mean, var = _PairFunction.apply(spec, backend, *tensors)
+        y, *statistics = _PairFunction.apply(spec, backend, *tensors)
     elif spec.norm == "batch":
         spec = spec._replace(recompute=True)  # nothing needs u
-        y, _, mean, var = torch.ops.fastst.conv2plus1d_train(*tensors, *spec, backend)
+        y, _, *statistics = torch.ops.fastst.conv2plus1d_train(*tensors, *spec, backend)
     else:
-        return torch.ops.fastst.conv2plus1d(*tensors, *spec, backend), None, None
-    return (y, mean, var) if spec.norm == "batch" else (y, None, None)
+        return torch.ops.fastst.conv2plus1d(*tensors, *spec, backend), None
+    return y, tuple(statistics) if spec.norm == "batch" else None
 
 
 def parallel_conv2plus1d(tensors: ParallelTensors, spec: ParallelSpec, backend: str) -> Tensor:

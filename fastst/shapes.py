@@ -37,6 +37,7 @@ class PairTensors(NamedTuple):
     norm_bias: Tensor | None = None  # (M,) beta
     mean: Tensor | None = None  # (M,) only with norm="frozen"
     var: Tensor | None = None  # (M,) only with norm="frozen", biased as it stands
+    residual: Tensor | None = None  # (N, K, T', H', W'), any strides; may be x; inference only
 
 
 class PairSpec(NamedTuple):
@@ -53,6 +54,7 @@ class PairSpec(NamedTuple):
     eps: float = 1e-5
     order: str = "spatial-first"
     recompute: bool = False  # keep only x for backward, not the mid tensor u
+    outer_activation: str = "none"  # of y, after the residual; inference only
 
 
 class ParallelTensors(NamedTuple):
@@ -151,6 +153,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     channels_last: bool  # memory format of the output
+    residual: bool = False  # whether one is added to y
 
     @classmethod
     def of(cls, tensors: PairTensors | ParallelTensors, spec: PairSpec | ParallelSpec) -> Problem:
@@ -160,6 +163,7 @@ class Problem:
             spec, x.shape, x.stride(), x.dtype, x.device,
             tensors.spatial_weight.shape, tensors.spatial_weight.stride(),
             tensors.temporal_weight.shape, tensors.temporal_weight.stride(),
+            isinstance(tensors, PairTensors) and tensors.residual is not None,
         )  # fmt: skip
         if torch.compiler.is_compiling():
             return _describe(*key)
@@ -197,7 +201,7 @@ class Problem:
         )
 
     def bytes(self, mid_transfers: int) -> int:
-        """Bytes moved: x and weights read once, y written once, u ``mid_transfers`` times."""
+        """Bytes moved: x, weights, residual and y once each, u ``mid_transfers`` times."""
         weights = sum(
             p.out_channels * p.in_channels // p.groups * math.prod(p.kernel) for p in self.passes
         )
@@ -205,7 +209,8 @@ class Problem:
         mid = 0
         if self.op == "conv2plus1d":
             mid = self.batch * self.mid_channels * math.prod(self.mid_size)
-        elements = x + weights + math.prod(self.out_shape) + mid_transfers * mid
+        y = math.prod(self.out_shape) * (2 if self.residual else 1)
+        elements = x + weights + y + mid_transfers * mid
         return elements * self.dtype.itemsize
 
     def empty_output(self, x: Tensor) -> Tensor:
@@ -224,6 +229,7 @@ def _describe(
     ws_stride: Sequence[int],
     wt: Sequence[int],
     wt_stride: Sequence[int],
+    residual: bool,
 ) -> Problem:
     """The problem of tensors with these shapes and strides."""
     spatial, temporal = _passes(*spec[:5], ws, wt)
@@ -244,7 +250,8 @@ def _describe(
     layouts = ((x, x_stride), (ws, ws_stride), (wt, wt_stride))
     channels_last = any(is_channels_last(shape, stride) for shape, stride in layouts)
     return Problem(
-        op, spec, passes, x[0], size, mid_size, out_size, out_channels, dtype, device, channels_last
+        op, spec, passes, x[0], size, mid_size, out_size, out_channels, dtype, device,
+        channels_last, residual,
     )  # fmt: skip
 
 

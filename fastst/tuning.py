@@ -127,7 +127,8 @@ def example(problem: Problem) -> PairTensors | ParallelTensors:
     if problem.spec.norm == "frozen":
         one = torch.ones(problem.mid_channels, dtype=problem.accumulate_dtype, device=x.device)
         parts.update(norm_weight=one, norm_bias=one * 0, mean=one * 0, var=one)
-    return PairTensors(x, **parts)
+    residual = normal(*problem.out_shape) if problem.residual else None
+    return PairTensors(x, **parts, residual=residual)
 
 
 def cache_file() -> Path:
@@ -156,7 +157,7 @@ def _name(key: Key) -> str:
     parts: Sequence[object] = (
         cache.machine(problem.device), cache.versions(), threads, backend, phase, problem.op,
         tuple(problem.spec), [tuple(p) for p in problem.passes], problem.batch, problem.size,
-        problem.dtype, layout,
+        problem.dtype, layout, problem.residual,
     )  # fmt: skip
     return " | ".join(map(str, parts))
 

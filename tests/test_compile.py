@@ -53,12 +53,16 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     tensors = PairTensors(*main, t.get("norm_weight"), t.get("norm_bias"), *stats)
     args = (*tensors, *spec, "auto")
     _, u, mean, var = OPS.conv2plus1d_train(*args)
-    needs = [t is not None for t in tensors[:7]] + [False, False]
+    needs = [t is not None for t in tensors[:7]] + [False] * 3
     calls = [
         (OPS.conv2plus1d_train, args),
         (OPS.conv2plus1d_backward, (dy, u, mean, var, *args, needs)),
     ]
-    return calls if config.norm == "batch" else [(OPS.conv2plus1d, args), *calls]
+    if config.norm == "batch":
+        return calls
+    tensors = tensors._replace(residual=t.get("residual"))
+    spec = spec._replace(outer_activation=config.outer_activation)
+    return [(OPS.conv2plus1d, (*tensors, *spec, "auto")), *calls]
 
 
 def flat(result: Any) -> list[Tensor]:

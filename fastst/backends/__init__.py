@@ -12,7 +12,13 @@ strides. y has the strides of ``problem.empty_output``; each gradient those of `
 of its tensor; u is ``problem.mid_shape`` in the dtype of x (channels beyond M are zeros); mean and
 var are (M,) in ``problem.accumulate_dtype``. u is what leaves the first convolution, its bias
 included, before norm and activation. It is the same for all backends, so that forward and backward
-may run on different ones. Phases that a backend lacks are refused by ``why_not``.
+may run on different ones. Phases that a backend lacks are refused by ``why_not``. With
+``spec.group`` mean and var are those of all its ranks together (``collectives.pool_statistics``,
+``collectives.share_sums``); gradients are this rank's.
+
+y = outer_activation(pair + residual), where these are given: then nothing is saved, and the norm is
+none or frozen. A backend whose last kernel takes them in says so in its result; for the others
+``finished`` does it.
 """
 
 from __future__ import annotations
@@ -20,6 +26,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+
+from .. import activations
+from ..shapes import PairTensors, Problem
 
 
 class PairResult(NamedTuple):
@@ -29,3 +38,15 @@ class PairResult(NamedTuple):
     u: Tensor | None = None  # with save and not spec.recompute
     mean: Tensor | None = None  # with norm="batch"
     var: Tensor | None = None  # with norm="batch": biased
+    count: Tensor | None = None  # (), with spec.group: values per channel of all its ranks together
+    outer: bool = False  # whether the residual and the outer activation are in y
+
+
+def finished(result: PairResult, problem: Problem, tensors: PairTensors) -> Tensor:
+    """y with the residual and the outer activation, in place where the backend has not done it."""
+    y, spec = result.y, problem.spec
+    if result.outer:
+        return y
+    if tensors.residual is not None:
+        y = y.add_(tensors.residual)
+    return activations.apply(spec.outer_activation, y, spec.slope, inplace=True)  # type: ignore[union-attr]

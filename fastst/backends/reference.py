@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import activations
+from .. import activations, collectives
 from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
 from . import PairResult
 
@@ -41,6 +41,9 @@ def batch_norm(t: PairTensors, spec: PairSpec) -> Callable[[Tensor], Tensor]:
     """Norm of the spec as a function of u."""
     if spec.norm == "none":
         return lambda u: u
+    if spec.group:
+        affine, group = (t.norm_weight, t.norm_bias), collectives.resolve(spec.group)
+        return lambda u: collectives.batch_norm(u, *affine, spec.eps, group)[0]
     mean, var = (t.mean, t.var) if spec.norm == "frozen" else (None, None)
     training = spec.norm == "batch"
     return lambda u: F.batch_norm(u, mean, var, t.norm_weight, t.norm_bias, training, 0.0, spec.eps)
@@ -61,7 +64,9 @@ def compose_pair(
     u = conv_pass(t.x, *weights[first.kind], first)
     v = (norm or batch_norm(t, spec))(u)
     z = activations.apply(spec.activation, v, spec.slope)
-    return conv_pass(z, *weights[second.kind], second)
+    y = conv_pass(z, *weights[second.kind], second)
+    y = y if t.residual is None else y + t.residual
+    return activations.apply(spec.outer_activation, y, spec.slope)
 
 
 def compose_parallel(t: ParallelTensors, spec: ParallelSpec) -> Tensor:
@@ -93,14 +98,18 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
     with torch.no_grad():
         y = problem.empty_output(tensors.x).copy_(compose_pair(_double(tensors), spec, keep))
         (u,) = mids
-        saved = mean = var = None
+        saved = mean = var = count = None
         if save and not spec.recompute:
             saved = y.new_zeros(problem.mid_shape)
             saved[..., : problem.mid_channels] = u.permute(0, 2, 3, 4, 1)
         if spec.norm == "batch":
             var, mean = torch.var_mean(u, (0, 2, 3, 4), correction=0)
+            if spec.group:
+                group, n = collectives.resolve(spec.group), u.numel() // u.shape[1]
+                mean, var, count = collectives.pool_statistics(mean, var, n, group)
+                count = count.to(problem.accumulate_dtype)
             mean, var = mean.to(problem.accumulate_dtype), var.to(problem.accumulate_dtype)
-    return PairResult(y, saved, mean, var)
+    return PairResult(y, saved, mean, var, count, outer=True)
 
 
 def conv2plus1d_backward(

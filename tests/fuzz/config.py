@@ -19,7 +19,7 @@ LAYOUTS = (
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NAMES = (
     "x", "spatial_weight", "temporal_weight", "spatial_bias", "temporal_bias", "norm_weight",
-    "norm_bias",
+    "norm_bias", "residual",
 )  # fmt: skip
 Triple = tuple[int, int, int]
 
@@ -57,6 +57,9 @@ class Config:
     x_layout: str = "contiguous"
     weight_layout: str = "contiguous"
     grad_layout: str = "contiguous"
+    residual: bool = False
+    residual_layout: str = "contiguous"
+    outer_activation: str = "none"
     constant: tuple[str, ...] = ()  # tensors that need no gradient
 
     @property
@@ -125,6 +128,8 @@ class Config:
         # Batch norm over a handful of values has gradients that cancel: its own tests have those.
         if self.norm == "batch" and self.batch * math.prod(sizes[0]) < 16:
             return True
+        if self.parallel and (self.residual or self.outer_activation != "none"):
+            return True
         return self.dtype.itemsize == 2 and self._kinks_unavoidable()
 
     def _kinks_unavoidable(self) -> bool:
@@ -151,7 +156,9 @@ class Config:
         )  # fmt: skip
         if self.parallel:
             return common | dict(branch_activation=self.branch_activation, combine=self.combine)
-        return common | dict(order=self.order, recompute=self.recompute)
+        return common | dict(
+            order=self.order, recompute=self.recompute, outer_activation=self.outer_activation
+        )
 
 
 @dataclass(frozen=True)
@@ -227,4 +234,6 @@ def _draw(rng: random.Random, limits: Limits) -> Config:
         weight_layout=often("contiguous", *LAYOUTS[1:], odds=0.7),
         grad_layout=often("contiguous", *LAYOUTS[1:]),
         constant=tuple(n for n in NAMES if rng.random() < 0.3) if rng.random() < 0.2 else (),
+        residual=not parallel and rng.random() < 0.25, residual_layout=rng.choice(LAYOUTS),
+        outer_activation="none" if parallel else often("none", *ACTIVATIONS, odds=0.6),
     )  # fmt: skip

@@ -44,7 +44,7 @@ def call(config: Config, t: dict[str, Tensor]) -> Tensor:
             t["running_mean"], t["running_var"], t.get("norm_weight"), t.get("norm_bias"),
             config.norm == "batch", MOMENTUM, config.eps,
         )  # fmt: skip
-    return conv2plus1d(*main, norm=norm, **config.kwargs())
+    return conv2plus1d(*main, norm=norm, residual=t.get("residual"), **config.kwargs())
 
 
 Results = dict[str, Tensor]

@@ -82,7 +82,9 @@ def compose(
             u, *running, t.get("norm_weight"), t.get("norm_bias"),
             config.norm == "batch" and statistics is None, MOMENTUM, config.eps,
         )  # fmt: skip
-    return conv(second, feed(config.activation, u)), fed
+    y = conv(second, feed(config.activation, u))
+    y = y + t["residual"] if config.residual else y
+    return feed(config.outer_activation, y), fed
 
 
 def first_pass(config: Config, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
