@@ -108,7 +108,6 @@ def stages(dry: bool, out: Path, scratch: Path) -> list[Stage]:
         watched = [tool or "", "--tool", check, "--error-exitcode", str(SANITIZED), *probe]
         command = probe if dry else watched
         sanitizers.append(Stage(check, 7, command, missing, uncached, judge_sanitizer, True))
-        missing = missing or ("dry run: as memcheck" if dry else None)
     whole = ["--device", device, "--out", record] + ["--dry"] * dry
     networks = [*whole, "--no-compile", *([] if dry else ["--minutes", "{minutes}"])]
     compiled = [*whole, "--minutes", "{minutes}", "--memory", ""]
@@ -116,7 +115,7 @@ def stages(dry: bool, out: Path, scratch: Path) -> list[Stage]:
     rest = "tokenizer,latents,parallel-4d,odd,r2plus1d-18-torchvision,r2plus1d-34"
     return [
         Stage(
-            "build", 14, [sys.executable, "setup.py", "build_ext", "--inplace"], why_no_build(dry),
+            "build", 14, [sys.executable, "setup.py", "build_ext", "--inplace"], why_no_build(),
             (("TORCH_CUDA_ARCH_LIST", architecture()), ("FASTST_BUILD_CUDA", "1")),
         ),
         Stage("tests", 18, tests, None, (), lambda status, _: judge_tests(status, junit, dry)),
@@ -137,10 +136,7 @@ def stages(dry: bool, out: Path, scratch: Path) -> list[Stage]:
             "--modes", "inference,training-bn", "--families", "r2plus1d-18",
         ),
         layers("layers rest", 8, "tokenizer-128", "--dtypes", "bf16", "--families", rest),
-        Stage(
-            "models compiled", 8, module("benchmarks.models", *compiled),
-            "dry run: compiling takes minutes" if dry else None, may_be_cut=True,
-        ),
+        Stage("models compiled", 8, module("benchmarks.models", *compiled), may_be_cut=True),
     ]  # fmt: skip
 
 
@@ -152,12 +148,10 @@ def architecture() -> str:
     return f"{major}.{minor}" + "a" * (major >= 9)
 
 
-def why_no_build(dry: bool) -> str | None:
+def why_no_build() -> str | None:
     """Why the native library is not built in place, or None."""
     if not (ROOT / "setup.py").exists() or not list((ROOT / "csrc").glob("**/*.cu")):
         return "there is no native library in this checkout"
-    if dry:
-        return "dry run"
     if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
         return "nvcc is not on the PATH and CUDA_HOME is not set"
     return None

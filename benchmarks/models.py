@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastst.convert import convert
 from fastst.models import r2plus1d_18
+from fastst.models.resnet import Stage, VideoResNet
 
 from . import measure
 from .layers import arguments, opened
@@ -34,16 +35,26 @@ GATED = 2  # clips of a batch that are compared with float64, which takes severa
 
 @dataclass(frozen=True)
 class Clip:
-    """Size of the input, and the network's classes."""
+    """Size of the input, and the network that it is for."""
 
     batch: int
     frames: int = 16
     space: int = 112
     classes: int = 400
+    dry: bool = False  # the first two stages, a block each; compiled without generating code
 
     @property
     def label(self) -> str:
         return f"{self.batch}×{self.frames}×{self.space}²"
+
+    def network(self) -> nn.Module:
+        if not self.dry:
+            return r2plus1d_18(self.classes)
+        stages = [Stage("2+1d", 16, 1, 1), Stage("2+1d", 32, 1, 2)]
+        return VideoResNet("2+1d", stages, self.classes)
+
+    def compile(self, model: nn.Module) -> None:
+        model.compile(backend="aot_eager" if self.dry else "inductor")
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,6 @@ class ModelStep:
         if variant.channels_last:
             fmt = torch.channels_last_3d
             self.model = self.model.to(memory_format=fmt)  # type: ignore[call-overload]
-        if variant.compiled:
-            self.model.compile()
         self.clips = [x.contiguous(memory_format=fmt) for x in clips]
 
     def __call__(self, i: int = 0) -> Tensor:
@@ -148,7 +157,7 @@ def compare(
     """Rows of every variant of the model in one mode."""
     torch.manual_seed(seed)
     amp = None if dtype == "fp32" else measure.DTYPES[dtype]
-    base = r2plus1d_18(clip.classes).to(device).train(training)
+    base = clip.network().to(device).train(training)
     size = (clip.batch, 3, clip.frames, clip.space, clip.space)
     clips = [torch.randn(size, device=device) for _ in range(3)]
     targets = torch.randint(clip.classes, (clip.batch,), device=device)
@@ -171,6 +180,8 @@ def compare(
         rows[v.name] = row
         try:
             step = ModelStep(base, v, clips, targets, training, amp)
+            if v.compiled:
+                clip.compile(step.model)
             found = _errors(step, truth)
             row["error"] = {name: statistics.median(e) for name, e in found.items()}
             if not (v.converted or v.compiled):
@@ -230,7 +241,7 @@ def training_batches(
     amp = None if dtype == "fp32" else measure.DTYPES[dtype]
     cuda = device.type == "cuda"
     search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    base = r2plus1d_18(clip.classes).to(device)
+    base = clip.network().to(device)
     held = sum(p.nbytes for p in base.parameters())
     rows = []
 
@@ -313,7 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = [float(m) for m in memory.split(",") if m]
     seconds, rounds, most = args.seconds, 30, 512
     if args.dry:
-        clip, limits, seconds, rounds, most = Clip(2, 8, 32, 8), [0.5], 0.0, 2, 1
+        clip, seconds, rounds, most = Clip(2, 8, 32, 8, dry=True), 0.0, 2, 1
+        limits = [0.5] if limits or args.memory is None else []
     dtypes = (args.dtypes or ("bf16" if cuda else "fp32")).split(",")
     wrong = run(
         record, clip, device, dtypes, ("inference", "training"), not args.no_compile, seconds,
