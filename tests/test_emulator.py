@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from types import ModuleType
 import pytest
 
 HERE = Path(__file__).parent / "emulator"
+PRODUCTS = (8, 144, 256, 232, 144, 48, 96, 40)  # N, with every swizzle and every major
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +21,12 @@ def build() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run(program: Path, name: str) -> str:
+    return subprocess.run(
+        [program, name], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +66,128 @@ def cases(build: ModuleType) -> Path:
     ],
 )
 def test_case(cases: Path, name: str, told: list[str]) -> None:
-    run = subprocess.run([cases, name], capture_output=True, text=True, timeout=60, check=True)
+    printed = run(cases, name)
     for part in told:
-        assert part in run.stdout, run.stdout
+        assert part in printed, printed
+
+
+# ---- Hopper
+
+
+@pytest.fixture(scope="session")
+def hopper(build: ModuleType) -> Path:
+    return build.program(HERE / "hopper_cases.cpp")
+
+
+def swizzled(span: int) -> str:
+    """16 rows of pieces 10·row + piece, where PTX's figures put them."""
+    changes = {128: "01234567", 64: "00112233", 32: "00001111"}[span]  # by row of 8
+    pieces = range(span // 16)
+    return " ".join(str(10 * r + (p ^ int(changes[r % 8]))) for r in range(16) for p in pieces)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        # element (w, h, t, n) is 1 + w + 10 h + 100 t + 1000 n; boxes of 3 × 2 in a plane of 5 × 4
+        ("box", "1122 1123 1124 1132 1133 1134"),
+        ("box before", "0 0 0 0 0 201"),
+        ("box beyond", "1034 1035 0 0 0 0"),
+        ("box outside", "0 0 0 0 0 0"),
+        ("box of steps", "0 0 0 0 112 114"),
+        ("swizzle 128", swizzled(128)),
+        ("swizzle 64", swizzled(64)),
+        ("swizzle 32", swizzled(32)),
+        ("map stride", "strides of a multiple of 16 bytes below 2^40, got 136"),
+        ("map row", "box rows of a multiple of 16 bytes, got 24"),
+        ("map span", "box rows as long as the swizzle's span, got 64"),
+        ("map", ""),
+        ("store", " ".join(map(str, range(1, 32))) + " 0 0"),
+        ("store without fence", "a TMA store reads what thread 0 has written, with no fence_proxy"),
+        ("store without wait", "ends with TMA stores that may still read"),
+        ("products f16", "\n".join(f"0 wrong of {64 * n}" for n in PRODUCTS)),
+        ("products bf16", "\n".join(f"0 wrong of {64 * n}" for n in PRODUCTS)),
+        ("pipeline", "0 wrong of 3072"),
+        ("pipeline from registers", "0 wrong of 3072"),
+        # bugs planted in that pipeline
+        ("wrong swizzle", "3072 wrong of 3072"),
+        ("wrong parity", "which nobody has written"),
+        ("expect less", "deadlock; "),
+        ("expect less", "the mbarrier at byte 0 lacks 0 arrivals and -16 bytes"),
+        ("expect more", "the mbarrier at byte 0 lacks 0 arrivals and 16 bytes"),
+        ("expect one", "8192 bytes of TMA loads under way: it was told to expect too few"),
+        ("row off", "starts at byte 1152, not in the first row of a swizzle period of 1024"),
+        ("no wait for full", "which nobody has written"),
+        ("release early", "race: write of 8192 bytes at byte 1024 of shared memory and a read by"),
+        ("release by one warp", "race: write of 8192 bytes at byte 1024 of shared memory"),
+        ("no wgmma fence", "with no wgmma_fence in its group"),
+        ("no wait", "race: write of 8192 bytes at byte 1024 of shared memory and a read by wgmma"),
+        ("wait for one less", "race: write of 8192 bytes at byte 1024 of shared memory"),
+        ("write accumulators", "accumulators written before a wait"),
+        ("write a", "registers of A written"),
+        ("no init fence", "whose initialisation was not fenced"),
+        ("no init barrier", "mbarrier at byte 0 not initialised"),
+        # what threads write, and the engines read or write
+        ("written by threads", "16 16 16 16"),
+        ("no proxy fence", "reads what thread 64 has written, with no fence_proxy_async"),
+        ("no barrier", "which nobody has written"),
+        ("overwrite", "0 0 0 0"),
+        ("overwrite without fence", "which thread 0 has written, with no fence_proxy_async"),
+        ("registers", ""),
+        ("too many registers", "deadlock; 355 threads have finished\n  29 threads"),
+        ("fewer registers", "registers increased from 168 to 160"),
+    ],
+)
+def test_hopper_case(hopper: Path, name: str, told: str) -> None:
+    printed = run(hopper, name)
+    assert told in printed if told else printed == "", printed
+
+
+def layout(program: Path, name: str, registers: int) -> list[list[tuple[int, ...]]]:
+    """By thread and register, its row and column."""
+    places = [tuple(map(int, p.split(","))) for p in run(program, name).split()]
+    return [places[t * registers : (t + 1) * registers] for t in range(128)]
+
+
+def owner(row: int, column: int) -> tuple[int, int]:
+    """Thread and accumulator that have an element, by PTX's figure of the m64nNk16 fragment of D.
+
+    A row belongs to four threads with two neighbours each, eight rows to a warp, which has the
+    eight rows below as well; eight columns on, the same threads have their next registers.
+    """
+    thread = 32 * (row // 16) + 4 * (row % 8) + column % 8 // 2
+    return thread, column // 8 * 4 + row % 16 // 8 * 2 + column % 2
+
+
+def test_accumulators_lie_as_in_ptx(hopper: Path) -> None:
+    columns = 80
+    values = list(map(int, run(hopper, "accumulators").split()))
+    places = layout(hopper, "accumulator layout", 128)
+    for row, column in itertools.product(range(64), range(256)):
+        thread, i = owner(row, column)
+        assert places[thread][i] == (row, column)
+        if column < columns:
+            assert values[thread * columns // 2 + i] == 256 * row + column
+
+
+# Of thread 6 (of group 1, second but last) and 105, elements 0 to 7 of A, read off PTX's figure.
+A_FRAGMENTS = {
+    6: [(1, 4), (1, 5), (9, 4), (9, 5), (1, 12), (1, 13), (9, 12), (9, 13)],
+    105: [(50, 2), (50, 3), (58, 2), (58, 3), (50, 10), (50, 11), (58, 10), (58, 11)],
+}
+
+
+def test_a_fragments_lie_as_in_ptx(hopper: Path) -> None:
+    places = layout(hopper, "a layout", 8)
+    for thread, expected in A_FRAGMENTS.items():
+        assert places[thread] == expected
+    assert {p for of in places for p in of} == set(itertools.product(range(64), range(16)))
+
+
+def test_ldmatrix_and_stmatrix(hopper: Path) -> None:
+    values = list(map(int, run(hopper, "ldmatrix").split()))
+    # the second of two neighbours that lane l gets of matrix j: row l / 4, column 2 (l % 4) + 1
+    assert values[:128] == [
+        100 * j + 10 * (lane // 4) + 2 * (lane % 4) + 1 for lane in range(32) for j in range(4)
+    ]
+    assert values[128:] == [100 * (m // 8) + 10 * (m % 8) for m in (r ^ 1 for r in range(32))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -19,6 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
+EMULATOR = [HERE / name for name in ("emulator.cpp", "tma.cpp", "wgmma.cpp")]
 MODULE = "fastst_emulated"
 FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
@@ -51,14 +53,14 @@ def module(csrc: Path = CSRC) -> Path:
 
     python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     names = (f"-DFASTST_MODULE={MODULE}", "-DFASTST_EMULATED=true", "-fvisibility=hidden")
-    sources = sorted(csrc.glob("*.cu")) + sorted(csrc.glob("*.cpp")) + [HERE / "emulator.cpp"]
+    sources = sorted(csrc.glob("*.cu")) + sorted(csrc.glob("*.cpp")) + EMULATOR
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(
             pool.map(
                 lambda s: _object(
                     s, csrc,
                     # Binding code is slow to optimise and its speed does not matter.
-                    ("-O0", *python, *names) if s.name == "bindings.cpp" else ("-O1",),
+                    ("-O0", *python, *names) if s.name == "bindings.cpp" else _optimised(s),
                 ),
                 sources,
             )
@@ -68,20 +70,34 @@ def module(csrc: Path = CSRC) -> Path:
 
 def program(source: Path) -> Path:
     """Path of the executable made from one source file and the emulator."""
-    objects = [_object(s, CSRC, ("-O1",)) for s in (source, HERE / "emulator.cpp")]
+    sources = (source, *EMULATOR, CSRC / "tiles.cpp")
+    objects = [_object(s, CSRC, _optimised(s)) for s in sources]
     return _made(_hash(*(str(o) for o in objects)), source.stem, *map(str, objects))
 
 
-def _headers(csrc: Path, host_only: bool) -> str:
-    """Everything that a source may include; host code includes no device headers of ours."""
-    files = [f for d in (csrc, HERE) for f in sorted(d.rglob("*")) if f.suffix in (".h", ".cuh")]
-    return _hash(*(f.read_text() for f in files if not (host_only and f.suffix == ".cuh")))
+def _optimised(source: Path) -> tuple[str, ...]:
+    return ("-O3",) if source in EMULATOR else ("-O1",)  # kernels compile for longer than they run
+
+
+def _included(source: Path, csrc: Path) -> list[Path]:
+    """The headers of ours that a source may include, and those that they may, in a fixed order."""
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        text = (file := left.pop()).read_text()
+        for name in re.findall(r'^#include ["<](.+)[">]', text, re.MULTILINE):
+            for folder in (file.parent, HERE, csrc):
+                header = Path(os.path.normpath(folder / name))
+                if header not in found and header.exists():
+                    found.add(header)
+                    left.append(header)
+    return sorted(found)
 
 
 def _object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
     includes = (f"-I{HERE}", f"-I{csrc}")
-    text = source.read_text()
-    key = _hash(compiler(), _headers(csrc, ".cuh>" not in text), text, *FLAGS, *flags)
+    texts = [f.read_text() for f in (source, *_included(source, csrc))]
+    key = _hash(compiler(), *texts, *FLAGS, *flags)
     return _made(key, f"{source.stem}.o", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source))
 
 

@@ -19,6 +19,11 @@
 #include <string>
 #include <vector>
 
+namespace fastst {
+struct Tiles;
+enum class Swizzle;
+}  // namespace fastst
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -29,20 +34,51 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kWarpgroup = 128;
+constexpr int kRegisters = 65536;             // of a block
 constexpr int64_t kSharedLimit = 227 * 1024;  // of a block of compute capability 9.0
 
 using Where = std::source_location;
 
-// Releases of every thread that a thread, barrier or memory cell has seen.
+struct Warpgroup;
+
+// Releases that a thread or barrier has seen: of every thread, and behind them of every mbarrier,
+// whose releases are its phases. `fenced`: what a fence_proxy_async came after.
 struct Clock {
-  std::vector<uint32_t> seen;
+  std::vector<uint32_t> seen, fenced;
   void join(const Clock& other);
 };
+
+inline bool reaches(const std::vector<uint32_t>& clock, int thread, uint32_t release) {
+  return static_cast<size_t>(thread) < clock.size() && clock[thread] >= release;
+}
 
 struct Copy {  // an asynchronous copy that has been issued
   int64_t to;
   std::array<unsigned char, 16> bytes;
+};
+
+// Shared memory that the matrix unit or the copy engine reads, until it was waited for: in which of
+// its releases each thread from `first` on knew; 0 if not yet. One of each warp must be heard of.
+struct Reading {
+  std::string what;
+  int first = 0;
+  std::vector<uint32_t> retired;
+};
+
+struct Event {
+  int thread = -1;  // or an mbarrier, behind the threads
+  uint32_t release = 0;
+};
+
+// What a reader must have seen, and what of it past a fence_proxy_async.
+struct Need {
+  std::vector<Event> seen, fenced;
+};
+
+struct Load {  // by TMA; it has been issued
+  int64_t to, barrier;
+  std::vector<unsigned char> box;
 };
 
 struct Thread {
@@ -56,6 +92,9 @@ struct Thread {
   Clock clock;
   std::vector<Copy> open;                // copies not yet committed
   std::deque<std::vector<Copy>> groups;  // committed ones, oldest first
+  std::vector<int> open_stores;          // readings of TMA stores, in the same way
+  std::deque<std::vector<int>> stores;
+  int registers = 0, wgmma_under_way = 0;
 };
 
 struct Barrier {
@@ -66,20 +105,22 @@ struct Barrier {
 };
 
 struct Mbarrier {
+  int clock = 0;  // its place in a Clock
   int expected = 0, pending = 0;
-  int64_t bytes = 0;  // still to be delivered in this phase
+  int64_t bytes = 0;      // still to be delivered in this phase
+  int64_t under_way = 0;  // bytes that have been issued and not been delivered
   uint64_t phase = 0;
   Clock joining, released;
+  Event initialised;
+  bool fenced = false;
 };
 
 struct Cell {  // two bytes of shared memory
-  struct Access {
-    int thread = -1;
-    uint32_t release = 0;
-  };
   bool written = false;
+  bool by_engine = false;  // the last write
   uint8_t in_flight = 0;
-  Access write, reads[2];  // the last write, and the last reads of two different threads
+  Event write, reads[2];      // the last write, and the last reads of two different threads
+  std::array<int, 4> engine;  // the last Reading of each warpgroup, counted from 1
 };
 
 // The block that is running.
@@ -97,6 +138,7 @@ class Block {
 
   void read_shared(int64_t at, void* to, int64_t bytes, int64_t alignment);
   void write_shared(int64_t at, const void* from, int64_t bytes, int64_t alignment);
+  const unsigned char* bytes(int64_t at) const { return &memory_[at]; }
   void issue(int64_t to, const void* from);  // 16 bytes; zeros for null
   void commit();
   void wait_copies(size_t pending);
@@ -108,13 +150,34 @@ class Block {
   Mbarrier& mbarrier(int64_t at);
   void mbarrier_init(int64_t at, int arrivals);
   void mbarrier_arrive(int64_t at, int64_t bytes_to_come = 0);
-  void mbarrier_deliver(int64_t at, int64_t bytes);
   void mbarrier_wait(int64_t at, int parity, Where where);
+  void mbarrier_fence();
+  void fence_proxy();
+
+  Reading& reading(int number) { return readings_[number - 1]; }
+  int reading(std::string what, int first, int threads);  // a new one's number
+  void retire(Reading&);                                  // as far as this thread is concerned
+  // What must be known to read there by an engine, and a note that `number` does.
+  void collect(int64_t at, int64_t bytes, int number, Need& need);
+  void check(const Need& need, const std::string& what) const;
+
+  void tma_load(int64_t to, const fastst::Tiles& from, int64_t barrier, std::vector<int> at);
+  void tma_store(const fastst::Tiles& to, int64_t from, std::vector<int> at);
+  void tma_commit();
+  void tma_wait_read(size_t pending);
+  void change_registers(int to, bool increase, Where where);
+
+  Warpgroup& warpgroup();
 
  private:
-  void touch(int64_t at, int64_t bytes, int64_t alignment, bool write);
-  bool ordered(const Cell::Access& earlier) const;
+  Event now() const { return {self_->rank, self_->clock.seen[self_->rank]}; }
+  void touch(int64_t at, int64_t bytes, int64_t alignment, bool write, Event as, bool by_engine);
+  bool ordered(const Event& earlier) const;
+  bool ordered(const Reading& earlier) const;
+  std::string who(int thread) const;
   void release(Clock& into);
+  void use(const Mbarrier& barrier) const;
+  bool deliver();
   void complete(Mbarrier& barrier);
   [[noreturn]] void deadlock() const;
   static void enter();
@@ -132,9 +195,17 @@ class Block {
   std::vector<Barrier> warps_;
   std::vector<uint64_t> slots_;
   std::map<int64_t, Mbarrier> mbarriers_;
+  std::vector<int64_t> mbarrier_at_;  // by place in a Clock
+  std::vector<Load> loads_;
+  std::deque<Reading> readings_;
+  int64_t free_registers_ = 0;
+  std::vector<std::shared_ptr<Warpgroup>> warpgroups_;
 };
 
 Block& block();  // the running one
+
+// Where the byte at an address of shared memory lies.
+int64_t swizzled(fastst::Swizzle, int64_t address);
 
 // All blocks of a grid in order; the error of a launch that hardware would refuse, or empty.
 std::string launch(const std::string& kernel, dim3 grid, dim3 block, int64_t shared,

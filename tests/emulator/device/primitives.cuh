@@ -83,6 +83,11 @@ Shared<T> shared(int byte) {
   return Shared<T>(byte);
 }
 
+template <class T>
+uint32_t shared_address(Shared<T> p) {
+  return static_cast<uint32_t>(p.byte());
+}
+
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T lane[V];

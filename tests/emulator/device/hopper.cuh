@@ -1,0 +1,57 @@
+// The emulator's counterpart of csrc/device/hopper.cuh.
+#pragma once
+
+#include <device/primitives.cuh>
+
+namespace fastst {
+
+inline void mbarrier_fence_init() { emulator::block().mbarrier_fence(); }
+
+inline void mbarrier_arrive_expect(Shared<uint64_t> barrier, int bytes) {
+  emulator::block().mbarrier_arrive(barrier.byte(), bytes);
+}
+
+inline void fence_proxy_async() { emulator::block().fence_proxy(); }
+
+template <int N>
+void registers_increase(Where where = Where::current()) {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+  emulator::block().change_registers(N, true, where);
+}
+
+template <int N>
+void registers_decrease(Where where = Where::current()) {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+  emulator::block().change_registers(N, false, where);
+}
+
+// f(j, address of this lane's four bytes of matrix j), from the rows that the lanes of the warp
+// give.
+template <class F>
+void with_rows(int64_t row, const char* name, Where where, F f) {
+  auto& b = emulator::block();
+  const int lane = b.self().rank % emulator::kWarp;
+  if (b.warp_size() != emulator::kWarp) b.fail(std::string(name) + " by less than a warp");
+  if (row % 16) b.fail(std::string("misaligned: row of ") + name + " at " + std::to_string(row));
+  b.slots()[lane] = static_cast<uint64_t>(row);
+  b.meet(b.warp(), emulator::kWarp, name, where, false);
+  for (int j = 0; j < 4; ++j)
+    f(j, static_cast<int64_t>(b.slots()[8 * j + lane / 4]) + lane % 4 * 4);
+  b.meet(b.warp(), emulator::kWarp, name, where, false);
+}
+
+template <class T>
+void ldmatrix_x4(uint32_t (&r)[4], Shared<T> row, Where where = Where::current()) {
+  static_assert(sizeof(T) == 2);
+  with_rows(row.byte(), "ldmatrix", where,
+            [&](int j, int64_t at) { emulator::block().read_shared(at, &r[j], 4, 4); });
+}
+
+template <class T>
+void stmatrix_x4(Shared<T> row, const uint32_t (&r)[4], Where where = Where::current()) {
+  static_assert(sizeof(T) == 2);
+  with_rows(row.byte(), "stmatrix", where,
+            [&](int j, int64_t at) { emulator::block().write_shared(at, &r[j], 4, 4); });
+}
+
+}  // namespace fastst

@@ -1,0 +1,35 @@
+// The emulator's counterpart of csrc/device/tma.cuh.
+#pragma once
+
+#include <tiles.h>
+
+#include <device/hopper.cuh>
+
+namespace fastst {
+
+struct TensorMap {
+  Tiles tiles;
+};
+
+inline TensorMap tensor_map(const Tiles& t) { return check(t), TensorMap{t}; }
+
+inline void tma_prefetch(const TensorMap&) {}
+
+template <class T, class... C>
+void tma_load(Shared<T> to, const TensorMap& map, Shared<uint64_t> barrier, C... at) {
+  emulator::block().tma_load(to.byte(), map.tiles, barrier.byte(), {static_cast<int>(at)...});
+}
+
+template <class T, class... C>
+void tma_store(const TensorMap& map, Shared<T> from, C... at) {
+  emulator::block().tma_store(map.tiles, from.byte(), {static_cast<int>(at)...});
+}
+
+inline void tma_commit() { emulator::block().tma_commit(); }
+
+template <int Pending>
+void tma_wait_read() {
+  emulator::block().tma_wait_read(Pending);
+}
+
+}  // namespace fastst
