@@ -123,7 +123,7 @@ class _Fetch(torch.autograd.Function):
 
 
 class Sum(torch.autograd.Function):
-    """Sum over ranks; the gradient is the sum of the ranks' gradients."""
+    """Sum over ranks; the gradient is the sum of the ranks' gradients, to any order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -133,11 +133,8 @@ class Sum(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        dx = dy.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(dx, group=ctx.group)
-        return dx, None
+        return Sum.apply(dy, ctx.group), None
 
 
 def _swap(sent: list[Tensor | None], received: list[Tensor | None], group: Any) -> None:
@@ -181,6 +178,80 @@ def ranks_of(group: Any) -> range:
     return range(dist.get_world_size(group))
 
 
+def group_name(norm: nn.Module) -> str:
+    """Name of the process group over which a norm takes its statistics; "" if over its own batch.
+
+    The name is plain data that an op can be told; ``resolve`` gives the group back.
+    """
+    if not isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm) or not norm.training:
+        return ""
+    if not dist.is_available() or not dist.is_initialized():
+        return ""
+    group: Any = norm.process_group or dist.group.WORLD
+    return str(group.group_name) if dist.get_world_size(group) > 1 else ""
+
+
+def resolve(name: Any) -> Any:
+    """The process group of a name."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def pool_statistics(
+    mean: Tensor, var: Tensor, count: int, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of values, (), of all ranks together.
+
+    Args:
+        mean, var: (C,) of this rank's values, the variance biased.
+        count: how many values this rank has of each channel; ranks may have different numbers.
+        group: a process group.
+    """
+    local = torch.cat((mean, var, mean.new_full((1,), count)))
+    parts = [torch.empty_like(local) for _ in ranks_of(group)]
+    dist.all_gather(parts, local, group=group)
+    # Of a rank without values the mean is 0/0.
+    table = torch.stack([torch.where(part[-1] > 0, part, 0) for part in parts])
+    counts = table[:, -1:]
+    means, variances = table[:, :-1].tensor_split(2, 1)  # (ranks, C) each
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    var = (counts * (variances + (means - mean) ** 2)).sum(0) / total
+    return mean, var, total
+
+
+def pool_means(sums: Tensor, count: int, group: Any) -> Tensor:
+    """Means over the values of all ranks, of the shape of ``sums``.
+
+    Args:
+        sums: of this rank's values, any shape.
+        count: how many values they are of.
+    """
+    pooled = torch.cat((sums.flatten(), sums.new_full((1,), count)))
+    dist.all_reduce(pooled, group=group)
+    return (pooled[:-1] / pooled[-1]).view(sums.shape)
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, biased variance, number of values) of a batch norm over all ranks of a group.
+
+    Of differentiable operators, to any order. ``SyncedNorm`` is the same to the first order, and
+    exchanges what the op does.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    dims = [0, *range(2, x.dim())]
+    total = wide.new_full((), x.numel() // x.shape[1])
+    dist.all_reduce(total, group=group)
+    mean = Sum.apply(wide.sum(dims), group) / total
+    away = wide - _channel(mean, x)
+    var = Sum.apply((away * away).sum(dims), group) / total
+    y = away * _channel((var + eps).rsqrt(), x)
+    y = y if weight is None else y * _channel(weight, x)
+    y = y if bias is None else y + _channel(bias, x)
+    return y.to(x.dtype), mean.detach(), var.detach(), total
+
+
 class SyncBatchNorm(_BatchNorm):
     """Batch norm with training statistics over all ranks of ``process_group`` together.
 
@@ -204,7 +275,7 @@ class SyncBatchNorm(_BatchNorm):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        y, mean, var, n = _SyncedNorm.apply(x, self.weight, self.bias, self.eps, group)
+        y, mean, var, n = SyncedNorm.apply(x, self.weight, self.bias, self.eps, group)
         if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
@@ -231,7 +302,7 @@ def sync_batch_norm(model: nn.Module, group: Any = None) -> nn.Module:
     return model
 
 
-class _SyncedNorm(torch.autograd.Function):
+class SyncedNorm(torch.autograd.Function):
     """(y, mean, biased variance, values per channel) of a batch norm over all ranks of a group."""
 
     @staticmethod
@@ -240,20 +311,14 @@ class _SyncedNorm(torch.autograd.Function):
     ) -> Any:
         wide = x if x.dtype == torch.float64 else x.float()
         dims = [0, *range(2, x.dim())]
-        var, mean = torch.var_mean(wide, dims, correction=0)
-        count = torch.full_like(mean, x.numel() // x.shape[1])
-        local = torch.stack((count, mean, var))
-        parts = [torch.empty_like(local) for _ in ranks_of(group)]
-        dist.all_gather(parts, local, group=group)
-        counts, means, variances = torch.stack(parts, 1)  # (ranks, C) each
-        n = counts.sum(0)
-        mean = (counts * means).sum(0) / n
-        var = (counts * (variances + (means - mean) ** 2)).sum(0) / n
+        mean = wide.mean(dims)
+        var = (wide - _channel(mean, x)).square_().mean(dims)
+        mean, var, n = pool_statistics(mean, var, x.numel() // x.shape[1], group)
         rstd = (var + eps).rsqrt()
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         y = torch.addcmul(_channel(shift, x), wide, _channel(scale, x)).to(x.dtype)
-        ctx.save_for_backward(x, weight, mean, rstd, n)
+        ctx.save_for_backward(x, weight, mean, rstd)
         ctx.group, ctx.bias = group, bias is not None
         ctx.mark_non_differentiable(mean, var, n)
         return y, mean, var, n
@@ -261,16 +326,15 @@ class _SyncedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        x, weight, mean, rstd, n = ctx.saved_tensors
+        x, weight, mean, rstd = ctx.saved_tensors
         dims = [0, *range(2, x.dim())]
         wide = dy.to(mean.dtype)
         normalised = (x.to(mean.dtype) - _channel(mean, x)) * _channel(rstd, x)
         dbias = wide.sum(dims)
         dweight = (wide * normalised).sum(dims)
-        sums = torch.stack((dbias, dweight))
-        dist.all_reduce(sums, group=ctx.group)
+        means = pool_means(torch.stack((dbias, dweight)), x.numel() // x.shape[1], ctx.group)
         scale = rstd if weight is None else rstd * weight
-        dx = wide - _channel(sums[0] / n, x) - normalised * _channel(sums[1] / n, x)
+        dx = wide - _channel(means[0], x) - normalised * _channel(means[1], x)
         dx = (dx * _channel(scale, x)).to(x.dtype)
         grads = (dx, dweight if weight is not None else None, dbias if ctx.bias else None)
         return *grads, None, None

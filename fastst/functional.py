@@ -234,7 +234,9 @@ def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
 
     def pooled(u: Tensor) -> Tensor:
         group = collectives.resolve(norm.group)
-        v, mean, var, count = collectives.batch_norm(u, norm.weight, norm.bias, norm.eps, group)
+        v, mean, var, count = collectives.SyncedNorm.apply(
+            u, norm.weight, norm.bias, norm.eps, group
+        )  # fmt: skip
         _update_running(norm, mean, var, count)
         return v
 

@@ -26,7 +26,7 @@ _PAIR_TENSORS = (
 _PAIR_SPEC = (
     "int[] stride, int[] padding, int[] dilation, int[] groups, str[] padding_mode, "
     "str activation, float slope, str norm, float eps, str order, bool recompute, "
-    "str outer_activation"
+    "str outer_activation, str group"
 )
 _PARALLEL_TENSORS = (
     "Tensor x, Tensor spatial_weight, Tensor temporal_weight, Tensor? spatial_bias, "
@@ -97,23 +97,23 @@ def _conv2plus1d_fake(*args: Any) -> Tensor:
     return _pair(args)[2].empty_output(args[0])
 
 
-def _conv2plus1d_train(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _conv2plus1d_train(*args: Any) -> tuple[Tensor, ...]:
     tensors, _, problem, backend = _trained_pair(args)
     y, *kept, _ = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
     nothing = y.new_empty(0)
-    u, mean, var = (nothing.clone() if t is None else t for t in kept)
-    return y, u, mean, var
+    return y, *(nothing.clone() if t is None else t for t in kept)
 
 
-def _conv2plus1d_train_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _conv2plus1d_train_fake(*args: Any) -> tuple[Tensor, ...]:
     _, spec, problem, _ = _trained_pair(args)
     x: Tensor = args[0]
     u = x.new_empty(0 if spec.recompute else problem.mid_shape)
-    stats = [x.new_empty(0), x.new_empty(0)]
+    mean, var, count = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if spec.norm == "batch":
         m, dtype = problem.mid_channels, problem.accumulate_dtype
-        stats = [x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)]
-    return problem.empty_output(x), u, *stats  # type: ignore[return-value]
+        mean, var = x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)
+        count = x.new_empty((), dtype=dtype) if spec.group else count
+    return problem.empty_output(x), u, mean, var, count
 
 
 def _conv2plus1d_backward(
@@ -141,7 +141,7 @@ _register(
 )
 _register(
     f"conv2plus1d_train({_PAIR_TENSORS}, {_PAIR_SPEC}, str backend)"
-    " -> (Tensor y, Tensor u, Tensor batch_mean, Tensor batch_var)",
+    " -> (Tensor y, Tensor u, Tensor batch_mean, Tensor batch_var, Tensor batch_count)",
     _conv2plus1d_train,
     _conv2plus1d_train_fake,
 )
@@ -200,15 +200,15 @@ def _scatter(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | No
 
 
 class _PairFunction(torch.autograd.Function):
-    """(y, batch_mean, batch_var) of conv2plus1d; keeps x and, without recompute, u."""
+    """(y, batch_mean, batch_var, batch_count) of conv2plus1d; keeps x and, else recomputed, u."""
 
     @staticmethod
     def forward(ctx: Any, spec: PairSpec, backend: str, *tensors: Tensor | None) -> Any:
-        y, u, mean, var = torch.ops.fastst.conv2plus1d_train(*tensors, *spec, backend)
-        ctx.save_for_backward(u, mean, var, *tensors)
-        ctx.mark_non_differentiable(mean, var)
+        y, u, *statistics = torch.ops.fastst.conv2plus1d_train(*tensors, *spec, backend)
+        ctx.save_for_backward(u, *statistics[:2], *tensors)
+        ctx.mark_non_differentiable(*statistics)
         ctx.spec, ctx.backend = spec, backend
-        return y, mean, var
+        return y, *statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:

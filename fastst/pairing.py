@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from . import activations, dispatch, functional, streaming
+from . import activations, collectives, dispatch, functional, streaming
 from .backends import reference
 from .functional import BatchNorm, Causal
 
-_BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm, collectives.SyncBatchNorm)
 
 
 def pair_forward(
@@ -103,8 +103,6 @@ def why_composed(
     why = why_foreign(convs, {"norm": norm}, {"activation": activation})
     if why is not None:
         return why
-    if isinstance(norm, nn.SyncBatchNorm) and norm.training:
-        return "its SyncBatchNorm reduces statistics over processes in training"
     for label, conv, axes in (("spatial", spatial, (0,)), ("temporal", temporal, (1, 2))):
         for i in axes:
             came = (conv.kernel_size[i], conv.stride[i], sum(sides_of(conv)[i]))
@@ -194,7 +192,8 @@ def batch_norm_arguments(norm: Any) -> BatchNorm | None:
         momentum = 1.0 / (float(norm.num_batches_tracked) + 1) if counts_batches(norm) else 0.0
     tracked = not norm.training or norm.track_running_stats
     mean, var = (norm.running_mean, norm.running_var) if tracked else (None, None)
-    return BatchNorm(mean, var, norm.weight, norm.bias, training, momentum, norm.eps)
+    group = collectives.group_name(norm)
+    return BatchNorm(mean, var, norm.weight, norm.bias, training, momentum, norm.eps, group)
 
 
 def pad_causally(x: Tensor, conv: Any, causal: Causal) -> Tensor:

@@ -55,6 +55,7 @@ class PairSpec(NamedTuple):
     order: str = "spatial-first"
     recompute: bool = False  # keep only x for backward, not the mid tensor u
     outer_activation: str = "none"  # of y, after the residual; inference only
+    group: str = ""  # name of the process group whose batches norm="batch" takes together
 
 
 class ParallelTensors(NamedTuple):

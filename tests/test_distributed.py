@@ -98,7 +98,9 @@ def ddp(rank: int, convert: bool) -> None:
     if convert:
         fastst.convert(model)
     wrapped = DistributedDataParallel(model)
-    step(wrapped, share(x, rank), share(target, rank))
+    with fastst.dispatch.recording() as calls:
+        step(wrapped, share(x, rank), share(target, rank))
+    assert ("conv2plus1d", "forward", "aten") in {(c.what, c.phase, c.chosen) for c in calls}
     assert_same_step(model, whole_run(x, target))
 
 
@@ -167,6 +169,86 @@ def sync_norm(rank: int, kind: type[nn.Module], shape: tuple[int, ...], cumulati
 )
 def test_sync_batch_norm(ranks: Ranks, kind: Any, shape: tuple[int, ...], cumulative: bool) -> None:
     ranks.run(sync_norm, kind, shape, cumulative)
+
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "recompute, temporal first": dict(recompute=True, order="temporal-first"),
+    "cumulative": dict(norm=lambda c: nn.BatchNorm3d(c, momentum=None)),
+    "no running statistics": dict(norm=lambda c: nn.BatchNorm3d(c, track_running_stats=False)),
+    "no affine": dict(norm=lambda c: nn.BatchNorm3d(c, affine=False)),
+    "frozen": {},
+}
+
+
+def synced_pair(rank: int, name: str, backend: str, groups: int) -> None:
+    """A pair on unequal shares against the same pair, with a plain norm, on all samples."""
+    torch.manual_seed(5)
+    settings = dict(PAIRS[name])
+    norm = settings.pop("norm", nn.BatchNorm3d)(4)
+    whole = fastst.Conv2Plus1d(
+        4, 4, 3, (1, 2, 1), 1, mid_channels=4, groups=groups, norm=norm, activation="silu",
+        **settings,
+    ).to(DTYPE)  # fmt: skip
+    for p in whole.norm.parameters():
+        nn.init.normal_(p)
+    pair = distributed.sync_batch_norm(copy.deepcopy(whole))
+    if name == "frozen":
+        whole.norm.eval()
+        pair.norm.eval()
+    x = 2 + torch.randn(3, 4, 3, 5, 4, dtype=DTYPE)
+    mine = slice(0, 1) if rank == 0 else slice(1, None)
+    local = x[mine].clone().requires_grad_()
+    x.requires_grad_()
+    y = whole(x)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    with fastst.use_backend(backend), fastst.dispatch.recording() as calls:
+        got = pair(local)
+        got.backward(dy[mine])
+    assert {call.chosen for call in calls} == {backend}
+    torch.testing.assert_close(got, y[mine], **TIGHT)
+    torch.testing.assert_close(local.grad, x.grad[mine], **TIGHT)
+    for n, p in whole.named_parameters():
+        grad = dict(pair.named_parameters())[n].grad
+        dist.all_reduce(grad)
+        torch.testing.assert_close(grad, p.grad, **TIGHT, msg=lambda m, n=n: f"{n}: {m}")
+    with torch.no_grad(), fastst.use_backend(backend):
+        torch.testing.assert_close(pair(local), whole(x)[mine], **TIGHT)
+    for n, b in whole.named_buffers():
+        torch.testing.assert_close(dict(pair.named_buffers())[n], b, **TIGHT)
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_synced_pairs_equal_one_process(ranks: Ranks, name: str, backend: str) -> None:
+    ranks.run(synced_pair, name, backend, 1)
+
+
+def synced_gradients(rank: int, n: int, order: int) -> None:
+    """Output, gradients, and their gradients, with ``n`` samples on the first rank."""
+    torch.manual_seed(6)
+    whole = fastst.Conv2Plus1d(2, 2, 3, padding=1, norm="batch", activation="silu").to(DTYPE)
+    pair = distributed.sync_batch_norm(copy.deepcopy(whole))
+    x = torch.randn(3, 2, 3, 4, 4, dtype=DTYPE)
+    mine = slice(0, n) if rank == 0 else slice(n, None)
+    local = x[mine].clone().requires_grad_()
+    x.requires_grad_()
+    results = []
+    for layer, clip in ((whole, x), (pair, local)):
+        y = layer(clip)
+        results.append([y])
+        for _ in range(order):
+            (y,) = torch.autograd.grad((y**2).sum(), clip, create_graph=order > 1)
+            results[-1].append(y)
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected[mine], **TIGHT)
+    torch.testing.assert_close(pair.norm.running_var, whole.norm.running_var, **TIGHT)
+
+
+@pytest.mark.parametrize(("n", "order"), [(0, 1), (1, 2)])
+def test_synced_pairs_to_second_order_and_without_samples(ranks: Ranks, n: int, order: int) -> None:
+    ranks.run(synced_gradients, n, order)
 
 
 # ---- split along time

@@ -14,7 +14,7 @@ var are (M,) in ``problem.accumulate_dtype``. u is what leaves the first convolu
 included, before norm and activation. It is the same for all backends, so that forward and backward
 may run on different ones. Phases that a backend lacks are refused by ``why_not``. With
 ``spec.group`` mean and var are those of all its ranks together (``collectives.pool_statistics``,
-``collectives.share_sums``); gradients are this rank's.
+``collectives.pool_means``); gradients are this rank's.
 
 y = outer_activation(pair + residual), where these are given: then nothing is saved, and the norm is
 none or frozen. A backend whose last kernel takes them in says so in its result; for the others
@@ -38,7 +38,7 @@ class PairResult(NamedTuple):
     u: Tensor | None = None  # with save and not spec.recompute
     mean: Tensor | None = None  # with norm="batch"
     var: Tensor | None = None  # with norm="batch": biased
-    count: Tensor | None = None  # (), with spec.group: values per channel of all its ranks together
+    total: Tensor | None = None  # (), with spec.group: values per channel of all its ranks together
     outer: bool = False  # whether the residual and the outer activation are in y
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import activations, tuning
+from .. import activations, collectives, tuning
 from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem, pad_index
 from . import PairResult, cpu
 
@@ -43,9 +43,9 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     weights = _Weights(problem, tensors)
     u = weights.clear(_conv(_rows(tensors.x), *weights.first, problem.passes[0]))
-    v, mean, var = u, None, None
+    v, mean, var, total = u, None, None, None
     if spec.norm != "none":
-        v, mean, var = _normalise(problem, tensors, u)
+        v, mean, var, total = _normalise(problem, tensors, u)
     owned = v is not u or not save
     z = activations.apply(spec.activation, v, spec.slope, inplace=owned)
     y = _conv(z, *weights.second, problem.passes[1])
@@ -56,7 +56,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         mean, var = mean[:m], var[:m]
     else:
         mean = var = None
-    return PairResult(_leave(y, problem.empty_output(tensors.x)), saved, mean, var)
+    return PairResult(_leave(y, problem.empty_output(tensors.x)), saved, mean, var, total)
 
 
 def conv2plus1d_backward(
@@ -225,19 +225,25 @@ def _affine_parameters(problem: Problem, t: PairTensors, channels: int) -> tuple
 
 def _normalise(
     problem: Problem, t: PairTensors, u: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """v, and the batch's mean and biased variance where the norm is over the batch."""
-    if problem.spec.norm == "frozen":  # type: ignore[union-attr]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """v; over the batch, its mean and biased variance, too; over ranks, their number of values."""
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    if spec.norm == "frozen":
         assert t.mean is not None and t.var is not None
-        return _affine(problem, t, u, t.mean, t.var), None, None
+        return _affine(problem, t, u, t.mean, t.var), None, None, None
     channels = u.shape[-1]
+    if spec.group:
+        wide = u.flatten(0, 3).to(problem.accumulate_dtype)
+        var, mean = torch.var_mean(wide, 0, correction=0)
+        group, m = collectives.resolve(spec.group), problem.mid_channels
+        mean, var, total = collectives.pool_statistics(mean[:m], var[:m], wide.shape[0], group)
+        return _affine(problem, t, u, mean, var), mean, var, total
     gamma, beta = _affine_parameters(problem, t, channels)
     # With momentum 1 the running statistics are the batch's: no cancellation through 1/std².
     mean, var = gamma.new_zeros(channels), gamma.new_zeros(channels)
-    eps = problem.spec.eps  # type: ignore[union-attr]
-    v, _, _ = aten.native_batch_norm(_frames(u), gamma, beta, mean, var, True, 1.0, eps)
+    v, _, _ = aten.native_batch_norm(_frames(u), gamma, beta, mean, var, True, 1.0, spec.eps)
     n = u.numel() // channels
-    return _unframe(v, u.shape), mean, var.mul_((n - 1) / n)
+    return _unframe(v, u.shape), mean, var.mul_((n - 1) / n), None
 
 
 def _affine(problem: Problem, t: PairTensors, u: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -260,9 +266,19 @@ def _normalise_backward(
     gamma, _ = _affine_parameters(problem, t, channels)
     mean_ = _per_channel(mean, problem, channels, 0.0)
     var_ = _per_channel(var, problem, channels, 1.0)
-    assert var_ is not None
+    assert mean_ is not None and var_ is not None
+    rstd = (var_ + spec.eps).rsqrt()
+    if spec.group:
+        wide, away = (a.flatten(0, 3).to(problem.accumulate_dtype) for a in (dv, u))
+        away = (away - mean_).mul_(rstd)
+        sums = torch.stack((wide.sum(0), (wide * away).sum(0)))
+        group, m = collectives.resolve(spec.group), problem.mid_channels
+        means = collectives.pool_means(sums[:, :m], wide.shape[0], group)
+        means = F.pad(means, (0, channels - m))
+        du = wide.sub(means[0]).addcmul_(away, means[1], value=-1).mul_(gamma * rstd)
+        return du.to(dv.dtype).view(u.shape), sums[1], sums[0]
     training = spec.norm == "batch"
-    running, saved = ((None, None), (mean_, (var_ + spec.eps).rsqrt()))
+    running, saved = ((None, None), (mean_, rstd))
     if not training:
         running, saved = (mean_, var_), (None, None)  # type: ignore[assignment]
     du, dgamma, dbeta = aten.native_batch_norm_backward(

@@ -74,7 +74,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         k.tap_conv([k.branch(z, w2, b2, second)], [y])
     batch = spec.norm == "batch"
     kept = u if save and not spec.recompute else None
-    return PairResult(y, kept, mean if batch else None, var if batch else None)
+    return PairResult(y, kept, mean if batch else None, var if batch else None, k.total)
 
 
 def conv2plus1d_backward(

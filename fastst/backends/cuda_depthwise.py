@@ -173,7 +173,7 @@ def forward(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
             y.copy_(rows)
     if spec.norm != "batch":
         mean = var = None
-    return PairResult(y, u, mean, var)
+    return PairResult(y, u, mean, var, k.total)
 
 
 def backward(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import collectives
 from ..shapes import PairSpec, PairTensors, Pass, Problem
 
 _DTYPES = {
@@ -95,7 +96,9 @@ class Call:
         self.accumulate = problem.accumulate_dtype
         self.slope = float(problem.spec.slope)
         pair = problem.spec if isinstance(problem.spec, PairSpec) else PairSpec()
-        self.eps, self.batch_norm = pair.eps, pair.norm == "batch"
+        self.eps, self.batch_norm, self.group = pair.eps, pair.norm == "batch", pair.group
+        self.count = problem.batch * math.prod(problem.mid_size)
+        self.total: Tensor | None = None  # count of all ranks of the group, once it is known
         on_gpu = problem.device.type == "cuda"
         self.stream: int = torch.cuda.current_stream(problem.device).cuda_stream if on_gpu else 0
         self.kept: list[Tensor] = []  # alive until everything is launched
@@ -196,12 +199,15 @@ class Call:
         return self.combine_statistics(partials)
 
     def combine_statistics(self, partials: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance from (splits, 3, M)."""
+        """Mean and biased variance, of all ranks of the group, from (splits, 3, M)."""
         mean, var = self.empty(partials.shape[2]), self.empty(partials.shape[2])
         self.lib.combine_statistics(
             self.dtype, self.array(partials), self.array(mean), self.array(var),
             partials.shape[0], self.stream,
         )  # fmt: skip
+        if self.group:
+            group = collectives.resolve(self.group)
+            mean, var, self.total = collectives.pool_statistics(mean, var, self.count, group)
         return mean, var
 
     def sums(self, source: Any, shape: Sequence[int], u: Tensor | None = None) -> Tensor:
@@ -226,14 +232,15 @@ class Call:
 
     def norm_gradient_coefficients(self, sums: Tensor, var: Tensor, coefficients: Tensor) -> Tensor:
         """dgamma; fills rows p and q of the coefficients."""
-        problem = self.problem
-        dgamma = self.empty(var.shape[0])
-        count = problem.batch * math.prod(problem.mid_size)
+        dgamma, count = self.empty(var.shape[0]), self.count
+        if self.group:
+            local = sums[1] * (var + self.eps).rsqrt()
+            sums = collectives.pool_means(sums, count, collectives.resolve(self.group)) * count
         self.lib.norm_gradient_coefficients(
             self.dtype, self.array(sums), self.array(var), self.eps, float(count),
             self.batch_norm, self.array(dgamma), self.array(coefficients), self.stream,
         )  # fmt: skip
-        return dgamma
+        return local if self.group else dgamma
 
 
 @contextlib.contextmanager

@@ -274,8 +274,6 @@ def why_unfit(chain: Chain, modules: Modules) -> str | None:
     altered = why_altered(modules, [*chain.names, *([] if norm is None else [norm])])
     if altered is not None:
         return altered
-    if norm is not None and not chain.plain and isinstance(modules(norm), nn.SyncBatchNorm):
-        return f"{norm} is a SyncBatchNorm between convolutions with padding of their own"
     act = chain.activation
     return pairing.why_foreign(
         {f"convolution {c.path}": modules(c.path) for c in chain.convs if c.plain},

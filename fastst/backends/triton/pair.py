@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import configs
+from ... import collectives, configs
 from ...shapes import PairSpec, PairTensors, Problem
 from .. import PairResult
 from . import arguments, launch
@@ -155,7 +155,7 @@ def _two_passes(problem: Problem, tensors: PairTensors, save: bool, rank: int = 
     keep = save and not spec.recompute
     epilogue: dict[str, Any] = {"shift": b1, "slope": spec.slope, "rank": rank}
     prologue: dict[str, Any] = {"shift": b2, "slope": spec.slope, "rank": rank}
-    mean = var = None
+    mean = var = count = None
     if spec.norm == "frozen":
         scale, shift = finish_norm(problem, tensors, bias=None if keep else b1)
         if keep:
@@ -171,8 +171,14 @@ def _two_passes(problem: Problem, tensors: PairTensors, save: bool, rank: int = 
         assert partial is not None
         mean, var = partial.new_empty(m), partial.new_empty(m)
         scale, shift = finish_norm(problem, tensors, mean, var, partial, rows)
+        if spec.group:
+            mean, var, count = collectives.pool_statistics(
+                mean, var, problem.batch * math.prod(problem.mid_size),
+                collectives.resolve(spec.group),
+            )  # fmt: skip
+            scale, shift = finish_norm(problem, tensors._replace(mean=mean, var=var))
         prologue.update(in_scale=scale, in_shift=shift)
     else:
         conv_pass(first, x, w1, mid, **epilogue)
     conv_pass(second, mid, w2, y, **prologue)
-    return PairResult(y, mid_rows if keep else None, mean, var)
+    return PairResult(y, mid_rows if keep else None, mean, var, count)
