@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import narrow
+
 
 @triton.jit
 def combine(
@@ -96,3 +98,55 @@ def finish_norm(
     inside = channel < padded
     tl.store(scale_ptr + channel, tl.where(ok, scale, 0.0), mask=inside)
     tl.store(shift_ptr + channel, tl.where(ok, shift, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def sum_rows(
+    partial_ptr, rows, columns, out_ptr, per_split,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Sums over ``per_split`` rows each of (rows, columns): (splits, columns), in a fixed order."""
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_ok = column < columns
+    split = tl.program_id(1)
+    last = tl.minimum((split + 1) * per_split, rows)
+    total = tl.zeros((BLOCK_T, BLOCK_C), ACCUMULATE)
+    for start in range(split * per_split, last, BLOCK_T):
+        row = start + tl.arange(0, BLOCK_T)
+        at = partial_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.load(at, mask=(row < last)[:, None] & column_ok[None, :], other=0.0)
+    total = narrow(tl.sum(total, 0), out_ptr.dtype.element_ty, EMULATE)
+    tl.store(out_ptr + split.to(tl.int64) * columns + column, total, mask=column_ok)
+
+
+@triton.jit(do_not_specialize=["total"])
+def norm_gradient(
+    sum_ptr,  # (2, channels): Σdv and Σdv·(u − mean)
+    pooled_ptr,  # the same over all ranks, per value of this one; or sum_ptr; None: a frozen norm
+    mean_ptr, var_ptr, scale_ptr, total,  # of the norm, and values per channel
+    dgamma_ptr, dbias_ptr,  # (channels,), of γ and of the bias before the norm
+    rate_ptr, shift_ptr,  # (padded,), or None
+    channels, padded, EPS: tl.constexpr, BLOCK_C: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """du = scale·dv + rate·u + shift of batch statistics, and the gradients of γ and of the bias.
+
+    The bias before a norm of its own batch has none, which the mean takes away again.
+    """
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ok = channel < channels
+    inside = channel < padded
+    var = tl.load(var_ptr + channel, mask=ok, other=1.0).to(ACCUMULATE)
+    mean = tl.load(mean_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
+    scale = tl.load(scale_ptr + channel, mask=ok, other=0.0)
+    beta = tl.load(sum_ptr + channel, mask=ok, other=0.0)
+    away = tl.load(sum_ptr + channels + channel, mask=ok, other=0.0)
+    tl.store(dgamma_ptr + channel, away / tl.sqrt(var + EPS), mask=ok)
+    if pooled_ptr is not None:
+        pooled = tl.load(pooled_ptr + channel, mask=ok, other=0.0)
+        pooled_away = tl.load(pooled_ptr + channels + channel, mask=ok, other=0.0)
+        rate = -scale * pooled_away / ((var + EPS) * total.to(ACCUMULATE))
+        shift = -scale * pooled / total.to(ACCUMULATE) - rate * mean
+        tl.store(rate_ptr + channel, tl.where(ok, rate, 0.0), mask=inside)
+        tl.store(shift_ptr + channel, tl.where(ok, shift, 0.0), mask=inside)
+        beta = beta - pooled
+    tl.store(dbias_ptr + channel, scale * beta, mask=ok)

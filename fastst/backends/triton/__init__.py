@@ -13,18 +13,28 @@ import torch
 
 from ... import configs
 from ...shapes import Problem
-from . import launch
+from . import backward, launch
+from .backward import conv2plus1d_backward
 from .pair import conv2plus1d, trial, ways
 from .parallel import parallel_conv2plus1d
 
-__all__ = ["avoid", "conv2plus1d", "parallel_conv2plus1d", "trial", "ways", "why_not"]
+__all__ = [
+    "avoid",
+    "conv2plus1d",
+    "conv2plus1d_backward",
+    "parallel_conv2plus1d",
+    "trial",
+    "ways",
+    "why_not",
+]
 
 _ON_CPU = "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set at start"
 
 
 def why_not(problem: Problem, phase: str) -> str | None:
-    if phase != "forward":
-        return "has no backward kernels yet"
+    missing = None if phase == "forward" else backward.why_not(problem)
+    if missing is not None:
+        return missing
     device = problem.device
     if device.type not in ("cuda", "cpu") or torch.version.hip is not None:
         return f"runs on NVIDIA GPUs, not on {device.type} tensors"

@@ -50,6 +50,12 @@ def taps(p: Pass) -> Any:
     return Taps(p.kernel, p.stride, p.dilation, p.padding[::2], p.padding_mode)
 
 
+def transposed_taps(p: Pass) -> Any:
+    """Geometry of the input gradient of a pass."""
+    steps = (s // math.gcd(s, d) for s, d in zip(p.stride, p.dilation, strict=True))
+    return taps(p)._replace(mode="transposed", step=tuple(steps))
+
+
 def operand(t: Tensor, channels: int) -> tuple[tuple[Any, ...], int]:
     """(pointer, strides, (T, H, W)) of a video with that many channels in use, and its ALIGN."""
     align = alignment(t, channels)

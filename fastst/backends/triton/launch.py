@@ -21,7 +21,14 @@ def found() -> tuple[ModuleType | None, str | None]:
         return None, "needs the package triton, which is not installed"
     try:
         from ... import kernels
-        from ...kernels import depthwise, pair, statistics, tap_conv  # noqa: F401
+        from ...kernels import (  # noqa: F401
+            depthwise,
+            input_gradient,
+            pair,
+            statistics,
+            tap_conv,
+            weight_gradient,
+        )
     except Exception as error:  # a broken Triton must not break the other backends
         return None, f"needs a working Triton: importing it failed with {error!r}"
     return kernels, None
@@ -56,7 +63,7 @@ def tf32_allowed() -> bool:
 def run(
     kernel: Any,
     grid: tuple[int, ...],
-    config: configs.TapConfig | configs.PairConfig | configs.StreamConfig | None,
+    config: configs.Config | None,
     *args: Any,
     **meta: Any,
 ) -> None:

@@ -1,0 +1,226 @@
+"""Gradients of one pass, and of the norm between two."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import configs
+from ...shapes import PairTensors, Pass, Problem
+from . import arguments, launch
+
+
+def input_gradient(
+    p: Pass,
+    dy: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+    rate: Tensor | None = None,
+    u: Tensor | None = None,
+    u_scale: Tensor | None = None,
+    u_shift: Tensor | None = None,
+    mean: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.01,
+    sums: bool = False,
+    rank: int = 0,
+) -> Tensor | None:
+    """Gradient of the input of a pass into dx (N, C, T, H, W), any strides.
+
+    What comes from above is scale·dy + rate·other + shift, per channel, with ``other`` of the
+    strides of dy. What is written is multiplied by act'(u_scale·u + u_shift), u of the strides of
+    dx. dy and dx may have padding channels.
+
+    Returns:
+        With ``sums``, partials (tiles, 2, C) of Σdx and, where there is a mean, Σdx·(u − mean).
+    """
+    groups = p.groups
+    channels = dy.shape[1] if groups == 1 else p.out_channels // groups
+    in_channels = p.in_channels // groups
+    stored = dx.shape[1] if groups == 1 else in_channels
+    classes, images = _classes(p), _images(p)
+    grid = tuple(-(-n // s) for n, s in zip(dx.shape[2:], classes, strict=True))
+    count = dx.shape[0] * math.prod(grid)
+    found = configs.input_gradient(
+        count, channels, in_channels, groups, math.prod(p.kernel), dy.dtype,
+        arguments.uses_tensor_cores(dy.dtype), launch.capability(dy.device),
+        fused=other is not None or u is not None,
+    )  # fmt: skip
+    config = found[min(rank, len(found) - 1)]
+    packed = arguments.pack(_transposed(weight, groups), groups, channels, config)
+    dy_args, dy_align = arguments.operand(dy, channels)
+    dx_args, dx_align = arguments.operand(dx, stored)
+    tiles = -(-count // config.block_p) * math.prod(classes)
+    partial = None
+    if sums:
+        partial = dy.new_empty((tiles, 2, p.in_channels), dtype=_accumulate(dy.dtype))
+    launch.run(
+        launch.kernels().input_gradient.input_gradient,
+        (tiles * groups * (packed.shape[-1] // config.columns),), config,
+        *dy_args, channels, groups, packed, packed.shape[-1], scale, shift, other, rate,
+        *dx_args, in_channels, stored, u, u_scale, u_shift, mean, partial, grid, count,
+        TAPS=arguments.transposed_taps(p), FLAT=channels if config.flat else 0, CLASSES=classes,
+        IMAGES=images, MODE=p.padding_mode, Y_ALIGN=dy_align, X_ALIGN=dx_align,
+        RUN=arguments.run_length(dy, dx) if classes[2] == 1 else 1, WIDE=arguments.wide(count),
+        ACTIVATION=activation, SLOPE=slope, **arguments.tiling(config),
+        **arguments.arithmetic(dy.dtype),
+    )  # fmt: skip
+    return partial
+
+
+def _images(p: Pass) -> tuple[int, ...]:
+    """How many padded indices hold a copy of an index, along each axis: see ``common.image``."""
+    sides = zip(p.padding[::2], p.padding[1::2], strict=True)
+    if p.padding_mode == "replicate":
+        return tuple(1 + before + after for before, after in sides)
+    padded = 1 if p.padding_mode == "zeros" else 3
+    return tuple(padded if any(side) else 1 for side in sides)
+
+
+def _classes(p: Pass) -> tuple[int, ...]:
+    """Residue classes along each axis. Images of one class belong to others: then there is one."""
+    return p.stride if math.prod(_images(p)) == 1 else (1, 1, 1)
+
+
+def _transposed(weight: Tensor, groups: int) -> Tensor:
+    """(K, C/g, …) as (C, K/g, …)."""
+    if groups == 1:
+        return weight.transpose(0, 1)
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def weight_gradient(
+    p: Pass,
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    x_activation: str = "none",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+    rate: Tensor | None = None,
+    slope: float = 0.01,
+    rank: int = 0,
+) -> Tensor:
+    """Gradient of the weight of a pass, in its dtype and the strides of ``torch.empty_like``.
+
+    The input is act(x_scale·x + x_shift), what comes from above scale·dy + rate·other + shift,
+    with ``other`` of the strides of dy. Both may have padding channels, which are not read.
+    """
+    groups, taps = p.groups, math.prod(p.kernel)
+    channels, out_channels = p.in_channels // groups, p.out_channels // groups
+    count = dy.shape[0] * math.prod(dy.shape[2:])
+    capability = launch.capability(x.device)
+    found = configs.weight_gradient(
+        count, channels, out_channels, groups, taps, x.dtype,
+        arguments.uses_tensor_cores(x.dtype), capability,
+    )  # fmt: skip
+    c = found[min(rank, len(found) - 1)]
+    rows, widths = configs.weight_blocks(c, channels, out_channels, taps)
+    per_split = configs.positions_per_split(c, count, rows * widths * groups, capability)
+    splits = max(1, -(-count // per_split))
+    partial = x.new_empty((splits, weight.numel()), dtype=_accumulate(x.dtype))
+    x_args, x_align = arguments.operand(x, x.shape[1] if groups == 1 else channels)
+    dy_args, dy_align = arguments.operand(dy, dy.shape[1] if groups == 1 else out_channels)
+    kernels = launch.kernels().weight_gradient
+    launch.run(
+        kernels.weight_gradient, (splits * groups * rows * widths,), c,
+        *x_args, channels, x_scale, x_shift, *dy_args, out_channels, scale, shift, other, rate,
+        partial, groups, rows, widths, count, per_split,
+        TAPS=arguments.taps(p), FLAT=channels if c.flat else 0, SWAP=c.swap, X_ALIGN=x_align,
+        Y_ALIGN=dy_align, **arguments.layout(x, dy, count), ACTIVATION=x_activation, SLOPE=slope,
+        BLOCK_P=c.block_p, BLOCK_R=c.block_r, BLOCK_N=c.block_n, REST_N=c.rest_n,
+        **arguments.arithmetic(x.dtype),
+    )  # fmt: skip
+    dw = torch.empty_like(weight)
+    launch.run(
+        kernels.finish_weight, (-(-weight.numel() // 256),), None,
+        partial, splits, weight.numel(), dw, dw.stride(), channels, out_channels,
+        KERNEL=p.kernel, SWAP=c.swap, BLOCK=256,
+        EMULATE=launch.interpreted() and dw.dtype == torch.bfloat16,
+        ACCUMULATE=arguments.dot_type(x.dtype),
+    )  # fmt: skip
+    return dw
+
+
+def channel_sums(
+    dy: Tensor,
+    bias: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+    rate: Tensor | None = None,
+) -> Tensor:
+    """Gradient of a bias: the sums over positions of scale·dy + rate·other + shift."""
+    channels = bias.shape[0]
+    count = dy.shape[0] * math.prod(dy.shape[2:])
+    block_p, block_c, per_tile = configs.sums(count, channels)
+    tiles = -(-count // per_tile)
+    partial = dy.new_empty((tiles, channels), dtype=_accumulate(dy.dtype))
+    dy_args, align = arguments.operand(dy, dy.shape[1])
+    launch.run(
+        launch.kernels().weight_gradient.channel_sums, (tiles * -(-channels // block_c),), None,
+        *dy_args, channels, scale, shift, other, rate, partial, count, per_tile,
+        ALIGN=align, **arguments.layout(dy, dy, count), BLOCK_P=block_p, BLOCK_C=block_c,
+        **arguments.arithmetic(dy.dtype, dot=False),
+    )  # fmt: skip
+    return sum_rows(partial, torch.empty_like(bias))
+
+
+def sum_rows(partial: Tensor, out: Tensor) -> Tensor:
+    """Sums over the first axis into ``out``, in an order that is always the same."""
+    rows, columns = partial.shape[0], out.numel()
+    block_t, block_c, per_split = configs.combine(columns)
+    splits = -(-rows // per_split)
+    into = out if splits <= 1 else partial.new_empty((splits, columns))
+    launch.run(
+        launch.kernels().statistics.sum_rows, (-(-columns // block_c), max(1, splits)), None,
+        partial, rows, columns, into, per_split, BLOCK_T=block_t, BLOCK_C=block_c,
+        EMULATE=launch.interpreted() and into.dtype == torch.bfloat16,
+        ACCUMULATE=arguments.dot_type(partial.dtype),
+    )  # fmt: skip
+    return out if splits <= 1 else sum_rows(into, out)
+
+
+def norm_gradient(
+    problem: Problem,
+    t: PairTensors,
+    sums: Tensor,
+    pooled: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of γ and of the bias before the norm; rate and shift of du.
+
+    du = scale·dv + rate·u + shift
+
+    Args:
+        sums: (2, M) of ``input_gradient``, added up.
+        pooled: those of all ranks, or the same; None where the norm is frozen.
+    """
+    m, padded = problem.mid_channels, problem.mid_shape[-1]
+    _, block_c, _ = configs.combine(m)
+    dgamma, dbias = sums.new_empty(m), sums.new_empty(m)
+    rate, shift = (None if pooled is None else sums.new_empty(padded) for _ in range(2))
+    launch.run(
+        launch.kernels().statistics.norm_gradient, (-(-padded // block_c),), None,
+        sums, pooled, mean, var, scale, problem.batch * math.prod(problem.mid_size), dgamma, dbias,
+        rate, shift, m, padded, EPS=problem.spec.eps, BLOCK_C=block_c,  # type: ignore[union-attr]
+        ACCUMULATE=arguments.dot_type(problem.dtype),
+    )  # fmt: skip
+    return dgamma, dbias, rate, shift
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,164 @@
+"""Input gradient: the tap convolution the other way round, with mirrored taps.
+
+    dx[p, c] = Σ_tap Σ_n prologue(dy[(p − tap)/stride, n]) · w[tap, n, c]
+
+where the division comes out even. For a stride s, positions of dx fall into s residue classes per
+axis, and each is read by its own taps only: a program has one class, so no product is in vain.
+Padding other than zeros makes positions of dx be read as several padded indices, their images;
+those that no position of a tile has cost nothing.
+
+Weights come packed as for ``tap_conv``, with input and output channels exchanged.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import activate_gradient, image, positions, row_offsets
+from .tap_conv import accumulate, reduction_rows, store, tile_positions
+
+
+@triton.jit
+def residue_class(index, AXIS: tl.constexpr, TAPS: tl.constexpr):
+    """First position of a class along one axis, first of its taps, and how many taps there are.
+
+    With g = gcd(stride, dilation), tap k reads class (k·dilation − before) mod stride, and so do
+    those stride/g further; g − 1 of g classes are read by no tap.
+    """
+    STRIDE: tl.constexpr = TAPS.stride[AXIS]
+    STEP: tl.constexpr = TAPS.step[AXIS]
+    tap, beside = index % STEP, index // STEP
+    first = (tap * TAPS.dilation[AXIS] + beside - TAPS.before[AXIS]) % STRIDE
+    first = (first + STRIDE) % STRIDE
+    taps = tl.maximum((TAPS.kernel[AXIS] - tap + STEP - 1) // STEP, 0)
+    return first, tap, tl.where(beside == 0, taps, 0)
+
+
+@triton.jit
+def finish_gradient(
+    acc, n,  # dz: (BLOCK_P, columns), and channels within the group
+    group, channels, all_channels, stored,  # of a group; of all; how many of n are written
+    u_ptr, scale_ptr, shift_ptr,  # u with the strides of dv, or None; of the norm, or None
+    mean_ptr,  # (all_channels,), or None
+    partial_ptr,  # (2, all_channels) of this tile, or None
+    dv_ptr, dv_strides, position, row_ok,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """dv = dz·act'(scale·u + shift), and its sums Σdv and Σdv·(u − mean) over the tile."""
+    n_ok = n < channels
+    # ALIGN divides both numbers: multiplied by it, the mask is seen to be one of whole vectors.
+    stored = stored // ALIGN * ALIGN
+    channel = group * channels // ALIGN * ALIGN + n
+    ok = row_ok[:, None] & n_ok[None, :]
+    if u_ptr is not None:
+        offsets = row_offsets(position, dv_strides, ALIGN)[:, None]
+        offsets = offsets + channel.to(tl.int64)[None, :] * dv_strides[1]
+        u = tl.load(u_ptr + offsets, mask=row_ok[:, None] & (n < stored)[None, :], other=0.0)
+        u = u.to(acc.dtype)
+        v = u
+        if scale_ptr is not None:
+            v = v * tl.load(scale_ptr + channel, mask=n_ok, other=0.0)[None, :]
+            v = v + tl.load(shift_ptr + channel, mask=n_ok, other=0.0)[None, :]
+        acc = activate_gradient(acc, v, ACTIVATION, SLOPE)
+    acc = tl.where(ok, acc, 0.0)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + channel, tl.sum(acc, 0), mask=n_ok)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)
+            away = tl.where(ok, u - mean[None, :], 0.0)
+            tl.store(partial_ptr + all_channels + channel, tl.sum(acc * away, 0), mask=n_ok)
+    store(acc, channel, n < stored, dv_ptr, dv_strides, position, row_ok, ALIGN, EMULATE)
+
+
+@triton.jit(do_not_specialize=["dy_size", "dx_size", "grid_size", "count"])
+def input_gradient(
+    dy_ptr, dy_strides, dy_size,  # (N, K, T', H', W'); size (T', H', W')
+    channels, groups,  # channels of a group of dy
+    w_ptr, width,  # (groups, reduction, width)
+    in_scale_ptr, in_shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
+    dx_ptr, dx_strides, dx_size,  # (N, C, T, H, W)
+    dx_channels, dx_stored,  # of a group; of it stored: more than it has are zeros
+    u_ptr, scale_ptr, shift_ptr, mean_ptr, partial_ptr,  # ``finish_gradient``; or None
+    grid_size, count,  # (T, H, W) of one residue class, and its positions: N·T·H·W
+    TAPS: tl.constexpr, FLAT: tl.constexpr, CLASSES: tl.constexpr,  # classes along each axis
+    IMAGES: tl.constexpr, MODE: tl.constexpr,  # along each axis; padding mode
+    Y_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """dx, or dv with its sums. Programs of one tile of positions are neighbours."""
+    tiles_n = width // (BLOCK_N + REST_N)
+    pid = tl.program_id(0)
+    tile = pid // (tiles_n * groups)
+    group = pid // tiles_n % groups
+    first = pid % tiles_n * (BLOCK_N + REST_N)
+    tiles_p = (count + BLOCK_P - 1) // BLOCK_P
+    _, p = tile_positions(tile % tiles_p, BLOCK_P, WIDE)
+    row_ok = p < count
+    sample, t, h, w = positions(p, grid_size, RUN)
+    subset = None
+    if CLASSES[0] * CLASSES[1] * CLASSES[2] > 1:
+        index = tile // tiles_p
+        first_t, tap_t, taps_t = residue_class(index // (CLASSES[1] * CLASSES[2]), 0, TAPS)
+        first_h, tap_h, taps_h = residue_class(index // CLASSES[2] % CLASSES[1], 1, TAPS)
+        first_w, tap_w, taps_w = residue_class(index % CLASSES[2], 2, TAPS)
+        t, h, w = t * CLASSES[0] + first_t, h * CLASSES[1] + first_h, w * CLASSES[2] + first_w
+        row_ok = row_ok & (t < dx_size[0]) & (h < dx_size[1]) & (w < dx_size[2])
+        subset = (tap_t, tap_h, tap_w, taps_t, taps_h, taps_w)
+
+    acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
+    rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
+    in_channel = group * channels
+    if in_scale_ptr is not None:
+        in_scale_ptr += in_channel
+    if in_shift_ptr is not None:
+        in_shift_ptr += in_channel
+    if rate_ptr is not None:
+        rate_ptr += in_channel
+        other_ptr += in_channel.to(tl.int64) * dy_strides[1]
+    dy_ptr += in_channel.to(tl.int64) * dy_strides[1]
+    w_ptr += group.to(tl.int64) * reduction_rows(channels, TAPS, FLAT, BLOCK_K) * width + first
+    if IMAGES[0] * IMAGES[1] * IMAGES[2] == 1:
+        acc, rest = accumulate(
+            acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, in_scale_ptr,
+            in_shift_ptr, other_ptr, rate_ptr, (sample, t, h, w), row_ok, subset, TAPS, FLAT,
+            Y_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+        )  # fmt: skip
+    else:
+        for m in range(IMAGES[0] * IMAGES[1] * IMAGES[2]):
+            m_t, m_h, m_w = m // (IMAGES[1] * IMAGES[2]), m // IMAGES[2] % IMAGES[1], m % IMAGES[2]
+            at_t, ok_t = image(
+                t, m_t, dx_size[0], TAPS.before[0], MODE if IMAGES[0] > 1 else "zeros"
+            )
+            at_h, ok_h = image(
+                h, m_h, dx_size[1], TAPS.before[1], MODE if IMAGES[1] > 1 else "zeros"
+            )
+            at_w, ok_w = image(
+                w, m_w, dx_size[2], TAPS.before[2], MODE if IMAGES[2] > 1 else "zeros"
+            )
+            ok = row_ok & ok_t & ok_h & ok_w
+            if tl.max(ok.to(tl.int32), 0) > 0:
+                acc, rest = accumulate(
+                    acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, in_scale_ptr,
+                    in_shift_ptr, other_ptr, rate_ptr, (sample, at_t, at_h, at_w), ok, None, TAPS,
+                    FLAT, Y_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+                )  # fmt: skip
+
+    all_channels = groups * dx_channels
+    if partial_ptr is not None:
+        partial_ptr += tile.to(tl.int64) * 2 * all_channels
+    n = first + tl.arange(0, BLOCK_N)
+    finish_gradient(
+        acc, n, group, dx_channels, all_channels, dx_stored, u_ptr, scale_ptr, shift_ptr, mean_ptr,
+        partial_ptr, dx_ptr, dx_strides, (sample, t, h, w), row_ok, ACTIVATION, SLOPE, X_ALIGN,
+        EMULATE,
+    )  # fmt: skip
+    if REST_N > 0:
+        n = first + BLOCK_N + tl.arange(0, REST_N)
+        finish_gradient(
+            rest, n, group, dx_channels, all_channels, dx_stored, u_ptr, scale_ptr, shift_ptr,
+            mean_ptr, partial_ptr, dx_ptr, dx_strides, (sample, t, h, w), row_ok, ACTIVATION, SLOPE,
+            X_ALIGN, EMULATE,
+        )  # fmt: skip
