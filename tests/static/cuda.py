@@ -1,9 +1,12 @@
 """Inspect the machine code of the native library, without a GPU.
 
 One row for each kernel and architecture: registers, bytes of stack frame and of spills (local loads
-and stores), static shared memory, 16-byte loads. Fails on a stack frame, on a spill, or on a
-depthwise kernel that moves its frames by less than 16 bytes. Dynamic shared memory is the host's
-choice; its limits are in ``fastst.backends.cuda_depthwise``.
+and stores), static shared memory, 16-byte loads; TMA loads, matrix products and their columns.
+Fails on a stack frame, on a spill, on a depthwise kernel that moves its frames by less than 16
+bytes, and on a Hopper kernel without TMA, with products of other columns than it is named after, or
+with products that wait for each other. The wrappers of Hopper's instructions are compiled by
+themselves (wrappers.cu), for every number of columns. Dynamic shared memory is the host's choice;
+its limits are in ``fastst.backends.cuda_depthwise``.
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from pathlib import Path
 NVIDIA_TOOLS = "backends/nvidia/bin"  # inside the package triton, where there is no toolkit
 WIDE = re.compile(r"\b(LDG|LDGSTS)\.E\.(\w+\.)*128\b")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
+# Of 64 rows and N columns; gsb0 ends a group. What has no registers only marks an end.
+PRODUCT = re.compile(r"\bHGMMA\.64x(\d+)x16\.F32\S* R\d.*?(gsb0)?\s*;")
+TMA = re.compile(r"\bUTMALDG\.(\dD)")
+ROOT = Path(__file__).parents[2]
 
 
 def tool(name: str) -> str:
@@ -57,7 +64,7 @@ def names(mangled: list[str]) -> dict[str, str]:
     return dict(zip(mangled, short, strict=True))
 
 
-def inspect(cubin: Path) -> list[tuple[str, dict[str, int]]]:
+def inspect(cubin: Path) -> list[tuple[str, Counter[str]]]:
     """Each kernel of a cubin with its resources and counts of instructions."""
     usage = output(tool("cuobjdump"), "--dump-resource-usage", str(cubin))
     resources = {
@@ -74,7 +81,72 @@ def inspect(cubin: Path) -> list[tuple[str, dict[str, int]]]:
             count = counts.setdefault(current, Counter())
             count["wide"] += bool(WIDE.search(line))
             count["local"] += bool(LOCAL.search(line))
-    return [(name, {**r, **counts.get(name, Counter())}) for name, r in resources.items()]
+            count["setmaxnreg"] += "USETMAXREG" in line
+            if product := PRODUCT.search(line):
+                count[f"columns {product[1]}"] += 1
+                count["products"] += 1
+                count["ends"] += product[2] is not None
+            if load := TMA.search(line):
+                count["tma"] += 1
+                count[f"tma {load[1]}"] += 1
+    return [(name, Counter(r) + counts.get(name, Counter())) for name, r in resources.items()]
+
+
+def columns(resources: Counter[str]) -> list[int]:
+    """The N of its matrix products."""
+    return sorted(int(k.split()[1]) for k in resources if k.startswith("columns"))
+
+
+def product_faults(name: str, resources: Counter[str]) -> list[str]:
+    """What is wrong with the matrix products of a kernel whose first number is its N."""
+    meant = re.search(r"<\w+, (\d+)", name)
+    wrong = []
+    if meant is None or columns(resources) != [int(meant[1])]:
+        wrong.append(f"products of {columns(resources) or 'no'} columns")
+    # ptxas says so as well (C7510, C7511), but only to who compiles.
+    elif resources["ends"] == resources["products"]:
+        wrong.append("every product waits for the one before")
+    return wrong
+
+
+def hopper_faults(name: str, resources: Counter[str]) -> list[str]:
+    wrong = product_faults(name, resources)
+    if not resources["tma"]:
+        wrong.append("no TMA loads")
+    if not resources["setmaxnreg"]:
+        wrong.append("setmaxnreg was ignored")  # C7508
+    return wrong
+
+
+def wrapper_faults(folder: Path) -> list[str]:
+    """Compiles wrappers.cu; empty where there is no nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return []
+    cubin = folder / "wrappers.cubin"
+    compiled = subprocess.run(
+        [
+            nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-arch=sm_90a", "-Xptxas", "-v",
+            "-cubin", str(Path(__file__).with_name("wrappers.cu")), "-o", str(cubin),
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if compiled.returncode:
+        return [f"wrappers.cu: {compiled.stderr}"]
+    wrong = [line for line in compiled.stderr.splitlines() if "(C75" in line]
+    kernels = dict(inspect(cubin))
+    readable = names(list(kernels))
+    for mangled, r in kernels.items():
+        name = readable[mangled]
+        if name.startswith("from_"):
+            wrong += [f"{name}: {fault}" for fault in product_faults(name, r)]
+        elif missing := [f"{n}D" for n in range(1, 6) if not r[f"tma {n}D"]]:
+            wrong.append(f"{name}: no TMA loads of {missing}")
+    found = {n for r in kernels.values() for n in columns(r)}
+    if found != set(range(8, 257, 8)):
+        wrong.append(f"wrappers.cu: products of {sorted(found)} columns only")
+    print(f"{len(kernels)} kernels of wrappers.cu, {len(wrong)} wrong")
+    return wrong
 
 
 def main() -> int:
@@ -82,9 +154,9 @@ def main() -> int:
     if found is None:
         print("fastst._C is not built (no nvcc): nothing to inspect")
         return 1 if shutil.which("nvcc") else 0
-    wrong = []
-    print(f"{'kernel':64} arch   regs stack local shared wide")
     with tempfile.TemporaryDirectory() as folder:
+        wrong = wrapper_faults(Path(folder))
+        (Path(folder) / "wrappers.cubin").unlink(missing_ok=True)
         subprocess.run(
             [tool("cuobjdump"), "--extract-elf", "all", str(found)],
             cwd=folder, check=True, capture_output=True,
@@ -93,14 +165,21 @@ def main() -> int:
         for cubin in sorted(Path(folder).glob("*.cubin")):
             arch = re.search(r"sm_\w+?(?=\.)", cubin.name)
             rows += [(n, arch[0] if arch else "?", r) for n, r in inspect(cubin)]
+    print(f"{'kernel':64} arch   regs stack local shared wide  tma products")
     readable = names(sorted({n for n, _, _ in rows}))
     for mangled, arch, r in sorted(rows, key=lambda row: (readable[row[0]], row[1])):
-        name, local, wide = readable[mangled], r.get("local", 0), r.get("wide", 0)
-        print(f"{name:64} {arch:6} {r['REG']:4} {r['STACK']:5} {local:5} {r['SHARED']:6} {wide:4}")
+        name, local, wide = readable[mangled], r["local"], r["wide"]
+        products = f"{r['products']} × {columns(r)}" if r["products"] else ""
+        print(
+            f"{name:64} {arch:6} {r['REG']:4} {r['STACK']:5} {local:5} {r['SHARED']:6} {wide:4} "
+            f"{r['tma'] or '':4} {products}"
+        )
         if r["STACK"] or r["LOCAL"] or local:
             wrong.append(f"{name} on {arch}: stack frame or spill")
         if name.startswith("depthwise") and not wide:
             wrong.append(f"{name} on {arch}: no 16-byte loads")
+        if name.startswith("hopper"):
+            wrong += [f"{name} on {arch}: {fault}" for fault in hopper_faults(name, r)]
     if not rows:
         wrong.append("no kernels found")
     print(f"{len(rows)} kernels, {len(wrong)} wrong")
