@@ -143,6 +143,47 @@ def test_static_inspection_finds_a_spill(tmp_path: Path) -> None:
     assert any(r["STACK"] > 0 and r["local"] > 0 for r in resources)
 
 
+SERIAL = r"""
+#include <device/wgmma.cuh>
+using namespace fastst;
+template <class T, int N>
+__global__ void __launch_bounds__(128) product(float* out) {
+  float d[N / 2] = {};
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    wgmma<T, N>(d, descriptor(shared<T>(0)), descriptor(shared<T>(8192)), true);
+    TOUCH
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  keep(d);
+  for (int i = 0; i < N / 2; ++i) out[threadIdx.x + 128 * i] = d[i];
+}
+template __global__ void product<__half, 24>(float*);
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("touch", ["", "d[k] += 1;"])
+def test_static_inspection_finds_products_that_wait(touch: str, tmp_path: Path) -> None:
+    static = native.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
+    (tmp_path / "serial.cu").write_text(SERIAL.replace("TOUCH", touch))
+    cubin = tmp_path / "serial.cubin"
+    subprocess.run(
+        [
+            "nvcc", "-std=c++20", f"-I{ROOT / 'csrc'}", "-cubin", "-arch=sm_90a", "-o", str(cubin),
+            str(tmp_path / "serial.cu"),
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    [(_, resources)] = static.inspect(cubin)
+    faults = ["every product waits for the one before"] if touch else []
+    assert static.product_faults("product<__half, 24>", resources) == faults
+    assert static.product_faults("product<__half, 32>", resources) == ["products of [24] columns"]
+    assert "no TMA loads" in static.hopper_faults("product<__half, 24>", resources)
+
+
 # ---- setup.py
 
 
@@ -157,6 +198,7 @@ def script(
     monkeypatch.setattr(shutil, "which", lambda name, path=None: nvcc)
     for name in ("FASTST_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FASTST_BUILD_CPU", "0")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return {**runpy.run_path(str(ROOT / "setup.py")), "called": called}
