@@ -1,6 +1,10 @@
-"""Builds the native library ``fastst._C`` with nvcc and ninja where nvcc is; see docs/install.md.
+"""Builds the native libraries with ninja, where there are compilers; see docs/install.md.
 
-FASTST_BUILD_CUDA: "auto" (default: build if nvcc is found), "1" (it must be), "0" (do not).
+``fastst._C`` with nvcc; ``fastst._cpu_avx2`` and ``fastst._cpu_avx512``, from the same sources,
+with a C++ compiler on x86-64.
+
+FASTST_BUILD_CUDA, FASTST_BUILD_CPU: "auto" (default: build it if the compiler is found), "1" (it
+must be), "0" (do not). CXX: the C++ compiler.
 TORCH_CUDA_ARCH_LIST: architectures, as PyTorch extensions take them, e.g. "8.0;9.0a+PTX".
 The rest of the package is described in pyproject.toml. Nothing here needs torch or a GPU.
 """
@@ -8,6 +12,7 @@ The rest of the package is described in pyproject.toml. Nothing here needs torch
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,6 +25,12 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # sm_90a code serves no later chip: PTX of 9.0 does
+# csrc/hopper_*.cu are written for it alone, and are launched on nothing else.
+HOPPER = "-gencode arch=compute_90a,code=sm_90a"
+INSTRUCTIONS = {
+    "_cpu_avx2": "-mavx2 -mfma",
+    "_cpu_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+}
 
 
 def find_nvcc() -> str | None:
@@ -27,6 +38,13 @@ def find_nvcc() -> str | None:
     if home and (found := shutil.which("nvcc", path=str(Path(home) / "bin"))):
         return found
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def find_cxx() -> str | None:
+    """A C++ compiler for this machine's x86-64, else None."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
 
 
 def architecture_flags(listed: str) -> list[str]:
@@ -50,68 +68,111 @@ def architecture_flags(listed: str) -> list[str]:
     return flags
 
 
-def ninja_file(nvcc: str, output: Path) -> str:
-    """Rules that compile csrc and link the module; cudart goes in, libcuda stays out."""
+def includes(*folders: str) -> str:
     import pybind11
 
-    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    found = [*(ROOT / f for f in folders), pybind11.get_include(), sysconfig.get_path("include")]
+    return " ".join(f"-I{i}" for i in found)
+
+
+def architectures_of(source: Path | None = None) -> str:
+    """nvcc's options for one source, or for all of the library."""
+    if source is not None and source.name.startswith("hopper_"):
+        return HOPPER
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    return " ".join(architecture_flags(listed))
+
+
+def cuda_rules() -> tuple[str, str, list[Path]]:
+    """How to compile, how to link, and the sources; cudart goes in, libcuda stays out."""
+    nvcc = find_nvcc()
+    compile = (
+        f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DFASTST_MODULE=_C "
+        f"-DFASTST_EMULATED=false {includes('csrc')} $architectures"
+    )
+    link = f"{nvcc} -shared -cudart static {architectures_of()}"
+    return compile, link, [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.cpp")]
+
+
+def cpu_rules(name: str) -> tuple[str, str, list[Path]]:
+    """The same of the CPU library for one instruction set.
+
+    Two whole libraries: with both in one, the linker could let a machine without AVX-512 run an
+    inline function that was compiled for it.
+    """
+    cxx = find_cxx()
+    compile = (
+        f"{cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra "
+        f"-DFASTST_MODULE={name} {INSTRUCTIONS[name]} {includes('csrc', 'csrc/cpu')}"
+    )
+    return compile, f"{cxx} -shared -pthread", list(ROOT.glob("csrc/cpu/*.cpp"))
+
+
+def ninja_file(name: str, output: Path) -> str:
+    compile, link, sources = cuda_rules() if name == "_C" else cpu_rules(name)
     lines = [
-        f"nvcc = {nvcc}",
-        f"flags = -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DFASTST_MODULE=_C "
-        f"-DFASTST_EMULATED=false {' '.join(f'-I{i}' for i in includes)}",
-        f"architectures = {' '.join(architecture_flags(listed))}",
         "rule compile",
-        "  command = $nvcc $flags $architectures -MD -MF $out.d -c $in -o $out",
+        f"  command = {compile} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $nvcc -shared -cudart static $architectures $in -o $out",
+        f"  command = {link} $in -o $out",
     ]
     objects = []
-    for source in sorted([*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.cpp")]):
+    for source in sorted(sources):
         objects.append(f"{source.stem}.o")
         lines.append(f"build {source.stem}.o: compile {source}")
+        if name == "_C":
+            lines.append(f"  architectures = {architectures_of(source)}")
     return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", ""])
 
 
 class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        nvcc = find_nvcc()
-        assert nvcc is not None
-        folder = Path(self.build_temp).resolve()
+        name = ext.name.split(".")[-1]
+        # Kept between builds of every kind, so that each compiles only what has changed.
+        folder = ROOT / "build" / name
         folder.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(nvcc, output))
+        (folder / "build.ninja").write_text(ninja_file(name, output))
         ninja = shutil.which("ninja") or [sys.executable, "-m", "ninja"]
         command = [ninja] if isinstance(ninja, str) else ninja
         subprocess.run([*command, "-C", str(folder)], check=True)
 
 
-def extensions() -> list[Extension]:
-    """
+def wanted(variable: str, compiler: str | None, without: str, needed: str) -> bool:
+    """Whether to build what a compiler is there for; says so where it is left out.
+
     Raises:
-        SystemExit: the library must be built and nvcc is missing, or a setting is unknown.
+        SystemExit: it must be built and the compiler is missing, or the setting is unknown.
     """
-    wanted = os.environ.get("FASTST_BUILD_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        sys.exit(f"FASTST_BUILD_CUDA must be auto, 0 or 1, got {wanted!r}")
-    if wanted == "0" or (wanted == "auto" and not find_nvcc()):
-        if wanted == "auto":
-            print(
-                "fastst: nvcc was not found, so fastst is installed without its CUDA library; the "
-                "Triton and PyTorch backends work. To get it: install the CUDA toolkit 12.5 or "
-                "newer, set CUDA_HOME to it, and install fastst again.",
-                file=sys.stderr,
-            )
-        return []
-    if not find_nvcc():
-        sys.exit(
-            "fastst: FASTST_BUILD_CUDA=1 requires nvcc, which is neither on PATH nor under "
-            "CUDA_HOME; install the CUDA toolkit 12.5 or newer"
-        )
-    return [Extension("fastst._C", sources=[])]
+    setting = os.environ.get(variable, "auto")
+    if setting not in ("auto", "0", "1"):
+        sys.exit(f"{variable} must be auto, 0 or 1, got {setting!r}")
+    if setting == "1" and compiler is None:
+        sys.exit(f"fastst: {variable}=1 requires {needed}")
+    if setting == "auto" and compiler is None:
+        print(f"fastst: {without}. To get it: {needed}; install fastst again.", file=sys.stderr)
+    return setting != "0" and compiler is not None
+
+
+def extensions() -> list[Extension]:
+    names = []
+    if wanted(
+        "FASTST_BUILD_CUDA", find_nvcc(),
+        "nvcc was not found, so fastst is installed without its CUDA library",
+        "nvcc of the CUDA toolkit 12.5 or newer, under CUDA_HOME or on PATH",
+    ):  # fmt: skip
+        names.append("_C")
+    if wanted(
+        "FASTST_BUILD_CPU", find_cxx(),
+        "no C++ compiler for x86-64 was found, so fastst is installed without its CPU library; "
+        "PyTorch's own convolutions run in its place",
+        "g++ 12 or clang++ 15 or newer, on an x86-64 machine",
+    ):  # fmt: skip
+        names += INSTRUCTIONS
+    return [Extension(f"fastst.{name}", sources=[]) for name in names]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
-from .backends import aten, cuda, reference, triton
+from .backends import aten, cpu, cuda, reference, triton
 from .shapes import Problem
 
 # In the order of preference of "auto"; reference is only ever chosen by name.
 BACKENDS: dict[str, ModuleType] = {
-    "cuda": cuda, "triton": triton, "aten": aten, "reference": reference,
+    "cuda": cuda, "triton": triton, "cpu": cpu, "aten": aten, "reference": reference,
 }  # fmt: skip
-AUTO = ("cuda", "triton", "aten")
+AUTO = ("cuda", "triton", "cpu", "aten")
 
 
 class Call(NamedTuple):

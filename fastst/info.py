@@ -101,6 +101,7 @@ def _devices() -> Iterator[str]:
 
 
 def _native() -> Iterator[str]:
+    yield from _survive(_cpu_library)
     yield f"nvcc: {shutil.which('nvcc') or 'not on PATH'}"
     found = importlib.util.find_spec("fastst._C")
     if found is None:
@@ -110,6 +111,14 @@ def _native() -> Iterator[str]:
     library = importlib.import_module("fastst._C")
     why = library.device_error()
     yield f"it sees {library.device_count()} CUDA devices" + (f": {why}" if why else "")
+
+
+def _cpu_library() -> Iterator[str]:
+    found = importlib.import_module("fastst.backends.cpu.library").load()
+    if isinstance(found, str):
+        yield f"cpu: {found}"
+    else:
+        yield f"fastst.{found.__name__.split('.')[-1]} is {found.__file__}"
 
 
 def _backends() -> Iterator[str]:

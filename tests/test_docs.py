@@ -15,7 +15,7 @@ import torch
 
 import fastst
 from fastst import tuning
-from fastst.backends import cuda, triton
+from fastst.backends import cpu, cuda, triton
 from fastst.shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -75,8 +75,10 @@ def test_readme_shows_the_equivalence_first() -> None:
 
 
 def problem(**changes: Any) -> Problem:
-    """A pair on a CUDA device, or the parallel layer, with one thing made different."""
-    parallel, dtype = changes.pop("parallel", False), changes.pop("dtype", torch.bfloat16)
+    """A pair on a device, or the parallel layer, with one thing made different."""
+    device = torch.device(changes.pop("device", "cuda"))
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    parallel, dtype = changes.pop("parallel", False), changes.pop("dtype", usual)
     groups = changes.get("groups", (1, 1))
     sizes = [(2, 16, 5, 9, 9), (16, 16 // groups[0], 1, 3, 3), (16, 16 // groups[1], 3, 1, 1)]
     tensors = [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
@@ -85,7 +87,7 @@ def problem(**changes: Any) -> Problem:
         described = Problem.of(ParallelTensors(*tensors), ParallelSpec(padding=padding, **changes))
     else:
         described = Problem.of(PairTensors(*tensors), PairSpec(padding=padding, **changes))
-    return dataclasses.replace(described, device=torch.device("cuda", 0))
+    return dataclasses.replace(described, device=device)
 
 
 FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,9 +105,10 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each cell of the README's table against ``why_not``, as if there were an H200."""
+    """Each cell of the README's table against ``why_not``, as if there were an H200 and AVX-512."""
     library = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "")
     monkeypatch.setattr(cuda, "load", lambda: library)
+    monkeypatch.setattr(cpu, "load", lambda: library)
     monkeypatch.setattr(triton.launch, "capability", lambda device: (9, 0))
     monkeypatch.setattr(triton.launch, "interpreted", lambda: False)
     rows = re.findall(r"^\| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
@@ -113,6 +116,8 @@ def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [cell.strip("`") for cell in table["call"]]
     assert names == list(fastst.dispatch.BACKENDS)
     for feature, (phase, changes) in FEATURES.items():
-        backends = fastst.dispatch.BACKENDS.values()
-        found = [b.why_not(problem(**changes), phase) for b in backends]
+        found = [
+            backend.why_not(problem(**changes, device="cpu" if name == "cpu" else "cuda"), phase)
+            for name, backend in fastst.dispatch.BACKENDS.items()
+        ]
         assert table[feature] == ["yes" if why is None else "no" for why in found], (feature, found)

@@ -25,7 +25,8 @@ def without(folder: Path, *packages: str) -> dict[str, str]:
     """An environment in which importing these packages fails, and their names say why."""
     for name in packages:
         (folder / f"{name}.py").write_text(f"raise ImportError('{name} must not be needed')")
-    return {**os.environ, "PYTHONPATH": str(folder), "FASTST_BUILD_CUDA": "0"}
+    built = {"FASTST_BUILD_CUDA": "0", "FASTST_BUILD_CPU": "0"}
+    return {**os.environ, "PYTHONPATH": str(folder), **built}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 
 import fastst
 from fastst import dispatch, tuning
-from fastst.backends import aten, cpu, reference
+from fastst.backends import aten, onednn, reference
 from fastst.shapes import PairSpec, PairTensors, Problem
 
 WAYS = ("blocked", "rows", "winograd")
@@ -28,6 +28,7 @@ needs_onednn = pytest.mark.skipif(
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
     tuning.forget()
+    fastst.use_backend("aten")  # the one that has a choice
     yield
     tuning.forget()
 
@@ -49,9 +50,9 @@ def spec(norm: bool = True, **changes: Any) -> PairSpec:
 def agrees(way: str, t: PairTensors, s: PairSpec) -> None:
     """Error at most twice PyTorch's own and a few ulps; strides as ``nn.Conv3d`` leaves them."""
     problem = Problem.of(t, s)
-    assert cpu.why_not(problem) is None
+    assert onednn.why_not(problem) is None
     truth = reference.compose_pair(reference._double(t), s)
-    y = cpu.run(way, problem, t)
+    y = onednn.run(way, problem, t)
     assert y.stride() == problem.empty_output(t.x).stride()
     own = reference.compose_pair(t, s)
     ulps = 12 * torch.finfo(torch.float32).eps * truth.abs().max()
@@ -99,7 +100,7 @@ def test_nan_and_infinity_propagate(way: str, bad: float) -> None:
     t.x[0, 0, 2, 5, 5] = bad
     problem = Problem.of(t, spec())
     expected = reference.compose_pair(t, problem.spec)  # type: ignore[arg-type]
-    y = cpu.run(way, problem, t)
+    y = onednn.run(way, problem, t)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
 
@@ -108,12 +109,12 @@ def test_nan_and_infinity_propagate(way: str, bad: float) -> None:
 def test_fused_where_finite_matters() -> None:
     """The shape of the test above is one that fuses relu: without the guard it would fail."""
     t = tensors(c=2, m=32, size=(5, 16, 16))
-    assert cpu._stays_finite(t.x, t.spatial_weight, t.spatial_bias)
+    assert onednn._stays_finite(t.x, t.spatial_weight, t.spatial_bias)
     for i, bad in enumerate((float("nan"), float("inf"), 1e38)):
         t.x.view(-1)[i] = bad
-        assert not cpu._stays_finite(t.x, t.spatial_weight, t.spatial_bias)
+        assert not onednn._stays_finite(t.x, t.spatial_weight, t.spatial_bias)
         t.x.view(-1)[i] = 0.0
-    assert cpu._mid_elements(Problem.of(t, spec())) > t.x.numel() + t.spatial_weight.numel()
+    assert onednn._mid_elements(Problem.of(t, spec())) > t.x.numel() + t.spatial_weight.numel()
 
 
 def test_refusals_have_reasons() -> None:
@@ -123,10 +124,10 @@ def test_refusals_have_reasons() -> None:
         (dict(dilation=(1, 2, 2)), "dilation"), (dict(padding=(2, 0, 1, 1, 1, 1)), "alike"),
         (dict(padding_mode=("replicate", "zeros")), "zeros"),
     ]:  # fmt: skip
-        why = cpu.why_not(Problem.of(t, spec()._replace(**changes)))
+        why = onednn.why_not(Problem.of(t, spec()._replace(**changes)))
         assert why is not None and word in why
         assert aten.ways(Problem.of(t, spec()._replace(**changes)), "forward") == ()
-    assert cpu.why_not(Problem.of(t._replace(x=t.x.double()), spec())) is not None
+    assert onednn.why_not(Problem.of(t._replace(x=t.x.double()), spec())) is not None
     assert aten.ways(Problem.of(t, spec()), "backward") == ()
 
 
@@ -136,7 +137,7 @@ def test_rule_is_about_the_problem() -> None:
         x = torch.empty(1, c, *size, device="meta").contiguous(memory_format=layout)
         ws = torch.empty(m, c, 1, 3, 3, device="meta")
         wt = torch.empty(c, m, 3, 1, 1, device="meta")
-        return cpu.rule(Problem.of(PairTensors(x, ws, wt), PairSpec(padding=PAD)))
+        return onednn.rule(Problem.of(PairTensors(x, ws, wt), PairSpec(padding=PAD)))
 
     assert picks(64, 144, (16, 56, 56), False) == "blocked"
     assert picks(64, 144, (16, 56, 56), True) == "winograd"
@@ -173,8 +174,8 @@ def test_choice_is_obeyed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem is not None
     tuning._remember({("aten", problem, "forward", torch.get_num_threads()): way})
     seen: list[str] = []
-    real = cpu.run
-    monkeypatch.setattr(cpu, "run", lambda w, *rest: seen.append(w) or real(w, *rest))  # type: ignore[func-returns-value]
+    real = onednn.run
+    monkeypatch.setattr(onednn, "run", lambda w, *rest: seen.append(w) or real(w, *rest))  # type: ignore[func-returns-value]
     with torch.no_grad():
         model(x)
     assert seen == [way, way]

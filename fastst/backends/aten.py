@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import activations, collectives, tuning
 from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem, pad_index
-from . import PairResult, cpu
+from . import PairResult, onednn
 
 aten = torch.ops.aten
 
@@ -28,18 +28,18 @@ def why_not(problem: Problem, phase: str) -> str | None:
 
 def ways(problem: Problem, phase: str) -> tuple[str, ...]:
     """What ``tune`` may choose from: inference on the CPU only."""
-    return cpu.ways(problem) if phase == "forward" and cpu.why_not(problem) is None else ()
+    return onednn.ways(problem) if phase == "forward" and onednn.why_not(problem) is None else ()
 
 
 def trial(problem: Problem, phase: str, way: str) -> Callable[[], object]:
     """One way on random tensors."""
     tensors: PairTensors = tuning.example(problem)  # type: ignore[assignment]
-    return lambda: cpu.run(way, problem, tensors)
+    return lambda: onednn.run(way, problem, tensors)
 
 
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
-    if not save and cpu.why_not(problem) is None:
-        return PairResult(cpu.conv2plus1d(problem, tensors))
+    if not save and onednn.why_not(problem) is None:
+        return PairResult(onednn.conv2plus1d(problem, tensors))
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     weights = _Weights(problem, tensors)
     u = weights.clear(_conv(_rows(tensors.x), *weights.first, problem.passes[0]))

@@ -1,0 +1,39 @@
+// What bindings.cpp calls: float32 on the CPU, in terms of api.h. Memory that is read and memory
+// that is written may not overlap.
+#pragma once
+
+#include <api.h>
+
+#include <optional>
+
+namespace fastst::cpu {
+
+// What becomes of Σ, the sums of a tap convolution.
+//   forward        out = outer(act(((Σ + bias) − mean)·scale + shift) + aux), aux the residual
+//   norm_gradient  out = Σ·act'((aux − mean)·scale + shift),                  aux = u
+// Whatever is absent is left out. Channels of out beyond those of the weight become zeros.
+struct Epilogue {
+  Write write;
+  Array bias;          // (out,)
+  Array coefficients;  // (5, out): mean, scale, shift, and two that are not used
+  Activation act, outer;
+  double slope;  // of either
+  std::optional<View> aux;
+  // (2, out): forward: mean and biased variance of Σ + bias;
+  // norm_gradient: Σ out and Σ out·(aux − mean).
+  Array reductions;
+};
+
+// out = epilogue(convolution of the source); input_gradient: of the transposed convolution, where
+// source is shaped as the convolution's output and out as its input.
+void tap_conv(const Source&, const View& weight, const Conv&, const View& out, const Epilogue&,
+              int threads);
+void input_gradient(const Source&, const View& weight, const Conv&, const View& out,
+                    const Epilogue&, int threads);
+
+// dweight (out, in/groups, kt, kh, kw) of any strides, from the input and the gradient of the
+// output.
+void weight_gradient(const Source& input, const Source& gradient, const Conv&, const View& dweight,
+                     int threads);
+
+}  // namespace fastst::cpu

@@ -1,0 +1,167 @@
+// What is done to the sums of a few positions and vectors of channels before they are stored.
+#pragma once
+
+#include <activation.h>
+#include <cpu.h>
+#include <microkernel.h>
+#include <tile.h>
+
+namespace fastst::cpu {
+
+// Positions of one call of the microkernel, and where they lie in a tensor.
+struct Places {
+  int64_t offset[kMostRows];
+  int count = 0;
+  bool run = false;  // neighbours: each is one element after the one before it
+};
+
+// Reductions of one tile and vector of channels: mean and squared deviations of Σ + bias, or the
+// two sums of a norm_gradient.
+struct Partial {
+  float *first, *second;
+};
+
+class Finisher {
+ public:
+  Finisher(const Epilogue& e, const Tensor& out, const Tensor& aux, int64_t channels,
+           int64_t stored, const float* bias, const Norm& norm)
+      : write_(e.write),
+        act_(e.act),
+        outer_(e.outer),
+        slope_(static_cast<float>(e.slope)),
+        out_(out),
+        aux_(aux),
+        channels_(channels),
+        stored_(stored),
+        bias_(bias),
+        norm_(norm) {}
+
+  // sums (places.count, pitch) of one vector of channels that starts at `channel`. Channels that
+  // are stored beyond those that are computed become zeros, whatever the sums are.
+  void operator()(const float* sums, int64_t pitch, int64_t channel, const Places& to,
+                  const Places& aux, const Partial* partial, int64_t before) const {
+    const int64_t n = std::min<int64_t>(kLanes, channels_ - channel);
+    Vec x[kMostRows];
+    const int rows = to.count;
+    for (int r = 0; r < rows; ++r) x[r] = load(sums + r * pitch);
+    if (write_ == Write::norm_gradient) {
+      gradient(x, rows, channel, n, aux, partial);
+    } else {
+      if (bias_) {
+        const Vec b = load(bias_ + channel, n);
+        for (int r = 0; r < rows; ++r) x[r] += b;
+      }
+      if (partial) statistics(x, rows, *partial, before);
+      if (norm_.data) {
+        const Vec mean = load(norm_.mean() + channel, n), scale = load(norm_.scale() + channel, n);
+        const Vec shift = load(norm_.shift() + channel, n);
+        for (int r = 0; r < rows; ++r) x[r] = (x[r] - mean) * scale + shift;
+      }
+      activate_all(act_, x, rows);
+      if (aux_.data) {
+        Vec residual[kMostRows];
+        fetch(residual, channel, n, aux);
+        for (int r = 0; r < rows; ++r) x[r] += residual[r];
+      }
+      activate_all(outer_, x, rows);
+    }
+    put(x, channel, n, to);
+  }
+
+ private:
+  void activate_all(Activation act, Vec* x, int rows) const {
+    if (act == Activation::none) return;
+    with_activation(act, [&](auto k) {
+      for (int r = 0; r < rows; ++r) x[r] = activate<decltype(k)::value>(x[r], slope_);
+    });
+  }
+
+  void gradient(Vec* x, int rows, int64_t channel, int64_t n, const Places& aux,
+                const Partial* partial) const {
+    Vec u[kMostRows];
+    fetch(u, channel, n, aux);
+    Vec mean{}, scale = splat(1.0f), shift{};
+    if (norm_.data) {
+      mean = load(norm_.mean() + channel, n), scale = load(norm_.scale() + channel, n);
+      shift = load(norm_.shift() + channel, n);
+    }
+    for (int r = 0; r < rows; ++r) u[r] -= mean;
+    with_activation(act_, [&](auto k) {
+      for (int r = 0; r < rows; ++r)
+        x[r] *= activate_gradient<decltype(k)::value>(u[r] * scale + shift, slope_);
+    });
+    if (!partial) return;
+    Vec sum{}, product{};
+    for (int r = 0; r < rows; ++r) sum += x[r], product += x[r] * u[r];
+    store(partial->first, load(partial->first) + sum);
+    store(partial->second, load(partial->second) + product);
+  }
+
+  // Joins the mean and the squared deviations of these rows to those of the `before` rows so far.
+  static void statistics(const Vec* x, int rows, const Partial& p, int64_t before) {
+    Vec mean{}, m2{};
+    for (int r = 0; r < rows; ++r) mean += x[r];
+    mean *= 1.0f / static_cast<float>(rows);
+    for (int r = 0; r < rows; ++r) m2 += (x[r] - mean) * (x[r] - mean);
+    if (before) {
+      const float share = static_cast<float>(rows) / static_cast<float>(before + rows);
+      const Vec old = load(p.first), delta = mean - old;
+      mean = old + delta * share;
+      m2 += load(p.second) + delta * delta * (share * static_cast<float>(before));
+    }
+    store(p.first, mean), store(p.second, m2);
+  }
+
+  void fetch(Vec* x, int64_t channel, int64_t n, const Places& from) const {
+    const float* base = aux_.data + channel * aux_.c;
+    if (!from.run || aux_.c == 1) {
+      for (int r = 0; r < from.count; ++r) x[r] = gather(base + from.offset[r], aux_.c, n);
+      return;
+    }
+    for (int r = 0; r < from.count; r += kLanes) {
+      const int64_t width = std::min(kLanes, from.count - r);
+      Vec rows[kLanes] = {};
+      for (int64_t i = 0; i < n; ++i) rows[i] = load(base + i * aux_.c + from.offset[r], width);
+      transpose(rows);
+      for (int j = 0; j < width; ++j) x[r + j] = rows[j];
+    }
+  }
+
+  void put(const Vec* x, int64_t channel, int64_t n, const Places& to) const {
+    const int64_t wide = std::min<int64_t>(kLanes, stored_ - channel);
+    float* base = out_.data + channel * out_.c;
+    if (out_.c == 1) {
+      for (int r = 0; r < to.count; ++r) {
+        float* p = base + to.offset[r];
+        if (n == kLanes)
+          store(p, x[r]);
+        else
+          store(p, first(x[r], n), wide);
+      }
+      return;
+    }
+    for (int r = 0; r < to.count; r += kLanes) {
+      const int64_t width = std::min(kLanes, to.count - r);
+      Vec rows[kLanes] = {};
+      for (int j = 0; j < width; ++j) rows[j] = first(x[r + j], n);
+      transpose(rows);
+      for (int64_t i = 0; i < wide; ++i) {
+        float* p = base + i * out_.c;
+        if (to.run)
+          store(p + to.offset[r], rows[i], width);
+        else
+          for (int64_t j = 0; j < width; ++j) p[to.offset[r + j]] = rows[i][j];
+      }
+    }
+  }
+
+  Write write_;
+  Activation act_, outer_;
+  float slope_;
+  Tensor out_, aux_;
+  int64_t channels_, stored_;
+  const float* bias_;
+  Norm norm_;
+};
+
+}  // namespace fastst::cpu

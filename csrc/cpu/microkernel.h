@@ -1,0 +1,98 @@
+// The inner loop of every pass: an outer product of a few rows with a few vectors, summed over k.
+#pragma once
+
+#include <simd.h>
+
+#include <algorithm>
+
+namespace fastst::cpu {
+
+// A stretch of k along which both operands advance by a constant step.
+struct Segment {
+  int64_t a, b;   // where it starts, in elements
+  int64_t count;  // of k
+};
+
+// Rows and vectors of one call: accumulators, vectors of b and one broadcast fill the registers.
+constexpr int kMostVectors = 3;
+constexpr int most_rows(int vectors) {
+  if (kLanes == 16) return vectors == 3 ? 8 : 14;
+  return vectors == 3 ? 4 : vectors == 2 ? 6 : 12;
+}
+constexpr int kMostRows = most_rows(1);
+
+// c[r·ldc + w] (+)= Σ_k a[rows[r] + k·a_step] · b[k·b_step + w]   for r < R and w < V·kLanes
+template <int R, int V, bool Unit>
+__attribute__((noinline)) void multiply(const float* a, const int64_t* rows, int64_t a_step,
+                                        const float* b, int64_t b_step, const Segment* segments,
+                                        int64_t count, float* c, int64_t ldc, bool accumulate) {
+  Vec sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : Vec{};
+  const int64_t step = Unit ? 1 : a_step;
+  for (int64_t i = 0; i < count; ++i) {
+    const Segment& s = segments[i];
+    const float* row[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) row[r] = a + s.a + rows[r];
+    const float* right = b + s.b;
+    for (int64_t k = 0; k < s.count; ++k, right += b_step) {
+      Vec w[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) w[v] = load(right + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec left = splat(row[r][k * step]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] += left * w[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, sum[r][v]);
+}
+
+using Multiply = void (*)(const float*, const int64_t*, int64_t, const float*, int64_t,
+                          const Segment*, int64_t, float*, int64_t, bool);
+
+template <bool Unit, int V, int... R>
+constexpr Multiply pick(int rows, std::integer_sequence<int, R...>) {
+  constexpr Multiply all[] = {multiply<R + 1, V, Unit>...};
+  return all[rows - 1];
+}
+
+// The function for 1 ≤ rows ≤ most_rows(vectors); unit: a_step is 1.
+inline Multiply multiply_for(int rows, int vectors, bool unit) {
+  const auto with = [&](auto u, auto v) {
+    constexpr int V = decltype(v)::value;
+    return pick<decltype(u)::value, V>(rows, std::make_integer_sequence<int, most_rows(V)>{});
+  };
+  const auto by_vectors = [&](auto u) {
+    using std::integral_constant;
+    if (vectors == 3) return with(u, integral_constant<int, 3>{});
+    if (vectors == 2) return with(u, integral_constant<int, 2>{});
+    return with(u, integral_constant<int, 1>{});
+  };
+  return unit ? by_vectors(std::true_type{}) : by_vectors(std::false_type{});
+}
+
+// Any number of vectors from two on as a sum of threes and twos: width of the block that starts at
+// vector `at` of `total`.
+constexpr int block_vectors(int64_t at, int64_t total) {
+  const int64_t left = total - at;
+  if (left <= 3) return static_cast<int>(left);
+  return left % 3 == 1 && left == 4 ? 2 : 3;
+}
+
+// Rows in group `at` of `total`, of at most `most` each and alike in size.
+struct Groups {
+  int64_t total, count;
+  Groups(int64_t total, int64_t most) : total(total), count((total + most - 1) / most) {}
+  int64_t start(int64_t i) const { return i * total / count; }
+};
+
+}  // namespace fastst::cpu

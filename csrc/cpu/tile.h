@@ -1,0 +1,285 @@
+// Geometry of a tap convolution, and the tiles of its input that the microkernel reads.
+#pragma once
+
+#include <activation.h>
+#include <api.h>
+#include <simd.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace fastst::cpu {
+
+// One axis: output o reads position o·stride − before + j·dilation through tap j < kernel.
+struct Axis {
+  int64_t kernel, stride, dilation, before, in, out;
+  PadMode mode;
+
+  // Whether output o is what becomes of position o alone.
+  bool idle() const { return kernel == 1 && stride == 1 && before == 0 && in == out; }
+  // Whether there are taps, and none of them reads padding.
+  bool inside() const {
+    return kernel > 0 && before <= 0 && first(out - 1) + (kernel - 1) * dilation < in;
+  }
+  int64_t first(int64_t o) const { return o * stride - before; }
+  // Positions that outputs [0, count) of a tile read, counted from the first.
+  int64_t extent(int64_t count) const {
+    return (count - 1) * stride + std::max<int64_t>(kernel - 1, 0) * dilation + 1;
+  }
+  // Index of what is read at a position; −1 for a zero.
+  int64_t source(int64_t i) const {
+    if (0 <= i && i < in) return i;
+    switch (mode) {
+      case PadMode::replicate:
+        return i < 0 ? 0 : in - 1;
+      case PadMode::reflect:
+        i = i < 0 ? -i : i;
+        return i < in ? i : 2 * (in - 1) - i;
+      case PadMode::circular:
+        return (i % in + in) % in;
+      default:
+        return -1;
+    }
+  }
+};
+
+struct Geometry {
+  Axis t, h, w;
+  int64_t batch;
+  int64_t taps() const { return t.kernel * h.kernel * w.kernel; }
+};
+
+inline Axis axis(const Conv& conv, int i, int64_t in, int64_t out) {
+  return {conv.kernel[i], conv.stride[i], conv.dilation[i], conv.padding[2 * i], in, out,
+          conv.mode};
+}
+
+inline Geometry geometry(const Conv& conv, const View& in, const View& out) {
+  return {axis(conv, 0, in.size[2], out.size[2]), axis(conv, 1, in.size[3], out.size[3]),
+          axis(conv, 2, in.size[4], out.size[4]), out.size[0]};
+}
+
+// Per-channel vectors (5, pitch), from some channel on; none: the identity.
+struct Norm {
+  const float* data = nullptr;
+  int64_t pitch = 0;
+
+  Norm() = default;
+  explicit Norm(const Array& a) : data(static_cast<const float*>(a.data)), pitch(a.count / 5) {}
+  Norm from(int64_t channel) const {
+    Norm shifted = *this;
+    if (data) shifted.data += channel;
+    return shifted;
+  }
+  const float* mean() const { return data; }
+  const float* scale() const { return data + pitch; }
+  const float* shift() const { return data + 2 * pitch; }
+  const float* p() const { return data + 3 * pitch; }
+  const float* q() const { return data + 4 * pitch; }
+};
+
+struct Tensor {
+  float* data = nullptr;
+  int64_t n = 0, c = 0, t = 0, h = 0, w = 0;  // strides
+
+  Tensor() = default;
+  explicit Tensor(const View& v)
+      : data(static_cast<float*>(v.data)),
+        n(v.stride[0]),
+        c(v.stride[1]),
+        t(v.stride[2]),
+        h(v.stride[3]),
+        w(v.stride[4]) {}
+  Tensor from(int64_t channel) const {
+    Tensor shifted = *this;
+    if (data) shifted.data += channel * c;
+    return shifted;
+  }
+  int64_t offset(int64_t in, int64_t it, int64_t ih, int64_t iw) const {
+    return in * n + it * t + ih * h + iw * w;
+  }
+};
+
+// A Source of some channels.
+struct Input {
+  Tensor a, b;
+  Norm norm;
+  Read read;
+  Activation act;
+  float slope;
+  int64_t channels;
+
+  Input from(int64_t channel, int64_t count) const {
+    Input part = *this;
+    part.a = a.from(channel), part.b = b.from(channel), part.norm = norm.from(channel);
+    part.channels = count;
+    return part;
+  }
+};
+
+inline Input input_of(const Source& s, int64_t first, int64_t channels) {
+  Input in;
+  in.a = Tensor(s.a).from(first);
+  if (s.b) in.b = Tensor(*s.b).from(first);
+  in.norm = Norm(s.coefficients).from(first);
+  in.read = s.read, in.act = s.act, in.slope = static_cast<float>(s.slope);
+  in.channels = channels;
+  return in;
+}
+
+// Outputs [t0, t1) × [h0, h1) × [w0, w1) of clip n.
+struct Tile {
+  int64_t n, t0, t1, h0, h1, w0, w1;
+  int64_t frame() const { return (h1 - h0) * (w1 - w0); }
+  int64_t positions() const { return (t1 - t0) * frame(); }
+};
+
+// What the outputs of a tile read: channels are neighbours, and these are the other strides.
+struct Packed {
+  const float* data;
+  int64_t t, h, w;
+};
+
+inline Packed packed_strides(const Geometry& g, const Tile& tile, int64_t channels, float* data) {
+  const int64_t w = channels, h = w * g.w.extent(tile.w1 - tile.w0);
+  return {data, h * g.h.extent(tile.h1 - tile.h0), h, w};
+}
+
+inline int64_t packed_size(const Geometry& g, const Tile& tile, int64_t channels) {
+  return packed_strides(g, tile, channels, nullptr).t * g.t.extent(tile.t1 - tile.t0);
+}
+
+// n ≤ kLanes values at a constant step.
+inline Vec gather(const float* p, int64_t step, int64_t n) {
+  if (step == 1) return n == kLanes ? load(p) : load(p, n);
+  Vec v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i * step];
+  return v;
+}
+
+// Reads neighbours in w as the Source says and lays their channels side by side, those of the next
+// one `pitch` floats on.
+template <Read R, Activation K>
+class Reader {
+ public:
+  explicit Reader(const Input& input) : in_(input) {}
+
+  void operator()(const float* a, const float* b, int64_t count, float* to, int64_t pitch) const {
+    const int64_t channels = in_.channels;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, channels - c);
+      const Coefficients k(in_.norm, c, n);
+      const auto put = [&](Vec v, int64_t w) {
+        const float* second = R == Read::norm_gradient ? b + w * in_.b.w + c * in_.b.c : nullptr;
+        v = prologue(v, k, R == Read::norm_gradient ? gather(second, in_.b.c, n) : Vec{});
+        if (n == kLanes)
+          store(to + w * pitch + c, v);
+        else
+          store(to + w * pitch + c, v, n);
+      };
+      if (in_.a.c == 1 && (R != Read::norm_gradient || in_.b.c == 1) && n == kLanes) {
+        for (int64_t w = 0; w < count; ++w) {
+          const float* second = R == Read::norm_gradient ? b + w * in_.b.w + c : nullptr;
+          const Vec u = R == Read::norm_gradient ? load(second) : Vec{};
+          store(to + w * pitch + c, prologue(load(a + w * in_.a.w + c), k, u));
+        }
+        continue;
+      }
+      if (in_.a.w != 1 || in_.a.c == 1) {
+        for (int64_t w = 0; w < count; ++w)
+          put(gather(a + w * in_.a.w + c * in_.a.c, in_.a.c, n), w);
+        continue;
+      }
+      for (int64_t w = 0; w < count; w += kLanes) {
+        const int64_t width = std::min<int64_t>(kLanes, count - w);
+        Vec rows[kLanes] = {};
+        for (int64_t i = 0; i < n; ++i) {
+          const float* p = a + (c + i) * in_.a.c + w;
+          rows[i] = width == kLanes ? load(p) : load(p, width);
+        }
+        transpose(rows);
+        for (int64_t j = 0; j < width; ++j) put(rows[j], w + j);
+      }
+    }
+  }
+
+ private:
+  struct Coefficients {
+    Vec mean{}, scale{}, shift{}, p{}, q{};
+    Coefficients(const Norm& norm, int64_t c, int64_t n) {
+      if (R == Read::plain || !norm.data) return;
+      mean = load(norm.mean() + c, n), scale = load(norm.scale() + c, n);
+      if (R == Read::norm_act) shift = load(norm.shift() + c, n);
+      if (R == Read::norm_gradient) p = load(norm.p() + c, n), q = load(norm.q() + c, n);
+    }
+  };
+
+  Vec prologue(Vec v, const Coefficients& k, [[maybe_unused]] Vec u) const {
+    if constexpr (R == Read::norm_act)
+      return activate<K>(in_.norm.data ? (v - k.mean) * k.scale + k.shift : v, in_.slope);
+    if constexpr (R == Read::norm_gradient)
+      if (in_.norm.data) return k.scale * v + k.p * (u - k.mean) + k.q;
+    return v;
+  }
+
+  Input in_;
+};
+
+template <class F>
+void with_reader(const Input& in, F f) {
+  switch (in.read) {
+    case Read::plain:
+      return f(Reader<Read::plain, Activation::none>(in));
+    case Read::norm_gradient:
+      return f(Reader<Read::norm_gradient, Activation::none>(in));
+    case Read::norm_act:
+      return with_activation(in.act,
+                             [&](auto k) { f(Reader<Read::norm_act, decltype(k)::value>(in)); });
+  }
+}
+
+// Fills what the outputs of a tile read. Frames that are zeros are left as they are: taps skip
+// them, because zeros that are read through norm and activation would not stay zeros.
+inline void pack_tile(const Geometry& g, const Tile& tile, const Input& in, float* to) {
+  const Packed at = packed_strides(g, tile, in.channels, to);
+  const int64_t width = g.w.extent(tile.w1 - tile.w0), left = g.w.first(tile.w0);
+  // Positions [from, until) of a row are stored side by side; the others are padding.
+  const int64_t from = std::clamp<int64_t>(-left, 0, width);
+  const int64_t until = std::clamp<int64_t>(g.w.in - left, from, width);
+  with_reader(in, [&](const auto& read) {
+    for (int64_t it = 0; it < g.t.extent(tile.t1 - tile.t0); ++it) {
+      const int64_t t = g.t.source(g.t.first(tile.t0) + it);
+      if (t < 0) continue;
+      for (int64_t ih = 0; ih < g.h.extent(tile.h1 - tile.h0); ++ih) {
+        float* row = to + it * at.t + ih * at.h;
+        const int64_t h = g.h.source(g.h.first(tile.h0) + ih);
+        const auto piece = [&](int64_t begin, int64_t count) {
+          const int64_t w = h < 0 ? -1 : g.w.source(left + begin);
+          if (w < 0)
+            std::memset(row + begin * at.w, 0, count * at.w * sizeof(float));
+          else
+            read(in.a.data + in.a.offset(tile.n, t, h, w),
+                 in.b.data ? in.b.data + in.b.offset(tile.n, t, h, w) : nullptr, count,
+                 row + begin * at.w, at.w);
+        };
+        for (int64_t i = 0; i < from; ++i) piece(i, 1);
+        if (until > from) piece(from, until - from);
+        for (int64_t i = until; i < width; ++i) piece(i, 1);
+      }
+    }
+  });
+}
+
+// Whether the tiles can be read where they are: nothing to compute, no padding in space.
+inline bool readable_in_place(const Geometry& g, const Input& in) {
+  const bool frames = g.t.mode == PadMode::zeros || g.t.inside();
+  return in.read == Read::plain && in.a.c == 1 && g.h.inside() && g.w.inside() && frames;
+}
+
+inline Packed in_place(const Geometry& g, const Tile& tile, const Input& in) {
+  const Tensor& a = in.a;
+  return {a.data + a.offset(tile.n, g.t.first(tile.t0), g.h.first(tile.h0), g.w.first(tile.w0)),
+          a.t, a.h, a.w};
+}
+
+}  // namespace fastst::cpu

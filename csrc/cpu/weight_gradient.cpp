@@ -1,0 +1,247 @@
+// Weight gradient of a tap convolution: dW[m, c, tap] = Σ_p x[p·stride + tap, c] · dy[p, m].
+//
+// One matrix product per tap, whose reduction runs over positions. Boxes of positions are packed in
+// panels of a few vectors of channels, with what their sources do to them; each pair of an x and a
+// dy panel then serves every tap. Padding with zeros is not packed but left out: a tap runs
+// over the positions whose x exists, so that 0·inf arises nowhere.
+//
+// Work is cut into (parts of the boxes) × (ranges of dy's channels), one item for each thread; sums
+// over the parts come last, in order: results do not depend on which thread ran what.
+#include <cpu.h>
+#include <microkernel.h>
+#include <parallel.h>
+#include <window.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace fastst::cpu {
+namespace {
+
+constexpr int kRows = most_rows(kMostVectors);
+constexpr int64_t kNeighbours[] = {0, 1, 2, 3, 4, 5, 6, 7};  // channels of packed x
+constexpr int64_t kBoxFloats = 192 << 10;     // packed x and dy of one box: most of an L2
+constexpr int64_t kResultFloats = 128 << 10;  // of dW that a thread sums for itself
+
+// Channels [lo, hi) in panels of at most kMostVectors vectors, as even as they can be.
+std::vector<Panel> vector_panels(int64_t lo, int64_t hi) {
+  const Groups groups((hi - lo + kLanes - 1) / kLanes, kMostVectors);
+  std::vector<Panel> panels;
+  for (int64_t i = 0; i < groups.count; ++i) {
+    const int64_t begin = lo + groups.start(i) * kLanes, end = lo + groups.start(i + 1) * kLanes;
+    panels.push_back({begin, std::min(end, hi) - begin, end - begin});
+  }
+  return panels;
+}
+
+// Where a tap (t, h, w) finds packed x for the outputs of a box, in elements of panels; dy's are
+// `width` channels wide. Neighbouring runs are joined.
+std::vector<Segment> segments(const Reads& x, const Box& box, const std::array<int64_t, 3>& tap,
+                              int64_t width) {
+  const auto& [clips, ts, hs, ws] = box;
+  const Range t = valid(x.axis[0], ts, tap[0]), h = valid(x.axis[1], hs, tap[1]);
+  const Range w = valid(x.axis[2], ws, tap[2]);
+  std::vector<Segment> found;
+  if (w.size() == 0) return found;
+  const int64_t step = x.window[2].pitch * kLanes;
+  const auto entry = [&](int i, int64_t o) { return x.window[i].entry(x.axis[i], o, tap[i]); };
+  for (int64_t n = 0; n < clips.size(); ++n)
+    for (int64_t i = t.lo; i < t.hi; ++i)
+      for (int64_t j = h.lo; j < h.hi; ++j) {
+        const int64_t frame = n * x.window[0].count + entry(0, i);
+        const int64_t line = frame * x.window[1].count + entry(1, j);
+        const int64_t own = (n * ts.size() + i - ts.lo) * hs.size() + j - hs.lo;
+        const Segment s = {(line * x.window[2].count + entry(2, w.lo)) * kLanes,
+                           (own * ws.size() + w.lo - ws.lo) * width, w.size()};
+        const bool joins = !found.empty() && found.back().a + found.back().count * step == s.a &&
+                           found.back().b + found.back().count * width == s.b;
+        if (joins)
+          found.back().count += s.count;
+        else
+          found.push_back(s);
+      }
+  return found;
+}
+
+// dw[m, c, tap] = block[c·taps + tap][m] for one panel of x and one of dy.
+void write_block(const float* block, const Panel& in, const Panel& out, const View& dw) {
+  const int64_t rows = in.channels * dw.size[2] * dw.size[3] * dw.size[4];
+  float* to = static_cast<float*>(dw.data) + out.channel * dw.stride[0] + in.channel * dw.stride[1];
+  const bool dense = dw.stride[1] == rows / in.channels && (dw.size[4] == 1 || dw.stride[4] == 1) &&
+                     (dw.size[3] == 1 || dw.stride[3] == dw.size[4]) &&
+                     (dw.size[2] == 1 || dw.stride[2] == dw.size[3] * dw.size[4]);
+  if (dense && rows >= kLanes) {
+    for (int m = 0; m < out.channels; m += kLanes) {
+      const int some = std::min(kLanes, out.channels - m);
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        r = std::min(r, rows - kLanes);
+        Vec square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = load(block + (r + i) * out.width + m);
+        transpose(square);
+        for (int i = 0; i < some; ++i) store(to + (m + i) * dw.stride[0] + r, square[i]);
+      }
+    }
+    return;
+  }
+  for (int c = 0; c < in.channels; ++c)
+    for (int64_t t = 0; t < dw.size[2]; ++t)
+      for (int64_t h = 0; h < dw.size[3]; ++h)
+        for (int64_t w = 0; w < dw.size[4]; ++w, block += out.width) {
+          float* at =
+              to + c * dw.stride[1] + t * dw.stride[2] + h * dw.stride[3] + w * dw.stride[4];
+          for (int m = 0; m < out.channels; ++m) at[m * dw.stride[0]] = block[m];
+        }
+}
+
+// One group of channels.
+class Group {
+ public:
+  Group(const Input& x, const Input& dy, const Geometry& g, const View& dw, int threads)
+      : x_(x), dy_(dy), axis_{g.t, g.h, g.w}, dw_(dw), threads_(threads) {
+    for (int64_t c = 0; c < x.channels; c += kLanes)
+      in_.push_back({c, std::min<int64_t>(kLanes, x.channels - c), kLanes});
+    taps_ = g.taps();
+    plan(g);
+  }
+
+  void run() {
+    const bool whole = parts_ == 1 && boxes_.size() == 1;
+    const int64_t total = start_.back();
+    const Scratch sums(whole ? 0 : parts_ * total);
+    parallel_for(threads_, parts_ * ranges_,
+                 [&](int64_t i) { item(i / ranges_, i % ranges_, sums, whole); });
+    if (whole) return;
+    const int64_t many = in_.size();
+    parallel_for(threads_, many * out_.size(), [&](int64_t i) {
+      const Panel &in = in_[i % many], &out = out_[i / many];
+      float* block = sums + at(i / many, i % many);
+      for (int64_t part = 1; part < parts_; ++part)
+        for (int64_t j = 0; j < block_size(out); j += kLanes)
+          store(block + j, load(block + j) + load(block + part * total + j));
+      write_block(block, in, out, dw_);
+    });
+  }
+
+ private:
+  // Cuts the work by channels of dy where dW is large, so that it is summed once; else by
+  // positions.
+  void plan(const Geometry& g) {
+    const int64_t vectors = (dy_.channels + kLanes - 1) / kLanes;
+    const int64_t results =
+        (taps_ * x_.channels * dy_.channels + kResultFloats - 1) / kResultFloats;
+    ranges_ = std::min<int64_t>({threads_, vectors, results});
+    start_ = {0};
+    for (int64_t i = 0; i < ranges_; ++i) {
+      first_.push_back(out_.size());
+      const int64_t lo = vectors * i / ranges_ * kLanes, hi = vectors * (i + 1) / ranges_ * kLanes;
+      for (const Panel& p : vector_panels(lo, std::min(hi, dy_.channels))) {
+        out_.push_back(p);
+        start_.push_back(start_.back() + block_size(p) * in_.size());
+      }
+    }
+    first_.push_back(out_.size());
+    const int64_t share = (vectors + ranges_ - 1) / ranges_ * kLanes;
+    parts_ = threads_ / ranges_;
+    boxes_ = cut_boxes(g, static_cast<int64_t>(in_.size()) * kLanes, share, kBoxFloats, parts_);
+    parts_ = std::min<int64_t>(parts_, boxes_.size());
+  }
+
+  int64_t block_size(const Panel& out) const { return taps_ * kLanes * out.width; }
+  int64_t at(int64_t out, int64_t in) const { return start_[out] + in * block_size(out_[out]); }
+
+  Reads reads(const Box& box) const {
+    return {axis_,
+            box[0],
+            {Window(axis_[0], box[1]), Window(axis_[1], box[2]), Window(axis_[2], box[3])}};
+  }
+
+  // Sums over one part of the boxes for one range of dy's channels.
+  void item(int64_t part, int64_t range, float* sums, bool whole) const {
+    const int64_t count = boxes_.size();
+    const int64_t begin = count * part / parts_, end = count * (part + 1) / parts_;
+    const Panel *first = &out_[first_[range]], *last = &out_[first_[range + 1]];
+    const int64_t wide = in_.size() * kLanes, columns = last[-1].channel + last[-1].width;
+    const Scratch block(whole ? taps_ * kLanes * kMostVectors * kLanes : 0);
+    int64_t most = 0;
+    for (int64_t b = begin; b < end; ++b)
+      most = std::max(
+          most, reads(boxes_[b]).count() * wide + outputs(boxes_[b]) * (columns - first->channel));
+    const Scratch packed(most);
+    for (int64_t b = begin; b < end; ++b) {
+      const Reads x = reads(boxes_[b]), own = themselves(boxes_[b]);
+      float* dy = packed + x.count() * wide;
+      pack_panels(x, x_, &in_.front(), &in_.back() + 1, packed);
+      pack_panels(own, dy_, first, last, dy);
+      for (const Panel* out = first; out < last; dy += own.count() * out++->width) {
+        const auto taps = all_segments(x, boxes_[b], out->width);
+        for (size_t i = 0; i < in_.size(); ++i) {
+          const float* panel = packed + i * x.count() * kLanes;
+          float* to = whole ? block.data() : sums + part * start_.back() + at(out - &out_[0], i);
+          multiply_panels(panel, x.window[2].pitch * kLanes, in_[i], dy, *out, taps, to, b > begin);
+          if (whole) write_block(to, in_[i], *out, dw_);
+        }
+      }
+    }
+  }
+
+  // block (channels of x, taps) × channels of dy, from one box.
+  void multiply_panels(const float* x, int64_t step, const Panel& in, const float* dy,
+                       const Panel& out, const std::vector<std::vector<Segment>>& taps,
+                       float* block, bool add) const {
+    for (int64_t c = 0; c < in.channels; c += kRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kRows, in.channels - c));
+      const Multiply multiply = multiply_for(rows, static_cast<int>(out.width / kLanes), false);
+      for (int64_t i = 0; i < taps_; ++i)
+        multiply(x + c, kNeighbours, step, dy, out.width, taps[i].data(), taps[i].size(),
+                 block + (c * taps_ + i) * out.width, taps_ * out.width, add);
+    }
+  }
+
+  std::vector<std::vector<Segment>> all_segments(const Reads& x, const Box& box,
+                                                 int64_t width) const {
+    std::vector<std::vector<Segment>> found;
+    for (int64_t t = 0; t < axis_[0].kernel; ++t)
+      for (int64_t h = 0; h < axis_[1].kernel; ++h)
+        for (int64_t w = 0; w < axis_[2].kernel; ++w)
+          found.push_back(segments(x, box, {t, h, w}, width));
+    return found;
+  }
+
+  const Input x_, dy_;
+  const std::array<Axis, 3> axis_;
+  const View& dw_;
+  const int threads_;
+  int64_t taps_;
+  std::vector<Panel> in_, out_;
+  std::vector<int64_t> start_;  // of each dy panel's blocks among the sums of one part
+  std::vector<int64_t> first_;  // dy panel of each range
+  std::vector<Box> boxes_;
+  int64_t parts_ = 1, ranges_ = 1;
+};
+
+// Whether the rows of a frame lie in memory as one.
+bool rows_join(const Input& in, int64_t width) {
+  return in.a.h == width * in.a.w && (!in.b.data || in.b.h == width * in.b.w);
+}
+
+}  // namespace
+
+void weight_gradient(const Source& x, const Source& dy, const Conv& conv, const View& dw,
+                     int threads) {
+  Geometry g = geometry(conv, x.a, dy.a);
+  Input in = input_of(x, 0, dw.size[1]), out = input_of(dy, 0, dw.size[0] / conv.groups);
+  if (g.h.idle() && g.w.idle() && rows_join(in, g.w.in) && rows_join(out, g.w.in)) {
+    g.w.in = g.w.out = g.h.in * g.w.in;
+    g.h.in = g.h.out = 1;
+  }
+  View part = dw;
+  part.size[0] = out.channels;
+  for (int64_t i = 0; i < conv.groups; ++i) {
+    Group(in.from(i * in.channels, in.channels), out.from(i * out.channels, out.channels), g, part,
+          threads)
+        .run();
+    part.data = static_cast<float*>(part.data) + out.channels * dw.stride[0];
+  }
+}
+
+}  // namespace fastst::cpu

@@ -1,0 +1,91 @@
+"""Native float32 kernels for x86-64 CPUs: AVX-512 or AVX2, on PyTorch's own threads.
+
+Both passes of a pair are tap convolutions (csrc/cpu/tap_conv.cpp): what lies between them is done
+where the first stores and the second loads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...shapes import PairSpec, PairTensors, Pass, Problem
+from .. import PairResult
+from . import backward
+from .backward import conv2plus1d_backward
+from .library import Call, load, norm_coefficients
+
+__all__ = ["avoid", "conv2plus1d", "conv2plus1d_backward", "why_not"]
+
+# Fewer output channels of a group than this leave most lanes of a vector empty.
+_LEAST_PER_GROUP = 8
+
+
+def why_not(problem: Problem, phase: str) -> str | None:
+    if problem.device.type != "cpu":
+        return f"runs on the CPU, the tensors are on {problem.device}"
+    if problem.dtype != torch.float32:
+        return f"computes in float32 only, not in {str(problem.dtype).removeprefix('torch.')}"
+    if problem.op != "conv2plus1d":
+        return f"has no {problem.op}"
+    if problem.spec.group:  # type: ignore[union-attr]
+        return "has no statistics over several ranks"
+    why = backward.why_not(problem) if phase == "backward" else None
+    if why is not None:
+        return why
+    found = load()
+    return found if isinstance(found, str) else None
+
+
+def avoid(problem: Problem, phase: str) -> str | None:
+    """Why "auto" leaves to the next backend what this one could run."""
+    for p in problem.passes:
+        if p.groups > 1 and p.out_channels // p.groups < _LEAST_PER_GROUP:
+            return (
+                f"is slow with fewer than {_LEAST_PER_GROUP} output channels per group, here "
+                f"{p.out_channels // p.groups}"
+            )
+    return None
+
+
+def in_order(problem: Problem, tensors: PairTensors) -> list[tuple[Pass, Tensor, Tensor | None]]:
+    """Each pass with its weight and its bias, in the order of execution."""
+    t = tensors
+    found = {
+        "spatial": (t.spatial_weight, t.spatial_bias),
+        "temporal": (t.temporal_weight, t.temporal_bias),
+    }
+    return [(p, *found[p.kind]) for p in problem.passes]
+
+
+def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    (first, w1, b1), (second, w2, b2) = in_order(problem, tensors)
+    m = problem.mid_channels
+    k = Call(problem)
+    mean, var, coefficients = tensors.mean, tensors.var, None
+    if spec.norm == "frozen":
+        assert mean is not None and var is not None
+        coefficients = norm_coefficients(spec, tensors, mean, var)
+    kept = save and not spec.recompute
+    mid = k.rows(kept)
+    if kept or spec.norm == "batch":  # u itself is stored
+        statistics = torch.empty(2, m) if spec.norm == "batch" else None
+        epilogue = k.epilogue(bias=b1, reductions=statistics)
+        k.tap_conv(k.plain(tensors.x), w1, first, mid, epilogue)
+        if statistics is not None:
+            mean, var = statistics
+            coefficients = norm_coefficients(spec, tensors, mean, var)
+        source = k.norm_act(mid[:, :m], coefficients, spec.activation)
+    else:  # act(norm(u)) is, in its place
+        epilogue = k.epilogue(bias=b1, coefficients=coefficients, act=spec.activation)
+        k.tap_conv(k.plain(tensors.x), w1, first, mid, epilogue)
+        source = k.plain(mid[:, :m])
+    y = problem.empty_output(tensors.x)
+    epilogue = k.epilogue(bias=b2, outer=spec.outer_activation, aux=tensors.residual)
+    k.tap_conv(source, w2, second, y, epilogue)
+    batch = spec.norm == "batch"
+    return PairResult(
+        y, mid.permute(0, 2, 3, 4, 1) if kept else None, mean if batch else None,
+        var if batch else None, outer=True,
+    )  # fmt: skip

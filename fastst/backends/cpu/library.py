@@ -1,0 +1,201 @@
+"""The native libraries ``fastst._cpu_avx2`` and ``fastst._cpu_avx512``, as functions of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import math
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...shapes import PairSpec, PairTensors, Pass, Problem
+
+# What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
+_MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
+_LARGEST_BUFFER = 64 << 20  # floats that a thread keeps between calls
+_buffers = threading.local()
+
+
+@functools.cache
+def load() -> ModuleType | str:
+    """The library for this processor, or why there is none."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"needs an x86-64 processor, this is {platform.machine()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = next((_MODULES[c] for c in ("AVX512", "AVX2") if capability.startswith(c)), None)
+    if name is None:
+        return f"needs a processor with AVX2 or AVX-512, PyTorch finds {capability}"
+    if importlib.util.find_spec(f"fastst.{name}") is None:
+        return (
+            f"needs the native library fastst.{name}, which was not built: with a C++ compiler on "
+            "PATH, install fastst from source with FASTST_BUILD_CPU=1"
+        )
+    try:
+        module = importlib.import_module(f"fastst.{name}")
+    except ImportError as error:
+        return (
+            f"needs the native library fastst.{name}, which cannot be loaded ({error}): "
+            "install fastst again"
+        )
+    module.use_openmp(_gomp_parallel())
+    return module
+
+
+def library() -> ModuleType:
+    """
+    Raises:
+        ImportError: there is none; says why.
+    """
+    found = load()
+    if isinstance(found, str):
+        raise ImportError(f"the cpu backend {found}")
+    return found
+
+
+def _gomp_parallel() -> int:
+    """Address of what starts threads in the OpenMP runtime that PyTorch has loaded, or 0.
+
+    A second runtime would have threads of its own, which fight PyTorch's for the cores.
+    """
+    for path in _loaded_runtimes():
+        try:
+            runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            continue
+    return 0
+
+
+def _loaded_runtimes() -> Iterator[str]:
+    """Files of OpenMP runtimes in this process, those that came with PyTorch first."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return
+    files = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line}
+    found = [f for f in files if Path(f).name.startswith(("libgomp", "libiomp", "libomp"))]
+    home = str(Path(torch.__file__).parents[1])
+    yield from sorted(found, key=lambda f: (not f.startswith(home), f))
+
+
+class Call:
+    """Launches of one call: a thin layer of tensors over the library's functions."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.lib = library()
+        self.threads = torch.get_num_threads()
+        self.slope = float(problem.spec.slope)
+        self.kept: list[Tensor] = []  # alive until everything is computed
+
+    def act(self, name: str) -> Any:
+        return getattr(self.lib.Activation, name)
+
+    def rows(self, kept: bool = True) -> Tensor:
+        """Uninitialised memory like u: (N, M rounded up to 8, T', H', W'), channels last.
+
+        What nobody keeps lies in a buffer that the thread uses again for its next call: the pages
+        of a fresh one cost about as much as filling them.
+        """
+        shape = self.problem.mid_shape
+        count = math.prod(shape)
+        if kept or count > _LARGEST_BUFFER:
+            rows = torch.empty(shape)
+        else:
+            buffer: Tensor | None = getattr(_buffers, "rows", None)
+            if buffer is None or buffer.numel() < count:
+                buffer = _buffers.rows = torch.empty(count)
+            rows = buffer[:count].view(shape)
+        return rows.permute(0, 4, 1, 2, 3)
+
+    def view(self, t: Tensor) -> Any:
+        return self.lib.View(t.data_ptr(), t.shape, t.stride())
+
+    def array(self, t: Tensor | None) -> Any:
+        """Dense float32 array; converts small per-channel tensors to it."""
+        if t is None:
+            return self.lib.Array()
+        t = t.float().contiguous()
+        self.kept.append(t)
+        return self.lib.Array(t.data_ptr(), t.numel())
+
+    def plain(self, t: Tensor) -> Any:
+        lib = self.lib
+        none = lib.Activation.none
+        return lib.Source(self.view(t), None, lib.Array(), lib.Read.plain, none, 0.0)
+
+    def norm_act(self, u: Tensor, coefficients: Tensor | None, activation: str) -> Any:
+        if coefficients is None and activation == "none":
+            return self.plain(u)
+        lib = self.lib
+        array, act = self.array(coefficients), self.act(activation)
+        return lib.Source(self.view(u), None, array, lib.Read.norm_act, act, self.slope)
+
+    def norm_gradient(self, dv: Tensor, u: Tensor, coefficients: Tensor | None) -> Any:
+        if coefficients is None:
+            return self.plain(dv)
+        lib = self.lib
+        array, none = self.array(coefficients), lib.Activation.none
+        return lib.Source(self.view(dv), self.view(u), array, lib.Read.norm_gradient, none, 0.0)
+
+    def conv(self, p: Pass) -> Any:
+        mode = getattr(self.lib.PadMode, p.padding_mode if any(p.padding) else "zeros")
+        return self.lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode)
+
+    def epilogue(
+        self,
+        write: str = "forward",
+        *,
+        bias: Tensor | None = None,
+        coefficients: Tensor | None = None,
+        act: str = "none",
+        outer: str = "none",
+        aux: Tensor | None = None,
+        reductions: Tensor | None = None,
+    ) -> Any:
+        lib = self.lib
+        return lib.Epilogue(
+            getattr(lib.Write, write), self.array(bias), self.array(coefficients), self.act(act),
+            self.act(outer), self.slope, None if aux is None else self.view(aux),
+            self.array(reductions),
+        )  # fmt: skip
+
+    def tap_conv(self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any) -> None:
+        """out = epilogue(one pass of the pair)."""
+        lib, conv = self.lib, self.conv(p)
+        lib.tap_conv(source, self.view(weight), conv, self.view(out), epilogue, self.threads)
+
+    def input_gradient(
+        self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any
+    ) -> None:
+        """out = epilogue(gradient of a pass's input from that of its output)."""
+        lib, conv = self.lib, self.conv(p)
+        lib.input_gradient(source, self.view(weight), conv, self.view(out), epilogue, self.threads)
+
+    def weight_gradient(self, x: Any, dy: Any, weight: Tensor, p: Pass) -> Tensor:
+        """Gradient of a pass's weight, in its strides, from the sources of input and output."""
+        dw = torch.empty_like(weight)
+        self.lib.weight_gradient(x, dy, self.conv(p), self.view(dw), self.threads)
+        return dw
+
+
+def norm_coefficients(spec: PairSpec, tensors: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
+    """(5, M): mean, scale and shift of v = (u − mean)·scale + shift, and two rows of zeros."""
+    table = torch.zeros(5, mean.shape[0])
+    table[0] = mean
+    table[1] = (var + spec.eps).rsqrt()
+    if tensors.norm_weight is not None:
+        table[1] *= tensors.norm_weight
+    if tensors.norm_bias is not None:
+        table[2] = tensors.norm_bias
+    return table

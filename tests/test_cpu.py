@@ -1,0 +1,262 @@
+"""The native CPU backend: what it computes, what it refuses, and how it is built and found."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import fuzz
+import pytest
+import torch
+from fuzz import Limits
+from test_cuda import script
+
+import fastst
+from fastst.backends import cpu
+from fastst.backends.cpu import library
+from fastst.functional import BatchNorm, conv2plus1d
+from fastst.shapes import PairSpec, PairTensors, Problem
+
+ROOT = Path(__file__).parents[1]
+PAIRS = dict(op="conv2plus1d", branch_activation="none")
+
+built = pytest.mark.skipif(
+    isinstance(cpu.load(), str) and os.environ.get("FASTST_BUILD_CPU") != "1",
+    reason=f"the backend {cpu.load()}",
+)
+
+
+def limits(**fixed: Any) -> Limits:
+    return Limits(dtypes=(torch.float32,), fixed=PAIRS | fixed)
+
+
+def problem(**changes: Any) -> Problem:
+    x, dtype = changes.pop("x", (1, 4, 3, 5, 5)), changes.pop("dtype", torch.float32)
+    sizes = (x, (6, 4, 1, 3, 3), (5, 6, 3, 1, 1))
+    tensors = PairTensors(*(torch.empty(s, dtype=dtype) for s in sizes))
+    return Problem.of(tensors, PairSpec(padding=(1,) * 6, **changes))
+
+
+# ---- results
+
+
+@built
+@pytest.mark.parametrize("chunk", range(4))
+def test_forward(chunk: int) -> None:
+    fuzz.fuzz("cpu", 60, limits(), first=fuzz.SEED + 1000 * chunk, backward=False, least=1.0)
+
+
+@built
+@pytest.mark.parametrize("norm", ["none", "batch", "frozen"])
+def test_forward_and_backward(norm: str) -> None:
+    fuzz.fuzz("cpu", 40, limits(norm=norm, padding_mode=("zeros", "zeros")), least=1.0)
+
+
+@built
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        dict(channels=70, mid=130, out=100, size=(2, 5, 6), groups=(1, 1)),  # several blocks
+        dict(channels=600, mid=9, out=520, size=(2, 3, 3), batch=1, groups=(1, 1)),  # and chunks
+        dict(channels=3, mid=45, out=64, size=(3, 40, 37), batch=1, groups=(1, 1)),  # and tiles
+        dict(channels=24, mid=24, out=36, groups=(3, 4)),
+        dict(size=(1, 7, 5)),
+        dict(size=(6, 1, 1)),
+    ],
+    ids=["blocks", "chunks", "tiles", "groups", "one-frame", "one-pixel"],
+)
+def test_sizes(fixed: dict[str, Any]) -> None:
+    several = Limits(work=60_000_000, dtypes=(torch.float32,), fixed=PAIRS | fixed)
+    fuzz.fuzz("cpu", 6, several, backward=False, least=1.0)
+
+
+@built
+@pytest.mark.parametrize("threads", [2, 3])
+def test_any_number_of_threads_gives_the_same(threads: int) -> None:
+    """To the last bit, statistics and their running averages included."""
+    torch.manual_seed(1)
+    layer = fastst.Conv2Plus1d(5, 40, 3, (2, 1, 1), 1, norm="batch")
+    x = torch.randn(2, 5, 6, 21, 19)
+    found = []
+    for n in (1, threads):
+        torch.set_num_threads(n)
+        try:
+            with fastst.use_backend("cpu"), torch.no_grad():
+                layer.norm.reset_running_stats()
+                found.append((layer(x), layer.norm.running_var.clone()))
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@built
+def test_python_threads_do_not_share_buffers() -> None:
+    torch.manual_seed(2)
+    weights = torch.randn(24, 8, 1, 3, 3), torch.randn(8, 24, 3, 1, 1)
+    clips = [torch.randn(1, 8, 4, 12, 12) for _ in range(4)]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return conv2plus1d(x, *weights, padding=1)
+
+    wrong: list[int] = []
+    with fastst.use_backend("cpu"):
+        expected = [run(x) for x in clips]
+
+        def repeat(i: int) -> None:
+            if any(not torch.equal(run(clips[i]), expected[i]) for _ in range(20)):
+                wrong.append(i)
+
+        workers = [threading.Thread(target=repeat, args=(i,)) for i in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert wrong == []
+
+
+@built
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("norm", [False, True])
+def test_nan_and_infinity_reach_what_pytorch_lets_them(bad: float, norm: bool) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(1, 16, 4, 12, 12)
+    x[0, 3, 1, 5, 6] = bad
+    weights = torch.randn(20, 16, 1, 3, 3), torch.randn(9, 20, 3, 1, 1)
+    statistics = BatchNorm(torch.randn(20), torch.rand(20) + 0.5) if norm else None
+    results = []
+    for backend in ("cpu", "reference"):
+        with fastst.use_backend(backend):
+            results.append(conv2plus1d(x, *weights, padding=1, norm=statistics))
+    ours, truth = results
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(ours), kind(truth))
+    # What nobody reads of u is zero even then: backward on another backend relies on it.
+    with fastst.use_backend("cpu"):
+        leaf = weights[0].requires_grad_()
+        y = conv2plus1d(x, leaf, weights[1], padding=1)
+    u = next(t for t in y.grad_fn.saved_tensors if t.shape[-1] == 24)  # type: ignore[union-attr]
+    assert not u[..., 20:].any()
+
+
+# ---- choice
+
+
+@built
+def test_auto_takes_it_and_explain_says_so() -> None:
+    layer = fastst.Conv2Plus1d(4, 8, 3, padding=1)
+    assert fastst.explain(layer, torch.randn(1, 4, 3, 5, 5)).backend == "cpu"
+    depthwise = fastst.Conv2Plus1d(8, 8, 3, padding=1, groups=8, mid_channels=8)
+    found = fastst.explain(depthwise, torch.randn(1, 8, 3, 5, 5))
+    assert found.backend == "aten" and "output channels per group" in found.reasons["cpu"]
+
+
+def test_refusals_have_reasons() -> None:
+    assert "float32 only, not in float64" in str(
+        cpu.why_not(problem(dtype=torch.float64), "forward")
+    )
+    mirrored = problem(padding_mode=("reflect", "zeros"))
+    assert "reflect" in str(cpu.why_not(mirrored, "backward"))
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "told"),
+    [
+        ("aarch64", "DEFAULT", "needs an x86-64 processor, this is aarch64"),
+        ("x86_64", "DEFAULT", "needs a processor with AVX2 or AVX-512, PyTorch finds DEFAULT"),
+    ],
+)
+def test_other_processors_are_told(
+    machine: str, capability: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert library.load.__wrapped__() == told
+
+
+def test_a_missing_or_broken_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "FASTST_BUILD_CPU=1" in library.load.__wrapped__()
+
+    def broken(name: str) -> None:
+        raise ImportError("file too short")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("importlib.import_module", broken)
+    assert "cannot be loaded (file too short): install fastst again" in library.load.__wrapped__()
+
+
+@built
+def test_avx2_library_gives_the_same_numbers() -> None:
+    """In a process of its own, which is told to be an older processor."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import torch, fuzz\n"
+        "from fastst.backends import cpu\n"
+        "assert cpu.load().__name__.endswith('_cpu_avx2'), cpu.load()\n"
+        "limits = fuzz.Limits(dtypes=(torch.float32,), fixed=dict(\n"
+        "    op='conv2plus1d', branch_activation='none', padding_mode=('zeros', 'zeros')))\n"
+        "fuzz.fuzz('cpu', 40, limits, least=1.0)\n"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@built
+def test_threads_are_those_of_pytorch() -> None:
+    """The very runtime: its address is that of the file which PyTorch has loaded."""
+    if "OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("PyTorch without OpenMP")
+    address = library._gomp_parallel()
+    (path,) = list(library._loaded_runtimes())[:1]
+    runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    assert address == ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+
+
+@built
+def test_without_openmp_it_starts_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = cpu.load()
+    torch.set_num_threads(2)
+    module.use_openmp(0)
+    try:
+        fuzz.fuzz("cpu", 5, limits(), backward=False, least=1.0)
+    finally:
+        torch.set_num_threads(1)
+        module.use_openmp(library._gomp_parallel())
+
+
+# ---- build
+
+
+def test_build_may_be_required_or_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+    def names(compiler: str | None, **environment: str) -> list[str]:
+        settings = {"FASTST_BUILD_CUDA": "0", "FASTST_BUILD_CPU": "auto", **environment}
+        called: Any = script(monkeypatch, compiler, **settings)["called"]
+        return [e.name for e in called["ext_modules"]]
+
+    both = ["fastst._cpu_avx2", "fastst._cpu_avx512"]
+    assert names("/usr/bin/g++") == both
+    assert names("/usr/bin/g++", FASTST_BUILD_CPU="0") == []
+    assert names(None) == []
+    assert "installed without its CPU library" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"FASTST_BUILD_CPU=1 requires g\+\+"):
+        names(None, FASTST_BUILD_CPU="1")
+    with pytest.raises(SystemExit, match="FASTST_BUILD_CPU must be auto, 0 or 1, got 'yes'"):
+        names("/usr/bin/g++", FASTST_BUILD_CPU="yes")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert names("/usr/bin/g++") == []
