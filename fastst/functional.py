@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -136,8 +135,8 @@ def conv2plus1d(
         y, statistics = ops.conv2plus1d(tensors, spec, dispatch.requested())
         if statistics is not None and norm is not None:
             mean, var, count = statistics
-            problem = Problem.of(tensors, spec)
-            local = problem.batch * math.prod(problem.mid_size)
+            t, h, w = Problem.of(tensors, spec).mid_size  # math.prod would break a compiled graph
+            local = x.shape[0] * t * h * w
             _update_running(norm, mean, var, count if spec.group else local)
     return y if batched else y.squeeze(0)
 

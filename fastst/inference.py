@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .convert import convert, revert
-from .convert.converter import is_leaf
+from .convert import revert
+from .convert.converter import convert_for_inference, is_leaf
 from .convert.match import why_altered
 from .convert.trace import CannotTrace, is_watched, trace
 
@@ -49,7 +49,7 @@ def optimize_for_inference(
     optimised = copy.deepcopy(model).eval().requires_grad_(False)
     revert(optimised)
     fold_norms(optimised)
-    convert(optimised)
+    convert_for_inference(optimised)
     for module in optimised.modules():
         for p in module.parameters(recurse=False):
             if p.dim() == 5:

@@ -8,8 +8,9 @@ their class says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -18,6 +19,29 @@ from .backends import reference
 from .functional import BatchNorm, Causal
 
 _BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm, collectives.SyncBatchNorm)
+
+
+class Ending(NamedTuple):
+    """What ends a residual block after its last pair: activation(y + residual)."""
+
+    residual: Any  # whatever the block adds; part of the op if it is a tensor like y
+    activation: str
+    slope: float
+    in_place: bool  # the sum is written to y, whose dtype it keeps
+
+    def after(self, y: Tensor) -> Tensor:
+        """As the block computes it."""
+        if self.residual is not None:
+            y = y.add_(self.residual) if self.in_place else y + self.residual
+        return activations.apply(self.activation, y, self.slope)
+
+    def fits(self, x: Tensor, shape: Sequence[int]) -> bool:
+        """Whether the op computes the same for an output of this shape."""
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        r = self.residual
+        like = isinstance(r, Tensor) and (r.shape, r.dtype, r.device) == (shape, x.dtype, x.device)
+        return r is None or like
 
 
 def pair_forward(
@@ -31,6 +55,7 @@ def pair_forward(
     causal: Causal = False,
     recompute: bool = False,
     owner: str = "conv pair",
+    ending: Ending | None = None,
 ) -> Tensor:
     """Run existing modules ``second(activation(norm(first(x))))`` as one ``conv2plus1d``.
 
@@ -44,27 +69,73 @@ def pair_forward(
         order: which of the two convolutions is which; None to read it off their kernels.
         causal, recompute: see ``functional.conv2plus1d``.
         owner: what a warning calls them.
+        ending: what is applied to the output.
     """
     order = order or pair_order(first, second)
     why = why_composed(first, norm, activation, second, order)
     if why is not None:
         dispatch.fall_back(owner, why)
-        return compose_modules(x, first, norm, activation, second, order, causal)
+        y = compose_modules(x, first, norm, activation, second, order, causal)
+        return y if ending is None else ending.after(y)
     spatial, temporal = by_kind(first, second, order)
     named = activations.from_module(activation)
     assert named is not None
-    y = functional.conv2plus1d(
-        x, spatial.weight, temporal.weight, spatial.bias, temporal.bias,
+    return run_pair(
+        x, spatial.weight, temporal.weight, spatial.bias, temporal.bias, norm, ending=ending,
         stride=(temporal.stride[0], *spatial.stride[1:]), padding=sides(spatial, temporal),
         dilation=(temporal.dilation[0], *spatial.dilation[1:]),
         groups=(spatial.groups, temporal.groups),
         padding_mode=(spatial.padding_mode, temporal.padding_mode),
-        activation=named[0], negative_slope=named[1], norm=batch_norm_arguments(norm), order=order,
-        causal=causal, recompute=recompute,
+        activation=named[0], negative_slope=named[1], order=order, causal=causal,
+        recompute=recompute,
+    )  # fmt: skip
+
+
+def run_pair(
+    x: Tensor,
+    spatial_weight: Tensor,
+    temporal_weight: Tensor,
+    spatial_bias: Tensor | None,
+    temporal_bias: Tensor | None,
+    norm: Any,
+    *,
+    ending: Ending | None = None,
+    **settings: Any,
+) -> Tensor:
+    """``conv2plus1d`` with the batch norm of a module, whose running statistics it updates.
+
+    Args:
+        settings: of ``conv2plus1d``, with stride and dilation as triples and padding as pairs.
+    """
+    after = ending
+    if ending is not None:
+        shape = _output_shape(x, spatial_weight, temporal_weight, settings)
+        if ending.fits(x, shape):
+            settings |= {"residual": ending.residual, "outer_activation": ending.activation}
+            if ending.activation == "leaky_relu":
+                settings["negative_slope"] = ending.slope
+            after = None
+    y = functional.conv2plus1d(
+        x, spatial_weight, temporal_weight, spatial_bias, temporal_bias,
+        norm=batch_norm_arguments(norm), **settings,
     )  # fmt: skip
     if counts_batches(norm):
-        norm.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
-    return y
+        norm.num_batches_tracked.add_(1)
+    return y if after is None else after.after(y)
+
+
+def _output_shape(
+    x: Tensor, spatial_weight: Tensor, temporal_weight: Tensor, settings: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """(N, K, T', H', W'), or (K, T', H', W'), of a pair that is not causal."""
+    last = temporal_weight if settings["order"] == "spatial-first" else spatial_weight
+    kernel = (temporal_weight.shape[2], *spatial_weight.shape[3:])
+    axes = zip(
+        x.shape[-3:], kernel, settings["stride"], settings["padding"], settings["dilation"],
+        strict=True,
+    )  # fmt: skip
+    size = ((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+    return (*x.shape[:-4], last.shape[0], *size)
 
 
 def compose_modules(

@@ -475,3 +475,25 @@ def test_a_planted_bug_is_caught(monkeypatch):
         torch.testing.assert_close(
             step(model, x, True), step(original, x, True), rtol=1e-10, atol=1e-10
         )
+
+
+class Assigns(Pair):
+    """Augmented assignments, which write to a tensor under all of its names; numbers have one."""
+
+    def forward(self, x):
+        x = x * 1
+        alias, n = x.view(-1), x.shape[2]
+        m = n
+        alias += 1
+        alias *= 2
+        m += 1
+        y = self.t(F.relu(self.norm(self.s(x))))
+        y -= alias.view_as(x) / n
+        return y + x * m
+
+
+def test_augmented_assignments_write_to_every_name():
+    model = Assigns().double()
+    original = copy.deepcopy(model)
+    assert len(fastst.convert(model).replaced) == 1
+    assert_same(model, original, torch.randn(2, 4, 3, 5, 5, dtype=torch.float64))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from . import fused
-from .match import Chain, find, separable, why_altered, why_unfit
+from .match import Chain, Tail, find, separable, why_altered, why_unfit
 from .probe import Whole, could_be_whole, recognise
 from .report import Left, Replaced, Report
+from .tail import find_tails, follow, why_apart
 from .trace import CannotTrace, Trace, is_watched, switched, trace
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -56,6 +58,14 @@ def convert(model: nn.Module, *, only: Filter | None = None, skip: Filter | None
     return walk.report()
 
 
+def convert_for_inference(model: nn.Module) -> Report:
+    """``convert``, with what ends a residual block as part of the op of its last pair."""
+    walk = _Walk(model, lambda names: True, tails=True)
+    for name, module in reversed(list(model.named_modules())):
+        walk.visit(name, module)
+    return walk.report()
+
+
 def revert(model: nn.Module) -> list[str]:
     """Undo ``convert`` in place.
 
@@ -84,15 +94,23 @@ def revert(model: nn.Module) -> list[str]:
 class _Walk:
     """One conversion: what has been found out about each convolution, by full name."""
 
-    def __init__(self, model: nn.Module, wanted: Callable[[Iterable[str]], bool]) -> None:
-        self.model, self.wanted = model, wanted
+    def __init__(
+        self, model: nn.Module, wanted: Callable[[Iterable[str]], bool], tails: bool = False
+    ) -> None:
+        self.model, self.wanted, self.tails = model, wanted, tails
         self.order = [name for name, _ in model.named_modules()]
         self.uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
         self.replaced: list[Replaced] = []
         self.already: list[Replaced] = []
-        self.reasons: dict[str, tuple[str | None, str]] = {
-            name: _NEVER_RUN for name, m in model.named_modules() if separable(m)
+        # Convolutions that a converted module above runs, until that is visited.
+        self.owned = {
+            _join(name, conv)
+            for name, m in model.named_modules()
+            if fused.is_converted(m) and fused.is_direct(m)
+            for conv in fused.convs_of(m._plan)
         }
+        self.reasons: dict[str, tuple[str | None, str]] = {}
+        self._consider(name for name in self.order if name not in self.owned)
 
     def visit(self, name: str, module: nn.Module) -> None:
         """Convert what a module's own forward holds, once its descendants have been visited."""
@@ -101,21 +119,59 @@ class _Walk:
             if not fused.is_direct(module):
                 return
             before = module._plan.pairs
-            fused.revert_module(module)
+            self._take_back(name, module)
         if is_leaf(module):
             return
+        homes = self._homes_of_tails(module) if self.tails else {}
+        for path in homes:
+            self._take_back(_join(name, path), module.get_submodule(path))
         inside = [n for n in self.reasons if n != name and _under(n, name)]
         try:
             if len({separable(self.model.get_submodule(n)) for n in inside}) == 2:
-                self._convert(name, module, before)
+                self._convert(name, module, before, homes)
         except CannotTrace as error:
             for n in inside:
                 if self.reasons[n] == _NEVER_RUN:
                     self.reasons[n] = (None, f"{_title(name, module)} was left: {error}")
+        opened = [p for p, _, _ in module._plan.opened] if fused.is_converted(module) else []  # type: ignore[union-attr]
+        for path, plan in homes.items():
+            if path not in opened:
+                self._apply(_join(name, path), module.get_submodule(path), plan, set())
         if not any(fused.is_converted(m) or _is_layer(m) for m in module.modules()):
             self._convert_whole(name, module, before)
 
-    def _convert(self, name: str, module: nn.Module, before: Sequence[fused.Pair]) -> None:
+    def _consider(self, names: Iterable[str]) -> None:
+        """Convolutions of which nothing is known yet."""
+        self.reasons |= {n: _NEVER_RUN for n in names if separable(self.model.get_submodule(n))}
+
+    def _take_back(self, name: str, module: Any) -> None:
+        """Revert a module, and look at its convolutions again."""
+        convs = [_join(name, conv) for conv in fused.convs_of(module._plan)]
+        fused.revert_module(module)
+        self.replaced = [e for e in self.replaced if e.name != name]
+        self.owned.difference_update(convs)
+        self._consider(convs)
+
+    def _homes_of_tails(self, module: nn.Module) -> dict[str, fused.Plan]:
+        """Converted modules that a module calls, by path; none if no pair of theirs ends in it."""
+        try:
+            graph = trace(module, is_leaf).graph
+        except CannotTrace:
+            return {}
+        get = module.get_submodule
+        calls = {n: get(str(n.target)) for n in graph.nodes if n.op == "call_module"}
+        calls = {n: m for n, m in calls.items() if fused.is_converted(m) and fused.is_direct(m)}
+        if not any(follow(n, None, get).nodes for n in calls):
+            return {}
+        return {str(n.target): m._plan for n, m in calls.items()}  # type: ignore[misc]
+
+    def _convert(
+        self,
+        name: str,
+        module: nn.Module,
+        before: Sequence[fused.Pair],
+        homes: Iterable[str] = (),
+    ) -> None:
         _check_class(module)
         get = module.get_submodule
         open_all = _graph(module, None)
@@ -127,8 +183,13 @@ class _Walk:
                 if _under(n, _join(name, path)) and self.reasons[n] == _NEVER_RUN:
                     self.reasons[n] = (None, f"{_join(name, path)}: {told}")
         known = {(p.first, p.second) for p in before}
+        if self.tails or any(p.residual or p.outer != "none" for p in before):
+            find_tails(chains, get)
+            for chain in chains:
+                if chain.tail.nodes and why_apart(chain, get) is not None:
+                    chain.tail = Tail()
         chosen: list[Chain] = []
-        for chain in chains:
+        for chain in _not_at_home(chains, homes):
             names = chain.names
             why = None if names in known else self._why_left(name, module, chain)
             if why is None:
@@ -142,7 +203,12 @@ class _Walk:
         traced = _graph(module, crossed)
         wanted = {c.names for c in chosen}
         again = [c for c in find(traced.graph, get)[0] if c.names in wanted]
-        if len(again) != len(chosen):
+        find_tails(again, get)
+        tails = {c.names: c.tail for c in chosen}
+        for chain in again:
+            chain.tail = chain.tail if tails[chain.names].nodes else Tail()
+        here, there = ([(c.names, c.tail.computes()) for c in cs] for cs in (chosen, again))
+        if here != there:
             raise CannotTrace("its graph depends on how far it is opened")
         self._apply(name, module, fused.plan_of(module, traced.graph, traced.opened, again), known)
 
@@ -152,6 +218,8 @@ class _Walk:
             return
         known = {(p.first, p.second) for p in before}
         convs = [_join(name, n) for n, m in module.named_modules() if isinstance(m, _CONVS)]
+        if not self.owned.isdisjoint(convs):
+            return
         why = self._why_not_whole(module)
         whole = None if why is not None else recognise(module)
         if isinstance(whole, str):
@@ -186,6 +254,7 @@ class _Walk:
             entry = Replaced(
                 name, _join(name, pair.first), _join(name, pair.second),
                 pair.norm and _join(name, pair.norm), pair.activation, pair.order,
+                pair.residual, pair.outer,
             )  # fmt: skip
             (self.already if (pair.first, pair.second) in known else self.replaced).append(entry)
             for conv in (entry.first, entry.second):
@@ -281,6 +350,23 @@ def _crossed(chain: Chain) -> list[str]:
     paths = {path: None for stack in stacks for path, _ in stack}
     called = {str(node.target) for node in chain.calls() if node.op == "call_module"}
     return [path for path in paths if path not in called]
+
+
+def _not_at_home(chains: Sequence[Chain], homes: Iterable[str]) -> list[Chain]:
+    """Without the chains that lie, tail and all, in one of these modules, each the home of several.
+
+    All that are in a home of which one chain comes out have to come out with it.
+    """
+
+    def inside(chain: Chain, home: str) -> bool:
+        return all(_under(path, home) for path in chain.names)
+
+    def leaves(chain: Chain, home: str) -> bool:
+        stacks = [n.meta.get("nn_module_stack", {}).values() for n in chain.tail.nodes]
+        return any(home not in [path for path, _ in stack] for stack in stacks)
+
+    closed = [h for h in homes if not any(inside(c, h) and leaves(c, h) for c in chains)]
+    return [c for c in chains if not any(inside(c, h) for h in closed)]
 
 
 def _join(name: str, path: str) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .. import activations, dispatch, functional
-from ..pairing import batch_norm_arguments, counts_batches, pair_forward
+from .. import activations, dispatch
+from ..pairing import Ending, pair_forward, run_pair
 from ..shapes import ACTIVATIONS
 from .match import Chain
 from .padding import Pad, merge
@@ -38,6 +38,8 @@ class Pair:
     activation: str  # its name
     second: str
     order: str
+    residual: bool = False  # whether the op adds a shortcut
+    outer: str = "none"  # name of the activation of its output
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def is_converted(module: nn.Module) -> bool:
 def is_direct(module: nn.Module) -> bool:
     """Whether nothing has changed the class of a converted module since."""
     return "_plan" in type(module).__dict__
+
+
+def convs_of(plan: Plan) -> list[str]:
+    """Paths, from the converted module, of the convolutions in its pairs."""
+    return [path for pair in plan.pairs for path in (pair.first, pair.second)]
 
 
 def revert_module(module: Any) -> None:
@@ -215,21 +222,30 @@ def plan_of(
     pairs, watched = [], list(opened)
     made: dict[fx.Node | None, fx.Node] = {}  # by the convolution whose output it is
     for chain in chains:
-        nodes = list(chain.calls())
+        nodes, tail = list(chain.calls()), chain.tail
         source = made.get(chain.source, chain.source)
-        with graph.inserting_before(nodes[0]):
+        with graph.inserting_before(nodes[-1] if tail.nodes else nodes[0]):
             call = _plain_call if chain.plain else _call
-            y = call(module, graph, chain, source)
+            ending = {}
+            if tail.nodes:
+                added = made.get(tail.residual, tail.residual)
+                values = (added, tail.activation, tail.slope, tail.in_place)
+                ending["ending"] = graph.call_function(Ending, values)
+            y = call(module, graph, chain, source, ending)
         nodes[-1].replace_all_uses_with(y)
         made[nodes[-1]] = y
         for node in reversed(nodes):
             graph.erase_node(node)
         norm = None if chain.norm is None else str(chain.norm.target)
         act = "none" if chain.named is None else chain.named[0]
-        pairs.append(Pair(chain.names[0], norm, act, chain.names[1], chain.order))
-        if not chain.plain:  # nothing else would see that they have changed
-            used = [n.target for n in (chain.norm, chain.activation) if n and n.op == "call_module"]
-            watched += [p for p in (*chain.names, *map(str, used)) if p not in watched]
+        end = (tail.residual is not None, tail.activation)
+        pairs.append(Pair(chain.names[0], norm, act, chain.names[1], chain.order, *end))
+        # Nothing else would see that these have changed.
+        used = [str(n.target) for n in tail.nodes if n.op == "call_module"]
+        if not chain.plain:
+            between = [n for n in (chain.norm, chain.activation) if n and n.op == "call_module"]
+            used += [*chain.names, *(str(n.target) for n in between)]
+        watched += [p for p in dict.fromkeys(used) if p not in watched]
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -263,7 +279,9 @@ def plan_of_whole(module: nn.Module, whole: Whole) -> Plan:
     )  # fmt: skip
 
 
-def _plain_call(module: nn.Module, graph: fx.Graph, chain: Chain, source: Any) -> fx.Node:
+def _plain_call(
+    module: nn.Module, graph: fx.Graph, chain: Chain, source: Any, ending: dict[str, fx.Node]
+) -> fx.Node:
     """Settings are read off the modules at each call."""
     norm = None if chain.norm is None else graph.get_attr(str(chain.norm.target))
     act = None
@@ -273,11 +291,13 @@ def _plain_call(module: nn.Module, graph: fx.Graph, chain: Chain, source: Any) -
         act = graph.call_function(functional_activation, chain.named)
     first, second = map(graph.get_attr, chain.names)
     return graph.call_function(
-        pair_forward, (source, first, norm, act, second), {"order": chain.order}
+        pair_forward, (source, first, norm, act, second), {"order": chain.order, **ending}
     )
 
 
-def _call(module: nn.Module, graph: fx.Graph, chain: Chain, source: Any) -> fx.Node:
+def _call(
+    module: nn.Module, graph: fx.Graph, chain: Chain, source: Any, ending: dict[str, fx.Node]
+) -> fx.Node:
     """Settings are those that the trace has seen."""
     convs = {
         c.kind: (c, merge([*pads, c.padding], c.kind))
@@ -302,26 +322,7 @@ def _call(module: nn.Module, graph: fx.Graph, chain: Chain, source: Any) -> fx.N
         "negative_slope": slope,
         "order": chain.order,
     }
-    return graph.call_function(run_pair, (*tensors, norm), settings)
-
-
-def run_pair(
-    x: Tensor,
-    spatial_weight: Tensor,
-    temporal_weight: Tensor,
-    spatial_bias: Tensor | None,
-    temporal_bias: Tensor | None,
-    norm: Any,
-    **settings: Any,
-) -> Tensor:
-    """``conv2plus1d`` with the batch norm of a module, whose running statistics it updates."""
-    y = functional.conv2plus1d(
-        x, spatial_weight, temporal_weight, spatial_bias, temporal_bias,
-        norm=batch_norm_arguments(norm), **settings,
-    )  # fmt: skip
-    if counts_batches(norm):
-        norm.num_batches_tracked.add_(1)
-    return y
+    return graph.call_function(run_pair, (*tensors, norm), settings | ending)
 
 
 def functional_activation(name: str, slope: float) -> nn.Module:

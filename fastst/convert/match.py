@@ -34,6 +34,20 @@ class Conv:
     plain: bool  # the call of a module that is exactly nn.Conv3d
 
 
+@dataclass(frozen=True)
+class Tail:
+    """What follows a pair and can be part of its op: the sum with a shortcut, an activation."""
+
+    nodes: tuple[fx.Node, ...] = ()  # in order of execution
+    residual: fx.Node | None = None
+    activation: str = "none"
+    slope: float = 0.01
+    in_place: bool = False  # the shortcut is added into the output of the pair
+
+    def computes(self) -> tuple[object, ...]:
+        return self.residual is not None, self.activation, self.slope, self.in_place
+
+
 @dataclass
 class Chain:
     """Two separable convolutions with only unary steps between them, from the first on."""
@@ -46,6 +60,7 @@ class Chain:
     named: tuple[str, float] | None = None  # of the activation
     pads: tuple[list[Pad], list[Pad]] = field(default_factory=lambda: ([], []))
     source: fx.Node | None = None  # what the first convolution, or its padding, reads
+    tail: Tail = field(default_factory=Tail)
 
     @property
     def order(self) -> str:
@@ -63,7 +78,7 @@ class Chain:
 
     def calls(self) -> Iterable[fx.Node]:
         """All nodes, in order of execution."""
-        every = {c.node for c in self.convs} | set(self.nodes)
+        every = {c.node for c in self.convs} | {*self.nodes, *self.tail.nodes}
         return (n for n in self.convs[0].node.graph.nodes if n in every)
 
 

@@ -15,12 +15,18 @@ class Replaced:
     norm: str | None
     activation: str  # "relu", "none", ...
     order: str
+    residual: bool = False  # whether the op adds the block's shortcut
+    outer: str = "none"  # the activation of its output that is part of it
 
     def __str__(self) -> str:
         between = [] if self.norm is None else [self.norm]
         if self.activation != "none":
             between.append(self.activation)
         told = f", with {' and '.join(between)} between" if between else ""
+        ending = ["the residual"] * self.residual
+        if self.outer != "none":
+            ending.append(self.outer)
+        told += f", then {' and '.join(ending)}" if ending else ""
         return f"{self.first} → {self.second}, {self.order}{told}"
 
 

@@ -7,6 +7,7 @@ The graph holds for calls with one tensor per required parameter and every defau
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -125,6 +126,31 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
+def _assignment(name: str) -> Callable[[Any, Any], Any]:
+    in_place = getattr(operator, name)
+
+    def assign(a: Any, b: Any) -> Any:
+        return in_place(a, b)
+
+    assign.__name__, assign.__qualname__ = name, f"Assign.{name}"
+    return assign
+
+
+class Assign:
+    """``a += b`` and its like as functions: fx knows none, and would write a new tensor instead.
+
+    Those of ``operator`` it would write as statements, which change numbers that have two names.
+    """
+
+    iadd, isub, imul, itruediv = map(_assignment, ("iadd", "isub", "imul", "itruediv"))
+    ifloordiv, imod, ipow = map(_assignment, ("ifloordiv", "imod", "ipow"))
+    iand, ior, ixor, imatmul = map(_assignment, ("iand", "ior", "ixor", "imatmul"))
+
+    @classmethod
+    def has(cls, target: object) -> bool:
+        return target is getattr(cls, getattr(target, "__name__", ""), None)
+
+
 class _Value(fx.Proxy):
     """A proxy that user code takes for a tensor when it asks for its type."""
 
@@ -134,6 +160,18 @@ class _Value(fx.Proxy):
         module = asking.f_globals.get("__name__", "")
         inside = module == "torch" or module.startswith("torch.")
         return _Value if inside and asking.f_code.co_name != "is_tensor" else Tensor
+
+    def _assign(self, target: Callable[[Any, Any], Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+for _name, _target in list(vars(Assign).items()):
+    if Assign.has(_target):
+        setattr(
+            _Value,
+            f"__{_name}__",
+            lambda self, other, target=_target: self._assign(target, other),
+        )
 
 
 SWITCHES = "its forward switches gradients, autocast or what is saved for them"
