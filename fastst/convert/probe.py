@@ -118,7 +118,8 @@ def run_whole(
         norm.num_batches_tracked.add_(1)
     if tail_norm is not None:  # of whatever rank: over all positions of a channel
         n = batch_norm_arguments(tail_norm)
-        y = torch.nn.functional.batch_norm(y, *n[:-1])  # type: ignore[misc]
+        assert n is not None
+        y = torch.nn.functional.batch_norm(y, *n[:-1])  # all but the group of processes
         if counts_batches(tail_norm):
             tail_norm.num_batches_tracked.add_(1)
     return activations.apply(tail_activation[0], y, tail_activation[1])
