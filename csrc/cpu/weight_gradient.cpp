@@ -21,7 +21,8 @@ namespace {
 constexpr int kRows = most_rows(kMostVectors);
 constexpr int64_t kNeighbours[] = {0, 1, 2, 3, 4, 5, 6, 7};  // channels of packed x
 constexpr int64_t kBoxFloats = 192 << 10;     // packed x and dy of one box: most of an L2
-constexpr int64_t kResultFloats = 128 << 10;  // of dW that a thread sums for itself
+constexpr int64_t kWholeFloats = 512 << 10;   // packed at once if dW then is written only once
+constexpr int64_t kResultFloats = 160 << 10;  // of dW that a thread sums for itself
 
 // Channels [lo, hi) in panels of at most kMostVectors vectors, as even as they can be.
 std::vector<Panel> vector_panels(int64_t lo, int64_t hi) {
@@ -71,8 +72,8 @@ void write_block(const float* block, const Panel& in, const Panel& out, const Vi
                      (dw.size[3] == 1 || dw.stride[3] == dw.size[4]) &&
                      (dw.size[2] == 1 || dw.stride[2] == dw.size[3] * dw.size[4]);
   if (dense && rows >= kLanes) {
-    for (int m = 0; m < out.channels; m += kLanes) {
-      const int some = std::min(kLanes, out.channels - m);
+    for (int64_t m = 0; m < out.channels; m += kLanes) {
+      const int64_t some = std::min<int64_t>(kLanes, out.channels - m);
       for (int64_t r = 0; r < rows; r += kLanes) {
         r = std::min(r, rows - kLanes);
         Vec square[kLanes];
@@ -142,7 +143,9 @@ class Group {
     first_.push_back(out_.size());
     const int64_t share = (vectors + ranges_ - 1) / ranges_ * kLanes;
     parts_ = threads_ / ranges_;
-    boxes_ = cut_boxes(g, static_cast<int64_t>(in_.size()) * kLanes, share, kBoxFloats, parts_);
+    const int64_t limit = parts_ == 1 ? kWholeFloats : kBoxFloats, wide = in_.size() * kLanes;
+    boxes_ = cut_boxes(g, wide, share, limit, parts_);
+    if (parts_ == 1 && boxes_.size() > 1) boxes_ = cut_boxes(g, wide, share, kBoxFloats, 1);
     parts_ = std::min<int64_t>(parts_, boxes_.size());
   }
 
