@@ -95,6 +95,62 @@ struct Depthwise {
   int64_t stages;            // of the pipeline that loads frames: 2, or 1 to save shared memory
 };
 
+// What a Hopper pass makes of its sums: out = act(sum·scale + shift + residual).
+struct HopperOutput {
+  View out;  // channels-last, stored channels a multiple of 8: zeros from `channels` on
+  std::optional<View> residual;  // channels are neighbours
+  Array scale, shift;            // of whole tiles of columns
+  Array partials;                // (grid·consuming warps, 3, channels), or none
+  int64_t channels;
+  Activation act;
+  double slope;
+};
+
+struct HopperTile {
+  int64_t columns;             // output channels of a tile
+  int64_t groups;              // warpgroups that multiply
+  int64_t blocks;              // of 64 × columns sums that each of them has
+  std::array<int64_t, 3> box;  // positions of a tile: spatial frames, rows, columns of the output;
+                               // temporal clips, output frames, pixels
+  int64_t share;               // spatial: vertical taps that one box of x serves, 1 or all
+  int64_t stages;              // of shared memory
+  int64_t grid;                // blocks, which walk over the tiles
+};
+
+struct HopperSpatial {
+  View x;        // channels-last, frames of all clips evenly apart
+  Array weight;  // (tiles of columns, ⌈C/64⌉, kw, kh, columns, 64)
+  Conv conv;
+  HopperOutput output;
+  HopperTile tile;
+};
+
+struct HopperTemporal {
+  View u;              // channels-last, pixels evenly apart
+  Array weight;        // (tiles of columns, ⌈M/64⌉, kt, columns, 64)
+  Conv conv;           // padding mode zeros or replicate
+  Array coefficients;  // (2, ⌈M/64⌉·64): z = act(scale·u + shift); none: z = u
+  Activation act;
+  double slope;
+  HopperOutput output;
+  HopperTile tile;
+};
+
+// 1 × 7 × 7 of stride 2 on up to 4 channels, then 3 × 1 × 1; at most 48 and 64 channels out.
+struct HopperStem {
+  View x;                // of any strides
+  Array spatial_weight;  // (4, 48, 64): of every 64 (kh, kw, c) of 8 × 8 × 4, zeros where there is
+                         // none
+  Array temporal_weight;  // (3, 64, 64): taps, K, M; none: the output is u
+  std::array<int64_t, 6> padding;
+  Array coefficients;  // (2, 48): z = act(scale·conv(x) + shift)
+  Activation act;
+  double slope;
+  HopperOutput output;
+  int64_t piece;  // frames of the output that a warpgroup makes at a time
+  int64_t grid;
+};
+
 using Stream = uintptr_t;  // a cudaStream_t
 
 void tap_conv(Dtype, const TapConv&, Stream);
@@ -131,5 +187,9 @@ int64_t depthwise_blocks(const View& x, std::array<int64_t, 3> out_size, int64_t
                          bool backward);
 int64_t depthwise_shared_bytes(int64_t kernel, int64_t temporal_kernel, int64_t stride,
                                int64_t stages, bool backward);
+
+void hopper_spatial(Dtype, const HopperSpatial&, Stream);
+void hopper_temporal(Dtype, const HopperTemporal&, Stream);
+void hopper_stem(Dtype, const HopperStem&, Stream);
 
 }  // namespace fastst

@@ -82,6 +82,18 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   py::class_<Depthwise>(m, "Depthwise", kLocal)
       .def(py::init<View, View, View, Array, Array, Array, std::array<int64_t, 3>,
                     std::array<int64_t, 6>, Activation, double, int64_t, int64_t>());
+  py::class_<HopperOutput>(m, "HopperOutput", kLocal)
+      .def(py::init<View, std::optional<View>, Array, Array, Array, int64_t, Activation, double>());
+  py::class_<HopperTile>(m, "HopperTile", kLocal)
+      .def(
+          py::init<int64_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, int64_t, int64_t>());
+  py::class_<HopperSpatial>(m, "HopperSpatial", kLocal)
+      .def(py::init<View, Array, Conv, HopperOutput, HopperTile>());
+  py::class_<HopperTemporal>(m, "HopperTemporal", kLocal)
+      .def(py::init<View, Array, Conv, Array, Activation, double, HopperOutput, HopperTile>());
+  py::class_<HopperStem>(m, "HopperStem", kLocal)
+      .def(py::init<View, Array, Array, std::array<int64_t, 6>, Array, Activation, double,
+                    HopperOutput, int64_t, int64_t>());
 
   m.def("tap_conv", launcher(tap_conv));
   m.def("weight_gradient", launcher(weight_gradient));
@@ -96,6 +108,10 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.def("depthwise_backward", launcher(depthwise_backward));
   m.def("depthwise_blocks", &depthwise_blocks);
   m.def("depthwise_shared_bytes", &depthwise_shared_bytes);
+
+  m.def("hopper_spatial", launcher(hopper_spatial));
+  m.def("hopper_temporal", launcher(hopper_temporal));
+  m.def("hopper_stem", launcher(hopper_stem));
 
   m.def("device_count", &device_count, "CUDA devices; 0 where there is none or no driver.");
   m.def("device_error", &device_error, "Why device_count is 0, or an empty string.");

@@ -51,7 +51,7 @@ def versions() -> str:
         triton = metadata.version("triton")
     digest = hashlib.sha256()
     package = Path(__file__).parent
-    patterns = ("kernels/*.py", "backends/**/*.py", "configs.py", "*_C*")
+    patterns = ("kernels/*.py", "backends/**/*.py", "configs*.py", "*_C*")
     for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
         digest.update(path.read_bytes())
     return f"torch {torch.__version__} triton {triton} kernels {digest.hexdigest()[:12]}"

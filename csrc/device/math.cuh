@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <stdexcept>
 
 namespace fastst {
@@ -55,6 +56,14 @@ __device__ inline __half narrow<__half>(float v) {
 template <>
 __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
+}
+
+template <class To, class From>
+__device__ To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
 }
 
 template <class A>
@@ -147,6 +156,14 @@ __device__ void with_activation(Activation kind, F f) {
     case Activation::hardswish:
       return f(Kind<Activation::hardswish>{});
   }
+}
+
+template <int N>
+__device__ void activate_in_place(Activation kind, float slope, float (&values)[N]) {
+  with_activation(kind, [&](auto k) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = activate(k.value, slope, values[i]);
+  });
 }
 
 template <int N, int V>

@@ -1,7 +1,8 @@
 """CUDA kernels of the native library ``fastst._C``: what is launched for a call, in which order.
 
-Two families. *depthwise* fuses a depthwise pair in one pass over channels-last memory; *generic*
-runs whatever the semantics allow, on any architecture, and is what the others are compared with.
+Three families. *depthwise* fuses a depthwise pair in one pass over channels-last memory; *hopper*
+runs dense pairs forward on the matrix units of compute capability 9.0; *generic* runs whatever the
+semantics allow, on any architecture, and is what the others are compared with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
-from . import PairResult, cuda_depthwise
+from . import PairResult, cuda_depthwise, cuda_hopper
 from .native import Call, call, emulated, emulating, finish, load
 
 
@@ -38,8 +39,17 @@ def avoid(problem: Problem, phase: str) -> str | None:
     """Why "auto" leaves to the next backend what this one could run."""
     if emulating():
         return "is emulated"
-    why = cuda_depthwise.why_not(problem)
-    return None if why is None else f"has only its generic kernels: its depthwise ones {why}"
+    if cuda_depthwise.why_not(problem) is None:
+        return None
+    why = "run forward" if phase != "forward" else cuda_hopper.why_not(problem)
+    if why is None:
+        from .. import selfcheck
+
+        return selfcheck.why_broken("cuda", problem, "hopper")
+    return (
+        f"has only its generic kernels: its depthwise ones {cuda_depthwise.why_not(problem)}; "
+        f"its Hopper ones {why}"
+    )
 
 
 def _in_order(problem: Problem, t: Any) -> tuple[Any, Any]:
@@ -55,6 +65,8 @@ def _mid(u: Tensor) -> Tensor:
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
     if cuda_depthwise.why_not(problem) is None:
         return cuda_depthwise.forward(problem, tensors, save)
+    if cuda_hopper.why_not(problem) is None:
+        return cuda_hopper.forward(problem, tensors, save)
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
     w1, w2 = _in_order(problem, (tensors.spatial_weight, tensors.temporal_weight))

@@ -1,0 +1,212 @@
+// What becomes of the accumulators of a warpgroup's 64 × N tile: statistics, epilogue, rows.
+//
+// A thread holds, of its warp's 16 rows, rows r = lane / 4 and r + 8, and of every 8 columns the
+// two at 2·(lane % 4): values[4·j + 2·half + e] is row r + 8·half, column 8·j + 2·(lane % 4) + e.
+#pragma once
+
+#include <device/tensor.cuh>
+
+namespace fastst {
+
+// Where the thread's two rows lie; negative: such a row does not exist.
+struct RowPair {
+  int64_t out[2], residual[2];
+};
+
+// value = act(accumulator·scale + shift + residual), written where `channels` of a row are left.
+template <class T>
+struct Epilogue {
+  Global<T> out;
+  Global<const T> residual;          // rows of channels as of out, or none
+  Global<const float> scale, shift;  // of whole tiles of columns
+  Global<float> partials;            // (blocks · warps, 3, channels): count, mean, Σ(v − mean)²
+  int channels;                      // that are computed
+  int stored;      // that a row of out has, a multiple of 8: zeros from channels on
+  float negative;  // what multiplies values below zero: 1, 0, or a slope
+
+  Epilogue() = default;
+  explicit Epilogue(const HopperOutput& o)
+      : out(global<T>(o.out.data, o.out.span())),
+        scale(global<const float>(o.scale.data, o.scale.count)),
+        shift(global<const float>(o.shift.data, o.shift.count)),
+        partials(global<float>(o.partials.data, o.partials.count)),
+        channels(narrow_size(o.channels)),
+        stored(narrow_size(o.out.size[1])),
+        negative(o.act == Activation::relu         ? 0.0f
+                 : o.act == Activation::leaky_relu ? static_cast<float>(o.slope)
+                                                   : 1.0f) {
+    // Others would take a thousand instructions per kernel; the temporal prologue has them.
+    if (o.act != Activation::none && negative == 1.0f && o.slope != 1.0)
+      throw std::invalid_argument(
+          "Hopper's epilogue has relu, leaky_relu, and no other activation");
+    if (o.residual) residual = global<const T>(o.residual->data, o.residual->span());
+  }
+};
+
+// Mean and sum of squared deviations of every column, over all tiles that a warp has had.
+//
+// A lane keeps one column of every 32: 8·(4·b + lane / 8) + 2·(lane % 4) + lane / 4 % 2 of batch b.
+template <int N>
+class ColumnStatistics {
+  static constexpr int kBatches = (N + 31) / 32;
+
+ public:
+  __device__ void clear() {
+    count_ = 0;
+#pragma unroll
+    for (int b = 0; b < kBatches; ++b) mean_[b] = square_[b] = 0;
+  }
+
+  __device__ void add(const float (&values)[N / 2], const RowPair& rows) {
+    const int lane = threadIdx.x % 32;
+    const bool there[2] = {rows.out[0] >= 0, rows.out[1] >= 0};
+    const float own = float(there[0]) + float(there[1]);
+    // Weights of the partner's mean and of the squared difference of the means, for each merge.
+    float weight[3], product[3], total = own;
+#pragma unroll
+    for (int level = 0; level < 3; ++level) {
+      const float other = shuffle_xor(total, 16 >> level);
+      weights(total, other, weight[level], product[level]);
+      total += other;
+    }
+    float running_weight, running_product;
+    weights(count_, total, running_weight, running_product);
+    count_ += total;
+#pragma unroll
+    for (int b = 0; b < kBatches; ++b) {
+      float mean[8], square[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int j = 4 * b + i / 2;
+        if (8 * j >= N) {
+          mean[i] = square[i] = 0;
+          continue;
+        }
+        const float v0 = values[4 * j + i % 2], v1 = values[4 * j + 2 + i % 2];
+        const bool both = there[0] && there[1];
+        mean[i] = both ? v0 + 0.5f * (v1 - v0) : there[0] ? v0 : there[1] ? v1 : 0.0f;
+        square[i] = both ? 0.5f * (v1 - v0) * (v1 - v0) : 0.0f;
+      }
+      // Lanes of the same columns halve them among each other: each merge keeps half of them.
+#pragma unroll
+      for (int level = 0; level < 3; ++level) {
+        const int kept = 4 >> level;
+        const bool upper = lane & (16 >> level);
+#pragma unroll
+        for (int i = 0; i < kept; ++i) {
+          const float m = shuffle_xor(upper ? mean[i] : mean[i + kept], 16 >> level);
+          const float s = shuffle_xor(upper ? square[i] : square[i + kept], 16 >> level);
+          if (upper) mean[i] = mean[i + kept], square[i] = square[i + kept];
+          merge(mean[i], square[i], m, s, weight[level], product[level]);
+        }
+      }
+      merge(mean_[b], square_[b], mean[0], square[0], running_weight, running_product);
+    }
+  }
+
+  // Row `row` of the partials, columns from `first` on.
+  template <class T>
+  __device__ void write(const Epilogue<T>& e, int64_t row, int first) const {
+    const int lane = threadIdx.x % 32;
+    const Global<float> to = e.partials + row * 3 * e.channels;
+#pragma unroll
+    for (int b = 0; b < kBatches; ++b) {
+      const int column = 8 * (4 * b + lane / 8) + 2 * (lane % 4) + lane / 4 % 2;
+      const int c = first + column;
+      if (column >= N || c >= e.channels) continue;
+      to[c] = count_;
+      to[e.channels + c] = mean_[b];
+      to[2 * e.channels + c] = square_[b];
+    }
+  }
+
+ private:
+  static __device__ void weights(float mine, float other, float& weight, float& product) {
+    weight = other > 0 ? other / (mine + other) : 0.0f;
+    product = mine * weight;
+  }
+  static __device__ void merge(float& mean, float& square, float other_mean, float other_square,
+                               float weight, float product) {
+    const float delta = other_mean - mean;
+    mean += delta * weight;
+    square += other_square + delta * delta * product;
+  }
+
+  float count_, mean_[kBatches], square_[kBatches];
+};
+
+// Lane q of a quad has one word of each of four 16-byte vectors; after it, all of vector q.
+__device__ inline void transpose_quad(uint32_t (&words)[4]) {
+  const int q = threadIdx.x % 4;
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const bool upper = q & step;
+      const uint32_t got = shuffle_xor(upper ? words[i] : words[i + step], step);
+      if (upper)
+        words[i] = got;
+      else
+        words[i + step] = got;
+    }
+}
+
+template <class T>
+__device__ uint32_t pack_pair(float a, float b) {
+  return bit_cast<uint32_t>(Pack<T, 2>{{narrow<T>(a), narrow<T>(b)}});
+}
+
+// Scales and shifts the accumulators, then counts them: what statistics are about.
+template <class T, int N>
+__device__ void finish_rows(const Epilogue<T>& e, float (&values)[N / 2], const RowPair& rows,
+                            int first, ColumnStatistics<N>& statistics) {
+  const int q = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+    const int c = first + 8 * j + 2 * q;
+    const auto scale = load<2>(e.scale + c), shift = load<2>(e.shift + c);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      values[4 * j + i] = values[4 * j + i] * scale.lane[i % 2] + shift.lane[i % 2];
+  }
+  if (e.partials) statistics.add(values, rows);
+  if (e.residual) {
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = first + 8 * j + 2 * q;
+        if (rows.out[half] < 0 || c >= e.channels) continue;
+        const auto r = load<2>(e.residual + rows.residual[half] + c);
+        values[4 * j + 2 * half] += widen(r.lane[0]);
+        values[4 * j + 2 * half + 1] += widen(r.lane[1]);
+      }
+  }
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i)
+    if (values[i] < 0) values[i] = e.negative == 0 ? 0.0f : values[i] * e.negative;
+  // 16 bytes of a row to each lane: a quad writes 64 neighbouring bytes.
+#pragma unroll
+  for (int j = 0; j < N / 8; j += 4)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (j + i >= N / 8) {
+          words[i] = 0;
+          continue;
+        }
+        const int at = 4 * (j + i) + 2 * half, c = first + 8 * (j + i) + 2 * q;
+        words[i] = pack_pair<T>(c < e.channels ? values[at] : 0.0f,
+                                c + 1 < e.channels ? values[at + 1] : 0.0f);
+      }
+      transpose_quad(words);
+      const int c = first + 8 * (j + q);
+      if (rows.out[half] < 0 || j + q >= N / 8 || c >= e.stored) continue;
+      store(e.out + rows.out[half] + c, bit_cast<Pack<T, 8>>(words));
+    }
+}
+
+}  // namespace fastst

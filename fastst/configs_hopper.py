@@ -1,0 +1,189 @@
+"""Tiles of the Hopper kernels (``csrc/hopper_*.cu``): pure functions, as in ``configs``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .configs import round_up, shared_memory_limit
+
+# Multiprocessors read about 32 bytes per clock each out of L2 when all of them do; that, not device
+# memory, is what feeds a tile, because every tap reads x again. A lead, to be measured.
+_L2_BYTES = 32
+# Clocks that a tile costs besides its products: filling the pipeline, and writing 64 rows.
+_TILE_CLOCKS, _ROW_CLOCKS = 1000, 8
+# (columns, warpgroups, blocks of 64 rows each): the spatial kernel's instances. wgmma takes any
+# multiple of 8 columns, so these fit 144, 288, 576 and 1,152 mid channels (144, 192), 230, 460 and
+# 921 (232), and powers of two (64, 128) with at most 1% to spare. 2 × 144 × 64 sums are 144 of a
+# thread's 232 registers; 1 × 232 are 116. 256 columns spilled.
+SPATIAL_TILES = ((64, 2, 2), (96, 2, 2), (128, 2, 2), (144, 2, 2), (192, 2, 1), (232, 2, 1))
+# (columns, output frames) of the temporal kernel's instances: 128 registers of sums, or 64. More
+# frames read u fewer times: 6 for 4, 4 for 2, 3 for 1.
+TEMPORAL_TILES = ((64, 4), (128, 2), (128, 1))
+_TEMPORAL_ROWS = 128
+_TEMPORAL_TAPS = 3
+_BARRIERS = 1024  # bytes that keep what follows aligned to the swizzle's period
+_SWIZZLE_ROW = 128  # bytes: 64 channels of 16 bits
+
+
+STEM_GROUPS = 2  # warpgroups of a block of the stem, each with 8 × 8 places of its own
+_STEM_SIDE = 8
+# A piece of time computes u of two frames more than it has: not below this many.
+_STEM_LEAST_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """Tile and launch parameters of a Hopper pass."""
+
+    columns: int  # output channels of a tile
+    groups: int  # warpgroups that multiply
+    blocks: int  # of 64 × columns sums of each
+    box: tuple[int, int, int]  # spatial: frames, rows, columns; temporal: clips, frames, pixels
+    share: int  # vertical taps that one box of x serves
+    stages: int  # boxes of x in shared memory
+    grid: int  # blocks, which walk over the tiles
+
+    def column_tiles(self, channels: int) -> int:
+        return math.ceil(channels / self.columns)
+
+
+def spatial(
+    frames: int,
+    size: tuple[int, int],
+    channels: int,
+    out_channels: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: int,
+    processors: int,
+) -> HopperTile:
+    """Tile of the spatial pass.
+
+    Args:
+        frames: of all clips.
+        size: (H', W') of the output.
+        channels, out_channels: of x and of u.
+        kernel, stride: (height, width).
+        dilation: vertical.
+        processors: multiprocessors, each of which runs one block.
+    """
+    taps, chunks = math.prod(kernel), math.ceil(channels / 64)
+    best: tuple[float, int, HopperTile] | None = None  # fewer tiles where they cost the same
+    for columns, groups, blocks in SPATIAL_TILES:
+        rows = 64 * groups * blocks
+        column_tiles = math.ceil(out_channels / columns)
+        for box in _boxes(rows, (frames, *size), stride):
+            # A vertical tap is a shift by whole rows of the box, which keeps the 1,024-byte period
+            # of the swizzle only where a row is a multiple of 8 positions.
+            whole = math.prod(box) == rows and box[1] * box[2] % 64 == 0 and box[2] % 8 == 0
+            shared = whole and stride == (1, 1) and dilation == 1 and box[1] + kernel[0] - 1 <= 256
+            for share in {1, kernel[0] if shared else 1}:
+                box_rows = box[0] * (box[1] + share - 1) * box[2]
+                stage = round_up(max(rows, box_rows) * _SWIZZLE_ROW, 1024)
+                stage += share * columns * _SWIZZLE_ROW
+                stages = min((shared_memory_limit((9, 0)) - _BARRIERS) // stage, 16)
+                if stages < 2:
+                    continue  # the copies of one are hidden behind the products of the other
+                tiles = column_tiles * math.prod(
+                    math.ceil(n / b) for n, b in zip((frames, *size), box, strict=True)
+                )
+                # A wgmma of 64 rows and 16 channels takes half a clock per column.
+                products = taps * chunks * 4 * (rows // 64) * columns / 2
+                copies = taps * chunks / share * stage / _L2_BYTES
+                clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * rows
+                cost = math.ceil(tiles / processors) * clocks
+                if best is None or (cost, tiles) < best[:2]:
+                    grid = min(tiles, processors)
+                    tile = HopperTile(columns, groups, blocks, box, share, stages, grid)
+                    best = cost, tiles, tile
+    assert best is not None
+    return best[2]
+
+
+def _boxes(
+    rows: int, size: tuple[int, int, int], stride: tuple[int, int]
+) -> list[tuple[int, int, int]]:
+    """(frames, rows, columns) of tiles of at most ``rows`` positions, the fullest for each width.
+
+    Several frames fill a tile where a plane does not: 28², 14² and 7² are no multiples of 128.
+    """
+    frames, height, width = size
+    found = []
+    # A box of the copy engine spans at most 256 elements of each dimension of x.
+    for w in range(1, min(width, rows, 256 // stride[1]) + 1):
+        options = []
+        for h in range(1, min(height, rows // w, 256 // stride[0]) + 1):
+            f = min(frames, rows // (w * h), 256)
+            tiles = math.ceil(frames / f) * math.ceil(height / h) * math.ceil(width / w)
+            # Of equally many tiles the squarest: neighbouring taps then read the same lines.
+            options.append((tiles, abs(w - h), (f, h, w)))
+        found.append(min(options)[2])
+        if w % 8 == 0:  # also those that one box can serve for several taps
+            found += [
+                (rows // (w * h), h, w)
+                for h in range(1, min(height + 7, rows // w) + 1)
+                if w * h % 64 == 0 and rows % (w * h) == 0
+            ]
+    return found
+
+
+def temporal(
+    clips: int,
+    pixels: int,
+    out_frames: int,
+    channels: int,
+    out_channels: int,
+    stride: int,
+    processors: int,
+) -> HopperTile:
+    """Tile of the temporal pass.
+
+    Args:
+        clips, pixels, out_frames: of the output; pixels are H·W.
+        channels, out_channels: of u and of y.
+        stride: temporal.
+        processors: multiprocessors.
+    """
+    chunks = math.ceil(channels / 64)
+    best: tuple[float, int, HopperTile] | None = None  # fewer tiles where they cost the same
+    for columns, frames in TEMPORAL_TILES:
+        if (columns, stride) == (64, 2):
+            continue  # not built: layers of stride 2 have 128 output channels and more
+        weights = 2 * _TEMPORAL_TAPS * columns * _SWIZZLE_ROW
+        stage = _TEMPORAL_ROWS * _SWIZZLE_ROW
+        stages = min((shared_memory_limit((9, 0)) - _BARRIERS - weights) // stage, 16)
+        read = (frames - 1) * stride + _TEMPORAL_TAPS
+        products = chunks * _TEMPORAL_TAPS * frames * 4 * 2 * columns / 2
+        copies = chunks * (read * stage + weights // 2) / _L2_BYTES
+        clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * _TEMPORAL_ROWS * frames
+        for p in range(1, min(pixels, _TEMPORAL_ROWS) + 1):
+            n = min(clips, _TEMPORAL_ROWS // p)
+            tiles = math.ceil(out_channels / columns) * math.ceil(out_frames / frames)
+            tiles *= math.ceil(pixels / p) * math.ceil(clips / n)
+            cost = math.ceil(tiles / processors) * clocks
+            if best is None or (cost, tiles) < best[:2]:
+                grid = min(tiles, processors)
+                tile = HopperTile(columns, 2, frames, (n, frames, p), 1, stages, grid)
+                best = cost, tiles, tile
+    assert best is not None
+    return best[2]
+
+
+def stem(clips: int, size: Sequence[int], processors: int) -> tuple[int, int]:
+    """(grid, frames that a warpgroup makes at a time) of the stem.
+
+    Args:
+        clips, size: N and (T, H, W) of what is written.
+        processors: multiprocessors.
+    """
+    frames, height, width = size
+    units = clips * math.ceil(height / _STEM_SIDE) * math.ceil(width / _STEM_SIDE)
+    # Time is cut where clips and places alone leave warpgroups without work.
+    pieces = min(
+        math.ceil(2 * STEM_GROUPS * processors / units), max(1, frames // _STEM_LEAST_FRAMES)
+    )
+    piece = math.ceil(frames / pieces)
+    units *= math.ceil(frames / piece)
+    return min(math.ceil(units / STEM_GROUPS), processors), piece
