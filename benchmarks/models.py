@@ -1,4 +1,4 @@
-"""R(2+1)D-18 end to end: original, converted, and torch.compile of each, in one run.
+"""R(2+1)D-18 end to end: original, converted, optimised, and torch.compile of each, in one run.
 
 Also the largest batch that trains in a given memory.
 """
@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastst import optimize_for_inference
 from fastst.convert import convert
 from fastst.models import r2plus1d_18
 from fastst.models.resnet import Stage, VideoResNet
@@ -61,22 +62,32 @@ class Clip:
 class Variant:
     """One way to run the model."""
 
-    name: str
-    kind: str  # "peer" or "fastst"
-    converted: bool = False
+    model: str = "original"  # or "converted", or "optimised" for inference
     channels_last: bool = False
     compiled: bool = False
 
+    @property
+    def name(self) -> str:
+        return self.model + " channels-last" * self.channels_last + " compiled" * self.compiled
 
-def variants(compiled: bool) -> Iterator[Variant]:
-    """The first one is what users have."""
-    for compile_it in (False, True) if compiled else (False,):
-        for converted in (False, True):
-            for channels_last in (False, True):
-                name = "converted" if converted else "original"
-                name += " channels-last" * channels_last + " compiled" * compile_it
-                kind = "fastst" if converted else "peer"
-                yield Variant(name, kind, converted, channels_last, compile_it)
+    @property
+    def kind(self) -> str:
+        return "peer" if self.model == "original" else "fastst"
+
+
+def variants(training: bool, compiled: str) -> Iterator[Variant]:
+    """The first one is what users have.
+
+    Args:
+        compiled: "none" of them by torch.compile, the "original" as well, or "all".
+    """
+    each = [Variant(m, last) for m in ("original", "converted") for last in (False, True)]
+    if not training:
+        each.append(Variant("optimised"))  # chooses the layout of its weights itself
+    yield from each
+    if compiled != "none":
+        of = each if compiled == "all" else each[:1]
+        yield from (replace(v, compiled=True) for v in of)
 
 
 class ModelStep:
@@ -88,7 +99,10 @@ class ModelStep:
     ) -> None:  # fmt: skip
         self.training, self.amp, self.targets = training, amp, targets
         self.model = copy.deepcopy(base).train(training)
-        self.replaced = len(convert(self.model).replaced) if variant.converted else 0
+        if variant.model == "optimised":
+            self.model = optimize_for_inference(self.model)
+        converted = variant.model == "converted"
+        self.replaced = len(convert(self.model).replaced) if converted else 0
         fmt = torch.contiguous_format
         if variant.channels_last:
             fmt = torch.channels_last_3d
@@ -151,7 +165,7 @@ def _disagreement(found: Errors, yardsticks: Sequence[Errors], dtype: str) -> st
 
 
 def compare(
-    clip: Clip, device: torch.device, dtype: str, training: bool, compiled: bool, seconds: float,
+    clip: Clip, device: torch.device, dtype: str, training: bool, compiled: str, seconds: float,
     rounds: int, seed: int = 0,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of every variant of the model in one mode."""
@@ -162,7 +176,7 @@ def compare(
     clips = [torch.randn(size, device=device) for _ in range(3)]
     targets = torch.randint(clip.classes, (clip.batch,), device=device)
     exact = ModelStep(
-        copy.deepcopy(base).double(), Variant("float64", "peer"), [x.double() for x in clips],
+        copy.deepcopy(base).double(), Variant(), [x.double() for x in clips],
         targets, training, None,
     )  # fmt: skip
     truth = [exact.outputs(i) for i in range(len(clips) if training else 1)]
@@ -171,7 +185,7 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, ModelStep] = {}
     yardsticks: list[Errors] = []
-    for v in variants(compiled):
+    for v in variants(training, compiled):
         row: dict[str, Any] = {
             "model": MODEL, "clip": clip.label, "batch": clip.batch, "dtype": dtype,
             "mode": "training" if training else "inference", "contender": v.name, "kind": v.kind,
@@ -184,7 +198,7 @@ def compare(
                 clip.compile(step.model)
             found = _errors(step, truth)
             row["error"] = {name: statistics.median(e) for name, e in found.items()}
-            if not (v.converted or v.compiled):
+            if v.kind == "peer" and not v.compiled:
                 yardsticks.append(found)
             row["refused"] = _disagreement(found, yardsticks, dtype)
             if row["refused"] is None:
@@ -205,7 +219,7 @@ def compare(
             "clips_per_s": 1e3 * clip.batch / spread.median,
             "vs_users": measure.ratios(samples[next(iter(samples))], values),
         }
-    if compiled:
+    if compiled != "none":
         torch._dynamo.reset()
     return list(rows.values())
 
@@ -270,7 +284,7 @@ def training_batches(
         return True
 
     for limit in limits_gib:
-        for variant in list(variants(False))[::2]:
+        for variant in (Variant(), Variant("converted")):
             if deadline is not None and time.monotonic() > deadline:
                 break
             found = largest(partial(fits, v=variant, budget=int(limit * 2**30)), most)
@@ -284,7 +298,7 @@ def training_batches(
 
 def run(
     record: Record, clip: Clip, device: torch.device, dtypes: Sequence[str], modes: Sequence[str],
-    compiled: bool, seconds: float, rounds: int, deadline: float | None = None,
+    compiled: str, seconds: float, rounds: int, deadline: float | None = None,
 ) -> int:  # fmt: skip
     """Compare in each dtype and mode until the deadline; how many rows were refused."""
     wrong = 0
@@ -328,8 +342,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits = [0.5] if limits or args.memory is None else []
     dtypes = (args.dtypes or ("bf16" if cuda else "fp32")).split(",")
     wrong = run(
-        record, clip, device, dtypes, ("inference", "training"), not args.no_compile, seconds,
-        rounds, deadline,
+        record, clip, device, dtypes, ("inference", "training"),
+        "none" if args.no_compile else "all", seconds, rounds, deadline,
     )  # fmt: skip
     if limits and (deadline is None or time.monotonic() < deadline):
         batches = training_batches(clip, device, dtypes[0], limits, most, deadline)

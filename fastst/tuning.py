@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from . import cache, dispatch
 from .shapes import PairSpec, PairTensors, ParallelTensors, Problem
 
+Name = TypeVar("Name", bound=Hashable)
 Key = tuple[str, Problem, str, int]  # backend, problem, phase, threads
 _chosen: dict[Key, str | None] = {}
 _stored: dict[str, str] | None = None  # the file's contents, once it was read
@@ -84,7 +86,7 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
         if len(names) < 2 or key in found:
             continue
         trials = {n: backend.trial(call.problem, call.phase, n) for n in names}  # type: ignore[union-attr]
-        times = _race(trials, seconds)
+        times = race(trials, seconds)
         found[key] = Measurement(call.chosen, call.problem, call.phase, times)
     _remember({key: m.way for key, m in found.items()})
     return list(found.values())
@@ -136,11 +138,11 @@ def cache_file() -> Path:
     return cache.folder() / "tuning.json"
 
 
-def _race(trials: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def race(trials: Mapping[Name, Callable[[], object]], seconds: float) -> dict[Name, float]:
     """Median seconds of each, measured in turns so that all see the same machine."""
     for trial in trials.values():
         trial()
-    times: dict[str, list[float]] = {name: [] for name in trials}
+    times: dict[Name, list[float]] = {name: [] for name in trials}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[next(iter(trials))]) < 3:
         for name, trial in trials.items():

@@ -11,6 +11,7 @@ from test_convert_forms import FORMS
 from torch import nn
 
 import fastst
+from fastst import tuning
 from fastst.inference import fold_norms
 from fastst.models import r2plus1d_18
 
@@ -107,3 +108,65 @@ def test_fold_traps():
 def test_bad_argument():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         fastst.optimize_for_inference(3)
+
+
+def formats(model: nn.Module) -> set[torch.memory_format]:
+    """In which the 5-D weights with more than one tap and channel are."""
+    last = torch.channels_last_3d
+    return {
+        last if p.is_contiguous(memory_format=last) else torch.contiguous_format
+        for p in model.parameters()
+        if p.dim() == 5 and min(p.shape[1], p[0, 0].numel()) > 1
+    }
+
+
+@pytest.mark.parametrize("fmt", [torch.channels_last_3d, torch.contiguous_format])
+def test_memory_format(fmt, monkeypatch):
+    """The one that is given, or that is faster on the sample."""
+    model = settle(FORMS["flat"][0]())
+    x = torch.randn(2, 4, 5, 8, 7)
+    assert formats(fastst.optimize_for_inference(model, memory_format=fmt)) == {fmt}
+    raced = []
+
+    def race(trials, seconds):
+        for trial in trials.values():
+            trial()
+        raced.append(seconds)
+        return {f: 1.0 if f is fmt else 2.0 for f in trials}
+
+    monkeypatch.setattr(tuning, "race", race)
+    optimised = fastst.optimize_for_inference(model, sample=x, seconds=0.1)
+    assert formats(optimised) == {fmt}
+    assert raced == [0.1]
+    torch.testing.assert_close(optimised(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_measured_memory_format():
+    model = settle(FORMS["flat"][0]())
+    x = torch.randn(2, 4, 5, 8, 7)
+    assert len(formats(fastst.optimize_for_inference(model, sample=x, seconds=0.01))) == 1
+
+
+def test_memory_format_by_rule():
+    for dtype, fmt in (
+        (torch.float32, torch.channels_last_3d),
+        (torch.bfloat16, torch.channels_last_3d),
+        (torch.float64, torch.contiguous_format),
+    ):
+        model = settle(FORMS["flat"][0]()).to(dtype)
+        assert formats(fastst.optimize_for_inference(model)) == {fmt}
+    assert fastst.optimize_for_inference(nn.ReLU())(torch.ones(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "told"),
+    [
+        ({"memory_format": torch.channels_last}, ValueError, r"one of torch\.channels_last_3d"),
+        ({"sample": (2, 3)}, TypeError, "sample must be a tensor, got tuple"),
+        ({"sample": torch.ones(1), "seconds": 0.0}, ValueError, "seconds must be positive, got 0"),
+        ({"sample": torch.ones(1), "memory_format": torch.contiguous_format}, ValueError, "not bo"),
+    ],
+)  # fmt: skip
+def test_bad_choices(arguments, error, told):
+    with pytest.raises(error, match=told):
+        fastst.optimize_for_inference(nn.ReLU(), **arguments)
