@@ -23,6 +23,7 @@ def found() -> tuple[ModuleType | None, str | None]:
         from ... import kernels
         from ...kernels import (  # noqa: F401
             depthwise,
+            depthwise_backward,
             input_gradient,
             pair,
             statistics,

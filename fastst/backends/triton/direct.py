@@ -1,0 +1,77 @@
+"""Both gradients of a depthwise or thinly grouped pass, from one kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import configs
+from ...shapes import Pass
+from . import arguments, launch
+from .gradients import accumulate_dtype, images, sum_rows
+
+
+def direct_gradients(
+    p: Pass,
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    needs_weight: bool,
+    *,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    activation: str = "none",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+    rate: Tensor | None = None,
+    mean: Tensor | None = None,
+    sums: bool = False,
+    slope: float = 0.01,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the input, written into dx, and of the weight of a pass.
+
+    The pass has read act(x_scale·x + x_shift); dx, where it is given, is the gradient of what is in
+    the brackets. What comes from above is scale·dy + rate·other + shift, with ``other`` of the
+    strides of dy. x, dx and dy may have padding channels; where the activation is not "none" or
+    there is a mean, dx has the strides of x.
+
+    Returns:
+        With ``sums``, partials (tiles, 2, C) of Σdx and, where there is a mean, Σdx·(x − mean); and
+        the gradient of the weight, in its dtype and the strides of ``torch.empty_like``.
+    """
+    channels, taps = p.in_channels, math.prod(p.kernel)
+    per_group, out_per_group = channels // p.groups, p.out_channels // p.groups
+    count = x.shape[0] * math.prod(x.shape[2:])
+    c = configs.direct_gradients(count, channels, dy.stride(1) == 1, launch.capability(x.device))
+    stored = channels if dx is None else dx.shape[1]
+    tiles = -(-count // c.block_p)
+    dtype = accumulate_dtype(x.dtype)
+    partial = x.new_empty((tiles, 2, channels), dtype=dtype) if sums else None
+    parts = (
+        x.new_empty((tiles, taps, out_per_group, channels), dtype=dtype) if needs_weight else None
+    )
+    packed = weight.reshape(p.groups, out_per_group, per_group, taps).permute(3, 1, 0, 2)
+    x_args, x_align = arguments.operand(x, channels)
+    dy_args, dy_align = arguments.operand(dy, p.out_channels)
+    dx_align = 1 if dx is None else arguments.alignment(dx, math.gcd(channels, stored))
+    launch.run(
+        launch.kernels().depthwise_backward.direct_gradients,
+        (tiles * -(-stored // c.block_c),), c,
+        *x_args, channels, stored, per_group, out_per_group, x_scale, x_shift,
+        *dy_args, scale, shift, other, rate, packed.contiguous(),
+        dx, None if dx is None else arguments.strides(dx, dx_align),
+        x if activation != "none" or mean is not None else None, mean, partial, parts, count,
+        TAPS=arguments.transposed_taps(p), IMAGES=images(p), MODE=p.padding_mode, X_ALIGN=x_align,
+        Y_ALIGN=dy_align, DX_ALIGN=dx_align, **arguments.layout(dy, x, count),
+        ACTIVATION=activation, SLOPE=slope, BLOCK_P=c.block_p, BLOCK_C=c.block_c,
+        **arguments.arithmetic(x.dtype, dot=False),
+    )  # fmt: skip
+    if parts is None:
+        return partial, None
+    dw = sum_rows(parts.flatten(1), x.new_empty(parts.shape[1:], dtype=dtype))
+    dw = dw.view(taps, out_per_group, p.groups, per_group).permute(2, 1, 3, 0)
+    return partial, torch.empty_like(weight).copy_(dw.reshape(weight.shape))

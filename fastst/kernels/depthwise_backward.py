@@ -1,0 +1,108 @@
+"""Gradients of a depthwise or thinly grouped convolution: of its input and of its weight at once.
+
+Both need the same elements of dy at a position of x: those of the outputs that a tap lets read it.
+
+    dx[p, c]     = Σ_tap Σ_r dy[(p − tap)/stride, n] · w[tap, r, c]
+    dw[tap, r, c] = Σ_p  x[p, c] · dy[(p − tap)/stride, n]        n = group of c · R + r
+
+so x and dy are read once and dx is written, where two kernels would read dy twice. Tiles are
+``BLOCK_P`` positions of x × ``BLOCK_C`` of its channels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import activate, image, operand, positions, row_offsets, tap_offsets
+from .input_gradient import finish_gradient
+from .tap_conv import tile_positions
+
+
+@triton.jit(do_not_specialize=["x_size", "dy_size", "count"])
+def direct_gradients(
+    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
+    channels, stored,  # C; channels of dx that are written: zeros beyond C
+    per_group, out_per_group,  # channels of a group of x and of dy
+    scale_ptr, shift_ptr,  # (C,): the pass has read act(scale·x + shift); or None
+    dy_ptr, dy_strides, dy_size,  # (N, K, T', H', W')
+    dy_scale_ptr, dy_shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
+    w_ptr,  # (taps, out_per_group, C)
+    dx_ptr, dx_strides,  # (N, C, T, H, W), or None
+    u_ptr, mean_ptr, partial_ptr,  # ``finish_gradient``: x where dx is multiplied by act', or None
+    dw_ptr,  # (tiles, taps, out_per_group, C), or None
+    count,  # N·T·H·W
+    TAPS: tl.constexpr, IMAGES: tl.constexpr, MODE: tl.constexpr,  # transposed; padding mode
+    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
+    RUN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """dx, or dv with its sums, and the tile's part of dw."""
+    KH: tl.constexpr = TAPS.kernel[1]
+    KW: tl.constexpr = TAPS.kernel[2]
+    TAP_COUNT: tl.constexpr = TAPS.kernel[0] * KH * KW
+    tiles_c = (stored + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    tile = pid // tiles_c
+    _, p = tile_positions(tile, BLOCK_P, WIDE)
+    row_ok = p < count
+    n, t, h, w = positions(p, x_size, RUN)
+    c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < channels
+    ok = row_ok[:, None] & c_ok[None, :]
+
+    if dw_ptr is not None:
+        offsets = row_offsets((n, t, h, w), x_strides, X_ALIGN)[:, None]
+        offsets = offsets + c.to(tl.int64)[None, :] * x_strides[1]
+        x = tl.load(x_ptr + offsets, mask=ok, other=0.0).to(ACCUMULATE)
+        if scale_ptr is not None:
+            x = x * tl.load(scale_ptr + c, mask=c_ok, other=0.0)[None, :]
+            x = x + tl.load(shift_ptr + c, mask=c_ok, other=0.0)[None, :]
+        x = activate(x, ACTIVATION, SLOPE)
+        dw_ptr += tile.to(tl.int64) * TAP_COUNT * out_per_group * channels + c
+    acc = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
+    for tap in range(TAP_COUNT):
+        taps = (tap // (KH * KW), tap // KW % KH, tap % KW)
+        for r in range(out_per_group):
+            k = (c // per_group * out_per_group + r)[None, :]
+            row = tap * out_per_group + r
+            weight = tl.load(w_ptr + row * channels + c, mask=c_ok, other=0.0).to(ACCUMULATE)
+            total = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
+            for m in range(IMAGES[0] * IMAGES[1] * IMAGES[2]):
+                at_t, ok_t = image(
+                    t, m // (IMAGES[1] * IMAGES[2]), x_size[0], TAPS.before[0],
+                    MODE if IMAGES[0] > 1 else "zeros",
+                )  # fmt: skip
+                at_h, ok_h = image(
+                    h, m // IMAGES[2] % IMAGES[1], x_size[1], TAPS.before[1],
+                    MODE if IMAGES[1] > 1 else "zeros",
+                )  # fmt: skip
+                at_w, ok_w = image(
+                    w, m % IMAGES[2], x_size[2], TAPS.before[2], MODE if IMAGES[2] > 1 else "zeros"
+                )
+                offsets, inside = tap_offsets(
+                    (n, at_t, at_h, at_w), taps, dy_size, dy_strides, Y_ALIGN, TAPS
+                )
+                inside = inside & ok_t & ok_h & ok_w & row_ok
+                if tl.max(inside.to(tl.int32), 0) > 0:  # few tiles have more than the first image
+                    read = inside[:, None] & c_ok[None, :]
+                    dy = operand(
+                        dy_ptr, offsets[:, None] + k.to(tl.int64) * dy_strides[1], read, k,
+                        c_ok[None, :], dy_scale_ptr, dy_shift_ptr, other_ptr, rate_ptr, "none",
+                        SLOPE, EMULATE, ACCUMULATE,
+                    ).to(ACCUMULATE)  # fmt: skip
+                    # What is not read takes no part, whatever x and w are: 0·inf is no number.
+                    acc += tl.where(read, dy * weight[None, :], 0.0)
+                    if dw_ptr is not None:
+                        total += tl.where(read, dy * x, 0.0)
+            if dw_ptr is not None:
+                tl.store(dw_ptr + row * channels, tl.sum(total, 0), mask=c_ok)
+    if dx_ptr is not None:
+        if partial_ptr is not None:
+            partial_ptr += tile.to(tl.int64) * 2 * channels
+        finish_gradient(
+            acc, c, 0, channels, channels, stored, u_ptr, scale_ptr, shift_ptr, mean_ptr,
+            partial_ptr, dx_ptr, dx_strides, (n, t, h, w), row_ok, ACTIVATION, SLOPE, DX_ALIGN,
+            EMULATE,
+        )  # fmt: skip
