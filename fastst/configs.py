@@ -272,6 +272,27 @@ def direct(
     return StreamConfig(block_p, block_c, min(taps, 9), 4)
 
 
+def direct_gradients(
+    positions: int, channels: int, channels_last: bool, capability: Capability
+) -> StreamConfig:
+    """Configuration of ``direct_gradients``.
+
+    Args:
+        positions: of x.
+        channels: of x, of all groups.
+        channels_last: whether the channels of dy, which is read once a tap, are neighbours.
+        capability: of the GPU.
+    """
+    # Each tile writes the sums of each tap: 9 of them for 32 positions are a seventh of what a
+    # tile reads and writes in 16 bits. 2,048 elements are 8 of each of 256 threads, of which x, dx
+    # and the product live at once.
+    block_c = min(64, _power(channels)) if channels_last else 1
+    block_p = min(2048 // block_c, max(16, _power(positions)))
+    while block_p > 32 and positions * channels < block_p * block_c * 2 * processors(capability):
+        block_p //= 2
+    return StreamConfig(block_p, block_c, 1, 8)
+
+
 def _power(n: int) -> int:
     """The least power of two that is not less."""
     return 1 << max(0, n - 1).bit_length()
@@ -286,17 +307,34 @@ def combine(channels: int) -> tuple[int, int, int]:
     return 64, 16 if channels > 16 else 8, 1024
 
 
-def input_gradient(*sizes: Any, fused: bool) -> list[TapConfig]:
-    """Configurations of an input gradient worth measuring; arguments as for ``candidates``.
+def input_gradient(*sizes: Any, reads_two: bool, masks: bool, classes: int) -> list[TapConfig]:
+    """Configurations of an input gradient worth measuring; sizes as for ``candidates``.
 
     Args:
-        fused: whether it reads two tensors, or multiplies by the gradient of an activation.
+        reads_two: whether it forms what it reads from two tensors.
+        masks: whether it reads u to multiply by the gradient of an activation.
+        classes: residue classes of positions.
     """
-    found = candidates(*sizes)
-    if not fused:
-        return found
-    # Twice the loads of the positions are in flight: fewer stages, and the threads to hold them.
-    return [replace(c, num_stages=max(2, c.num_stages - 1)) for c in found]
+    found: list[TapConfig] = []
+    # u beside sums of 192 columns spilled.
+    tiles = [c for c in candidates(*sizes) if not masks or c.columns <= 160]
+    for config in tiles:
+        p, k, warps = config.block_p, config.block_k, config.num_warps
+        # Two operands of 128 × 64 were 64 values of each of 128 threads, and spilled.
+        if reads_two and p * k > 32 * 32 * warps:
+            warps = 8
+        # So did u beside more than 72 sums of a thread, and the addresses of a class beside 48.
+        if masks and p * config.columns > (72 if classes == 1 else 48) * 32 * warps:
+            p, warps = min(p, 64), 8
+        # With 16 columns the compiler gives a thread 128 registers, which held 64 rows.
+        if reads_two and config.columns == 16:
+            p = min(p, 64)
+        # What is loaded twice fills shared memory twice.
+        stages = max(2, config.num_stages - 1) if reads_two else config.num_stages
+        config = replace(config, block_p=p, num_warps=warps, num_stages=stages)
+        if config not in found:
+            found.append(config)
+    return found
 
 
 def weight_gradient(
@@ -324,6 +362,9 @@ def weight_gradient(
         rows, columns = (out_channels, tapped) if swap else (tapped, out_channels)
         for height in heights:
             for block in _COLUMNS:
+                # (tap, channel) as one index has an address for every element: 64 of them at most.
+                if flat and (sum(block) if swap else height) > 64:
+                    continue
                 # 128 × 128 sums and both operands on their way through registers: no room for more.
                 if sum(block) <= widest and height * sum(block) <= 128 * 128:
                     padded = round_up(rows, height) * round_up(columns, sum(block))
@@ -333,7 +374,9 @@ def weight_gradient(
     found: list[WeightConfig] = []
     for swap, height, (block_n, rest_n) in sorted(costs, key=lambda c: costs[c])[:4]:
         warps = 8 if height * (block_n + rest_n) >= 64 * 128 else 4
-        for depth in (block_p, max(16, block_p // 2)):
+        depths = (block_p, max(16, block_p // 2))
+        # mma.sync takes its operands from registers, where 64 positions of both spilled.
+        for depth in depths[::-1] if capability[0] == 8 and dtype.itemsize == 2 else depths:
             stages = 3
             tile = depth * (2 * height + 2 * (block_n + rest_n)) * dtype.itemsize
             while stages > 2 and stages * tile > shared_memory_limit(capability) // 2:
@@ -377,162 +420,3 @@ def sums(positions: int, channels: int) -> tuple[int, int, int]:
     """(block_p, block_c, positions per program) of the sums per channel."""
     block_c = min(64, max(8, _power(channels)))
     return 1024 // block_c, block_c, 64 * (1024 // block_c)
-
-
-# ---- Hopper (csrc/hopper_*.cu)
-
-# Multiprocessors read about 32 bytes per clock each out of L2 when all of them do; that, not device
-# memory, is what feeds a tile, because every tap reads x again. A lead, to be measured.
-_L2_BYTES = 32
-# Clocks that a tile costs besides its products: filling the pipeline, and writing 64 rows.
-_TILE_CLOCKS, _ROW_CLOCKS = 1000, 8
-# (columns, warpgroups, blocks of 64 rows each): the spatial kernel's instances. wgmma takes any
-# multiple of 8 columns, so these fit 144, 288, 576 and 1,152 mid channels (144, 192), 230, 460 and
-# 921 (232), and powers of two (64, 128) with at most 1% to spare. 2 × 144 × 64 sums are 144 of a
-# thread's 232 registers; 1 × 232 are 116. 256 columns spilled.
-SPATIAL_TILES = ((64, 2, 2), (96, 2, 2), (128, 2, 2), (144, 2, 2), (192, 2, 1), (232, 2, 1))
-# (columns, output frames) of the temporal kernel's instances: 128 registers of sums, or 64. More
-# frames read u fewer times: 6 for 4, 4 for 2, 3 for 1.
-TEMPORAL_TILES = ((64, 4), (128, 2), (128, 1))
-_TEMPORAL_ROWS = 128
-_TEMPORAL_TAPS = 3
-_BARRIERS = 1024  # bytes that keep what follows aligned to the swizzle's period
-_SWIZZLE_ROW = 128  # bytes: 64 channels of 16 bits
-
-
-@dataclass(frozen=True)
-class HopperTile:
-    """Tile and launch parameters of a Hopper pass."""
-
-    columns: int  # output channels of a tile
-    groups: int  # warpgroups that multiply
-    blocks: int  # of 64 × columns sums of each
-    box: tuple[int, int, int]  # spatial: frames, rows, columns; temporal: clips, frames, pixels
-    share: int  # vertical taps that one box of x serves
-    stages: int  # boxes of x in shared memory
-    grid: int  # blocks, which walk over the tiles
-
-    def column_tiles(self, channels: int) -> int:
-        return math.ceil(channels / self.columns)
-
-
-def hopper_spatial(
-    frames: int,
-    size: tuple[int, int],
-    channels: int,
-    out_channels: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: int,
-    processors: int,
-) -> HopperTile:
-    """Tile of the spatial pass.
-
-    Args:
-        frames: of all clips.
-        size: (H', W') of the output.
-        channels, out_channels: of x and of u.
-        kernel, stride: (height, width).
-        dilation: vertical.
-        processors: multiprocessors, each of which runs one block.
-    """
-    taps, chunks = math.prod(kernel), math.ceil(channels / 64)
-    best: tuple[float, int, HopperTile] | None = None  # fewer tiles where they cost the same
-    for columns, groups, blocks in SPATIAL_TILES:
-        rows = 64 * groups * blocks
-        column_tiles = math.ceil(out_channels / columns)
-        for box in _boxes(rows, (frames, *size), stride):
-            # A vertical tap is a shift by whole rows of the box, which keeps the 1,024-byte period
-            # of the swizzle only where a row is a multiple of 8 positions.
-            whole = math.prod(box) == rows and box[1] * box[2] % 64 == 0 and box[2] % 8 == 0
-            shared = whole and stride == (1, 1) and dilation == 1 and box[1] + kernel[0] - 1 <= 256
-            for share in {1, kernel[0] if shared else 1}:
-                box_rows = box[0] * (box[1] + share - 1) * box[2]
-                stage = round_up(max(rows, box_rows) * _SWIZZLE_ROW, 1024)
-                stage += share * columns * _SWIZZLE_ROW
-                stages = min((shared_memory_limit((9, 0)) - _BARRIERS) // stage, 16)
-                if stages < 2:
-                    continue  # the copies of one are hidden behind the products of the other
-                tiles = column_tiles * math.prod(
-                    math.ceil(n / b) for n, b in zip((frames, *size), box, strict=True)
-                )
-                # A wgmma of 64 rows and 16 channels takes half a clock per column.
-                products = taps * chunks * 4 * (rows // 64) * columns / 2
-                copies = taps * chunks / share * stage / _L2_BYTES
-                clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * rows
-                cost = math.ceil(tiles / processors) * clocks
-                if best is None or (cost, tiles) < best[:2]:
-                    grid = min(tiles, processors)
-                    tile = HopperTile(columns, groups, blocks, box, share, stages, grid)
-                    best = cost, tiles, tile
-    assert best is not None
-    return best[2]
-
-
-def _boxes(
-    rows: int, size: tuple[int, int, int], stride: tuple[int, int]
-) -> list[tuple[int, int, int]]:
-    """(frames, rows, columns) of tiles of at most ``rows`` positions, the fullest for each width.
-
-    Several frames fill a tile where a plane does not: 28², 14² and 7² are no multiples of 128.
-    """
-    frames, height, width = size
-    found = []
-    # A box of the copy engine spans at most 256 elements of each dimension of x.
-    for w in range(1, min(width, rows, 256 // stride[1]) + 1):
-        options = []
-        for h in range(1, min(height, rows // w, 256 // stride[0]) + 1):
-            f = min(frames, rows // (w * h), 256)
-            tiles = math.ceil(frames / f) * math.ceil(height / h) * math.ceil(width / w)
-            # Of equally many tiles the squarest: neighbouring taps then read the same lines.
-            options.append((tiles, abs(w - h), (f, h, w)))
-        found.append(min(options)[2])
-        if w % 8 == 0:  # also those that one box can serve for several taps
-            found += [
-                (rows // (w * h), h, w)
-                for h in range(1, min(height + 7, rows // w) + 1)
-                if w * h % 64 == 0 and rows % (w * h) == 0
-            ]
-    return found
-
-
-def hopper_temporal(
-    clips: int,
-    pixels: int,
-    out_frames: int,
-    channels: int,
-    out_channels: int,
-    stride: int,
-    processors: int,
-) -> HopperTile:
-    """Tile of the temporal pass.
-
-    Args:
-        clips, pixels, out_frames: of the output; pixels are H·W.
-        channels, out_channels: of u and of y.
-        stride: temporal.
-        processors: multiprocessors.
-    """
-    chunks = math.ceil(channels / 64)
-    best: tuple[float, int, HopperTile] | None = None  # fewer tiles where they cost the same
-    for columns, frames in TEMPORAL_TILES:
-        if (columns, stride) == (64, 2):
-            continue  # not built: layers of stride 2 have 128 output channels and more
-        weights = 2 * _TEMPORAL_TAPS * columns * _SWIZZLE_ROW
-        stage = _TEMPORAL_ROWS * _SWIZZLE_ROW
-        stages = min((shared_memory_limit((9, 0)) - _BARRIERS - weights) // stage, 16)
-        read = (frames - 1) * stride + _TEMPORAL_TAPS
-        products = chunks * _TEMPORAL_TAPS * frames * 4 * 2 * columns / 2
-        copies = chunks * (read * stage + weights // 2) / _L2_BYTES
-        clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * _TEMPORAL_ROWS * frames
-        for p in range(1, min(pixels, _TEMPORAL_ROWS) + 1):
-            n = min(clips, _TEMPORAL_ROWS // p)
-            tiles = math.ceil(out_channels / columns) * math.ceil(out_frames / frames)
-            tiles *= math.ceil(pixels / p) * math.ceil(clips / n)
-            cost = math.ceil(tiles / processors) * clocks
-            if best is None or (cost, tiles) < best[:2]:
-                grid = min(tiles, processors)
-                tile = HopperTile(columns, 2, frames, (n, frames, p), 1, stages, grid)
-                best = cost, tiles, tile
-    assert best is not None
-    return best[2]

@@ -370,7 +370,6 @@ def test_every_way_is_right(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
     problem, _ = problem_of(config)
     names = backend.ways(problem, "forward")
     assert 1 <= len(names) <= 12
-    assert backend.ways(problem, "backward") == []
     backend.trial(problem, "forward", names[-1])()
     for way in names:
         monkeypatch.setattr(tuning, "choice", lambda *key, way=way: way)
@@ -411,7 +410,7 @@ MUTANTS = {
 @pytest.fixture
 def mutated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Replace text in the kernels' source, for the time of the test."""
-    names = ("common", "tap_conv", "statistics", "depthwise", "pair")
+    names = [p.stem for p in Path(kernels.__path__[0]).glob("[a-z]*.py")]
 
     def mutate(module: str, old: str, new: str) -> None:
         package = tmp_path / "mutant"

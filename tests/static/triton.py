@@ -83,7 +83,14 @@ class Case:
             vectors[:2] = [None, None]
         tensors = PairTensors(x, *weights, None, empty(k), *vectors)
         spec = PairSpec(**common, activation=self.activation, norm=self.norm)
-        backend.conv2plus1d(Problem.of(tensors, spec), tensors, self.save)
+        problem = Problem.of(tensors, spec)
+        result = backend.conv2plus1d(problem, tensors, self.save)
+        if self.save and backend.backward.why_not(problem) is None:
+            dy = torch.empty_like(result.y)
+            needs = [t is not None for t in tensors]
+            backend.conv2plus1d_backward(
+                problem, tensors, dy, result.u, result.mean, result.var, needs
+            )
 
 
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
@@ -253,7 +260,7 @@ def main() -> int:
     return 1 if bad or not seen else 0
 
 
-DENSE = ("tap_conv", "parallel_conv", "pair_conv")
+DENSE = ("tap_conv", "parallel_conv", "pair_conv", "input_gradient", "weight_gradient")
 
 if __name__ == "__main__":
     sys.exit(main())

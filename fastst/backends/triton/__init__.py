@@ -8,14 +8,15 @@ Under ``TRITON_INTERPRET=1`` the same code runs on CPU tensors, when asked for b
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
 from ... import configs
 from ...shapes import Problem
-from . import backward, launch
+from . import backward, launch, pair
 from .backward import conv2plus1d_backward
-from .pair import conv2plus1d, trial, ways
+from .pair import conv2plus1d
 from .parallel import parallel_conv2plus1d
 
 __all__ = [
@@ -54,6 +55,16 @@ def why_not(problem: Problem, phase: str) -> str | None:
     if has < least:
         return "needs compute capability {}.{}, but {} has {}.{}".format(*least, device, *has)
     return None
+
+
+def ways(problem: Problem, phase: str) -> list[str]:
+    """What ``tune`` may choose from."""
+    return pair.ways(problem, phase) if phase == "forward" else backward.ways(problem)
+
+
+def trial(problem: Problem, phase: str, way: str) -> Callable[[], None]:
+    """Run the problem once in one of its ways, on random tensors, to the end."""
+    return pair.trial(problem, phase, way) if phase == "forward" else backward.trial(problem, way)
 
 
 def avoid(problem: Problem, phase: str) -> str | None:

@@ -8,25 +8,55 @@ so dz, v, z and du never exist in memory. Wt here is the weight of the second pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import collectives, configs
-from ...shapes import PairSpec, PairTensors, Problem
+from ...shapes import PairSpec, PairTensors, Pass, Problem
+from .direct import direct_gradients
 from .gradients import channel_sums, input_gradient, norm_gradient, sum_rows, weight_gradient
 from .passes import conv_pass, finish_norm
+
+_WAYS = 8  # of the tiles of both kernels, each in its own order, that ``tune`` may try together
 
 
 def why_not(problem: Problem) -> str | None:
     """What of the problem has no backward kernel."""
     if problem.op != "conv2plus1d":
         return "has no backward kernels for the parallel layer yet"
-    if any(configs.thin(p.in_channels // p.groups, p.groups) for p in problem.passes):
-        return "has no backward kernels yet for groups of at most 4 channels"
     return None
+
+
+def ways(problem: Problem) -> list[str]:
+    """What ``tune`` may choose from: tiles."""
+    if why_not(problem) is not None:
+        return []
+    return [f"tiles {i}" for i in range(max(_choices(p) for p in problem.passes))]
+
+
+def _choices(p: Pass) -> int:
+    return 1 if configs.thin(p.in_channels // p.groups, p.groups) else _WAYS
+
+
+def trial(problem: Problem, way: str) -> Callable[[], None]:
+    """Run the problem once in one of its ways, on random tensors, to the end."""
+    from ... import tuning
+
+    tensors: PairTensors = tuning.example(problem)  # type: ignore[assignment]
+    u = tensors.x.new_zeros(problem.mid_shape).normal_()
+    one = u.new_ones(problem.mid_channels, dtype=problem.accumulate_dtype)
+    dy = problem.empty_output(tensors.x).normal_()
+    needs = [t is not None for t in tensors[:7]] + [False] * len(tensors[7:])
+
+    def run() -> None:
+        _backward(problem, tensors, dy, u, one * 0, one, needs, int(way.removeprefix("tiles ")))
+        if problem.device.type == "cuda":
+            torch.cuda.synchronize(problem.device)
+
+    return run
 
 
 def conv2plus1d_backward(
@@ -37,6 +67,23 @@ def conv2plus1d_backward(
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
+) -> list[Tensor]:
+    from ... import tuning
+
+    way = tuning.choice("triton", problem, "backward") or "tiles 0"
+    rank = int(way.removeprefix("tiles "))
+    return _backward(problem, tensors, dy, u, mean, var, needs, rank)
+
+
+def _backward(
+    problem: Problem,
+    tensors: PairTensors,
+    dy: Tensor,
+    u: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    needs: Sequence[bool],
+    rank: int,
 ) -> list[Tensor]:
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
@@ -58,26 +105,20 @@ def conv2plus1d_backward(
     if spec.norm != "none":
         scale, shift = finish_norm(problem, tensors._replace(mean=mean, var=var))
 
-    dx = dw1 = dw2 = db1 = db2 = dgamma = sums = None
-    if need_w2:
-        assert mid is not None
-        dw2 = weight_gradient(
-            second, mid, dy, w2, x_scale=scale, x_shift=shift, x_activation=spec.activation,
-            slope=spec.slope,
-        )  # fmt: skip
+    dx = dw1 = db1 = db2 = dgamma = sums = None
     if need_b2:
         assert b2 is not None
         db2 = channel_sums(dy, b2)
+    dv = dy.new_empty(problem.mid_shape if below else 0)
+    if second.groups > 1 and first.groups == 1:
+        dv[..., problem.mid_channels :].zero_()  # channels that belong to no group
+    partial, dw2 = _gradients(
+        second, mid, dy, w2, _video(dv) if below else None, need_w2, x_scale=scale, x_shift=shift,
+        activation=spec.activation, slope=spec.slope, mean=None if spec.norm == "none" else mean,
+        sums=below and (spec.norm == "batch" or need_b1 or need.norm_weight or need.norm_bias),
+        rank=rank,
+    )  # fmt: skip
     if below:
-        dv = dy.new_empty(problem.mid_shape)
-        if second.groups > 1 and first.groups == 1:
-            dv[..., problem.mid_channels :].zero_()  # channels that belong to no group
-        partial = input_gradient(
-            second, dy, w2, _video(dv), u=mid, u_scale=scale, u_shift=shift,
-            mean=None if spec.norm == "none" else mean, activation=spec.activation,
-            slope=spec.slope,
-            sums=spec.norm == "batch" or need_b1 or need.norm_weight or need.norm_bias,
-        )  # fmt: skip
         above: dict[str, Any] = {}
         if partial is not None:
             sums = sum_rows(partial, partial.new_empty(partial.shape[1:]))
@@ -96,20 +137,62 @@ def conv2plus1d_backward(
             )
             if spec.norm == "batch":
                 above.update(shift=offset, other=mid, rate=rate)
-            if (
-                b1 is not None and need_b1 and spec.group
-            ):  # no longer 0: only all ranks together take their mean away
+            if b1 is not None and need_b1 and spec.group:
+                # No longer 0: only all ranks together take their mean away.
                 db1 = channel_sums(_video(dv), b1, **above)
-        if need_w1:
-            dw1 = weight_gradient(first, tensors.x, _video(dv), w1, **above)
         if need.x:
             dx = torch.empty_like(tensors.x)
-            input_gradient(first, _video(dv), w1, dx, **above)
+        if need.x or need_w1:
+            _, dw1 = _gradients(first, tensors.x, _video(dv), w1, dx, need_w1, rank=rank, **above)
     dbeta = None if sums is None else sums[0]
     if first.kind == "temporal":
         dw1, dw2, db1, db2 = dw2, dw1, db2, db1
     grads = (dx, dw1, dw2, db1, db2, dgamma, dbeta)
     return [_like(g, t) for g, t, n in zip(grads, tensors, needs, strict=False) if n]
+
+
+def _gradients(
+    p: Pass,
+    x: Tensor | None,
+    dy: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    needs_weight: bool,
+    *,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.01,
+    mean: Tensor | None = None,
+    sums: bool = False,
+    rank: int = 0,
+    **above: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the input of a pass, into dx, and of its weight, each where it is wanted.
+
+    Arguments and results as of ``direct_gradients``; x is None where only its shape would be read.
+    """
+    if configs.thin(p.in_channels // p.groups, p.groups):
+        x = dx if x is None else x
+        assert x is not None
+        return direct_gradients(
+            p, x, dy, weight, dx, needs_weight, x_scale=x_scale, x_shift=x_shift,
+            activation=activation, slope=slope, mean=mean, sums=sums, **above,
+        )  # fmt: skip
+    dw = partial = None
+    if needs_weight:
+        assert x is not None
+        dw = weight_gradient(
+            p, x, dy, weight, x_scale=x_scale, x_shift=x_shift, x_activation=activation,
+            slope=slope, rank=rank, **above,
+        )  # fmt: skip
+    if dx is not None:
+        u = None if activation == "none" and mean is None else x
+        partial = input_gradient(
+            p, dy, weight, dx, u=u, u_scale=x_scale, u_shift=x_shift, mean=mean,
+            activation=activation, slope=slope, sums=sums, rank=rank, **above,
+        )  # fmt: skip
+    return partial, dw
 
 
 def _video(rows: Tensor) -> Tensor:

@@ -44,13 +44,13 @@ def input_gradient(
     channels = dy.shape[1] if groups == 1 else p.out_channels // groups
     in_channels = p.in_channels // groups
     stored = dx.shape[1] if groups == 1 else in_channels
-    classes, images = _classes(p), _images(p)
+    classes, copies = _classes(p), images(p)
     grid = tuple(-(-n // s) for n, s in zip(dx.shape[2:], classes, strict=True))
     count = dx.shape[0] * math.prod(grid)
     found = configs.input_gradient(
         count, channels, in_channels, groups, math.prod(p.kernel), dy.dtype,
         arguments.uses_tensor_cores(dy.dtype), launch.capability(dy.device),
-        fused=other is not None or u is not None,
+        reads_two=other is not None, masks=u is not None, classes=math.prod(classes),
     )  # fmt: skip
     config = found[min(rank, len(found) - 1)]
     packed = arguments.pack(_transposed(weight, groups), groups, channels, config)
@@ -59,14 +59,14 @@ def input_gradient(
     tiles = -(-count // config.block_p) * math.prod(classes)
     partial = None
     if sums:
-        partial = dy.new_empty((tiles, 2, p.in_channels), dtype=_accumulate(dy.dtype))
+        partial = dy.new_empty((tiles, 2, p.in_channels), dtype=accumulate_dtype(dy.dtype))
     launch.run(
         launch.kernels().input_gradient.input_gradient,
         (tiles * groups * (packed.shape[-1] // config.columns),), config,
         *dy_args, channels, groups, packed, packed.shape[-1], scale, shift, other, rate,
         *dx_args, in_channels, stored, u, u_scale, u_shift, mean, partial, grid, count,
         TAPS=arguments.transposed_taps(p), FLAT=channels if config.flat else 0, CLASSES=classes,
-        IMAGES=images, MODE=p.padding_mode, Y_ALIGN=dy_align, X_ALIGN=dx_align,
+        IMAGES=copies, MODE=p.padding_mode, Y_ALIGN=dy_align, X_ALIGN=dx_align,
         RUN=arguments.run_length(dy, dx) if classes[2] == 1 else 1, WIDE=arguments.wide(count),
         ACTIVATION=activation, SLOPE=slope, **arguments.tiling(config),
         **arguments.arithmetic(dy.dtype),
@@ -74,7 +74,7 @@ def input_gradient(
     return partial
 
 
-def _images(p: Pass) -> tuple[int, ...]:
+def images(p: Pass) -> tuple[int, ...]:
     """How many padded indices hold a copy of an index, along each axis: see ``common.image``."""
     sides = zip(p.padding[::2], p.padding[1::2], strict=True)
     if p.padding_mode == "replicate":
@@ -85,7 +85,7 @@ def _images(p: Pass) -> tuple[int, ...]:
 
 def _classes(p: Pass) -> tuple[int, ...]:
     """Residue classes along each axis. Images of one class belong to others: then there is one."""
-    return p.stride if math.prod(_images(p)) == 1 else (1, 1, 1)
+    return p.stride if math.prod(images(p)) == 1 else (1, 1, 1)
 
 
 def _transposed(weight: Tensor, groups: int) -> Tensor:
@@ -128,7 +128,7 @@ def weight_gradient(
     rows, widths = configs.weight_blocks(c, channels, out_channels, taps)
     per_split = configs.positions_per_split(c, count, rows * widths * groups, capability)
     splits = max(1, -(-count // per_split))
-    partial = x.new_empty((splits, weight.numel()), dtype=_accumulate(x.dtype))
+    partial = x.new_empty((splits, weight.numel()), dtype=accumulate_dtype(x.dtype))
     x_args, x_align = arguments.operand(x, x.shape[1] if groups == 1 else channels)
     dy_args, dy_align = arguments.operand(dy, dy.shape[1] if groups == 1 else out_channels)
     kernels = launch.kernels().weight_gradient
@@ -166,7 +166,7 @@ def channel_sums(
     count = dy.shape[0] * math.prod(dy.shape[2:])
     block_p, block_c, per_tile = configs.sums(count, channels)
     tiles = -(-count // per_tile)
-    partial = dy.new_empty((tiles, channels), dtype=_accumulate(dy.dtype))
+    partial = dy.new_empty((tiles, channels), dtype=accumulate_dtype(dy.dtype))
     dy_args, align = arguments.operand(dy, dy.shape[1])
     launch.run(
         launch.kernels().weight_gradient.channel_sums, (tiles * -(-channels // block_c),), None,
@@ -222,5 +222,5 @@ def norm_gradient(
     return dgamma, dbias, rate, shift
 
 
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
