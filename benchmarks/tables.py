@@ -62,7 +62,7 @@ def machine_line(record: Record) -> str:
         f"{record['date'][:10]} at `{record['commit']}`."
     )
     if ceilings:
-        text += f" Ceilings in the same run: copy {ceilings['copy_gbs']:.3g} GB/s, matrix product {reached}."  # noqa: E501
+        text += f" Ceilings in the same run: copy {ceilings['copy_gbs']:.3g} GB/s, matrix product or inner loop {reached}."  # noqa: E501
     return text
 
 

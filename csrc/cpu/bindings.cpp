@@ -15,11 +15,11 @@ const py::module_local kLocal;
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 // Nothing here touches Python objects while it computes.
-template <class... P>
-auto unlocked(void (*f)(P...)) {
+template <class R, class... P>
+auto unlocked(R (*f)(P...)) {
   return [f](P... arguments) {
     py::gil_scoped_release released;
-    f(arguments...);
+    return f(arguments...);
   };
 }
 
@@ -74,4 +74,5 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.def("tap_conv", unlocked(cpu::tap_conv));
   m.def("input_gradient", unlocked(cpu::input_gradient));
   m.def("weight_gradient", unlocked(cpu::weight_gradient));
+  m.def("multiply_panels", unlocked(cpu::multiply_panels), py::arg("rounds"), py::arg("threads"));
 }

@@ -36,4 +36,7 @@ void input_gradient(const Source&, const View& weight, const Conv&, const View& 
 void weight_gradient(const Source& input, const Source& gradient, const Conv&, const View& dweight,
                      int threads);
 
+// Multiplies panels in cache `rounds` times on each thread; how many operations that took.
+int64_t multiply_panels(int64_t rounds, int threads);
+
 }  // namespace fastst::cpu
