@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import cache, dispatch
 from .shapes import PairSpec, PairTensors, ParallelTensors, Problem
@@ -57,9 +58,10 @@ class Measurement:
 def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Measurement]:
     """Measure what is fastest here for every call that ``model(sample)`` makes; later calls use it.
 
-    Runs the model once, without gradients and in the modes that its modules are in, to see its
-    calls; put it in eval mode to tune inference. Then it times every distinct one on random
-    tensors, in turns. Calls with one way only, and on backends without a choice, cost nothing.
+    Runs the model once, in the modes that its modules are in, to see its calls: in training mode
+    with gradients, which leave no trace, in eval mode without. Then it times every distinct call on
+    random tensors, in turns. Calls with one way only, and on backends without a choice, cost
+    nothing.
 
     Args:
         model: a layer of fastst, or a model that contains some.
@@ -74,8 +76,8 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
     """
     if not seconds > 0:
         raise ValueError(f"tune: seconds must be positive, got {seconds}")
-    with dispatch.recording() as calls, torch.no_grad():
-        model(sample)
+    with dispatch.recording() as calls:
+        _run(model, sample)
     found: dict[Key, Measurement] = {}
     for call in calls:
         backend = dispatch.BACKENDS.get(call.chosen)
@@ -90,6 +92,17 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
         found[key] = Measurement(call.chosen, call.problem, call.phase, times)
     _remember({key: m.way for key, m in found.items()})
     return list(found.values())
+
+
+def _run(model: nn.Module, sample: Tensor) -> None:
+    """Once forward and, in training mode, backward, without touching any ``.grad``."""
+    with torch.set_grad_enabled(model.training):
+        found = tree_leaves(model(sample))
+    outputs = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
+    sources = [t for t in (*model.parameters(), sample) if t.requires_grad]
+    if outputs and sources:
+        ones = [torch.ones_like(t) for t in outputs]
+        torch.autograd.grad(outputs, sources, ones, allow_unused=True)
 
 
 def choice(backend: str, problem: Problem, phase: str) -> str | None:

@@ -224,6 +224,16 @@ def test_unwritable_folder_warns(tmp_path: Path) -> None:
     assert tuning.choice(m.backend, m.problem, m.phase) == m.way
 
 
+def test_training_is_tuned_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aten, "ways", lambda problem, phase: ("one", "another"))
+    monkeypatch.setattr(aten, "trial", lambda problem, phase, way: lambda: None)
+    model, x = _model()
+    found = fastst.tune(model.train(), x, seconds=0.001)
+    # Of two equal layers the first one's input needs no gradient: the same problem all the same.
+    assert [m.phase for m in found] == ["forward", "backward"]
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_bad_seconds() -> None:
     model, x = _model()
     with pytest.raises(ValueError, match="seconds must be positive, got 0"):

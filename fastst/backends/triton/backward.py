@@ -23,16 +23,9 @@ from .passes import conv_pass, finish_norm
 _WAYS = 8  # of the tiles of both kernels, each in its own order, that ``tune`` may try together
 
 
-def why_not(problem: Problem) -> str | None:
-    """What of the problem has no backward kernel."""
-    if problem.op != "conv2plus1d":
-        return "has no backward kernels for the parallel layer yet"
-    return None
-
-
 def ways(problem: Problem) -> list[str]:
     """What ``tune`` may choose from: tiles."""
-    if why_not(problem) is not None:
+    if problem.op != "conv2plus1d":
         return []
     return [f"tiles {i}" for i in range(max(_choices(p) for p in problem.passes))]
 
@@ -70,8 +63,8 @@ def conv2plus1d_backward(
 ) -> list[Tensor]:
     from ... import tuning
 
-    way = tuning.choice("triton", problem, "backward") or "tiles 0"
-    rank = int(way.removeprefix("tiles "))
+    way = tuning.choice("triton", problem, "backward")
+    rank = int(way.removeprefix("tiles ")) if way and way in ways(problem) else 0
     return _backward(problem, tensors, dy, u, mean, var, needs, rank)
 
 
@@ -112,7 +105,7 @@ def _backward(
     dv = dy.new_empty(problem.mid_shape if below else 0)
     if second.groups > 1 and first.groups == 1:
         dv[..., problem.mid_channels :].zero_()  # channels that belong to no group
-    partial, dw2 = _gradients(
+    partial, dw2 = pass_gradients(
         second, mid, dy, w2, _video(dv) if below else None, need_w2, x_scale=scale, x_shift=shift,
         activation=spec.activation, slope=spec.slope, mean=None if spec.norm == "none" else mean,
         sums=below and (spec.norm == "batch" or need_b1 or need.norm_weight or need.norm_bias),
@@ -143,7 +136,9 @@ def _backward(
         if need.x:
             dx = torch.empty_like(tensors.x)
         if need.x or need_w1:
-            _, dw1 = _gradients(first, tensors.x, _video(dv), w1, dx, need_w1, rank=rank, **above)
+            _, dw1 = pass_gradients(
+                first, tensors.x, _video(dv), w1, dx, need_w1, rank=rank, **above
+            )
     dbeta = None if sums is None else sums[0]
     if first.kind == "temporal":
         dw1, dw2, db1, db2 = dw2, dw1, db2, db1
@@ -151,7 +146,7 @@ def _backward(
     return [_like(g, t) for g, t, n in zip(grads, tensors, needs, strict=False) if n]
 
 
-def _gradients(
+def pass_gradients(
     p: Pass,
     x: Tensor | None,
     dy: Tensor,
