@@ -55,7 +55,9 @@ def why_broken(backend: str, problem: Problem, kind: str | None = None) -> str |
         if key not in _verdicts:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 # Nobody has seen the Hopper kernels run: they wait for their first check.
-                return "has not been checked before this graph capture" if kind == "hopper" else None
+                return (
+                    "has not been checked before this graph capture" if kind == "hopper" else None
+                )
             _verdicts.update({k: v for k, v in cache.read(_file()).items() if k not in _verdicts})
         if key not in _verdicts:
             verdict = check(backend, kind, device, dtype) or ""
