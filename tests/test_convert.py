@@ -141,6 +141,18 @@ def test_a_model_without_pairs():
     assert str(report) == "no pair of a spatial and a temporal convolution found"
 
 
+def test_layers_of_this_library_are_one_operation_already():
+    layers = fastst.Conv2Plus1d(3, 4, 3, norm="batch"), fastst.ParallelConv2Plus1d(4, 4, 3)
+    report = fastst.convert(nn.Sequential(*layers, nn.Conv3d(4, 4, (1, 3, 3))))
+    assert [str(entry) for entry in report.left] == [
+        "0: is one operation already, a Conv2Plus1d",
+        "1: is one operation already, a ParallelConv2Plus1d",
+        "2: the model has no convolution of the other kind",
+    ]
+    assert not report.replaced
+    assert "the model: is one operation already" in str(fastst.convert(layers[1]))
+
+
 def test_report_tells_all():
     model = small()
     model.append(nn.Conv3d(2, 2, (1, 3, 3)))

@@ -109,6 +109,7 @@ class _Walk:
             if fused.is_converted(m) and fused.is_direct(m)
             for conv in fused.convs_of(m._plan)
         }
+        self.layers = {name: m for name, m in model.named_modules() if _is_layer(m)}
         self.reasons: dict[str, tuple[str | None, str]] = {}
         self._consider(name for name in self.order if name not in self.owned)
 
@@ -142,7 +143,13 @@ class _Walk:
 
     def _consider(self, names: Iterable[str]) -> None:
         """Convolutions of which nothing is known yet."""
-        self.reasons |= {n: _NEVER_RUN for n in names if separable(self.model.get_submodule(n))}
+        for n in names:
+            if separable(self.model.get_submodule(n)) and not self._in_layer(n):
+                self.reasons[n] = _NEVER_RUN
+
+    def _in_layer(self, name: str) -> bool:
+        """Whether a layer of this library holds a module."""
+        return any(above in self.layers for above in ("", *_above(name)))
 
     def _take_back(self, name: str, module: Any) -> None:
         """Revert a module, and look at its convolutions again."""
@@ -282,9 +289,9 @@ class _Walk:
     def report(self) -> Report:
         """In the order of the model."""
         place = {name: i for i, name in enumerate(self.order)}
-        kinds = {separable(m): n for n, m in self.model.named_modules()}
+        kinds = {separable(m) for n, m in self.model.named_modules() if not self._in_layer(n)}
         for name, told in self.reasons.items():
-            if told == _NEVER_RUN and not {"spatial", "temporal"} <= kinds.keys():
+            if told == _NEVER_RUN and not {"spatial", "temporal"} <= kinds:
                 self.reasons[name] = (None, "the model has no convolution of the other kind")
         partners = {second for second, _ in self.reasons.values() if second is not None}
         left = [
@@ -292,6 +299,8 @@ class _Walk:
             for name, (second, reason) in self.reasons.items()
             if second is not None or name not in partners
         ]
+        for name, layer in self.layers.items():
+            left.append(Left(name, None, f"is one operation already, a {type(layer).__name__}"))
         return Report(
             sorted(self.replaced, key=lambda e: place[e.first]),
             sorted(self.already, key=lambda e: place[e.first]),

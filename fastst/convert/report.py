@@ -32,15 +32,15 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Left:
-    """A separable convolution, or two of them, that stays as it was."""
+    """A separable convolution, two of them, or a layer of this library, that stays as it was."""
 
-    name: str  # of the first convolution
+    name: str  # of the first convolution, or of the layer
     second: str | None
     reason: str
 
     def __str__(self) -> str:
         to = "" if self.second is None else f" → {self.second}"
-        return f"{self.name}{to}: {self.reason}"
+        return f"{self.name or 'the model'}{to}: {self.reason}"
 
 
 @dataclass
