@@ -24,25 +24,13 @@ _BLOCK = re.compile(
 )
 
 
-def kernels() -> list[tuple[str, str]]:
-    """Backends with kernels of their own, and the families each of them is for."""
-    from fastst import dispatch
-
-    return [
-        (backend, what)
-        for backend in dispatch.BACKENDS
-        if backend not in ("aten", "reference")
-        for what in tables.FAMILY_OF
-    ]
-
-
 def blocks(records: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Every block that the README can hold, by name."""
     gpus = {place: r for place, r in records.items() if place != "cpu"}
     return {
         "cpu": _with_charts(tables.cpu_block(records.get("cpu")), records.get("cpu")),
         "gpu": tables.gpu_block(gpus),
-        "status": tables.status_block(gpus, kernels()),
+        "status": tables.status_block(gpus),
     }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from .measure import Spread
 
@@ -291,30 +291,59 @@ def by_family(rows: list[Row]) -> str:
     return table(head, body)
 
 
-def status_block(records: dict[str, Record], kernels: Sequence[tuple[str, str]]) -> str:
+def status_block(records: dict[str, Record]) -> str:
     """Kernel family × GPU: verified at, measured at, or never run."""
     names = [r["machine"]["gpu"] for r in records.values()] or ["any GPU"]
     body = []
-    for backend, what in kernels:
-        cells = [status(r, backend, what) for r in records.values()] or [NEVER]
-        body.append([f"`{backend}`", what, *cells])
+    for family in FAMILIES:
+        cells = [status(r, family) for r in records.values()] or [NEVER]
+        body.append([f"`{family.backend}`", family.what, *cells])
     return table(["backend", "kernel family", *names], body)
 
 
-FAMILY_OF = {
-    "(2+1)D pair, forward": lambda r: not r["family"].startswith("parallel"),
-    "(2+1)D pair, training": lambda r: (
-        not r["family"].startswith("parallel") and r["mode"].startswith("training")
+class Family(NamedTuple):
+    """Kernels that are verified and measured together."""
+
+    backend: str
+    what: str
+    holds: Callable[[Row], bool]  # whether a row is of this family, given that the backend ran it
+
+
+def _hopper(row: Row) -> bool:
+    return any("hopper_" in kernel for kernel in row.get("kernels", ()))
+
+
+def _pair(row: Row) -> bool:
+    return not row["family"].startswith(("parallel", "depthwise"))
+
+
+def _trains(row: Row) -> bool:
+    return row["mode"].startswith("training")
+
+
+FAMILIES = [
+    Family("cuda", "Hopper: (2+1)D pair, inference",
+           lambda r: _pair(r) and _hopper(r) and not _trains(r)),
+    Family("cuda", "Hopper: (2+1)D pair, training",
+           lambda r: _pair(r) and _hopper(r) and _trains(r)),
+    Family("cuda", "generic: (2+1)D pair", lambda r: _pair(r) and not _hopper(r)),
+    *(
+        family
+        for backend in ("cuda", "triton")
+        for family in (
+            Family(backend, "depthwise pair", lambda r: r["family"] == "depthwise"),
+            Family(backend, "parallel 4D", lambda r: r["family"].startswith("parallel")),
+        )
     ),
-    "depthwise pair": lambda r: r["family"] == "depthwise",
-    "parallel 4D": lambda r: r["family"].startswith("parallel"),
-}
+    Family("triton", "(2+1)D pair, inference", lambda r: _pair(r) and not _trains(r)),
+    Family("triton", "(2+1)D pair, training", lambda r: _pair(r) and _trains(r)),
+]  # fmt: skip
 
 
-def status(record: Record, backend: str, what: str) -> str:
+def status(record: Record, family: Family) -> str:
     """Of one kernel family in one record: rows exist only where the result agreed with float64."""
-    rows = [r for r in record["layers"] if r["kind"] == "fastst" and FAMILY_OF[what](r)]
-    ran = [r for r in rows if r.get("ran_on") == [backend]]
+    ours = [r for r in record["layers"] if r["kind"] == "fastst"]
+    ran = [r for r in ours if r.get("ran_on") == [family.backend] and family.holds(r)]
     if not ran:
         return NEVER
     wrong = [r for r in ran if r["refused"]]

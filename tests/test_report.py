@@ -152,21 +152,36 @@ def test_no_gpu_record_says_never_run() -> None:
     lines = blocks["status"].splitlines()[2:]
     assert lines
     assert all(tables.NEVER in line for line in lines)
-    assert {"triton"} <= {re.findall("`(.*?)`", line)[0] for line in lines}
+    assert {"cuda", "triton"} == {re.findall("`(.*?)`", line)[0] for line in lines}
+
+
+def family(backend: str, what: str) -> tables.Family:
+    return next(f for f in tables.FAMILIES if (f.backend, f.what) == (backend, what))
 
 
 def test_status_of_a_kernel_family() -> None:
     gpu = record("some-gpu")
-    pair, parallel = "(2+1)D pair, forward", "parallel 4D"
-    assert tables.status(gpu, "triton", pair) == "measured at `abc123def`"
-    assert tables.status(gpu, "triton", parallel) == tables.NEVER
-    assert tables.status(gpu, "cuda", pair) == tables.NEVER
+    pair, parallel = family("triton", "(2+1)D pair, inference"), family("triton", "parallel 4D")
+    assert tables.status(gpu, pair) == "measured at `abc123def`"
+    assert tables.status(gpu, parallel) == tables.NEVER
+    assert tables.status(gpu, family("cuda", "generic: (2+1)D pair")) == tables.NEVER
     gpu["stages"] = [{"stage": "tests", "ok": True, "passed": 3}]
-    assert tables.status(gpu, "triton", pair) == "verified and measured at `abc123def`"
+    assert tables.status(gpu, pair) == "verified and measured at `abc123def`"
     gpu["stages"] = [{"stage": "tests", "ok": False, "passed": 3}]
-    assert tables.status(gpu, "triton", pair) == "measured at `abc123def`"
+    assert tables.status(gpu, pair) == "measured at `abc123def`"
     gpu["layers"][4]["refused"] = "y: relative error 1"
-    assert "refused" in tables.status(gpu, "triton", pair)
+    assert "refused" in tables.status(gpu, pair)
+    assert "refused" not in tables.status(gpu, family("triton", "(2+1)D pair, training"))
+
+
+def test_status_tells_hopper_kernels_by_their_names() -> None:
+    gpu = record("some-gpu")
+    for r in gpu["layers"]:
+        hopper = r["mode"] == "inference"
+        r |= {"ran_on": ["cuda"], "kernels": ["hopper_spatial_kernel<…>" if hopper else "tap_conv"]}
+    said = {f.what: tables.status(gpu, f) for f in tables.FAMILIES if f.backend == "cuda"}
+    measured = {what for what, status in said.items() if status != tables.NEVER}
+    assert measured == {"Hopper: (2+1)D pair, inference", "generic: (2+1)D pair"}
 
 
 def test_gpu_block_and_summary_of_a_gpu_record() -> None:
