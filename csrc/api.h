@@ -138,9 +138,9 @@ struct HopperTemporal {
 
 // 1 × 7 × 7 of stride 2 on up to 4 channels, then 3 × 1 × 1; at most 48 and 64 channels out.
 struct HopperStem {
-  View x;                // of any strides
-  Array spatial_weight;  // (4, 48, 64): of every 64 (kh, kw, c) of 8 × 8 × 4, zeros where there is
-                         // none
+  View x;                 // of any strides
+  Array spatial_weight;   // (4, 48, 64): of every 64 (kh, kw, c) of 8 × 8 × 4, zeros where there is
+                          // none
   Array temporal_weight;  // (3, 64, 64): taps, K, M; none: the output is u
   std::array<int64_t, 6> padding;
   Array coefficients;  // (2, 48): z = act(scale·conv(x) + shift)

@@ -274,7 +274,9 @@ void choose(Dtype dtype, const HopperTemporal& conv, Stream stream) {
   if (stride == 1)
     return conv.coefficients.data ? run<T, N, Frames, 1, true>(dtype, conv, stream)
                                   : run<T, N, Frames, 1, false>(dtype, conv, stream);
-  if (stride == 2)
+  if constexpr (N == 64)
+    throw std::invalid_argument("hopper_temporal has stride 2 for 128 columns only");
+  else if (stride == 2)
     return conv.coefficients.data ? run<T, N, Frames, 2, true>(dtype, conv, stream)
                                   : run<T, N, Frames, 2, false>(dtype, conv, stream);
   throw std::invalid_argument("hopper_temporal has strides 1 and 2, not " + std::to_string(stride));

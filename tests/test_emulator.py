@@ -126,6 +126,7 @@ def swizzled(span: int) -> str:
         ("write accumulators", "accumulators written before a wait"),
         ("write a", "registers of A written"),
         ("no init fence", "whose initialisation was not fenced"),
+        ("other init fence", "whose initialisation was not fenced"),
         ("no init barrier", "mbarrier at byte 0 not initialised"),
         # what threads write, and the engines read or write
         ("written by threads", "16 16 16 16"),

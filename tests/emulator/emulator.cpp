@@ -220,12 +220,12 @@ void Block::mbarrier_wait(int64_t at, int parity, Where where) {
   self().clock.join(b.released);
 }
 
-// What follows is a release of its own, which the fence does not cover.
+// What follows is a release of its own, which the fence does not cover. New mbarriers have a fence
+// of their own: that one alone counts for them.
 void Block::fence_proxy() {
   Clock& mine = self().clock;
   mine.join({{}, mine.seen});
   ++mine.seen[self_->rank];
-  mbarrier_fence();
 }
 
 // ---- shared memory

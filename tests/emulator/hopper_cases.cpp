@@ -247,6 +247,7 @@ enum Bug {
   write_accumulators,
   write_a,
   no_init_fence,
+  other_init_fence,
   no_init_barrier,
   from_registers,
 };
@@ -261,7 +262,10 @@ void pipeline_kernel(TensorMap a, TensorMap b, Global<float> to, Bug bug) {
   if (rank() == 128) {
     for (int s = 0; s < kStages; ++s)
       mbarrier_init(full + s, 1), mbarrier_init(empty + s, bug == release_by_one_warp ? 1 : 4);
-    if (bug != no_init_fence) mbarrier_fence_init();
+    if (bug == other_init_fence)
+      fence_proxy_async();
+    else if (bug != no_init_fence)
+      mbarrier_fence_init();
   }
   if (bug != no_init_barrier) sync_block();
   if (rank() == 128)
@@ -429,6 +433,7 @@ const std::map<std::string, void (*)()> kCases = {
     {"write accumulators", [] { pipeline(write_accumulators); }},
     {"write a", [] { pipeline(write_a); }},
     {"no init fence", [] { pipeline(no_init_fence); }},
+    {"other init fence", [] { pipeline(other_init_fence); }},
     {"no init barrier", [] { pipeline(no_init_barrier); }},
     {"written by threads", [] { unfenced(true, true); }},
     {"no proxy fence", [] { unfenced(false, true); }},

@@ -20,12 +20,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 NVIDIA_TOOLS = "backends/nvidia/bin"  # inside the package triton, where there is no toolkit
 WIDE = re.compile(r"\b(LDG|LDGSTS)\.E\.(\w+\.)*128\b")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
 PRODUCT = re.compile(r"\bHGMMA\.64x(\d+)x16\.F32\S* R\d")  # with no register it only ends a group
 TMA = re.compile(r"\bUTMALDG\.(\dD)")
-ROOT = Path(__file__).parents[2]
 
 
 def tool(name: str) -> str:
@@ -96,11 +96,40 @@ def columns(resources: Counter[str]) -> list[int]:
     return sorted(int(k.split()[1]) for k in resources if k.startswith("columns"))
 
 
+def meant_columns(name: str) -> list[int]:
+    """The N that a kernel is named after, its first number; the stem's two."""
+    from fastst.backends.cuda_hopper import STEM
+
+    if name.startswith("hopper_stem"):
+        return list(STEM[1:]) if "true" in name else [STEM[1]]
+    number = re.search(r"<\w+, (\d+)", name)
+    return [int(number[1])] if number else []
+
+
+def shipped() -> set[str]:
+    """Names of the Hopper kernels that configurations name."""
+    from fastst import configs_hopper
+
+    found = set()
+    for dtype in ("__half", "__nv_bfloat16"):
+        for columns, groups, blocks in configs_hopper.SPATIAL_TILES:
+            found.add(f"hopper_spatial_kernel<{dtype}, {columns}, {groups}, {blocks}>")
+        for columns, frames in configs_hopper.TEMPORAL_TILES:
+            for stride in (1, 2):
+                if (columns, stride) == (64, 2):
+                    continue
+                for norm in ("false", "true"):
+                    found.add(
+                        f"hopper_temporal_kernel<{dtype}, {columns}, {frames}, {stride}, {norm}>"
+                    )
+        found |= {f"hopper_stem_kernel<{dtype}, {pair}>" for pair in ("false", "true")}
+    return found
+
+
 def product_faults(name: str, resources: Counter[str]) -> list[str]:
-    """What is wrong with the matrix products of a kernel whose first number is its N."""
-    meant = re.search(r"<\w+, (\d+)", name)
+    """What is wrong with the matrix products of a kernel that is named after its N."""
     wrong = []
-    if meant is None or columns(resources) != [int(meant[1])]:
+    if columns(resources) != meant_columns(name):
         wrong.append(f"products of {columns(resources) or 'no'} columns")
     # ptxas says so as well (C7510, C7511), but only to who compiles.
     elif resources["waits"] >= resources["products"]:
@@ -181,6 +210,8 @@ def main() -> int:
             wrong += [f"{name} on {arch}: {fault}" for fault in hopper_faults(name, r)]
     if not rows:
         wrong.append("no kernels found")
+    there = {readable[n] for n, arch, _ in rows if arch == "sm_90a"}
+    wrong += [f"{name} is not in the library" for name in sorted(shipped() - there)]
     print(f"{len(rows)} kernels, {len(wrong)} wrong")
     for line in wrong:
         print(f"  {line}", file=sys.stderr)
@@ -188,5 +219,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[2])  # the neighbouring file hides the package triton
+    sys.path[0] = str(ROOT)  # the neighbouring file hides the package triton
     sys.exit(main())
