@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -184,9 +185,9 @@ def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return check(tensors, *args)
         try:
-            key = tuple(_identity(t) for t in (*tensors, *args))
+            key = _identity(tensors, args)
             found = passed.get(key)
-        except (TypeError, AttributeError):  # unhashable or odd: the check says what is wrong
+        except (TypeError, AttributeError, ValueError):  # an odd one: the check says what is wrong
             return check(tensors, *args)
         if found is None:
             if len(passed) >= 4096:
@@ -197,13 +198,22 @@ def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _identity(value: Any) -> Any:
-    """What a check looks at: of a tensor its shape, dtype and device."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device
-    if isinstance(value, tuple):
-        return tuple(_identity(v) for v in value)
-    return type(value), value
+def _identity(tensors: Sequence[Tensor | None], args: Sequence[Any]) -> Any:
+    """What a check looks at: of a tensor its shape, dtype and device; of anything else its bytes.
+
+    Equal numbers of different types are different: 1, 1.0 and True.
+
+    Raises:
+        TypeError, AttributeError, ValueError: other types among them.
+    """
+    plain: list[Any] = []
+    norm: Sequence[Any] = ()
+    for a in args:
+        if hasattr(a, "_fields"):  # a BatchNorm
+            norm, a = a[:4], a[4:]
+        plain.append(a)
+    seen = [None if t is None else (t.shape, t.dtype, t.device) for t in (*tensors, *norm)]
+    return marshal.dumps(plain, 2), *seen
 
 
 @remembered
