@@ -80,6 +80,17 @@ def _parallel(args: Sequence[Any]) -> tuple[ParallelTensors, ParallelSpec, Probl
     return tensors, spec, Problem.of(tensors, spec), args[14]
 
 
+def _apart(results: Sequence[Tensor]) -> list[Tensor]:
+    """What an op returns must share no memory: rows that a kernel wrote to one table do."""
+    seen: set[int] = set()
+    apart = []
+    for t in results:
+        storage = t.untyped_storage()._cdata
+        apart.append(t.clone() if storage in seen else t)
+        seen.add(storage)
+    return apart
+
+
 def _tuples(values: Sequence[Any]) -> list[Any]:
     return [tuple(v) if isinstance(v, list) else v for v in values]
 
@@ -101,7 +112,7 @@ def _conv2plus1d_train(*args: Any) -> tuple[Tensor, ...]:
     tensors, _, problem, backend = _trained_pair(args)
     y, *kept, _ = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
     nothing = y.new_empty(0)
-    return y, *(nothing.clone() if t is None else t for t in kept)
+    return tuple(_apart([y, *(nothing.clone() if t is None else t for t in kept)]))
 
 
 def _conv2plus1d_train_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -122,10 +133,11 @@ def _conv2plus1d_backward(
     *args, needs = args  # type: ignore[assignment]
     tensors, spec, problem, backend = _trained_pair(args)
     batch = spec.norm == "batch"
-    return dispatch.choose(problem, "backward", backend).conv2plus1d_backward(
+    grads = dispatch.choose(problem, "backward", backend).conv2plus1d_backward(
         problem, tensors, dy, None if spec.recompute else u,
         batch_mean if batch else None, batch_var if batch else None, needs,
     )  # fmt: skip
+    return _apart(grads)
 
 
 def _conv2plus1d_backward_fake(
@@ -168,9 +180,10 @@ def _parallel_conv2plus1d_fake(*args: Any) -> Tensor:
 def _parallel_conv2plus1d_backward(dy: Tensor, *args: Any) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
     tensors, _, problem, backend = _parallel(args)
-    return dispatch.choose(problem, "backward", backend).parallel_conv2plus1d_backward(
+    grads = dispatch.choose(problem, "backward", backend).parallel_conv2plus1d_backward(
         problem, tensors, dy, needs
     )
+    return _apart(grads)
 
 
 def _parallel_conv2plus1d_backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:

@@ -52,7 +52,7 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     stats = (t["running_mean"], t["running_var"]) if config.norm == "frozen" else (None, None)
     tensors = PairTensors(*main, t.get("norm_weight"), t.get("norm_bias"), *stats)
     args = (*tensors, *spec, "auto")
-    _, u, mean, var = OPS.conv2plus1d_train(*args)
+    _, u, mean, var, _ = OPS.conv2plus1d_train(*args)
     needs = [t is not None for t in tensors[:7]] + [False] * 3
     calls = [
         (OPS.conv2plus1d_train, args),
@@ -83,6 +83,26 @@ def test_fake_strides_are_real_strides(chunk: int) -> None:
                 told = (f"FASTST_SEED={seed}", op, i, config)
                 assert (f.shape, f.dtype) == (r.shape, r.dtype), told
                 assert f.stride() == r.stride(), told
+
+
+@pytest.mark.parametrize("backend", ["cpu", "aten", "reference"])
+def test_results_are_new_tensors(backend: str) -> None:
+    """No output shares memory with an input or another output: compilers rely on it."""
+    ran = 0
+    for seed in range(fuzz.SEED, fuzz.SEED + 30):
+        for op, args in op_calls(fuzz.random_config(seed, fuzz.SMALL)):
+            try:
+                results = flat(
+                    op(*(backend if isinstance(a, str) and a == "auto" else a for a in args))
+                )
+            except fastst.BackendError:
+                continue
+            tensors = results + [a for a in args if isinstance(a, Tensor)]
+            storages = [t.untyped_storage()._cdata for t in tensors]
+            fresh = len(results) + len(set(storages[len(results) :]))
+            assert len(set(storages)) == fresh, (f"FASTST_SEED={seed}", op)
+            ran += op is not OPS.conv2plus1d
+    assert ran > 0
 
 
 @pytest.mark.parametrize(
