@@ -53,9 +53,9 @@ def direct_gradients(
     ok = row_ok[:, None] & c_ok[None, :]
 
     if dw_ptr is not None:
-        offsets = row_offsets((n, t, h, w), x_strides, X_ALIGN)[:, None]
-        offsets = offsets + c.to(tl.int64)[None, :] * x_strides[1]
-        x = tl.load(x_ptr + offsets, mask=ok, other=0.0).to(ACCUMULATE)
+        x_at = row_offsets((n, t, h, w), x_strides, X_ALIGN)[:, None]
+        x_at = x_at + c.to(tl.int64)[None, :] * x_strides[1]
+        x = tl.load(x_ptr + x_at, mask=ok, other=0.0).to(ACCUMULATE)
         if scale_ptr is not None:
             x = x * tl.load(scale_ptr + c, mask=c_ok, other=0.0)[None, :]
             x = x + tl.load(shift_ptr + c, mask=c_ok, other=0.0)[None, :]

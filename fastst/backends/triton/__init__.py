@@ -17,13 +17,14 @@ from ...shapes import Problem
 from . import backward, launch, pair
 from .backward import conv2plus1d_backward
 from .pair import conv2plus1d
-from .parallel import parallel_conv2plus1d
+from .parallel import parallel_conv2plus1d, parallel_conv2plus1d_backward
 
 __all__ = [
     "avoid",
     "conv2plus1d",
     "conv2plus1d_backward",
     "parallel_conv2plus1d",
+    "parallel_conv2plus1d_backward",
     "trial",
     "ways",
     "why_not",
@@ -33,9 +34,6 @@ _ON_CPU = "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set
 
 
 def why_not(problem: Problem, phase: str) -> str | None:
-    missing = None if phase == "forward" else backward.why_not(problem)
-    if missing is not None:
-        return missing
     device = problem.device
     if device.type not in ("cuda", "cpu") or torch.version.hip is not None:
         return f"runs on NVIDIA GPUs, not on {device.type} tensors"

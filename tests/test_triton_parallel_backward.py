@@ -1,0 +1,78 @@
+"""Backward of the parallel op on the Triton backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import fuzz
+import pytest
+import torch
+from fuzz import Config, Limits
+from test_triton import DEVICE, few_programs  # noqa: F401
+
+import fastst
+from fastst.functional import parallel_conv2plus1d
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.usefixtures("few_programs")
+
+TINY = Limits(
+    batch=2, channels=12, frames=4, space=5, work=10_000,
+    fixed=dict(op="parallel_conv2plus1d", norm="none"),
+)
+ADD = Config(
+    op="parallel_conv2plus1d", channels=5, mid=6, out=6, size=(3, 5, 4), activation="none"
+)
+
+
+def check(config: Config) -> None:
+    why = fuzz.check(config, "triton", device=DEVICE)
+    assert why is None, why
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_random_gradients_are_right(part: int) -> None:
+    fuzz.fuzz("triton", 4, TINY, first=fuzz.SEED + 1000 * part, device=DEVICE, least=1.0)
+
+
+CASES = {
+    "added": ADD,
+    "added, strides and dilations": replace(
+        ADD, stride=(2, 1, 2), dilation=(1, 2, 1), padding=(1, 2, 1), size=(4, 6, 5)),
+    "added, both activations": replace(ADD, activation="silu", branch_activation="gelu"),
+    "added, one activation": replace(ADD, activation="relu", dtype=torch.bfloat16),
+    "added, copied padding": replace(
+        ADD, padding_mode=("reflect", "zeros"), stride=(1, 2, 1), dtype=torch.float64),
+    "side by side": replace(ADD, combine="cat", mid=3, out=7, dtype=torch.float16),
+    "side by side, activations": replace(
+        ADD, combine="cat", mid=3, branch_activation="silu", activation="hardswish",
+        grad_layout="channels_last"),
+    "depthwise": replace(ADD, channels=6, groups=(6, 6), stride=(1, 2, 1), dtype=torch.bfloat16),
+    "depthwise, copied padding": replace(
+        ADD, channels=6, groups=(6, 6), padding_mode=("circular", "replicate")),
+    "grouped": replace(ADD, channels=10, groups=(2, 2), x_layout="channels_last"),
+    "grouped apart": replace(ADD, channels=6, groups=(6, 1)),
+    "input only": replace(
+        ADD, constant=("spatial_weight", "temporal_weight", "spatial_bias", "temporal_bias")),
+    "weights only": replace(ADD, constant=("x",)),
+    "one weight only": replace(ADD, constant=("x", "spatial_weight", "spatial_bias")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name: str) -> None:
+    check(CASES[name])
+
+
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_gradcheck(activation: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(1, 3, 3, 4, 3), (4, 3, 1, 3, 3), (4, 3, 3, 1, 1), (4,), (4,)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE) for s in shapes]
+    with fastst.use_backend("triton"):
+        assert torch.autograd.gradcheck(
+            lambda *t: parallel_conv2plus1d(
+                *t, padding=1, stride=(1, 2, 1), branch_activation=activation
+            ),
+            [t.requires_grad_() for t in tensors], fast_mode=True,
+        )  # fmt: skip
