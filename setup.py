@@ -103,7 +103,7 @@ def cpu_rules(name: str) -> tuple[str, str, list[Path]]:
     cxx = find_cxx()
     compile = (
         f"{cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra "
-        f"-DFASTST_MODULE={name} {INSTRUCTIONS[name]} {includes('csrc', 'csrc/cpu')}"
+        f"-DFASTST_MODULE={name} {INSTRUCTIONS[name]} {includes('csrc/cpu', 'csrc')}"
     )
     return compile, f"{cxx} -shared -pthread", list(ROOT.glob("csrc/cpu/*.cpp"))
 

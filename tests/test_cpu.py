@@ -78,18 +78,21 @@ def test_sizes(fixed: dict[str, Any]) -> None:
 
 @built
 @pytest.mark.parametrize("threads", [2, 3])
-def test_any_number_of_threads_gives_the_same(threads: int) -> None:
+@pytest.mark.parametrize("channels", [5, 40])
+def test_any_number_of_threads_gives_the_same(channels: int, threads: int) -> None:
     """To the last bit, statistics and their running averages included."""
     torch.manual_seed(1)
-    layer = fastst.Conv2Plus1d(5, 40, 3, (2, 1, 1), 1, norm="batch")
-    x = torch.randn(2, 5, 6, 21, 19)
+    layer = fastst.Conv2Plus1d(channels, 40, 3, (2, 1, 1), 1, norm="batch")
+    x = torch.randn(2, channels, 6, 21, 19, requires_grad=True)
     found = []
     for n in (1, threads):
         torch.set_num_threads(n)
         try:
-            with fastst.use_backend("cpu"), torch.no_grad():
+            with fastst.use_backend("cpu"):
                 layer.norm.reset_running_stats()
-                found.append((layer(x), layer.norm.running_var.clone()))
+                y = layer(x)
+                (dx,) = torch.autograd.grad(y.square().sum(), x)
+                found.append((y, dx, layer.norm.running_var.clone()))
         finally:
             torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -142,6 +145,93 @@ def test_nan_and_infinity_reach_what_pytorch_lets_them(bad: float, norm: bool) -
         y = conv2plus1d(x, leaf, weights[1], padding=1)
     u = next(t for t in y.grad_fn.saved_tensors if t.shape[-1] == 24)  # type: ignore[union-attr]
     assert not u[..., 20:].any()
+
+
+# ---- Winograd's sums
+
+
+# Enough of everything that the transforms pay; nothing a multiple of what is computed together.
+WIDE = dict(
+    channels=40, mid=50, out=41, batch=2, kernel=(3, 3, 3), dilation=(1, 1, 1), groups=(1, 1),
+    padding_mode=("zeros", "zeros"),
+)  # fmt: skip
+STRIDES = [(1, 1, 1), (1, 2, 2), (2, 1, 1)]
+
+
+@built
+@pytest.mark.parametrize("stride", STRIDES, ids=str)
+def test_winograd(stride: tuple[int, int, int]) -> None:
+    """Forward, statistics and every gradient, by the same rule as without."""
+    fixed = WIDE | dict(stride=stride, size=(7, 23, 17))
+    several = Limits(
+        work=10**9, dtypes=(torch.float32,), fixed=PAIRS | fixed,
+        accept=lambda c: c.padding != "same",  # which strides cannot have
+    )  # fmt: skip
+    fuzz.fuzz("cpu", 4, several, least=1.0)
+
+
+def wide(x: torch.Tensor, weight: torch.Tensor, stride: int = 1) -> tuple[Any, torch.Tensor, Any]:
+    """A spatial pass that Winograd's sums pay for: its call, memory for its result, its shape."""
+    t = PairTensors(x, weight, torch.empty(41, weight.shape[0], 1, 1, 1))
+    call = library.Call(
+        Problem.of(t, PairSpec(stride=(1, stride, stride), padding=(0, 0, 1, 1, 1, 1)))
+    )
+    return call, call.rows(), call.problem.passes[0]
+
+
+@built
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e37, 3e38])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_where_winograd_would_overflow_it_is_not_used(bad: float, stride: int) -> None:
+    torch.manual_seed(4)
+    x, weight = torch.randn(1, 40, 3, 24, 24), torch.randn(50, 40, 1, 3, 3) / 20
+    call, u, p = wide(x, weight, stride)
+    assert call.tap_conv(call.plain(x), weight, p, u, call.epilogue()) == 1
+    x[0, 3, 1, 9, 9] = bad
+    assert call.tap_conv(call.plain(x), weight, p, u, call.epilogue()) == 0
+    truth = torch.nn.functional.conv3d(x, weight, None, p.stride, (0, 1, 1))
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(u[:, :50]), kind(truth))
+    torch.testing.assert_close(u[:, :50], truth, equal_nan=True, rtol=1e-4, atol=1e-4)
+    x[0, 3, 1, 9, 9] = 1.0
+    weight[7, 3, 0, 1, 1] = bad
+    assert call.tap_conv(call.plain(x), weight, p, u, call.epilogue()) == 0
+
+
+@built
+def test_statistics_are_not_counted_twice_where_winograd_was_given_up() -> None:
+    torch.manual_seed(5)
+    x, weight = torch.randn(1, 40, 3, 24, 24), torch.randn(50, 40, 1, 3, 3)
+    weight[:, 3] = 0.0  # so that what makes it give up changes nothing else
+    call, u, p = wide(x, weight)
+    found = []
+    for large in (1.0, 1e37):
+        x[0, 3, 1, 9, 9] = large
+        statistics = torch.full((2, 50), math.nan)
+        epilogue = call.epilogue(reductions=statistics)
+        found.append((call.tap_conv(call.plain(x), weight, p, u, epilogue), statistics))
+    (by_winograd, ours), (direct, again) = found
+    assert (by_winograd, direct) == (1, 0)
+    torch.testing.assert_close(ours, again, rtol=1e-5, atol=1e-5)
+
+
+@built
+def test_an_error_of_winograd_stays_where_its_taps_are() -> None:
+    """A large value changes, to the last bit, no output that does not read it."""
+    torch.manual_seed(6)
+    x, weight = torch.randn(1, 40, 3, 24, 24), torch.randn(50, 40, 1, 3, 3)
+    for stride in (1, 2):
+        call, u, p = wide(x, weight, stride)
+        found = []
+        for value in (1.0, 1e20):
+            x[0, 3, 1, 9, 9] = value
+            assert call.tap_conv(call.plain(x), weight, p, u, call.epilogue()) == 1
+            found.append(u[:, :50].clone())
+        reads = torch.zeros(1, 1, 3, 24, 24)
+        reads[0, 0, 1, 9, 9] = 1.0
+        taps = torch.ones(1, 1, 1, 3, 3)
+        reach = torch.nn.functional.conv3d(reads, taps, None, p.stride, (0, 1, 1)) > 0
+        assert torch.equal((found[0] != found[1]).any(1, keepdim=True), reach)
 
 
 # ---- choice
@@ -204,6 +294,9 @@ def test_avx2_library_gives_the_same_numbers() -> None:
         "limits = fuzz.Limits(dtypes=(torch.float32,), fixed=dict(\n"
         "    op='conv2plus1d', branch_activation='none', padding_mode=('zeros', 'zeros')))\n"
         "fuzz.fuzz('cpu', 40, limits, least=1.0)\n"
+        "import test_cpu\n"
+        "for stride in test_cpu.STRIDES:\n"
+        "    test_cpu.test_winograd(stride)\n"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

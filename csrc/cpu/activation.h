@@ -8,10 +8,13 @@
 
 namespace fastst::cpu {
 
+// Out of line: GCC 12 confuses lanes where a vector is changed by element among other arithmetic.
 template <class F>
-inline Vec by_lane(Vec v, F f) {
-  for (int i = 0; i < kLanes; ++i) v[i] = f(v[i]);
-  return v;
+__attribute__((noinline)) Vec by_lane(Vec v, F f) {
+  alignas(sizeof(Vec)) float lane[kLanes];
+  store(lane, v);
+  for (float& x : lane) x = f(x);
+  return load(lane);
 }
 
 inline Vec power_of_two(Bits n) { return reinterpret_cast<Vec>((n + 127) << 23); }

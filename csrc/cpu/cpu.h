@@ -25,11 +25,12 @@ struct Epilogue {
 };
 
 // out = epilogue(convolution of the source); input_gradient: of the transposed convolution, where
-// source is shaped as the convolution's output and out as its input.
-void tap_conv(const Source&, const View& weight, const Conv&, const View& out, const Epilogue&,
-              int threads);
-void input_gradient(const Source&, const View& weight, const Conv&, const View& out,
-                    const Epilogue&, int threads);
+// source is shaped as the convolution's output and out as its input. How many of the convolutions
+// that these are, one for each group and for each residue of a stride, went by Winograd's sums.
+int64_t tap_conv(const Source&, const View& weight, const Conv&, const View& out, const Epilogue&,
+                 int threads);
+int64_t input_gradient(const Source&, const View& weight, const Conv&, const View& out,
+                       const Epilogue&, int threads);
 
 // dweight (out, in/groups, kt, kh, kw) of any strides, from the input and the gradient of the
 // output.

@@ -8,11 +8,19 @@
 
 namespace fastst::cpu {
 
-// Positions of one call of the microkernel, and where they lie in a tensor.
+// Positions that are finished together, and where they lie in a tensor.
+constexpr int kMostPlaces = 2 * kMostRows;
 struct Places {
-  int64_t offset[kMostRows];
+  int64_t offset[kMostPlaces];
   int count = 0;
-  bool run = false;  // neighbours: each is one element after the one before it
+
+  void add(int64_t at) { offset[count++] = at; }
+  // How many from r on, at most kLanes, are neighbours: each one element after the one before it.
+  int run(int r) const {
+    int n = 1;
+    while (n < kLanes && r + n < count && offset[r + n] == offset[r] + n) ++n;
+    return n;
+  }
 };
 
 // Reductions of one tile and vector of channels: mean and squared deviations of Σ + bias, or the
@@ -41,7 +49,7 @@ class Finisher {
   void operator()(const float* sums, int64_t pitch, int64_t channel, const Places& to,
                   const Places& aux, const Partial* partial, int64_t before) const {
     const int64_t n = std::min<int64_t>(kLanes, channels_ - channel);
-    Vec x[kMostRows];
+    Vec x[kMostPlaces];
     const int rows = to.count;
     for (int r = 0; r < rows; ++r) x[r] = load(sums + r * pitch);
     if (write_ == Write::norm_gradient) {
@@ -59,7 +67,7 @@ class Finisher {
       }
       activate_all(act_, x, rows);
       if (aux_.data) {
-        Vec residual[kMostRows];
+        Vec residual[kMostPlaces];
         fetch(residual, channel, n, aux);
         for (int r = 0; r < rows; ++r) x[r] += residual[r];
       }
@@ -78,7 +86,7 @@ class Finisher {
 
   void gradient(Vec* x, int rows, int64_t channel, int64_t n, const Places& aux,
                 const Partial* partial) const {
-    Vec u[kMostRows];
+    Vec u[kMostPlaces];
     fetch(u, channel, n, aux);
     Vec mean{}, scale = splat(1.0f), shift{};
     if (norm_.data) {
@@ -114,12 +122,12 @@ class Finisher {
 
   void fetch(Vec* x, int64_t channel, int64_t n, const Places& from) const {
     const float* base = aux_.data + channel * aux_.c;
-    if (!from.run || aux_.c == 1) {
-      for (int r = 0; r < from.count; ++r) x[r] = gather(base + from.offset[r], aux_.c, n);
-      return;
-    }
-    for (int r = 0; r < from.count; r += kLanes) {
-      const int64_t width = std::min(kLanes, from.count - r);
+    for (int r = 0, width; r < from.count; r += width) {
+      width = aux_.c == 1 ? 1 : from.run(r);
+      if (width == 1) {
+        x[r] = gather(base + from.offset[r], aux_.c, n);
+        continue;
+      }
       Vec rows[kLanes] = {};
       for (int64_t i = 0; i < n; ++i) rows[i] = load(base + i * aux_.c + from.offset[r], width);
       transpose(rows);
@@ -140,18 +148,17 @@ class Finisher {
       }
       return;
     }
-    for (int r = 0; r < to.count; r += kLanes) {
-      const int64_t width = std::min(kLanes, to.count - r);
+    for (int r = 0, width; r < to.count; r += width) {
+      width = to.run(r);
+      if (width == 1) {
+        const Vec v = first(x[r], n);
+        for (int64_t i = 0; i < wide; ++i) base[i * out_.c + to.offset[r]] = v[i];
+        continue;
+      }
       Vec rows[kLanes] = {};
       for (int j = 0; j < width; ++j) rows[j] = first(x[r + j], n);
       transpose(rows);
-      for (int64_t i = 0; i < wide; ++i) {
-        float* p = base + i * out_.c;
-        if (to.run)
-          store(p + to.offset[r], rows[i], width);
-        else
-          for (int64_t j = 0; j < width; ++j) p[to.offset[r + j]] = rows[i][j];
-      }
+      for (int64_t i = 0; i < wide; ++i) store(base + i * out_.c + to.offset[r], rows[i], width);
     }
   }
 

@@ -30,7 +30,7 @@ __attribute__((noinline)) void multiply(const float* a, const int64_t* rows, int
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : Vec{};
+    for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
   const int64_t step = Unit ? 1 : a_step;
   for (int64_t i = 0; i < count; ++i) {
     const Segment& s = segments[i];
@@ -50,10 +50,14 @@ __attribute__((noinline)) void multiply(const float* a, const int64_t* rows, int
       }
     }
   }
+  // What was there comes last: sums of sums round less than one long one.
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* to = c + r * ldc + v * kLanes;
+      store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
 using Multiply = void (*)(const float*, const int64_t*, int64_t, const float*, int64_t,

@@ -47,6 +47,18 @@ inline void store(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, lanes(n),
 inline Vec first(Vec v, int64_t n) { return _mm256_and_ps(v, _mm256_castsi256_ps(lanes(n))); }
 #endif
 
+// Lane i becomes lane from[i].
+#if defined(__AVX512F__)
+inline Vec permute(Vec v, Bits from) {
+  // With a mask of all: GCC takes the undefined operand of the plain one for uninitialised.
+  return _mm512_maskz_permutexvar_ps(0xffff, reinterpret_cast<__m512i>(from), v);
+}
+#else
+inline Vec permute(Vec v, Bits from) {
+  return _mm256_permutevar8x32_ps(v, reinterpret_cast<__m256i>(from));
+}
+#endif
+
 // One step of a transposition: blocks of B lanes change places between two rows.
 template <int B, int... Lane>
 inline void exchange(Vec& x, Vec& y, std::integer_sequence<int, Lane...>) {

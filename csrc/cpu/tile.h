@@ -215,8 +215,10 @@ class Reader {
   };
 
   Vec prologue(Vec v, const Coefficients& k, [[maybe_unused]] Vec u) const {
-    if constexpr (R == Read::norm_act)
-      return activate<K>(in_.norm.data ? (v - k.mean) * k.scale + k.shift : v, in_.slope);
+    if constexpr (R == Read::norm_act) {
+      if (in_.norm.data) v = (v - k.mean) * k.scale + k.shift;
+      return activate<K>(v, in_.slope);
+    }
     if constexpr (R == Read::norm_gradient)
       if (in_.norm.data) return k.scale * v + k.p * (u - k.mean) + k.q;
     return v;

@@ -23,6 +23,7 @@ constexpr int64_t kNeighbours[] = {0, 1, 2, 3, 4, 5, 6, 7};  // channels of pack
 constexpr int64_t kBoxFloats = 192 << 10;     // packed x and dy of one box: most of an L2
 constexpr int64_t kWholeFloats = 512 << 10;   // packed at once if dW then is written only once
 constexpr int64_t kResultFloats = 160 << 10;  // of dW that a thread sums for itself
+constexpr int64_t kLongestSum = 512;          // products, before they are added to others
 
 // Channels [lo, hi) in panels of at most kMostVectors vectors, as even as they can be.
 std::vector<Panel> vector_panels(int64_t lo, int64_t hi) {
@@ -54,7 +55,8 @@ std::vector<Segment> segments(const Reads& x, const Box& box, const std::array<i
         const int64_t own = (n * ts.size() + i - ts.lo) * hs.size() + j - hs.lo;
         const Segment s = {(line * x.window[2].count + entry(2, w.lo)) * kLanes,
                            (own * ws.size() + w.lo - ws.lo) * width, w.size()};
-        const bool joins = !found.empty() && found.back().a + found.back().count * step == s.a &&
+        const bool joins = !found.empty() && found.back().count + s.count <= kLongestSum &&
+                           found.back().a + found.back().count * step == s.a &&
                            found.back().b + found.back().count * width == s.b;
         if (joins)
           found.back().count += s.count;
@@ -194,9 +196,17 @@ class Group {
     for (int64_t c = 0; c < in.channels; c += kRows) {
       const int rows = static_cast<int>(std::min<int64_t>(kRows, in.channels - c));
       const Multiply multiply = multiply_for(rows, static_cast<int>(out.width / kLanes), false);
-      for (int64_t i = 0; i < taps_; ++i)
-        multiply(x + c, kNeighbours, step, dy, out.width, taps[i].data(), taps[i].size(),
-                 block + (c * taps_ + i) * out.width, taps_ * out.width, add);
+      for (int64_t i = 0; i < taps_; ++i) {
+        const Segment *next = taps[i].data(), *last = next + taps[i].size();
+        bool onto = add;
+        do {
+          const Segment* first = next;
+          for (int64_t sum = 0; next < last && sum < kLongestSum;) sum += next++->count;
+          multiply(x + c, kNeighbours, step, dy, out.width, first, next - first,
+                   block + (c * taps_ + i) * out.width, taps_ * out.width, onto);
+          onto = true;
+        } while (next < last);
+      }
     }
   }
 

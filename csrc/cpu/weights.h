@@ -56,22 +56,19 @@ class WeightPacker {
       float* column = to + v * kLanes;
       for (size_t i = 0; i < entries_.size();) {
         const Entry* e = &entries_[i];
+        int length = 1;
         if (w_.out_stride == 1) {
           store(column + e->row * pitch, load(from + e->offset, n));
-          ++i;
-          continue;
+        } else if (w_.out_stride <= kLanes) {
+          while (i + length < entries_.size() && e[length].offset - e->offset < w_.out_stride)
+            ++length;
+          pick(e, length, from, n, column, pitch);
+        } else {
+          while (length < kLanes && i + length < entries_.size() &&
+                 e[length].offset == e->offset + length)
+            ++length;
+          turn(e, length, from, n, column, pitch);
         }
-        int length = 1;
-        while (length < kLanes && i + length < entries_.size() &&
-               e[length].offset == e->offset + length)
-          ++length;
-        Vec rows[kLanes] = {};
-        for (int64_t o = 0; o < n; ++o) {
-          const float* p = from + o * w_.out_stride + e->offset;
-          rows[o] = length == kLanes ? load(p) : load(p, length);
-        }
-        transpose(rows);
-        for (int j = 0; j < length; ++j) store(column + e[j].row * pitch, rows[j]);
         i += length;
       }
     }
@@ -81,6 +78,34 @@ class WeightPacker {
   struct Entry {
     int64_t offset, row;
   };
+
+  // Entries that are neighbours in memory, of n output channels: a transposition.
+  void turn(const Entry* e, int length, const float* from, int64_t n, float* column,
+            int64_t pitch) const {
+    Vec rows[kLanes] = {};
+    for (int64_t o = 0; o < n; ++o) rows[o] = load(from + o * w_.out_stride + e->offset, length);
+    transpose(rows);
+    for (int j = 0; j < length; ++j) store(column + e[j].row * pitch, rows[j]);
+  }
+
+  // Entries between which the next output channel does not begin: each takes every out_stride-th
+  // float of a stretch of memory.
+  void pick(const Entry* e, int length, const float* from, int64_t n, float* column,
+            int64_t pitch) const {
+    const int64_t floats = (n - 1) * w_.out_stride + e[length - 1].offset - e->offset + 1;
+    Vec read[kLanes];
+    int count = 0;
+    for (int64_t i = 0; i < floats; i += kLanes)
+      read[count++] = load(from + e->offset + i, std::min<int64_t>(kLanes, floats - i));
+    for (int j = 0; j < length; ++j) {
+      Bits at{};
+      for (int lane = 0; lane < kLanes; ++lane)
+        at[lane] = static_cast<int32_t>(lane * w_.out_stride + e[j].offset - e->offset);
+      Vec row = permute(read[0], at % kLanes);
+      for (int i = 1; i < count; ++i) row = at / kLanes == i ? permute(read[i], at % kLanes) : row;
+      store(column + e[j].row * pitch, first(row, n));
+    }
+  }
 
   // Every (input channel, tap) in the order of its place in memory.
   void list_rows() {

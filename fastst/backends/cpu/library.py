@@ -170,17 +170,19 @@ class Call:
             self.array(reductions),
         )  # fmt: skip
 
-    def tap_conv(self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any) -> None:
-        """out = epilogue(one pass of the pair)."""
-        lib, conv = self.lib, self.conv(p)
-        lib.tap_conv(source, self.view(weight), conv, self.view(out), epilogue, self.threads)
+    def tap_conv(self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any) -> int:
+        """out = epilogue(one pass of the pair); how many of its groups went Winograd's way."""
+        w, y = self.view(weight), self.view(out)
+        found: int = self.lib.tap_conv(source, w, self.conv(p), y, epilogue, self.threads)
+        return found
 
     def input_gradient(
         self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any
-    ) -> None:
-        """out = epilogue(gradient of a pass's input from that of its output)."""
-        lib, conv = self.lib, self.conv(p)
-        lib.input_gradient(source, self.view(weight), conv, self.view(out), epilogue, self.threads)
+    ) -> int:
+        """out = epilogue(gradient of a pass's input from that of its output); as ``tap_conv``."""
+        w, y = self.view(weight), self.view(out)
+        found: int = self.lib.input_gradient(source, w, self.conv(p), y, epilogue, self.threads)
+        return found
 
     def weight_gradient(self, x: Any, dy: Any, weight: Tensor, p: Pass) -> Tensor:
         """Gradient of a pass's weight, in its strides, from the sources of input and output."""

@@ -1,0 +1,321 @@
+// Winograd's minimal filtering (arXiv 1509.09308): two outputs along an axis from fewer products
+// than three taps each.
+//
+//   stride 1, F(2, 3): 4 products for 6     m0 = (d0 − d2)·g0             y0 = m0 + m1 + m2
+//                                           m1 = (d1 + d2)·(g0 + g1 + g2)/2
+//                                           m2 = (d2 − d1)·(g0 − g1 + g2)/2
+//                                           m3 = (d1 − d3)·g2             y1 = m1 − m2 − m3
+//   stride 2: 5 for 6, two outputs of the   m0 = (d0 − d2)·g0             y0 = m0 + m1 + m3
+//   taps g0, g2 by F(2, 2), and g1 apart    m1 = d2·(g0 + g2)
+//                                           m2 = (d2 − d4)·g2             y1 = m1 − m2 + m4
+//                                           m3 = d1·g1,  m4 = d3·g1
+//
+// An output depends on nothing but what its own taps read, in every intermediate value: rounding
+// stays as local as without. Only infinities and overflow would turn into NaN.
+#pragma once
+
+#include <microkernel.h>
+#include <tiling.h>
+
+#include <atomic>
+#include <cmath>
+
+namespace fastst::cpu {
+
+struct Untouched {
+  static constexpr int kTaps = 1, kStride = 1, kIn = 1, kPoints = 1, kOut = 1;
+  static void input(const Vec* d, Vec* v) { v[0] = d[0]; }
+  static void weight(const Vec* g, Vec* u) { u[0] = g[0]; }
+  static void output(const Vec* m, Vec* y) { y[0] = m[0]; }
+};
+
+struct Stride1 {
+  static constexpr int kTaps = 3, kStride = 1, kIn = 4, kPoints = 4, kOut = 2;
+  static void input(const Vec* d, Vec* v) {
+    v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
+  }
+  static void weight(const Vec* g, Vec* u) {
+    const Vec even = (g[0] + g[2]) * 0.5f, odd = g[1] * 0.5f;
+    u[0] = g[0], u[1] = even + odd, u[2] = even - odd, u[3] = g[2];
+  }
+  static void output(const Vec* m, Vec* y) { y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3]; }
+};
+
+struct Stride2 {
+  static constexpr int kTaps = 3, kStride = 2, kIn = 5, kPoints = 5, kOut = 2;
+  static void input(const Vec* d, Vec* v) {
+    v[0] = d[0] - d[2], v[1] = d[2], v[2] = d[2] - d[4], v[3] = d[1], v[4] = d[3];
+  }
+  static void weight(const Vec* g, Vec* u) {
+    u[0] = g[0], u[1] = g[0] + g[2], u[2] = g[2], u[3] = g[1], u[4] = g[1];
+  }
+  static void output(const Vec* m, Vec* y) { y[0] = m[0] + m[1] + m[3], y[1] = m[1] - m[2] + m[4]; }
+};
+
+// Applies f along the second, then along the first axis of an array.
+template <int A, int B, int A1, int B1, class First, class Second>
+inline void along_both(const Vec* from, Vec* to, First first, Second second) {
+  Vec half[A * B1];
+#pragma GCC unroll 8
+  for (int a = 0; a < A; ++a) second(from + a * B, half + a * B1);
+#pragma GCC unroll 8
+  for (int b = 0; b < B1; ++b) {
+    Vec column[A], result[A1];
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a) column[a] = half[a * B1 + b];
+    first(column, result);
+#pragma GCC unroll 8
+    for (int a = 0; a < A1; ++a) to[a * B1 + b] = result[a];
+  }
+}
+
+// Largest magnitude of what was seen, as the bits of a float: NaN and infinity are the largest.
+class Largest {
+ public:
+  void see(Vec v) {
+    const Bits bits = reinterpret_cast<Bits>(v) & 0x7fffffff;
+    bits_ = bits > bits_ ? bits : bits_;
+  }
+  int32_t bits() const {
+    int32_t most = 0;
+    for (int i = 0; i < kLanes; ++i) most = std::max(most, bits_[i]);
+    return most;
+  }
+
+ private:
+  Bits bits_{};
+};
+
+inline void raise_to(std::atomic<int32_t>& most, int32_t bits) {
+  int32_t seen = most.load(std::memory_order_relaxed);
+  while (seen < bits && !most.compare_exchange_weak(seen, bits, std::memory_order_relaxed)) {
+  }
+}
+
+// A along the height and B along the width of a spatial pass; A along the frames, B untouched, of a
+// temporal one.
+template <class A, class B>
+class Winograd {
+ public:
+  struct Ready {
+    const float* data;  // (points, rows, channels): what each product of each row reads
+    int64_t point;      // from one point to the next
+  };
+
+  explicit Winograd(const Problem& p)
+      : p_(p), packer_(p.weights, p.weights.in), in_place_(readable_in_place(p.g, p.in)) {}
+
+  static bool fits(const Problem& p) {
+    const Axis& a = kSpatial ? p.g.h : p.g.t;
+    const auto is = [](const Axis& axis, auto form) {
+      return axis.kernel == form.kTaps && axis.stride == form.kStride && axis.dilation == 1;
+    };
+    const Axis& idle = kSpatial ? p.g.t : p.g.h;
+    const bool apart = is(idle, Untouched{}) && idle.inside();
+    const bool zeros = p.g.t.mode == PadMode::zeros;
+    return zeros && apart && is(a, A{}) && is(p.g.w, B{}) && (kSpatial || p.g.w.inside()) &&
+           pays(p, a);
+  }
+
+  std::vector<Tile> tiles() const {
+    return cut(p_.g, kSteps, kTileFloats, [&](const Tile& t) { return tile_size(t); });
+  }
+  const WeightPacker& weights() const { return packer_; }
+  int64_t block_size(const Block& b) const { return kPoints * p_.weights.in * b.vectors * kLanes; }
+
+  void pack_block(const Block& b, float* to) const {
+    const int64_t row = b.vectors * kLanes, all = p_.weights.in * row;
+    const Scratch taps(packer_.size(b));
+    packer_.pack(b, taps);
+    Largest largest;
+    for (int64_t i = 0; i < all; i += kLanes) {
+      Vec g[A::kTaps * B::kTaps], u[kPoints];
+      for (int tap = 0; tap < A::kTaps * B::kTaps; ++tap) {
+        g[tap] = load(taps + tap * all + i);
+        largest.see(g[tap]);
+      }
+      along_both<A::kTaps, B::kTaps, A::kPoints, B::kPoints>(g, u, A::weight, B::weight);
+      for (int point = 0; point < kPoints; ++point) store(to + point * all + i, u[point]);
+    }
+    raise_to(largest_weight_, largest.bits());
+  }
+
+  int64_t tile_size(const Tile& t) const { return kPoints * point_size(t); }
+
+  Ready pack(const Tile& tile, float* to) const {
+    const Rows rows(tile);
+    Tile whole = tile;  // with what the last products read beyond the outputs
+    whole.t1 = tile.t0 + rows.t * kSteps[0], whole.h1 = tile.h0 + rows.h * kSteps[1];
+    whole.w1 = tile.w0 + rows.w * kSteps[2];
+    const bool direct = in_place_ && reads_inside(whole);
+    const Scratch copy(direct ? 0 : packed_size(p_.g, whole, p_.in.channels));
+    Packed from = in_place(p_.g, whole, p_.in);
+    if (!direct) {
+      pack_tile(p_.g, whole, p_.in, copy);
+      from = packed_strides(p_.g, whole, p_.in.channels, copy);
+    }
+    transform(tile, rows, from, to);
+    return {to, point_size(tile)};
+  }
+
+  template <class F>
+  void operator()(const Tile& tile, const Ready& ready, const Block& block, const float* weights,
+                  F done) const {
+    const Rows rows(tile);
+    const int64_t pitch = block.vectors * kLanes, channels = p_.weights.in;
+    const Groups batches(rows.count(), kBatch);
+    const Scratch sums(kPoints * kBatch * pitch);
+    const Segment all = {0, 0, channels};
+    int64_t offset[kMostRows];
+    for (int r = 0; r < kMostRows; ++r) offset[r] = r * channels;
+    for (int64_t i = 0; i < batches.count; ++i) {
+      const int64_t first = batches.start(i), count = batches.start(i + 1) - first;
+      const Groups groups(count, most_rows(block.vectors));
+      for (int point = 0; point < kPoints; ++point)
+        for (int64_t j = 0; j < groups.count; ++j) {
+          const int64_t start = groups.start(j);
+          const int n = static_cast<int>(groups.start(j + 1) - start);
+          multiply_for(n, block.vectors, true)(
+              ready.data + point * ready.point + (first + start) * channels, offset, 1,
+              weights + point * channels * pitch, pitch, &all, 1,
+              sums + (point * kBatch + start) * pitch, pitch, false);
+        }
+      for (int64_t j = 0; j < groups.count; ++j)
+        put_together(tile, rows, first, groups.start(j), groups.start(j + 1), sums, block, done);
+    }
+  }
+
+  // Whether neither a product nor a sum can have left the range of float; of all that was packed.
+  bool stayed_finite() const {
+    const auto value = [](const std::atomic<int32_t>& bits) {
+      const int32_t b = bits.load();
+      float v;
+      std::memcpy(&v, &b, sizeof v);
+      return v;
+    };
+    const float bound = 1e3f * value(largest_input_) * value(largest_weight_);
+    return bound * static_cast<float>(p_.weights.in) < 1e38f;  // false for NaN
+  }
+
+ private:
+  static constexpr bool kSpatial = B::kTaps > 1;
+  static constexpr int kPoints = A::kPoints * B::kPoints;
+  static constexpr Steps kSteps = kSpatial ? Steps{1, A::kOut, B::kOut} : Steps{A::kOut, 1, 1};
+  // Of the second-level cache: what a tile's products read, and rows of sums of all points.
+  static constexpr int64_t kTileFloats = 120 << 10;
+  static constexpr int64_t kBatch = 56;
+
+  // Outputs of a tile that are computed together, counted along t, h, w.
+  struct Rows {
+    int64_t t, h, w;
+    explicit Rows(const Tile& tile)
+        : t(parts_of(tile.t1 - tile.t0, kSteps[0])),
+          h(parts_of(tile.h1 - tile.h0, kSteps[1])),
+          w(parts_of(tile.w1 - tile.w0, kSteps[2])) {}
+    int64_t count() const { return t * h * w; }
+  };
+
+  // The transforms cost as much as some tens of channels on either side; and where frames are
+  // few, the zeros around them are multiplied here but skipped otherwise.
+  static bool pays(const Problem& p, const Axis& a) {
+    const int64_t rows = p.g.batch * parts_of(p.g.t.out, kSteps[0]) *
+                         parts_of(p.g.h.out, kSteps[1]) * parts_of(p.g.w.out, kSteps[2]);
+    return p.weights.in >= 32 && p.weights.out >= 32 && rows >= 64 && (kSpatial || a.out > 3);
+  }
+
+  // One vector more, so that the points of one place do not fall into one set of the cache.
+  int64_t point_size(const Tile& t) const { return Rows(t).count() * p_.in.channels + kLanes; }
+
+  // Whether all that a rounded up tile reads exists; frames that do not are skipped anyway.
+  bool reads_inside(const Tile& whole) const {
+    const auto inside = [](const Axis& a, int64_t begin, int64_t end) {
+      return a.first(begin) >= 0 && a.first(begin) + a.extent(end - begin) <= a.in;
+    };
+    return inside(p_.g.h, whole.h0, whole.h1) && inside(p_.g.w, whole.w0, whole.w1);
+  }
+
+  void transform(const Tile& tile, const Rows& rows, const Packed& from, float* to) const {
+    const int64_t channels = p_.in.channels, point = point_size(tile);
+    const int64_t step = kSpatial ? from.h : from.t;
+    Largest largest;
+    int64_t row = 0;
+    for (int64_t t = 0; t < rows.t; ++t) {
+      bool there[A::kIn];
+      for (int a = 0; a < A::kIn; ++a)
+        there[a] = kSpatial || p_.g.t.source(p_.g.t.first(tile.t0 + t * kSteps[0]) + a) >= 0;
+      for (int64_t h = 0; h < rows.h; ++h)
+        for (int64_t w = 0; w < rows.w; ++w, ++row) {
+          const float* at = from.data + t * kSteps[0] * p_.g.t.stride * from.t +
+                            h * kSteps[1] * p_.g.h.stride * from.h +
+                            w * kSteps[2] * p_.g.w.stride * from.w;
+          float* out = to + row * channels;
+          for (int64_t c = 0; c < channels; c += kLanes) {
+            const int64_t n = std::min<int64_t>(kLanes, channels - c);
+            Vec d[A::kIn * B::kIn], v[kPoints];
+            for (int a = 0; a < A::kIn; ++a)
+              for (int b = 0; b < B::kIn; ++b) {
+                const float* p = at + a * step + b * from.w + c;
+                Vec& x = d[a * B::kIn + b];
+                x = !there[a] ? Vec{} : n == kLanes ? load(p) : load(p, n);
+                largest.see(x);
+              }
+            along_both<A::kIn, B::kIn, A::kPoints, B::kPoints>(d, v, A::input, B::input);
+            for (int i = 0; i < kPoints; ++i) {
+              float* p = out + i * point + c;
+              if (n == kLanes)
+                store(p, v[i]);
+              else
+                store(p, v[i], n);
+            }
+          }
+        }
+    }
+    raise_to(largest_input_, largest.bits());
+  }
+
+  // Outputs of the rows [begin, end) of a batch that starts at row `first` of the tile.
+  template <class F>
+  void put_together(const Tile& tile, const Rows& rows, int64_t first, int64_t begin, int64_t end,
+                    const float* sums, const Block& block, F done) const {
+    constexpr int kOut = A::kOut * B::kOut;
+    const int64_t pitch = block.vectors * kLanes;
+    const int64_t height = tile.h1 - tile.h0, width = tile.w1 - tile.w0, frames = tile.t1 - tile.t0;
+    // For each output of a row its place among those that are done together, if it is in the tile.
+    int place[kMostRows * kOut], count[A::kOut] = {};
+    int64_t positions[A::kOut][kMostPlaces];
+    for (int64_t i = begin; i < end; ++i)
+      for (int a = 0; a < A::kOut; ++a)
+        for (int b = 0; b < B::kOut; ++b) {
+          const int64_t row = first + i;
+          int64_t t = row / (rows.h * rows.w) * kSteps[0], h = row / rows.w % rows.h * kSteps[1];
+          const int64_t w = row % rows.w * kSteps[2] + b;
+          (kSpatial ? h : t) += a;
+          int& to = place[((i - begin) * A::kOut + a) * B::kOut + b];
+          to = -1;
+          if (t >= frames || h >= height || w >= width) continue;
+          to = count[a]++;
+          positions[a][to] = (t * height + h) * width + w;
+        }
+    alignas(64) float results[A::kOut][kMostPlaces * kMostVectors * kLanes];
+    for (int64_t i = begin; i < end; ++i)
+      for (int v = 0; v < block.vectors; ++v) {
+        Vec m[kPoints], y[kOut];
+        for (int point = 0; point < kPoints; ++point)
+          m[point] = load(sums + (point * kBatch + i) * pitch + v * kLanes);
+        along_both<A::kPoints, B::kPoints, A::kOut, B::kOut>(m, y, A::output, B::output);
+        for (int a = 0; a < A::kOut; ++a)
+          for (int b = 0; b < B::kOut; ++b)
+            if (const int to = place[((i - begin) * A::kOut + a) * B::kOut + b]; to >= 0)
+              store(results[a] + to * pitch + v * kLanes, y[a * B::kOut + b]);
+      }
+    for (int a = 0; a < A::kOut; ++a)
+      if (count[a]) done(results[a], pitch, positions[a], count[a]);
+  }
+
+  const Problem& p_;
+  WeightPacker packer_;
+  bool in_place_;
+  mutable std::atomic<int32_t> largest_input_{0}, largest_weight_{0};
+};
+
+}  // namespace fastst::cpu
