@@ -307,13 +307,12 @@ MUTANTS = {
     "sums over rows that are not there": (
         "input_gradient", "acc = tl.where(ok, acc, 0.0)", "acc = tl.where(ok, acc, 1.0)"),
     "sums not about the mean": ("input_gradient", "u - mean[None, :]", "u"),
-    "the wrong residue": ("input_gradient", "first = (first + STRIDE) % STRIDE",
-                          "first = (first + STRIDE + 1) % STRIDE"),
+    "the wrong residue": ("input_gradient", "(residue + TAPS.before[AXIS]", "(residue"),
     "classes share their taps": (
         "tap_conv", "kh = subset[1] + kh * TAPS.step[1]", "kh = subset[1] + kh"),
     "the last part of the positions is lost": (
-        "weight_gradient", "(tl.minimum(per_split, count - first) + BLOCK_P - 1) // BLOCK_P",
-        "tl.minimum(per_split, count - first) // BLOCK_P"),
+        "weight_gradient", "(tl.minimum(per_split, count - start) + BLOCK_P - 1) // BLOCK_P",
+        "tl.minimum(per_split, count - start) // BLOCK_P"),
     "weights of another tap": (
         "weight_gradient", "place = tap * channels + c", "place = c * TAPS.kernel[2] + tap"),
     "only the first part is added": (

@@ -100,7 +100,7 @@ MUTANTS = {
         "k = (c // per_group * out_per_group + r)", "k = (c % per_group * out_per_group + r)"),
     "only the first image": ("inside = inside & ok_t & ok_h & ok_w & row_ok",
                              "inside = inside & ok_t & ok_h & ok_w & row_ok & (m == 0)"),
-    "sums beside the input": ("tl.where(read, dy * x, 0.0)", "tl.where(ok, dy * x, 1.0)"),
+    "sums beside the input": ("tl.where(read, dy * x, 0.0)", "tl.where(read, dy * x, 1.0)"),
 }  # fmt: skip
 
 

@@ -19,6 +19,71 @@ from .input_gradient import finish_gradient
 from .tap_conv import tile_positions
 
 
+@triton.jit
+def gather_direct(
+    acc, x,  # (BLOCK_P, BLOCK_C) each: of dx, and what the convolution has read
+    per_group, out_per_group, channels,  # of a group of x and of dy; C
+    dy_ptr, dy_strides, dy_size, scale_ptr, shift_ptr, other_ptr, rate_ptr, w_ptr,
+    dw_ptr, tile,  # dw_ptr None: no weight gradient
+    position, row_ok, c, c_ok, size,  # positions and channels of x, and its (T, H, W)
+    TAPS: tl.constexpr, IMAGES: tl.constexpr, MODE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """acc plus what the outputs give to the positions they have read, and the tile's part of dw."""
+    KH: tl.constexpr = TAPS.kernel[1]
+    KW: tl.constexpr = TAPS.kernel[2]
+    TAP_COUNT: tl.constexpr = TAPS.kernel[0] * KH * KW
+    n, t, h, w = position
+    if dw_ptr is not None:
+        dw_ptr += tile.to(tl.int64) * TAP_COUNT * out_per_group * channels + c
+    for tap in range(TAP_COUNT):
+        taps = (tap // (KH * KW), tap // KW % KH, tap % KW)
+        for r in range(out_per_group):
+            k = (c // per_group * out_per_group + r)[None, :]
+            row = tap * out_per_group + r
+            weight = tl.load(w_ptr + row * channels + c, mask=c_ok, other=0.0).to(ACCUMULATE)
+            total = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
+            for m in range(IMAGES[0] * IMAGES[1] * IMAGES[2]):
+                at_t, ok_t = image(
+                    t, m // (IMAGES[1] * IMAGES[2]), size[0], TAPS.before[0],
+                    MODE if IMAGES[0] > 1 else "zeros",
+                )  # fmt: skip
+                at_h, ok_h = image(
+                    h, m // IMAGES[2] % IMAGES[1], size[1], TAPS.before[1],
+                    MODE if IMAGES[1] > 1 else "zeros",
+                )  # fmt: skip
+                at_w, ok_w = image(
+                    w, m % IMAGES[2], size[2], TAPS.before[2], MODE if IMAGES[2] > 1 else "zeros"
+                )
+                offsets, inside = tap_offsets(
+                    (n, at_t, at_h, at_w), taps, dy_size, dy_strides, ALIGN, TAPS
+                )
+                inside = inside & ok_t & ok_h & ok_w & row_ok
+                if tl.max(inside.to(tl.int32), 0) > 0:  # few tiles have more than the first image
+                    read = inside[:, None] & c_ok[None, :]
+                    dy = operand(
+                        dy_ptr, offsets[:, None] + k.to(tl.int64) * dy_strides[1], read, k,
+                        c_ok[None, :], scale_ptr, shift_ptr, other_ptr, rate_ptr, "none",
+                        0.0, EMULATE, ACCUMULATE,
+                    ).to(ACCUMULATE)  # fmt: skip
+                    # What is not read takes no part, whatever x and w are: 0·inf is no number.
+                    acc += tl.where(read, dy * weight[None, :], 0.0)
+                    if dw_ptr is not None:
+                        total += tl.where(read, dy * x, 0.0)
+            if dw_ptr is not None:
+                tl.store(dw_ptr + row * channels, tl.sum(total, 0), mask=c_ok)
+    return acc
+
+
+@triton.jit
+def read_tile(x_ptr, x_strides, position, ok, c, ALIGN: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """(BLOCK_P, BLOCK_C) of x at positions, 0 where nothing exists."""
+    offsets = row_offsets(position, x_strides, ALIGN)[:, None]
+    offsets = offsets + c.to(tl.int64)[None, :] * x_strides[1]
+    return tl.load(x_ptr + offsets, mask=ok, other=0.0).to(ACCUMULATE)
+
+
 @triton.jit(do_not_specialize=["x_size", "dy_size", "count"])
 def direct_gradients(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
@@ -39,70 +104,34 @@ def direct_gradients(
     EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx, or dv with its sums, and the tile's part of dw."""
-    KH: tl.constexpr = TAPS.kernel[1]
-    KW: tl.constexpr = TAPS.kernel[2]
-    TAP_COUNT: tl.constexpr = TAPS.kernel[0] * KH * KW
     tiles_c = (stored + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     tile = pid // tiles_c
     _, p = tile_positions(tile, BLOCK_P, WIDE)
     row_ok = p < count
-    n, t, h, w = positions(p, x_size, RUN)
+    position = positions(p, x_size, RUN)
     c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < channels
-    ok = row_ok[:, None] & c_ok[None, :]
 
+    acc = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
+    x = acc
     if dw_ptr is not None:
-        x_at = row_offsets((n, t, h, w), x_strides, X_ALIGN)[:, None]
-        x_at = x_at + c.to(tl.int64)[None, :] * x_strides[1]
-        x = tl.load(x_ptr + x_at, mask=ok, other=0.0).to(ACCUMULATE)
+        ok = row_ok[:, None] & c_ok[None, :]
+        x = read_tile(x_ptr, x_strides, position, ok, c, X_ALIGN, ACCUMULATE)
         if scale_ptr is not None:
             x = x * tl.load(scale_ptr + c, mask=c_ok, other=0.0)[None, :]
             x = x + tl.load(shift_ptr + c, mask=c_ok, other=0.0)[None, :]
         x = activate(x, ACTIVATION, SLOPE)
-        dw_ptr += tile.to(tl.int64) * TAP_COUNT * out_per_group * channels + c
-    acc = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
-    for tap in range(TAP_COUNT):
-        taps = (tap // (KH * KW), tap // KW % KH, tap % KW)
-        for r in range(out_per_group):
-            k = (c // per_group * out_per_group + r)[None, :]
-            row = tap * out_per_group + r
-            weight = tl.load(w_ptr + row * channels + c, mask=c_ok, other=0.0).to(ACCUMULATE)
-            total = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
-            for m in range(IMAGES[0] * IMAGES[1] * IMAGES[2]):
-                at_t, ok_t = image(
-                    t, m // (IMAGES[1] * IMAGES[2]), x_size[0], TAPS.before[0],
-                    MODE if IMAGES[0] > 1 else "zeros",
-                )  # fmt: skip
-                at_h, ok_h = image(
-                    h, m // IMAGES[2] % IMAGES[1], x_size[1], TAPS.before[1],
-                    MODE if IMAGES[1] > 1 else "zeros",
-                )  # fmt: skip
-                at_w, ok_w = image(
-                    w, m % IMAGES[2], x_size[2], TAPS.before[2], MODE if IMAGES[2] > 1 else "zeros"
-                )
-                offsets, inside = tap_offsets(
-                    (n, at_t, at_h, at_w), taps, dy_size, dy_strides, Y_ALIGN, TAPS
-                )
-                inside = inside & ok_t & ok_h & ok_w & row_ok
-                if tl.max(inside.to(tl.int32), 0) > 0:  # few tiles have more than the first image
-                    read = inside[:, None] & c_ok[None, :]
-                    dy = operand(
-                        dy_ptr, offsets[:, None] + k.to(tl.int64) * dy_strides[1], read, k,
-                        c_ok[None, :], dy_scale_ptr, dy_shift_ptr, other_ptr, rate_ptr, "none",
-                        SLOPE, EMULATE, ACCUMULATE,
-                    ).to(ACCUMULATE)  # fmt: skip
-                    # What is not read takes no part, whatever x and w are: 0·inf is no number.
-                    acc += tl.where(read, dy * weight[None, :], 0.0)
-                    if dw_ptr is not None:
-                        total += tl.where(read, dy * x, 0.0)
-            if dw_ptr is not None:
-                tl.store(dw_ptr + row * channels, tl.sum(total, 0), mask=c_ok)
+    acc = gather_direct(
+        acc, x, per_group, out_per_group, channels, dy_ptr, dy_strides, dy_size, dy_scale_ptr,
+        dy_shift_ptr, other_ptr, rate_ptr, w_ptr, dw_ptr, tile, position, row_ok, c, c_ok, x_size,
+        TAPS, IMAGES, MODE, Y_ALIGN, BLOCK_P, BLOCK_C, EMULATE, ACCUMULATE,
+    )  # fmt: skip
     if dx_ptr is not None:
         if partial_ptr is not None:
             partial_ptr += tile.to(tl.int64) * 2 * channels
         finish_gradient(
             acc, c, 0, channels, channels, stored, u_ptr, scale_ptr, shift_ptr, mean_ptr,
-            partial_ptr, dx_ptr, dx_strides, (n, t, h, w), row_ok, ACTIVATION, SLOPE, DX_ALIGN,
+            partial_ptr, dx_ptr, dx_strides, position, row_ok, ACTIVATION, SLOPE, DX_ALIGN,
             EMULATE,
         )  # fmt: skip

@@ -20,19 +20,92 @@ from .tap_conv import accumulate, reduction_rows, store, tile_positions
 
 
 @triton.jit
-def residue_class(index, AXIS: tl.constexpr, TAPS: tl.constexpr):
-    """First position of a class along one axis, first of its taps, and how many taps there are.
+def class_tile(
+    tile, grid_size, size, count,
+    CLASSES: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Positions of a tile of one residue class, which of them exist, and the residues."""
+    tiles = (count + BLOCK_P - 1) // BLOCK_P
+    _, p = tile_positions(tile % tiles, BLOCK_P, WIDE)
+    row_ok = p < count
+    sample, t, h, w = positions(p, grid_size, RUN)
+    index = tile // tiles
+    residue = (
+        index // (CLASSES[1] * CLASSES[2]), index // CLASSES[2] % CLASSES[1], index % CLASSES[2],
+    )  # fmt: skip
+    if CLASSES[0] * CLASSES[1] * CLASSES[2] > 1:
+        t = t * CLASSES[0] + residue[0]
+        h = h * CLASSES[1] + residue[1]
+        w = w * CLASSES[2] + residue[2]
+        row_ok = row_ok & (t < size[0]) & (h < size[1]) & (w < size[2])
+    return (sample, t, h, w), row_ok, residue
 
-    With g = gcd(stride, dilation), tap k reads class (k·dilation − before) mod stride, and so do
-    those stride/g further; g − 1 of g classes are read by no tap.
+
+@triton.jit
+def class_taps(residue, AXIS: tl.constexpr, TAPS: tl.constexpr):
+    """First of the taps that read a residue class along one axis, and how many do.
+
+    Tap k reads the residue (k·dilation − before) mod stride, and so do those STEP further.
     """
-    STRIDE: tl.constexpr = TAPS.stride[AXIS]
     STEP: tl.constexpr = TAPS.step[AXIS]
-    tap, beside = index % STEP, index // STEP
-    first = (tap * TAPS.dilation[AXIS] + beside - TAPS.before[AXIS]) % STRIDE
-    first = (first + STRIDE) % STRIDE
-    taps = tl.maximum((TAPS.kernel[AXIS] - tap + STEP - 1) // STEP, 0)
-    return first, tap, tl.where(beside == 0, taps, 0)
+    first, taps = residue * 0, residue * 0
+    for k in tl.static_range(STEP):
+        reads = (residue + TAPS.before[AXIS] - k * TAPS.dilation[AXIS]) % TAPS.stride[AXIS] == 0
+        first = tl.where(reads, k, first)
+        taps = tl.where(reads, (TAPS.kernel[AXIS] - k + STEP - 1) // STEP, taps)
+    return first, tl.maximum(taps, 0)
+
+
+@triton.jit
+def gather(
+    acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
+    dy_ptr, dy_strides, dy_size, channels, group,  # channels of a group of dy
+    w_ptr, width, first,  # (groups, reduction, width), and the tile's first column
+    scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
+    position, row_ok, residue, size,  # positions of dx, and its (T, H, W)
+    TAPS: tl.constexpr, CLASSES: tl.constexpr, IMAGES: tl.constexpr, MODE: tl.constexpr,
+    FLAT: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """acc and rest plus what the outputs of a convolution give to the positions they have read."""
+    subset = None
+    if CLASSES[0] * CLASSES[1] * CLASSES[2] > 1:
+        tap_t, taps_t = class_taps(residue[0], 0, TAPS)
+        tap_h, taps_h = class_taps(residue[1], 1, TAPS)
+        tap_w, taps_w = class_taps(residue[2], 2, TAPS)
+        subset = (tap_t, tap_h, tap_w, taps_t, taps_h, taps_w)
+    in_channel = group * channels
+    if scale_ptr is not None:
+        scale_ptr += in_channel
+    if shift_ptr is not None:
+        shift_ptr += in_channel
+    if rate_ptr is not None:
+        rate_ptr += in_channel
+        other_ptr += in_channel.to(tl.int64) * dy_strides[1]
+    dy_ptr += in_channel.to(tl.int64) * dy_strides[1]
+    w_ptr += group.to(tl.int64) * reduction_rows(channels, TAPS, FLAT, BLOCK_K) * width + first
+    sample, t, h, w = position
+    if IMAGES[0] * IMAGES[1] * IMAGES[2] == 1:
+        acc, rest = accumulate(
+            acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, scale_ptr, shift_ptr,
+            other_ptr, rate_ptr, position, row_ok, subset, TAPS, FLAT, ALIGN, "none", 0.0,
+            BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+        )  # fmt: skip
+    else:
+        for m in range(IMAGES[0] * IMAGES[1] * IMAGES[2]):
+            m_t, m_h, m_w = m // (IMAGES[1] * IMAGES[2]), m // IMAGES[2] % IMAGES[1], m % IMAGES[2]
+            at_t, ok_t = image(t, m_t, size[0], TAPS.before[0], MODE if IMAGES[0] > 1 else "zeros")
+            at_h, ok_h = image(h, m_h, size[1], TAPS.before[1], MODE if IMAGES[1] > 1 else "zeros")
+            at_w, ok_w = image(w, m_w, size[2], TAPS.before[2], MODE if IMAGES[2] > 1 else "zeros")
+            ok = row_ok & ok_t & ok_h & ok_w
+            if tl.max(ok.to(tl.int32), 0) > 0:
+                acc, rest = accumulate(
+                    acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, scale_ptr,
+                    shift_ptr, other_ptr, rate_ptr, (sample, at_t, at_h, at_w), ok, None, TAPS,
+                    FLAT, ALIGN, "none", 0.0, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+                )  # fmt: skip
+    return acc, rest
 
 
 @triton.jit
@@ -94,57 +167,16 @@ def input_gradient(
     tile = pid // (tiles_n * groups)
     group = pid // tiles_n % groups
     first = pid % tiles_n * (BLOCK_N + REST_N)
-    tiles_p = (count + BLOCK_P - 1) // BLOCK_P
-    _, p = tile_positions(tile % tiles_p, BLOCK_P, WIDE)
-    row_ok = p < count
-    sample, t, h, w = positions(p, grid_size, RUN)
-    subset = None
-    if CLASSES[0] * CLASSES[1] * CLASSES[2] > 1:
-        index = tile // tiles_p
-        first_t, tap_t, taps_t = residue_class(index // (CLASSES[1] * CLASSES[2]), 0, TAPS)
-        first_h, tap_h, taps_h = residue_class(index // CLASSES[2] % CLASSES[1], 1, TAPS)
-        first_w, tap_w, taps_w = residue_class(index % CLASSES[2], 2, TAPS)
-        t, h, w = t * CLASSES[0] + first_t, h * CLASSES[1] + first_h, w * CLASSES[2] + first_w
-        row_ok = row_ok & (t < dx_size[0]) & (h < dx_size[1]) & (w < dx_size[2])
-        subset = (tap_t, tap_h, tap_w, taps_t, taps_h, taps_w)
-
-    acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
-    rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
-    in_channel = group * channels
-    if in_scale_ptr is not None:
-        in_scale_ptr += in_channel
-    if in_shift_ptr is not None:
-        in_shift_ptr += in_channel
-    if rate_ptr is not None:
-        rate_ptr += in_channel
-        other_ptr += in_channel.to(tl.int64) * dy_strides[1]
-    dy_ptr += in_channel.to(tl.int64) * dy_strides[1]
-    w_ptr += group.to(tl.int64) * reduction_rows(channels, TAPS, FLAT, BLOCK_K) * width + first
-    if IMAGES[0] * IMAGES[1] * IMAGES[2] == 1:
-        acc, rest = accumulate(
-            acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, in_scale_ptr,
-            in_shift_ptr, other_ptr, rate_ptr, (sample, t, h, w), row_ok, subset, TAPS, FLAT,
-            Y_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
-        )  # fmt: skip
-    else:
-        for m in range(IMAGES[0] * IMAGES[1] * IMAGES[2]):
-            m_t, m_h, m_w = m // (IMAGES[1] * IMAGES[2]), m // IMAGES[2] % IMAGES[1], m % IMAGES[2]
-            at_t, ok_t = image(
-                t, m_t, dx_size[0], TAPS.before[0], MODE if IMAGES[0] > 1 else "zeros"
-            )
-            at_h, ok_h = image(
-                h, m_h, dx_size[1], TAPS.before[1], MODE if IMAGES[1] > 1 else "zeros"
-            )
-            at_w, ok_w = image(
-                w, m_w, dx_size[2], TAPS.before[2], MODE if IMAGES[2] > 1 else "zeros"
-            )
-            ok = row_ok & ok_t & ok_h & ok_w
-            if tl.max(ok.to(tl.int32), 0) > 0:
-                acc, rest = accumulate(
-                    acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, in_scale_ptr,
-                    in_shift_ptr, other_ptr, rate_ptr, (sample, at_t, at_h, at_w), ok, None, TAPS,
-                    FLAT, Y_ALIGN, "none", SLOPE, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
-                )  # fmt: skip
+    position, row_ok, residue = class_tile(
+        tile, grid_size, dx_size, count, CLASSES, RUN, BLOCK_P, WIDE
+    )
+    acc, rest = gather(
+        tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE),
+        tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
+        dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, first, in_scale_ptr,
+        in_shift_ptr, other_ptr, rate_ptr, position, row_ok, residue, dx_size, TAPS, CLASSES,
+        IMAGES, MODE, FLAT, Y_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+    )  # fmt: skip
 
     all_channels = groups * dx_channels
     if partial_ptr is not None:
@@ -152,13 +184,12 @@ def input_gradient(
     n = first + tl.arange(0, BLOCK_N)
     finish_gradient(
         acc, n, group, dx_channels, all_channels, dx_stored, u_ptr, scale_ptr, shift_ptr, mean_ptr,
-        partial_ptr, dx_ptr, dx_strides, (sample, t, h, w), row_ok, ACTIVATION, SLOPE, X_ALIGN,
-        EMULATE,
+        partial_ptr, dx_ptr, dx_strides, position, row_ok, ACTIVATION, SLOPE, X_ALIGN, EMULATE,
     )  # fmt: skip
     if REST_N > 0:
         n = first + BLOCK_N + tl.arange(0, REST_N)
         finish_gradient(
             rest, n, group, dx_channels, all_channels, dx_stored, u_ptr, scale_ptr, shift_ptr,
-            mean_ptr, partial_ptr, dx_ptr, dx_strides, (sample, t, h, w), row_ok, ACTIVATION, SLOPE,
-            X_ALIGN, EMULATE,
+            mean_ptr, partial_ptr, dx_ptr, dx_strides, position, row_ok, ACTIVATION, SLOPE, X_ALIGN,
+            EMULATE,
         )  # fmt: skip

@@ -79,28 +79,24 @@ def tap_block(block, first, channels, TAPS: tl.constexpr, FLAT: tl.constexpr, SI
     return index, place, ok
 
 
-@triton.jit(do_not_specialize=["x_size", "dy_size", "count", "per_split"])
-def weight_gradient(
-    x_ptr, x_strides, x_size, channels,  # (N, C, T, H, W); channels of a group
-    x_scale_ptr, x_shift_ptr,  # ``operand``, (C,) or None
-    dy_ptr, dy_strides, dy_size, dy_channels,  # (N, K, T', H', W'); channels of a group
-    scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
-    partial_ptr, groups, rows, widths,  # blocks of rows and of columns
-    count, per_split,  # N·T'·H'·W', and whole BLOCK_P of them
+@triton.jit
+def weight_tile(
+    index, split,  # of a block of rows and columns of a group; of a part of the positions
+    x_ptr, x_strides, x_size, channels, x_scale_ptr, x_shift_ptr,
+    dy_ptr, dy_strides, dy_size, dy_channels, scale_ptr, shift_ptr, other_ptr, rate_ptr,
+    partial_ptr, groups, rows, widths, count, per_split,
     TAPS: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr,
     Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums. Programs of one part of the positions are neighbours: they share it in L2."""
+    """One block of partial sums; arguments as of ``weight_gradient``."""
     STEP: tl.constexpr = BLOCK_N + REST_N
     COUNT: tl.constexpr = TAPS.kernel[0] * TAPS.kernel[1] * TAPS.kernel[2]
-    pid = tl.program_id(0)
-    width = pid % widths
-    row = pid // widths % rows
-    group = pid // (widths * rows) % groups
-    split = pid // (widths * rows * groups)
+    width = index % widths
+    row = index // widths % rows
+    group = index // (widths * rows)
     in_channel, out_channel = group * channels, group * dy_channels
     x_ptr += in_channel.to(tl.int64) * x_strides[1]
     dy_ptr += out_channel.to(tl.int64) * dy_strides[1]
@@ -133,11 +129,10 @@ def weight_gradient(
 
     acc = tl.zeros((BLOCK_R, BLOCK_N), ACCUMULATE)
     rest = tl.zeros((BLOCK_R, REST_N if REST_N > 0 else 16), ACCUMULATE)
-    first = split * per_split
-    if WIDE:
-        first = split.to(tl.int64) * per_split
-    for step in range((tl.minimum(per_split, count - first) + BLOCK_P - 1) // BLOCK_P):
-        p = first + step * BLOCK_P + tl.arange(0, BLOCK_P)
+    start, _ = tile_positions(split, 1, WIDE)
+    start = start * per_split
+    for step in range((tl.minimum(per_split, count - start) + BLOCK_P - 1) // BLOCK_P):
+        p = start + step * BLOCK_P + tl.arange(0, BLOCK_P)
         row_ok = (p < count)[:, None]
         at = columns(positions(p, dy_size, RUN))
         if SWAP:
@@ -178,6 +173,32 @@ def weight_gradient(
     tl.store(to + n_place[None, :], acc, mask=r_ok[:, None] & n_ok[None, :])
     if REST_N > 0:
         tl.store(to + m_place[None, :], rest, mask=r_ok[:, None] & m_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["x_size", "dy_size", "count", "per_split"])
+def weight_gradient(
+    x_ptr, x_strides, x_size, channels,  # (N, C, T, H, W); channels of a group
+    x_scale_ptr, x_shift_ptr,  # ``operand``, (C,) or None
+    dy_ptr, dy_strides, dy_size, dy_channels,  # (N, K, T', H', W'); channels of a group
+    scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
+    partial_ptr, groups, rows, widths,  # blocks of rows and of columns
+    count, per_split,  # N·T'·H'·W', and whole BLOCK_P of them
+    TAPS: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr,
+    Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Partial sums. Programs of one part of the positions are neighbours: they share it in L2."""
+    pid = tl.program_id(0)
+    blocks = groups * rows * widths
+    weight_tile(
+        pid % blocks, pid // blocks, x_ptr, x_strides, x_size, channels, x_scale_ptr, x_shift_ptr,
+        dy_ptr, dy_strides, dy_size, dy_channels, scale_ptr, shift_ptr, other_ptr, rate_ptr,
+        partial_ptr, groups, rows, widths, count, per_split, TAPS, FLAT, SWAP, X_ALIGN, Y_ALIGN,
+        RUN, WIDE, ACTIVATION, SLOPE, BLOCK_P, BLOCK_R, BLOCK_N, REST_N, PRECISION, EMULATE,
+        ACCUMULATE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["splits", "count"])
