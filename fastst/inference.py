@@ -61,7 +61,10 @@ def optimize_for_inference(
             f"optimize_for_inference: model must be an nn.Module, got {type(model).__name__}"
         )
     _check(memory_format, sample, seconds)
-    optimised = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.no_grad():  # else those of TorchScript would be copied as results of a clone
+        optimised = copy.deepcopy(model).eval()
+    for p in optimised.parameters():
+        p.requires_grad_(False)
     revert(optimised)
     fold_norms(optimised)
     convert_for_inference(optimised)

@@ -216,6 +216,7 @@ def why_foreign(
             continue
         kind = type(child).__name__
         if label in convs and type(child) is not nn.Conv3d:
+            kind = f"{type(child).__module__}.{kind}" if kind == "Conv3d" else kind
             return f"its {label} is a {kind}, not a plain nn.Conv3d"
         if label in norms and type(child) not in _BATCH_NORMS:
             return f"its {label} is a {kind}, which no kernel knows"

@@ -147,7 +147,7 @@ def test_layers_of_this_library_are_one_operation_already():
     assert [str(entry) for entry in report.left] == [
         "0: is one operation already, a Conv2Plus1d",
         "1: is one operation already, a ParallelConv2Plus1d",
-        "2: the model has no convolution of the other kind",
+        "2: the model has no temporal convolution left to pair it with",
     ]
     assert not report.replaced
     assert "the model: is one operation already" in str(fastst.convert(layers[1]))

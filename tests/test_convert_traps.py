@@ -217,7 +217,7 @@ TRAPS = {
     pruned: "has hooks",
     standardized: "no forward that could be traced calls it as a plain convolution",
     replaced_forward: "its forward was replaced on the object",
-    full_convolution: "the model has no convolution of the other kind",
+    full_convolution: "the model has no spatial convolution left to pair it with",
 }
 
 

@@ -15,7 +15,7 @@ from .match import Chain, Tail, find, separable, why_altered, why_unfit
 from .probe import Whole, could_be_whole, recognise
 from .report import Left, Replaced, Report
 from .tail import find_tails, follow, why_apart
-from .trace import CannotTrace, Trace, is_watched, switched, trace
+from .trace import CannotTrace, Trace, is_watched, switched, trace, traceable
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -97,21 +97,27 @@ class _Walk:
     def __init__(
         self, model: nn.Module, wanted: Callable[[Iterable[str]], bool], tails: bool = False
     ) -> None:
-        self.model, self.wanted, self.tails = model, wanted, tails
-        self.order = [name for name, _ in model.named_modules()]
-        self.uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+        self.wanted, self.tails = wanted, tails
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.first = {id(m): name for name, m in reversed(list(self.modules.items()))}
+        self.place = {name: i for i, name in enumerate(self.modules)}
+        self.uses = Counter(map(id, self.modules.values()))
         self.replaced: list[Replaced] = []
         self.already: list[Replaced] = []
         # Convolutions that a converted module above runs, until that is visited.
         self.owned = {
-            _join(name, conv)
+            self._name(name, conv)
             for name, m in model.named_modules()
             if fused.is_converted(m) and fused.is_direct(m)
             for conv in fused.convs_of(m._plan)
         }
         self.layers = {name: m for name, m in model.named_modules() if _is_layer(m)}
         self.reasons: dict[str, tuple[str | None, str]] = {}
-        self._consider(name for name in self.order if name not in self.owned)
+        self._consider(name for name in self.first.values() if name not in self.owned)
+
+    def _name(self, name: str, path: str) -> str:
+        """The first name of the module at a path from another one."""
+        return self.first[id(self.modules[_join(name, path)])]
 
     def visit(self, name: str, module: nn.Module) -> None:
         """Convert what a module's own forward holds, once its descendants have been visited."""
@@ -121,14 +127,14 @@ class _Walk:
                 return
             before = module._plan.pairs
             self._take_back(name, module)
-        if is_leaf(module):
+        if is_leaf(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             return
         homes = self._homes_of_tails(module) if self.tails else {}
         for path in homes:
             self._take_back(_join(name, path), module.get_submodule(path))
         inside = [n for n in self.reasons if n != name and _under(n, name)]
         try:
-            if len({separable(self.model.get_submodule(n)) for n in inside}) == 2:
+            if len({separable(self.modules[n]) for n in inside}) == 2:
                 self._convert(name, module, before, homes)
         except CannotTrace as error:
             for n in inside:
@@ -144,7 +150,7 @@ class _Walk:
     def _consider(self, names: Iterable[str]) -> None:
         """Convolutions of which nothing is known yet."""
         for n in names:
-            if separable(self.model.get_submodule(n)) and not self._in_layer(n):
+            if separable(self.modules[n]) and not self._in_layer(n):
                 self.reasons[n] = _NEVER_RUN
 
     def _in_layer(self, name: str) -> bool:
@@ -153,7 +159,7 @@ class _Walk:
 
     def _take_back(self, name: str, module: Any) -> None:
         """Revert a module, and look at its convolutions again."""
-        convs = [_join(name, conv) for conv in fused.convs_of(module._plan)]
+        convs = [self._name(name, conv) for conv in fused.convs_of(module._plan)]
         fused.revert_module(module)
         self.replaced = [e for e in self.replaced if e.name != name]
         self.owned.difference_update(convs)
@@ -184,7 +190,7 @@ class _Walk:
         open_all = _graph(module, None)
         chains, loose = find(open_all.graph, get)
         for path, reason in loose.items():
-            self.reasons[_join(name, path)] = (None, reason)
+            self.reasons[self._name(name, path)] = (None, reason)
         for path, told in open_all.closed.items():
             for n in self.reasons:
                 if _under(n, _join(name, path)) and self.reasons[n] == _NEVER_RUN:
@@ -202,7 +208,8 @@ class _Walk:
             if why is None:
                 chosen.append(chain)
             else:
-                self.reasons[_join(name, names[0])] = (_join(name, names[1]), why)
+                full = [self._name(name, path) for path in names]
+                self.reasons[full[0]] = (full[1], why)
         if not chosen:
             return
         # Opened again only along the way to the pairs: the rest is called as it is.
@@ -224,7 +231,7 @@ class _Walk:
         if not could_be_whole(module):
             return
         known = {(p.first, p.second) for p in before}
-        convs = [_join(name, n) for n, m in module.named_modules() if isinstance(m, _CONVS)]
+        convs = [self._name(name, n) for n, m in module.named_modules() if isinstance(m, _CONVS)]
         if not self.owned.isdisjoint(convs):
             return
         why = self._why_not_whole(module)
@@ -259,8 +266,8 @@ class _Walk:
         fused.apply(module, plan)
         for pair in plan.pairs:
             entry = Replaced(
-                name, _join(name, pair.first), _join(name, pair.second),
-                pair.norm and _join(name, pair.norm), pair.activation, pair.order,
+                name, self._name(name, pair.first), self._name(name, pair.second),
+                pair.norm and self._name(name, pair.norm), pair.activation, pair.order,
                 pair.residual, pair.outer,
             )  # fmt: skip
             (self.already if (pair.first, pair.second) in known else self.replaced).append(entry)
@@ -282,17 +289,15 @@ class _Walk:
         for path in _crossed(chain):
             if is_watched(module.get_submodule(path)):
                 return f"{path} has hooks"
-        if not self.wanted([_join(name, path) for path in chain.names]):
+        if not self.wanted([self._name(name, path) for path in chain.names]):
             return _NOT_SELECTED
         return None
 
     def report(self) -> Report:
         """In the order of the model."""
-        place = {name: i for i, name in enumerate(self.order)}
-        kinds = {separable(m) for n, m in self.model.named_modules() if not self._in_layer(n)}
         for name, told in self.reasons.items():
-            if told == _NEVER_RUN and not {"spatial", "temporal"} <= kinds:
-                self.reasons[name] = (None, "the model has no convolution of the other kind")
+            if told == _NEVER_RUN:
+                self.reasons[name] = (None, self._why_never_run(name))
         partners = {second for second, _ in self.reasons.values() if second is not None}
         left = [
             Left(name, second, reason)
@@ -302,25 +307,39 @@ class _Walk:
         for name, layer in self.layers.items():
             left.append(Left(name, None, f"is one operation already, a {type(layer).__name__}"))
         return Report(
-            sorted(self.replaced, key=lambda e: place[e.first]),
-            sorted(self.already, key=lambda e: place[e.first]),
-            sorted(left, key=lambda e: place[e.name]),
+            sorted(self.replaced, key=lambda e: self.place[e.first]),
+            sorted(self.already, key=lambda e: self.place[e.first]),
+            sorted(left, key=lambda e: self.place[e.name]),
         )
+
+    def _why_never_run(self, name: str) -> str:
+        """Why no graph has shown what a convolution's output meets."""
+        module = self.modules[name]
+        for above in ("", *_above(name)):
+            if isinstance(self.modules[above], (fx.GraphModule, torch.jit.ScriptModule)):
+                return f"{_title(above, self.modules[above])} was left: its class is its graph"
+        if not isinstance(module, nn.Conv3d):
+            return f"it is a {type(module).__module__}.{type(module).__name__}, not an nn.Conv3d"
+        other = "spatial" if separable(module) == "temporal" else "temporal"
+        if other not in {separable(self.modules[n]) for n in self.reasons}:
+            return f"the model has no {other} convolution left to pair it with"
+        return _NEVER_RUN[1]
 
 
 def _graph(module: nn.Module, only: set[str] | None) -> Trace:
     """The graph of a module, which must be the same in training and in evaluation."""
-    modes = [m.training for m in module.modules()]
+    parts = traceable(module)
+    modes = [m.training for m in parts]
     sources = []
     try:
         for training in (True, False):
-            for m in module.modules():
+            for m in parts:
                 object.__setattr__(m, "training", training)
             with switched(training):
                 found = trace(module, is_leaf, only)
             sources.append(found.graph.python_code("self").src)
     finally:
-        for m, training in zip(module.modules(), modes, strict=True):
+        for m, training in zip(parts, modes, strict=True):
             object.__setattr__(m, "training", training)
     if sources[0] != sources[1]:
         raise CannotTrace("its forward is another one in training than in evaluation")
@@ -345,8 +364,6 @@ def _check_class(module: nn.Module) -> None:
     Raises:
         CannotTrace: the class of a module cannot be replaced by a subclass.
     """
-    if isinstance(module, fx.GraphModule):
-        raise CannotTrace("it is a torch.fx.GraphModule, whose class is its graph")
     if "forward" in module.__dict__:
         raise CannotTrace("its forward was replaced on the object")
     if type(module).forward is nn.Module.forward:

@@ -291,7 +291,11 @@ def why_unfit(chain: Chain, modules: Modules) -> str | None:
         return altered
     act = chain.activation
     return pairing.why_foreign(
-        {f"convolution {c.path}": modules(c.path) for c in chain.convs if c.plain},
+        {
+            f"convolution {c.path}": modules(c.path)
+            for c in chain.convs
+            if c.node.op == "call_module"
+        },
         {f"norm {norm}": None if norm is None else modules(norm)},
         {f"activation {act}": modules(str(act.target))} if act and act.op == "call_module" else {},
     )

@@ -63,8 +63,12 @@ def recognise(module: nn.Module) -> Whole | str:
     """How a module that could be a pair computes, or why it is none."""
     parts = _parts(module)
     assert parts is not None
+    try:
+        copied = copy.deepcopy(module).double().cpu().eval()
+    except Exception as error:  # whatever user code, or a tensor that cannot be copied, raises
+        return f"copying it raised {type(error).__name__}: {str(error)[:100]}"
     with dispatch.use_backend("reference"), torch.no_grad():
-        return _recognise(copy.deepcopy(module).double().cpu().eval(), parts)
+        return _recognise(copied, parts)
 
 
 def _recognise(copied: nn.Module, parts: _Parts) -> Whole | str:

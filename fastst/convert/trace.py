@@ -267,7 +267,12 @@ def _called_with(module: nn.Module, required: tuple[str, ...]) -> Iterator[None]
 
 def _attributes(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
     """Every module below, its attributes and its buffers, as they stand."""
-    return [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    return [(m, dict(m.__dict__), dict(m._buffers)) for m in traceable(module)]
+
+
+def traceable(module: nn.Module) -> list[nn.Module]:
+    """The modules below that are Python objects."""
+    return [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
 
 
 def _restore(
