@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fuzz import Config
 
 import fastst
-from fastst import configs, configs_hopper, selfcheck
+from fastst import activations, configs, configs_hopper, selfcheck
 from fastst.backends import cuda, cuda_hopper, native
 from fastst.functional import conv2plus1d
 from fastst.shapes import PairSpec, PairTensors, Problem
@@ -185,6 +185,28 @@ def test_stem_keeps_to_its_window(ran: list[Problem]) -> None:
     assert torch.equal(y.isnan(), expected.isnan()) and ran
 
 
+@pytest.mark.parametrize("activation", fuzz.ACTIVATIONS)
+def test_activations_in_registers(ran: list[Problem], activation: str) -> None:
+    """Of every size, and of what is no number, as PyTorch's: approximate exponentials must do."""
+    values = torch.cat((
+        torch.linspace(-12, 12, 239), torch.tensor([0.0, -0.0, 65504, -65504, 1e-7, -1e-7]),
+        torch.tensor([torch.inf, -torch.inf, torch.nan]),
+    )).half()  # fmt: skip
+    x = torch.zeros(1, 8, 1, 1, len(values), dtype=torch.float16)
+    x[0, 0, 0, 0] = values
+    x = x.to(memory_format=torch.channels_last_3d)
+    ws, wt = torch.zeros(1, 8, 1, 1, 1).half(), torch.zeros(8, 1, 3, 1, 1).half()
+    ws[0, 0], wt[:, :, 1] = 1, 1
+    with fastst.use_backend("cuda"):
+        y = conv2plus1d(x, ws, wt, padding=(1, 0, 0), activation=activation)
+    expected = activations.apply(activation, values.double(), 0.01)
+    torch.testing.assert_close(
+        y[0, :, 0, 0].double(), expected.half().double().expand(8, -1), rtol=2**-10, atol=2**-24,
+        equal_nan=True,
+    )  # fmt: skip
+    assert ran
+
+
 # ---- self-check
 
 
@@ -335,7 +357,7 @@ UNUSED = (
     ("hopper_temporal.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
     ("hopper_stem.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
 )
-HEADERS = ("pipeline", "accumulators")  # put into the source, so that only it is compiled again
+HEADERS = ("hopper_spatial", "hopper_temporal", "pipeline", "accumulators")  # put into the source, so that only it is compiled again
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,18 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// ---- 2^v and 1/v, a few units of the last place off
+
+__device__ inline float exp2_approx(float v) {
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(v));
+  return v;
+}
+
+__device__ inline float reciprocal_approx(float v) {
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(v));
+  return v;
+}
+
 // ---- asynchronous copies of 16 bytes, zeros where not valid; before sm_80 a plain copy
 
 template <class T>

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -147,6 +148,9 @@ T shuffle_xor(T value, int lanes, Where where = Where::current()) {
   b.meet(b.warp(), b.warp_size(), "shuffle_xor", where, false);
   return value;
 }
+
+inline float exp2_approx(float v) { return std::exp2(v); }
+inline float reciprocal_approx(float v) { return 1 / v; }
 
 template <class T>
 void copy16_async(Shared<T> to, Global<const T> from, bool valid) {
