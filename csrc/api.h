@@ -118,9 +118,12 @@ struct HopperTile {
 };
 
 struct HopperSpatial {
-  View x;        // channels-last, frames of all clips evenly apart
-  Array weight;  // (tiles of columns, ⌈C/64⌉, kw, kh, columns, 64)
+  View x;                 // channels-last, frames of all clips evenly apart
+  std::optional<View> u;  // laid out as x; what is convolved is x + p·u + q
+  Array affine;           // (2, ⌈C/64⌉·64): p, q; only with u
+  Array weight;           // (tiles of columns, ⌈C/64⌉, kw, kh, columns, 64)
   Conv conv;
+  bool transposed;  // input gradient of conv: x is that of its output, the taps come mirrored
   HopperOutput output;
   HopperTile tile;
 };
@@ -133,6 +136,21 @@ struct HopperTemporal {
   Activation act;
   double slope;
   HopperOutput output;
+  HopperTile tile;
+};
+
+// dv = act'(v)·(input gradient of conv), v = (u − mean)·scale + shift; out = factor·dv.
+struct HopperTemporalGradient {
+  View dy;       // channels-last, pixels evenly apart
+  Array weight;  // (tiles of columns, ⌈K/64⌉, kt, columns, 64), taps mirrored
+  Conv conv;     // padding mode zeros
+  View out;      // channels-last, stored channels a multiple of 8: zeros from `channels` on
+  std::optional<View> u;  // laid out as out; none: act' is 1
+  Array coefficients;     // (4, whole tiles of columns): mean, scale, shift, factor
+  Array partials;         // (grid·consuming warps, 2, channels): Σdv, Σdv·(u − mean), or none
+  int64_t channels;
+  Activation act;
+  double slope;
   HopperTile tile;
 };
 
@@ -189,7 +207,9 @@ int64_t depthwise_shared_bytes(int64_t kernel, int64_t temporal_kernel, int64_t 
                                int64_t stages, bool backward);
 
 void hopper_spatial(Dtype, const HopperSpatial&, Stream);
+void hopper_spatial_affine(Dtype, const HopperSpatial&, Stream);  // with u
 void hopper_temporal(Dtype, const HopperTemporal&, Stream);
+void hopper_temporal_gradient(Dtype, const HopperTemporalGradient&, Stream);
 void hopper_stem(Dtype, const HopperStem&, Stream);
 
 }  // namespace fastst

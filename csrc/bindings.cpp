@@ -88,9 +88,13 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
       .def(
           py::init<int64_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, int64_t, int64_t>());
   py::class_<HopperSpatial>(m, "HopperSpatial", kLocal)
-      .def(py::init<View, Array, Conv, HopperOutput, HopperTile>());
+      .def(py::init<View, std::optional<View>, Array, Array, Conv, bool, HopperOutput,
+                    HopperTile>());
   py::class_<HopperTemporal>(m, "HopperTemporal", kLocal)
       .def(py::init<View, Array, Conv, Array, Activation, double, HopperOutput, HopperTile>());
+  py::class_<HopperTemporalGradient>(m, "HopperTemporalGradient", kLocal)
+      .def(py::init<View, Array, Conv, View, std::optional<View>, Array, Array, int64_t, Activation,
+                    double, HopperTile>());
   py::class_<HopperStem>(m, "HopperStem", kLocal)
       .def(py::init<View, Array, Array, std::array<int64_t, 6>, Array, Activation, double,
                     HopperOutput, int64_t, int64_t>());
@@ -111,6 +115,7 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
 
   m.def("hopper_spatial", launcher(hopper_spatial));
   m.def("hopper_temporal", launcher(hopper_temporal));
+  m.def("hopper_temporal_gradient", launcher(hopper_temporal_gradient));
   m.def("hopper_stem", launcher(hopper_stem));
 
   m.def("device_count", &device_count, "CUDA devices; 0 where there is none or no driver.");

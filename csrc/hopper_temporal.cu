@@ -1,300 +1,46 @@
 // Temporal pass on Hopper: y = act(scale·conv(z) + shift + residual), z = act(s·u + h).
-//
-// A tile is a few output frames of 128 (clip, pixel) places. Every frame of u comes to shared
-// memory once per tile, goes through norm and activation in registers, and is multiplied from there
-// with all taps that lead to one of the output frames, whose sums are all in registers. Frames out
-// of range are skipped: z, not u, is padded with zeros.
-#include <device/accumulators.cuh>
-#include <device/launch.cuh>
-#include <device/pipeline.cuh>
-#include <device/wgmma.cuh>
+#include <device/hopper_temporal.cuh>
 
 namespace fastst {
 namespace {
 
-constexpr int kTaps = 3;
-constexpr int kGroups = 2;  // warpgroups that multiply, 64 places each
-constexpr int kPlaces = 64 * kGroups;
-constexpr int kFrameBytes = kPlaces * 128;
-
-template <class T>
-struct Parameters {
-  TensorMap u, weight;  // (M, pixels, T, N), (64, rows)
-  int frames, out_frames, before;
-  bool replicate;  // frames out of range are copies of the nearest, not zeros
-  int box_pixels, box_clips;
-  int pixels, clips, pixel_tiles, clip_tiles, frame_tiles;
-  int chunks, column_tiles, stages;
-  Global<const float> scale, shift;  // (2, 64 · chunks), or none
-  Activation act;
-  float slope;
-  int64_t clip_stride, frame_stride, pixel_stride;        // of out
-  int64_t residual_clip, residual_frame, residual_pixel;  // of the residual
-  Epilogue<T> epilogue;
-
-  __device__ int64_t tiles() const { return int64_t(frame_tiles) * clip_tiles * pixel_tiles; }
-  // The frame of u that is `i` after the first one that a tile reads; -1: zeros.
-  template <int Stride>
-  __device__ int source(int first_out, int i) const {
-    const int t = first_out * Stride - before + i;
-    if (t >= 0 && t < frames) return t;
-    return !replicate ? -1 : t < 0 ? 0 : frames - 1;
-  }
-};
-
-template <int N, int Frames, int Stride>
-struct Layout {
-  static constexpr int kRead = (Frames - 1) * Stride + kTaps;  // frames of u that a tile reads
-  static constexpr int kTapBytes = N * 128;
-  static constexpr int kWeightBytes = kTaps * kTapBytes;
-  static constexpr int kWeightStages = 2;
-  static constexpr int kWeights = kTileAlign;  // barriers come first
-  static constexpr int kFirst = kWeights + kWeightStages * kWeightBytes;
-};
-
-struct Tile {
-  int frame, pixel, clip;  // first of the output
-
-  template <class T>
-  __device__ Tile(const Parameters<T>& p, int frames, int64_t index) {
-    pixel = static_cast<int>(index % p.pixel_tiles) * p.box_pixels, index /= p.pixel_tiles;
-    clip = static_cast<int>(index % p.clip_tiles) * p.box_clips;
-    frame = static_cast<int>(index / p.clip_tiles) * frames;
-  }
-};
-
-// A of 64 places and 64 channels, four steps of 16, as the matrix unit wants it in registers.
-template <class T>
-__device__ void load_fragments(Shared<T> places, uint32_t (&a)[4][4]) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int piece = (2 * k + lane / 16) ^ (row % 8);  // of 16 bytes, as the swizzle has them
-    ldmatrix_x4(a[k], places + row * kSwizzleRow + piece * 8);
-  }
+template <class T, int N, int Frames, int Stride>
+void run(const HopperTemporal& conv, const Parameters<T, Epilogue>& p, Stream stream) {
+  const auto go = conv.coefficients.data ? run<N, Frames, Stride, 1, true, T, Epilogue>
+                                         : run<N, Frames, Stride, 1, false, T, Epilogue>;
+  go("hopper_temporal", p, conv.tile, conv.output.out, stream);
 }
 
-// z = act(s·u + h) for fragments of 64 channels from `channel` on.
 template <class T>
-__device__ void normalise(const Parameters<T>& p, int channel, uint32_t (&a)[4][4]) {
-  const int q = threadIdx.x % 4;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    float values[8];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int c = channel + 16 * k + i / 2 * 8 + 2 * q;
-      const auto u = bit_cast<Pack<T, 2>>(a[k][i]);
-      const auto scale = load<2>(p.scale + c), shift = load<2>(p.shift + c);
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        values[2 * i + e] = widen(u.lane[e]) * scale.lane[e] + shift.lane[e];
-    }
-    activate_in_place(p.act, p.slope, values);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[k][i] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
-  }
-}
-
-template <class T, int N, int Frames, int Stride, bool Norm>
-__global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
-    hopper_temporal_kernel(const __grid_constant__ Parameters<T> p) {
-  using L = Layout<N, Frames, Stride>;
-  Ring inputs(0, p.stages), weights(kRingBytes, L::kWeightStages);
-  const int places = p.box_pixels * p.box_clips;
-  if (threadIdx.x == 0) {
-    inputs.init(4 * kGroups);
-    weights.init(4 * kGroups);
-    mbarrier_fence_init();
-  }
-  // A box may have fewer places than the products: those that it leaves out stay zero.
-  for (int stage = 0; stage < p.stages; ++stage) {
-    const Shared<uint32_t> u = shared<uint32_t>(L::kFirst + stage * kFrameBytes);
-    for (int i = places * 32 + threadIdx.x; i < kPlaces * 32; i += kWarpGroup * (kGroups + 1))
-      u[i] = 0u;
-  }
-  fence_proxy_async();
-  sync_block();
-
-  const int64_t tiles = p.tiles(), all = tiles * p.column_tiles;
-  const int group = threadIdx.x / kWarpGroup;
-  if (group == 0) {
-    registers_decrease<40>();
-    if (threadIdx.x != 0) return;
-    for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
-      const Tile tile(p, Frames, index % tiles);
-      const int column = static_cast<int>(index / tiles);
-      for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        weights.acquire(L::kWeightBytes);
-        const int at = L::kWeights + weights.stage() * L::kWeightBytes;
-        for (int tap = 0; tap < kTaps; ++tap)
-          tma_load(shared<T>(at + tap * L::kTapBytes), p.weight, weights.full(), 0,
-                   ((column * p.chunks + chunk) * kTaps + tap) * N);
-        weights.advance();
-        for (int i = 0; i < L::kRead; ++i) {
-          const int t = p.template source<Stride>(tile.frame, i);
-          if (t < 0) continue;
-          inputs.acquire(places * 128);
-          tma_load(shared<T>(L::kFirst + inputs.stage() * kFrameBytes), p.u, inputs.full(),
-                   chunk * kSwizzleRow, tile.pixel, t, tile.clip);
-          inputs.advance();
-        }
-      }
-    }
-    return;
-  }
-
-  registers_increase<232>();
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int64_t partial = int64_t(blockIdx.x) * 4 * kGroups + (threadIdx.x / 32 - 4);
-  ColumnStatistics<N> statistics;
-  statistics.clear();
-  int counted = 0;  // tiles of columns whose statistics are written
-  float sums[Frames][N / 2];
-
-  for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
-    const Tile tile(p, Frames, index % tiles);
-    const int column = static_cast<int>(index / tiles);
-    for (; counted < column; ++counted) {
-      if (p.epilogue.partials) statistics.write(p.epilogue, partial, counted * N);
-      statistics.clear();
-    }
-#pragma unroll
-    for (int o = 0; o < Frames; ++o) {
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) sums[o][i] = 0;
-      keep(sums[o]);
-    }
-
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
-      weights.wait();
-      const int at = L::kWeights + weights.stage() * L::kWeightBytes;
-#pragma unroll
-      for (int i = 0; i < L::kRead; ++i) {
-        if (p.template source<Stride>(tile.frame, i) < 0) continue;
-        inputs.wait();
-        const Shared<T> u =
-            shared<T>(L::kFirst + inputs.stage() * kFrameBytes) + (group - 1) * 64 * kSwizzleRow;
-        uint32_t a[4][4];
-        if constexpr (Norm) {
-          load_fragments(u, a);
-          inputs.release(inputs.stage());
-          normalise(p, chunk * kSwizzleRow, a);
-        }
-        wgmma_fence();
-#pragma unroll
-        for (int tap = 0; tap < kTaps; ++tap) {
-          const int o = (i - tap) / Stride;
-          if (i < tap || (i - tap) % Stride || o >= Frames) continue;
-          const Descriptor weight = descriptor(shared<T>(at + tap * L::kTapBytes));
-#pragma unroll
-          for (int k = 0; k < 4; ++k)
-            if constexpr (Norm)
-              wgmma<T, N>(sums[o], a[k], weight + 32 * k, true);
-            else
-              wgmma<T, N>(sums[o], descriptor(u) + 32 * k, weight + 32 * k, true);
-        }
-        wgmma_commit();
-        wgmma_wait<0>();
-        if constexpr (!Norm) inputs.release(inputs.stage());
-        inputs.advance();
-      }
-      weights.release(weights.stage());
-      weights.advance();
-    }
-
-#pragma unroll
-    for (int o = 0; o < Frames; ++o) {
-      keep(sums[o]);
-      RowPair rows;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int place = (group - 1) * 64 + warp * 16 + half * 8 + lane / 4;
-        const int pixel = tile.pixel + place % p.box_pixels, in_box = place / p.box_pixels;
-        const int clip = tile.clip + in_box, t = tile.frame + o;
-        const bool there =
-            in_box < p.box_clips && clip < p.clips && pixel < p.pixels && t < p.out_frames;
-        rows.out[half] =
-            there ? clip * p.clip_stride + t * p.frame_stride + pixel * p.pixel_stride : -1;
-        rows.residual[half] =
-            clip * p.residual_clip + t * p.residual_frame + pixel * p.residual_pixel;
-      }
-      finish_rows<T, N>(p.epilogue, sums[o], rows, column * N, statistics);
-    }
-  }
-  if (p.epilogue.partials)
-    for (; counted < p.column_tiles; ++counted) {
-      statistics.write(p.epilogue, partial, counted * N);
-      statistics.clear();
-    }
-}
-
-template <class T, int N, int Frames, int Stride, bool Norm>
-void run(Dtype dtype, const HopperTemporal& conv, Stream stream) {
-  using L = Layout<N, Frames, Stride>;
-  const View &u = conv.u, &out = conv.output.out;
-  const HopperTile& tile = conv.tile;
-  const auto tiles = [](int64_t size, int64_t box) { return narrow_size((size + box - 1) / box); };
-  Parameters<T> p{};
-  p.frames = narrow_size(u.size[2]), p.out_frames = narrow_size(out.size[2]);
-  p.before = narrow_size(conv.conv.padding[0]);
+void choose(Dtype dtype, const HopperTemporal& conv, Stream stream) {
+  const View& out = conv.output.out;
+  const int64_t stride = conv.conv.stride[0];
+  if (conv.conv.kernel[0] != kTaps || conv.conv.dilation[0] != 1)
+    throw std::invalid_argument("hopper_temporal has 3 taps without dilation");
+  if (stride != 1 && stride != 2)
+    throw std::invalid_argument("hopper_temporal has strides 1 and 2, not " +
+                                std::to_string(stride));
+  auto p = parameters<T, Epilogue>(dtype, conv.u, out, conv.weight, conv.tile,
+                                   narrow_size(conv.conv.padding[0]), 1);
   p.replicate = conv.conv.mode == PadMode::replicate;
-  p.box_clips = narrow_size(tile.box[0]), p.box_pixels = narrow_size(tile.box[2]);
-  p.clips = narrow_size(u.size[0]), p.pixels = narrow_size(u.size[3] * u.size[4]);
-  p.pixel_tiles = tiles(p.pixels, p.box_pixels), p.clip_tiles = tiles(p.clips, p.box_clips);
-  p.frame_tiles = tiles(p.out_frames, Frames);
-  p.chunks = tiles(u.size[1], kSwizzleRow), p.column_tiles = tiles(out.size[1], N);
-  p.stages = narrow_size(tile.stages);
   p.shift = global<const float>(conv.coefficients.data, conv.coefficients.count);
   p.scale = p.shift, p.shift = p.shift + p.chunks * kSwizzleRow;
   p.act = conv.act, p.slope = static_cast<float>(conv.slope);
-  p.clip_stride = out.stride[0], p.frame_stride = out.stride[2], p.pixel_stride = out.stride[4];
   if (const auto& residual = conv.output.residual)
     p.residual_clip = residual->stride[0], p.residual_frame = residual->stride[2],
     p.residual_pixel = residual->stride[4];
   p.epilogue = Epilogue<T>(conv.output);
-  p.u = tensor_map({.dtype = dtype,
-                    .data = u.data,
-                    .span = u.span(),
-                    .rank = 4,
-                    .size = {u.size[1], p.pixels, u.size[2], u.size[0]},
-                    .stride = {1, u.stride[4], u.stride[2], u.stride[0]},
-                    .box = {kSwizzleRow, p.box_pixels, 1, p.box_clips},
-                    .step = {1, 1, 1, 1},
-                    .swizzle = Swizzle::b128});
-  p.weight = packed_weight(dtype, conv.weight, N);
-  launch("hopper_temporal", hopper_temporal_kernel<T, N, Frames, Stride, Norm>, dim3(tile.grid),
-         dim3(kWarpGroup * (kGroups + 1)), L::kFirst + p.stages * kFrameBytes, stream,
-         "output " + shape(out), p);
-}
-
-template <class T, int N, int Frames>
-void choose(Dtype dtype, const HopperTemporal& conv, Stream stream) {
-  const int64_t stride = conv.conv.stride[0];
-  if (stride == 1)
-    return conv.coefficients.data ? run<T, N, Frames, 1, true>(dtype, conv, stream)
-                                  : run<T, N, Frames, 1, false>(dtype, conv, stream);
-  if constexpr (N == 64)
-    throw std::invalid_argument("hopper_temporal has stride 2 for 128 columns only");
-  else if (stride == 2)
-    return conv.coefficients.data ? run<T, N, Frames, 2, true>(dtype, conv, stream)
-                                  : run<T, N, Frames, 2, false>(dtype, conv, stream);
-  throw std::invalid_argument("hopper_temporal has strides 1 and 2, not " + std::to_string(stride));
-}
-
-template <class T>
-void choose(Dtype dtype, const HopperTemporal& conv, Stream stream) {
-  const HopperTile& t = conv.tile;
-  const auto is = [&](int columns, int frames) {
-    return t.columns == columns && t.box[1] == frames && t.groups == kGroups && t.blocks == frames;
+  const auto is = [&](int columns, int frames, int step) {
+    return is_tile(conv.tile, columns, frames) && stride == step;
   };
-  if (conv.conv.kernel[0] != kTaps || conv.conv.dilation[0] != 1)
-    throw std::invalid_argument("hopper_temporal has 3 taps without dilation");
-  if (is(64, 4)) return choose<T, 64, 4>(dtype, conv, stream);
-  if (is(128, 2)) return choose<T, 128, 2>(dtype, conv, stream);
-  if (is(128, 1)) return choose<T, 128, 1>(dtype, conv, stream);
-  throw std::invalid_argument("hopper_temporal has no tile of " + std::to_string(t.box[1]) +
-                              " frames × " + std::to_string(t.columns));
+  if (is(64, 4, 1)) return run<T, 64, 4, 1>(conv, p, stream);
+  if (is(128, 2, 1)) return run<T, 128, 2, 1>(conv, p, stream);
+  if (is(128, 2, 2)) return run<T, 128, 2, 2>(conv, p, stream);
+  if (is(128, 1, 1)) return run<T, 128, 1, 1>(conv, p, stream);
+  if (is(128, 1, 2)) return run<T, 128, 1, 2>(conv, p, stream);
+  throw std::invalid_argument("hopper_temporal has no tile of " + std::to_string(conv.tile.box[1]) +
+                              " frames × " + std::to_string(conv.tile.columns) + " of stride " +
+                              std::to_string(stride));
 }
 
 }  // namespace

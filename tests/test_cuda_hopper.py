@@ -357,7 +357,8 @@ UNUSED = (
     ("hopper_temporal.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
     ("hopper_stem.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
 )
-HEADERS = ("hopper_spatial", "hopper_temporal", "pipeline", "accumulators")  # put into the source, so that only it is compiled again
+# Put into the source, so that only it is compiled again.
+HEADERS = ("hopper_spatial", "hopper_temporal", "pipeline", "accumulators")
 
 
 @pytest.mark.parametrize(
@@ -366,8 +367,9 @@ HEADERS = ("hopper_spatial", "hopper_temporal", "pipeline", "accumulators")  # p
         # a tap off by one
         ("hopper_spatial.cu", "(block * p.h.kernel + kh + i) * N",
          "(block * p.h.kernel + (kh + i + 1) % p.h.kernel) * N", SPATIAL),
-        ("hopper_spatial.cu", "+ k * dilation - before;", "+ k * dilation - before + 1;", SPATIAL),
-        ("hopper_temporal.cu", "* Stride - before + i;", "* Stride - before + i + 1;", TEMPORAL),
+        ("hopper_spatial.cu", "+ k * dilation - before) / up;",
+         "+ k * dilation - before + 1) / up;", SPATIAL),
+        ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
         ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
         # a wrong swizzle
         ("hopper_spatial.cu", ".swizzle = Swizzle::b128", ".swizzle = Swizzle::none", SPATIAL),

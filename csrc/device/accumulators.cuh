@@ -13,9 +13,15 @@ struct RowPair {
   int64_t out[2], residual[2];
 };
 
+template <int N>
+class ColumnStatistics;
+
 // value = act(accumulator·scale + shift + residual), written where `channels` of a row are left.
 template <class T>
 struct Epilogue {
+  template <int N>
+  using Statistics = ColumnStatistics<N>;
+
   Global<T> out;
   Global<const T> residual;          // rows of channels as of out, or none
   Global<const float> scale, shift;  // of whole tiles of columns

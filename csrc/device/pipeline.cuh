@@ -51,10 +51,12 @@ class Ring {
     sync_warp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(full());
   }
-  // The producer that copies: once the stage is free, announces what will be copied to it.
+  // The producer that copies: announces what will be copied to a stage; first waits until it is
+  // free.
+  __device__ void expect(int bytes) const { mbarrier_arrive_expect(full(), bytes); }
   __device__ void acquire(int bytes) const {
     acquire();
-    mbarrier_arrive_expect(full(), bytes);
+    expect(bytes);
   }
   // A consumer: until the stage is filled.
   __device__ void wait() const { mbarrier_wait(full(), phase_); }

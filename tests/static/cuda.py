@@ -98,7 +98,7 @@ def columns(resources: Counter[str]) -> list[int]:
 
 def meant_columns(name: str) -> list[int]:
     """The N that a kernel is named after, its first number; the stem's two."""
-    from fastst.backends.cuda_hopper import STEM
+    from fastst.backends.cuda_hopper.launches import STEM
 
     if name.startswith("hopper_stem"):
         return list(STEM[1:]) if "true" in name else [STEM[1]]
@@ -113,15 +113,15 @@ def shipped() -> set[str]:
     found = set()
     for dtype in ("__half", "__nv_bfloat16"):
         for columns, groups, blocks in configs_hopper.SPATIAL_TILES:
-            found.add(f"hopper_spatial_kernel<{dtype}, {columns}, {groups}, {blocks}>")
+            tile = f"{columns}, {groups}, {blocks}"
+            found.add(f"hopper_spatial_kernel<{dtype}, {tile}, false>")
         for columns, frames in configs_hopper.TEMPORAL_TILES:
             for stride in (1, 2):
                 if (columns, stride) == (64, 2):
                     continue
                 for norm in ("false", "true"):
-                    found.add(
-                        f"hopper_temporal_kernel<{dtype}, {columns}, {frames}, {stride}, {norm}>"
-                    )
+                    tile = f"{columns}, {frames}, {stride}, 1, {norm}, Epilogue"
+                    found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")
         found |= {f"hopper_stem_kernel<{dtype}, {pair}>" for pair in ("false", "true")}
     return found
 

@@ -1,86 +1,43 @@
-"""Dense pairs on Hopper's matrix units: which problems the kernels fit, and their launches.
-
-Two for a pair, one for the stem of a video network (two in training with batch norm or u kept).
+"""Launches of the Hopper kernels, as functions of tensors.
 
 Everything is channels-last. x that is not, or whose rows are not whole 16-byte vectors, is copied
-once on the way in (``cuda_depthwise.channels_last``). Weights are packed for every call: rows of 64
-elements of the reduction, one for each output channel of a tile.
+once on the way in. Weights are packed for every call: rows of 64 elements of the reduction, one for
+each output channel of a tile.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import configs_hopper
-from ..configs_hopper import HopperTile
-from ..shapes import PairSpec, PairTensors, Problem
-from . import PairResult
-from .cuda_depthwise import channels_last
-from .native import Call, call, emulating
+from ... import configs_hopper
+from ...configs_hopper import HopperTile
+from ...shapes import PairTensors, Problem
+from ..native import Call, emulating
 
 ROW = 8  # channels that are a multiple of it fill the 16-byte rows that the copy engine needs
-STRIDES = (1, 2)
-TAPS = 3  # temporal ones, unrolled
 STEM = (4, 48, 64)  # most channels C, M and K of the stem: columns of its two products
-# What the epilogues know; the temporal prologue knows them all.
-EPILOGUES = ("none", "relu", "leaky_relu")
 _EMULATED_PROCESSORS = 2  # so that blocks walk over several tiles
 
 
-def why_not(problem: Problem) -> str | None:
-    found = _why_neither(problem)
-    if found is None and stem_why_not(problem) is not None:
-        found = _why_not_dense(problem)
-    return found
+class Mid(NamedTuple):
+    """z = activation(scale·u + shift), the input of the temporal pass."""
+
+    u: Tensor  # (N, M, T, H, W), channels-last
+    affine: Tensor | None  # (2, ⌈M/64⌉·64): scale, shift; none: 1, 0
+    activation: str
 
 
-def _why_neither(problem: Problem) -> str | None:
-    """What both the stem's and the other kernels need."""
-    spec = problem.spec
-    if not isinstance(spec, PairSpec) or spec.order != "spatial-first":
-        return "run a spatial and then a temporal convolution"
-    device = problem.device
-    if not emulating():
-        major, minor = torch.cuda.get_device_capability(device)
-        if major != 9:
-            return f"need compute capability 9.0 (Hopper), but {device} has {major}.{minor}"
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"are for float16 and bfloat16, not {problem.dtype}"
-    if not problem.channels_last:
-        return "need channels_last_3d, not contiguous tensors"
-    spatial, temporal = problem.passes
-    if spatial.groups != 1 or temporal.groups != 1:
-        return f"have no groups, not {spec.groups}"
-    if temporal.out_channels % ROW:
-        return f"need output channels that are a multiple of {ROW}, not {temporal.out_channels}"
-    if spatial.padding_mode != "zeros" and any(spatial.padding):
-        return f"pad the plane with zeros, not {spatial.padding_mode!r}"
-    if temporal.padding_mode not in ("zeros", "replicate") and any(temporal.padding):
-        return f"pad time with zeros or copies of its ends, not {temporal.padding_mode!r}"
-    if temporal.kernel[0] != TAPS or temporal.dilation[0] != 1:
-        return (
-            f"have {TAPS} temporal taps without dilation, not {temporal.kernel[0]} with "
-            f"{temporal.dilation[0]}"
-        )
-    return None
+class Gradient(NamedTuple):
+    """du = g + p·u + q inside of the frame, the gradient of the spatial pass's output."""
 
-
-def _why_not_dense(problem: Problem) -> str | None:
-    spatial, temporal = problem.passes
-    if spatial.in_channels % ROW:
-        return (
-            f"need input channels that are a multiple of {ROW}, not {spatial.in_channels}, or "
-            f"a stem, but {stem_why_not(problem)}"
-        )
-    for stride in (*spatial.stride[1:], temporal.stride[0]):
-        if stride not in STRIDES:
-            return f"have strides {STRIDES}, not {stride}"
-    return None
+    g: Tensor  # (N, M, T, H, W), channels-last
+    u: Tensor | None = None  # laid out as g; none: du = g
+    affine: Tensor | None = None  # (2, ⌈M/64⌉·64): p, q
 
 
 def stem_why_not(problem: Problem) -> str | None:
@@ -128,7 +85,7 @@ def pack(weight: Tensor, columns: int) -> Tensor:
     return padded.view(tiles, columns, chunks, 64, a, b).permute(0, 2, 4, 5, 1, 3).contiguous()
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows_of(t: Tensor) -> Tensor:
     """t with strides of axes of size 1 that fit the others, as tensor maps want them."""
     strides = list(t.stride())
     inner = max(ROW, t.shape[1])
@@ -139,7 +96,20 @@ def _rows(t: Tensor) -> Tensor:
     return t.as_strided(t.shape, strides)
 
 
-class _Launches:
+def evenly_framed(x: Tensor) -> Tensor:
+    """x, or a copy, in which the frames of all clips are evenly apart."""
+    if x.shape[0] == 1 or x.shape[2] == 1 or x.stride(0) == x.stride(2) * x.shape[2]:
+        return x
+    return x.clone(memory_format=torch.channels_last_3d)
+
+
+def affine_of(coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of v = scale·u + shift."""
+    mean, scale, shift = coefficients[:3]
+    return scale, shift - mean * scale
+
+
+class Launches:
     def __init__(self, k: Call) -> None:
         self.k, self.problem = k, k.problem
 
@@ -196,7 +166,9 @@ class _Launches:
         warps = tile.grid * 4 * tile.groups
         output, partials = self._output(u, p.out_channels, columns, warps, **epilogue)
         packed = self._packed(weight.flatten(2, 3).transpose(2, 3), tile.columns)
-        argument = k.lib.HopperSpatial(k.view(x), packed, k.conv(p), output, self._tile(tile))
+        argument = k.lib.HopperSpatial(
+            k.view(x), None, k.lib.Array(), packed, k.conv(p), False, output, self._tile(tile)
+        )
         k.lib.hopper_spatial(k.dtype, argument, k.stream)
         return partials
 
@@ -252,101 +224,3 @@ class _Launches:
         )  # fmt: skip
         k.lib.hopper_stem(k.dtype, argument, k.stream)
         return partials
-
-
-def _affine(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of v = scale·u + shift."""
-    mean, scale, shift = coefficients[:3]
-    return scale, shift - mean * scale
-
-
-def _outer(spec: PairSpec, tensors: PairTensors) -> tuple[bool, dict[str, Any]]:
-    """Whether the last epilogue takes in what ends a residual block, and its arguments."""
-    r, arguments = tensors.residual, {"shift": tensors.temporal_bias}
-    fits = spec.outer_activation in EPILOGUES
-    if r is not None:  # read in pairs of channels, from pixels evenly apart
-        even = all(s % 2 == 0 for s in (*r.stride()[2:], r.stride(0))) and r.data_ptr() % 4 == 0
-        fits = fits and even and r.stride(1) == 1 and r.stride(3) == r.stride(4) * r.shape[4]
-    if fits:
-        arguments |= {"residual": r, "activation": spec.outer_activation}  # type: ignore[dict-item]
-    return fits, arguments
-
-
-def forward(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
-    if stem_why_not(problem) is None:
-        return _stem(problem, tensors, save)
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
-    keep = save and not spec.recompute
-    m = problem.mid_channels
-    bs = tensors.spatial_bias
-    with call(problem) as k:
-        launches = _Launches(k)
-        x = _rows(_frames(channels_last(tensors.x)))
-        rows = x.new_empty(problem.mid_shape)
-        u = rows.permute(0, 4, 1, 2, 3)
-        mean, var = tensors.mean, tensors.var
-        affine: tuple[Tensor | None, Tensor | None] | None = None
-        epilogue: dict[str, Any] = {"scale": None, "shift": bs}
-        prologue = spec.activation
-        if spec.norm == "frozen":
-            assert mean is not None and var is not None
-            affine = _affine(k.norm_coefficients(tensors, mean, var))
-        if spec.norm != "batch" and not keep:  # what is stored is nearer to z
-            if affine is not None:
-                scale, shift = affine
-                assert scale is not None and shift is not None
-                epilogue = {"scale": scale, "shift": shift if bs is None else shift + bs * scale}
-                affine = None
-            if prologue in EPILOGUES:
-                epilogue["activation"], prologue = prologue, "none"
-        tile = spatial_tile(problem)
-        partials = launches.spatial(
-            x, tensors.spatial_weight, u, tile, statistics=spec.norm == "batch", **epilogue
-        )
-        if partials is not None:
-            mean, var = k.combine_statistics(partials)
-            affine = _affine(k.norm_coefficients(tensors, mean, var))
-        if affine is None and prologue != "none":
-            affine = (None, None)
-        y = problem.empty_output(x)
-        outer, epilogue = _outer(spec, tensors)
-        launches.temporal(
-            u[:, :m], tensors.temporal_weight, y, temporal_tile(problem), affine, prologue,
-            **epilogue,
-        )  # fmt: skip
-    if spec.norm != "batch":
-        mean = var = None
-    return PairResult(y, rows if keep else None, mean, var, k.total, outer)
-
-
-def _frames(x: Tensor) -> Tensor:
-    """x, or a copy, in which the frames of all clips are evenly apart."""
-    if x.shape[0] == 1 or x.shape[2] == 1 or x.stride(0) == x.stride(2) * x.shape[2]:
-        return x
-    return x.clone(memory_format=torch.channels_last_3d)
-
-
-def _stem(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
-    """u stays in registers; where it is kept, or counted, another launch computes it first."""
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
-    keep, batch = save and not spec.recompute, spec.norm == "batch"
-    mean, var, rows = tensors.mean, tensors.var, None
-    bias = tensors.spatial_bias
-    with call(problem) as k:
-        launches = _Launches(k)
-        if keep or batch:
-            rows = tensors.x.new_empty(problem.mid_shape)
-            u = rows.permute(0, 4, 1, 2, 3)
-            partials = launches.stem(tensors, u, None, shift=bias, statistics=batch)
-            if partials is not None:
-                mean, var = k.combine_statistics(partials)
-        scale: Tensor | None = None
-        shift = bias
-        if mean is not None and var is not None:
-            scale, shift = _affine(k.norm_coefficients(tensors, mean, var))
-            shift = shift if bias is None else shift + bias * scale
-        y = problem.empty_output(tensors.x)
-        outer, epilogue = _outer(spec, tensors)
-        launches.stem(tensors, y, (scale, shift), **epilogue)
-    kept = rows if keep else None
-    return PairResult(y, kept, mean if batch else None, var if batch else None, k.total, outer)

@@ -1,0 +1,153 @@
+// What becomes of the accumulators of an input gradient: the derivative of what lies before.
+#pragma once
+
+#include <device/accumulators.cuh>
+
+namespace fastst {
+
+// Two sums of every column over all tiles that a warp has had; lanes keep what those of
+// ColumnStatistics do.
+template <int N>
+class ColumnSums {
+  static constexpr int kBatches = (N + 31) / 32;
+
+ public:
+  __device__ void clear() {
+#pragma unroll
+    for (int b = 0; b < kBatches; ++b) first_[b] = second_[b] = 0;
+  }
+
+  // What this lane has of columns 32·b to 32·b + 31: 8·(4·b + i / 2) + 2·(lane % 4) + i % 2 in i.
+  __device__ void add(int b, float (&first)[8], float (&second)[8]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int level = 0; level < 3; ++level) {
+      const int kept = 4 >> level;
+      const bool upper = lane & (16 >> level);
+#pragma unroll
+      for (int i = 0; i < kept; ++i) {
+        const float f = shuffle_xor(upper ? first[i] : first[i + kept], 16 >> level);
+        const float s = shuffle_xor(upper ? second[i] : second[i + kept], 16 >> level);
+        first[i] = (upper ? first[i + kept] : first[i]) + f;
+        second[i] = (upper ? second[i + kept] : second[i]) + s;
+      }
+    }
+    first_[b] += first[0], second_[b] += second[0];
+  }
+
+  // Row `row` of the partials, columns from `first` on.
+  template <class E>
+  __device__ void write(const E& e, int64_t row, int first) const {
+    const int lane = threadIdx.x % 32;
+    const Global<float> to = e.partials + row * 2 * e.channels;
+#pragma unroll
+    for (int b = 0; b < kBatches; ++b) {
+      const int column = 8 * (4 * b + lane / 8) + 2 * (lane % 4) + lane / 4 % 2;
+      const int c = first + column;
+      if (column >= N || c >= e.channels) continue;
+      to[c] = first_[b];
+      to[e.channels + c] = second_[b];
+    }
+  }
+
+ private:
+  float first_[kBatches], second_[kBatches];
+};
+
+// out = factor·dv, dv = accumulator·act'(v), v = (u − mean)·scale + shift.
+template <class T>
+struct GradientEpilogue {
+  template <int N>
+  using Statistics = ColumnSums<N>;
+
+  Global<T> out;
+  Global<const T> u;                               // rows as of out, or none: act' is 1
+  Global<const float> mean, scale, shift, factor;  // of whole tiles of columns
+  Global<float> partials;  // (blocks · warps, 2, channels): Σdv, Σdv·(u − mean), or none
+  int channels;            // that are computed
+  int stored;              // that a row of out has, a multiple of 8: zeros from channels on
+  float negative;          // act' where v is negative: 1, 0, or a slope
+  bool silu;
+
+  GradientEpilogue() = default;
+  explicit GradientEpilogue(const HopperTemporalGradient& g)
+      : out(global<T>(g.out.data, g.out.span())),
+        mean(global<const float>(g.coefficients.data, g.coefficients.count)),
+        scale(mean + g.coefficients.count / 4),
+        shift(scale + g.coefficients.count / 4),
+        factor(shift + g.coefficients.count / 4),
+        partials(global<float>(g.partials.data, g.partials.count)),
+        channels(narrow_size(g.channels)),
+        stored(narrow_size(g.out.size[1])),
+        negative(g.act == Activation::relu         ? 0.0f
+                 : g.act == Activation::leaky_relu ? static_cast<float>(g.slope)
+                                                   : 1.0f),
+        silu(g.act == Activation::silu) {
+    if (!silu && g.act != Activation::none && g.act != Activation::relu &&
+        g.act != Activation::leaky_relu)
+      throw std::invalid_argument(
+          "Hopper's gradients have relu, leaky_relu, silu, and no other activation");
+    if (!g.u) return;
+    if (g.u->stride != g.out.stride)
+      throw std::invalid_argument("u must be laid out as its gradient");
+    u = global<const T>(g.u->data, g.u->span());
+  }
+
+  // value·act'(v), with PyTorch's choice at the kink.
+  __device__ float derivative(float value, float v) const {
+    if (silu) {
+      const float s = sigmoid(v);
+      return value * (s * (1 + v * (1 - s)));
+    }
+    if (v > 0 || negative == 1) return value;
+    return negative == 0 ? (v <= 0 ? 0.0f : value) : value * negative;
+  }
+};
+
+// Multiplies the accumulators by the derivative, counts them, and writes 16 bytes of a row a lane.
+template <class T, int N>
+__device__ void finish_rows(const GradientEpilogue<T>& e, float (&values)[N / 2],
+                            const RowPair& rows, int first, ColumnSums<N>& sums) {
+  const int q = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < N / 8; j += 4) {
+    const int mine = first + 8 * (j + q);  // the first of this lane's columns in memory
+    float dv[8] = {}, moment[8] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool there = rows.out[half] >= 0;
+      const bool moved = there && j + q < N / 8 && mine < e.stored;
+      uint32_t words[4] = {};
+      if (e.u) {
+        if (moved) memcpy(words, load<8>(e.u + rows.out[half] + mine).lane, sizeof(words));
+        transpose_quad(words);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (j + i >= N / 8) {
+          words[i] = 0;
+          continue;
+        }
+        const int at = 4 * (j + i) + 2 * half, c = first + 8 * (j + i) + 2 * q;
+        const auto u = bit_cast<Pack<T, 2>>(words[i]);
+        const auto mean = load<2>(e.mean + c), scale = load<2>(e.scale + c);
+        const auto shift = load<2>(e.shift + c), factor = load<2>(e.factor + c);
+        float written[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float from_mean = widen(u.lane[k]) - mean.lane[k];
+          const float v = from_mean * scale.lane[k] + shift.lane[k];
+          const float d = e.u ? e.derivative(values[at + k], v) : values[at + k];
+          if (there) dv[2 * i + k] += d, moment[2 * i + k] += d * from_mean;
+          written[k] = c + k < e.channels ? d * factor.lane[k] : 0.0f;
+        }
+        words[i] = pack_pair<T>(written[0], written[1]);
+      }
+      transpose_quad(words);
+      if (moved) store(e.out + rows.out[half] + mine, bit_cast<Pack<T, 8>>(words));
+    }
+    if (e.partials) sums.add(j / 4, dv, moment);
+  }
+}
+
+}  // namespace fastst

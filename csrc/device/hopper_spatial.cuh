@@ -1,0 +1,350 @@
+// A spatial pass on Hopper, or its input gradient: an implicit GEMM of exact N tiles.
+//
+// One warp copies boxes of the input and of the packed weights, two warpgroups multiply. A box is
+// 64 channels of the positions of one output tile, shifted by a tap: zero padding, strides and
+// edges are the tensor map's business. Blocks stay and walk over tiles.
+//
+// Affine: the input is du = g + p·u + q of two tensors. Boxes of both are copied, and the warps
+// beside the copying one put du in the place of g before the products read it.
+#pragma once
+
+#include <device/accumulators.cuh>
+#include <device/launch.cuh>
+#include <device/pipeline.cuh>
+#include <device/tma.cuh>
+#include <device/wgmma.cuh>
+
+namespace fastst {
+namespace {
+
+// One axis of the plane as boxes see it.
+//
+// Up > 1 is the input gradient of a convolution of that stride: outputs o = up·i + rest of one rest
+// read neighbouring inputs i + (rest + k·dilation − before) / up, through the taps k for which that
+// is whole. Each rest has tiles of its own.
+struct Plane {
+  int size, out, box, tiles, kernel, stride, dilation, before, up;
+
+  // First input coordinate of tile `tile` of a rest through tap k.
+  __device__ int first(int tile, int rest, int k) const {
+    return tile * box * stride + (rest + k * dilation - before) / up;
+  }
+  // Whether tap k meets nothing there but padding, or places between the inputs.
+  __device__ bool outside(int tile, int rest, int k) const {
+    if ((rest + k * dilation - before) % up) return true;
+    const int from = first(tile, rest, k), outs = (out - rest + up - 1) / up;
+    const int last = min(box, outs - tile * box) - 1;
+    return last < 0 || from + last * stride < 0 || from >= size;
+  }
+  // Output coordinate i places into a tile.
+  __device__ int place(int tile, int rest, int i) const { return (tile * box + i) * up + rest; }
+};
+
+template <class T>
+struct Parameters {
+  TensorMap x, u, weight;  // (C, W, H, frames), the same, (64, rows)
+  Plane h, w;
+  int channels, frames, box_frames, frame_tiles;
+  int chunks;  // of 64 channels
+  int share;   // taps of a column of the kernel that one box serves: 1 or all
+  int column_tiles, stages;
+  int64_t frame_stride, row_stride, pixel_stride;  // of out
+  Global<const float> rate, shift;                 // (64 · chunks): p and q of Affine
+  Epilogue<T> epilogue;
+
+  __device__ int64_t tiles() const {
+    return int64_t(frame_tiles) * h.tiles * w.tiles * h.up * w.up;
+  }
+  // Products of 16 channels each that a chunk asks for: the last may have less than four.
+  __device__ int steps(int chunk) const {
+    return min(kSwizzleRow, channels - chunk * kSwizzleRow + 15) / 16;
+  }
+  __device__ int box_h() const { return h.box + share - 1; }
+  // Rows of 128 bytes of a frame in the box of x.
+  __device__ int frame_rows() const { return box_h() * w.box; }
+};
+
+struct Tile {
+  int frame, h, w;     // of the box of frames, of rows, of columns
+  int rest_h, rest_w;  // of the outputs
+
+  // Rests have different numbers of taps: every block gets tiles of each of them.
+  template <class T>
+  __device__ Tile(const Parameters<T>& p, int64_t index) {
+    w = static_cast<int>(index % p.w.tiles), index /= p.w.tiles;
+    h = static_cast<int>(index % p.h.tiles), index /= p.h.tiles;
+    frame = static_cast<int>(index % p.frame_tiles), index /= p.frame_tiles;
+    rest_w = static_cast<int>(index % p.w.up), rest_h = static_cast<int>(index / p.w.up);
+  }
+};
+
+// Calls f(chunk, kw, kh) for what is copied and multiplied at once, in the order of the stages.
+template <class T, class F>
+__device__ void for_each_step(const Parameters<T>& p, const Tile& tile, F f) {
+  for (int chunk = 0; chunk < p.chunks; ++chunk)
+    for (int kw = 0; kw < p.w.kernel; ++kw) {
+      if (p.w.outside(tile.w, tile.rest_w, kw)) continue;
+      for (int kh = 0; kh < p.h.kernel; kh += p.share)
+        if (p.share > 1 || !p.h.outside(tile.h, tile.rest_h, kh)) f(chunk, kw, kh);
+    }
+}
+
+template <int N, int Groups, int Blocks, bool Affine>
+struct Layout {
+  static constexpr int kRows = 64 * Groups * Blocks;
+  static constexpr int kWeightBytes = N * 128;  // of one tap and 64 channels
+  static constexpr int kFirst = kTileAlign;     // barriers come before the stages
+
+  static __host__ __device__ int box_bytes(int box_rows) {
+    const int rows = box_rows > kRows ? box_rows : kRows;
+    return (rows * 128 + kTileAlign - 1) / kTileAlign * kTileAlign;
+  }
+  static __host__ __device__ int x_bytes(int box_rows) {
+    return (Affine ? 2 : 1) * box_bytes(box_rows);
+  }
+  static __host__ __device__ int stage_bytes(int box_rows, int share) {
+    return x_bytes(box_rows) + share * kWeightBytes;
+  }
+};
+
+constexpr int kFormingWarps = 3;
+
+// g + rate·u + shift takes the place of g in a box; zeros outside of the plane.
+template <class T>
+__device__ void form_input(const Parameters<T>& p, int rows, int first_h, int first_w, int channel,
+                           Shared<T> g, Shared<T> u) {
+  const int thread = threadIdx.x - 32, piece = thread % 8;  // of 8 channels
+  float rate[8], shift[8];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int c = channel + piece * 8 + half * 4;
+    const auto a = load<4>(p.rate + c), b = load<4>(p.shift + c);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rate[4 * half + i] = a.lane[i], shift[4 * half + i] = b.lane[i];
+  }
+  for (int row = thread / 8; row < rows; row += kFormingWarps * 4) {
+    const int at = row * kSwizzleRow + (piece ^ row % 8) * 8;  // as the swizzle has them
+    const int w = first_w + row % p.w.box, h = first_h + row / p.w.box % p.box_h();
+    const bool inside = w >= 0 && w < p.w.size && h >= 0 && h < p.h.size;
+    Pack<T, 8> du = load<8>(g + at);
+    const Pack<T, 8> other = load<8>(u + at);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      du.lane[i] = narrow<T>(
+          inside ? widen(du.lane[i]) + (rate[i] * widen(other.lane[i]) + shift[i]) : 0.0f);
+    store(g + at, du);
+  }
+}
+
+template <class T, int N, int Groups, int Blocks, bool Affine>
+__global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
+    hopper_spatial_kernel(const __grid_constant__ Parameters<T> p) {
+  using L = Layout<N, Groups, Blocks, Affine>;
+  const int box_rows = p.frame_rows() * p.box_frames;
+  const int u_at = L::box_bytes(box_rows), x_bytes = L::x_bytes(box_rows);
+  const int stage_bytes = L::stage_bytes(box_rows, p.share);
+  // Affine: boxes arrive at the second ring; stages of the first are full when du is in them.
+  Ring ring(0, p.stages), arrived(kRingBytes, p.stages);
+  if (threadIdx.x == 0) {
+    ring.init(4 * Groups, Affine ? 1 + kFormingWarps : 1);
+    if (Affine) arrived.init(kFormingWarps);
+    mbarrier_fence_init();
+  }
+  // A box may have fewer rows than the products: those that it leaves out stay zero.
+  for (int stage = 0; stage < p.stages; ++stage) {
+    const Shared<uint32_t> x = shared<uint32_t>(L::kFirst + stage * stage_bytes);
+    for (int i = box_rows * 32 + threadIdx.x; i < L::kRows * 32; i += kWarpGroup * (Groups + 1))
+      x[i] = 0u;
+  }
+  fence_proxy_async();
+  sync_block();
+
+  const int64_t tiles = p.tiles(), all = tiles * p.column_tiles;
+  const int group = threadIdx.x / kWarpGroup;
+  if (group == 0) {
+    registers_decrease<Affine ? 72 : 40>();
+    const bool copies = threadIdx.x < 32;
+    if (copies ? threadIdx.x != 0 : !Affine) return;
+    for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
+      const Tile tile(p, index % tiles);
+      const int column = static_cast<int>(index / tiles);
+      for_each_step(p, tile, [&](int chunk, int kw, int kh) {
+        const int at = L::kFirst + ring.stage() * stage_bytes, channel = chunk * kSwizzleRow;
+        const int first_w = p.w.first(tile.w, tile.rest_w, kw);
+        const int first_h = p.h.first(tile.h, tile.rest_h, kh);
+        if (copies) {
+          const int weight_bytes = p.share * L::kWeightBytes;
+          ring.acquire(weight_bytes + (Affine ? 0 : box_rows * 128));
+          if (Affine) arrived.expect(2 * box_rows * 128);
+          const Shared<uint64_t> full = Affine ? arrived.full() : ring.full();
+          const int frame = tile.frame * p.box_frames;
+          tma_load(shared<T>(at), p.x, full, channel, first_w, first_h, frame);
+          if (Affine) tma_load(shared<T>(at + u_at), p.u, full, channel, first_w, first_h, frame);
+          const int block = (column * p.chunks + chunk) * p.w.kernel + kw;
+          for (int i = 0; i < p.share; ++i)
+            tma_load(shared<T>(at + x_bytes + i * L::kWeightBytes), p.weight, ring.full(), 0,
+                     (block * p.h.kernel + kh + i) * N);
+        } else {
+          arrived.wait();
+          form_input(p, box_rows, first_h, first_w, channel, shared<T>(at), shared<T>(at + u_at));
+          fence_proxy_async();
+          ring.publish();
+        }
+        ring.advance(), arrived.advance();
+      });
+    }
+    return;
+  }
+
+  registers_increase<Affine ? 216 : 232>();
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int64_t partial = int64_t(blockIdx.x) * 4 * Groups + (threadIdx.x / 32 - 4);
+  ColumnStatistics<N> statistics;
+  statistics.clear();
+  int counted = 0;  // tiles of columns whose statistics are written
+  float sums[Blocks][N / 2];
+  // Where blocks of 64 products lie in the box: with shared boxes, frames have rows between them.
+  const int frame_blocks = p.share > 1 ? p.h.box * p.w.box / 64 : 1 << 20;
+  int first_row[Blocks];
+#pragma unroll
+  for (int b = 0; b < Blocks; ++b) {
+    const int block = (group - 1) * Blocks + b;
+    first_row[b] = block / frame_blocks * p.frame_rows() + block % frame_blocks * 64;
+  }
+
+  for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
+    const Tile tile(p, index % tiles);
+    const int column = static_cast<int>(index / tiles);
+    for (; counted < column; ++counted) {
+      if (p.epilogue.partials) statistics.write(p.epilogue, partial, counted * N);
+      statistics.clear();
+    }
+#pragma unroll
+    for (int b = 0; b < Blocks; ++b)
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) sums[b][i] = 0;
+
+    int previous = -1;  // stage that products under way still read
+    for_each_step(p, tile, [&](int chunk, int, int) {
+      const int steps = p.steps(chunk);
+      ring.wait();
+      const int at = L::kFirst + ring.stage() * stage_bytes;
+      wgmma_fence();
+      for (int i = 0; i < p.share; ++i) {
+        const Shared<T> weight = shared<T>(at + x_bytes + i * L::kWeightBytes);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (k >= steps) break;
+#pragma unroll
+          for (int b = 0; b < Blocks; ++b) {
+            const Shared<T> x = shared<T>(at) + (first_row[b] + i * p.w.box) * kSwizzleRow;
+            wgmma<T, N>(sums[b], descriptor(x) + 32 * k, descriptor(weight) + 32 * k, true);
+          }
+        }
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (previous >= 0) ring.release(previous);
+      previous = ring.stage();
+      ring.advance();
+    });
+    wgmma_wait<0>();
+    if (previous >= 0) ring.release(previous);
+#pragma unroll
+    for (int b = 0; b < Blocks; ++b) keep(sums[b]);
+
+#pragma unroll
+    for (int b = 0; b < Blocks; ++b) {
+      RowPair rows;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = ((group - 1) * Blocks + b) * 64 + warp * 16 + half * 8 + lane / 4;
+        const int w = p.w.place(tile.w, tile.rest_w, row % p.w.box);
+        const int h = p.h.place(tile.h, tile.rest_h, row / p.w.box % p.h.box);
+        const int in_box = row / p.w.box / p.h.box, frame = tile.frame * p.box_frames + in_box;
+        const bool there = in_box < p.box_frames && frame < p.frames && h < p.h.out && w < p.w.out;
+        rows.out[half] = rows.residual[half] =
+            there ? frame * p.frame_stride + h * p.row_stride + w * p.pixel_stride : -1;
+      }
+      finish_rows<T, N>(p.epilogue, sums[b], rows, column * N, statistics);
+    }
+  }
+  if (p.epilogue.partials)
+    for (; counted < p.column_tiles; ++counted) {
+      statistics.write(p.epilogue, partial, counted * N);
+      statistics.clear();
+    }
+}
+
+// Boxes of positions of a channels-last tensor whose frames are evenly apart.
+inline TensorMap position_boxes(Dtype dtype, const View& x, std::array<int, 5> box,
+                                std::array<int, 5> step) {
+  return tensor_map({.dtype = dtype,
+                     .data = x.data,
+                     .span = x.span(),
+                     .rank = 4,
+                     .size = {x.size[1], x.size[4], x.size[3], x.size[0] * x.size[2]},
+                     .stride = {1, x.stride[4], x.stride[3], x.stride[x.size[2] > 1 ? 2 : 0]},
+                     .box = box,
+                     .step = step,
+                     .swizzle = Swizzle::b128});
+}
+
+template <class T, int N, int Groups, int Blocks, bool Affine>
+void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
+  using L = Layout<N, Groups, Blocks, Affine>;
+  const View &x = conv.x, &out = conv.output.out;
+  const HopperTile& tile = conv.tile;
+  const auto plane = [&](int axis) {
+    const int box = narrow_size(tile.box[axis]), size = narrow_size(out.size[2 + axis]);
+    const int kernel = narrow_size(conv.conv.kernel[axis]);
+    const int stride = narrow_size(conv.conv.stride[axis]);
+    const int dilation = narrow_size(conv.conv.dilation[axis]);
+    const int before = narrow_size(conv.conv.padding[2 * axis]);
+    const int up = conv.transposed ? stride : 1, outs = (size + up - 1) / up;
+    return Plane{narrow_size(x.size[2 + axis]),
+                 size,
+                 box,
+                 (outs + box - 1) / box,
+                 kernel,
+                 conv.transposed ? 1 : stride,
+                 dilation,
+                 conv.transposed ? (kernel - 1) * dilation - before : before,
+                 up};
+  };
+  Parameters<T> p{};
+  p.h = plane(1), p.w = plane(2);
+  p.channels = narrow_size(x.size[1]);
+  p.frames = narrow_size(x.size[0] * x.size[2]), p.box_frames = narrow_size(tile.box[0]);
+  p.frame_tiles = (p.frames + p.box_frames - 1) / p.box_frames;
+  p.chunks = (p.channels + kSwizzleRow - 1) / kSwizzleRow;
+  p.share = narrow_size(tile.share), p.stages = narrow_size(tile.stages);
+  p.column_tiles = narrow_size((out.size[1] + N - 1) / N);
+  p.frame_stride = out.stride[2], p.row_stride = out.stride[3], p.pixel_stride = out.stride[4];
+  p.epilogue = Epilogue<T>(conv.output);
+  const int box_h = p.h.box + p.share - 1, box_rows = p.box_frames * box_h * p.w.box;
+  const std::array<int, 5> box{kSwizzleRow, p.w.box, box_h, p.box_frames};
+  const std::array<int, 5> step{1, p.w.stride, p.h.stride, 1};
+  p.x = position_boxes(dtype, x, box, step);
+  if (Affine) {
+    p.u = position_boxes(dtype, *conv.u, box, step);
+    p.rate = global<const float>(conv.affine.data, conv.affine.count);
+    p.shift = p.rate + p.chunks * kSwizzleRow;
+  }
+  p.weight = packed_weight(dtype, conv.weight, N);
+  const int bytes = L::kFirst + p.stages * L::stage_bytes(box_rows, p.share);
+  launch("hopper_spatial", hopper_spatial_kernel<T, N, Groups, Blocks, Affine>, dim3(tile.grid),
+         dim3(kWarpGroup * (Groups + 1)), bytes, stream, "output " + shape(out), p);
+}
+
+inline bool is_tile(const HopperTile& t, int columns, int groups, int blocks) {
+  return t.columns == columns && t.groups == groups && t.blocks == blocks;
+}
+
+[[noreturn]] inline void no_tile(const HopperTile& t) {
+  throw std::invalid_argument("hopper_spatial has no tile of " + std::to_string(t.groups) + " × " +
+                              std::to_string(t.blocks) + " × 64 × " + std::to_string(t.columns));
+}
+
+}  // namespace
+}  // namespace fastst
