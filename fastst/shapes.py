@@ -154,6 +154,8 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     channels_last: bool  # memory format of the output
+    x_stride: tuple[int, ...]  # of x, in elements
+    x_offset: int = 0  # bytes from an address that is a multiple of 16 to x
     residual: bool = False  # whether one is added to y
 
     @classmethod
@@ -161,7 +163,7 @@ class Problem:
         """Describe a validated call. Remembered by sizes, so that it costs little on every one."""
         x = tensors.x
         key = (
-            spec, x.shape, x.stride(), x.dtype, x.device,
+            spec, x.shape, x.stride(), _offset(x), x.dtype, x.device,
             tensors.spatial_weight.shape, tensors.spatial_weight.stride(),
             tensors.temporal_weight.shape, tensors.temporal_weight.stride(),
             isinstance(tensors, PairTensors) and tensors.residual is not None,
@@ -224,6 +226,7 @@ def _describe(
     spec: PairSpec | ParallelSpec,
     x: Sequence[int],
     x_stride: Sequence[int],
+    x_offset: int,
     dtype: torch.dtype,
     device: torch.device,
     ws: Sequence[int],
@@ -252,11 +255,21 @@ def _describe(
     channels_last = any(is_channels_last(shape, stride) for shape, stride in layouts)
     return Problem(
         op, spec, passes, x[0], size, mid_size, out_size, out_channels, dtype, device,
-        channels_last, residual,
+        channels_last, tuple(x_stride), x_offset, residual,
     )  # fmt: skip
 
 
 _remembered = lru_cache(maxsize=4096)(_describe)
+
+
+def _offset(x: Tensor) -> int:
+    """Bytes from an address that is a multiple of 16 to x; 0 where x has no memory."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return 0  # of fake tensors, among others
+    try:
+        return x.data_ptr() % 16
+    except RuntimeError:  # inside of functorch's transforms
+        return 0
 
 
 def is_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
