@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -92,6 +93,22 @@ class Integers(Pair):
         return self.b(F.conv3d(x, self.a.weight.float() / 100, self.a.bias, padding=(0, 1, 1)))
 
 
+class Fills(Pair):
+    """Makes a tensor of the size of its input, in C++: a proxy must not be taken for a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.zeros(x.size(0), 4, 1, 1, 1) + 1
+
+
+class Expands(Pair):
+    """Gives a size of its input to a method of a plain tensor."""
+
+    one = torch.ones(1, 1, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.one.expand(x.size(0), -1, -1, -1, -1)
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "on values": (lambda: Pair(OnValues(4, 6, (1, 3, 3))), "its convolution a is a OnValues"),
     "quantisation-aware": (lambda: Pair(aware()), "a is a torch.ao.nn.qat.modules.conv.Conv3d"),
@@ -106,6 +123,8 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "scripted": (lambda: torch.jit.script(Pair()), "the model (RecursiveScriptModule) was left"),
     "graph": (lambda: fx.symbolic_trace(Pair()), "the model (Pair) was left: its class is its"),
+    "fills": (Fills, "tracing its forward raised TypeError: zeros()"),
+    "expands": (Expands, "tracing its forward raised TypeError: expand()"),
     "list": (lambda: nn.ModuleList([spatial(), temporal()]), "0: no forward that could be traced"),
     "dictionary": (lambda: nn.ModuleDict({"s": spatial(), "t": temporal()}), "s: no forward"),
 }
@@ -163,3 +182,21 @@ def test_aliases(whole: bool) -> None:
     assert "2 times" in left.reason
     x = torch.randn(2, 4, 3, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(model(x), original(x))
+
+
+def test_proxies_pass_for_tensors_only_while_a_model_is_traced() -> None:
+    """Whoever asks, also in a namespace that is no module's; and nothing is left behind."""
+    space: dict[str, object] = {"Pair": Pair, "Tensor": Tensor, "__name__": "nowhere"}
+    exec(
+        "class Asks(Pair):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x if isinstance(x, (list, Tensor)) else x[0])\n",
+        space,
+    )
+    before = {name: set(vars(m)) for name, m in sys.modules.items() if name.startswith("test")}
+    model = space["Asks"]()  # type: ignore[operator]
+    assert len(fastst.convert(model).replaced) == 1
+    assert "isinstance" not in space
+    for name, names in before.items():
+        assert set(vars(sys.modules[name])) == names
+    assert "isinstance" not in vars(torch)

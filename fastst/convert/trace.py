@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
+import threading
+import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +103,7 @@ def trace(
     parameters = Parameters.of(type(module))
     tracer = _Tracer(is_leaf, only)
     before = _attributes(module)
-    with _called_with(module, parameters.required):
+    with _called_with(module, parameters.required), _proxies_pass(module):
         try:
             graph = tracer.trace(module)
         except Exception as error:  # whatever user code raises when it meets a Proxy
@@ -152,14 +154,7 @@ class Assign:
 
 
 class _Value(fx.Proxy):
-    """A proxy that user code takes for a tensor when it asks for its type."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        asking = sys._getframe(1)
-        module = asking.f_globals.get("__name__", "")
-        inside = module == "torch" or module.startswith("torch.")
-        return _Value if inside and asking.f_code.co_name != "is_tensor" else Tensor
+    """A proxy that user code takes for a tensor; see ``_proxies_pass``."""
 
     def _assign(self, target: Callable[[Any, Any], Any], other: Any) -> Any:
         return self.tracer.create_proxy("call_function", target, (self, other), {})
@@ -201,6 +196,48 @@ def switched(on: bool) -> Iterator[None]:
                 torch.set_autocast_enabled(d, enabled)
 
 
+_isinstance = isinstance
+_patching = threading.RLock()  # what is patched is seen by all threads
+
+
+@contextmanager
+def _proxies_pass(module: nn.Module) -> Iterator[None]:
+    """Let user code take a proxy for a tensor where it asks.
+
+    By name and in Python only: C++ would read memory that a proxy does not have if its
+    ``__class__`` were Tensor. And not in ``builtins``, whose functions torch.compile knows by
+    identity, as they are when it is imported: that may be now.
+    """
+    with _patching:
+        spaces = [space for space in _namespaces(module) if "isinstance" not in space]
+        try:
+            for space in spaces:
+                space["isinstance"] = _is_instance
+            yield
+        finally:
+            for space in spaces:
+                space.pop("isinstance", None)
+
+
+def _namespaces(module: nn.Module) -> list[dict[str, Any]]:
+    """Globals of the Python code that a forward may run, but PyTorch's and Python's own."""
+    passed = sys.stdlib_module_names - {"__main__"} | {"torch"}
+    found = [vars(torch)]  # torch.is_tensor
+    for name, m in list(sys.modules.items()):
+        if _isinstance(m, types.ModuleType) and name.partition(".")[0] not in passed:
+            found.append(vars(m))
+    for kind in {c for m in module.modules() for c in type(m).__mro__}:
+        if kind.__module__ not in sys.modules:  # unpickled, or made by other importers
+            functions = [f for f in vars(kind).values() if _isinstance(f, types.FunctionType)]
+            found += [f.__globals__ for f in functions]
+    return list({id(space): space for space in found}.values())
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    tensor = type(value) is _Value and issubclass(Tensor, kind)
+    return tensor or _isinstance(value, kind)
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # a forward that writes to a buffer must be seen to
 
@@ -220,9 +257,6 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
-
-    def create_arg(self, a: Any) -> Any:
-        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         barred = self._only is not None and module_qualified_name not in self._only
