@@ -15,9 +15,8 @@ void run(const HopperTemporalGradient& g, const Parameters<T, GradientEpilogue>&
 template <class T>
 void choose(Dtype dtype, const HopperTemporalGradient& g, Stream stream) {
   const int up = narrow_size(g.conv.stride[0]), before = narrow_size(g.conv.padding[0]);
-  if (g.conv.kernel[0] != kTaps || g.conv.dilation[0] != 1 || g.conv.mode != PadMode::zeros)
-    throw std::invalid_argument(
-        "hopper_temporal_gradient has 3 taps without dilation, and pads with zeros");
+  if (g.conv.kernel[0] != kTaps || g.conv.dilation[0] != 1)
+    throw std::invalid_argument("hopper_temporal_gradient has 3 taps without dilation");
   auto p =
       parameters<T, GradientEpilogue>(dtype, g.dy, g.out, g.weight, g.tile, kTaps - 1 - before, up);
   p.epilogue = GradientEpilogue<T>(g);

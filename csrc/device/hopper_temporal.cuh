@@ -57,7 +57,7 @@ struct Layout {
   // Frames of u that a tile reads, and the tap by which the i-th of them counts in output frame o:
   // none where it is not one of 0 to kTaps - 1.
   static constexpr int kRead = ((Frames - 1) * Stride + kTaps - 1) / Up + 1;
-  static constexpr int tap(int i, int o) { return i * Up - o * Stride; }
+  static __host__ __device__ constexpr int tap(int i, int o) { return i * Up - o * Stride; }
 
   static constexpr int kTapBytes = N * 128;
   static constexpr int kWeightBytes = kTaps * kTapBytes;
@@ -263,6 +263,9 @@ Parameters<T, E> parameters(Dtype dtype, const View& in, const View& out, const 
   const int columns = narrow_size(tile.columns);
   p.chunks = tiles(in.size[1], kSwizzleRow), p.column_tiles = tiles(out.size[1], columns);
   p.stages = narrow_size(tile.stages);
+  if (p.box_clips * p.box_pixels > kPlaces || p.stages < 1 || p.stages > kMaxStages)
+    throw std::invalid_argument("a temporal Hopper tile needs boxes of at most " +
+                                std::to_string(kPlaces) + " places and 1 to 16 stages");
   p.clip_stride = out.stride[0], p.frame_stride = out.stride[2], p.pixel_stride = out.stride[4];
   p.u = tensor_map({.dtype = dtype,
                     .data = in.data,
