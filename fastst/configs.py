@@ -337,6 +337,16 @@ def input_gradient(*sizes: Any, reads_two: bool, masks: bool, classes: int) -> l
     return found
 
 
+def parallel_input_gradient(*sizes: Any, classes: int) -> TapConfig:
+    """Configuration of the input gradient of both branches; arguments as for ``input_gradient``.
+
+    The addresses of two convolutions are alive at once, as in ``parallel_conv``; with those of a
+    class, 128 rows took all 255 registers.
+    """
+    found = input_gradient(*sizes, reads_two=False, masks=False, classes=classes)[0]
+    return replace(found, block_p=min(found.block_p, 128 if classes == 1 else 64), num_warps=8)
+
+
 def weight_gradient(
     positions: int,
     channels: int,

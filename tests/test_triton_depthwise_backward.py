@@ -98,8 +98,8 @@ MUTANTS = {
         "row = tap * out_per_group + r", "row = (TAP_COUNT - 1 - tap) * out_per_group + r"),
     "outputs of another group": (
         "k = (c // per_group * out_per_group + r)", "k = (c % per_group * out_per_group + r)"),
-    "only the first image": ("inside = inside & ok_t & ok_h & ok_w & row_ok",
-                             "inside = inside & ok_t & ok_h & ok_w & row_ok & (m == 0)"),
+    "only the first image": (
+        "inside = inside & exists & row_ok", "inside = inside & exists & row_ok & (m == 0)"),
     "sums beside the input": ("tl.where(read, dy * x, 0.0)", "tl.where(read, dy * x, 1.0)"),
 }  # fmt: skip
 

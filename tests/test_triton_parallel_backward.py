@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import fuzz
 import pytest
 import torch
 from fuzz import Config, Limits
-from test_triton import DEVICE, few_programs  # noqa: F401
+from test_triton import DEVICE, few_programs, launched, mutated  # noqa: F401
 
 import fastst
 from fastst.functional import parallel_conv2plus1d
@@ -17,12 +19,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.usefixtures("few_programs")
 
 TINY = Limits(
-    batch=2, channels=12, frames=4, space=5, work=10_000,
+    batch=2,
+    channels=12,
+    frames=4,
+    space=5,
+    work=10_000,
     fixed=dict(op="parallel_conv2plus1d", norm="none"),
 )
-ADD = Config(
-    op="parallel_conv2plus1d", channels=5, mid=6, out=6, size=(3, 5, 4), activation="none"
-)
+ADD = Config(op="parallel_conv2plus1d", channels=5, mid=6, out=6, size=(3, 5, 4), activation="none")
 
 
 def check(config: Config) -> None:
@@ -76,3 +80,68 @@ def test_gradcheck(activation: str) -> None:
             ),
             [t.requires_grad_() for t in tensors], fast_mode=True,
         )  # fmt: skip
+
+
+LAUNCHES = {
+    "added": {"parallel_input_gradient": 1, "parallel_weight_gradient": 1, "channel_sums": 1},
+    "added, both activations": {
+        "branch_gradients": 1, "parallel_input_gradient": 1, "parallel_weight_gradient": 1,
+        "channel_sums": 2},
+    "side by side": {
+        "parallel_input_gradient": 1, "parallel_weight_gradient": 1, "channel_sums": 2},
+    "depthwise": {"parallel_direct_gradients": 1, "channel_sums": 1},
+    "input only": {"parallel_input_gradient": 1},
+    "one weight only": {"weight_gradient": 1, "channel_sums": 1},
+}  # fmt: skip
+HELPERS = ("pack", "sum_rows", "finish_weight")
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_one_launch_for_each_kind_of_gradient(
+    name: str,
+    launched: Counter[str],  # noqa: F811
+) -> None:
+    config = CASES[name]
+    tensors, dy = fuzz.make(config, DEVICE)
+    for key, t in tensors.items():
+        t.requires_grad_(key not in config.constant)
+    with fastst.use_backend("triton"):
+        y = fuzz.call(config, tensors)
+        launched.clear()
+        y.backward(dy)
+    assert {k: n for k, n in launched.items() if k not in HELPERS} == LAUNCHES[name]
+
+
+MUTANTS = {
+    "one branch twice": (
+        "parallel", "acc, rest, db_ptr, db_strides", "acc, rest, da_ptr, da_strides"),
+    "the second weight from the first branch": (
+        "parallel", "db_ptr, db_strides, dy_size, dy_channels[1]",
+        "da_ptr, da_strides, dy_size, dy_channels[1]"),
+    "no outer activation": (
+        "parallel", "combined(a, b, BRANCH, SLOPE), ACTIVATION, SLOPE)",
+        "combined(a, b, BRANCH, SLOPE), BRANCH, SLOPE)"),
+    "classes of one branch": (
+        "input_gradient", "(residue + TAPS.before[AXIS]", "(residue + TAPS.before[2]"),
+    "only the spatial branch, depthwise": (
+        "parallel", "acc, x, per_group[1], out_per_group[1], channels, db_ptr",
+        "tl.zeros_like(acc), x, per_group[1], out_per_group[1], channels, db_ptr"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bugs_are_seen(
+    name: str,
+    mutated: Callable[..., None],  # noqa: F811
+) -> None:
+    mutated(*MUTANTS[name])
+
+    def all_checks() -> None:
+        for case in (
+            "side by side", "added, one activation", "added, strides and dilations", "depthwise"
+        ):  # fmt: skip
+            check(CASES[case])
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        all_checks()

@@ -26,7 +26,10 @@ class Taps(NamedTuple):
     dilation: tuple[int, int, int]
     before: tuple[int, int, int]  # padding in front; behind, the output size says it all
     mode: str  # padding mode; "transposed": from the input to the outputs that read it
+    # Of transposed ones:
     step: tuple[int, int, int] = (1, 1, 1)  # between the taps that read from one residue class
+    images: tuple[int, int, int] = (1, 1, 1)  # padded indices that hold a copy of an index
+    padding: str = "zeros"  # the mode that made them
 
 
 @triton.jit
@@ -128,6 +131,25 @@ def image(i, m, size, BEFORE: tl.constexpr, MODE: tl.constexpr):
         at = tl.where(m == 0, i, tl.where(m == 1, -i, 2 * (size - 1) - i))
         ok = (m == 0) | (i != tl.where(m == 1, 0, size - 1))
     return at, ok
+
+
+@triton.jit
+def image_positions(position, m, size, TAPS: tl.constexpr):
+    """The m-th images of positions (n, t, h, w), and which are ones."""
+    IMAGES: tl.constexpr = TAPS.images
+    n, t, h, w = position
+    t, ok_t = image(
+        t, m // (IMAGES[1] * IMAGES[2]), size[0], TAPS.before[0],
+        TAPS.padding if IMAGES[0] > 1 else "zeros",
+    )  # fmt: skip
+    h, ok_h = image(
+        h, m // IMAGES[2] % IMAGES[1], size[1], TAPS.before[1],
+        TAPS.padding if IMAGES[1] > 1 else "zeros",
+    )  # fmt: skip
+    w, ok_w = image(
+        w, m % IMAGES[2], size[2], TAPS.before[2], TAPS.padding if IMAGES[2] > 1 else "zeros"
+    )
+    return (n, t, h, w), ok_t & ok_h & ok_w
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, image, operand, positions, row_offsets, tap_offsets
+from .common import activate, image_positions, operand, positions, row_offsets, tap_offsets
 from .input_gradient import finish_gradient
 from .tap_conv import tile_positions
 
@@ -26,7 +26,7 @@ def gather_direct(
     dy_ptr, dy_strides, dy_size, scale_ptr, shift_ptr, other_ptr, rate_ptr, w_ptr,
     dw_ptr, tile,  # dw_ptr None: no weight gradient
     position, row_ok, c, c_ok, size,  # positions and channels of x, and its (T, H, W)
-    TAPS: tl.constexpr, IMAGES: tl.constexpr, MODE: tl.constexpr, ALIGN: tl.constexpr,
+    TAPS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,6 @@ def gather_direct(
     KH: tl.constexpr = TAPS.kernel[1]
     KW: tl.constexpr = TAPS.kernel[2]
     TAP_COUNT: tl.constexpr = TAPS.kernel[0] * KH * KW
-    n, t, h, w = position
     if dw_ptr is not None:
         dw_ptr += tile.to(tl.int64) * TAP_COUNT * out_per_group * channels + c
     for tap in range(TAP_COUNT):
@@ -44,22 +43,10 @@ def gather_direct(
             row = tap * out_per_group + r
             weight = tl.load(w_ptr + row * channels + c, mask=c_ok, other=0.0).to(ACCUMULATE)
             total = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
-            for m in range(IMAGES[0] * IMAGES[1] * IMAGES[2]):
-                at_t, ok_t = image(
-                    t, m // (IMAGES[1] * IMAGES[2]), size[0], TAPS.before[0],
-                    MODE if IMAGES[0] > 1 else "zeros",
-                )  # fmt: skip
-                at_h, ok_h = image(
-                    h, m // IMAGES[2] % IMAGES[1], size[1], TAPS.before[1],
-                    MODE if IMAGES[1] > 1 else "zeros",
-                )  # fmt: skip
-                at_w, ok_w = image(
-                    w, m % IMAGES[2], size[2], TAPS.before[2], MODE if IMAGES[2] > 1 else "zeros"
-                )
-                offsets, inside = tap_offsets(
-                    (n, at_t, at_h, at_w), taps, dy_size, dy_strides, ALIGN, TAPS
-                )
-                inside = inside & ok_t & ok_h & ok_w & row_ok
+            for m in range(TAPS.images[0] * TAPS.images[1] * TAPS.images[2]):
+                at, exists = image_positions(position, m, size, TAPS)
+                offsets, inside = tap_offsets(at, taps, dy_size, dy_strides, ALIGN, TAPS)
+                inside = inside & exists & row_ok
                 if tl.max(inside.to(tl.int32), 0) > 0:  # few tiles have more than the first image
                     read = inside[:, None] & c_ok[None, :]
                     dy = operand(
@@ -97,8 +84,7 @@ def direct_gradients(
     u_ptr, mean_ptr, partial_ptr,  # ``finish_gradient``: x where dx is multiplied by act', or None
     dw_ptr,  # (tiles, taps, out_per_group, C), or None
     count,  # N·T·H·W
-    TAPS: tl.constexpr, IMAGES: tl.constexpr, MODE: tl.constexpr,  # transposed; padding mode
-    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
+    TAPS: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
     RUN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -125,7 +111,7 @@ def direct_gradients(
     acc = gather_direct(
         acc, x, per_group, out_per_group, channels, dy_ptr, dy_strides, dy_size, dy_scale_ptr,
         dy_shift_ptr, other_ptr, rate_ptr, w_ptr, dw_ptr, tile, position, row_ok, c, c_ok, x_size,
-        TAPS, IMAGES, MODE, Y_ALIGN, BLOCK_P, BLOCK_C, EMULATE, ACCUMULATE,
+        TAPS, Y_ALIGN, BLOCK_P, BLOCK_C, EMULATE, ACCUMULATE,
     )  # fmt: skip
     if dx_ptr is not None:
         if partial_ptr is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate_gradient, image, positions, row_offsets
+from .common import activate_gradient, image_positions, positions, row_offsets
 from .tap_conv import accumulate, reduction_rows, store, tile_positions
 
 
@@ -63,8 +63,7 @@ def gather(
     w_ptr, width, first,  # (groups, reduction, width), and the tile's first column
     scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
     position, row_ok, residue, size,  # positions of dx, and its (T, H, W)
-    TAPS: tl.constexpr, CLASSES: tl.constexpr, IMAGES: tl.constexpr, MODE: tl.constexpr,
-    FLAT: tl.constexpr, ALIGN: tl.constexpr,
+    TAPS: tl.constexpr, CLASSES: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -85,25 +84,21 @@ def gather(
         other_ptr += in_channel.to(tl.int64) * dy_strides[1]
     dy_ptr += in_channel.to(tl.int64) * dy_strides[1]
     w_ptr += group.to(tl.int64) * reduction_rows(channels, TAPS, FLAT, BLOCK_K) * width + first
-    sample, t, h, w = position
-    if IMAGES[0] * IMAGES[1] * IMAGES[2] == 1:
+    if TAPS.images[0] * TAPS.images[1] * TAPS.images[2] == 1:
         acc, rest = accumulate(
             acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, scale_ptr, shift_ptr,
             other_ptr, rate_ptr, position, row_ok, subset, TAPS, FLAT, ALIGN, "none", 0.0,
             BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
         )  # fmt: skip
     else:
-        for m in range(IMAGES[0] * IMAGES[1] * IMAGES[2]):
-            m_t, m_h, m_w = m // (IMAGES[1] * IMAGES[2]), m // IMAGES[2] % IMAGES[1], m % IMAGES[2]
-            at_t, ok_t = image(t, m_t, size[0], TAPS.before[0], MODE if IMAGES[0] > 1 else "zeros")
-            at_h, ok_h = image(h, m_h, size[1], TAPS.before[1], MODE if IMAGES[1] > 1 else "zeros")
-            at_w, ok_w = image(w, m_w, size[2], TAPS.before[2], MODE if IMAGES[2] > 1 else "zeros")
-            ok = row_ok & ok_t & ok_h & ok_w
+        for m in range(TAPS.images[0] * TAPS.images[1] * TAPS.images[2]):
+            at, ok = image_positions(position, m, size, TAPS)
+            ok = ok & row_ok
             if tl.max(ok.to(tl.int32), 0) > 0:
                 acc, rest = accumulate(
                     acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, scale_ptr,
-                    shift_ptr, other_ptr, rate_ptr, (sample, at_t, at_h, at_w), ok, None, TAPS,
-                    FLAT, ALIGN, "none", 0.0, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+                    shift_ptr, other_ptr, rate_ptr, at, ok, None, TAPS, FLAT, ALIGN, "none", 0.0,
+                    BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
                 )  # fmt: skip
     return acc, rest
 
@@ -155,7 +150,6 @@ def input_gradient(
     u_ptr, scale_ptr, shift_ptr, mean_ptr, partial_ptr,  # ``finish_gradient``; or None
     grid_size, count,  # (T, H, W) of one residue class, and its positions: N·T·H·W
     TAPS: tl.constexpr, FLAT: tl.constexpr, CLASSES: tl.constexpr,  # classes along each axis
-    IMAGES: tl.constexpr, MODE: tl.constexpr,  # along each axis; padding mode
     Y_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -175,7 +169,7 @@ def input_gradient(
         tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
         dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, first, in_scale_ptr,
         in_shift_ptr, other_ptr, rate_ptr, position, row_ok, residue, dx_size, TAPS, CLASSES,
-        IMAGES, MODE, FLAT, Y_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+        FLAT, Y_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip
 
     all_channels = groups * dx_channels

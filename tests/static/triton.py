@@ -122,6 +122,7 @@ CASES = (
     Case("parallel relu", (64, 64, 64), (16, 56, 56), combine="add", branch_activation="relu"),
     Case("depthwise", (108, 108, 108), (16, 56, 56), groups=108, norm="frozen", save=False),
     Case("depthwise batch", (64, 64, 64), (16, 56, 56), groups=64, channels_last=False),
+    Case("parallel cat s2", (64, 0, 96), (16, 56, 56), combine="cat", stride=(2, 2, 2), dtype=HALF),
     Case("parallel depthwise", (64, 64, 64), (16, 56, 56), groups=64, combine="add"),
     Case("gelu", (32, 96, 32), (8, 28, 28), norm="frozen", activation="gelu", dtype=HALF),
 )
@@ -263,7 +264,10 @@ def main() -> int:
     return 1 if bad or not seen else 0
 
 
-DENSE = ("tap_conv", "parallel_conv", "pair_conv", "input_gradient", "weight_gradient")
+DENSE = (
+    "tap_conv", "parallel_conv", "pair_conv", "input_gradient", "weight_gradient",
+    "branch_gradients", "parallel_input_gradient", "parallel_weight_gradient",
+)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

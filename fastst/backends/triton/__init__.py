@@ -17,7 +17,8 @@ from ...shapes import Problem
 from . import backward, launch, pair
 from .backward import conv2plus1d_backward
 from .pair import conv2plus1d
-from .parallel import parallel_conv2plus1d, parallel_conv2plus1d_backward
+from .parallel import parallel_conv2plus1d
+from .parallel_backward import parallel_conv2plus1d_backward
 
 __all__ = [
     "avoid",

@@ -53,7 +53,18 @@ def taps(p: Pass) -> Any:
 def transposed_taps(p: Pass) -> Any:
     """Geometry of the input gradient of a pass."""
     steps = (s // math.gcd(s, d) for s, d in zip(p.stride, p.dilation, strict=True))
-    return taps(p)._replace(mode="transposed", step=tuple(steps))
+    return taps(p)._replace(
+        mode="transposed", step=tuple(steps), images=images(p), padding=p.padding_mode
+    )
+
+
+def images(p: Pass) -> tuple[int, ...]:
+    """How many padded indices hold a copy of an index, along each axis: see ``common.image``."""
+    sides = zip(p.padding[::2], p.padding[1::2], strict=True)
+    if p.padding_mode == "replicate":
+        return tuple(1 + before + after for before, after in sides)
+    padded = 1 if p.padding_mode == "zeros" else 3
+    return tuple(padded if any(side) else 1 for side in sides)
 
 
 def operand(t: Tensor, channels: int) -> tuple[tuple[Any, ...], int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import configs
 from ...shapes import Pass
 from . import arguments, launch
-from .gradients import accumulate_dtype, images, sum_rows
+from .gradients import accumulate_dtype, sum_rows
 
 
 def direct_gradients(
@@ -54,7 +54,6 @@ def direct_gradients(
     parts = (
         x.new_empty((tiles, taps, out_per_group, channels), dtype=dtype) if needs_weight else None
     )
-    packed = weight.reshape(p.groups, out_per_group, per_group, taps).permute(3, 1, 0, 2)
     x_args, x_align = arguments.operand(x, channels)
     dy_args, dy_align = arguments.operand(dy, p.out_channels)
     dx_align = 1 if dx is None else arguments.alignment(dx, math.gcd(channels, stored))
@@ -62,16 +61,25 @@ def direct_gradients(
         launch.kernels().depthwise_backward.direct_gradients,
         (tiles * -(-stored // c.block_c),), c,
         *x_args, channels, stored, per_group, out_per_group, x_scale, x_shift,
-        *dy_args, scale, shift, other, rate, packed.contiguous(),
+        *dy_args, scale, shift, other, rate, pack_direct(p, weight),
         dx, None if dx is None else arguments.strides(dx, dx_align),
         x if activation != "none" or mean is not None else None, mean, partial, parts, count,
-        TAPS=arguments.transposed_taps(p), IMAGES=images(p), MODE=p.padding_mode, X_ALIGN=x_align,
-        Y_ALIGN=dy_align, DX_ALIGN=dx_align, **arguments.layout(dy, x, count),
-        ACTIVATION=activation, SLOPE=slope, BLOCK_P=c.block_p, BLOCK_C=c.block_c,
-        **arguments.arithmetic(x.dtype, dot=False),
+        TAPS=arguments.transposed_taps(p), X_ALIGN=x_align, Y_ALIGN=dy_align, DX_ALIGN=dx_align,
+        **arguments.layout(dy, x, count), ACTIVATION=activation, SLOPE=slope,
+        BLOCK_P=c.block_p, BLOCK_C=c.block_c, **arguments.arithmetic(x.dtype, dot=False),
     )  # fmt: skip
-    if parts is None:
-        return partial, None
-    dw = sum_rows(parts.flatten(1), x.new_empty(parts.shape[1:], dtype=dtype))
-    dw = dw.view(taps, out_per_group, p.groups, per_group).permute(2, 1, 3, 0)
-    return partial, torch.empty_like(weight).copy_(dw.reshape(weight.shape))
+    return partial, None if parts is None else finish_direct(p, parts, weight)
+
+
+def pack_direct(p: Pass, weight: Tensor) -> Tensor:
+    """(K, C/g, kt, kh, kw) as (taps, K/g, C)."""
+    per_group = (p.in_channels // p.groups, p.out_channels // p.groups)
+    w = weight.reshape(p.groups, per_group[1], per_group[0], math.prod(p.kernel))
+    return w.permute(3, 1, 0, 2).contiguous()
+
+
+def finish_direct(p: Pass, parts: Tensor, weight: Tensor) -> Tensor:
+    """The sum of the (tiles, taps, K/g, C) parts, in the dtype and the strides of the weight."""
+    dw = sum_rows(parts.flatten(1), parts.new_empty(parts.shape[1:]))
+    dw = dw.unflatten(2, (p.groups, -1)).permute(2, 1, 3, 0)
+    return torch.empty_like(weight).copy_(dw.reshape(weight.shape))

@@ -44,7 +44,7 @@ def input_gradient(
     channels = dy.shape[1] if groups == 1 else p.out_channels // groups
     in_channels = p.in_channels // groups
     stored = dx.shape[1] if groups == 1 else in_channels
-    classes, copies = _classes(p), images(p)
+    classes = residue_classes(p)
     grid = tuple(-(-n // s) for n, s in zip(dx.shape[2:], classes, strict=True))
     count = dx.shape[0] * math.prod(grid)
     found = configs.input_gradient(
@@ -53,7 +53,7 @@ def input_gradient(
         reads_two=other is not None, masks=u is not None, classes=math.prod(classes),
     )  # fmt: skip
     config = found[min(rank, len(found) - 1)]
-    packed = arguments.pack(_transposed(weight, groups), groups, channels, config)
+    packed = arguments.pack(transposed(weight, groups), groups, channels, config)
     dy_args, dy_align = arguments.operand(dy, channels)
     dx_args, dx_align = arguments.operand(dx, stored)
     tiles = -(-count // config.block_p) * math.prod(classes)
@@ -66,7 +66,7 @@ def input_gradient(
         *dy_args, channels, groups, packed, packed.shape[-1], scale, shift, other, rate,
         *dx_args, in_channels, stored, u, u_scale, u_shift, mean, partial, grid, count,
         TAPS=arguments.transposed_taps(p), FLAT=channels if config.flat else 0, CLASSES=classes,
-        IMAGES=copies, MODE=p.padding_mode, Y_ALIGN=dy_align, X_ALIGN=dx_align,
+        Y_ALIGN=dy_align, X_ALIGN=dx_align,
         RUN=arguments.run_length(dy, dx) if classes[2] == 1 else 1, WIDE=arguments.wide(count),
         ACTIVATION=activation, SLOPE=slope, **arguments.tiling(config),
         **arguments.arithmetic(dy.dtype),
@@ -74,21 +74,17 @@ def input_gradient(
     return partial
 
 
-def images(p: Pass) -> tuple[int, ...]:
-    """How many padded indices hold a copy of an index, along each axis: see ``common.image``."""
-    sides = zip(p.padding[::2], p.padding[1::2], strict=True)
-    if p.padding_mode == "replicate":
-        return tuple(1 + before + after for before, after in sides)
-    padded = 1 if p.padding_mode == "zeros" else 3
-    return tuple(padded if any(side) else 1 for side in sides)
+def residue_classes(*passes: Pass) -> tuple[int, ...]:
+    """Residue classes along each axis, of one pass or of several of the same stride.
+
+    Images of one class belong to others: then there is one.
+    """
+    if all(math.prod(arguments.images(p)) == 1 for p in passes):
+        return passes[0].stride
+    return (1, 1, 1)
 
 
-def _classes(p: Pass) -> tuple[int, ...]:
-    """Residue classes along each axis. Images of one class belong to others: then there is one."""
-    return p.stride if math.prod(images(p)) == 1 else (1, 1, 1)
-
-
-def _transposed(weight: Tensor, groups: int) -> Tensor:
+def transposed(weight: Tensor, groups: int) -> Tensor:
     """(K, C/g, …) as (C, K/g, …)."""
     if groups == 1:
         return weight.transpose(0, 1)
@@ -131,9 +127,8 @@ def weight_gradient(
     partial = x.new_empty((splits, weight.numel()), dtype=accumulate_dtype(x.dtype))
     x_args, x_align = arguments.operand(x, x.shape[1] if groups == 1 else channels)
     dy_args, dy_align = arguments.operand(dy, dy.shape[1] if groups == 1 else out_channels)
-    kernels = launch.kernels().weight_gradient
     launch.run(
-        kernels.weight_gradient, (splits * groups * rows * widths,), c,
+        launch.kernels().weight_gradient.weight_gradient, (splits * groups * rows * widths,), c,
         *x_args, channels, x_scale, x_shift, *dy_args, out_channels, scale, shift, other, rate,
         partial, groups, rows, widths, count, per_split,
         TAPS=arguments.taps(p), FLAT=channels if c.flat else 0, SWAP=c.swap, X_ALIGN=x_align,
@@ -141,13 +136,18 @@ def weight_gradient(
         BLOCK_P=c.block_p, BLOCK_R=c.block_r, BLOCK_N=c.block_n, REST_N=c.rest_n,
         **arguments.arithmetic(x.dtype),
     )  # fmt: skip
+    return finish_weight(p, partial, weight, c.swap)
+
+
+def finish_weight(p: Pass, partial: Tensor, weight: Tensor, swap: bool) -> Tensor:
+    """The sum of the (splits, weights) partials, in the dtype and the strides of the weight."""
     dw = torch.empty_like(weight)
     launch.run(
-        kernels.finish_weight, (-(-weight.numel() // 256),), None,
-        partial, splits, weight.numel(), dw, dw.stride(), channels, out_channels,
-        KERNEL=p.kernel, SWAP=c.swap, BLOCK=256,
+        launch.kernels().weight_gradient.finish_weight, (-(-weight.numel() // 256),), None,
+        partial, partial.shape[0], weight.numel(), dw, dw.stride(), weight.shape[1],
+        weight.shape[0] // p.groups, KERNEL=p.kernel, SWAP=swap, BLOCK=256,
         EMULATE=launch.interpreted() and dw.dtype == torch.bfloat16,
-        ACCUMULATE=arguments.dot_type(x.dtype),
+        ACCUMULATE=arguments.dot_type(accumulate_dtype(dw.dtype)),
     )  # fmt: skip
     return dw
 

@@ -26,6 +26,7 @@ def found() -> tuple[ModuleType | None, str | None]:
             depthwise_backward,
             input_gradient,
             pair,
+            parallel,
             statistics,
             tap_conv,
             weight_gradient,
