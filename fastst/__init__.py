@@ -11,6 +11,7 @@ try:
     from .inference import optimize_for_inference
     from .inflate import inflate
     from .layers import Conv2Plus1d, ParallelConv2Plus1d
+    from .memory import MemoryPlan, set_memory_budget
     from .tuning import Measurement, tune
 except Exception:
     # ``python -m fastst.info`` runs this file first, and is there to say what is broken.
@@ -25,6 +26,7 @@ __all__ = [
     "Explanation",
     "FallbackWarning",
     "Measurement",
+    "MemoryPlan",
     "ParallelConv2Plus1d",
     "convert",
     "explain",
@@ -33,6 +35,7 @@ __all__ = [
     "inflate",
     "optimize_for_inference",
     "revert",
+    "set_memory_budget",
     "tune",
     "use_backend",
 ]

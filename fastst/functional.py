@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -64,7 +65,7 @@ def conv2plus1d(
     norm: BatchNorm | None = None,
     order: str = "spatial-first",
     causal: Causal = False,
-    recompute: bool = False,
+    recompute: bool | None = None,
     residual: Tensor | None = None,
     outer_activation: str | None = None,
 ) -> Tensor:
@@ -103,7 +104,8 @@ def conv2plus1d(
             before the first and none after; the temporal padding must then be 0 and its mode
             "zeros" or "replicate". "strided" pads dt·(kt−1) + 1 − st, as NVIDIA's Cosmos tokenizer
             does.
-        recompute: keep only x for backward and compute the mid tensor u again there.
+        recompute: keep only x for backward and compute the mid tensor u again there; None for what
+            the environment variable ``FASTST_RECOMPUTE`` says, where 1 is yes.
         residual: of exactly the shape and the dtype of y, or None; any strides.
         outer_activation: of y, after the residual; names as for ``activation``.
 
@@ -122,7 +124,7 @@ def conv2plus1d(
     tensors = PairTensors(*main, residual=residual)
     spec = checks.pair(
         tensors, stride, padding, dilation, groups, padding_mode, activation, negative_slope, norm,
-        order, causal, recompute, outer_activation,
+        order, causal, _recomputes() if recompute is None else recompute, outer_activation,
     )  # fmt: skip
     if norm is not None:
         mean, var = (None, None) if norm.training else norm[:2]
@@ -204,6 +206,10 @@ def parallel_conv2plus1d(
     else:
         y = ops.parallel_conv2plus1d(tensors, spec, dispatch.requested())
     return y if batched else y.squeeze(0)
+
+
+def _recomputes() -> bool:
+    return os.environ.get("FASTST_RECOMPUTE", "0") not in ("", "0")
 
 
 def _composes(x: Tensor) -> bool:

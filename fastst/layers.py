@@ -46,7 +46,8 @@ class Conv2Plus1d(nn.Module):
             module, or None.
         order: "spatial-first" or "temporal-first".
         causal: see ``functional.conv2plus1d``; enables ``stream``.
-        recompute: keep only the input for backward.
+        recompute: keep only the input for backward; None for what ``fastst.set_memory_budget`` has
+            chosen or, if it has not, the environment variable ``FASTST_RECOMPUTE`` says.
         device, dtype: of the parameters.
 
     Shape:
@@ -73,7 +74,7 @@ class Conv2Plus1d(nn.Module):
         activation: str | nn.Module | None = "relu",
         order: str = "spatial-first",
         causal: Causal = False,
-        recompute: bool = False,
+        recompute: bool | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -140,8 +141,8 @@ class Conv2Plus1d(nn.Module):
         parts = [f"order={self.order!r}"]
         if self.causal:
             parts.append(f"causal={self.causal!r}")
-        if self.recompute:
-            parts.append("recompute=True")
+        if self.recompute is not None:
+            parts.append(f"recompute={self.recompute}")
         return ", ".join(parts)
 
 

@@ -59,7 +59,8 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
     torch.library.register_fake(f"fastst::{name}", fake, lib=_library)
 
 
-def _pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, str]:
+def pair_arguments(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, str]:
+    """What the arguments of an op of ``conv2plus1d`` describe, and its backend."""
     tensors, spec = PairTensors(*args[:_PAIR]), PairSpec(*_tuples(args[_PAIR:_PAIR_END]))
     return tensors, spec, Problem.of(tensors, spec), args[_PAIR_END]
 
@@ -69,7 +70,7 @@ def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, 
     Raises:
         ValueError: a residual or an outer activation, which have no backward here.
     """
-    tensors, spec, problem, backend = _pair(args)
+    tensors, spec, problem, backend = pair_arguments(args)
     if problem.residual or spec.outer_activation != "none":
         raise ValueError("conv2plus1d_train: requires no residual and no outer activation")
     return tensors, spec, problem, backend
@@ -99,13 +100,13 @@ def _tuples(values: Sequence[Any]) -> list[Any]:
 
 
 def _conv2plus1d(*args: Any) -> Tensor:
-    tensors, _, problem, backend = _pair(args)
+    tensors, _, problem, backend = pair_arguments(args)
     result = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, False)
     return finished(result, problem, tensors)
 
 
 def _conv2plus1d_fake(*args: Any) -> Tensor:
-    return _pair(args)[2].empty_output(args[0])
+    return pair_arguments(args)[2].empty_output(args[0])
 
 
 def _conv2plus1d_train(*args: Any) -> tuple[Tensor, ...]:

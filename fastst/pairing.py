@@ -18,6 +18,7 @@ from . import activations, collectives, dispatch, functional, streaming
 from .backends import reference
 from .functional import BatchNorm, Causal
 
+RECOMPUTE = "_fastst_recompute"  # on spatial convolutions, by ``memory.set_memory_budget``
 _BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm, collectives.SyncBatchNorm)
 
 
@@ -53,7 +54,7 @@ def pair_forward(
     *,
     order: str | None = None,
     causal: Causal = False,
-    recompute: bool = False,
+    recompute: bool | None = None,
     owner: str = "conv pair",
     ending: Ending | None = None,
 ) -> Tensor:
@@ -67,7 +68,8 @@ def pair_forward(
         x: (N, C, T, H, W) or (C, T, H, W).
         first, norm, activation, second: the modules; norm and activation may be None.
         order: which of the two convolutions is which; None to read it off their kernels.
-        causal, recompute: see ``functional.conv2plus1d``.
+        causal: see ``functional.conv2plus1d``.
+        recompute: the same; None for what ``set_memory_budget`` has chosen, if anything.
         owner: what a warning calls them.
         ending: what is applied to the output.
     """
@@ -80,6 +82,8 @@ def pair_forward(
     spatial, temporal = by_kind(first, second, order)
     named = activations.from_module(activation)
     assert named is not None
+    if recompute is None:
+        recompute = vars(spatial).get(RECOMPUTE)
     return run_pair(
         x, spatial.weight, temporal.weight, spatial.bias, temporal.bias, norm, ending=ending,
         stride=(temporal.stride[0], *spatial.stride[1:]), padding=sides(spatial, temporal),

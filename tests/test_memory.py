@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -101,3 +102,89 @@ def test_backward_releases_what_was_kept() -> None:
     y.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         y.sum().backward()
+
+
+# ---- which pairs recompute
+
+
+def test_the_environment_says_what_no_argument_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    lean, fat = share(*pair(norm="batch", recompute=True)), share(*pair(norm="batch"))
+    for value, unsaid in (("1", lean), ("0", fat), ("", fat)):
+        monkeypatch.setenv("FASTST_RECOMPUTE", value)
+        assert share(*pair(norm="batch")) == unsaid
+        assert share(*pair(norm="batch", recompute=False)) == fat
+        assert share(*pair(norm="batch", recompute=True)) == lean
+
+
+class Network(nn.Module):
+    """Three pairs: plain modules, a layer, and a layer that has been told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Sequential(
+            nn.Conv3d(4, 9, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(9, momentum=None),
+            nn.ReLU(), nn.Conv3d(9, 8, (3, 1, 1), padding=(1, 0, 0)),
+        )  # fmt: skip
+        self.layer = fastst.Conv2Plus1d(8, 16, 3, (1, 2, 2), padding=1, norm="batch")
+        self.told = fastst.Conv2Plus1d(16, 4, 3, padding=1, recompute=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.told(self.layer(self.plain(x)))
+
+
+def network() -> tuple[Network, Tensor]:
+    model = Network()
+    fastst.convert(model)
+    return model, torch.randn(2, 4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.7, 0.5, 0.0])
+def test_a_budget_saves_the_bytes_that_it_says(budget: float) -> None:
+    model, x = network()
+    own = [*model.parameters(), *model.buffers()]
+    before = held(lambda: model(x), *own)
+    model.zero_grad()
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    plan = fastst.set_memory_budget(model, budget, x)
+    assert plan is not None
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    for m in (model, copy.deepcopy(model)):
+        saved = before - held(lambda m=m: m(x), *m.parameters(), *m.buffers())
+        assert saved == plan.total - plan.kept
+    told = 2 * 3 * 4 * 4 * 40 * 4  # u of the pair that keeps it whatever the budget
+    assert plan.kept <= max(budget * plan.total, told)
+    assert set(plan.recomputed) <= {"plain.0", "layer.spatial"}
+    got = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert fastst.set_memory_budget(model, None) is None
+    assert held(lambda: model(x), *own) == before
+
+
+def test_the_cheapest_pairs_recompute_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations per byte of u are the fewer the thinner the input: 9·4 of the first pair."""
+    monkeypatch.setenv("FASTST_RECOMPUTE", "1")  # a choice goes before it
+    model, x = network()
+    plan = fastst.set_memory_budget(model, 0.8, x)
+    assert plan is not None
+    assert plan.recomputed == ("plain.0",)
+
+
+def test_budgets_that_cannot_be() -> None:
+    model, x = network()
+    for wrong, kind, message in (
+        ("half", TypeError, "must be a number or None, got 'half'"),
+        (1.5, ValueError, "within 0 and 1, got 1.5"),
+    ):
+        with pytest.raises(kind, match=message):
+            fastst.set_memory_budget(model, wrong, x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got int"):
+        fastst.set_memory_budget(3, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="it runs none"):
+        fastst.set_memory_budget(nn.ReLU(), 0.5, x)
+    fastst.set_memory_budget(model, 0.0, x)
+    before = held(lambda: model(x), *model.parameters(), *model.buffers())
+    with pytest.raises(ValueError, match="channels must chain"):
+        fastst.set_memory_budget(model, 1.0, x[:, :2])
+    assert held(lambda: model(x), *model.parameters(), *model.buffers()) == before
