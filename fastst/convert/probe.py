@@ -198,17 +198,26 @@ def _candidates(module: nn.Module, parts: _Parts) -> Iterator[Whole]:
 
 
 def _paddings(spatial: Any, temporal: Any) -> Iterator[tuple[Sides, str]]:
-    """The modules' own padding, and causal padding by the forward where they have none."""
-    height, width = _space(spatial, "padding")
-    space = ((height, height), (width, width))
-    own = _setting(temporal, "padding", 0)
-    yield ((own, own), *space), temporal.padding_mode
-    if own == 0:
-        extent = _setting(temporal, "dilation", 0) * (_setting(temporal, "kernel_size", 0) - 1)
-        for left in {extent, extent + 1 - _setting(temporal, "stride", 0)}:
-            for mode in ("zeros", "replicate"):
-                if left > 0:
-                    yield ((left, 0), *space), mode
+    """The modules' own padding, and where they have none that of a forward: "same" or causal."""
+    own = [(n, n) for n in _space(spatial, "padding")]
+    spaces = [tuple(own)]
+    if not any(map(any, own)):
+        spaces.append((_same(spatial, -2), _same(spatial, -1)))
+    n = _setting(temporal, "padding", 0)
+    times = [((n, n), temporal.padding_mode)]
+    if n == 0:
+        extent = sum(_same(temporal, 0))
+        lefts = {extent, extent + 1 - _setting(temporal, "stride", 0)} - {0}
+        padded = [_same(temporal, 0), *((left, 0) for left in sorted(lefts) if left > 0)]
+        times += itertools.product(padded, ("zeros", "replicate"))
+    for space, (time, mode) in itertools.product(dict.fromkeys(spaces), times):
+        yield (time, *space), mode
+
+
+def _same(conv: Any, axis: int) -> tuple[int, int]:
+    """Padding with which stride 1 keeps the size, as TensorFlow's "same" has it."""
+    extent = _setting(conv, "dilation", axis) * (_setting(conv, "kernel_size", axis) - 1)
+    return extent // 2, extent - extent // 2
 
 
 def _setting(conv: Any, name: str, axis: int) -> int:
