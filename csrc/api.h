@@ -154,6 +154,31 @@ struct HopperTemporalGradient {
   HopperTile tile;
 };
 
+struct HopperWeightTile {
+  int64_t columns;             // mid channels of a block
+  int64_t units;               // of 64 × columns sums, each of one tap, that a warpgroup has
+  int64_t blocks;              // of 64 channels of other
+  std::array<int64_t, 3> box;  // mid positions of a tile: spatial columns, rows, frames of all
+                               // clips; temporal pixels, frames (of one residue), clips
+  int64_t stages;              // of shared memory
+  int64_t splits;              // parts of the positions
+};
+
+// Of a spatial pass mid is du and other x; of a temporal one, mid is z and other dy.
+struct HopperWeightGradient {
+  View mid;               // channels-last, channels a multiple of 8
+  std::optional<View> u;  // shaped as mid
+  View other;             // channels-last; narrow: 8 channels
+  Conv conv;
+  bool temporal, narrow;  // narrow: rows of dW are (8 taps of a row of the kernel, 8 channels)
+  Array coefficients;     // (3, mid channels): scale, shift and second of what multiplies,
+                          // act(scale·mid + second·u + shift); none: mid
+  Activation act;
+  double slope;
+  Array partials;  // (splits, taps, channels of other, channels of mid)
+  HopperWeightTile tile;
+};
+
 // 1 × 7 × 7 of stride 2 on up to 4 channels, then 3 × 1 × 1; at most 48 and 64 channels out.
 struct HopperStem {
   View x;                 // of any strides
@@ -211,5 +236,6 @@ void hopper_spatial_affine(Dtype, const HopperSpatial&, Stream);  // with u
 void hopper_temporal(Dtype, const HopperTemporal&, Stream);
 void hopper_temporal_gradient(Dtype, const HopperTemporalGradient&, Stream);
 void hopper_stem(Dtype, const HopperStem&, Stream);
+void hopper_weight_gradient(Dtype, const HopperWeightGradient&, Stream);
 
 }  // namespace fastst

@@ -98,6 +98,11 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   py::class_<HopperStem>(m, "HopperStem", kLocal)
       .def(py::init<View, Array, Array, std::array<int64_t, 6>, Array, Activation, double,
                     HopperOutput, int64_t, int64_t>());
+  py::class_<HopperWeightTile>(m, "HopperWeightTile", kLocal)
+      .def(py::init<int64_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, int64_t>());
+  py::class_<HopperWeightGradient>(m, "HopperWeightGradient", kLocal)
+      .def(py::init<View, std::optional<View>, View, Conv, bool, bool, Array, Activation, double,
+                    Array, HopperWeightTile>());
 
   m.def("tap_conv", launcher(tap_conv));
   m.def("weight_gradient", launcher(weight_gradient));
@@ -117,6 +122,7 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.def("hopper_temporal", launcher(hopper_temporal));
   m.def("hopper_temporal_gradient", launcher(hopper_temporal_gradient));
   m.def("hopper_stem", launcher(hopper_stem));
+  m.def("hopper_weight_gradient", launcher(hopper_weight_gradient));
 
   m.def("device_count", &device_count, "CUDA devices; 0 where there is none or no driver.");
   m.def("device_error", &device_error, "Why device_count is 0, or an empty string.");

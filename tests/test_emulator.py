@@ -191,4 +191,8 @@ def test_ldmatrix_and_stmatrix(hopper: Path) -> None:
     assert values[:128] == [
         100 * j + 10 * (lane // 4) + 2 * (lane % 4) + 1 for lane in range(32) for j in range(4)
     ]
-    assert values[128:] == [100 * (m // 8) + 10 * (m % 8) for m in (r ^ 1 for r in range(32))]
+    # of the transposed matrix: row 2 (l % 4) + 1, column l / 4
+    assert values[160:] == [
+        100 * j + 10 * (2 * (lane % 4) + 1) + lane // 4 for lane in range(32) for j in range(4)
+    ]
+    assert values[128:160] == [100 * (m // 8) + 10 * (m % 8) for m in (r ^ 1 for r in range(32))]

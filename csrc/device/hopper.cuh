@@ -49,6 +49,17 @@ __device__ void ldmatrix_x4(uint32_t (&r)[4], Shared<T> row) {
                : "memory");
 }
 
+// The same, and each matrix transposed on the way: lane l gets elements of column l / 4 of matrix
+// j, of rows 2(l % 4) and 2(l % 4) + 1.
+template <class T>
+__device__ void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared<T> row) {
+  static_assert(sizeof(T) == 2);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // The other way.
 template <class T>
 __device__ void stmatrix_x4(Shared<T> row, const uint32_t (&r)[4]) {

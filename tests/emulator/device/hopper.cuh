@@ -25,8 +25,7 @@ void registers_decrease(Where where = Where::current()) {
   emulator::block().change_registers(N, false, where);
 }
 
-// f(j, address of this lane's four bytes of matrix j), from the rows that the lanes of the warp
-// give.
+// f(j, addresses of the rows of matrix j), as the lanes of the warp give them.
 template <class F>
 void with_rows(int64_t row, const char* name, Where where, F f) {
   auto& b = emulator::block();
@@ -35,23 +34,38 @@ void with_rows(int64_t row, const char* name, Where where, F f) {
   if (row % 16) b.fail(std::string("misaligned: row of ") + name + " at " + std::to_string(row));
   b.slots()[lane] = static_cast<uint64_t>(row);
   b.meet(b.warp(), emulator::kWarp, name, where, false);
-  for (int j = 0; j < 4; ++j)
-    f(j, static_cast<int64_t>(b.slots()[8 * j + lane / 4]) + lane % 4 * 4);
+  for (int j = 0; j < 4; ++j) f(j, &b.slots()[8 * j]);
   b.meet(b.warp(), emulator::kWarp, name, where, false);
 }
 
 template <class T>
 void ldmatrix_x4(uint32_t (&r)[4], Shared<T> row, Where where = Where::current()) {
   static_assert(sizeof(T) == 2);
-  with_rows(row.byte(), "ldmatrix", where,
-            [&](int j, int64_t at) { emulator::block().read_shared(at, &r[j], 4, 4); });
+  const int lane = emulator::block().self().rank % emulator::kWarp;
+  with_rows(row.byte(), "ldmatrix", where, [&](int j, const uint64_t* rows) {
+    emulator::block().read_shared(int64_t(rows[lane / 4]) + lane % 4 * 4, &r[j], 4, 4);
+  });
+}
+
+template <class T>
+void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared<T> row, Where where = Where::current()) {
+  static_assert(sizeof(T) == 2);
+  const int lane = emulator::block().self().rank % emulator::kWarp;
+  with_rows(row.byte(), "ldmatrix", where, [&](int j, const uint64_t* rows) {
+    uint16_t both[2];
+    for (int i = 0; i < 2; ++i)
+      emulator::block().read_shared(int64_t(rows[lane % 4 * 2 + i]) + lane / 4 * 2, &both[i], 2, 2);
+    std::memcpy(&r[j], both, 4);
+  });
 }
 
 template <class T>
 void stmatrix_x4(Shared<T> row, const uint32_t (&r)[4], Where where = Where::current()) {
   static_assert(sizeof(T) == 2);
-  with_rows(row.byte(), "stmatrix", where,
-            [&](int j, int64_t at) { emulator::block().write_shared(at, &r[j], 4, 4); });
+  const int lane = emulator::block().self().rank % emulator::kWarp;
+  with_rows(row.byte(), "stmatrix", where, [&](int j, const uint64_t* rows) {
+    emulator::block().write_shared(int64_t(rows[lane / 4]) + lane % 4 * 4, &r[j], 4, 4);
+  });
 }
 
 }  // namespace fastst

@@ -1,0 +1,133 @@
+"""Weight gradients on Hopper: one kernel for both passes, over positions of the mid tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...configs import round_up
+from ...configs_hopper_weights import Reach, WeightTile, weight_gradient
+from ...shapes import Pass, Problem
+from ..native import Call
+from .launches import ROW, Gradient, Mid, _processors, evenly_framed, rows_of
+
+TAPS = 49  # most, of a kernel
+NARROW = 8  # channels of x, and taps of a row of its kernel, that make the 64 rows of a product
+_TEMPORAL_STRIDE = 2
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the weight gradients of a problem that the forward kernels take need other kernels."""
+    spatial, temporal = problem.passes
+    if math.prod(spatial.kernel) > TAPS:
+        return f"have at most {TAPS} spatial taps, not {math.prod(spatial.kernel)}"
+    if temporal.padding_mode != "zeros" and any(temporal.padding):
+        return f"pad time with zeros, not {temporal.padding_mode!r}"
+    if temporal.stride[0] > _TEMPORAL_STRIDE:
+        return f"have temporal strides up to {_TEMPORAL_STRIDE}, not {temporal.stride[0]}"
+    return None
+
+
+def is_narrow(p: Pass) -> bool:
+    return p.in_channels <= NARROW and p.kernel[2] <= NARROW
+
+
+def spatial_tile(problem: Problem, sources: int) -> WeightTile:
+    """Tile of dWs, with du made of so many tensors (0: stored)."""
+    p = problem.passes[0]
+    _, kh, kw = p.kernel
+    narrow = is_narrow(p)
+    reach = Reach(
+        (p.stride[2], p.stride[1]),
+        (((NARROW if narrow else kw) - 1) * p.dilation[2], (kh - 1) * p.dilation[1]),
+    )
+    frames, height, width = problem.mid_size
+    return weight_gradient(
+        (width, height, problem.batch * frames), reach, kh if narrow else kh * kw,
+        64 if narrow else p.in_channels, round_up(p.out_channels, ROW), sources, narrow,
+        _processors(problem.device),
+    )  # fmt: skip
+
+
+def temporal_tile(problem: Problem, sources: int) -> WeightTile:
+    """Tile of dWt, with z made of one tensor, or stored."""
+    p = problem.passes[1]
+    taps, stride = p.kernel[0], p.stride[0]
+    # dy is read at (t + padding − tap) / stride: of each residue, by every stride-th tap.
+    reach = Reach((1, 1), (0, -(-(taps - 1) * p.dilation[0] // stride)), stride)
+    frames, height, width = problem.mid_size
+    return weight_gradient(
+        (height * width, frames, problem.batch), reach, taps, p.out_channels,
+        round_up(p.in_channels, ROW), sources, False, _processors(problem.device),
+    )  # fmt: skip
+
+
+def spatial(k: Call, x: Tensor, du: Gradient, weight: Tensor) -> Tensor:
+    """dWs (M, C, 1, kh, kw) in the accumulation dtype, from x (N, C, T, H, W), channels-last."""
+    p = k.problem.passes[0]
+    m, c, _, kh, kw = weight.shape
+    narrow = is_narrow(p)
+    if narrow and c < NARROW:  # rows of 16 bytes
+        x = F.pad(x.permute(0, 2, 3, 4, 1), (0, NARROW - c)).permute(0, 4, 1, 2, 3)
+    coefficients = None
+    if du.affine is not None:
+        coefficients = torch.stack((torch.ones_like(du.affine[0]), du.affine[1], du.affine[0]))
+    tile = spatial_tile(k.problem, 0 if du.u is None else 2)
+    sums = _sums(k, du.g, du.u, evenly_framed(x), p, tile, coefficients, "none", narrow)
+    if narrow:
+        taps = sums.view(kh, NARROW, NARROW, -1)[:, :kw, :c, :m]
+    else:
+        taps = sums.view(kh, kw, c, -1)[..., :m]
+    return taps.permute(3, 2, 0, 1).unsqueeze(2)
+
+
+def temporal(k: Call, z: Mid, dy: Tensor, weight: Tensor) -> Tensor:
+    """dWt (K, M, kt, 1, 1) in the accumulation dtype, from dy (N, K, T', H, W), channels-last."""
+    m = weight.shape[1]
+    coefficients = None
+    if z.affine is not None:
+        coefficients = torch.cat((z.affine, torch.zeros_like(z.affine[:1])))
+    tile = temporal_tile(k.problem, 0 if coefficients is None else 1)
+    sums = _sums(k, z.u, None, dy, k.problem.passes[1], tile, coefficients, z.activation)
+    return sums[..., :m].permute(1, 2, 0)[..., None, None]
+
+
+def _sums(
+    k: Call,
+    mid: Tensor,
+    u: Tensor | None,
+    other: Tensor,
+    p: Pass,
+    tile: WeightTile,
+    coefficients: Tensor | None,  # (3, M and more): scale, shift, second
+    activation: str,
+    narrow: bool = False,
+) -> Tensor:
+    """(taps, rows, stored mid channels)"""
+    columns = round_up(mid.shape[1], ROW)
+    rows = 64 if narrow else other.shape[1]
+    taps = math.prod(p.kernel[:2]) * (1 if narrow else p.kernel[2])
+    partials = k.empty(tile.splits, taps, rows, columns)
+    array: Any = k.lib.Array()
+    if coefficients is not None:
+        array = k.array(coefficients[:, :columns])
+    argument = k.lib.HopperWeightGradient(
+        k.view(_stored(mid)), None if u is None else k.view(_stored(u)), k.view(rows_of(other)),
+        k.conv(p), p.kind == "temporal", narrow, array, k.act(activation), k.slope,
+        k.array(partials),
+        k.lib.HopperWeightTile(
+            tile.columns, tile.units, tile.blocks, tile.box, tile.stages, tile.splits
+        ),
+    )  # fmt: skip
+    k.lib.hopper_weight_gradient(k.dtype, argument, k.stream)
+    return k.sum_rows(partials)
+
+
+def _stored(t: Tensor) -> Tensor:
+    """t with all the channels that its rows have: a multiple of 8, zeros behind the last."""
+    n, m, *size = t.shape
+    return rows_of(t.as_strided((n, round_up(m, ROW), *size), t.stride()))

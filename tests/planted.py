@@ -1,0 +1,37 @@
+"""Emulated libraries with a bug planted in a copy of the kernels' sources."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from fastst.backends import native
+
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+def library(
+    folder: Path, file: str, right: str, wrong: str, unused: Sequence[tuple[str, str]] = ()
+) -> ModuleType:
+    """The emulated library in which ``file`` has ``wrong`` for ``right``.
+
+    Args:
+        folder: for the copy.
+        unused: (file, pattern): lines that the test does not need and that take long to compile.
+    """
+    changed = folder / "csrc"
+    shutil.copytree(CSRC, changed)
+    for name, pattern in unused:
+        text, times = re.subn(pattern, "", (changed / name).read_text())
+        assert times, f"{name} no longer has {pattern}"
+        (changed / name).write_text(text)
+    text = (changed / file).read_text()
+    assert right in text, f"{file} no longer has {right!r}: plant the bug elsewhere"
+    (changed / file).write_text(text.replace(right, wrong, 1))
+    builder = native.import_file("fastst_emulator_build", native._EMULATOR)
+    built = builder.module(changed)
+    # A module of its own name: pybind11 hands out the first module of a name again.
+    return native.import_file(f"mutant_{built.parent.name}.{builder.MODULE}", built)
