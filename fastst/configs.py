@@ -24,6 +24,7 @@ _COLUMNS = (
     (128, 0), (128, 16), (128, 32), (128, 64),
 )  # fmt: skip
 _LEAST_K = 16  # of tl.dot
+THIN = 4  # channels of a group up to which products run on ordinary cores
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,16 @@ class PairConfig:
 
     block_p: int
     block_m: int  # mid channels at a time
-    block_n: int  # all output channels
+    rest_m: int  # and, once, so many more
+    block_n: int  # all output channels of a group
     block_k: int
     flat: bool
     num_warps: int
     num_stages: int
 
-    def pass_config(self, columns: int, block_k: int, flat: bool) -> TapConfig:
-        """How the weights of one of its passes are packed."""
-        return TapConfig(self.block_p, columns, 0, block_k, flat, self.num_warps, self.num_stages)
+    def mid_width(self, mid_channels: int) -> int:
+        """Mid channels that are computed for so many of a group."""
+        return round_up(max(0, mid_channels - self.rest_m), self.block_m) + self.rest_m
 
 
 @dataclass(frozen=True)
@@ -215,28 +217,92 @@ def candidates(
     return found[:limit]
 
 
-def pair_fits(mid_channels: int, out_channels: int, span: int) -> bool:
-    """Whether ``pair_conv`` is worth it: thin layers, where moving u costs more than computing it.
+def pair_fits(out_channels: int, sums: int, dtype: torch.dtype, tensor_cores: bool) -> bool:
+    """Whether the sums of ``pair_conv`` stay in registers.
 
-    ``span`` output frames of all output channels are in registers at once.
+    Args:
+        out_channels: of one group; all of them are in one tile.
+        sums: taps of the second pass along the walk, each with a sum of its own.
+        dtype: of x.
+        tensor_cores: whether products run on them.
     """
-    return mid_channels <= 64 and out_channels <= 64 and span <= 3
+    # 64 rows × 384 columns of float32 are 96 registers of each of 256 threads, beside 16 of the mid
+    # chunk and the operand of the second product: up to 250 in all. TF32 operands are twice as wide
+    # and, without tensor cores, all of both products is in registers: 192 columns, of float64 half
+    # of that. With 5 sums of 64 columns what moves from sum to sum spilled on 8.0 and 10.0.
+    most = (
+        384 if tensor_cores and dtype.itemsize == 2 and sums <= 3 else 768 // max(4, dtype.itemsize)
+    )
+    return sums * max(16, _power(out_channels)) <= most
 
 
 def pair_conv(
-    channels: int, mid_channels: int, out_channels: int, taps: int, capability: Capability
+    channels: int,
+    mid_channels: int,
+    out_channels: int,
+    taps: int,
+    dtype: torch.dtype,
+    tensor_cores: bool,
+    capability: Capability,
 ) -> PairConfig:
-    """Configuration of ``pair_conv``; arguments of the spatial pass, and the output channels."""
+    """Configuration of ``pair_conv``.
+
+    Args:
+        channels, mid_channels, out_channels: of one group.
+        taps: of the first pass.
+        dtype: of x.
+        tensor_cores: whether products run on them.
+        capability: of the GPU.
+    """
     flat = channels < _LEAST_K and taps > 1
-    # Before Hopper the products take all operands from registers: smaller tiles of them.
+    wide = dtype.itemsize > 2
+    # Before Hopper the products take all operands from registers: smaller tiles of them. So do the
+    # addresses of (tap, channel) as one index, one for each element of a tile.
     hopper = capability[0] >= 9
-    block_m = max(16, min(64 if hopper else 32, _power(mid_channels)))
+    widest = (64 if hopper else 32) if tensor_cores and not (wide and flat) else 16
+    # Padded mid channels cost products; each chunk reads x again, here counted as 8 of them.
+    _, block_m, rest_m = min(
+        (width + 8 * (-(-(width - rest) // block) + (rest > 0)), block, rest)
+        for block in (16, 32, 64)
+        for rest in ((0, 16, 32) if widest == 64 else (0,))  # a second chunk spilled before Hopper
+        if block <= widest and rest < block and rest < mid_channels
+        for width in [round_up(mid_channels - rest, block) + rest]
+    )
     block_n = max(16, _power(out_channels))
     reduction = channels * taps if flat else channels
-    block_k = 16 if reduction <= 16 or (flat and not hopper) else 32
-    # 64 rows × 64 columns × 3 frames are 48 registers of each of 256 threads, beside 16 of the mid
+    thin = reduction <= 16 or (flat and (wide or not hopper)) or not tensor_cores
+    # 64 rows × 64 columns × 3 sums are 48 registers of each of 256 threads, beside 16 of the mid
     # chunk; with 128 threads the sums alone took 96, and their operands spilled.
-    return PairConfig(64, block_m, block_n, block_k, flat, 8, 3)
+    block_p, warps = (64 if tensor_cores else 32), 8
+    if not tensor_cores and block_n <= 32:
+        block_p, warps = 16, 4  # 256 threads were held to 128 registers each, and spilled
+    # Addresses in flight for a third stage spilled: of TF32 by (tap, channel), and beside
+    # few columns, where the compiler gives a thread 64 or 128 registers.
+    few = (wide and flat) or block_n <= (16 if tensor_cores else 32)
+    stages = 2 if few and (capability[0] != 9 or not tensor_cores) else 3
+    return PairConfig(block_p, block_m, rest_m, block_n, 16 if thin else 32, flat, warps, stages)
+
+
+def pieces(programs: int, outputs: int, taps: int, capability: Capability) -> int:
+    """Programs that share the walk of a single-kernel pair along ``outputs`` positions.
+
+    Enough for two programs on each multiprocessor; but each computes ``taps − 1`` mid positions of
+    its neighbour, too, which must not be more than half of its own.
+    """
+    wanted = -(-2 * processors(capability) // max(1, programs))
+    return max(1, min(wanted, outputs // max(1, 2 * (taps - 1))))
+
+
+def least_time(flops: float, moved: float, dtype: torch.dtype, tensor_cores: bool) -> float:
+    """The roofline's time of a kernel, as the bytes that memory could have moved meanwhile.
+
+    FLOPs per byte are those of an H200: 788 TFLOP/s in 16 bits, half of it in TF32, 67 without
+    tensor cores, to 4.3 TB/s. An A100 and a B200 are within 1.6 of it.
+    """
+    rate = 16.0
+    if tensor_cores and dtype.itemsize < 8:
+        rate = 180.0 if dtype.itemsize == 2 else 90.0
+    return max(flops / rate, moved)
 
 
 def thin(channels: int, groups: int) -> bool:
@@ -245,13 +311,18 @@ def thin(channels: int, groups: int) -> bool:
     Tensor cores multiply at least 16 channels with 16: below 4 of a group at most a quarter of
     what they read, and a sixteenth of what they do, would count.
     """
-    return groups > 1 and channels <= 4
+    return groups > 1 and channels <= THIN
 
 
 def direct(
-    positions: int, out_channels: int, taps: int, channels_last: bool, capability: Capability
+    positions: int,
+    out_channels: int,
+    taps: int,
+    channels_last: bool,
+    capability: Capability,
+    sums: int = 1,
 ) -> StreamConfig:
-    """Configuration of ``direct_conv`` and ``depthwise_pair``.
+    """Configuration of ``direct_conv`` and ``direct_pair``.
 
     Args:
         positions: of the output; those that a program does not walk over.
@@ -259,17 +330,24 @@ def direct(
         taps: kernel positions of the pass that reads x.
         channels_last: whether the channels of x, not its columns, are neighbours in memory.
         capability: of the GPU.
+        sums: in registers of each thread: taps of the second pass along the walk of a pair.
     """
     # 8 elements of 16 bits are one load of 16 bytes; 64 channels are whole 128-byte lines.
     block_c = min(64, _power(out_channels)) if channels_last else 1
     # 1,024 outputs are 8 of each of 128 threads: with 16, the sums of 3 frames beside the loads in
-    # flight filled all 255 registers.
-    block_p = min(1024 // block_c, max(16, _power(positions)))
+    # flight filled all 255 registers; with 8, those of 5 frames spilled on 8.0.
+    tile = 1024 if sums < 5 else 512
+    block_p = min(tile // block_c, max(16, _power(positions)))
     while block_p > 16 and positions * out_channels < block_p * block_c * 2 * processors(
         capability
     ):
         block_p //= 2
     return StreamConfig(block_p, block_c, min(taps, 9), 4)
+
+
+def direct_fits(sums: int) -> bool:
+    """Whether the sums of ``direct_pair`` stay in registers: 11 of 4 each are 44."""
+    return sums <= 11
 
 
 def direct_gradients(
@@ -296,6 +374,12 @@ def direct_gradients(
 def _power(n: int) -> int:
     """The least power of two that is not less."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def pack(width: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of ``pack``: 2,048 elements, 16 of each of 128 threads."""
+    columns = min(64, _power(width))
+    return 2048 // columns, columns
 
 
 def combine(channels: int) -> tuple[int, int, int]:

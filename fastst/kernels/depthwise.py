@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .common import activate, columns, positions, tap_offsets
-from .tap_conv import finish, store, tile_positions
+from .tap_conv import finish, tile_positions
+from .walk import beside, walk_source, walk_start, walk_steps, walked
 
 
 @triton.jit
@@ -90,78 +91,78 @@ def direct_conv(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["x_size", "frames", "y_size", "count"])
-def depthwise_pair(
+@triton.jit(do_not_specialize=["x_size", "mid_size", "y_size", "count", "pieces"])
+def direct_pair(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
-    spatial_ptr, temporal_ptr,  # packed weights of the two passes
-    channels,
-    scale_ptr, shift_ptr,  # (C,) of the norm with the spatial bias folded in, or None, or the bias
-    bias_ptr,  # (C,) temporal, or None
-    y_ptr, y_strides, y_size,  # (N, C, T', H', W')
-    frames,  # after the spatial pass
-    count,  # N·H'·W'
-    SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
-    RUN: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    per_group, mid_out_per_group, mid_channels,  # of the first pass
+    mid_per_group, out_per_group, out_channels,  # of the second pass
+    first_ptr, second_ptr,  # packed weights of the two passes
+    scale_ptr, shift_ptr,  # (M,) of the norm with the first bias folded in, or None, or the bias
+    bias_ptr,  # (K,) of the second pass, or None
+    residual_ptr, residual_strides,  # like y, or None
+    y_ptr, y_strides, y_size,  # (N, K, T', H', W')
+    mid_size,
+    count, pieces,  # positions of y across the axis, and programs that share one walk
+    FIRST: tl.constexpr, SECOND: tl.constexpr, AXIS: tl.constexpr,
+    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, OUTER: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
     EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Spatial-first depthwise pair: x is read once, y written once, nothing between them stored.
+    """Both passes of a depthwise or thinly grouped pair: x is read once, y written once.
 
-    A program walks over time at its positions. Mid frame t adds to the ``SPAN`` output frames
-    (at stride 1) that can see it; the oldest is then complete, and is stored where the stride
-    keeps it.
+    A program has some output channels and, of each mid frame (or row), the mid channels of theirs,
+    one of each group at a time.
     """
-    KT: tl.constexpr = TEMPORAL.kernel[0]
-    STRIDE: tl.constexpr = TEMPORAL.stride[0]
-    STEP: tl.constexpr = TEMPORAL.dilation[0]
-    SPAN: tl.constexpr = STEP * (KT - 1) + 1
-    channels = channels // Y_ALIGN * Y_ALIGN  # the same number: a mask of whole vectors
-    tiles_n = (channels + BLOCK_C - 1) // BLOCK_C
+    TAPS: tl.constexpr = SECOND.kernel[AXIS]
+    ACROSS: tl.constexpr = SECOND.kernel[2]
+    out_channels = out_channels // Y_ALIGN * Y_ALIGN  # the same number: a mask of whole vectors
+    tiles_n = (out_channels + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
-    _, p = tile_positions(pid // tiles_n, BLOCK_P, WIDE)
-    row_ok = p < count
-    sample, _, row, column = positions(p, (1, y_size[1], y_size[2]), RUN)
     n = pid % tiles_n * BLOCK_C + tl.arange(0, BLOCK_C)
-    n_ok = n < channels
+    n_ok = n < out_channels
+    position, row_ok, residue, first, end = walk_start(
+        pid // tiles_n, y_size, count, pieces, SECOND, AXIS, BLOCK_P, RUN, WIDE
+    )
 
     zero = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
     sums = ()
-    for _ in tl.static_range(SPAN):
+    for _ in tl.static_range(TAPS):
         sums = sums + (zero,)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + n, mask=n_ok, other=0.0).to(ACCUMULATE)[None, :]
-    if shift_ptr is not None:
-        shift = tl.load(shift_ptr + n, mask=n_ok, other=0.0).to(ACCUMULATE)[None, :]
-    for step in range((y_size[0] - 1) * STRIDE + SPAN - TEMPORAL.before[0]):
-        t = tl.to_tensor(step)
-        z = direct_sum(
-            zero, x_ptr, x_strides, x_size, spatial_ptr, n, n_ok, channels, 1, 1, None, None,
-            (sample[:, None], t, row[:, None], column[:, None]), row_ok[:, None] & (t < frames),
-            SPATIAL, X_ALIGN, "none", SLOPE, UNROLL,
+    begin, stop = walk_steps(first, end, SECOND, AXIS)
+    for step in range(begin, stop):
+        index = residue + tl.to_tensor(step) * SECOND.dilation[AXIS]
+        row, there = walk_source(index, mid_size, SECOND, AXIS)
+        for turn in range(mid_per_group * ACROSS if there else 0):
+            across = turn % ACROSS
+            m = n // out_per_group * mid_per_group + turn // ACROSS
+            at, ok = beside(position, row, across, mid_size, SECOND, AXIS)
+            ok = (ok & row_ok)[:, None]
+            z = direct_sum(
+                zero, x_ptr, x_strides, x_size, first_ptr, m, n_ok, mid_channels, per_group,
+                mid_out_per_group, None, None, columns(at), ok, FIRST, X_ALIGN, "none", SLOPE,
+                UNROLL,
+            )  # fmt: skip
+            if scale_ptr is not None:
+                z = z * tl.load(scale_ptr + m, mask=n_ok, other=0.0).to(ACCUMULATE)[None, :]
+            if shift_ptr is not None:
+                z = z + tl.load(shift_ptr + m, mask=n_ok, other=0.0).to(ACCUMULATE)[None, :]
+            # Padding of the second pass is of z, with zeros: skipped, not normalised.
+            z = tl.where(ok, activate(z, ACTIVATION, SLOPE), 0.0)
+            moved = ()
+            for age in tl.static_range(TAPS):
+                tap = ((TAPS - 1 - age) * ACROSS + across) * mid_per_group + turn // ACROSS
+                w = tl.load(second_ptr + tap * out_channels + n, mask=n_ok, other=0.0)
+                moved = moved + (sums[age] + z * w.to(ACCUMULATE)[None, :],)
+            sums = moved
+        output = step - (TAPS - 1)
+        at, kept = walked(position, residue + output * SECOND.dilation[AXIS], SECOND, AXIS)
+        finish(
+            sums[0], n, 0, out_channels, 0, out_channels, None, bias_ptr, None, residual_ptr,
+            residual_strides, y_ptr, y_strides, at, row_ok & kept & (output >= first), BLOCK_P,
+            "none", OUTER, SLOPE, Y_ALIGN, EMULATE,
         )  # fmt: skip
-        if scale_ptr is not None:
-            z = z * scale
-        if shift_ptr is not None:
-            z = z + shift
-        z = tl.where(t < frames, activate(z, ACTIVATION, SLOPE), 0.0)  # temporal padding is of z
-        moved = ()
-        for age in tl.static_range(SPAN):
-            total = sums[age]
-            if (SPAN - 1 - age) % STEP == 0:
-                tap = (SPAN - 1 - age) // STEP
-                w = tl.load(temporal_ptr + tap * channels + n, mask=n_ok, other=0.0)
-                total += z * w.to(ACCUMULATE)[None, :]
-            moved = moved + (total,)
-        i = t + TEMPORAL.before[0] - (SPAN - 1)
-        y = moved[0]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(ACCUMULATE)[None, :]
-        done = (i >= 0) & (i % STRIDE == 0)
-        store(
-            y, n, n_ok, y_ptr, y_strides, (sample, i // STRIDE, row, column), row_ok & done,
-            Y_ALIGN, EMULATE,
-        )  # fmt: skip
-        sums = ()
-        for age in tl.static_range(1, SPAN):
-            sums = sums + (moved[age],)
-        sums = sums + (zero,)
+        shifted = ()
+        for age in tl.static_range(1, TAPS):
+            shifted = shifted + (sums[age],)
+        sums = shifted + (zero,)

@@ -1,88 +1,132 @@
 # mypy: ignore-errors
 # Its tuples of sums grow while Triton unrolls, which mypy cannot follow.
-"""The dense pair in one kernel, with the mid tensor in registers only."""
+"""The pair in one kernel by matrix products, with the mid tensor in registers only."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .common import activate, narrow, positions, product
-from .tap_conv import accumulate, biased, store, tile_positions
+from .common import activate, narrow, product
+from .tap_conv import accumulate, biased, finish, reduction_rows
+from .walk import beside, walk_source, walk_start, walk_steps, walked
 
 
-@triton.jit(do_not_specialize=["x_size", "frames", "y_size", "count"])
+@triton.jit
+def through(
+    sums,  # of the outputs that read a mid position, oldest first; (BLOCK_P, BLOCK_N) each
+    x_ptr, x_strides, x_size, channels,  # at the first channel of the group
+    first_ptr, mid_width, second_ptr,  # packed weights of the group
+    scale_ptr, shift_ptr, m, mid_channels,  # of the group; m: first mid channel of the chunk
+    position, ok, across,  # in the mid tensor; which exist; column tap
+    FIRST: tl.constexpr, SECOND: tl.constexpr, AXIS: tl.constexpr, FLAT: tl.constexpr,
+    ALIGN: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """sums plus what BLOCK_M mid channels at a position contribute to each."""
+    TAPS: tl.constexpr = SECOND.kernel[AXIS]
+    ACROSS: tl.constexpr = SECOND.kernel[2]
+    BLOCK_P: tl.constexpr = sums[0].shape[0]
+    BLOCK_N: tl.constexpr = sums[0].shape[1]
+    z, none = accumulate(
+        tl.zeros((BLOCK_P, BLOCK_M), sums[0].dtype), tl.zeros((BLOCK_P, 16), sums[0].dtype),
+        x_ptr, x_strides, x_size, channels, first_ptr + m, mid_width, None, None, None, None,
+        position, ok, None, FIRST, FLAT, ALIGN, "none", SLOPE,
+        BLOCK_M, 0, BLOCK_K, PRECISION, EMULATE,
+    )  # fmt: skip
+    m += tl.arange(0, BLOCK_M)
+    m_ok = m < mid_channels
+    if scale_ptr is not None:
+        z = z * tl.load(scale_ptr + m, mask=m_ok, other=0.0).to(z.dtype)[None, :]
+    z = activate(biased(z, shift_ptr, m, mid_channels), ACTIVATION, SLOPE)
+    # Padding of the second pass is of z, with zeros: skipped, not normalised.
+    z = tl.where(ok[:, None] & m_ok[None, :], z, 0.0)
+    z = narrow(z, x_ptr.dtype.element_ty, EMULATE)
+    n = tl.arange(0, BLOCK_N)
+    moved = ()
+    for age in tl.static_range(TAPS):
+        rows = ((TAPS - 1 - age) * ACROSS + across) * mid_width + m
+        w = tl.load(second_ptr + rows[:, None] * BLOCK_N + n[None, :])
+        moved = moved + (product(z, w, sums[age], PRECISION, EMULATE),)
+    return moved
+
+
+@triton.jit(do_not_specialize=["x_size", "mid_size", "y_size", "count", "pieces"])
 def pair_conv(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
-    channels, mid_channels, out_channels,
-    spatial_ptr, mid_width,  # packed as for tap_conv; mid_width: whole BLOCK_M
-    temporal_ptr,  # packed likewise: (kt · mid_width, BLOCK_N)
-    scale_ptr, shift_ptr,  # (M,) of the norm with the spatial bias folded in, or None, or the bias
-    bias_ptr,  # (K,) temporal, or None
+    channels, mid_channels, out_channels, groups,  # of a group
+    first_ptr, mid_width,  # packed as for tap_conv; mid_width: whole chunks of mid channels
+    second_ptr,  # packed likewise: (groups, taps · mid_width, BLOCK_N)
+    scale_ptr, shift_ptr,  # (M,) of the norm with the first bias folded in, or None, or the bias
+    bias_ptr,  # (K,) of the second pass, or None
+    residual_ptr, residual_strides,  # like y, or None
     y_ptr, y_strides, y_size,  # (N, K, T', H', W')
-    frames,  # after the spatial pass
-    count,  # N·H'·W'
-    SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, FLAT: tl.constexpr,
+    mid_size,
+    count, pieces,  # positions of y across the axis, and programs that share one walk
+    FIRST: tl.constexpr, SECOND: tl.constexpr, AXIS: tl.constexpr, FLAT: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, OUTER: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, REST_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Spatial-first pair of thin layers: x is read once, y written once, nothing stored between.
+    """Both passes of a pair of thin layers or groups: x is read once, y written once.
 
-    A program walks over time at its pixels. Of each mid frame, BLOCK_M channels at a time are
-    computed, normalised, and multiplied into the ``SPAN`` output frames (at stride 1) that see
-    them; the oldest frame is then complete, and is stored where the stride keeps it.
+    Of each mid frame (or row), BLOCK_M channels at a time are computed, normalised, and multiplied
+    into the outputs that read them; the last REST_M of them apart, for an exact fit.
     """
-    STRIDE: tl.constexpr = TEMPORAL.stride[0]
-    STEP: tl.constexpr = TEMPORAL.dilation[0]
-    SPAN: tl.constexpr = STEP * (TEMPORAL.kernel[0] - 1) + 1
-    out_channels = out_channels // Y_ALIGN * Y_ALIGN  # the same number: a mask of whole vectors
-    _, p = tile_positions(tl.program_id(0), BLOCK_P, WIDE)
-    row_ok = p < count
-    sample, _, row, column = positions(p, (1, y_size[1], y_size[2]), RUN)
-    n = tl.arange(0, BLOCK_N)
+    TAPS: tl.constexpr = SECOND.kernel[AXIS]
+    ACROSS: tl.constexpr = SECOND.kernel[2]
+    pid = tl.program_id(0)
+    group = pid % groups
+    position, row_ok, residue, first, end = walk_start(
+        pid // groups, y_size, count, pieces, SECOND, AXIS, BLOCK_P, RUN, WIDE
+    )
+    x_ptr += (group * channels).to(tl.int64) * x_strides[1]
+    reduction = reduction_rows(channels, FIRST, FLAT, BLOCK_K)
+    first_ptr += group.to(tl.int64) * reduction * mid_width
+    ROWS: tl.constexpr = SECOND.kernel[0] * SECOND.kernel[1] * SECOND.kernel[2]
+    second_ptr += group.to(tl.int64) * ROWS * mid_width * BLOCK_N
+    if scale_ptr is not None:
+        scale_ptr += group * mid_channels
+    if shift_ptr is not None:
+        shift_ptr += group * mid_channels
 
     zero = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
-    nothing = tl.zeros((BLOCK_P, BLOCK_M), ACCUMULATE)
-    unused = tl.zeros((BLOCK_P, 16), ACCUMULATE)
     sums = ()
-    for _ in tl.static_range(SPAN):
+    for _ in tl.static_range(TAPS):
         sums = sums + (zero,)
-    for step in range((y_size[0] - 1) * STRIDE + SPAN - TEMPORAL.before[0]):
-        t = tl.to_tensor(step)
-        frame = tl.zeros_like(row) + t
-        chunks = mid_width // BLOCK_M if step < frames else 0  # temporal padding is of z
-        for chunk in range(chunks):
-            m = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
-            m_ok = m < mid_channels
-            z, none = accumulate(
-                nothing, unused, x_ptr, x_strides, x_size, channels,
-                spatial_ptr + chunk * BLOCK_M, mid_width, None, None,
-                None, None, (sample, frame, row, column), row_ok, None, SPATIAL, FLAT, X_ALIGN,
-                "none", SLOPE,
-                BLOCK_M, 0, BLOCK_K, PRECISION, EMULATE,
+    begin, stop = walk_steps(first, end, SECOND, AXIS)
+    for step in range(begin, stop):
+        index = residue + tl.to_tensor(step) * SECOND.dilation[AXIS]
+        row, there = walk_source(index, mid_size, SECOND, AXIS)
+        whole = (mid_width - REST_M) // BLOCK_M
+        for turn in range(whole * ACROSS if there else 0):
+            at, ok = beside(position, row, turn // whole, mid_size, SECOND, AXIS)
+            sums = through(
+                sums, x_ptr, x_strides, x_size, channels, first_ptr, mid_width, second_ptr,
+                scale_ptr, shift_ptr, turn % whole * BLOCK_M, mid_channels, at, ok & row_ok,
+                turn // whole, FIRST, SECOND, AXIS, FLAT, X_ALIGN, ACTIVATION, SLOPE,
+                BLOCK_M, BLOCK_K, PRECISION, EMULATE,
             )  # fmt: skip
-            if scale_ptr is not None:
-                z = z * tl.load(scale_ptr + m, mask=m_ok, other=0.0).to(ACCUMULATE)[None, :]
-            z = activate(biased(z, shift_ptr, m, mid_channels), ACTIVATION, SLOPE)
-            z = narrow(tl.where(m_ok[None, :], z, 0.0), x_ptr.dtype.element_ty, EMULATE)
-            moved = ()
-            for age in tl.static_range(SPAN):
-                total = sums[age]
-                if (SPAN - 1 - age) % STEP == 0:
-                    rows = (SPAN - 1 - age) // STEP * mid_width + m
-                    w = tl.load(temporal_ptr + rows[:, None] * BLOCK_N + n[None, :])
-                    total = product(z, w, total, PRECISION, EMULATE)
-                moved = moved + (total,)
-            sums = moved
-        i = t + TEMPORAL.before[0] - (SPAN - 1)
-        done = (i >= 0) & (i % STRIDE == 0)
-        store(
-            biased(sums[0], bias_ptr, n, out_channels), n, n < out_channels, y_ptr, y_strides,
-            (sample, i // STRIDE, row, column), row_ok & done, Y_ALIGN, EMULATE,
+        if REST_M > 0:
+            for across in range(ACROSS if there else 0):
+                at, ok = beside(position, row, across, mid_size, SECOND, AXIS)
+                sums = through(
+                    sums, x_ptr, x_strides, x_size, channels, first_ptr, mid_width, second_ptr,
+                    scale_ptr, shift_ptr, whole * BLOCK_M, mid_channels, at, ok & row_ok,
+                    across, FIRST, SECOND, AXIS, FLAT, X_ALIGN, ACTIVATION, SLOPE,
+                    REST_M, BLOCK_K, PRECISION, EMULATE,
+                )  # fmt: skip
+        output = step - (TAPS - 1)
+        at, kept = walked(position, residue + output * SECOND.dilation[AXIS], SECOND, AXIS)
+        finish(
+            sums[0], tl.arange(0, BLOCK_N), group, out_channels, 0, out_channels, None, bias_ptr,
+            None, residual_ptr, residual_strides, y_ptr, y_strides, at,
+            row_ok & kept & (output >= first), BLOCK_P, "none", OUTER, SLOPE, Y_ALIGN, EMULATE,
         )  # fmt: skip
         shifted = ()
-        for age in tl.static_range(1, SPAN):
+        for age in tl.static_range(1, TAPS):
             shifted = shifted + (sums[age],)
         sums = shifted + (zero,)

@@ -148,7 +148,7 @@ def finish(
     scale_ptr, shift_ptr,  # (all_channels,), or None
     partial_ptr,  # (2, all_channels) of this tile, or None
     residual_ptr, residual_strides,  # like y, or None
-    y_ptr, y_strides,
+    y_ptr, y_strides,  # None: only the statistics are wanted
     position, row_ok, rows,  # rows: how many of the tile's positions exist
     INNER: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, Y_ALIGN: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -175,7 +175,8 @@ def finish(
         ok = row_ok[:, None] & n_ok[None, :]
         acc += tl.load(residual_ptr + offsets, mask=ok, other=0.0).to(acc.dtype)
     acc = activate(acc, ACTIVATION, SLOPE)
-    store(acc, channel, n < stored, y_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
+    if y_ptr is not None:
+        store(acc, channel, n < stored, y_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
 
 
 @triton.jit

@@ -48,10 +48,13 @@ class Case:
     channels_last: bool = True
     norm: str = "batch"
     save: bool = True  # a training call
+    recompute: bool = False
     activation: str = "relu"
     combine: str = ""  # of the parallel op
     branch_activation: str = "none"
     tf32: bool = True
+    order: str = "spatial-first"
+    way: str | None = None  # None: the one that is chosen
 
     def run(self) -> None:
         """The backend's host code on meta tensors."""
@@ -77,16 +80,25 @@ class Case:
             y = backend.parallel_conv2plus1d(problem, tensors)
             backend.parallel_conv2plus1d_backward(problem, tensors, y, [True] * 5)
             return
-        weights = empty(m, c // self.groups, 1, kh, kw), empty(k, m // self.groups, kt, 1, 1)
+        spatial, temporal = (m, c), (k, m)
+        if self.order == "temporal-first":
+            spatial, temporal = temporal, spatial
+        weights = (
+            empty(spatial[0], spatial[1] // self.groups, 1, kh, kw),
+            empty(temporal[0], temporal[1] // self.groups, kt, 1, 1),
+        )
         vectors = [empty(m, dtype=torch.float32) for _ in range(4)]
         if self.norm != "frozen":
             vectors[2:] = [None, None]
         if self.norm == "none":
             vectors[:2] = [None, None]
         tensors = PairTensors(x, *weights, None, empty(k), *vectors)
-        spec = PairSpec(**common, activation=self.activation, norm=self.norm)
+        spec = PairSpec(
+            **common, activation=self.activation, norm=self.norm, order=self.order,
+            recompute=self.recompute,
+        )  # fmt: skip
         problem = Problem.of(tensors, spec)
-        result = backend.conv2plus1d(problem, tensors, self.save)
+        result = backend.pair.run(problem, tensors, self.save, self.way)
         if self.save:
             dy = torch.empty_like(result.y)
             needs = [t is not None for t in tensors]
@@ -97,22 +109,17 @@ class Case:
 
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
 # The pairs of R(2+1)D-18 in training and inference, other dtypes, thin and grouped ones.
+SERVED: dict[str, Any] = {"norm": "frozen", "save": False}
+TEMPORAL: dict[str, Any] = {"order": "temporal-first", **SERVED}
+STEM: tuple[Any, ...] = ((3, 45, 64), (16, 112, 112), (3, 7, 7), (1, 2, 2))
 CASES = (
-    Case("stem", (3, 45, 64), (16, 112, 112), (3, 7, 7), (1, 2, 2), channels_last=False),
-    Case(
-        "stem inference",
-        (3, 45, 64),
-        (16, 112, 112),
-        (3, 7, 7),
-        (1, 2, 2),
-        norm="frozen",
-        save=False,
-    ),
-    Case("thin inference", (64, 64, 64), (16, 56, 56), norm="frozen", save=False, dtype=HALF),
+    Case("stem", *STEM, channels_last=False),
+    Case("stem inference", *STEM, **SERVED),
+    Case("thin inference", (64, 64, 64), (16, 56, 56), dtype=HALF, **SERVED),
     Case("64-144-64", (64, 144, 64), (16, 56, 56)),
     Case("64-144-64 contiguous", (64, 144, 64), (16, 56, 56), channels_last=False),
     Case("64-230-128 s2", (64, 230, 128), (16, 56, 56), stride=(2, 2, 2)),
-    Case("128-288-128", (128, 288, 128), (8, 28, 28), norm="frozen", save=False),
+    Case("128-288-128", (128, 288, 128), (8, 28, 28), **SERVED),
     Case("256-576-256", (256, 576, 256), (4, 14, 14), activation="silu"),
     Case("512-1152-512", (512, 1152, 512), (2, 7, 7), norm="none", save=False, dtype=HALF),
     Case("tf32", (64, 144, 64), (16, 56, 56), dtype=SINGLE),
@@ -120,12 +127,26 @@ CASES = (
     Case("float64", (16, 32, 16), (4, 14, 14), dtype=DOUBLE),
     Case("parallel add", (64, 64, 64), (16, 56, 56), combine="add"),
     Case("parallel relu", (64, 64, 64), (16, 56, 56), combine="add", branch_activation="relu"),
-    Case("depthwise", (108, 108, 108), (16, 56, 56), groups=108, norm="frozen", save=False),
+    Case("one kernel", (64, 128, 128), (16, 56, 56), way="pair_conv", **SERVED),
+    Case("one kernel tf32", *STEM, dtype=SINGLE, way="pair_conv", **SERVED),
+    Case(
+        "one kernel float32", (32, 32, 32), (16, 56, 56), (5, 3, 3), dtype=SINGLE, tf32=False,
+        way="pair_conv", **SERVED,
+    ),
+    Case("depthwise", (108, 108, 108), (16, 56, 56), groups=108, **SERVED),
+    Case("depthwise 5", (80, 80, 80), (16, 40, 40), (5, 5, 5), groups=80, **SERVED),
+    Case("depthwise t-first", (108, 108, 108), (16, 56, 56), groups=108, **TEMPORAL),
     Case("depthwise batch", (64, 64, 64), (16, 56, 56), groups=64, channels_last=False),
+    Case("grouped", (256, 256, 256), (16, 28, 28), groups=16, **SERVED),
+    Case("grouped t-first", (256, 256, 256), (16, 28, 28), groups=16, dtype=HALF, **TEMPORAL),
+    Case(
+        "grouped float32", (64, 64, 64), (16, 28, 28), groups=4, dtype=SINGLE, tf32=False, **SERVED
+    ),
+    Case("thin groups", (64, 64, 64), (16, 28, 28), groups=16, **SERVED),
     Case("parallel cat s2", (64, 0, 96), (16, 56, 56), combine="cat", stride=(2, 2, 2), dtype=HALF),
     Case("parallel depthwise", (64, 64, 64), (16, 56, 56), groups=64, combine="add"),
     Case("gelu", (32, 96, 32), (8, 28, 28), norm="frozen", activation="gelu", dtype=HALF),
-)
+)  # fmt: skip
 
 
 # ---- compiling without a driver

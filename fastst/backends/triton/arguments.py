@@ -6,29 +6,52 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import configs
-from ...shapes import Pass
+from ...shapes import PairTensors, Pass, Problem
 from . import launch
 
 
 def pack(weight: Tensor, groups: int, channels: int, config: configs.TapConfig) -> Tensor:
     """(K, C/g, kt, kh, kw) as (groups, reduction, width): see ``kernels.tap_conv``."""
-    k, c = weight.shape[:2]
-    w = weight.reshape(groups, k // groups, c, -1).permute(0, 3, 2, 1)  # (g, taps, C/g, K/g)
-    width = configs.round_up(k // groups, config.columns) - k // groups
-    if config.flat:
-        w = F.pad(w, (0, 0, 0, channels - c)).flatten(1, 2)
-        return F.pad(w, (0, width, 0, -w.shape[1] % config.block_k)).contiguous()
-    depth = configs.round_up(channels, config.block_k) - c
-    return F.pad(w, (0, width, 0, depth)).flatten(1, 2).contiguous()
+    width = configs.round_up(weight.shape[0] // groups, config.columns)
+    depth = channels if config.flat else configs.round_up(channels, config.block_k)
+    rows = configs.round_up(depth * math.prod(weight.shape[2:]), config.block_k)
+    return packed(weight, groups, depth, rows, width)
 
 
 def pack_direct(weight: Tensor) -> Tensor:
     """(K, C/g, kt, kh, kw) as (taps · C/g, K)."""
-    return weight.flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous()
+    rows = math.prod(weight.shape[1:])
+    return packed(weight, 1, weight.shape[1], rows, weight.shape[0])[0]
+
+
+def packed(weight: Tensor, groups: int, depth: int, rows: int, width: int) -> Tensor:
+    """(K, C/g, kt, kh, kw), any strides, as (groups, rows, width) with ``depth`` rows of each tap.
+
+    In one launch on every call: what was changed through ``weight.data`` leaves no trace by which
+    a cache could know, and a captured graph must see it, too.
+    """
+    out = weight.new_empty(groups, rows, width)
+    k, channels = weight.shape[0] // groups, weight.shape[1]
+    block_r, block_n = configs.pack(width)
+    launch.run(
+        launch.kernels().pack.pack, (-(-rows // block_r) * -(-width // block_n) * groups,), None,
+        weight, weight.stride(), out, rows, width, channels, k, depth,
+        KERNEL=tuple(weight.shape[2:]), BLOCK_R=block_r, BLOCK_N=block_n,
+    )  # fmt: skip
+    return out
+
+
+def in_order(
+    problem: Problem, t: PairTensors
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Weight and bias of the first, then of the second pass."""
+    spatial, temporal = (t.spatial_weight, t.spatial_bias), (t.temporal_weight, t.temporal_bias)
+    if problem.passes[0].kind == "spatial":
+        return *spatial, *temporal
+    return *temporal, *spatial
 
 
 def tiling(config: configs.TapConfig) -> dict[str, int]:
@@ -71,6 +94,18 @@ def operand(t: Tensor, channels: int) -> tuple[tuple[Any, ...], int]:
     """(pointer, strides, (T, H, W)) of a video with that many channels in use, and its ALIGN."""
     align = alignment(t, channels)
     return (t, strides(t, align), tuple(t.shape[2:])), align
+
+
+def results(
+    y: Tensor, residual: Tensor | None, channels: int, store: bool = True
+) -> tuple[tuple[Any, ...], int]:
+    """(residual and its strides, or None; y as an operand), and the ALIGN of both."""
+    align = alignment(y, channels)
+    added: tuple[Any, ...] = (None, None)
+    if residual is not None:
+        align = math.gcd(align, alignment(residual, channels))
+        added = (residual, strides(residual, align))
+    return (*added, y if store else None, strides(y, align), tuple(y.shape[2:])), align
 
 
 def alignment(t: Tensor, channels: int) -> int:

@@ -25,6 +25,7 @@ def found() -> tuple[ModuleType | None, str | None]:
             depthwise,
             depthwise_backward,
             input_gradient,
+            pack,
             pair,
             parallel,
             statistics,

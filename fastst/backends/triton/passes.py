@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,32 @@ from torch import Tensor
 from ... import configs
 from ...shapes import PairTensors, Pass, Problem
 from . import arguments, launch
+
+PassConfig = configs.TapConfig | configs.StreamConfig
+
+
+def candidates(
+    p: Pass,
+    channels: int,
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    channels_last: bool,
+) -> Sequence[PassConfig]:
+    """Configurations of a pass over ``count`` positions of y, best guess first.
+
+    ``channels`` of x, with its padding channels; ``channels_last``: they are neighbours in memory.
+    """
+    if p.groups > 1:
+        channels = p.in_channels // p.groups
+    if configs.thin(channels, p.groups):
+        capability = launch.capability(device)
+        taps = math.prod(p.kernel)
+        return [configs.direct(count, p.out_channels, taps, channels_last, capability)]
+    return configs.candidates(
+        count, channels, p.out_channels // p.groups, p.groups, math.prod(p.kernel),
+        dtype, arguments.uses_tensor_cores(dtype), launch.capability(device),
+    )  # fmt: skip
 
 
 def conv_pass(
@@ -24,11 +51,12 @@ def conv_pass(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     inner: str = "none",
-    residual: Tensor | None = None,  # of the strides of y, or y itself
+    residual: Tensor | None = None,  # of the shape of y, any strides; may be y itself
     activation: str = "none",
     slope: float = 0.01,
     statistics: bool = False,
-    rank: int = 0,  # of the configuration among the candidates
+    store: bool = True,  # else only the statistics are wanted, and y tells its shape
+    config: PassConfig | None = None,  # one of ``candidates``; None: the best guess
 ) -> tuple[Tensor | None, int]:
     """One convolution into y (N, K, T', H', W'), any strides; u and z may have padding channels.
 
@@ -52,41 +80,31 @@ def conv_pass(
         shape = (tiles, 2, p.out_channels)
         return tiles, x.new_empty(shape, dtype=accumulate) if statistics else None
 
-    if configs.thin(channels, groups):
-        direct = configs.direct(
-            count, p.out_channels, math.prod(p.kernel), x.stride(1) == 1,
-            launch.capability(x.device),
-        )  # fmt: skip
-        tiles, partial = partials(direct.block_p)
+    if config is None:
+        config = candidates(p, x.shape[1], count, x.dtype, x.device, x.stride(1) == 1)[0]
+    if isinstance(config, configs.StreamConfig):
+        tiles, partial = partials(config.block_p)
         x_args, x_align = arguments.operand(x, p.in_channels)
-        y_args, y_align = arguments.operand(y, p.out_channels)
+        end, y_align = arguments.results(y, residual, p.out_channels, store)
         launch.run(
-            kernels.depthwise.direct_conv, (tiles * -(-p.out_channels // direct.block_c),), direct,
+            kernels.depthwise.direct_conv, (tiles * -(-p.out_channels // config.block_c),), config,
             *x_args, channels, out_channels, arguments.pack_direct(weight),
-            in_scale, in_shift, scale, shift, partial,
-            residual, None if residual is None else arguments.strides(residual, y_align),
-            *y_args, p.out_channels, count, X_ALIGN=x_align, Y_ALIGN=y_align, **common,
-            BLOCK_P=direct.block_p, BLOCK_C=direct.block_c, UNROLL=direct.unroll,
+            in_scale, in_shift, scale, shift, partial, *end, p.out_channels, count,
+            X_ALIGN=x_align, Y_ALIGN=y_align, **common,
+            BLOCK_P=config.block_p, BLOCK_C=config.block_c, UNROLL=config.unroll,
             **arguments.arithmetic(x.dtype, dot=False),
         )  # fmt: skip
-        return partial, direct.block_p
+        return partial, config.block_p
 
     stored = y.shape[1] if groups == 1 else out_channels
-    found = configs.candidates(
-        count, channels, out_channels, groups, math.prod(p.kernel), x.dtype,
-        arguments.uses_tensor_cores(x.dtype), launch.capability(x.device),
-    )  # fmt: skip
-    config = found[min(rank, len(found) - 1)]
     packed = arguments.pack(weight, groups, channels, config)
     x_args, x_align = arguments.operand(x, channels)
-    y_args, y_align = arguments.operand(y, stored)
+    end, y_align = arguments.results(y, residual, stored, store)
     tiles, partial = partials(config.block_p)
     launch.run(
         kernels.tap_conv.tap_conv, (tiles * groups * (packed.shape[-1] // config.columns),), config,
         *x_args, channels, groups, packed, packed.shape[-1],
-        in_scale, in_shift, scale, shift, partial,
-        residual, None if residual is None else arguments.strides(residual, y_align),
-        *y_args, out_channels, stored, count,
+        in_scale, in_shift, scale, shift, partial, *end, out_channels, stored, count,
         FLAT=channels if config.flat else 0, X_ALIGN=x_align, Y_ALIGN=y_align,
         **common, **arguments.tiling(config), **arguments.arithmetic(x.dtype),
     )  # fmt: skip

@@ -1,0 +1,186 @@
+"""The pair in one kernel: which one can, whether it pays, and how it is started."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ... import configs
+from ...shapes import PairSpec, PairTensors, Pass, Problem
+from . import arguments, launch
+
+
+def available(problem: Problem) -> list[str]:
+    """Kernels that can run the pair where nobody asks for the mid tensor."""
+    first, second = problem.passes
+    sums = second.kernel[_axis(problem)]
+    found = []
+    thin = second.groups > 1 and max(_per_group(first), _per_group(second)) <= configs.THIN
+    if thin and configs.direct_fits(sums):
+        found.append("direct_pair")
+    out_channels = second.out_channels // second.groups
+    cores = arguments.uses_tensor_cores(problem.dtype)
+    if first.groups == second.groups and configs.pair_fits(
+        out_channels, sums, problem.dtype, cores
+    ):
+        found.append("pair_conv")
+    return found
+
+
+def expected(problem: Problem) -> str | None:
+    """The one of ``available`` that is expected to be faster than two passes, if any."""
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    size, dtype = problem.dtype.itemsize, problem.dtype
+    cores = arguments.uses_tensor_cores(dtype)
+    x = problem.batch * problem.passes[0].in_channels * math.prod(problem.size) * size
+    mid = problem.batch * problem.mid_channels * math.prod(problem.mid_size) * size
+    y = math.prod(problem.out_shape) * size * (2 if problem.residual else 1)
+
+    def alone(index: int, moved: float) -> float:
+        p = problem.passes[index]
+        thin = configs.thin(_per_group(p), p.groups)
+        flat = _per_group(p) * (math.prod(p.kernel) if _per_group(p) < 16 else 1)
+        padding = 1.0 if thin else _padding(flat) * _padding(p.out_channels // p.groups)
+        positions = problem.batch * math.prod((problem.mid_size, problem.out_size)[index])
+        return configs.least_time(p.flops(positions) * padding, moved, dtype, cores and not thin)
+
+    two = alone(0, x + mid) + alone(1, mid + y)
+    best = None
+    for kernel in available(problem):
+        flops = _direct_flops(problem) if kernel == "direct_pair" else _pair_flops(problem)
+        one = configs.least_time(flops, x + y, dtype, cores and kernel == "pair_conv")
+        if spec.norm == "batch":
+            one += alone(0, x)  # for its statistics
+        # Dense passes by themselves come close to the roofline; a walk has less to overlap.
+        if one * (1.15 if problem.passes[0].groups == 1 else 1) <= two:
+            best, two = kernel, one
+    return best
+
+
+def _padding(channels: int) -> float:
+    """Products that tiles of 16 compute for each that so many channels need."""
+    return configs.round_up(channels, 16) / channels
+
+
+def _evaluations(problem: Problem) -> int:
+    """Mid positions that a single kernel computes: each column tap computes its own."""
+    axis, out = _axis(problem), list(problem.out_size)
+    out[axis] = problem.mid_size[axis]
+    return problem.batch * math.prod(out) * problem.passes[1].kernel[2]
+
+
+def _direct_flops(problem: Problem) -> float:
+    first, second = problem.passes
+    mids = second.out_channels * _per_group(
+        second
+    )  # each output channel computes those that it reads
+    taps = math.prod(first.kernel) * _per_group(first) + second.kernel[_axis(problem)]
+    return 2.0 * _evaluations(problem) * mids * taps
+
+
+def _pair_flops(problem: Problem) -> float:
+    first, second = problem.passes
+    c = _pair_config(problem)
+    width = c.mid_width(first.out_channels // first.groups)
+    reduction = math.prod(first.kernel) * _per_group(first)
+    if not c.flat:
+        reduction = math.prod(first.kernel) * configs.round_up(_per_group(first), c.block_k)
+    taps = reduction + second.kernel[_axis(problem)] * c.block_n
+    return 2.0 * _evaluations(problem) * first.groups * width * taps
+
+
+def _pair_config(problem: Problem) -> configs.PairConfig:
+    first, second = problem.passes
+    return configs.pair_conv(
+        _per_group(first), first.out_channels // first.groups, second.out_channels // second.groups,
+        math.prod(first.kernel), problem.dtype, arguments.uses_tensor_cores(problem.dtype),
+        launch.capability(problem.device),
+    )  # fmt: skip
+
+
+def run(
+    kernel: str,
+    problem: Problem,
+    tensors: PairTensors,
+    y: Tensor,
+    scale: Tensor | None,  # (M,) of the norm, or None
+    shift: Tensor | None,  # (M,) with the bias of the first pass folded in, or None
+    like: Problem,  # whose configuration is used
+) -> None:
+    """Both passes into y, with residual and outer activation."""
+    kernels = launch.kernels()
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    first, second = problem.passes
+    w1, _, w2, b2 = arguments.in_order(problem, tensors)
+    x, axis = tensors.x, _axis(problem)
+    count, tall = (p.batch * _across(p) for p in (problem, like))
+    channels, m, k = _per_group(first), first.out_channels, second.out_channels
+    if kernel == "direct_pair":
+        direct = configs.direct(
+            tall, like.out_channels, math.prod(first.kernel), x.stride(1) == 1,
+            launch.capability(x.device), second.kernel[axis],
+        )  # fmt: skip
+        x_args, x_align = arguments.operand(x, first.in_channels)
+        end, y_align = arguments.results(y, tensors.residual, k)
+        c: configs.StreamConfig | configs.PairConfig = direct
+        tiles = -(-k // direct.block_c)
+        weights: tuple[Any, ...] = (
+            channels, m // first.groups, m, _per_group(second), k // second.groups, k,
+            arguments.pack_direct(w1), arguments.pack_direct(w2),
+        )  # fmt: skip
+        meta = {"BLOCK_C": direct.block_c, "UNROLL": direct.unroll}
+        jit = kernels.depthwise.direct_pair
+    else:
+        c = pair = _pair_config(like)
+        m, k, tiles = m // first.groups, k // second.groups, first.groups
+        x_args, x_align = arguments.operand(x, channels)
+        end, y_align = arguments.results(y, tensors.residual, k)
+        width = pair.mid_width(m)
+        depth = channels if pair.flat else configs.round_up(channels, pair.block_k)
+        reduction = configs.round_up(depth * math.prod(first.kernel), pair.block_k)
+        weights = (
+            channels, m, k, tiles, arguments.packed(w1, tiles, depth, reduction, width), width,
+            arguments.packed(w2, tiles, width, width * math.prod(second.kernel), pair.block_n),
+        )  # fmt: skip
+        meta = {
+            "FLAT": channels if pair.flat else 0, "BLOCK_M": pair.block_m, "REST_M": pair.rest_m,
+            "BLOCK_N": pair.block_n, "BLOCK_K": pair.block_k,
+        }  # fmt: skip
+        jit = kernels.pair.pair_conv
+    programs, pieces = _programs(problem, -(-count // c.block_p) * tiles)
+    launch.run(
+        jit, (programs,), c, *x_args, *weights, scale, shift, b2, *end, problem.mid_size,
+        count, pieces,
+        FIRST=arguments.taps(first), SECOND=arguments.taps(second), AXIS=axis,
+        X_ALIGN=x_align, Y_ALIGN=y_align, **arguments.layout(x, y, count),
+        ACTIVATION=spec.activation, OUTER=spec.outer_activation, SLOPE=spec.slope,
+        BLOCK_P=c.block_p, **meta, **arguments.arithmetic(x.dtype, dot=kernel == "pair_conv"),
+    )  # fmt: skip
+
+
+def _axis(problem: Problem) -> int:
+    """The axis (of t, h, w) along which a single kernel walks: that of the second pass."""
+    return 0 if problem.passes[1].kind == "temporal" else 1
+
+
+def _across(problem: Problem) -> int:
+    """Positions of one clip of y across that axis."""
+    return math.prod(n for i, n in enumerate(problem.out_size) if i != _axis(problem))
+
+
+def _per_group(p: Pass) -> int:
+    """Channels that each output of a pass reads."""
+    return p.in_channels // p.groups
+
+
+def _programs(problem: Problem, tiles: int) -> tuple[int, int]:
+    """Programs for so many tiles, and how many of them share one walk."""
+    axis, second = _axis(problem), problem.passes[1]
+    walks = second.dilation[axis]  # each through one residue class
+    outputs = -(-((problem.out_size[axis] - 1) * second.stride[axis] + 1) // walks)
+    pieces = configs.pieces(
+        tiles * walks, outputs, second.kernel[axis], launch.capability(problem.device)
+    )
+    return tiles * walks * pieces, pieces
