@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +15,25 @@ _L2_BYTES = 32
 # Clocks that a tile costs besides its products: filling the pipeline, and writing 64 rows.
 _TILE_CLOCKS, _ROW_CLOCKS = 1000, 8
 # (columns, warpgroups, blocks of 64 rows each): the spatial kernel's instances. wgmma takes any
-# multiple of 8 columns, so these fit 144, 288, 576 and 1,152 mid channels (144, 192), 230, 460 and
-# 921 (232), and powers of two (64, 128) with at most 1% to spare. 2 × 144 × 64 sums are 144 of a
-# thread's 232 registers; 1 × 232 are 116. 256 columns spilled.
-SPATIAL_TILES = ((64, 2, 2), (96, 2, 2), (128, 2, 2), (144, 2, 2), (192, 2, 1), (232, 2, 1))
+# multiple of 8 columns, so these fit 45 mid channels (48), 144, 288, 576 and 1,152 (144, 192), 230,
+# 460 and 921 (232), 320 (160) and powers of two (64, 128) with at most 1% to spare, 45 apart.
+# 2 × 160 sums take 160 of a thread's 232 registers; 1 × 232 take 116. 256 columns spilled.
+SPATIAL_TILES = (
+    (48, 2, 2), (64, 2, 2), (96, 2, 2), (128, 2, 2), (144, 2, 2), (160, 2, 2), (192, 2, 1),
+    (232, 2, 1),
+)  # fmt: skip
 # (columns, output frames) of the temporal kernel's instances: 128 registers of sums, or 64. More
 # frames read u fewer times: 6 for 4, 4 for 2, 3 for 1.
 TEMPORAL_TILES = ((64, 4), (128, 2), (128, 1))
+# (columns, output frames, stride) of its instances as an input gradient. These fit mid channels: no
+# registers hold A, so 2 × 144 sums have room; of stride 2, whose frames come in pairs, 2 × 120 do
+# with the derivative's operands, which fit 230, 460 and 921 with at most 4% to spare.
+TEMPORAL_GRADIENT_TILES = (
+    (64, 4, 1), (64, 4, 2), (120, 2, 2), (128, 2, 1), (144, 2, 1), (232, 1, 1),
+)  # fmt: skip
+# The spatial kernel's instances where its input is formed from two tensors: a stage holds boxes of
+# both, and two stages of 256 rows fit beside the weights of a column of taps up to 64 columns only.
+AFFINE_TILES = ((64, 2, 2), (128, 2, 1))
 _TEMPORAL_ROWS = 128
 _TEMPORAL_TAPS = 3
 _BARRIERS = 1024  # bytes that keep what follows aligned to the swizzle's period
@@ -49,6 +62,7 @@ class HopperTile:
         return math.ceil(channels / self.columns)
 
 
+@functools.cache  # thousands of candidates: milliseconds
 def spatial(
     frames: int,
     size: tuple[int, int],
@@ -58,48 +72,63 @@ def spatial(
     stride: tuple[int, int],
     dilation: int,
     processors: int,
+    *,
+    gradient: bool = False,
+    affine: bool = False,
 ) -> HopperTile:
-    """Tile of the spatial pass.
+    """Tile of the spatial pass, or of its input gradient.
 
     Args:
         frames: of all clips.
-        size: (H', W') of the output.
-        channels, out_channels: of x and of u.
-        kernel, stride: (height, width).
+        size: (H', W') of what is written.
+        channels, out_channels: of what is read and of what is written.
+        kernel, stride: (height, width), of the forward pass.
         dilation: vertical.
         processors: multiprocessors, each of which runs one block.
+        gradient: the input gradient: each rest of the positions by the stride has tiles of its own,
+            and its share of the taps.
+        affine: what is read is formed from two tensors.
     """
-    taps, chunks = math.prod(kernel), math.ceil(channels / 64)
-    best: tuple[float, int, HopperTile] | None = None  # fewer tiles where they cost the same
-    for columns, groups, blocks in SPATIAL_TILES:
+    taps, chunks, rests = math.prod(kernel), math.ceil(channels / 64), 1
+    share_all = stride == (1, 1) and dilation == 1
+    if gradient:
+        rests, taps = math.prod(stride), math.ceil(taps / math.prod(stride))
+        size = math.ceil(size[0] / stride[0]), math.ceil(size[1] / stride[1])
+        stride = 1, 1
+    # Fewer tiles where they cost the same, and of equally many those that read the least.
+    best: tuple[tuple[float, int, int], HopperTile] | None = None
+    for columns, groups, blocks in AFFINE_TILES if affine else SPATIAL_TILES:
         rows = 64 * groups * blocks
         column_tiles = math.ceil(out_channels / columns)
         for box in _boxes(rows, (frames, *size), stride):
             # A vertical tap is a shift by whole rows of the box, which keeps the 1,024-byte period
             # of the swizzle only where a row is a multiple of 8 positions.
             whole = math.prod(box) == rows and box[1] * box[2] % 64 == 0 and box[2] % 8 == 0
-            shared = whole and stride == (1, 1) and dilation == 1 and box[1] + kernel[0] - 1 <= 256
+            shared = whole and share_all and box[1] + kernel[0] - 1 <= 256
             for share in {1, kernel[0] if shared else 1}:
                 box_rows = box[0] * (box[1] + share - 1) * box[2]
-                stage = round_up(max(rows, box_rows) * _SWIZZLE_ROW, 1024)
+                stage = round_up(max(rows, box_rows) * _SWIZZLE_ROW, 1024) * (2 if affine else 1)
                 stage += share * columns * _SWIZZLE_ROW
                 stages = min((shared_memory_limit((9, 0)) - _BARRIERS) // stage, 16)
                 if stages < 2:
                     continue  # the copies of one are hidden behind the products of the other
-                tiles = column_tiles * math.prod(
-                    math.ceil(n / b) for n, b in zip((frames, *size), box, strict=True)
+                tiles = (
+                    column_tiles
+                    * rests
+                    * math.prod(math.ceil(n / b) for n, b in zip((frames, *size), box, strict=True))
                 )
                 # A wgmma of 64 rows and 16 channels takes half a clock per column.
                 products = taps * chunks * 4 * (rows // 64) * columns / 2
                 copies = taps * chunks / share * stage / _L2_BYTES
                 clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * rows
                 cost = math.ceil(tiles / processors) * clocks
-                if best is None or (cost, tiles) < best[:2]:
+                halo = [(b - 1) * s + k for b, s, k in zip(box[1:], stride, kernel, strict=True)]
+                order = cost, tiles, box[0] * math.prod(halo)
+                if best is None or order < best[0]:
                     grid = min(tiles, processors)
-                    tile = HopperTile(columns, groups, blocks, box, share, stages, grid)
-                    best = cost, tiles, tile
+                    best = order, HopperTile(columns, groups, blocks, box, share, stages, grid)
     assert best is not None
-    return best[2]
+    return best[1]
 
 
 def _boxes(
@@ -112,7 +141,7 @@ def _boxes(
     frames, height, width = size
     found = []
     # A box of the copy engine spans at most 256 elements of each dimension of x.
-    for w in range(1, min(width, rows, 256 // stride[1]) + 1):
+    for w in range(1, min(round_up(width, 8), rows, 256 // stride[1]) + 1):
         options = []
         for h in range(1, min(height, rows // w, 256 // stride[0]) + 1):
             f = min(frames, rows // (w * h), 256)
@@ -129,6 +158,7 @@ def _boxes(
     return found
 
 
+@functools.cache  # thousands of candidates: milliseconds
 def temporal(
     clips: int,
     pixels: int,
@@ -137,25 +167,34 @@ def temporal(
     out_channels: int,
     stride: int,
     processors: int,
+    *,
+    gradient: bool = False,
 ) -> HopperTile:
-    """Tile of the temporal pass.
+    """Tile of the temporal pass, or of its input gradient.
 
     Args:
-        clips, pixels, out_frames: of the output; pixels are H·W.
-        channels, out_channels: of u and of y.
-        stride: temporal.
+        clips, pixels, out_frames: of what is written; pixels are H·W.
+        channels, out_channels: of what is read and of what is written.
+        stride: temporal, of the forward pass.
         processors: multiprocessors.
+        gradient: the input gradient.
     """
-    chunks = math.ceil(channels / 64)
-    best: tuple[float, int, HopperTile] | None = None  # fewer tiles where they cost the same
-    for columns, frames in TEMPORAL_TILES:
-        if (columns, stride) == (64, 2):
-            continue  # not built: layers of stride 2 have 128 output channels and more
+    chunks, steps = math.ceil(channels / 64), math.ceil(channels / 16)
+    # Fewer tiles where they cost the same, and of equally many the longest runs of pixels.
+    best: tuple[tuple[float, int, int], HopperTile] | None = None
+    # Not built forward: layers of stride 2 have 128 output channels and more.
+    built = [(c, f) for c, f in TEMPORAL_TILES if (c, stride) != (64, 2)]
+    if gradient:
+        built = [(c, f) for c, f, step in TEMPORAL_GRADIENT_TILES if step == stride]
+    for columns, frames in built:
         weights = 2 * _TEMPORAL_TAPS * columns * _SWIZZLE_ROW
         stage = _TEMPORAL_ROWS * _SWIZZLE_ROW
         stages = min((shared_memory_limit((9, 0)) - _BARRIERS - weights) // stage, 16)
-        read = (frames - 1) * stride + _TEMPORAL_TAPS
-        products = chunks * _TEMPORAL_TAPS * frames * 4 * 2 * columns / 2
+        read, products = (frames - 1) * stride + _TEMPORAL_TAPS, _TEMPORAL_TAPS * frames
+        if gradient:  # every stride-th tap of a frame meets one
+            read = (frames + _TEMPORAL_TAPS - 2) // stride + 1
+            products //= stride
+        products *= steps * columns  # half a clock per column for each of two warpgroups
         copies = chunks * (read * stage + weights // 2) / _L2_BYTES
         clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * _TEMPORAL_ROWS * frames
         for p in range(1, min(pixels, _TEMPORAL_ROWS) + 1):
@@ -163,12 +202,12 @@ def temporal(
             tiles = math.ceil(out_channels / columns) * math.ceil(out_frames / frames)
             tiles *= math.ceil(pixels / p) * math.ceil(clips / n)
             cost = math.ceil(tiles / processors) * clocks
-            if best is None or (cost, tiles) < best[:2]:
+            if best is None or (cost, tiles, n) < best[0]:
                 grid = min(tiles, processors)
                 tile = HopperTile(columns, 2, frames, (n, frames, p), 1, stages, grid)
-                best = cost, tiles, tile
+                best = (cost, tiles, n), tile
     assert best is not None
-    return best[2]
+    return best[1]
 
 
 def stem(clips: int, size: Sequence[int], processors: int) -> tuple[int, int]:
@@ -187,3 +226,20 @@ def stem(clips: int, size: Sequence[int], processors: int) -> tuple[int, int]:
     piece = math.ceil(frames / pieces)
     units *= math.ceil(frames / piece)
     return min(math.ceil(units / STEM_GROUPS), processors), piece
+
+
+def trials() -> list[tuple[HopperTile, HopperTile, int]]:
+    """Tiles of a spatial and of a temporal pass, and the temporal stride: every instance comes up.
+
+    Boxes are for small problems; every other spatial one serves all three taps of a column.
+    """
+    found = []
+    # Twice as many as instances of either kernel: each temporal one with and without a norm.
+    temporal_ones = [(c, f, s) for c, f in TEMPORAL_TILES for s in (1, 2) if (c, s) != (64, 2)] * 2
+    for i, (columns, frames, stride) in enumerate(temporal_ones):
+        n, groups, blocks = SPATIAL_TILES[i % len(SPATIAL_TILES)]
+        share, box = (3, (groups * blocks, 8, 8)) if i % 2 else (1, (1, 5, 7))
+        spatial_one = HopperTile(n, groups, blocks, box, share, 2, 2)
+        temporal_one = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2)
+        found.append((spatial_one, temporal_one, stride))
+    return found

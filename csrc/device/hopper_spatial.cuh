@@ -323,6 +323,15 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   p.frame_stride = out.stride[2], p.row_stride = out.stride[3], p.pixel_stride = out.stride[4];
   p.epilogue = Epilogue<T>(conv.output);
   const int box_h = p.h.box + p.share - 1, box_rows = p.box_frames * box_h * p.w.box;
+  const auto require = [](bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(std::string("hopper_spatial needs ") + what);
+  };
+  require(p.box_frames * p.h.box * p.w.box <= L::kRows, "boxes of at most a tile's places");
+  require(p.stages >= 1 && p.stages <= kMaxStages, "1 to 16 stages");
+  // A tap of the column is a shift by rows of the box, which must start a period of the swizzle.
+  require(p.share == 1 || (p.share == p.h.kernel && p.h.dilation == 1 && p.h.stride == 1 &&
+                           p.h.up == 1 && p.w.box % 8 == 0 && p.h.box * p.w.box % 64 == 0),
+          "whole blocks of 64 places in rows of 8 for all vertical taps of stride 1 from one box");
   const std::array<int, 5> box{kSwizzleRow, p.w.box, box_h, p.box_frames};
   const std::array<int, 5> step{1, p.w.stride, p.h.stride, 1};
   p.x = position_boxes(dtype, x, box, step);

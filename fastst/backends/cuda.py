@@ -100,6 +100,8 @@ def conv2plus1d_backward(
 ) -> list[Tensor]:
     if cuda_depthwise.why_not(problem) is None:
         return cuda_depthwise.backward(problem, tensors, dy, mean, var, needs)
+    if cuda_hopper.backward_why_not(problem) is None:
+        return cuda_hopper.backward(problem, tensors, dy, u, mean, var, needs)
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
     need = PairTensors(*needs)  # type: ignore[arg-type]

@@ -10,25 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...configs_hopper import HopperTile
 from ...shapes import PairSpec, PairTensors, Problem
 from .. import PairResult
-from ..cuda_depthwise import channels_last
 from ..native import call, emulating
+from .backward import backward
 from .launches import (
     ROW,
     Launches,
     affine_of,
-    evenly_framed,
     rows_of,
     spatial_tile,
     stem_why_not,
     temporal_tile,
 )
 
+__all__ = ["backward", "backward_why_not", "forward", "why_not"]
+
 STRIDES = (1, 2)
 TAPS = 3  # temporal ones, unrolled
 # What the epilogues know; the temporal prologue knows them all.
 EPILOGUES = ("none", "relu", "leaky_relu")
+DERIVATIVES = (*EPILOGUES, "silu")  # those that the epilogue of a gradient knows
 
 
 def why_not(problem: Problem) -> str | None:
@@ -36,6 +39,19 @@ def why_not(problem: Problem) -> str | None:
     if found is None and stem_why_not(problem) is not None:
         found = _why_not_dense(problem)
     return found
+
+
+def backward_why_not(problem: Problem) -> str | None:
+    found = why_not(problem)
+    if found is not None:
+        return found
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    temporal = problem.passes[1]
+    if spec.activation not in DERIVATIVES:
+        return f"have the derivatives of {', '.join(DERIVATIVES)}, not of {spec.activation}"
+    if temporal.padding_mode != "zeros" and any(temporal.padding):
+        return f"have gradients through zeros around time, not {temporal.padding_mode!r}"
+    return None
 
 
 def _why_neither(problem: Problem) -> str | None:
@@ -51,7 +67,7 @@ def _why_neither(problem: Problem) -> str | None:
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"are for float16 and bfloat16, not {problem.dtype}"
     if not problem.channels_last:
-        return "need channels_last_3d, not contiguous tensors"
+        return "write channels_last_3d, not contiguous tensors"
     spatial, temporal = problem.passes
     if spatial.groups != 1 or temporal.groups != 1:
         return f"have no groups, not {spec.groups}"
@@ -79,6 +95,22 @@ def _why_not_dense(problem: Problem) -> str | None:
     for stride in (*spatial.stride[1:], temporal.stride[0]):
         if stride not in STRIDES:
             return f"have strides {STRIDES}, not {stride}"
+    return _why_no_boxes(problem)
+
+
+def _why_no_boxes(problem: Problem) -> str | None:
+    """Why the copy engine cannot cut boxes out of x as it lies, or None: x is never copied."""
+    n, c, *others = problem.x_stride
+    t = others[0]
+    sizes = (problem.batch, *problem.size)
+    rows = [s for s, size in zip((n, *others), sizes, strict=True) if size > 1]
+    if problem.x_offset or c != 1 or any(s <= 0 or s % ROW for s in rows):
+        return (
+            "read channels of x as whole 16-byte vectors (channels_last_3d), not with strides "
+            f"{problem.x_stride} from {problem.x_offset} bytes past such a vector's start"
+        )
+    if problem.batch > 1 and problem.size[0] > 1 and n != t * problem.size[0]:
+        return f"need the frames of all clips evenly apart, not with strides {problem.x_stride}"
     return None
 
 
@@ -94,16 +126,23 @@ def _outer(spec: PairSpec, tensors: PairTensors) -> tuple[bool, dict[str, Any]]:
     return fits, arguments
 
 
-def forward(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+def forward(
+    problem: Problem,
+    tensors: PairTensors,
+    save: bool,
+    tiles: tuple[HopperTile, HopperTile] | None = None,
+) -> PairResult:
+    """The pair, by tiles of the spatial and the temporal pass that fit it or that are given."""
     if stem_why_not(problem) is None:
         return _stem(problem, tensors, save)
+    tile, temporal = tiles or (spatial_tile(problem), temporal_tile(problem))
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     keep = save and not spec.recompute
     m = problem.mid_channels
     bs = tensors.spatial_bias
     with call(problem) as k:
         launches = Launches(k)
-        x = rows_of(evenly_framed(channels_last(tensors.x)))
+        x = rows_of(tensors.x)
         rows = x.new_empty(problem.mid_shape)
         u = rows.permute(0, 4, 1, 2, 3)
         mean, var = tensors.mean, tensors.var
@@ -121,7 +160,6 @@ def forward(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
                 affine = None
             if prologue in EPILOGUES:
                 epilogue["activation"], prologue = prologue, "none"
-        tile = spatial_tile(problem)
         partials = launches.spatial(
             x, tensors.spatial_weight, u, tile, statistics=spec.norm == "batch", **epilogue
         )
@@ -133,9 +171,8 @@ def forward(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
         y = problem.empty_output(x)
         outer, epilogue = _outer(spec, tensors)
         launches.temporal(
-            u[:, :m], tensors.temporal_weight, y, temporal_tile(problem), affine, prologue,
-            **epilogue,
-        )  # fmt: skip
+            u[:, :m], tensors.temporal_weight, y, temporal, affine, prologue, **epilogue
+        )
     if spec.norm != "batch":
         mean = var = None
     return PairResult(y, rows if keep else None, mean, var, k.total, outer)

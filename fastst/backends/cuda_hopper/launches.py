@@ -1,8 +1,8 @@
 """Launches of the Hopper kernels, as functions of tensors.
 
-Everything is channels-last. x that is not, or whose rows are not whole 16-byte vectors, is copied
-once on the way in. Weights are packed for every call: rows of 64 elements of the reduction, one for
-each output channel of a tile.
+Everything is channels-last, and x is read as it lies: ``why_not`` refuses what would have to be
+copied first. Weights are packed for every call: rows of 64 elements of the reduction, one for each
+output channel of a tile.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import configs_hopper
 from ...configs_hopper import HopperTile
 from ...shapes import PairTensors, Problem
+from ..cuda_depthwise import channels_last
 from ..native import Call, emulating
 
 ROW = 8  # channels that are a multiple of it fill the 16-byte rows that the copy engine needs
@@ -77,6 +78,25 @@ def temporal_tile(problem: Problem) -> HopperTile:
     )  # fmt: skip
 
 
+def spatial_gradient_tile(problem: Problem, affine: bool) -> HopperTile:
+    """Tile of the input gradient of the spatial pass."""
+    p = problem.passes[0]
+    return configs_hopper.spatial(
+        problem.batch * problem.size[0], problem.size[1:], p.out_channels, p.in_channels,
+        p.kernel[1:], p.stride[1:], p.dilation[1], _processors(problem.device), gradient=True,
+        affine=affine,
+    )  # fmt: skip
+
+
+def temporal_gradient_tile(problem: Problem) -> HopperTile:
+    """Tile of the input gradient of the temporal pass."""
+    p = problem.passes[1]
+    return configs_hopper.temporal(
+        problem.batch, math.prod(problem.mid_size[1:]), problem.mid_size[0], p.out_channels,
+        problem.mid_shape[-1], p.stride[0], _processors(problem.device), gradient=True,
+    )  # fmt: skip
+
+
 def pack(weight: Tensor, columns: int) -> Tensor:
     """(O, I, a, b) as (tiles of columns, ⌈I/64⌉, a, b, columns, 64), zeros where there is none."""
     o, i, a, b = weight.shape
@@ -94,6 +114,14 @@ def rows_of(t: Tensor) -> Tensor:
             strides[d] = inner
         inner = max(inner, strides[d] * t.shape[d])
     return t.as_strided(t.shape, strides)
+
+
+def evenly_placed(t: Tensor) -> Tensor:
+    """t in channels-last rows with the pixels of a frame evenly apart, or a copy that is so."""
+    t = channels_last(t)
+    apart = [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
+    even = t.shape[3] == 1 or t.shape[4] == 1 or t.stride(3) == t.stride(4) * t.shape[4]
+    return rows_of(t if even and 0 not in apart else t.clone(memory_format=torch.channels_last_3d))
 
 
 def evenly_framed(x: Tensor) -> Tensor:
@@ -195,6 +223,47 @@ class Launches:
             self._tile(tile),
         )  # fmt: skip
         k.lib.hopper_temporal(k.dtype, argument, k.stream)
+
+    def temporal_gradient(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        g: Tensor,
+        tile: HopperTile,
+        u: Tensor | None,
+        coefficients: Tensor | None,  # (5, M), as of Call.norm_coefficients
+        statistics: bool,
+    ) -> Tensor | None:
+        """Fills g, dv times the norm's scale; (2, M), Σdv and Σdv·(u − mean), where asked for."""
+        k, p = self.k, self.problem.passes[1]
+        m = p.in_channels
+        columns = tile.column_tiles(g.shape[1]) * tile.columns
+        rows = k.empty(4, columns).zero_()  # mean, scale, shift and what dv is multiplied by
+        rows[1::2, :m] = 1
+        if coefficients is not None:
+            rows[:3, :m] = coefficients[:3]
+            rows[3, :m] = coefficients[1]
+        partials = k.empty(tile.grid * 4 * tile.groups, 2, m) if statistics else None
+        packed = self._packed(weight.flatten(3).flip(2).transpose(0, 1), tile.columns)
+        argument = k.lib.HopperTemporalGradient(
+            k.view(dy), packed, k.conv(p), k.view(g), None if u is None else k.view(u),
+            k.array(rows), k.array(partials), m, k.act(self.problem.spec.activation), k.slope,
+            self._tile(tile),
+        )  # fmt: skip
+        k.lib.hopper_temporal_gradient(k.dtype, argument, k.stream)
+        return None if partials is None else k.sum_rows(partials)
+
+    def spatial_gradient(self, du: Gradient, weight: Tensor, dx: Tensor, tile: HopperTile) -> None:
+        """Fills dx (N, stored channels, T, H, W)."""
+        k, p = self.k, self.problem.passes[0]
+        columns = tile.column_tiles(dx.shape[1]) * tile.columns
+        output, _ = self._output(dx, p.in_channels, columns, 0)
+        mirrored = weight.flatten(2, 3).flip(2, 3).permute(1, 0, 3, 2)
+        argument = k.lib.HopperSpatial(
+            k.view(du.g), None if du.u is None else k.view(du.u), k.array(du.affine),
+            self._packed(mirrored, tile.columns), k.conv(p), True, output, self._tile(tile),
+        )  # fmt: skip
+        k.lib.hopper_spatial(k.dtype, argument, k.stream)
 
     def stem(
         self,

@@ -1,0 +1,126 @@
+"""Backward of the pair on Hopper's matrix units: of what is as large as u, only g is written.
+
+    dv = act'(v)·(Wtᵀ∗dy), g = s·dv          with Σdv and Σdv·(u − mean) from the same kernel
+    du = g + p·u + q                         formed in shared memory by the kernels that read it
+    dx = Wsᵀ∗du
+
+so dz, v, z, dv and du never exist in memory; u, where it was not kept, comes again from the forward
+kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...configs import round_up
+from ...shapes import PairSpec, PairTensors, Problem
+from ..cuda_depthwise import channels_last
+from ..native import call, finish
+from .launches import (
+    ROW,
+    Gradient,
+    Launches,
+    evenly_framed,
+    evenly_placed,
+    rows_of,
+    spatial_gradient_tile,
+    spatial_tile,
+    stem_why_not,
+    temporal_gradient_tile,
+)
+
+
+def backward(
+    problem: Problem,
+    tensors: PairTensors,
+    dy: Tensor,
+    u: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spatial, temporal = problem.passes
+    need = PairTensors(*needs)  # type: ignore[arg-type]
+    m = problem.mid_channels
+    counted = need.spatial_bias or need.norm_weight or need.norm_bias
+    below = counted or need.x or need.spatial_weight
+    straight = spec.norm == "none" and spec.activation == "none"  # nothing below depends on u
+    dx = dws = dwt = dbs = dbt = dgamma = dbeta = coefficients = mid = sums = None
+    with call(problem) as k:
+        launches = Launches(k)
+        if u is not None:
+            mid = u.permute(0, 4, 1, 2, 3)
+        elif need.temporal_weight or not straight:
+            mid = _recomputed(launches, tensors)
+        if spec.norm == "frozen":
+            mean, var = tensors.mean, tensors.var
+        if mean is not None and var is not None:
+            coefficients = k.norm_coefficients(tensors, mean, var)
+        dy = evenly_placed(dy)
+        if need.temporal_bias:
+            dbt = k.sums(k.plain(dy), dy.shape)[0]
+        if need.temporal_weight:
+            assert mid is not None
+            z = k.norm_act(mid[:, :m], coefficients, spec.activation)
+            dwt = k.weight_gradient(
+                z, k.plain(dy), temporal, tensors.temporal_weight, dy.numel() // dy.shape[1]
+            )
+        if below:
+            g = tensors.x.new_empty(problem.mid_shape).permute(0, 4, 1, 2, 3)
+            sums = launches.temporal_gradient(
+                dy, tensors.temporal_weight, g, temporal_gradient_tile(problem),
+                None if straight else mid, coefficients, bool(counted) or spec.norm == "batch",
+            )  # fmt: skip
+            du, source = Gradient(g), k.plain(g[:, :m])
+            if sums is not None:
+                dbs = dbeta = sums[0]
+                if coefficients is not None:
+                    assert var is not None
+                    dgamma = k.norm_gradient_coefficients(sums, var, coefficients)
+                    dbs = dbeta * coefficients[1]
+            if spec.norm == "batch":
+                assert coefficients is not None and mid is not None
+                mean, _, _, p, q = coefficients
+                du = Gradient(g, mid, launches.coefficients(p, q - p * mean, round_up(m, 64)))
+                coefficients[1] = 1  # the scale is in g
+                source = k.norm_gradient(g[:, :m], mid[:, :m], coefficients)
+                # The mean takes its own sum away; that of a group only the sum of all its ranks.
+                dbs = k.sums(source, g[:, :m].shape)[0] if spec.group else torch.zeros_like(q)
+            if need.spatial_weight:
+                dws = k.weight_gradient(
+                    k.plain(tensors.x), source, spatial, tensors.spatial_weight,
+                    problem.batch * math.prod(problem.mid_size),
+                )  # fmt: skip
+            if need.x:
+                dx = _input_gradient(launches, tensors, du)
+    return finish((dx, dws, dwt, dbs, dbt, dgamma, dbeta), tensors, needs)
+
+
+def _recomputed(launches: Launches, tensors: PairTensors) -> Tensor:
+    """u (N, M', T, H, W), as the forward pass would have kept it."""
+    problem = launches.problem
+    u = tensors.x.new_empty(problem.mid_shape).permute(0, 4, 1, 2, 3)
+    bias = tensors.spatial_bias
+    if stem_why_not(problem) is None:
+        launches.stem(tensors, u, None, shift=bias)
+    else:
+        x = rows_of(evenly_framed(channels_last(tensors.x)))
+        launches.spatial(x, tensors.spatial_weight, u, spatial_tile(problem), shift=bias)
+    return u
+
+
+def _input_gradient(launches: Launches, tensors: PairTensors, du: Gradient) -> Tensor:
+    problem = launches.problem
+    dx = torch.empty_like(tensors.x)
+    n, c, *size = dx.shape
+    rows = dx
+    if c % ROW or evenly_framed(channels_last(dx)) is not dx:
+        rows = dx.new_empty(n, *size, round_up(c, ROW)).permute(0, 4, 1, 2, 3)
+    tile = spatial_gradient_tile(problem, du.u is not None)
+    launches.spatial_gradient(du, tensors.spatial_weight, rows_of(rows), tile)
+    return dx if rows is dx else dx.copy_(rows[:, :c])

@@ -1,0 +1,310 @@
+"""The Hopper kernels' backward through the emulator: every gradient, each instance, planted bugs.
+
+Everything here ran on no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import fuzz
+import pytest
+import torch
+from fuzz import Config
+
+import fastst
+from fastst import configs, configs_hopper
+from fastst.backends import cuda_hopper, native
+from fastst.configs_hopper import HopperTile
+from fastst.shapes import PairSpec, PairTensors, Problem
+
+MODULE = importlib.import_module("fastst.backends.cuda_hopper.backward")
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+@pytest.fixture(autouse=True)
+def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    native.library()
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
+    """The problems whose backward the Hopper kernels have run."""
+    found: list[Problem] = []
+    backward: Callable[..., object] = cuda_hopper.backward
+
+    def recorded(problem: Problem, *arguments: object) -> object:
+        found.append(problem)
+        return backward(problem, *arguments)
+
+    monkeypatch.setattr(cuda_hopper, "backward", recorded)
+    return found
+
+
+# ---- random problems
+
+
+def dense(seed: int, **fixed: object) -> Config:
+    """A random configuration that the kernels take."""
+    r = random.Random(seed)
+    causal = r.choice((False, False, True, "strided"))
+    stride = (r.choice((1, 1, 2)), r.choice((1, 2)), r.choice((1, 2)))
+    k = r.choice((1, 2, 3, 3, 3, 5))
+    choices: dict[str, object] = dict(
+        seed=seed, batch=r.choice((1, 2, 3)), channels=r.choice((8, 64, 72)),
+        mid=r.choice((1, 10, 45, 64, 72, 150)), out=r.choice((8, 64, 72)),
+        size=(r.choice((1, 2, 4, 5)), r.choice((1, 5, 8, 9)), r.choice((4, 8, 10, 17))),
+        kernel=(3, k, r.choice((k, k, 3))), stride=stride, causal=causal,
+        padding=(0 if causal else r.choice((1, 1, 2)), k // 2, r.choice((1, 2))),
+        dilation=(1, r.choice((1, 1, 2)), r.choice((1, 1, 2))),
+        activation=r.choice(cuda_hopper.DERIVATIVES), norm=r.choice(("none", "batch", "frozen")),
+        bias=(r.random() < 0.5, r.random() < 0.5), recompute=r.random() < 0.3,
+        affine=r.random() < 0.7, dtype=r.choice((torch.float16, torch.bfloat16)),
+        x_layout="channels_last", grad_layout=r.choice(("channels_last", *fuzz.LAYOUTS)),
+        constant=r.choice(((), (), ("x",), ("spatial_weight",), ("temporal_weight", "norm_bias"))),
+    )  # fmt: skip
+    return Config(**(choices | fixed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_fuzz(chunk: int, ran: list[Problem]) -> None:
+    cases = fuzz.CASES or 2
+    for seed in range(100 * chunk + fuzz.SEED, 10**6):
+        config = dense(seed)
+        if config.invalid() or config.work() > 4_000_000:
+            continue
+        before = len(ran)
+        assert fuzz.check(config, "cuda") is None, config
+        assert len(ran) > before, f"not run by the Hopper kernels: {config}"
+        cases -= 1
+        if not cases:
+            return
+
+
+WEIGHTS = ("spatial_weight", "temporal_weight")  # whose gradients are other kernels
+PLANES = {1: (1, 3, 5), 3: (4, 8, 8)}  # boxes with one tap each, and with a column of them
+
+
+@pytest.mark.parametrize("tile", configs_hopper.TEMPORAL_GRADIENT_TILES)
+def test_temporal_tiles(
+    tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch, ran: list[Problem]
+) -> None:
+    """Each instance; some of its frames, places and columns do not exist."""
+    columns, frames, stride = tile
+    chosen = HopperTile(columns, 2, frames, (2, frames, 7), 1, 2, 2)
+    monkeypatch.setattr(MODULE, "temporal_gradient_tile", lambda problem: chosen)
+    config = Config(
+        seed=frames, channels=8, mid=columns + 10, out=72, batch=3, size=(frames + 1, 3, 3),
+        stride=(stride, 1, 1), norm="batch", activation="silu", x_layout="channels_last",
+        dtype=torch.float16 if stride == 1 else torch.bfloat16, constant=WEIGHTS,
+    )  # fmt: skip
+    assert fuzz.check(config, "cuda") is None
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("tile", configs_hopper.AFFINE_TILES)
+@pytest.mark.parametrize(("share", "stride"), [(1, 1), (1, 2), (3, 1)])
+def test_tiles_that_form_their_input(
+    tile: tuple[int, int, int], share: int, stride: int, monkeypatch: pytest.MonkeyPatch,
+    ran: list[Problem],
+) -> None:  # fmt: skip
+    """Each instance, with one box per tap and with one for a column of taps; q is not 0."""
+    columns, groups, blocks = tile
+    f, h, w = PLANES[share]
+    chosen = HopperTile(columns, groups, blocks, (f * blocks // 2 or 1, h, w), share, 2, 2)
+    monkeypatch.setattr(MODULE, "spatial_gradient_tile", lambda problem, affine: chosen)
+    config = Config(
+        seed=columns, channels=columns + 8, mid=72, out=8, batch=1, size=(2, 9, 10), norm="batch",
+        stride=(1, stride, stride), dtype=(torch.float16, torch.bfloat16)[share // 2],
+        x_layout="channels_last", constant=WEIGHTS,
+    )  # fmt: skip
+    assert fuzz.check(config, "cuda") is None
+    assert len(ran) == 1
+
+
+def stem(seed: int) -> Config:
+    """A random stem whose x wants a gradient, too."""
+    r = random.Random(seed)
+    return Config(
+        seed=seed, batch=r.choice((1, 2)), channels=r.choice((2, 3, 4)), mid=r.choice((7, 45, 48)),
+        out=r.choice((8, 64)), kernel=(3, 7, 7), stride=(1, 2, 2),
+        size=(r.choice((1, 3, 5)), r.choice((7, 12)), r.choice((8, 15))),
+        padding=(1, r.choice((3, 1)), r.choice((3, 1))), activation=r.choice(("relu", "silu")),
+        norm=r.choice(("none", "batch", "frozen")), bias=(r.random() < 0.5, False),
+        recompute=r.random() < 0.5, dtype=r.choice((torch.float16, torch.bfloat16)),
+        x_layout="channels_last",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(fuzz.SEED, fuzz.SEED + (fuzz.CASES or 3)))
+def test_stem_fuzz(seed: int, ran: list[Problem]) -> None:
+    config = stem(seed)
+    assert fuzz.check(config, "cuda") is None
+    assert cuda_hopper.stem_why_not(ran[-1]) is None
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_u_is_computed_again(
+    activation: str, monkeypatch: pytest.MonkeyPatch, ran: list[Problem]
+) -> None:
+    """Without a norm and with recompute the mid tensor is kept by nobody."""
+    kept: list[object] = []
+    backward: Callable[..., object] = cuda_hopper.backward
+
+    def recorded(problem: Problem, tensors: object, dy: object, u: object, *rest: object) -> object:
+        kept.append(u)
+        return backward(problem, tensors, dy, u, *rest)
+
+    monkeypatch.setattr(cuda_hopper, "backward", recorded)
+    config = Config(
+        seed=5, channels=64, mid=64, out=64, batch=1, size=(3, 4, 4), activation=activation,
+        causal=True, padding=(0, 1, 1), recompute=True, dtype=torch.bfloat16,
+        x_layout="channels_last",
+    )  # fmt: skip
+    assert fuzz.check(config, "cuda") is None
+    assert kept == [None] and ran
+
+
+def test_gradients_are_the_same_bits_on_every_run() -> None:
+    config = dense(1, norm="batch", activation="silu", mid=72, batch=2, size=(5, 8, 9))
+    tensors, dy = fuzz.make(config)
+    with fastst.use_backend("cuda"):
+        runs = [fuzz.results(fuzz.call, config, tensors, dy) for _ in range(2)]
+    assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ({}, None),
+        ({"activation": "gelu"}, "derivatives of none, relu, leaky_relu, silu, not of gelu"),
+        ({"padding_mode": ("zeros", "replicate")}, "zeros around time, not 'replicate'"),
+        ({"order": "temporal-first"}, "spatial and then a temporal"),
+    ],
+)
+def test_says_what_it_does_not_take(spec: dict[str, object], why: str | None) -> None:
+    shapes = (1, 8, 3, 5, 5), (16, 8, 1, 3, 3), (8, 16, 3, 1, 1)
+    last = torch.channels_last_3d
+    tensors = PairTensors(*(torch.empty(s).half().to(memory_format=last) for s in shapes))
+    fixed: dict[str, object] = {"padding": (1,) * 6}
+    problem = Problem.of(tensors, PairSpec(**(fixed | spec)))  # type: ignore[arg-type]
+    found = cuda_hopper.backward_why_not(problem)
+    assert found is None if why is None else why in str(found)
+
+
+# ---- tiles
+
+
+SHAPES = [
+    (64, 144, 64, 16, 56, 1, 1), (64, 230, 128, 16, 56, 2, 2), (128, 288, 128, 8, 28, 1, 1),
+    (128, 460, 256, 8, 28, 2, 2), (256, 576, 256, 4, 14, 1, 1), (256, 921, 512, 4, 14, 2, 2),
+    (512, 1152, 512, 2, 7, 1, 1), (512, 512, 512, 5, 32, 1, 1), (8, 8, 8, 1, 1, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("affine", [False, True])
+def test_tiles_keep_to_the_limits(shape: tuple[int, ...], affine: bool) -> None:
+    c, m, k, t, side, stride, temporal = shape
+    a = configs_hopper.spatial(
+        8 * t, (side, side), m, c, (3, 3), (stride, stride), 1, 132, gradient=True, affine=affine
+    )
+    rows = 64 * a.groups * a.blocks
+    box_rows = a.box[0] * (a.box[1] + a.share - 1) * a.box[2]
+    stage = configs.round_up(max(rows, box_rows) * 128, 1024) * (1 + affine)
+    assert 1024 + a.stages * (stage + a.share * a.columns * 128) <= 227 << 10
+    assert math.prod(a.box) <= rows and a.stages >= 2 and (a.share == 1 or stride == 1)
+    pixels = (side // stride) ** 2
+    b = configs_hopper.temporal(8, pixels, t, k, m, temporal, 132, gradient=True)
+    assert b.box[0] * b.box[2] <= 128 and 2 <= b.stages <= 16 and b.box[1] % temporal == 0
+    assert 1024 + 2 * 3 * b.columns * 128 + b.stages * 128 * 128 <= 227 << 10
+    widths = [w for w, _, step in configs_hopper.TEMPORAL_GRADIENT_TILES if step == temporal]
+    if m > 64:  # of the columns multiply zeros
+        assert min(configs.round_up(m, w) / m for w in widths) <= 1.05
+
+
+# ---- planted bugs: each must be caught, by a wrong result or by the emulator's checks
+
+NORM = Config(
+    seed=1, channels=72, mid=72, out=8, batch=1, size=(3, 9, 10), norm="batch", activation="silu",
+    dtype=torch.float16, x_layout="channels_last",
+)  # fmt: skip
+STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
+# Left out of the mutants to compile them quickly, as (file, pattern).
+UNUSED = (
+    ("hopper_spatial_affine.cu", r" *if \(is\((?!64).*\n"),
+    ("hopper_temporal_gradient.cu", r" *if \(is\((?!64).*\n"),
+    ("hopper_spatial_affine.cu", r" *if \(dtype == Dtype::bf16\).*\n"),
+    ("hopper_temporal_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n"),
+)
+HEADERS = ("gradient", "hopper_spatial", "hopper_temporal", "pipeline", "accumulators")
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "config"),
+    [
+        # a tap off by one
+        ("spatial_affine", "kernel - 1) * dilation - before", "kernel - 1) * dilation", NORM),
+        ("spatial_affine", "/ up;\n  }", "/ up + (rest > 0);\n  }", STRIDED),
+        ("temporal_gradient", "kTaps - 1 - before", "kTaps - before", NORM),
+        ("temporal_gradient", "before & 1", "0", STRIDED),
+        # du: p·u left out, q where there is no frame, another piece of the channels
+        ("spatial_affine", "rate[i] * widen(other.lane[i]) + shift[i]", "shift[i]", NORM),
+        ("spatial_affine", "w >= 0 && w < p.w.size && h >= 0 && h < p.h.size", "true", NORM),
+        ("spatial_affine", "(piece ^ row % 8) * 8", "piece * 8", NORM),
+        # a missing fence or barrier, a wrong phase, a stage given back too early
+        ("spatial_affine", "fence_proxy_async();\n          ring.publish();", "ring.publish();",
+         NORM),
+        ("spatial_affine", "          arrived.wait();\n", "", NORM),
+        ("spatial_affine", "ring.advance(), arrived.advance();", "ring.advance();", NORM),
+        ("spatial_affine", "Affine ? 1 + kFormingWarps : 1", "1", NORM),
+        # the derivative and its sums
+        ("temporal_gradient", "(1 + v * (1 - s))", "(1 + v)", NORM),
+        ("temporal_gradient", "d * from_mean", "d * widen(u.lane[k])", NORM),
+        ("temporal_gradient", "if (there) dv", "dv", NORM),
+        ("temporal_gradient", "        transpose_quad(words);\n      }", "      }", NORM),
+    ],
+)  # fmt: skip
+def test_planted_bug_is_caught(
+    file: str,
+    right: str,
+    wrong: str,
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changed = tmp_path / "csrc"
+    shutil.copytree(CSRC, changed)
+    for name, unused in UNUSED:
+        text, times = re.subn(unused, "", (changed / name).read_text())
+        assert times, f"{name} no longer has {unused}"
+        (changed / name).write_text(text)
+    source = changed / f"hopper_{file}.cu"
+    text = source.read_text()
+    for header in HEADERS:
+        inside = (changed / f"device/{header}.cuh").read_text().replace("#pragma once", "")
+        text = text.replace(f"#include <device/{header}.cuh>\n", inside, 1)
+    assert right in text, f"{file} no longer has {right!r}: plant the bug elsewhere"
+    source.write_text(text.replace(right, wrong, 1))
+    builder = native.import_file("fastst_emulator_build", native._EMULATOR)
+    built = builder.module(changed)
+    # A module of its own name: pybind11 hands out the first module of a name again.
+    library = native.import_file(f"mutant_{built.parent.name}.{builder.MODULE}", built)
+    monkeypatch.setattr(native, "emulated", lambda: library)
+    monkeypatch.setattr(configs_hopper, "AFFINE_TILES", ((64, 2, 2),))
+    monkeypatch.setattr(configs_hopper, "TEMPORAL_GRADIENT_TILES", ((64, 4, 1), (64, 4, 2)))
+    with pytest.raises((AssertionError, RuntimeError)):
+        fuzz.check(config, "cuda")
