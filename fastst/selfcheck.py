@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cache
+from . import cache, configs_hopper
 from .shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
 # Largest error allowed, in units of the rounding of the dtype and of the largest output: the
@@ -78,31 +79,32 @@ def check(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> 
 
     Args:
         backend: name, "aten" for PyTorch's own convolutions.
-        kind: "dense", "grouped", "depthwise", "parallel", or "hopper" for dense pairs that the CUDA
-            library's Hopper kernels take.
+        kind: "dense", "grouped", "depthwise", "parallel", or "hopper" for every instance of the
+            CUDA library's forward Hopper kernels.
         device, dtype: what to run on.
 
     Returns:
         None, or what is wrong, as the end of a sentence about the backend.
     """
-    from . import dispatch
     from .backends import reference
 
-    problem, tensors = _example(kind, dtype)
-    with torch.no_grad():
-        there = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
-        try:
-            got = _run(dispatch.BACKENDS[backend], Problem.of(there, problem.spec), there).cpu()
-        except Exception as failure:  # a compiler or a driver that fails is a verdict, too
-            return f"failed its self-check with {type(failure).__name__}: {failure}"
-        compose: Any = reference.compose_parallel if kind == "parallel" else reference.compose_pair
-        double = type(tensors)(*(None if t is None else t.double() for t in tensors))
-        true = compose(double, problem.spec)
-    error = float((got.double() - true).abs().max() / true.abs().max())
-    allowed = _ULPS * _rounding(dtype, device)
-    if error <= allowed:
-        return None
-    return f"is off by {error:.2g} of the largest output in its self-check, over {allowed:.2g}"
+    compose: Any = reference.compose_parallel if kind == "parallel" else reference.compose_pair
+    for spec, tensors, run in _examples(backend, kind, dtype):
+        with torch.no_grad():
+            there = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
+            try:
+                got = run(Problem.of(there, spec), there).cpu()
+            except Exception as failure:  # a compiler or a driver that fails is a verdict, too
+                return f"failed its self-check with {type(failure).__name__}: {failure}"
+            double = type(tensors)(*(None if t is None else t.double() for t in tensors))
+            true = compose(double, spec)
+        error = float((got.double() - true).abs().max() / true.abs().max())
+        allowed = _ULPS * _rounding(dtype, device)
+        if not error <= allowed:
+            return (
+                f"is off by {error:.2g} of the largest output in its self-check, over {allowed:.2g}"
+            )
+    return None
 
 
 def verdicts() -> dict[str, str]:
@@ -115,36 +117,78 @@ def forget() -> None:
     _verdicts.clear()
 
 
-def _run(module: Any, problem: Problem, tensors: Any) -> Tensor:
-    if isinstance(tensors, PairTensors):
-        return module.conv2plus1d(problem, tensors, False).y
-    return module.parallel_conv2plus1d(problem, tensors)
+Run = Callable[[Problem, Any], Tensor]
 
 
-def _example(kind: str, dtype: torch.dtype) -> tuple[Problem, Any]:
-    """A problem whose sizes are no multiples of any tile, with its tensors on the CPU."""
+def _examples(backend: str, kind: str, dtype: torch.dtype) -> list[tuple[Any, Any, Run]]:
+    """Problems by specification and tensors on the CPU, and what runs them."""
+    if kind == "hopper":
+        return _hopper_examples(dtype)
+    from . import dispatch
+
+    module = dispatch.BACKENDS[backend]
+    spec, tensors = _example(kind, dtype)
+    if kind == "parallel":
+        return [(spec, tensors, module.parallel_conv2plus1d)]
+    return [(spec, tensors, lambda problem, t: module.conv2plus1d(problem, t, False).y)]
+
+
+def _example(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A problem whose sizes are no multiples of any tile."""
+    c = 18
+    g = {"grouped": 3, "depthwise": c}.get(kind, 1)
+    tensors = _tensors(dtype, (2, c, 5, 9, 7), (c, c // g, 1, 3, 3), (c, c // g, 3, 1, 1))
+    common: dict[str, Any] = {"padding": _PADDING, "groups": (g, g)}
+    if kind == "parallel":
+        return ParallelSpec(**common, activation="relu"), ParallelTensors(*tensors[:5])
+    return PairSpec(**common, norm="frozen", activation="relu"), tensors
+
+
+def _hopper_examples(dtype: torch.dtype) -> list[tuple[Any, Any, Run]]:
+    """Every instance of the spatial, the temporal and the stem's kernel."""
+    from .backends import cuda_hopper
+
+    examples: list[tuple[Any, Any, Run]] = []
+    tiles = configs_hopper.trials()
+    for i, (spatial, temporal, stride) in enumerate(tiles):
+
+        def run(problem: Problem, t: Any, pair: Any = (spatial, temporal)) -> Tensor:
+            return cuda_hopper.forward(problem, t, False, pair).y
+
+        # Half of them with statistics, and a norm and an activation between the two kernels.
+        batch = 2 * i < len(tiles)
+        m, k = spatial.columns + 8, temporal.columns + 8
+        tensors = _tensors(dtype, (1, 72, 3, 5, 7), (m, 72, 1, 3, 3), (k, m, 3, 1, 1))
+        spec = PairSpec(
+            stride=(stride, 1, 1), padding=_PADDING, norm="batch" if batch else "frozen",
+            activation="silu" if batch else "relu",
+        )  # fmt: skip
+        if batch:
+            tensors = tensors._replace(mean=None, var=None)
+        examples.append((spec, tensors, run))
+    tensors = _tensors(dtype, (1, 3, 3, 21, 20), (45, 3, 1, 7, 7), (64, 45, 3, 1, 1))
+    spec = PairSpec(stride=(1, 2, 2), padding=(1, 1, 3, 3, 3, 3), norm="batch")
+    tensors = tensors._replace(mean=None, var=None)
+    examples.append((spec, tensors, lambda problem, t: cuda_hopper.forward(problem, t, False).y))
+    return examples
+
+
+def _tensors(
+    dtype: torch.dtype, x: Sequence[int], first: Sequence[int], second: Sequence[int]
+) -> PairTensors:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    def weight(*shape: int) -> Tensor:
+    def weight(shape: Sequence[int]) -> Tensor:
         return normal(*shape) / math.prod(shape[1:]) ** 0.5
 
-    c = 72 if kind == "hopper" else 18
-    g = {"grouped": 3, "depthwise": c}.get(kind, 1)
-    x = normal(2, c, 5, 9, 7).to(memory_format=torch.channels_last_3d)
-    weights = weight(c, c // g, 1, 3, 3), weight(c, c // g, 3, 1, 1), normal(c), normal(c)
-    common: dict[str, Any] = {"padding": _PADDING, "groups": (g, g)}
-    if kind == "parallel":
-        tensors: Any = ParallelTensors(x, *weights)
-        spec: Any = ParallelSpec(**common, activation="relu")
-    else:
-        gamma, beta, mean, var = (normal(c).float() for _ in range(4))
-        tensors = PairTensors(x, *weights, gamma, beta, mean, var.abs() + 0.5)
-        # Of the Hopper kernels, an activation that only the second one has.
-        spec = PairSpec(**common, norm="frozen", activation="silu" if kind == "hopper" else "relu")
-    return Problem.of(tensors, spec), tensors
+    m, k = first[0], second[0]
+    there = normal(*x).to(memory_format=torch.channels_last_3d)
+    main = there, weight(first), weight(second), normal(m), normal(k)
+    gamma, beta, mean, var = (normal(m).float() for _ in range(4))
+    return PairTensors(*main, gamma, beta, mean, var.abs() + 0.5)
 
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:

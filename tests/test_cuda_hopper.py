@@ -5,12 +5,12 @@ Everything here ran on no GPU. Forward only: that is all that these kernels do.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import fuzz
 import pytest
@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from fuzz import Config
 
 import fastst
-from fastst import activations, configs, configs_hopper, selfcheck
+from fastst import activations, configs_hopper, dispatch, selfcheck
 from fastst.backends import cuda, cuda_hopper, native
 from fastst.functional import conv2plus1d
 from fastst.shapes import PairSpec, PairTensors, Problem
-
-CSRC = Path(__file__).parents[1] / "csrc"
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +68,7 @@ def dense(seed: int, **fixed: object) -> Config:
         bias=(r.random() < 0.5, r.random() < 0.5), recompute=r.random() < 0.3,
         affine=r.random() < 0.7, dtype=r.choice((torch.float16, torch.bfloat16)),
         residual=r.random() < 0.3, outer_activation=r.choice(("none", "relu", "silu")),
-        x_layout=r.choice(("channels_last", "channels_last", "sliced_channels_last")),
+        x_layout="channels_last",
     )  # fmt: skip
     return Config(**(choices | fixed))  # type: ignore[arg-type]
 
@@ -131,19 +129,94 @@ def test_temporal_tiles(
     assert len(ran) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("replicate", [False, True])
-def test_causal_pair_of_a_tokenizer(
-    dtype: torch.dtype, replicate: bool, ran: list[Problem]
-) -> None:
-    """C = M = K, nothing between the convolutions, time padded on the left only."""
+@pytest.mark.parametrize(
+    ("channels", "mode"),
+    [(128, "zeros"), (128, "replicate"), (256, "not causal"), (512, "zeros")],
+)
+def test_pairs_with_nothing_between(channels: int, mode: str, ran: list[Problem]) -> None:
+    """Of video tokenizers, whose time is padded on the left only, and of pseudo-3D networks."""
+    causal = mode != "not causal"
     config = Config(
-        seed=3, channels=128, mid=128, out=128, batch=1, size=(5, 4, 4), padding=(0, 1, 1),
-        causal=True, padding_mode=("zeros", "replicate" if replicate else "zeros"),
-        activation="none", dtype=dtype, x_layout="channels_last",
+        seed=3, channels=channels, mid=channels, out=channels, batch=1, size=(3, 4, 4),
+        padding=(0 if causal else 1, 1, 1), causal=causal, activation="none",
+        padding_mode=("zeros", mode if causal else "zeros"), x_layout="channels_last",
+        dtype=torch.float16 if channels == 256 else torch.bfloat16,
     )  # fmt: skip
     assert fuzz.check(config, "cuda", backward=False) is None
     assert len(ran) == 1
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "frozen"])
+@pytest.mark.parametrize("kind", ["dense", "stem"])
+def test_what_is_saved(norm: str, kind: str, ran: list[Problem]) -> None:
+    """u before norm and activation, with zeros beyond its channels, and its statistics."""
+    geometry: dict[str, Any] = dict(kernel=(3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3))
+    if kind == "dense":
+        geometry = dict(kernel=(3, 3, 3), stride=(2, 1, 2), padding=1)
+    config = Config(
+        seed=7, channels=3 if kind == "stem" else 72, mid=45, out=64, batch=2, size=(3, 9, 10),
+        norm=norm, activation="silu", bias=(True, True), dtype=torch.float16,
+        x_layout="channels_last", **geometry,
+    )  # fmt: skip
+    tensors, _ = fuzz.make(config)
+    t = {n: v.detach() for n, v in tensors.items()}
+    frozen = (t["running_mean"], t["running_var"]) if norm == "frozen" else (None, None)
+    arguments = PairTensors(
+        t["x"], t["spatial_weight"], t["temporal_weight"], t["spatial_bias"], t["temporal_bias"],
+        t.get("norm_weight"), t.get("norm_bias"), *frozen,
+    )  # fmt: skip
+    pt, ph, pw = (1, 3, 3) if kind == "stem" else (1, 1, 1)
+    spec = PairSpec(config.stride, (pt, pt, ph, ph, pw, pw), activation="silu", norm=norm)
+    with fuzz.poisoned():
+        found = cuda.conv2plus1d(Problem.of(arguments, spec), arguments, True)
+    assert len(ran) == 1 and found.u is not None
+    u = F.conv3d(
+        t["x"].double(), t["spatial_weight"].double(), t["spatial_bias"].double(),
+        (1, *config.stride[1:]), (0, ph, pw),
+    )  # fmt: skip
+    rows = found.u.permute(0, 4, 1, 2, 3).double()
+    torch.testing.assert_close(rows[:, :45], u, rtol=1e-3, atol=2e-3 * float(u.abs().max()))
+    assert rows.shape[1] == 48 and bool((rows[:, 45:] == 0).all())
+    assert (found.mean is None) == (norm != "batch")
+    if norm == "batch":
+        var, mean = torch.var_mean(u, (0, 2, 3, 4), correction=0)
+        torch.testing.assert_close(found.mean.double(), mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.var.double(), var, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_do_not_cancel(ran: list[Problem]) -> None:
+    """They come from accumulators, not from u: rounding it would add 1/12 of a squared ulp of 1."""
+    x = torch.randn(2, 8, 3, 9, 10, generator=torch.Generator().manual_seed(0)).half()
+    x = x.to(memory_format=torch.channels_last_3d)
+    ws, wt = torch.full((10, 8, 1, 1, 1), 1 / 8).half(), torch.ones(8, 10, 3, 1, 1).half()
+    tensors = PairTensors(x, ws, wt, torch.full((10,), 2048.0).half())
+    found = cuda.conv2plus1d(Problem.of(tensors, PairSpec(norm="batch")), tensors, False)
+    true = x.double().mean(1).var(correction=0)
+    torch.testing.assert_close(found.var, true.float().expand(10), rtol=2e-3, atol=0)
+    assert ran
+
+
+CUTS: dict[str, Any] = {
+    "channels": lambda x: x[:, 8:72], "frames": lambda x: x[:1, :64, 1:],
+    "rows": lambda x: x[:, :64, :, 2:], "columns": lambda x: x[:, :64, :, :, 1:-1],
+    "every other clip": lambda x: x[::2, :64, :1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_reads_x_as_it_lies(cut: str, ran: list[Problem]) -> None:
+    """A part of a larger tensor, whose rest is no number, gives the bits of a copy of it."""
+    whole = torch.randn(3, 80, 4, 7, 8, generator=torch.Generator().manual_seed(1)).half()
+    whole = whole.to(memory_format=torch.channels_last_3d)
+    alone = CUTS[cut](whole).clone(memory_format=torch.channels_last_3d)
+    marked = torch.full_like(whole, torch.nan)
+    CUTS[cut](marked).copy_(alone)
+    ws, wt = torch.randn(16, 64, 1, 3, 3).half() / 24, torch.randn(8, 16, 3, 1, 1).half() / 7
+    with fastst.use_backend("cuda"):
+        got, expected = (
+            conv2plus1d(x, ws, wt, padding=1) for x in (CUTS[cut](marked), alone)
+        )  # fmt: skip
+    assert torch.equal(got, expected) and len(ran) == 2
 
 
 def stem(seed: int, **fixed: object) -> Config:
@@ -210,26 +283,52 @@ def test_activations_in_registers(ran: list[Problem], activation: str) -> None:
 # ---- self-check
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_self_check_runs_both_kernels(dtype: torch.dtype, ran: list[Problem]) -> None:
-    assert selfcheck.check("cuda", "hopper", torch.device("cpu"), dtype) is None
-    assert len(ran) == 1
+def test_self_check_runs_every_instance(ran: list[Problem]) -> None:
+    assert selfcheck.check("cuda", "hopper", torch.device("cpu"), torch.float16) is None
+    trials = configs_hopper.trials()
+    spatial = {(a.columns, a.groups, a.blocks) for a, _, _ in trials}
+    temporal = {(b.columns, b.box[1], s) for _, b, s in trials}
+    assert spatial == set(configs_hopper.SPATIAL_TILES)
+    assert {(c, f) for c, f, _ in temporal} == set(configs_hopper.TEMPORAL_TILES)
+    assert {(c, f) for c, f, s in temporal if s == 2} == {(128, 1), (128, 2)}
+    assert [p.spec.norm for p in ran] == ["batch"] * 5 + ["frozen"] * 5 + ["batch"]  # type: ignore[union-attr]
+    assert cuda_hopper.stem_why_not(ran[-1]) is None
 
 
-def test_auto_waits_for_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the emulated kernels ran on a GPU, for whoever chooses among backends."""
+    for module in (cuda, cuda_hopper):
+        monkeypatch.setattr(module, "emulating", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def test_auto_waits_for_the_self_check(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
     def broken(backend: str, problem: Problem, kind: str | None = None) -> str:
         asked.append(kind)
         return "is off by 1"
 
-    monkeypatch.setattr(cuda, "emulating", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda_hopper, "emulating", lambda: False)
     monkeypatch.setattr(selfcheck, "why_broken", broken)
     assert cuda.avoid(problem(), "forward") == "is off by 1"
     assert asked == ["hopper"]
-    assert "run forward" in str(cuda.avoid(problem(), "backward"))
+
+
+def test_auto_takes_no_unchecked_kernel_into_a_graph(
+    on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("checked during a capture")
+
+    monkeypatch.setattr(selfcheck, "check", never)
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+    monkeypatch.setattr(selfcheck, "_key", lambda *arguments: "key")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    case = replace(problem(), device=torch.device("cuda", 0))
+    assert "has not been checked before this graph capture" in str(cuda.avoid(case, "forward"))
+    monkeypatch.setattr(selfcheck, "_verdicts", {"key": ""})
+    assert cuda.avoid(case, "forward") is None
 
 
 # ---- refusals
@@ -259,7 +358,7 @@ def problem(
         (problem(channels=3, kernel=(3, 7, 7), stride=(1, 2, 2)), None),
         (problem(out=12), "output channels that are a multiple of 8, not 12"),
         (problem(dtype=torch.float32), "float16 and bfloat16, not torch.float32"),
-        (problem(layout=torch.contiguous_format), "channels_last_3d, not contiguous"),
+        (problem(layout=torch.contiguous_format), "write channels_last_3d, not contiguous"),
         (problem(groups=(2, 1)), "no groups, not (2, 1)"),
         (problem(order="temporal-first"), "spatial and then a temporal"),
         (problem(padding_mode=("replicate", "zeros")), "the plane with zeros, not 'replicate'"),
@@ -274,152 +373,65 @@ def test_says_what_it_does_not_take(case: Problem, why: str | None) -> None:
     assert found is None if why is None else why in str(found)
 
 
+def laid_out(cut: Callable[[torch.Tensor], torch.Tensor]) -> Problem:
+    x = cut(torch.empty(2, 32, 3, 5, 5).half().to(memory_format=torch.channels_last_3d))
+    ws, wt = torch.empty(16, x.shape[1], 1, 3, 3).half(), torch.empty(8, 16, 3, 1, 1).half()
+    ws = ws.to(memory_format=torch.channels_last_3d)
+    return Problem.of(PairTensors(x, ws, wt), PairSpec(padding=(1,) * 6))
+
+
+@pytest.mark.parametrize(
+    ("cut", "why"),
+    [
+        (lambda x: x.contiguous(), "as whole 16-byte vectors (channels_last_3d), not with strides"),
+        (lambda x: x[:, 1:9], "from 2 bytes past such a vector's start"),
+        (lambda x: x[:, :1].expand(-1, 8, -1, -1, -1), "as whole 16-byte vectors"),
+        (lambda x: x[:, :, :2], "frames of all clips evenly apart, not with strides (2400, 1, 800"),
+        (lambda x: x[:, 8:24], None),
+    ],
+)
+def test_copies_nothing(
+    cut: Callable[[torch.Tensor], torch.Tensor], why: str | None, on_hopper: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What the copy engine cannot read is refused, and whoever asks is told."""
+    found = cuda_hopper.why_not(laid_out(cut))
+    assert found is None if why is None else why in str(found)
+    monkeypatch.setattr(selfcheck, "why_broken", lambda *arguments: None)
+    monkeypatch.setattr(cuda, "why_not", lambda *arguments: None)
+    told = dispatch.reasons(laid_out(cut))["cuda"]
+    assert told is None if why is None else why in str(told)
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_needs_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_hopper, "emulating", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert "need compute capability 9.0 (Hopper)" in str(cuda_hopper.why_not(problem()))
+    why = f"need compute capability 9.0 (Hopper), but cpu has {capability[0]}.{capability[1]}"
+    assert cuda_hopper.why_not(problem()) == why
+    monkeypatch.setattr(cuda, "emulating", lambda: False)
+    monkeypatch.setattr(cuda, "why_not", lambda *arguments: None)
+    assert why in str(dispatch.reasons(problem())["cuda"])  # which is what explain prints
 
 
-# ---- tiles
-
-
-@pytest.mark.parametrize(
-    ("mid", "columns"),
-    [(45, 64), (144, 144), (230, 232), (288, 144), (460, 232), (576, 144), (921, 232), (1152, 192)],
-)
-def test_mid_channels_fit(mid: int, columns: int) -> None:
-    """Of the widths of R(2+1)D-18 at most 1% of the columns multiply zeros, the stem's apart."""
-    widths = [c for c, _, _ in configs_hopper.SPATIAL_TILES]
-    waste = min(configs.round_up(mid, c) / mid for c in widths)
-    assert configs.round_up(mid, columns) / mid == pytest.approx(waste)
-    assert waste <= 1.01 or mid == 45
-
-
-SHAPES = [
-    (64, 144, 64, 16, 56, 1, 1), (64, 230, 128, 16, 28, 2, 2), (128, 288, 128, 8, 28, 1, 1),
-    (128, 460, 256, 8, 14, 2, 2), (256, 576, 256, 4, 14, 1, 1), (256, 921, 512, 4, 7, 2, 2),
-    (512, 1152, 512, 2, 7, 1, 1), (512, 512, 512, 5, 32, 1, 1), (8, 8, 8, 1, 1, 1, 1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("batch", [1, 8, 32])
-def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
-    c, m, k, t, side, stride, temporal = shape
-    a = configs_hopper.spatial(
-        batch * t, (side, side), c, m, (3, 3), (stride, stride), 1, processors=132
-    )
-    rows = 64 * a.groups * a.blocks
-    box_rows = a.box[0] * (a.box[1] + a.share - 1) * a.box[2]
-    stage = max(rows, box_rows) * 128 + a.share * a.columns * 128
-    assert math.prod(a.box) <= rows and 2 <= a.stages <= 16
-    assert 1024 + a.stages * stage <= 227 << 10
-    assert max(a.box[1] * stride, a.box[2] * stride, a.box[0]) <= 256
-    if a.share > 1:
-        assert math.prod(a.box) == rows and a.box[2] % 8 == 0 and stride == 1
-    b = configs_hopper.temporal(batch, side * side, -(-t // temporal), m, k, temporal, 132)
-    assert b.box[0] * b.box[2] <= 128 and 2 <= b.stages <= 16
-    assert 1024 + 2 * 3 * b.columns * 128 + b.stages * 128 * 128 <= 227 << 10
-
-
-def test_tiles_waste_little() -> None:
-    """Of the products of a wave-filling batch, by the shares of tiles that exist."""
-    for side, frames in ((56, 512), (28, 256), (14, 128), (7, 64)):
-        a = configs_hopper.spatial(frames, (side, side), 128, 144, (3, 3), (1, 1), 1, 132)
-        tiles = math.prod(
-            math.ceil(n / b) for n, b in zip((frames, side, side), a.box, strict=True)
-        )
-        used = frames * side * side / (tiles * 64 * a.groups * a.blocks)
-        assert used >= 0.75, (side, used, a)
-
-
-# ---- planted bugs: each must be caught, by a wrong result or by the emulator's checks
-
-SPATIAL = Config(
-    seed=1, channels=72, mid=40, out=8, batch=1, size=(5, 9, 10), norm="batch",
-    dtype=torch.float16, x_layout="channels_last",
-)  # fmt: skip
-TEMPORAL = Config(
-    seed=1, channels=8, mid=72, out=136, batch=2, size=(5, 3, 3), norm="batch", activation="silu",
-    dtype=torch.float16, x_layout="channels_last",
-)  # fmt: skip
-STEM = Config(
-    seed=1, channels=3, mid=45, out=64, batch=1, size=(4, 20, 21), kernel=(3, 7, 7),
-    stride=(1, 2, 2), padding=(1, 3, 3), norm="frozen", dtype=torch.float16,
-    x_layout="channels_last",
-)  # fmt: skip
-# Left out of the mutants to compile them quickly, as (file, pattern, replacement).
-UNUSED = (
-    ("hopper_spatial.cu", r" *if \(is\((?!64).*\n", ""),
-    ("hopper_temporal.cu", r" *if \(is\((?!64).*\n", ""),
-    ("hopper_spatial.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-    ("hopper_temporal.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-    ("hopper_stem.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-)
-# Put into the source, so that only it is compiled again.
-HEADERS = ("hopper_spatial", "hopper_temporal", "pipeline", "accumulators")
+# ---- tiles that do not fit are refused by the library
 
 
 @pytest.mark.parametrize(
-    ("file", "right", "wrong", "config"),
+    ("spatial", "why"),
     [
-        # a tap off by one
-        ("hopper_spatial.cu", "(block * p.h.kernel + kh + i) * N",
-         "(block * p.h.kernel + (kh + i + 1) % p.h.kernel) * N", SPATIAL),
-        ("hopper_spatial.cu", "+ k * dilation - before) / up;",
-         "+ k * dilation - before + 1) / up;", SPATIAL),
-        ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
-        ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
-        # a wrong swizzle
-        ("hopper_spatial.cu", ".swizzle = Swizzle::b128", ".swizzle = Swizzle::none", SPATIAL),
-        ("hopper_temporal.cu", "^ (row % 8)", "^ (row % 4)", TEMPORAL),
-        # a wrong phase
-        ("hopper_spatial.cu", "mbarrier_wait(empty_ + stage_, phase_ ^ 1)",
-         "mbarrier_wait(empty_ + stage_, phase_)", SPATIAL),
-        ("hopper_temporal.cu", "stage_ = 0, phase_ ^= 1", "stage_ = 0", TEMPORAL),
-        # a missing fence
-        ("hopper_spatial.cu", "wgmma_fence();", "", SPATIAL),
-        ("hopper_temporal.cu", "wgmma_fence();", "", TEMPORAL),
-        ("hopper_spatial.cu", "fence_proxy_async();", "", SPATIAL),
-        ("hopper_temporal.cu", "mbarrier_fence_init();", "", TEMPORAL),
-        ("hopper_stem.cu", "keep(sums[tap]);\n            wgmma_fence();", "", STEM),
-        # a stage given back too early
-        ("hopper_spatial.cu", "wgmma_wait<1>();", "", SPATIAL),
-        ("hopper_temporal.cu", "wgmma_wait<0>();", "", TEMPORAL),
-        ("hopper_stem.cu", "sync_warp();\n    if (threadIdx.x % 32 == 0) mbarrier_arrive(full());",
-         "if (threadIdx.x % 32 == 0) mbarrier_arrive(full());", STEM),
-        # statistics of rows that do not exist, and normalised padding
-        ("hopper_spatial.cu", "float(there[0]) + float(there[1])", "2.0f", SPATIAL),
-        ("hopper_temporal.cu", "return !replicate ? -1 :", "return", TEMPORAL),
+        (dict(box=(1, 9, 32)), "boxes of at most a tile's places"),
+        (dict(stages=17), "1 to 16 stages"),
+        (dict(share=3, box=(4, 4, 8)), "whole blocks of 64 places in rows of 8"),
+        (dict(columns=56), "no tile of 2 × 2 × 64 × 56"),
     ],
-)  # fmt: skip
-def test_planted_bug_is_caught(
-    file: str,
-    right: str,
-    wrong: str,
-    config: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    changed = tmp_path / "csrc"
-    shutil.copytree(CSRC, changed)
-    for name, unused, instead in UNUSED:
-        text, times = re.subn(unused, instead, (changed / name).read_text())
-        assert times, f"{name} no longer has {unused}"
-        (changed / name).write_text(text)
-    text = (changed / file).read_text()
-    for header in HEADERS:
-        inside = (changed / f"device/{header}.cuh").read_text().replace("#pragma once", "")
-        text = text.replace(f"#include <device/{header}.cuh>\n", inside, 1)
-    assert right in text, f"{file} no longer has {right!r}: plant the bug elsewhere"
-    (changed / file).write_text(text.replace(right, wrong, 1))
-    builder = native.import_file("fastst_emulator_build", native._EMULATOR)
-    built = builder.module(changed)
-    # A module of its own name: pybind11 hands out the first module of a name again.
-    library = native.import_file(f"mutant_{built.parent.name}.{builder.MODULE}", built)
-    monkeypatch.setattr(native, "emulated", lambda: library)
-    monkeypatch.setattr(configs_hopper, "SPATIAL_TILES", ((64, 2, 2),))
-    monkeypatch.setattr(configs_hopper, "TEMPORAL_TILES", ((64, 4),))
-    with pytest.raises((AssertionError, RuntimeError)):
-        fuzz.check(config, "cuda", backward=False)
+)
+def test_refuses_tiles(spatial: dict[str, Any], why: str) -> None:
+    a, b, _ = configs_hopper.trials()[0]
+    x = torch.zeros(1, 8, 3, 5, 5).half().to(memory_format=torch.channels_last_3d)
+    t = PairTensors(x, torch.zeros(8, 8, 1, 3, 3).half(), torch.zeros(8, 8, 3, 1, 1).half())
+    case = Problem.of(t, PairSpec(padding=(1,) * 6))
+    with pytest.raises(ValueError, match=re.escape(why)):
+        cuda_hopper.forward(case, t, False, (replace(a, **spatial), b))
+    with pytest.raises(ValueError, match="at most 128 places and 1 to 16 stages"):
+        cuda_hopper.forward(case, t, False, (a, replace(b, box=(2, 4, 65))))

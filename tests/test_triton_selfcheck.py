@@ -12,6 +12,7 @@ import torch
 
 from fastst import configs, dispatch, selfcheck
 from fastst.backends import triton as backend
+from fastst.shapes import Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -24,6 +25,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
     monkeypatch.setattr(selfcheck, "_verdicts", {})
     monkeypatch.setattr(configs, "processors", lambda capability: 1)
+
+
+def dense() -> Problem:
+    spec, tensors = selfcheck._example("dense", torch.float32)
+    return Problem.of(tensors, spec)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,7 +48,7 @@ def test_a_wrong_tap_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, _ = selfcheck._example("dense", torch.float32)
+    problem = dense()
     runs: list[str] = []
 
     def check(name: str, kind: str, *rest: Any) -> str:
@@ -63,14 +69,14 @@ def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_broken_file_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "selfcheck.json").write_text("{")
-    problem, _ = selfcheck._example("dense", torch.float32)
+    problem = dense()
     monkeypatch.setattr(selfcheck, "check", lambda *a: None)
     assert selfcheck.why_broken("triton", problem) is None
     assert list(selfcheck.verdicts().values()) == [""]
 
 
 def test_auto_avoids_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, _ = selfcheck._example("dense", torch.float32)
+    problem = dense()
     problem = replace(problem, device=torch.device("cuda", 0))
     monkeypatch.setattr(backend, "why_not", lambda problem, phase: None)
     monkeypatch.setattr(selfcheck, "why_broken", lambda name, problem: "is off by 1")

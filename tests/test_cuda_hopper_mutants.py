@@ -1,0 +1,117 @@
+"""Bugs planted in the Hopper kernels: a wrong result or the emulator's checks must tell each."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import fuzz
+import pytest
+import torch
+from fuzz import Config
+from hopper_mutants import plant
+
+from fastst import configs_hopper, selfcheck
+from fastst.backends import cuda, cuda_hopper, native
+from fastst.shapes import Problem
+
+
+@pytest.fixture(autouse=True)
+def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What mutants have: the smallest tiles."""
+    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(configs_hopper, "SPATIAL_TILES", ((64, 2, 2),))
+    monkeypatch.setattr(configs_hopper, "TEMPORAL_TILES", ((64, 4),))
+    for name in ("spatial", "temporal"):  # without what they remember
+        monkeypatch.setattr(configs_hopper, name, getattr(configs_hopper, name).__wrapped__)
+
+
+SPATIAL = Config(
+    seed=1, channels=72, mid=40, out=8, batch=1, size=(5, 9, 10), norm="batch",
+    dtype=torch.float16, x_layout="channels_last",
+)  # fmt: skip
+TEMPORAL = Config(
+    seed=1, channels=8, mid=72, out=136, batch=2, size=(5, 3, 3), norm="batch", activation="silu",
+    dtype=torch.float16, x_layout="channels_last",
+)  # fmt: skip
+STEM = Config(
+    seed=1, channels=3, mid=45, out=64, batch=1, size=(4, 20, 21), kernel=(3, 7, 7),
+    stride=(1, 2, 2), padding=(1, 3, 3), norm="frozen", dtype=torch.float16,
+    x_layout="channels_last",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "config"),
+    [
+        # a tap off by one
+        ("hopper_spatial.cu", "(block * p.h.kernel + kh + i) * N",
+         "(block * p.h.kernel + (kh + i + 1) % p.h.kernel) * N", SPATIAL),
+        ("hopper_spatial.cu", "+ k * dilation - before) / up;",
+         "+ k * dilation - before + 1) / up;", SPATIAL),
+        ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
+        ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
+        # a wrong swizzle
+        ("hopper_spatial.cu", ".swizzle = Swizzle::b128", ".swizzle = Swizzle::none", SPATIAL),
+        ("hopper_temporal.cu", "^ (row % 8)", "^ (row % 4)", TEMPORAL),
+        # a wrong phase
+        ("hopper_spatial.cu", "mbarrier_wait(empty_ + stage_, phase_ ^ 1)",
+         "mbarrier_wait(empty_ + stage_, phase_)", SPATIAL),
+        ("hopper_temporal.cu", "stage_ = 0, phase_ ^= 1", "stage_ = 0", TEMPORAL),
+        # a missing fence
+        ("hopper_spatial.cu", "wgmma_fence();", "", SPATIAL),
+        ("hopper_temporal.cu", "wgmma_fence();", "", TEMPORAL),
+        ("hopper_spatial.cu", "fence_proxy_async();", "", SPATIAL),
+        ("hopper_temporal.cu", "mbarrier_fence_init();", "", TEMPORAL),
+        ("hopper_stem.cu", "keep(sums[tap]);\n            wgmma_fence();", "", STEM),
+        # a stage given back too early
+        ("hopper_spatial.cu", "wgmma_wait<1>();", "", SPATIAL),
+        ("hopper_temporal.cu", "wgmma_wait<0>();", "", TEMPORAL),
+        ("hopper_stem.cu", "sync_warp();\n    if (threadIdx.x % 32 == 0) mbarrier_arrive(full());",
+         "if (threadIdx.x % 32 == 0) mbarrier_arrive(full());", STEM),
+        # statistics of rows that do not exist, and normalised padding
+        ("hopper_spatial.cu", "float(there[0]) + float(there[1])", "2.0f", SPATIAL),
+        ("hopper_temporal.cu", "return !replicate ? -1 :", "return", TEMPORAL),
+    ],
+)  # fmt: skip
+def test_planted_bug_is_caught(
+    file: str,
+    right: str,
+    wrong: str,
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = plant(file, right, wrong, tmp_path)
+    monkeypatch.setattr(native, "emulated", lambda: library)
+    with pytest.raises((AssertionError, RuntimeError)):
+        fuzz.check(config, "cuda", backward=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("hopper_spatial.cu", "- before) / up;", "- before + 1) / up;"),
+        ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;"),
+        ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps"),
+    ],
+)
+def test_auto_passes_over_a_wrong_kernel(
+    file: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its self-check finds it, on what stands for a GPU, and says so once."""
+    library = plant(file, right, wrong, tmp_path)
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+    monkeypatch.setattr(native, "emulated", lambda: library)
+    for module in (cuda, cuda_hopper):
+        monkeypatch.setattr(module, "emulating", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    spec, tensors, _ = selfcheck._hopper_examples(torch.float16)[0]
+    problem = Problem.of(tensors, spec)
+    with pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'cuda'"):
+        why = cuda.avoid(problem, "forward")
+    assert why is not None and "in its self-check" in why
+    assert cuda.avoid(problem, "forward") == why

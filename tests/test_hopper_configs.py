@@ -1,0 +1,134 @@
+"""Tiles of the Hopper kernels for every named shape: they keep to the limits and waste little."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import shapes
+from benchmarks.shapes import Case
+from fastst import configs, configs_hopper
+from fastst.backends import cuda_hopper
+from fastst.backends.cuda_hopper import launches
+from fastst.configs_hopper import HopperTile
+from fastst.shapes import Problem
+
+PROCESSORS = 132
+# The pairs that the two kernels run; the stem has its own.
+CASES = [
+    c for c in shapes.ALL
+    if not (c.depthwise or c.combine or c.order != "spatial-first" or c.name == "stem")
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "_processors", lambda device: PROCESSORS)
+
+
+def ids(case: Case) -> str:
+    return f"{case.family}-{case.label}"
+
+
+def tiles_of(problem: Problem) -> tuple[HopperTile, HopperTile]:
+    return cuda_hopper.spatial_tile(problem), cuda_hopper.temporal_tile(problem)
+
+
+def steps(channels: int) -> int:
+    """Products of 16 channels each."""
+    return math.ceil(channels / 16)
+
+
+def multiplied(problem: Problem) -> tuple[int, int]:
+    """Multiplications that the spatial and the temporal kernel execute, zeros included."""
+    (a, b), (spatial, temporal) = tiles_of(problem), problem.passes
+    frames, (h, w) = problem.batch * problem.size[0], problem.mid_size[1:]
+    boxes = math.prod(math.ceil(n / n_box) for n, n_box in zip((frames, h, w), a.box, strict=True))
+    columns = a.column_tiles(problem.mid_shape[-1]) * a.columns
+    first = boxes * 64 * a.groups * a.blocks * columns
+    first *= math.prod(spatial.kernel) * 16 * steps(spatial.in_channels)
+    t, pixels = problem.out_size[0], math.prod(problem.out_size[1:])
+    clips, n_frames, n_pixels = b.box
+    second = math.ceil(problem.batch / clips) * math.ceil(pixels / n_pixels) * 128
+    second *= math.ceil(t / n_frames) * n_frames * b.column_tiles(temporal.out_channels) * b.columns
+    return first, second * temporal.kernel[0] * 16 * steps(temporal.in_channels)
+
+
+def useful(problem: Problem) -> tuple[float, float]:
+    """What part of them the convolutions ask for."""
+    sizes = problem.mid_size, problem.out_size
+    asked = [
+        p.flops(problem.batch * math.prod(s)) / 2
+        for p, s in zip(problem.passes, sizes, strict=True)
+    ]
+    first, second = multiplied(problem)
+    return asked[0] / first, asked[1] / second
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_little_is_wasted(case: Case) -> None:
+    """Rows of a box come in eights, so that one box serves three taps: 28² fills 28/32 of them,
+    14² and 7² 7/8 of rows and of columns. One frame alone has no tile of its own."""
+    problem = case.problem(torch.bfloat16)
+    spatial, temporal = useful(problem)
+    side = problem.mid_size[2]
+    full = (side / configs.round_up(side, 8)) ** (1 if side > 14 else 2)
+    assert spatial >= 0.89 * full
+    assert temporal >= (0.49 if case.name == "one-frame" else 0.81)
+
+
+@pytest.mark.parametrize("side", [56, 28, 14, 7])
+@pytest.mark.parametrize(("mid", "padded"), [(45, 48), (230, 232), (921, 928)])
+def test_mid_channels_cost_what_their_multiples_of_8_do(mid: int, padded: int, side: int) -> None:
+    def problem(m: int) -> Problem:
+        case = Case("", "", 8, (64, m, 128), (4, side, side))
+        return case.problem(torch.bfloat16)
+
+    assert tiles_of(problem(mid)) == tiles_of(problem(padded))
+    assert multiplied(problem(mid)) == multiplied(problem(padded))
+
+
+@pytest.mark.parametrize(
+    ("mid", "columns"),
+    [
+        (45, 48), (144, 144), (230, 232), (288, 144), (320, 160), (460, 232), (576, 144),
+        (921, 232), (1152, 192),
+    ],
+)  # fmt: skip
+def test_mid_channels_fit(mid: int, columns: int) -> None:
+    """An instance multiplies less than 1% zeros, of 45 what a multiple of 8 asks for."""
+    widths = [c for c, _, _ in configs_hopper.SPATIAL_TILES]
+    least = min(configs.round_up(mid, c) for c in widths)
+    assert configs.round_up(mid, columns) == least
+    assert least <= max(1.01 * mid, configs.round_up(mid, 8))
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("batch", [1, 8, None])
+def test_tiles_keep_to_the_limits(case: Case, batch: int | None) -> None:
+    problem = (case.at_batch(batch) if batch else case).problem(torch.bfloat16)
+    a, b = tiles_of(problem)
+    stride = problem.passes[0].stride
+    rows = 64 * a.groups * a.blocks
+    box_rows = a.box[0] * (a.box[1] + a.share - 1) * a.box[2]
+    stage = max(rows, box_rows) * 128 + a.share * a.columns * 128
+    assert math.prod(a.box) <= rows and 2 <= a.stages <= 16
+    assert 1024 + a.stages * stage <= 227 << 10
+    assert max(a.box[1] * stride[1], a.box[2] * stride[2], a.box[0]) <= 256
+    if a.share > 1:
+        assert math.prod(a.box) == rows and a.box[2] % 8 == 0 and stride == (1, 1, 1)
+    assert b.box[0] * b.box[2] <= 128 and 2 <= b.stages <= 16
+    assert 1024 + 2 * 3 * b.columns * 128 + b.stages * 128 * 128 <= 227 << 10
+    for tile in (a, b):
+        assert 1 <= tile.grid <= PROCESSORS
+    assert (a.columns, a.groups, a.blocks) in configs_hopper.SPATIAL_TILES
+    assert (b.columns, b.box[1]) in configs_hopper.TEMPORAL_TILES
+
+
+def test_the_stem_fills_the_gpu() -> None:
+    """Time is cut only where clips and places leave warpgroups idle."""
+    for clips, expected in ((32, 16), (1, 6)):
+        grid, piece = configs_hopper.stem(clips, (16, 56, 56), PROCESSORS)
+        assert (grid, piece) == (min(PROCESSORS, grid), expected)
