@@ -15,6 +15,8 @@ from .convert import revert
 from .convert.converter import convert_for_inference, is_leaf
 from .convert.match import why_altered
 from .convert.trace import CannotTrace, is_watched, trace
+from .layers import Conv2Plus1d
+from .pairing import by_kind, why_composed
 
 _FORMATS = (torch.channels_last_3d, torch.contiguous_format)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -33,8 +35,9 @@ def optimize_for_inference(
     Batch norms are folded into the convolution before them wherever a trace shows that nothing
     else sees what lies between: the one inside a pair into its first convolution, the one after it
     into the second, that of a shortcut into its own. Pairs run as one operation, as after
-    ``fastst.convert``; where a trace proves it safe, the sum that ends a residual block and the
-    activation after it are part of the operation of the block's last pair.
+    ``fastst.convert``, those of ``Conv2Plus1d`` layers as well; where a trace proves it safe, the
+    sum that ends a residual block and the activation after it are part of the operation of the
+    block's last pair.
 
     Weights are put in one memory format, so that nothing has to be rearranged between operations:
     with a sample in the one that is measured to be the faster, else by a rule.
@@ -66,6 +69,7 @@ def optimize_for_inference(
     for p in optimised.parameters():
         p.requires_grad_(False)
     revert(optimised)
+    _open_layers(optimised)
     fold_norms(optimised)
     convert_for_inference(optimised)
     if sample is not None:
@@ -128,6 +132,27 @@ def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
     for p in model.parameters():
         if p.dim() == 5:
             p.data = p.data.contiguous(memory_format=memory_format)
+
+
+class OpenedConv2Plus1d(Conv2Plus1d):
+    """A layer with a forward that a trace can see through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = by_kind(self.spatial, self.temporal, self.order)
+        u = first(x)
+        return second(self.activation(u if self.norm is None else self.norm(u)))
+
+
+def _open_layers(model: nn.Module) -> None:
+    """Make pairs to be converted of the layers, which have seen only themselves."""
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    for m in model.modules():
+        if type(m) is not Conv2Plus1d or m.causal or is_watched(m):
+            continue
+        first, second = by_kind(m.spatial, m.temporal, m.order)
+        shared = any(uses[id(child)] > 1 for child in (first, m.norm, second))
+        if not shared and why_composed(first, m.norm, m.activation, second, m.order) is None:
+            m.__class__ = OpenedConv2Plus1d
 
 
 def fold_norms(model: nn.Module) -> list[tuple[str, str]]:

@@ -322,3 +322,52 @@ def test_sees_a_planted_bug(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(home, name, wrong, raising=False)
     with pytest.raises(AssertionError):
         test_slopes_that_differ() if caught_by == "slopes" else test_end(caught_by)
+
+
+class Layers(nn.Module):
+    """A residual block of this library's layers."""
+
+    def __init__(self, order: str, causal: bool) -> None:
+        super().__init__()
+        around = (0, 1, 1) if causal else 1
+        make, norm = fastst.Conv2Plus1d, "batch"
+        self.conv1 = make(4, 4, 3, padding=around, norm=norm, order=order, causal=causal)
+        self.conv2 = make(4, 4, 3, padding=1, norm=norm, activation="silu", order=order)
+        self.bn1, self.bn2 = nn.BatchNorm3d(4), nn.BatchNorm3d(4)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return F.relu(out)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("order", ["spatial-first", "temporal-first"])
+def test_layers_of_this_library(order: str, causal: bool) -> None:
+    """They take in what stands around them; causal ones, which have streams to keep up, do not."""
+    model = settle(nn.Sequential(Layers(order, causal)).double())
+    x = torch.randn(2, 4, 5, 8, 7, dtype=torch.float64)
+    optimised = fastst.optimize_for_inference(model)
+    torch.testing.assert_close(optimised(x), model(x), rtol=1e-10, atol=1e-10)
+    first = (False, "none") if causal else (False, "relu")
+    assert endings(optimised, x) == [first, (True, "relu")]
+    norms = [m for m in optimised.modules() if isinstance(m, nn.BatchNorm3d)]
+    assert len(norms) == 2 * causal
+    again = pickle.loads(pickle.dumps(optimised))
+    assert endings(again, x) == endings(optimised, x)
+    assert all(isinstance(m.conv2, fastst.Conv2Plus1d) for m in (model[0], optimised[0], again[0]))
+
+
+def test_layers_that_cannot_be_opened() -> None:
+    """Hooked or shared ones stay what they are."""
+    model = settle(nn.Sequential(Layers("spatial-first", False)).double())
+    model[0].conv1.spatial.register_forward_hook(lambda m, args, out: out + 1)
+    model.append(model[0].conv2)
+    x = torch.randn(2, 4, 5, 8, 7, dtype=torch.float64)
+    with pytest.warns(fastst.FallbackWarning, match="spatial convolution has hooks"):
+        wanted = model(x)
+    optimised = fastst.optimize_for_inference(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fastst.FallbackWarning)
+        torch.testing.assert_close(optimised(x), wanted, rtol=1e-10, atol=1e-10)
+    assert type(optimised[1]) is type(optimised[0].conv1) is fastst.Conv2Plus1d

@@ -80,8 +80,63 @@ def test_torchvision_resnet(name):
         torch.testing.assert_close(
             inflated(clip), frame_by_frame(model, clip).mean(2), rtol=1e-3, atol=1e-3
         )
+        optimised = fastst.optimize_for_inference(inflated)
+        torch.testing.assert_close(optimised(clip), inflated(clip), rtol=1e-3, atol=1e-3)
+    assert not any(isinstance(m, nn.BatchNorm3d) for m in optimised.modules())
     keys = set(inflated.state_dict())
     assert {"conv1.spatial.weight", "conv1.temporal.weight", "layer2.0.downsample.0.weight"} <= keys
+
+
+class ResNetD(nn.Module):
+    """As timm writes it: deep stem, average-pooled shortcut, a pooling module with options."""
+
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
+
+        def forward(self, x):
+            return self.flatten(self.pool(x))
+
+    def __init__(self):
+        super().__init__()
+
+        def conv(c, k, stride=1, groups=1):
+            return nn.Conv2d(c, k, 3, stride, 1, groups=groups, bias=False)
+
+        self.conv1 = nn.Sequential(
+            conv(3, 4, 2), nn.BatchNorm2d(4), nn.ReLU(True), conv(4, 8), nn.BatchNorm2d(8)
+        )
+        self.act1, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)
+        self.conv2, self.bn2, self.drop_block = conv(8, 16, 2, 4), nn.BatchNorm2d(16), nn.Identity()
+        self.aa, self.se, self.act2 = None, None, nn.SiLU(inplace=True)
+        self.downsample = nn.Sequential(
+            nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+            nn.Conv2d(8, 16, 1, bias=False),
+            nn.BatchNorm2d(16),
+        )
+        self.global_pool, self.fc = self.Pool(), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.maxpool(self.act1(self.conv1(x)))
+        shortcut = x
+        x = self.drop_block(self.bn2(self.conv2(x)))
+        if self.se is not None:
+            x = self.se(x)
+        x += self.downsample(shortcut)
+        return self.fc(self.global_pool(self.act2(x)))
+
+
+@pytest.mark.parametrize("size", [33, 64])
+def test_timm_style_resnet(size):
+    torch.manual_seed(0)
+    model = ResNetD().double().eval()
+    inflated = fastst.inflate(model)
+    clip = torch.randn(2, 3, 4, size, size, dtype=torch.float64)
+    wanted = frame_by_frame(model, clip).mean(2)
+    torch.testing.assert_close(inflated(clip), wanted, rtol=1e-10, atol=1e-10)
+    optimised = fastst.optimize_for_inference(inflated)
+    torch.testing.assert_close(optimised(clip), wanted, rtol=1e-10, atol=1e-10)
 
 
 class MeansOverSpace(nn.Module):
