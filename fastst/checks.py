@@ -277,6 +277,23 @@ def pair(
     return spec
 
 
+def outer_norm(op: str, norm: Any, problem: Problem) -> None:
+    """
+    Raises:
+        TypeError, ValueError: a norm of the output that is none, or does not fit it.
+    """
+    _norm(op, norm, "outer_norm")
+    labels = ("running_mean", "running_var", "weight", "bias")
+    for label, t in zip(labels, norm[:4], strict=True):
+        _vector(op, f"outer_norm.{label}", t, problem.out_channels, problem.device)
+    n, _, t_, h, w = problem.out_shape
+    if norm.training and not norm.group and n * t_ * h * w == 1:
+        raise ValueError(
+            f"{op}: batch norm in training requires more than 1 value per channel, got the output "
+            f"{problem.out_shape}"
+        )
+
+
 def _residual(op: str, residual: Any, problem: Problem) -> None:
     """
     Raises:
@@ -409,16 +426,17 @@ def _vector(op: str, label: str, t: Tensor | None, channels: int, device: torch.
         raise ValueError(f"{op}: {label} must be on the device of x, {device}, got {t.device}")
 
 
-def _norm(op: str, norm: Any) -> tuple[str, float]:
+def _norm(op: str, norm: Any, label: str = "norm") -> tuple[str, float]:
     from .functional import BatchNorm
 
     if not isinstance(norm, BatchNorm):
         raise TypeError(
-            f"{op}: norm must be a fastst.functional.BatchNorm or None, got {type(norm).__name__}"
+            f"{op}: {label} must be a fastst.functional.BatchNorm or None, got "
+            f"{type(norm).__name__}"
         )
     if not norm.training and (norm.running_mean is None or norm.running_var is None):
         raise ValueError(
-            f"{op}: norm requires running_mean and running_var unless norm.training, got None"
+            f"{op}: {label} requires running_mean and running_var unless {label}.training, got None"
         )
     return ("batch" if norm.training else "frozen"), float(norm.eps)
 

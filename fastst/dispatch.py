@@ -146,6 +146,12 @@ def _choose(problem: Problem, phase: str, name: str) -> str:
     raise BackendError(f"{problem.op}: no backend can run the {phase}: {'; '.join(refusals)}")
 
 
+def gives_output_statistics(problem: Problem, name: str) -> bool:
+    """Whether the backend that runs it gives mean and variance of y without reading y again."""
+    backend = BACKENDS[_choose(problem, "forward", name)]
+    return hasattr(backend, "output_statistics") and backend.output_statistics(problem)
+
+
 def strict() -> bool:
     """Whether falling back to something slow is an error (``FASTST_STRICT=1``)."""
     return os.environ.get("FASTST_STRICT", "0") not in ("", "0")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, collectives, dispatch, ops
+from . import activations, checks, collectives, dispatch, ops
 from .backends import reference
-from .shapes import PairTensors, ParallelTensors, Problem
+from .shapes import PairSpec, PairTensors, ParallelTensors, Problem
 
 IntOrTriple = int | Sequence[int]
 PaddingArg = int | Sequence[int | tuple[int, int]] | str
@@ -68,6 +68,7 @@ def conv2plus1d(
     recompute: bool | None = None,
     residual: Tensor | None = None,
     outer_activation: str | None = None,
+    outer_norm: BatchNorm | None = None,
 ) -> Tensor:
     """A spatial and a temporal convolution with norm and activation between them, as one operation.
 
@@ -80,8 +81,9 @@ def conv2plus1d(
     With ``order="temporal-first"`` the two convolutions change places. Each keeps its own
     dimensions of stride, padding and dilation. Triples are in the order time, height, width.
 
-    What ends a residual block comes with it: ``outer_activation(y + residual)``. Without gradients
-    both are part of the operation, with them PyTorch's own operators after it.
+    What ends a residual block comes with it: ``outer_activation(outer_norm(y) + residual)``.
+    Without gradients and norm they are part of the operation, else PyTorch's own operators after
+    it; where the backend can, the statistics of y that a norm in training needs come with y.
 
     Args:
         x: (N, C, T, H, W) or (C, T, H, W); float16, bfloat16, float32 or float64; any strides.
@@ -108,6 +110,7 @@ def conv2plus1d(
             the environment variable ``FASTST_RECOMPUTE`` says, where 1 is yes.
         residual: of exactly the shape and the dtype of y, or None; any strides.
         outer_activation: of y, after the residual; names as for ``activation``.
+        outer_norm: of y, before the residual; a ``BatchNorm`` over K channels, or None.
 
     Returns:
         (N, K, T', H', W'), or (K, T', H', W'), in the memory format ``nn.Conv3d`` would give.
@@ -131,16 +134,55 @@ def conv2plus1d(
         tensors = PairTensors(*main, norm.weight, norm.bias, mean, var, residual)
     tensors = _autocast(tensors)
     checks.same_dtype("conv2plus1d", tensors[:5], residual)
-    if _composes(x):
-        y = reference.compose_pair(tensors, spec, _norm_function(norm))
+    if outer_norm is not None:
+        checks.outer_norm("conv2plus1d", outer_norm, Problem.of(tensors, spec))
+        y = _normed_pair(tensors, spec, norm, outer_norm)
+        y = y if residual is None else y + residual
+        y = activations.apply(spec.outer_activation, y, spec.slope)
     else:
-        y, statistics = ops.conv2plus1d(tensors, spec, dispatch.requested())
-        if statistics is not None and norm is not None:
-            mean, var, count = statistics
-            t, h, w = Problem.of(tensors, spec).mid_size  # math.prod would break a compiled graph
-            local = x.shape[0] * t * h * w
-            _update_running(norm, mean, var, count if spec.group else local)
+        y, _ = _pair(tensors, spec, norm)
     return y if batched else y.squeeze(0)
+
+
+def _pair(
+    tensors: PairTensors, spec: PairSpec, norm: BatchNorm | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """y and its statistics, if asked for; updates those of the norm."""
+    if _composes(tensors.x):
+        return reference.compose_pair(tensors, spec, _norm_function(norm)), None
+    y, statistics, outer = ops.conv2plus1d(tensors, spec, dispatch.requested())
+    if statistics is not None and norm is not None:
+        mean, var, count = statistics
+        local = _values(tensors.x, Problem.of(tensors, spec).mid_size)
+        _update_running(norm, mean, var, count if spec.group else local)
+    return y, outer
+
+
+def _normed_pair(
+    tensors: PairTensors, spec: PairSpec, norm: BatchNorm | None, outer_norm: BatchNorm
+) -> Tensor:
+    """outer_norm of the pair alone, with statistics from the pair's own kernel if there are some.
+
+    The compiler needs none: it fuses a norm with what follows.
+    """
+    tensors, spec = tensors._replace(residual=None), spec._replace(outer_activation="none")
+    if outer_norm.training and not (
+        outer_norm.group or torch.compiler.is_compiling() or _composes(tensors.x)
+    ):
+        asks = spec._replace(output_statistics=True)
+        if dispatch.gives_output_statistics(Problem.of(tensors, asks), dispatch.requested()):
+            spec = asks
+    y, statistics = _pair(tensors, spec, norm)
+    if statistics is None:
+        return _norm_function(outer_norm)(y)
+    _update_running(outer_norm, *statistics, _values(y, y.shape[2:]))
+    return ops.batch_norm(y, *statistics, outer_norm.weight, outer_norm.bias, outer_norm.eps)
+
+
+def _values(x: Tensor, size: Sequence[int]) -> int:
+    """Values per channel; math.prod would break a compiled graph."""
+    t, h, w = size
+    return x.shape[0] * t * h * w
 
 
 def parallel_conv2plus1d(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import activations, dispatch
@@ -26,7 +27,7 @@ _PAIR_TENSORS = (
 _PAIR_SPEC = (
     "int[] stride, int[] padding, int[] dilation, int[] groups, str[] padding_mode, "
     "str activation, float slope, str norm, float eps, str order, bool recompute, "
-    "str outer_activation, str group"
+    "str outer_activation, str group, bool output_statistics"
 )
 _PARALLEL_TENSORS = (
     "Tensor x, Tensor spatial_weight, Tensor temporal_weight, Tensor? spatial_bias, "
@@ -110,22 +111,31 @@ def _conv2plus1d_fake(*args: Any) -> Tensor:
 
 
 def _conv2plus1d_train(*args: Any) -> tuple[Tensor, ...]:
-    tensors, _, problem, backend = _trained_pair(args)
-    y, *kept, _ = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
-    nothing = y.new_empty(0)
-    return tuple(_apart([y, *(nothing.clone() if t is None else t for t in kept)]))
+    tensors, spec, problem, backend = _trained_pair(args)
+    r = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
+    kept = [r.u, r.mean, r.var, r.total, r.out_mean, r.out_var]
+    if spec.output_statistics and r.out_mean is None:  # of a backend that is not asked for them
+        y = r.y.to(problem.accumulate_dtype)
+        var, mean = torch.var_mean(y, (0, 2, 3, 4), correction=0)
+        kept[4:] = mean, var
+    nothing = r.y.new_empty(0)
+    return tuple(_apart([r.y, *(nothing.clone() if t is None else t for t in kept)]))
 
 
 def _conv2plus1d_train_fake(*args: Any) -> tuple[Tensor, ...]:
     _, spec, problem, _ = _trained_pair(args)
     x: Tensor = args[0]
     u = x.new_empty(0 if spec.recompute else problem.mid_shape)
-    mean, var, count = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    mean, var, count, out_mean, out_var = (x.new_empty(0) for _ in range(5))
     if spec.norm == "batch":
         m, dtype = problem.mid_channels, problem.accumulate_dtype
         mean, var = x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)
         count = x.new_empty((), dtype=dtype) if spec.group else count
-    return problem.empty_output(x), u, mean, var, count
+    if spec.output_statistics:
+        out_mean, out_var = (
+            x.new_empty(problem.out_channels, dtype=problem.accumulate_dtype) for _ in range(2)
+        )
+    return problem.empty_output(x), u, mean, var, count, out_mean, out_var
 
 
 def _conv2plus1d_backward(
@@ -154,7 +164,8 @@ _register(
 )
 _register(
     f"conv2plus1d_train({_PAIR_TENSORS}, {_PAIR_SPEC}, str backend)"
-    " -> (Tensor y, Tensor u, Tensor batch_mean, Tensor batch_var, Tensor batch_count)",
+    " -> (Tensor y, Tensor u, Tensor batch_mean, Tensor batch_var, Tensor batch_count, "
+    "Tensor out_mean, Tensor out_var)",
     _conv2plus1d_train,
     _conv2plus1d_train_fake,
 )
@@ -214,7 +225,7 @@ def _scatter(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | No
 
 
 class _PairFunction(torch.autograd.Function):
-    """(y, batch_mean, batch_var, batch_count) of conv2plus1d; keeps x and, else recomputed, u."""
+    """y of conv2plus1d and its statistics; keeps x and, unless it is to be recomputed, u."""
 
     @staticmethod
     def forward(ctx: Any, spec: PairSpec, backend: str, *tensors: Tensor | None) -> Any:
@@ -319,10 +330,42 @@ def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+class _NormFunction(torch.autograd.Function):
+    """Batch norm of a y whose mean and biased variance are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(y, mean, var, weight)
+        ctx.eps = eps
+        gamma, beta = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
+        return F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        y, mean, var, weight = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        grads = torch.ops.aten.native_batch_norm_backward(
+            dy, y, None if weight is None else weight.to(mean.dtype), None, None, mean,
+            (var + ctx.eps).rsqrt(), True, ctx.eps, needs,
+        )  # fmt: skip
+        dx, dgamma, dbeta = (g if n else None for g, n in zip(grads, needs, strict=True))
+        return dx, None, None, dgamma, dbeta, None
+
+
+def batch_norm(
+    y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """y normalised by its own mean and biased variance, which are given, with its gradients."""
+    return _NormFunction.apply(y, mean, var, weight, bias, eps)
+
+
 def conv2plus1d(
     tensors: PairTensors, spec: PairSpec, backend: str
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-    """y; where the norm is over the batch, its mean and biased variance and, over ranks, count.
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """y; mean and biased variance of the norm over the batch with, over ranks, its count; and
+    those of y with ``spec.output_statistics``.
 
     The op of inference takes the residual and the outer activation in; in training they are
     PyTorch's own operators, whose gradients it knows.
@@ -330,17 +373,22 @@ def conv2plus1d(
     outer = tensors.residual is not None or spec.outer_activation != "none"
     if outer and (spec.norm == "batch" or _needs_grad(tensors)):
         bare = tensors._replace(residual=None), spec._replace(outer_activation="none")
-        y, statistics = conv2plus1d(*bare, backend)
+        y, inner, last = conv2plus1d(*bare, backend)
         y = y if tensors.residual is None else y + tensors.residual
-        return activations.apply(spec.outer_activation, y, spec.slope), statistics
+        return activations.apply(spec.outer_activation, y, spec.slope), inner, last
     if _needs_grad(tensors):
         y, *statistics = _PairFunction.apply(spec, backend, *tensors)
-    elif spec.norm == "batch":
+    elif spec.norm == "batch" or spec.output_statistics:
         spec = spec._replace(recompute=True)  # nothing needs u
         y, _, *statistics = torch.ops.fastst.conv2plus1d_train(*tensors, *spec, backend)
     else:
-        return torch.ops.fastst.conv2plus1d(*tensors, *spec, backend), None
-    return y, tuple(statistics) if spec.norm == "batch" else None
+        return torch.ops.fastst.conv2plus1d(*tensors, *spec, backend), None, None
+    mean, var, count, out_mean, out_var = statistics
+    return (
+        y,
+        (mean, var, count) if spec.norm == "batch" else None,
+        (out_mean, out_var) if spec.output_statistics else None,
+    )
 
 
 def parallel_conv2plus1d(tensors: ParallelTensors, spec: ParallelSpec, backend: str) -> Tensor:

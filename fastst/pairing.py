@@ -56,6 +56,7 @@ def pair_forward(
     causal: Causal = False,
     recompute: bool | None = None,
     owner: str = "conv pair",
+    outer_norm: nn.Module | None = None,
     ending: Ending | None = None,
 ) -> Tensor:
     """Run existing modules ``second(activation(norm(first(x))))`` as one ``conv2plus1d``.
@@ -71,6 +72,7 @@ def pair_forward(
         causal: see ``functional.conv2plus1d``.
         recompute: the same; None for what ``set_memory_budget`` has chosen, if anything.
         owner: what a warning calls them.
+        outer_norm: a norm of the output, before the ending; may be None.
         ending: what is applied to the output.
     """
     order = order or pair_order(first, second)
@@ -78,6 +80,7 @@ def pair_forward(
     if why is not None:
         dispatch.fall_back(owner, why)
         y = compose_modules(x, first, norm, activation, second, order, causal)
+        y = y if outer_norm is None else outer_norm(y)
         return y if ending is None else ending.after(y)
     spatial, temporal = by_kind(first, second, order)
     named = activations.from_module(activation)
@@ -85,7 +88,8 @@ def pair_forward(
     if recompute is None:
         recompute = vars(spatial).get(RECOMPUTE)
     return run_pair(
-        x, spatial.weight, temporal.weight, spatial.bias, temporal.bias, norm, ending=ending,
+        x, spatial.weight, temporal.weight, spatial.bias, temporal.bias, norm,
+        outer_norm=outer_norm, ending=ending,
         stride=(temporal.stride[0], *spatial.stride[1:]), padding=sides(spatial, temporal),
         dilation=(temporal.dilation[0], *spatial.dilation[1:]),
         groups=(spatial.groups, temporal.groups),
@@ -103,16 +107,23 @@ def run_pair(
     temporal_bias: Tensor | None,
     norm: Any,
     *,
+    outer_norm: Any = None,
     ending: Ending | None = None,
     **settings: Any,
 ) -> Tensor:
-    """``conv2plus1d`` with the batch norm of a module, whose running statistics it updates.
+    """``conv2plus1d`` with the batch norms of modules, whose running statistics it updates.
+
+    A norm of the output is part of the call where it is a plain batch norm in training, which
+    needs the statistics of the output; else the module is called.
 
     Args:
         settings: of ``conv2plus1d``, with stride and dilation as triples and padding as pairs.
     """
+    inside = outer_norm is not None and _needs_statistics(x, outer_norm)
+    if inside:
+        settings["outer_norm"] = batch_norm_arguments(outer_norm)
     after = ending
-    if ending is not None:
+    if ending is not None and outer_norm is None:
         shape = _output_shape(x, spatial_weight, temporal_weight, settings)
         if ending.fits(x, shape):
             settings |= {"residual": ending.residual, "outer_activation": ending.activation}
@@ -125,7 +136,18 @@ def run_pair(
     )  # fmt: skip
     if counts_batches(norm):
         norm.num_batches_tracked.add_(1)
+    if outer_norm is not None and not inside:
+        y = outer_norm(y)
+    elif counts_batches(outer_norm):
+        outer_norm.num_batches_tracked.add_(1)
     return y if after is None else after.after(y)
+
+
+def _needs_statistics(x: Tensor, norm: Any) -> bool:
+    """Whether a norm of the output does nothing but normalise with statistics of the batch."""
+    if x.dim() != 5 or type(norm) is not nn.BatchNorm3d or not norm.training:
+        return False
+    return why_foreign({}, {"norm": norm}, {}) is None
 
 
 def _output_shape(

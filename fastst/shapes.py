@@ -56,6 +56,7 @@ class PairSpec(NamedTuple):
     recompute: bool = False  # keep only x for backward, not the mid tensor u
     outer_activation: str = "none"  # of y, after the residual; inference only
     group: str = ""  # name of the process group whose batches norm="batch" takes together
+    output_statistics: bool = False  # also the mean and variance of y, for a norm that follows
 
 
 class ParallelTensors(NamedTuple):

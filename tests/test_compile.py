@@ -52,10 +52,11 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     stats = (t["running_mean"], t["running_var"]) if config.norm == "frozen" else (None, None)
     tensors = PairTensors(*main, t.get("norm_weight"), t.get("norm_bias"), *stats)
     args = (*tensors, *spec, "auto")
-    _, u, mean, var, _ = OPS.conv2plus1d_train(*args)
+    _, u, mean, var, *_ = OPS.conv2plus1d_train(*args)
     needs = [t is not None for t in tensors[:7]] + [False] * 3
     calls = [
         (OPS.conv2plus1d_train, args),
+        (OPS.conv2plus1d_train, (*tensors, *spec._replace(output_statistics=True), "auto")),
         (OPS.conv2plus1d_backward, (dy, u, mean, var, *args, needs)),
     ]
     if config.norm == "batch":

@@ -1,6 +1,7 @@
 """Backends: each a module with the same functions, none of which validates or chooses.
 
 ``why_not(problem, phase)``    why it cannot run this problem ("forward" | "backward"), or None
+``output_statistics(problem)``  whether it gives those of y without reading y again; optional
 ``avoid(problem, phase)``     reason why "auto" passes it over although it could run it; optional
 ``conv2plus1d(problem, tensors, save)``                   -> ``PairResult``
 ``conv2plus1d_backward(problem, tensors, dy, u, mean, var, needs)``    -> one gradient per need
@@ -40,6 +41,8 @@ class PairResult(NamedTuple):
     var: Tensor | None = None  # with norm="batch": biased
     total: Tensor | None = None  # (), with spec.group: values per channel of all its ranks together
     outer: bool = False  # whether the residual and the outer activation are in y
+    out_mean: Tensor | None = None  # of y, with spec.output_statistics
+    out_var: Tensor | None = None  # likewise, biased
 
 
 def finished(result: PairResult, problem: Problem, tensors: PairTensors) -> Tensor:

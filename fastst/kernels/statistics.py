@@ -67,7 +67,7 @@ def finish_norm(
     partial_ptr, tiles, rows, total,  # partial_ptr None: mean and var are given
     mean_ptr, var_ptr,  # (channels,), written or read
     gamma_ptr, beta_ptr, bias_ptr,  # (channels,) each, or None
-    scale_ptr, shift_ptr,  # (padded,), written; zeros beyond channels
+    scale_ptr, shift_ptr,  # (padded,), written, zeros beyond channels; or None
     channels, padded, EPS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -87,17 +87,18 @@ def finish_norm(
     else:
         mean = tl.load(mean_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
         var = tl.load(var_ptr + channel, mask=ok, other=1.0).to(ACCUMULATE)
-    scale = 1 / tl.sqrt(var + EPS)
-    if gamma_ptr is not None:
-        scale *= tl.load(gamma_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
-    if bias_ptr is not None:
-        mean -= tl.load(bias_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
-    shift = -scale * mean
-    if beta_ptr is not None:
-        shift += tl.load(beta_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
-    inside = channel < padded
-    tl.store(scale_ptr + channel, tl.where(ok, scale, 0.0), mask=inside)
-    tl.store(shift_ptr + channel, tl.where(ok, shift, 0.0), mask=inside)
+    if scale_ptr is not None:
+        scale = 1 / tl.sqrt(var + EPS)
+        if gamma_ptr is not None:
+            scale *= tl.load(gamma_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
+        if bias_ptr is not None:
+            mean -= tl.load(bias_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
+        shift = -scale * mean
+        if beta_ptr is not None:
+            shift += tl.load(beta_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
+        inside = channel < padded
+        tl.store(scale_ptr + channel, tl.where(ok, scale, 0.0), mask=inside)
+        tl.store(shift_ptr + channel, tl.where(ok, shift, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])

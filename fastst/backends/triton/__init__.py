@@ -24,6 +24,7 @@ __all__ = [
     "avoid",
     "conv2plus1d",
     "conv2plus1d_backward",
+    "output_statistics",
     "parallel_conv2plus1d",
     "parallel_conv2plus1d_backward",
     "trial",
@@ -54,6 +55,11 @@ def why_not(problem: Problem, phase: str) -> str | None:
     if has < least:
         return "needs compute capability {}.{}, but {} has {}.{}".format(*least, device, *has)
     return None
+
+
+def output_statistics(problem: Problem) -> bool:
+    """Whether y comes with its statistics; always, from the epilogue that writes it."""
+    return problem.op == "conv2plus1d"
 
 
 def ways(problem: Problem, phase: str) -> list[str]:

@@ -13,7 +13,7 @@ from ... import collectives
 from ...shapes import PairSpec, PairTensors, Problem
 from .. import PairResult
 from . import arguments, single
-from .passes import PassConfig, candidates, conv_pass, finish_norm
+from .passes import PassConfig, candidates, conv_pass, finish_norm, moments
 
 
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
@@ -53,7 +53,8 @@ def run(
 ) -> PairResult:
     """The pair in one of its ``ways`` (None: the best guess), as a problem ``like`` it is run."""
     like = like or problem
-    if not (save and not like.spec.recompute):  # type: ignore[union-attr]
+    spec: PairSpec = like.spec  # type: ignore[assignment]
+    if not (save and not spec.recompute) and not spec.output_statistics:
         kernel = way if way in single.available(like) else None if way else single.expected(like)
         if kernel is not None:
             return _one_kernel(kernel, problem, tensors, like)
@@ -145,5 +146,8 @@ def _two_passes(
         after.update(in_scale=scale, in_shift=shift)
     else:
         conv_pass(first, x, w1, mid, **before)
-    conv_pass(second, mid, w2, y, **after)
-    return PairResult(y, mid_rows if keep else None, mean, var, count, outer=True)
+    partial, rows = conv_pass(second, mid, w2, y, statistics=spec.output_statistics, **after)
+    out_mean = out_var = None
+    if partial is not None:
+        out_mean, out_var = moments(partial, rows, problem.batch * math.prod(problem.out_size))
+    return PairResult(y, mid_rows if keep else None, mean, var, count, True, out_mean, out_var)

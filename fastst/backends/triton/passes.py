@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,40 @@ def conv_pass(
     return partial, config.block_p
 
 
+def moments(partial: Tensor, rows: int, total: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of ``total`` values, from (tiles, 2, K) partials of ``rows``."""
+    k = partial.shape[2]
+    partial, tiles, rows = _few(partial, rows, total)
+    mean, var = partial.new_empty(k), partial.new_empty(k)
+    launch.run(
+        launch.kernels().statistics.finish_norm, (-(-k // configs.combine(k)[1]),), None,
+        partial, tiles, rows, total, mean, var, None, None, None, None, None, k, k, EPS=0.0,
+        **_blocks(partial),
+    )  # fmt: skip
+    return mean, var
+
+
+def _few(partial: Tensor, rows: int, total: int) -> tuple[Tensor, int, int]:
+    """Partials, how many and of how many positions, combined to what one program takes."""
+    tiles, _, k = partial.shape
+    _, block_c, per_split = configs.combine(k)
+    if tiles <= per_split:
+        return partial, tiles, rows
+    splits = -(-tiles // per_split)
+    into = partial.new_empty((splits, 2, k))
+    launch.run(
+        launch.kernels().statistics.combine_partials, (-(-k // block_c), splits), None,
+        partial, tiles, rows, total, k, into, per_split, **_blocks(partial),
+    )  # fmt: skip
+    return into, splits, rows * per_split
+
+
+def _blocks(partial: Tensor) -> dict[str, Any]:
+    block_t, block_c, _ = configs.combine(partial.shape[-1])
+    dtype = arguments.dot_type(partial.dtype)
+    return {"BLOCK_T": block_t, "BLOCK_C": block_c, "ACCUMULATE": dtype}
+
+
 def finish_norm(
     problem: Problem,
     t: PairTensors,
@@ -124,29 +159,17 @@ def finish_norm(
 
     mean and var are written where partials are given, else they are the problem's frozen ones.
     """
-    kernels = launch.kernels()
     m, padded = problem.mid_channels, problem.mid_shape[-1]
     total = problem.batch * math.prod(problem.mid_size)
-    block_t, block_c, per_split = configs.combine(m)
-    meta = {"BLOCK_T": block_t, "BLOCK_C": block_c, "ACCUMULATE": arguments.dot_type(problem.dtype)}
-    blocks = -(-padded // block_c)
     tiles = 0
     if partial is None:
         mean, var = t.mean, t.var
     else:
-        tiles = partial.shape[0]
-        if tiles > per_split:
-            splits = -(-tiles // per_split)
-            into = partial.new_empty((splits, 2, m))
-            launch.run(
-                kernels.statistics.combine_partials, (blocks, splits), None,
-                partial, tiles, rows, total, m, into, per_split, **meta,
-            )  # fmt: skip
-            partial, tiles, rows = into, splits, rows * per_split
+        partial, tiles, rows = _few(partial, rows, total)
     scale, shift = (t.x.new_empty(padded, dtype=problem.accumulate_dtype) for _ in range(2))
     launch.run(
-        kernels.statistics.finish_norm, (blocks,), None,
+        launch.kernels().statistics.finish_norm, (-(-padded // configs.combine(m)[1]),), None,
         partial, tiles, rows, total, mean, var, t.norm_weight, t.norm_bias, bias, scale, shift,
-        m, padded, EPS=problem.spec.eps, **meta,  # type: ignore[union-attr]
+        m, padded, EPS=problem.spec.eps, **_blocks(scale[:m]),  # type: ignore[union-attr]
     )  # fmt: skip
     return scale, shift
