@@ -21,23 +21,26 @@ namespace {
 //
 // Up > 1 is the input gradient of a convolution of that stride: outputs o = up·i + rest of one rest
 // read neighbouring inputs i + (rest + k·dilation − before) / up, through the taps k for which that
-// is whole. Each rest has tiles of its own.
+// is whole. Each rest has tiles of its own. up is 1 or 2: divisions would take registers.
 struct Plane {
-  int size, out, box, tiles, kernel, stride, dilation, before, up;
+  int size, out, box, tiles, kernel, stride, dilation, before, log2_up;
 
+  __host__ __device__ int up() const { return 1 << log2_up; }
   // First input coordinate of tile `tile` of a rest through tap k.
   __device__ int first(int tile, int rest, int k) const {
-    return tile * box * stride + (rest + k * dilation - before) / up;
+    return tile * box * stride + ((rest + k * dilation - before) >> log2_up);
   }
   // Whether tap k meets nothing there but padding, or places between the inputs.
   __device__ bool outside(int tile, int rest, int k) const {
-    if ((rest + k * dilation - before) % up) return true;
-    const int from = first(tile, rest, k), outs = (out - rest + up - 1) / up;
+    if ((rest + k * dilation - before) & (up() - 1)) return true;
+    const int from = first(tile, rest, k), outs = (out - rest + up() - 1) >> log2_up;
     const int last = min(box, outs - tile * box) - 1;
     return last < 0 || from + last * stride < 0 || from >= size;
   }
   // Output coordinate i places into a tile.
-  __device__ int place(int tile, int rest, int i) const { return (tile * box + i) * up + rest; }
+  __device__ int place(int tile, int rest, int i) const {
+    return ((tile * box + i) << log2_up) + rest;
+  }
 };
 
 template <class T>
@@ -45,16 +48,13 @@ struct Parameters {
   TensorMap x, u, weight;  // (C, W, H, frames), the same, (64, rows)
   Plane h, w;
   int channels, frames, box_frames, frame_tiles;
-  int chunks;  // of 64 channels
-  int share;   // taps of a column of the kernel that one box serves: 1 or all
-  int column_tiles, stages;
+  int chunks;                       // of 64 channels
+  int share;                        // taps of a column of the kernel that one box serves: 1 or all
+  int tiles, column_tiles, stages;  // tiles: of positions; the walk over all is of 32 bits
   int64_t frame_stride, row_stride, pixel_stride;  // of out
   Global<const float> rate, shift;                 // (64 · chunks): p and q of Affine
   Epilogue<T> epilogue;
 
-  __device__ int64_t tiles() const {
-    return int64_t(frame_tiles) * h.tiles * w.tiles * h.up * w.up;
-  }
   // Products of 16 channels each that a chunk asks for: the last may have less than four.
   __device__ int steps(int chunk) const {
     return min(kSwizzleRow, channels - chunk * kSwizzleRow + 15) / 16;
@@ -70,11 +70,11 @@ struct Tile {
 
   // Rests have different numbers of taps: every block gets tiles of each of them.
   template <class T>
-  __device__ Tile(const Parameters<T>& p, int64_t index) {
-    w = static_cast<int>(index % p.w.tiles), index /= p.w.tiles;
-    h = static_cast<int>(index % p.h.tiles), index /= p.h.tiles;
-    frame = static_cast<int>(index % p.frame_tiles), index /= p.frame_tiles;
-    rest_w = static_cast<int>(index % p.w.up), rest_h = static_cast<int>(index / p.w.up);
+  __device__ Tile(const Parameters<T>& p, int index) {
+    w = index % p.w.tiles, index /= p.w.tiles;
+    h = index % p.h.tiles, index /= p.h.tiles;
+    frame = index % p.frame_tiles, index /= p.frame_tiles;
+    rest_w = index & (p.w.up() - 1), rest_h = index >> p.w.log2_up;
   }
 };
 
@@ -159,20 +159,20 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
   fence_proxy_async();
   sync_block();
 
-  const int64_t tiles = p.tiles(), all = tiles * p.column_tiles;
+  const int all = p.tiles * p.column_tiles;
   const int group = threadIdx.x / kWarpGroup;
   if (group == 0) {
     registers_decrease<Affine ? 72 : 40>();
     const bool copies = threadIdx.x < 32;
     if (copies ? threadIdx.x != 0 : !Affine) return;
-    for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
-      const Tile tile(p, index % tiles);
-      const int column = static_cast<int>(index / tiles);
+    for (int index = blockIdx.x; index < all; index += gridDim.x) {
+      const Tile tile(p, index % p.tiles);
+      const int column = index / p.tiles;
       for_each_step(p, tile, [&](int chunk, int kw, int kh) {
         const int at = L::kFirst + ring.stage() * stage_bytes, channel = chunk * kSwizzleRow;
         const int first_w = p.w.first(tile.w, tile.rest_w, kw);
         const int first_h = p.h.first(tile.h, tile.rest_h, kh);
-        if (copies) {
+        if (!Affine || copies) {
           const int weight_bytes = p.share * L::kWeightBytes;
           ring.acquire(weight_bytes + (Affine ? 0 : box_rows * 128));
           if (Affine) arrived.expect(2 * box_rows * 128);
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
           for (int i = 0; i < p.share; ++i)
             tma_load(shared<T>(at + x_bytes + i * L::kWeightBytes), p.weight, ring.full(), 0,
                      (block * p.h.kernel + kh + i) * N);
-        } else {
+        } else if constexpr (Affine) {
           arrived.wait();
           form_input(p, box_rows, first_h, first_w, channel, shared<T>(at), shared<T>(at + u_at));
           fence_proxy_async();
@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
     first_row[b] = block / frame_blocks * p.frame_rows() + block % frame_blocks * 64;
   }
 
-  for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
-    const Tile tile(p, index % tiles);
-    const int column = static_cast<int>(index / tiles);
+  for (int index = blockIdx.x; index < all; index += gridDim.x) {
+    const Tile tile(p, index % p.tiles);
+    const int column = index / p.tiles;
     for (; counted < column; ++counted) {
       if (p.epilogue.partials) statistics.write(p.epilogue, partial, counted * N);
       statistics.clear();
@@ -310,7 +310,7 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
                  conv.transposed ? 1 : stride,
                  dilation,
                  conv.transposed ? (kernel - 1) * dilation - before : before,
-                 up};
+                 up / 2};
   };
   Parameters<T> p{};
   p.h = plane(1), p.w = plane(2);
@@ -320,6 +320,8 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   p.chunks = (p.channels + kSwizzleRow - 1) / kSwizzleRow;
   p.share = narrow_size(tile.share), p.stages = narrow_size(tile.stages);
   p.column_tiles = narrow_size((out.size[1] + N - 1) / N);
+  const int64_t tiles = int64_t(p.frame_tiles) * p.h.tiles * p.w.tiles * p.h.up() * p.w.up();
+  p.tiles = narrow_size(tiles * p.column_tiles) / p.column_tiles;
   p.frame_stride = out.stride[2], p.row_stride = out.stride[3], p.pixel_stride = out.stride[4];
   p.epilogue = Epilogue<T>(conv.output);
   const int box_h = p.h.box + p.share - 1, box_rows = p.box_frames * box_h * p.w.box;
@@ -330,7 +332,7 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   require(p.stages >= 1 && p.stages <= kMaxStages, "1 to 16 stages");
   // A tap of the column is a shift by rows of the box, which must start a period of the swizzle.
   require(p.share == 1 || (p.share == p.h.kernel && p.h.dilation == 1 && p.h.stride == 1 &&
-                           p.h.up == 1 && p.w.box % 8 == 0 && p.h.box * p.w.box % 64 == 0),
+                           p.h.up() == 1 && p.w.box % 8 == 0 && p.h.box * p.w.box % 64 == 0),
           "whole blocks of 64 places in rows of 8 for all vertical taps of stride 1 from one box");
   const std::array<int, 5> box{kSwizzleRow, p.w.box, box_h, p.box_frames};
   const std::array<int, 5> step{1, p.w.stride, p.h.stride, 1};

@@ -27,15 +27,14 @@ struct Parameters {
   bool replicate;  // frames out of range are copies of the nearest, not zeros
   int box_pixels, box_clips;
   int pixels, clips, pixel_tiles, clip_tiles, frame_tiles;
-  int chunks, column_tiles, stages;
-  Global<const float> scale, shift;  // (2, 64 · chunks), or none
+  int tiles, chunks, column_tiles, stages;  // tiles: of positions; the walk over all is of 32 bits
+  Global<const float> scale, shift;         // (2, 64 · chunks), or none
   Activation act;
   float slope;
   int64_t clip_stride, frame_stride, pixel_stride;        // of out
   int64_t residual_clip, residual_frame, residual_pixel;  // of the residual
   E<T> epilogue;
 
-  __device__ int64_t tiles() const { return int64_t(frame_tiles) * clip_tiles * pixel_tiles; }
   // Products of 16 channels each that a chunk asks for: the last may have less than four.
   __device__ int steps(int chunk) const {
     return min(kSwizzleRow, channels - chunk * kSwizzleRow + 15) / 16;
@@ -70,11 +69,11 @@ struct Tile {
   int frame, pixel, clip;  // first of the output
 
   template <class P>
-  __device__ Tile(const P& p, int frames, int64_t index) {
+  __device__ Tile(const P& p, int frames, int index) {
     // Blocks at work together read the same frames, so that all but one get them from L2.
-    frame = static_cast<int>(index % p.frame_tiles) * frames - p.skew, index /= p.frame_tiles;
-    pixel = static_cast<int>(index % p.pixel_tiles) * p.box_pixels;
-    clip = static_cast<int>(index / p.pixel_tiles) * p.box_clips;
+    frame = index % p.frame_tiles * frames - p.skew, index /= p.frame_tiles;
+    pixel = index % p.pixel_tiles * p.box_pixels;
+    clip = index / p.pixel_tiles * p.box_clips;
   }
 };
 
@@ -131,14 +130,14 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
   fence_proxy_async();
   sync_block();
 
-  const int64_t tiles = p.tiles(), all = tiles * p.column_tiles;
+  const int all = p.tiles * p.column_tiles;
   const int group = threadIdx.x / kWarpGroup;
   if (group == 0) {
     registers_decrease<40>();
     if (threadIdx.x != 0) return;
-    for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
-      const Tile tile(p, Frames, index % tiles);
-      const int column = static_cast<int>(index / tiles);
+    for (int index = blockIdx.x; index < all; index += gridDim.x) {
+      const Tile tile(p, Frames, index % p.tiles);
+      const int column = index / p.tiles;
       for (int chunk = 0; chunk < p.chunks; ++chunk) {
         weights.acquire(L::kWeightBytes);
         const int at = L::kWeights + weights.stage() * L::kWeightBytes;
@@ -167,9 +166,9 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
   int counted = 0;  // tiles of columns whose statistics are written
   float sums[Frames][N / 2];
 
-  for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
-    const Tile tile(p, Frames, index % tiles);
-    const int column = static_cast<int>(index / tiles);
+  for (int index = blockIdx.x; index < all; index += gridDim.x) {
+    const Tile tile(p, Frames, index % p.tiles);
+    const int column = index / p.tiles;
     for (; counted < column; ++counted) {
       if (p.epilogue.partials) statistics.write(p.epilogue, partial, counted * N);
       statistics.clear();
@@ -263,6 +262,8 @@ Parameters<T, E> parameters(Dtype dtype, const View& in, const View& out, const 
   const int columns = narrow_size(tile.columns);
   p.chunks = tiles(in.size[1], kSwizzleRow), p.column_tiles = tiles(out.size[1], columns);
   p.stages = narrow_size(tile.stages);
+  const int64_t all = int64_t(p.frame_tiles) * p.clip_tiles * p.pixel_tiles * p.column_tiles;
+  p.tiles = narrow_size(all) / p.column_tiles;
   if (p.box_clips * p.box_pixels > kPlaces || p.stages < 1 || p.stages > kMaxStages)
     throw std::invalid_argument("a temporal Hopper tile needs boxes of at most " +
                                 std::to_string(kPlaces) + " places and 1 to 16 stages");
