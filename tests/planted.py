@@ -14,13 +14,20 @@ CSRC = Path(__file__).parents[1] / "csrc"
 
 
 def library(
-    folder: Path, file: str, right: str, wrong: str, unused: Sequence[tuple[str, str]] = ()
+    folder: Path,
+    file: str,
+    right: str,
+    wrong: str,
+    unused: Sequence[tuple[str, str]] = (),
+    headers: Sequence[str] = (),
 ) -> ModuleType:
     """The emulated library in which ``file`` has ``wrong`` for ``right``.
 
     Args:
         folder: for the copy.
         unused: (file, pattern): lines that the test does not need and that take long to compile.
+        headers: of csrc/device, from the outermost: they are put into the file, where the bug may
+            then be, so that nothing else is compiled again.
     """
     changed = folder / "csrc"
     shutil.copytree(CSRC, changed)
@@ -29,6 +36,10 @@ def library(
         assert times, f"{name} no longer has {pattern}"
         (changed / name).write_text(text)
     text = (changed / file).read_text()
+    for header in headers:
+        inside = (changed / f"device/{header}.cuh").read_text().replace("#pragma once", "")
+        include = f"#include <device/{header}.cuh>\n"
+        text = text.replace(include, inside, 1).replace(include, "")
     assert right in text, f"{file} no longer has {right!r}: plant the bug elsewhere"
     (changed / file).write_text(text.replace(right, wrong, 1))
     builder = native.import_file("fastst_emulator_build", native._EMULATOR)

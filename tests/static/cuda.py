@@ -108,7 +108,7 @@ def meant_columns(name: str) -> list[int]:
 
 def shipped() -> set[str]:
     """Names of the Hopper kernels that configurations name."""
-    from fastst import configs_hopper
+    from fastst import configs_hopper, configs_hopper_weights
 
     found = set()
     for dtype in ("__half", "__nv_bfloat16"):
@@ -122,6 +122,13 @@ def shipped() -> set[str]:
                 for norm in ("false", "true"):
                     tile = f"{columns}, {frames}, {stride}, 1, {norm}, Epilogue"
                     found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")
+        for columns, units in configs_hopper_weights.TILES:
+            found.add(f"hopper_weight_gradient_kernel<{dtype}, {columns}, {units}>")
+        for columns, groups, blocks in configs_hopper.AFFINE_TILES:
+            found.add(f"hopper_spatial_kernel<{dtype}, {columns}, {groups}, {blocks}, true>")
+        for columns, frames, stride in configs_hopper.TEMPORAL_GRADIENT_TILES:
+            tile = f"{columns}, {frames}, 1, {stride}, false, GradientEpilogue"
+            found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")
         found |= {f"hopper_stem_kernel<{dtype}, {pair}>" for pair in ("false", "true")}
     return found
 
