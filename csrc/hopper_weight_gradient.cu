@@ -61,6 +61,8 @@ template <int N, int Units>
 struct Layout {
   static constexpr int kSpans = (N + kSpan - 1) / kSpan;
   static constexpr int kSteps = Units == 1 ? 2 : 1;  // of 16 positions, in a group of products
+  // Of a thread that multiplies; the others have what is left of 512.
+  static constexpr int kRegisters = N * Units > 192 ? 152 : 144;
 
   template <class T>
   static __host__ __device__ int padded(const Parameters<T>& p) {  // positions
@@ -135,29 +137,25 @@ __device__ void form(const Parameters<T>& p, Shared<T> mid, Shared<T> u, int spa
       const bool there =
           (place & 255) < left[0] && (place >> 8 & 255) < left[1] && place >> 16 < left[2];
       const int at = piece / 4 * span_elements + i * kSpan + (piece % 4 ^ i / 2 % 4) * kPiece;
-      float values[kPiece];
       const auto a = load<kPiece>(mid + at);
+      Pack<T, kPiece> b{}, made;
+      if (p.two) b = load<kPiece>(u + at);
 #pragma unroll
-      for (int e = 0; e < kPiece; ++e) {
-        if (e % 4) continue;
-        const auto scale = load<4>(p.scales + c + e), shift = load<4>(p.shifts + c + e);
+      for (int half = 0; half < kPiece; half += 4) {  // by halves, which spares registers
+        const auto scale = load<4>(p.scales + c + half), shift = load<4>(p.shifts + c + half);
+        float values[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          values[e + k] = widen(a.lane[e + k]) * scale.lane[k] + shift.lane[k];
-      }
-      if (p.two) {
-        const auto b = load<kPiece>(u + at);
+          values[k] = widen(a.lane[half + k]) * scale.lane[k] + shift.lane[k];
+        if (p.two) {
+          const auto second = load<4>(p.seconds + c + half);
 #pragma unroll
-        for (int e = 0; e < kPiece; e += 4) {
-          const auto second = load<4>(p.seconds + c + e);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) values[e + k] += widen(b.lane[e + k]) * second.lane[k];
+          for (int k = 0; k < 4; ++k) values[k] += widen(b.lane[half + k]) * second.lane[k];
         }
-      }
-      activate_in_place(p.act, p.slope, values);
-      Pack<T, kPiece> made;
+        activate_in_place(p.act, p.slope, values);
 #pragma unroll
-      for (int e = 0; e < kPiece; ++e) made.lane[e] = narrow<T>(there ? values[e] : 0.0f);
+        for (int k = 0; k < 4; ++k) made.lane[half + k] = narrow<T>(there ? values[k] : 0.0f);
+      }
       store(mid + at, made);
     }
   }
@@ -197,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first_column = output.column * N;
   const int group = thread / kWarpGroup, warp = thread / 32 % 4, lane = thread % 32;
   if (group == 0) {
-    registers_decrease<56>();
+    registers_decrease<512 - kGroups * L::kRegisters>();
     if (thread == 0)
       for_each_tile(p, output.split, [&](const Tile& tile) {
         ring.acquire(p.blocks * p.other_rows() * p.row_elements() * 2 +
@@ -227,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  registers_increase<152>();
+  registers_increase<L::kRegisters>();
   // Rows of A are 16 of each warp, in two pieces; lanes name the rows of four 8 × 8 matrices.
   const int piece = 2 * warp + lane / 8 % 2, position = lane / 16 * 8 + lane % 8;
   const int pieces = p.narrow ? 0 : 7;  // mask: a narrow row has one
@@ -421,8 +419,8 @@ void choose(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
     return g.tile.columns == columns && g.tile.units == units;
   };
   if (is(48, 3)) return run<T, 48, 3>(dtype, g, stream);
+  if (is(64, 3)) return run<T, 64, 3>(dtype, g, stream);
   if (is(72, 3)) return run<T, 72, 3>(dtype, g, stream);
-  if (is(232, 1)) return run<T, 232, 1>(dtype, g, stream);
   if (is(80, 2)) return run<T, 80, 2>(dtype, g, stream);
   if (is(96, 2)) return run<T, 96, 2>(dtype, g, stream);
   if (is(144, 1)) return run<T, 144, 1>(dtype, g, stream);

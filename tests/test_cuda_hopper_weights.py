@@ -187,14 +187,13 @@ def test_single_position() -> None:
     [
         ({}, (3, 3, 3), None),
         ({}, (3, 8, 8), "at most 49 spatial taps, not 64"),
-        ({"padding_mode": ("zeros", "replicate")}, (3, 3, 3), "zeros, not 'replicate'"),
-        ({"stride": (3, 1, 1)}, (3, 3, 3), "temporal strides up to 2, not 3"),
+        ({"dilation": (1, 30, 30)}, (3, 5, 5), "as far apart as a dilation of (30, 30)"),
     ],
 )
 def test_says_what_it_does_not_take(
     spec: dict[str, object], kernel: tuple[int, int, int], why: str | None
 ) -> None:
-    tensors = Case(kernel=kernel, size=(5, 9, 9)).tensors()
+    tensors = Case(kernel=kernel, size=(5, 150, 150)).tensors()
     found = weights.why_not(Problem.of(tensors, PairSpec(**({"padding": (1,) * 6} | spec))))  # type: ignore[arg-type]
     assert found is None if why is None else why in str(found)
 
@@ -222,6 +221,7 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
         tile = configs_hopper_weights.weight_gradient(
             size, reach, taps, rows, m, sources, False, 132
         )
+        assert tile is not None
         positions = math.prod(tile.box)
         halo = reach.box(tile.box)
         a = tile.blocks * -(-math.prod(halo) * 128 // 1024) * 1024
@@ -234,12 +234,12 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mid", "columns"), [(144, 72), (230, 232), (288, 72), (460, 232), (576, 72), (921, 232)]
+    ("mid", "waste"),
+    [(45, 1.07), (144, 1), (230, 1.05), (288, 1), (460, 1.05), (576, 1), (921, 1.05), (1152, 1)],
 )
-def test_mid_channels_fit(mid: int, columns: int) -> None:
-    """Of the widths of R(2+1)D-18 at most 1% of the columns multiply zeros."""
-    assert columns in [c for c, _ in configs_hopper_weights.TILES]
-    assert -(-mid // columns) * columns <= 1.01 * mid
+def test_mid_channels_fit(mid: int, waste: float) -> None:
+    """Some instance has few columns for which there are no mid channels of R(2+1)D-18."""
+    assert min(-(-mid // n) * n for n, _ in configs_hopper_weights.TILES) <= waste * mid
 
 
 # ---- planted bugs: each must be caught, by a wrong result or by the emulator's checks
@@ -261,33 +261,26 @@ UNUSED = (
         ("t % width * at(conv.dilation, 2)", "(t + 1) % width * at(conv.dilation, 2)", MUTANT),
         ("p.start[0][i] = -at(", "p.start[0][i] = 1 - at(", MUTANT),
         ("/ p.residues - least)", "/ p.residues + 1 - least)", MUTANT),
-        ("p.start[r][1] = least", "p.start[r][1] = least + 1", MUTANT),
-        # layouts: the swizzle and the major dimension of B, rows of A, spans
+        # layouts: the swizzle of B, its major dimension, the swizzle of A
         ("Swizzle::b64, 8 * 2", "Swizzle::b32, 8 * 2", MUTANT),
         ("wgmma<T, N, Major::mn>", "wgmma<T, N>", MUTANT),
         ("(piece ^ r % 8)", "piece", MUTANT),
-        ("lane / 16 * 8 + lane % 8", "lane % 16", MUTANT),
-        ("ldmatrix_x4_transposed(", "ldmatrix_x4(", MUTANT),
-        ("(piece % 4 ^ i / 2 % 4)", "(piece % 4 ^ i % 4)", MUTANT),
-        ("8 * 2 * kSpan, span_bytes", "8 * 2 * kSpan, 2 * span_bytes", MUTANT),
         # what makes B: places outside, the second tensor, the fence, who waits
-        ("there ? values[e] : 0.0f", "values[e]", MUTANT),
+        ("there ? values[k]", "there || true ? values[k]", MUTANT),
         ("if (p.two) {", "if (false) {", MUTANT),
         ("        fence_proxy_async();\n        formed", "        formed", MUTANT),
         ("if (p.forms) formed.wait();", "", MUTANT),
-        # phases, stages and counts of bytes
+        # phases, counts of bytes, and positions that fill up a step
         ("ring.advance(), formed.advance();\n  });", "ring.advance();\n  });", MUTANT),
         ("(1 + p.two) * L::kSpans * positions * 2", "L::kSpans * positions * 2", MUTANT),
-        ("    ring.wait();\n    if", "    if", MUTANT),
+        ("    ring.wait();\n    if", "    if", dataclasses.replace(MUTANT, made=False)),
         ("wgmma_wait<0>();", "", MUTANT),
-        ("b[i] = 0u;", "", MUTANT),
+        ("int i = positions * 16 + thread", "int i = padded * 16 + thread", MUTANT),
         # parts of the positions, and what is written of each
         ("i < all * (split + 1)", "i + 1 < all * (split + 1)", MUTANT),
         ("int64_t(output.split) * p.taps", "int64_t(0) * p.taps", MUTANT),
-        ("p.taps + tap(i)) * p.rows", "p.taps) * p.rows", MUTANT),
         # the stem's rows: taps in place of channels
         ("piece * p.narrow", "0", STEM),
-        ("i == 0 && p.narrow ? kPiece", "i == 0 && p.narrow ? columns", STEM),
     ],
 )
 def test_planted_bug_is_caught(

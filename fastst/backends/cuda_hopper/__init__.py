@@ -14,6 +14,7 @@ from ...configs_hopper import HopperTile
 from ...shapes import PairSpec, PairTensors, Problem
 from .. import PairResult
 from ..native import call, emulating
+from . import weights
 from .backward import backward
 from .launches import (
     ROW,
@@ -51,7 +52,7 @@ def backward_why_not(problem: Problem) -> str | None:
         return f"have the derivatives of {', '.join(DERIVATIVES)}, not of {spec.activation}"
     if temporal.padding_mode != "zeros" and any(temporal.padding):
         return f"have gradients through zeros around time, not {temporal.padding_mode!r}"
-    return None
+    return weights.why_not(problem)
 
 
 def _why_neither(problem: Problem) -> str | None:

@@ -10,20 +10,23 @@ kernel.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...configs import round_up
+from ...configs_hopper import HopperTile
 from ...shapes import PairSpec, PairTensors, Problem
 from ..cuda_depthwise import channels_last
 from ..native import call, finish
+from . import weights
 from .launches import (
     ROW,
     Gradient,
     Launches,
+    Mid,
+    affine_of,
     evenly_framed,
     evenly_placed,
     rows_of,
@@ -42,9 +45,10 @@ def backward(
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
+    tiles: tuple[HopperTile, HopperTile] | None = None,
 ) -> list[Tensor]:
+    """Gradients; tiles: of the spatial and the temporal kernel, in place of the chosen ones."""
     spec: PairSpec = problem.spec  # type: ignore[assignment]
-    spatial, temporal = problem.passes
     need = PairTensors(*needs)  # type: ignore[arg-type]
     m = problem.mid_channels
     counted = need.spatial_bias or need.norm_weight or need.norm_bias
@@ -66,17 +70,18 @@ def backward(
             dbt = k.sums(k.plain(dy), dy.shape)[0]
         if need.temporal_weight:
             assert mid is not None
-            z = k.norm_act(mid[:, :m], coefficients, spec.activation)
-            dwt = k.weight_gradient(
-                z, k.plain(dy), temporal, tensors.temporal_weight, dy.numel() // dy.shape[1]
-            )
+            scale, shift = (None, None) if coefficients is None else affine_of(coefficients)
+            affine = None if straight else launches.coefficients(scale, shift, round_up(m, 64))
+            z = Mid(mid[:, :m], affine, spec.activation)
+            dwt = weights.temporal(k, z, dy, tensors.temporal_weight)
         if below:
             g = tensors.x.new_empty(problem.mid_shape).permute(0, 4, 1, 2, 3)
             sums = launches.temporal_gradient(
-                dy, tensors.temporal_weight, g, temporal_gradient_tile(problem),
+                dy, tensors.temporal_weight, g,
+                tiles[1] if tiles else temporal_gradient_tile(problem),
                 None if straight else mid, coefficients, bool(counted) or spec.norm == "batch",
             )  # fmt: skip
-            du, source = Gradient(g), k.plain(g[:, :m])
+            du = Gradient(g)
             if sums is not None:
                 dbs = dbeta = sums[0]
                 if coefficients is not None:
@@ -87,17 +92,17 @@ def backward(
                 assert coefficients is not None and mid is not None
                 mean, _, _, p, q = coefficients
                 du = Gradient(g, mid, launches.coefficients(p, q - p * mean, round_up(m, 64)))
-                coefficients[1] = 1  # the scale is in g
-                source = k.norm_gradient(g[:, :m], mid[:, :m], coefficients)
                 # The mean takes its own sum away; that of a group only the sum of all its ranks.
-                dbs = k.sums(source, g[:, :m].shape)[0] if spec.group else torch.zeros_like(q)
+                dbs = torch.zeros_like(q)
+                if spec.group:
+                    coefficients[1] = 1  # the scale is in g
+                    source = k.norm_gradient(g[:, :m], mid[:, :m], coefficients)
+                    dbs = k.sums(source, g[:, :m].shape)[0]
             if need.spatial_weight:
-                dws = k.weight_gradient(
-                    k.plain(tensors.x), source, spatial, tensors.spatial_weight,
-                    problem.batch * math.prod(problem.mid_size),
-                )  # fmt: skip
+                dws = weights.spatial(k, tensors.x, du, tensors.spatial_weight)
             if need.x:
-                dx = _input_gradient(launches, tensors, du)
+                tile = tiles[0] if tiles else spatial_gradient_tile(problem, du.u is not None)
+                dx = _input_gradient(launches, tensors, du, tile)
     return finish((dx, dws, dwt, dbs, dbt, dgamma, dbeta), tensors, needs)
 
 
@@ -114,13 +119,13 @@ def _recomputed(launches: Launches, tensors: PairTensors) -> Tensor:
     return u
 
 
-def _input_gradient(launches: Launches, tensors: PairTensors, du: Gradient) -> Tensor:
-    problem = launches.problem
+def _input_gradient(
+    launches: Launches, tensors: PairTensors, du: Gradient, tile: HopperTile
+) -> Tensor:
     dx = torch.empty_like(tensors.x)
     n, c, *size = dx.shape
     rows = dx
     if c % ROW or evenly_framed(channels_last(dx)) is not dx:
         rows = dx.new_empty(n, *size, round_up(c, ROW)).permute(0, 4, 1, 2, 3)
-    tile = spatial_gradient_tile(problem, du.u is not None)
     launches.spatial_gradient(du, tensors.spatial_weight, rows_of(rows), tile)
     return dx if rows is dx else dx.copy_(rows[:, :c])

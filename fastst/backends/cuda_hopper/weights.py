@@ -12,23 +12,23 @@ from torch import Tensor
 from ...configs import round_up
 from ...configs_hopper_weights import Reach, WeightTile, weight_gradient
 from ...shapes import Pass, Problem
+from ..cuda_depthwise import channels_last
 from ..native import Call
 from .launches import ROW, Gradient, Mid, _processors, evenly_framed, rows_of
 
 TAPS = 49  # most, of a kernel
 NARROW = 8  # channels of x, and taps of a row of its kernel, that make the 64 rows of a product
-_TEMPORAL_STRIDE = 2
 
 
 def why_not(problem: Problem) -> str | None:
-    """Why the weight gradients of a problem that the forward kernels take need other kernels."""
-    spatial, temporal = problem.passes
+    """Why a problem that the forward kernels take has no weight gradients here."""
+    spatial = problem.passes[0]
     if math.prod(spatial.kernel) > TAPS:
-        return f"have at most {TAPS} spatial taps, not {math.prod(spatial.kernel)}"
-    if temporal.padding_mode != "zeros" and any(temporal.padding):
-        return f"pad time with zeros, not {temporal.padding_mode!r}"
-    if temporal.stride[0] > _TEMPORAL_STRIDE:
-        return f"have temporal strides up to {_TEMPORAL_STRIDE}, not {temporal.stride[0]}"
+        return f"have gradients of at most {TAPS} spatial taps, not {math.prod(spatial.kernel)}"
+    if spatial_tile(problem, 2) is None:
+        return (
+            f"have no shared memory for taps as far apart as a dilation of {spatial.dilation[1:]}"
+        )
     return None
 
 
@@ -36,7 +36,7 @@ def is_narrow(p: Pass) -> bool:
     return p.in_channels <= NARROW and p.kernel[2] <= NARROW
 
 
-def spatial_tile(problem: Problem, sources: int) -> WeightTile:
+def spatial_tile(problem: Problem, sources: int) -> WeightTile | None:
     """Tile of dWs, with du made of so many tensors (0: stored)."""
     p = problem.passes[0]
     _, kh, kw = p.kernel
@@ -53,7 +53,7 @@ def spatial_tile(problem: Problem, sources: int) -> WeightTile:
     )  # fmt: skip
 
 
-def temporal_tile(problem: Problem, sources: int) -> WeightTile:
+def temporal_tile(problem: Problem, sources: int) -> WeightTile | None:
     """Tile of dWt, with z made of one tensor, or stored."""
     p = problem.passes[1]
     taps, stride = p.kernel[0], p.stride[0]
@@ -67,17 +67,18 @@ def temporal_tile(problem: Problem, sources: int) -> WeightTile:
 
 
 def spatial(k: Call, x: Tensor, du: Gradient, weight: Tensor) -> Tensor:
-    """dWs (M, C, 1, kh, kw) in the accumulation dtype, from x (N, C, T, H, W), channels-last."""
+    """dWs (M, C, 1, kh, kw) in the accumulation dtype, from x (N, C, T, H, W)."""
     p = k.problem.passes[0]
     m, c, _, kh, kw = weight.shape
     narrow = is_narrow(p)
     if narrow and c < NARROW:  # rows of 16 bytes
         x = F.pad(x.permute(0, 2, 3, 4, 1), (0, NARROW - c)).permute(0, 4, 1, 2, 3)
+    x = evenly_framed(channels_last(x))
     coefficients = None
     if du.affine is not None:
         coefficients = torch.stack((torch.ones_like(du.affine[0]), du.affine[1], du.affine[0]))
     tile = spatial_tile(k.problem, 0 if du.u is None else 2)
-    sums = _sums(k, du.g, du.u, evenly_framed(x), p, tile, coefficients, "none", narrow)
+    sums = _sums(k, du.g, du.u, x, p, tile, coefficients, "none", narrow)
     if narrow:
         taps = sums.view(kh, NARROW, NARROW, -1)[:, :kw, :c, :m]
     else:
@@ -102,12 +103,13 @@ def _sums(
     u: Tensor | None,
     other: Tensor,
     p: Pass,
-    tile: WeightTile,
+    tile: WeightTile | None,
     coefficients: Tensor | None,  # (3, M and more): scale, shift, second
     activation: str,
     narrow: bool = False,
 ) -> Tensor:
     """(taps, rows, stored mid channels)"""
+    assert tile is not None  # as why_not says
     columns = round_up(mid.shape[1], ROW)
     rows = 64 if narrow else other.shape[1]
     taps = math.prod(p.kernel[:2]) * (1 if narrow else p.kernel[2])
