@@ -12,9 +12,9 @@ void choose(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   if (is(48, 2, 2)) return run<T, 48, 2, 2, false>(dtype, conv, stream);
   if (is(64, 2, 2)) return run<T, 64, 2, 2, false>(dtype, conv, stream);
   if (is(96, 2, 2)) return run<T, 96, 2, 2, false>(dtype, conv, stream);
+  if (is(112, 2, 2)) return run<T, 112, 2, 2, false>(dtype, conv, stream);
   if (is(128, 2, 2)) return run<T, 128, 2, 2, false>(dtype, conv, stream);
   if (is(144, 2, 2)) return run<T, 144, 2, 2, false>(dtype, conv, stream);
-  if (is(160, 2, 2)) return run<T, 160, 2, 2, false>(dtype, conv, stream);
   if (is(192, 2, 1)) return run<T, 192, 2, 1, false>(dtype, conv, stream);
   if (is(232, 2, 1)) return run<T, 232, 2, 1, false>(dtype, conv, stream);
   no_tile(conv.tile);

@@ -16,10 +16,11 @@ _L2_BYTES = 32
 _TILE_CLOCKS, _ROW_CLOCKS = 1000, 8
 # (columns, warpgroups, blocks of 64 rows each): the spatial kernel's instances. wgmma takes any
 # multiple of 8 columns, so these fit 45 mid channels (48), 144, 288, 576 and 1,152 (144, 192), 230,
-# 460 and 921 (232), 320 (160) and powers of two (64, 128) with at most 1% to spare, 45 apart.
-# 2 × 160 sums take 160 of a thread's 232 registers; 1 × 232 take 116. 256 columns spilled.
+# 460 and 921 (232) and powers of two (64, 128) with at most 1% to spare, 45 apart, and 320 (112) with
+# 5%. 2 × 144 sums take 144 of a thread's 232 registers, beside which 2 × 160 spilled; 1 × 232 take
+# 116, and 256 spilled.
 SPATIAL_TILES = (
-    (48, 2, 2), (64, 2, 2), (96, 2, 2), (128, 2, 2), (144, 2, 2), (160, 2, 2), (192, 2, 1),
+    (48, 2, 2), (64, 2, 2), (96, 2, 2), (112, 2, 2), (128, 2, 2), (144, 2, 2), (192, 2, 1),
     (232, 2, 1),
 )  # fmt: skip
 # (columns, output frames) of the temporal kernel's instances: 128 registers of sums, or 64. More
@@ -226,6 +227,22 @@ def stem(clips: int, size: Sequence[int], processors: int) -> tuple[int, int]:
     piece = math.ceil(frames / pieces)
     units *= math.ceil(frames / piece)
     return min(math.ceil(units / STEM_GROUPS), processors), piece
+
+
+def gradient_trials() -> list[tuple[HopperTile, HopperTile, tuple[int, int]]]:
+    """Tiles of both input gradients, and the temporal and spatial stride: every instance comes up.
+
+    Boxes are for small problems; every third spatial one serves all three taps of a column, another
+    has the rests of stride 2.
+    """
+    found = []
+    for i, (columns, frames, stride) in enumerate(TEMPORAL_GRADIENT_TILES):
+        n, groups, blocks = AFFINE_TILES[i // 3 % len(AFFINE_TILES)]
+        share, box = (3, (groups * blocks, 8, 8)) if i % 3 == 0 else (1, (1, 5, 7))
+        spatial_one = HopperTile(n, groups, blocks, box, share, 2, 2)
+        temporal_one = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2)
+        found.append((spatial_one, temporal_one, (stride, 2 if i % 3 == 2 else 1)))
+    return found
 
 
 def trials() -> list[tuple[HopperTile, HopperTile, int]]:

@@ -77,23 +77,24 @@ struct Tile {
   }
 };
 
-// A of 64 places and 64 channels, four steps of 16, as the matrix unit wants it in registers.
+// A of 64 places for two steps of 16 channels from `step` on, as the matrix unit wants it in
+// registers.
 template <class T>
-__device__ void load_fragments(Shared<T> places, uint32_t (&a)[4][4]) {
+__device__ void load_fragments(Shared<T> places, int step, uint32_t (&a)[2][4]) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int piece = (2 * k + lane / 16) ^ (row % 8);  // of 16 bytes, as the swizzle has them
+  for (int k = 0; k < 2; ++k) {
+    const int piece = (2 * (step + k) + lane / 16) ^ (row % 8);  // of 16 bytes, as the swizzle has
     ldmatrix_x4(a[k], places + row * kSwizzleRow + piece * 8);
   }
 }
 
-// z = act(s·u + h) for fragments of 64 channels from `channel` on.
+// z = act(s·u + h) for such fragments of the channels from `channel` on.
 template <class T, class P>
-__device__ void normalise(const P& p, int channel, uint32_t (&a)[4][4]) {
+__device__ void normalise(const P& p, int channel, uint32_t (&a)[2][4]) {
   const int q = threadIdx.x % 4;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < 2; ++k) {
     float values[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -190,30 +191,35 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
         inputs.wait();
         const Shared<T> u =
             shared<T>(L::kFirst + inputs.stage() * kFrameBytes) + (group - 1) * 64 * kSwizzleRow;
-        uint32_t a[4][4];
-        if constexpr (Norm) {
-          load_fragments(u, a);
-          inputs.release(inputs.stage());
-          normalise<T>(p, chunk * kSwizzleRow, a);
-        }
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (k >= steps) break;
-#pragma unroll
-          for (int o = 0; o < Frames; ++o) {
-            const int tap = L::tap(i, o);
-            if (tap < 0 || tap >= kTaps) continue;
-            const Descriptor weight = descriptor(shared<T>(at + tap * L::kTapBytes)) + 32 * k;
-            if constexpr (Norm)
-              wgmma<T, N>(sums[o], a[k], weight, true);
-            else
-              wgmma<T, N>(sums[o], descriptor(u) + 32 * k, weight, true);
+        // While these multiply, the other warpgroup normalises. Four steps at once, with A of all
+        // of them in registers, would be serialised for want of registers.
+        constexpr int kAtOnce = Norm ? 2 : 4;
+#pragma unroll 1
+        for (int step = 0; step < steps; step += kAtOnce) {
+          uint32_t a[2][4];
+          if constexpr (Norm) {
+            load_fragments(u, step, a);
+            normalise<T>(p, chunk * kSwizzleRow + 16 * step, a);
           }
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < kAtOnce; ++k) {
+            if (step + k >= steps) break;
+#pragma unroll
+            for (int o = 0; o < Frames; ++o) {
+              const int tap = L::tap(i, o), bytes = 32 * (step + k);
+              if (tap < 0 || tap >= kTaps) continue;
+              const Descriptor weight = descriptor(shared<T>(at + tap * L::kTapBytes)) + bytes;
+              if constexpr (Norm)
+                wgmma<T, N>(sums[o], a[k], weight, true);
+              else
+                wgmma<T, N>(sums[o], descriptor(u) + bytes, weight, true);
+            }
+          }
+          wgmma_commit();
+          wgmma_wait<0>();
         }
-        wgmma_commit();
-        wgmma_wait<0>();
-        if constexpr (!Norm) inputs.release(inputs.stage());
+        inputs.release(inputs.stage());
         inputs.advance();
       }
       weights.release(weights.stage());
