@@ -26,7 +26,11 @@ __global__ void __launch_bounds__(128) from_registers(float* out) {
   float d[N / 2];
   uint32_t fragments[2][4];
 #pragma unroll
-  for (int k = 0; k < 2; ++k) ldmatrix_x4(fragments[k], a + 64 * (threadIdx.x % 64) + 16 * k);
+  for (int k = 0; k < 2; ++k)
+    if constexpr (MajorB == Major::k)
+      ldmatrix_x4(fragments[k], a + 64 * (threadIdx.x % 64) + 16 * k);
+    else
+      ldmatrix_x4_transposed(fragments[k], a + 64 * (threadIdx.x % 64) + 16 * k);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 2; ++k) wgmma<T, N, MajorB>(d, fragments[k], descriptor(b) + 32 * k, k > 0);
