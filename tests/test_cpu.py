@@ -78,12 +78,16 @@ def test_sizes(fixed: dict[str, Any]) -> None:
 
 @built
 @pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("channels", [5, 40])
-def test_any_number_of_threads_gives_the_same(channels: int, threads: int) -> None:
+@pytest.mark.parametrize("sums", ["direct", "winograd"])
+@pytest.mark.parametrize("stride", [(2, 1, 1), (1, 2, 2)])
+def test_any_number_of_threads_gives_the_same(
+    stride: tuple[int, int, int], sums: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the last bit, statistics and their running averages included."""
+    monkeypatch.setattr(library.Call, "sums", sums)
     torch.manual_seed(1)
-    layer = fastst.Conv2Plus1d(channels, 40, 3, (2, 1, 1), 1, norm="batch")
-    x = torch.randn(2, channels, 6, 21, 19, requires_grad=True)
+    layer = fastst.Conv2Plus1d(15, 40, 3, stride, 1, norm="batch")
+    x = torch.randn(2, 15, 6, 21, 19, requires_grad=True)
     found = []
     for n in (1, threads):
         torch.set_num_threads(n)
@@ -150,88 +154,113 @@ def test_nan_and_infinity_reach_what_pytorch_lets_them(bad: float, norm: bool) -
 # ---- Winograd's sums
 
 
-# Enough of everything that the transforms pay; nothing a multiple of what is computed together.
-WIDE = dict(
-    channels=40, mid=50, out=41, batch=2, kernel=(3, 3, 3), dilation=(1, 1, 1), groups=(1, 1),
-    padding_mode=("zeros", "zeros"),
+FITTING = dict(
+    kernel=(3, 3, 3), dilation=(1, 1, 1), padding_mode=("zeros", "zeros"), causal=False
 )  # fmt: skip
-STRIDES = [(1, 1, 1), (1, 2, 2), (2, 1, 1)]
+
+
+def winograd_fuzz() -> None:
+    """Forward, statistics and every gradient, by the same rule as without."""
+    for stride, cases in {(1, 1, 1): 30, (1, 2, 2): 30, (2, 1, 1): 15}.items():
+        usual = dict(stride=stride, padding=1)
+        fuzz.fuzz("cpu", cases, limits(**FITTING, **usual), first=fuzz.SEED + 5000, least=1.0)
+    large = FITTING | dict(channels=70, mid=130, out=100, size=(5, 23, 18), groups=(1, 1))
+    several = Limits(
+        work=10**9, dtypes=(torch.float32,), fixed=PAIRS | large,
+        accept=lambda c: c.padding != "same",  # not with a stride
+    )  # fmt: skip
+    fuzz.fuzz("cpu", 3, several, least=1.0)
 
 
 @built
-@pytest.mark.parametrize("stride", STRIDES, ids=str)
-def test_winograd(stride: tuple[int, int, int]) -> None:
-    """Forward, statistics and every gradient, by the same rule as without."""
-    fixed = WIDE | dict(stride=stride, size=(7, 23, 17))
-    several = Limits(
-        work=10**9, dtypes=(torch.float32,), fixed=PAIRS | fixed,
-        accept=lambda c: c.padding != "same",  # which strides cannot have
-    )  # fmt: skip
-    fuzz.fuzz("cpu", 4, several, least=1.0)
+def test_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.Call, "sums", "winograd")
+    winograd_fuzz()
 
 
-def wide(x: torch.Tensor, weight: torch.Tensor, stride: int = 1) -> tuple[Any, torch.Tensor, Any]:
-    """A spatial pass that Winograd's sums pay for: its call, memory for its result, its shape."""
-    t = PairTensors(x, weight, torch.empty(41, weight.shape[0], 1, 1, 1))
-    call = library.Call(
-        Problem.of(t, PairSpec(stride=(1, stride, stride), padding=(0, 0, 1, 1, 1, 1)))
-    )
-    return call, call.rows(), call.problem.passes[0]
+class Spatial:
+    """A 3×3 pass from 40 to 50 channels, by Winograd's sums unless they would overflow."""
+
+    def __init__(self, seed: int, stride: int = 1) -> None:
+        torch.manual_seed(seed)
+        self.x, self.weight = torch.randn(1, 40, 3, 23, 18), torch.randn(50, 40, 1, 3, 3) / 20
+        t = PairTensors(self.x, self.weight, torch.empty(41, 50, 1, 1, 1))
+        spec = PairSpec(stride=(1, stride, stride), padding=(0, 0, 1, 1, 1, 1))
+        self.call = library.Call(Problem.of(t, spec))
+        self.call.way = self.call.lib.Sums.winograd
+        self.taps = self.call.problem.passes[0]
+
+    def __call__(self, **epilogue: Any) -> tuple[int, torch.Tensor]:
+        """Whether it stayed with them, and u."""
+        u, how = self.call.rows(), self.call.epilogue(**epilogue)
+        source = self.call.plain(self.x)
+        return self.call.tap_conv(source, self.weight, self.taps, u, how), u[:, :50]
 
 
 @built
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e37, 3e38])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_where_winograd_would_overflow_it_is_not_used(bad: float, stride: int) -> None:
-    torch.manual_seed(4)
-    x, weight = torch.randn(1, 40, 3, 24, 24), torch.randn(50, 40, 1, 3, 3) / 20
-    call, u, p = wide(x, weight, stride)
-    assert call.tap_conv(call.plain(x), weight, p, u, call.epilogue()) == 1
-    x[0, 3, 1, 9, 9] = bad
-    assert call.tap_conv(call.plain(x), weight, p, u, call.epilogue()) == 0
-    truth = torch.nn.functional.conv3d(x, weight, None, p.stride, (0, 1, 1))
+    run = Spatial(4, stride)
+    assert run()[0] == 1
+    run.x[0, 3, 1, 9, 9] = bad
+    by_winograd, u = run()
+    truth = torch.nn.functional.conv3d(run.x, run.weight, None, run.taps.stride, (0, 1, 1))
+    assert by_winograd == 0
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(kind(u[:, :50]), kind(truth))
-    torch.testing.assert_close(u[:, :50], truth, equal_nan=True, rtol=1e-4, atol=1e-4)
-    x[0, 3, 1, 9, 9] = 1.0
-    weight[7, 3, 0, 1, 1] = bad
-    assert call.tap_conv(call.plain(x), weight, p, u, call.epilogue()) == 0
+        assert torch.equal(kind(u), kind(truth))
+    torch.testing.assert_close(u, truth, equal_nan=True, rtol=1e-4, atol=1e-4)
+    run.x[0, 3, 1, 9, 9] = 1.0
+    run.weight[7, 3, 0, 1, 1] = bad
+    assert run()[0] == 0
 
 
 @built
 def test_statistics_are_not_counted_twice_where_winograd_was_given_up() -> None:
-    torch.manual_seed(5)
-    x, weight = torch.randn(1, 40, 3, 24, 24), torch.randn(50, 40, 1, 3, 3)
-    weight[:, 3] = 0.0  # so that what makes it give up changes nothing else
-    call, u, p = wide(x, weight)
+    run = Spatial(5)
+    run.weight[:, 3] = 0.0  # so that what makes it give up changes nothing else
     found = []
     for large in (1.0, 1e37):
-        x[0, 3, 1, 9, 9] = large
-        statistics = torch.full((2, 50), math.nan)
-        epilogue = call.epilogue(reductions=statistics)
-        found.append((call.tap_conv(call.plain(x), weight, p, u, epilogue), statistics))
-    (by_winograd, ours), (direct, again) = found
-    assert (by_winograd, direct) == (1, 0)
-    torch.testing.assert_close(ours, again, rtol=1e-5, atol=1e-5)
+        run.x[0, 3, 1, 9, 9] = large
+        found.append(torch.full((2, 50), math.nan))
+        assert run(reductions=found[-1])[0] == (large == 1.0)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 @built
-def test_an_error_of_winograd_stays_where_its_taps_are() -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_error_of_winograd_stays_where_its_taps_are(stride: int) -> None:
     """A large value changes, to the last bit, no output that does not read it."""
-    torch.manual_seed(6)
-    x, weight = torch.randn(1, 40, 3, 24, 24), torch.randn(50, 40, 1, 3, 3)
-    for stride in (1, 2):
-        call, u, p = wide(x, weight, stride)
-        found = []
-        for value in (1.0, 1e20):
-            x[0, 3, 1, 9, 9] = value
-            assert call.tap_conv(call.plain(x), weight, p, u, call.epilogue()) == 1
-            found.append(u[:, :50].clone())
-        reads = torch.zeros(1, 1, 3, 24, 24)
-        reads[0, 0, 1, 9, 9] = 1.0
-        taps = torch.ones(1, 1, 1, 3, 3)
-        reach = torch.nn.functional.conv3d(reads, taps, None, p.stride, (0, 1, 1)) > 0
-        assert torch.equal((found[0] != found[1]).any(1, keepdim=True), reach)
+    run = Spatial(6, stride)
+    found = []
+    for value in (1.0, 1e20):
+        run.x[0, 3, 1, 9, 9] = value
+        by_winograd, u = run()
+        assert by_winograd == 1
+        found.append(u)
+    reads = torch.zeros(1, 1, 3, 23, 18)
+    reads[0, 0, 1, 9, 9] = 1.0
+    taps = torch.ones(1, 1, 1, 3, 3)
+    reach = torch.nn.functional.conv3d(reads, taps, None, run.taps.stride, (0, 1, 1)) > 0
+    assert torch.equal((found[0] != found[1]).any(1, keepdim=True), reach)
+
+
+@built
+def test_winograd_is_chosen_where_it_pays() -> None:
+    """Not for weights that are used for a few positions only, nor without padding by zeros."""
+
+    def taken(x: tuple[int, ...], m: int, stride: int = 1) -> int:
+        weight = torch.zeros(m, x[1], 1, 3, 3)
+        t = PairTensors(torch.zeros(x), weight, torch.empty(1, m, 1, 1, 1))
+        spec = PairSpec(stride=(1, stride, stride), padding=(0, 0, 1, 1, 1, 1))
+        call = library.Call(Problem.of(t, spec))
+        (taps, _), u = call.problem.passes, call.rows()
+        return call.tap_conv(call.plain(t.x), weight, taps, u, call.epilogue())
+
+    assert taken((1, 64, 2, 56, 56), 64)
+    assert taken((1, 64, 16, 56, 56), 64, stride=2)
+    assert not taken((1, 256, 2, 7, 7), 256)
+    assert not taken((1, 3, 2, 56, 56), 64)
 
 
 # ---- choice
@@ -295,8 +324,9 @@ def test_avx2_library_gives_the_same_numbers() -> None:
         "    op='conv2plus1d', branch_activation='none', padding_mode=('zeros', 'zeros')))\n"
         "fuzz.fuzz('cpu', 40, limits, least=1.0)\n"
         "import test_cpu\n"
-        "for stride in test_cpu.STRIDES:\n"
-        "    test_cpu.test_winograd(stride)\n"
+        "from fastst.backends.cpu import library\n"
+        "library.Call.sums = 'winograd'\n"
+        "test_cpu.winograd_fuzz()\n"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -49,6 +49,11 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
       .value("forward", Write::forward)
       .value("norm_gradient", Write::norm_gradient);
 
+  py::enum_<cpu::Sums>(m, "Sums", kLocal)
+      .value("best", cpu::Sums::best)
+      .value("direct", cpu::Sums::direct)
+      .value("winograd", cpu::Sums::winograd);
+
   py::class_<View>(m, "View", kLocal)
       .def(py::init([](uintptr_t data, std::array<int64_t, 5> size, std::array<int64_t, 5> stride) {
         return View{pointer(data), size, stride};
@@ -74,5 +79,6 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.def("tap_conv", unlocked(cpu::tap_conv));
   m.def("input_gradient", unlocked(cpu::input_gradient));
   m.def("weight_gradient", unlocked(cpu::weight_gradient));
+  m.def("norm_coefficients", unlocked(cpu::norm_coefficients));
   m.def("multiply_panels", unlocked(cpu::multiply_panels), py::arg("rounds"), py::arg("threads"));
 }

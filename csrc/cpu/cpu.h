@@ -24,18 +24,27 @@ struct Epilogue {
   Array reductions;
 };
 
+// How the products of a convolution are summed: Winograd's way wherever it can be done, nowhere, or
+// where it is likely to be faster.
+enum class Sums { best, direct, winograd };
+
 // out = epilogue(convolution of the source); input_gradient: of the transposed convolution, where
-// source is shaped as the convolution's output and out as its input. How many of the convolutions
-// that these are, one for each group and for each residue of a stride, went by Winograd's sums.
+// source is shaped as the convolution's output and out as its input. How many of the groups went by
+// Winograd's sums.
 int64_t tap_conv(const Source&, const View& weight, const Conv&, const View& out, const Epilogue&,
-                 int threads);
+                 Sums, int threads);
 int64_t input_gradient(const Source&, const View& weight, const Conv&, const View& out,
-                       const Epilogue&, int threads);
+                       const Epilogue&, Sums, int threads);
 
 // dweight (out, in/groups, kt, kh, kw) of any strides, from the input and the gradient of the
 // output.
 void weight_gradient(const Source& input, const Source& gradient, const Conv&, const View& dweight,
                      int threads);
+
+// out (5, C): mean, scale, shift of v = (u − mean)·scale + shift, and two rows of zeros. gamma and
+// beta may be missing.
+void norm_coefficients(const Array& mean, const Array& var, const Array& gamma, const Array& beta,
+                       double eps, const Array& out);
 
 // Multiplies panels in cache `rounds` times on each thread; how many operations that took.
 int64_t multiply_panels(int64_t rounds, int threads);

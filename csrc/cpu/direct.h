@@ -4,54 +4,71 @@
 #include <microkernel.h>
 #include <tiling.h>
 
+#include <deque>
+
 namespace fastst::cpu {
 
+// Several problems may share a source: the residues of a transposed convolution with a stride.
 class Direct {
  public:
   using Ready = Packed;  // what a tile reads
 
-  explicit Direct(const Problem& p)
-      : p_(p), packer_(p.weights, chunk_of(p.weights)), in_place_(readable_in_place(p.g, p.in)) {}
+  explicit Direct(const std::vector<Problem>& problems)
+      : problems_(problems),
+        g_(joined(problems)),
+        in_(problems[0].in),
+        in_place_(readable_in_place(g_, in_)) {
+    for (const Problem& p : problems) {
+      const int index = static_cast<int>(packers_.size());
+      packers_.emplace_back(p.weights, chunk_of(p.weights));
+      for (const Block& b : packers_.back().blocks()) work_.push_back({index, b});
+    }
+  }
 
   std::vector<Tile> tiles() const {
-    return cut(p_.g, {1, 1, 1}, kTileFloats,
-               [&](const Tile& t) { return packed_size(p_.g, t, p_.in.channels); });
+    return cut(g_, {1, 1, 1}, kTileFloats, [&](const Tile& t) { return reads(t); });
   }
-  const WeightPacker& weights() const { return packer_; }
-  int64_t block_size(const Block& b) const { return packer_.size(b); }
-  void pack_block(const Block& b, float* to) const { packer_.pack(b, to); }
+  const std::vector<Work>& work() const { return work_; }
+  int64_t weights_size(const Work& w) const { return packers_[w.problem].size(w.block); }
+  void pack_weights(const Work& w, float* to) const { packers_[w.problem].pack(w.block, to); }
 
-  int64_t tile_size(const Tile& t) const {
-    return in_place_ ? 0 : packed_size(p_.g, t, p_.in.channels);
-  }
+  int64_t reads(const Tile& t) const { return packed_size(g_, t, in_.channels); }
+  int64_t tile_size(const Tile& t) const { return in_place_ ? 0 : reads(t); }
   Packed pack(const Tile& t, float* to) const {
-    if (in_place_) return in_place(p_.g, t, p_.in);
-    pack_tile(p_.g, t, p_.in, to);
-    return packed_strides(p_.g, t, p_.in.channels, to);
+    if (in_place_) return in_place(g_, t, in_);
+    pack_tile(g_, t, in_, to);
+    return packed_strides(g_, t, in_.channels, to);
   }
 
-  // Calls done(sums, pitch, positions, count) until all positions of a tile were in one.
+  // Calls done(sums, pitch, positions, count) until all positions of a tile, which is inside what
+  // the problem computes, were in one.
   template <class F>
-  void operator()(const Tile& tile, const Packed& packed, const Block& block, const float* weights,
+  void operator()(const Tile& tile, const Packed& all, const Work& work, const float* weights,
                   F done) const {
+    const Problem& p = problems_[work.problem];
+    const WeightPacker& packer = packers_[work.problem];
+    const Block& block = work.block;
+    Packed packed = all;
+    packed.data += (g_.t.before - p.g.t.before) * all.t + (g_.h.before - p.g.h.before) * all.h +
+                   (g_.w.before - p.g.w.before) * all.w;
     const int64_t pitch = block.vectors * kLanes;
-    const int64_t chunks = parts_of(p_.weights.in, packer_.chunk());
+    const int64_t chunks = parts_of(p.weights.in, packer.chunk());
     // A group of rows shares its taps: those of one frame if taps may lie outside.
-    const int64_t frames = p_.g.t.inside() ? 1 : tile.t1 - tile.t0;
+    const int64_t frames = p.g.t.inside() ? 1 : tile.t1 - tile.t0;
     const int64_t each = tile.positions() / frames;
     const Groups groups(each, most_rows(block.vectors));
     const Scratch sums((chunks > 1 ? tile.positions() : kMostRows) * pitch);
     std::vector<Segment> segments;
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       for (int64_t frame = 0; frame < frames; ++frame) {
-        list_segments(tile, packed, frame, chunk, pitch, segments);
+        list_segments(p.g, packer, tile, packed, frame, chunk, pitch, segments);
         for (int64_t i = 0; i < groups.count; ++i) {
           const int64_t start = frame * each + groups.start(i);
           const int count = static_cast<int>(groups.start(i + 1) - groups.start(i));
           int64_t rows[kMostRows], positions[kMostRows];
           for (int r = 0; r < count; ++r) {
             positions[r] = start + r;
-            rows[r] = place(tile, start + r, packed);
+            rows[r] = place(p.g, tile, start + r, packed);
           }
           float* to = sums + (chunks > 1 ? start * pitch : 0);
           multiply_for(count, block.vectors, true)(packed.data, rows, 1, weights, pitch,
@@ -63,6 +80,7 @@ class Direct {
   }
 
  private:
+  static constexpr int64_t kFar = int64_t(1) << 60;
   // Of the second-level cache: what a tile reads, and what a block of weights holds of one chunk.
   static constexpr int64_t kTileFloats = 96 << 10;
   static constexpr int64_t kBlockFloats = 112 << 10;
@@ -74,19 +92,41 @@ class Direct {
     return parts_of(w.in, parts_of(w.in, most));
   }
 
-  int64_t place(const Tile& tile, int64_t i, const Packed& packed) const {
+  // What the tiles of all problems read together.
+  static Geometry joined(const std::vector<Problem>& problems) {
+    Geometry g = problems[0].g;
+    if (problems.size() == 1) return g;
+    for (Axis Geometry::* axis : {&Geometry::t, &Geometry::h, &Geometry::w}) {
+      Axis& all = g.*axis;
+      int64_t last = -kFar;
+      all.before = -kFar;
+      for (const Problem& p : problems) {
+        const Axis& a = p.g.*axis;
+        all.out = std::max(all.out, a.out);
+        if (a.kernel == 0) continue;
+        all.before = std::max(all.before, a.before);
+        last = std::max(last, (a.kernel - 1) * a.dilation - a.before);
+      }
+      const bool none = last == -kFar;
+      all.kernel = none ? 0 : last + all.before + 1, all.dilation = 1;
+      if (none) all.before = 0;
+    }
+    return g;
+  }
+
+  static int64_t place(const Geometry& g, const Tile& tile, int64_t i, const Packed& packed) {
     const int64_t width = tile.w1 - tile.w0, height = tile.h1 - tile.h0;
-    return i / (width * height) * p_.g.t.stride * packed.t +
-           i / width % height * p_.g.h.stride * packed.h + i % width * p_.g.w.stride * packed.w;
+    return i / (width * height) * g.t.stride * packed.t +
+           i / width % height * g.h.stride * packed.h + i % width * g.w.stride * packed.w;
   }
 
   // The stretches of k for a frame of the tile: one for each tap, or for each row of taps where
   // their channels follow each other.
-  void list_segments(const Tile& tile, const Packed& packed, int64_t frame, int64_t chunk,
-                     int64_t pitch, std::vector<Segment>& list) const {
-    const Geometry& g = p_.g;
-    const int64_t first = chunk * packer_.chunk();
-    const int64_t channels = std::min(packer_.chunk(), p_.weights.in - first);
+  static void list_segments(const Geometry& g, const WeightPacker& packer, const Tile& tile,
+                            const Packed& packed, int64_t frame, int64_t chunk, int64_t pitch,
+                            std::vector<Segment>& list) {
+    const int64_t first = chunk * packer.chunk();
+    const int64_t channels = std::min(packer.chunk(), packer.channels() - first);
     const bool together = g.w.dilation == 1 && packed.w == channels;
     list.clear();
     for (int64_t kt = 0; kt < g.t.kernel; ++kt) {
@@ -96,15 +136,18 @@ class Direct {
           const int64_t tap = (kt * g.h.kernel + kh) * g.w.kernel + kw;
           list.push_back({kt * g.t.dilation * packed.t + kh * g.h.dilation * packed.h +
                               kw * g.w.dilation * packed.w + first,
-                          packer_.row(tap, first) * pitch,
+                          packer.row(tap, first) * pitch,
                           together ? g.w.kernel * channels : channels});
         }
     }
   }
 
-  const Problem& p_;
-  WeightPacker packer_;
-  bool in_place_;
+  const std::vector<Problem>& problems_;
+  const Geometry g_;
+  const Input in_;
+  const bool in_place_;
+  std::deque<WeightPacker> packers_;
+  std::vector<Work> work_;
 };
 
 }  // namespace fastst::cpu

@@ -24,6 +24,10 @@ using UnalignedVec = float __attribute__((vector_size(kLanes * 4), aligned(4), m
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
+inline void prefetch(const float* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
+
 // Lanes that are all v (Vec{} + v would have to add, for the sake of −0).
 #if defined(__AVX512F__)
 inline Vec splat(float v) { return _mm512_set1_ps(v); }
@@ -47,15 +51,16 @@ inline void store(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, lanes(n),
 inline Vec first(Vec v, int64_t n) { return _mm256_and_ps(v, _mm256_castsi256_ps(lanes(n))); }
 #endif
 
-// Lane i becomes lane from[i].
+// Lane i becomes lane from[i] of a and b, one after the other.
 #if defined(__AVX512F__)
-inline Vec permute(Vec v, Bits from) {
-  // With a mask of all: GCC takes the undefined operand of the plain one for uninitialised.
-  return _mm512_maskz_permutexvar_ps(0xffff, reinterpret_cast<__m512i>(from), v);
+inline Vec permute(Vec a, Vec b, Bits from) {
+  return _mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(from), b);
 }
 #else
-inline Vec permute(Vec v, Bits from) {
-  return _mm256_permutevar8x32_ps(v, reinterpret_cast<__m256i>(from));
+inline Vec permute(Vec a, Vec b, Bits from) {
+  const auto at = reinterpret_cast<__m256i>(from);
+  const Vec left = _mm256_permutevar8x32_ps(a, at), right = _mm256_permutevar8x32_ps(b, at);
+  return from < kLanes ? left : right;
 }
 #endif
 

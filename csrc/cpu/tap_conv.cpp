@@ -6,6 +6,7 @@
 #include <direct.h>
 #include <winograd.h>
 
+#include <algorithm>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
@@ -13,15 +14,11 @@
 namespace fastst::cpu {
 namespace {
 
-// Pixels in a row where no tap lies across: longer rows are read and written faster.
-void flatten_frames(Problem& p) {
-  Axis &h = p.g.h, &w = p.g.w;
-  if (!h.idle() || !w.idle()) return;
-  const bool second = p.in.b.data != nullptr;
-  if (p.in.a.h != w.in * p.in.a.w || (second && p.in.b.h != w.in * p.in.b.w) ||
-      p.out.h != w.out * p.out.w || (p.aux.data && p.aux.h != w.out * p.aux.w))
-    return;
-  w.in = w.out = h.in * w.in, h.in = h.out = 1;
+// Whether no tap lies across the pixels of a frame, and these are evenly apart in memory.
+bool has_flat_frames(const Problem& p) {
+  const Axis &h = p.g.h, &w = p.g.w;
+  const auto joins = [&](const Tensor& t) { return !t.data || t.h == w.in * t.w; };
+  return h.idle() && w.idle() && joins(p.in.a) && joins(p.in.b) && joins(p.out) && joins(p.aux);
 }
 
 const float* from(const Array& a, int64_t channel) {
@@ -30,20 +27,24 @@ const float* from(const Array& a, int64_t channel) {
 
 // Everything of one way to sum, Direct or Winograd.
 template <class Way>
-void compute(const Problem& p, const Epilogue& e, const Way& way, const std::vector<Tile>& tiles,
-             const Reductions* reductions, int threads) {
-  const Finisher finish(e, p.out, p.aux, p.weights.out, p.stored, p.bias, p.norm);
-  const auto& blocks = way.weights().blocks();
-  const auto multiply = [&](int64_t index, const typename Way::Ready& ready, const Block& block,
+void compute(const std::vector<Problem>& problems, const Epilogue& e, const Way& way,
+             const std::vector<Tile>& tiles, const Reductions* reductions, int threads) {
+  std::vector<Finisher> finishers;
+  for (const Problem& p : problems)
+    finishers.emplace_back(e, p.out, p.aux, p.weights.out, p.stored, p.bias, p.norm);
+  const auto multiply = [&](int64_t index, const typename Way::Ready& ready, const Work& work,
                             const float* weights) {
-    const Tile& tile = tiles[index];
+    const Problem& p = problems[work.problem];
+    const Block& block = work.block;
+    const Tile tile = inside(tiles[index], p.g);
+    if (tile.positions() == 0) return;
     const int64_t width = tile.w1 - tile.w0, height = tile.h1 - tile.h0;
     const auto at = [&](const Tensor& t, int64_t i) {
       return t.offset(tile.n, tile.t0 + i / (width * height), tile.h0 + i / width % height,
                       tile.w0 + i % width);
     };
     int64_t before = 0;
-    way(tile, ready, block, weights,
+    way(tile, ready, work, weights,
         [&](const float* sums, int64_t pitch, const int64_t* positions, int count) {
           Places out, aux;
           for (int r = 0; r < count; ++r) {
@@ -52,20 +53,27 @@ void compute(const Problem& p, const Epilogue& e, const Way& way, const std::vec
           }
           for (int v = 0; v < block.vectors; ++v) {
             Partial partial;
-            if (reductions) partial = reductions->at(index, block.vector + v);
-            finish(sums + v * kLanes, pitch, (block.vector + v) * kLanes, out, aux,
-                   reductions ? &partial : nullptr, before);
+            if (reductions) partial = reductions->at(work.problem, index, block.vector + v);
+            finishers[work.problem](sums + v * kLanes, pitch, (block.vector + v) * kLanes, out, aux,
+                                    reductions ? &partial : nullptr, before);
           }
           before += count;
         });
   };
 
+  const std::vector<Work>& works = way.work();
   const int64_t count = static_cast<int64_t>(tiles.size());
-  const int64_t many = static_cast<int64_t>(blocks.size());
-  std::vector<int64_t> tile_at(count + 1), block_at(many + 1);
-  for (int64_t i = 0; i < count; ++i) tile_at[i + 1] = tile_at[i] + way.tile_size(tiles[i]);
-  for (int64_t i = 0; i < many; ++i) block_at[i + 1] = block_at[i] + way.block_size(blocks[i]);
-  const bool heavy = tile_at.back() > 0 && block_at.back() > 2 * tile_at.back();
+  const int64_t many = static_cast<int64_t>(works.size());
+  std::vector<int64_t> tile_at(count + 1), weights_at(many + 1);
+  int64_t reads = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    tile_at[i + 1] = tile_at[i] + way.tile_size(tiles[i]);
+    reads += way.reads(tiles[i]);
+  }
+  for (int64_t i = 0; i < many; ++i) weights_at[i + 1] = weights_at[i] + way.weights_size(works[i]);
+  // Either every tile goes through all weights or all weights through every tile, whichever moves
+  // less through the caches.
+  const bool heavy = count * weights_at.back() > many * reads;
   if (many >= 2 * threads && (count < 2 * threads || heavy)) {
     // Few positions and many weights: every thread packs the weights that it uses.
     const Scratch inputs(tile_at.back());
@@ -73,36 +81,46 @@ void compute(const Problem& p, const Epilogue& e, const Way& way, const std::vec
     parallel_for(threads, count,
                  [&](int64_t i) { ready[i] = way.pack(tiles[i], inputs + tile_at[i]); });
     parallel_for(threads, many, [&](int64_t i) {
-      const Scratch weights(way.block_size(blocks[i]));
-      way.pack_block(blocks[i], weights);
-      for (int64_t tile = 0; tile < count; ++tile) multiply(tile, ready[tile], blocks[i], weights);
+      const Scratch weights(way.weights_size(works[i]));
+      way.pack_weights(works[i], weights);
+      for (int64_t tile = 0; tile < count; ++tile) multiply(tile, ready[tile], works[i], weights);
     });
     return;
   }
-  const Scratch weights(block_at.back());
-  parallel_for(threads, many, [&](int64_t i) { way.pack_block(blocks[i], weights + block_at[i]); });
+  const Scratch weights(weights_at.back());
+  parallel_for(threads, many,
+               [&](int64_t i) { way.pack_weights(works[i], weights + weights_at[i]); });
   parallel_for(threads, count, [&](int64_t i) {
     const Scratch input(way.tile_size(tiles[i]));
     const auto ready = way.pack(tiles[i], input);
-    for (int64_t b = 0; b < many; ++b) multiply(i, ready, blocks[b], weights + block_at[b]);
+    for (int64_t b = 0; b < many; ++b) multiply(i, ready, works[b], weights + weights_at[b]);
   });
 }
 
-// A pass, or a residue of its transposed one.
+// What one group of channels takes: a convolution, or the residues of a transposed one.
 class Pass {
  public:
-  Pass(Problem p, const Epilogue& e, Reductions* reductions, int64_t first, int threads)
-      : p_(p), e_(e), reductions_(reductions), first_(first), threads_(threads) {
-    flatten_frames(p_);
+  Pass(const Epilogue& e, Reductions* reductions, Sums sums, int threads)
+      : e_(e), reductions_(reductions), sums_(sums), threads_(threads) {}
+
+  void add(const Problem& p) {
+    if (p.g.batch * p.g.t.out * p.g.h.out * p.g.w.out == 0) return;
+    problems_.push_back(p);
   }
 
   // Whether Winograd's sums were taken.
-  bool run() const {
-    if (p_.g.batch * p_.g.t.out * p_.g.h.out * p_.g.w.out == 0) return false;
+  bool run() {
+    if (problems_.empty()) return false;
+    // Longer rows are read and written faster.
+    if (std::all_of(problems_.begin(), problems_.end(), has_flat_frames))
+      for (Problem& p : problems_) {
+        p.g.w.in = p.g.w.out = p.g.h.in * p.g.w.in;
+        p.g.h.in = p.g.h.out = 1;
+      }
     if (by<Winograd<Stride1, Stride1>>() || by<Winograd<Stride2, Stride2>>() ||
         by<Winograd<Stride1, Untouched>>())
       return true;
-    with(Direct(p_));
+    with(Direct(problems_));
     return false;
   }
 
@@ -110,26 +128,26 @@ class Pass {
   template <class Way>
   void with(const Way& way) const {
     const std::vector<Tile> tiles = way.tiles();
-    if (reductions_)
-      reductions_->add(tiles, first_, p_.weights.out, way.weights().vectors() * kLanes);
-    compute(p_, e_, way, tiles, reductions_, threads_);
+    if (reductions_) reductions_->add(problems_, tiles);
+    compute(problems_, e_, way, tiles, reductions_, threads_);
   }
 
   // Whether it could be done so, and the numbers are such that it is right.
   template <class Way>
   bool by() const {
-    if (!Way::fits(p_)) return false;
-    const Way way(p_);
+    if (sums_ == Sums::direct || problems_.size() > 1 || !Way::fits(problems_[0])) return false;
+    if (sums_ == Sums::best && !Way::pays(problems_[0])) return false;
+    const Way way(problems_[0]);
     with(way);
     if (way.stayed_finite()) return true;
     if (reductions_) reductions_->drop();
     return false;
   }
 
-  Problem p_;
+  std::vector<Problem> problems_;
   const Epilogue& e_;
   Reductions* reductions_;
-  int64_t first_;
+  Sums sums_;
   int threads_;
 };
 
@@ -166,7 +184,7 @@ Tensor residue_of(const View& v, const std::array<int64_t, 3>& residue, const Co
 }  // namespace
 
 int64_t tap_conv(const Source& source, const View& weight, const Conv& conv, const View& out,
-                 const Epilogue& e, int threads) {
+                 const Epilogue& e, Sums sums, int threads) {
   const int64_t in = weight.size[1], each = weight.size[0] / conv.groups;
   int64_t by_winograd = 0;
   std::optional<Reductions> reductions;
@@ -184,17 +202,20 @@ int64_t tap_conv(const Source& source, const View& weight, const Conv& conv, con
                  {weight.stride[2], weight.stride[3], weight.stride[4]}};
     p.out = Tensor(out).from(g * each);
     if (e.aux) p.aux = Tensor(*e.aux).from(g * each);
+    p.first = g * each;
     p.stored = g + 1 < conv.groups ? each : out.size[1] - g * each;
     p.bias = from(e.bias, g * each);
     p.norm = Norm(e.coefficients).from(g * each);
-    by_winograd += Pass(p, e, reductions ? &*reductions : nullptr, g * each, threads).run();
+    Pass pass(e, reductions ? &*reductions : nullptr, sums, threads);
+    pass.add(p);
+    by_winograd += pass.run();
   }
   if (reductions) reductions->combine(static_cast<float*>(e.reductions.data));
   return by_winograd;
 }
 
 int64_t input_gradient(const Source& source, const View& weight, const Conv& conv, const View& out,
-                       const Epilogue& e, int threads) {
+                       const Epilogue& e, Sums sums, int threads) {
   if (conv.mode != PadMode::zeros)
     throw std::invalid_argument("fastst cpu input_gradient: requires padding with zeros");
   const int64_t in = weight.size[0] / conv.groups, each = weight.size[1];
@@ -204,9 +225,11 @@ int64_t input_gradient(const Source& source, const View& weight, const Conv& con
   for (int64_t g = 0; g < conv.groups; ++g) {
     Problem p;
     p.in = input_of(source, g * in, in);
+    p.first = g * each;
     p.stored = g + 1 < conv.groups ? each : out.size[1] - g * each;
     p.bias = from(e.bias, g * each);
     p.norm = Norm(e.coefficients).from(g * each);
+    Pass pass(e, reductions ? &*reductions : nullptr, sums, threads);
     std::array<int64_t, 3> r;
     for (r[0] = 0; r[0] < std::min(conv.stride[0], out.size[2]); ++r[0])
       for (r[1] = 0; r[1] < std::min(conv.stride[1], out.size[3]); ++r[1])
@@ -228,8 +251,9 @@ int64_t input_gradient(const Source& source, const View& weight, const Conv& con
           p.g = {m[0].axis, m[1].axis, m[2].axis, out.size[0]};
           p.out = residue_of(out, r, conv, g * each);
           if (e.aux) p.aux = residue_of(*e.aux, r, conv, g * each);
-          by_winograd += Pass(p, e, reductions ? &*reductions : nullptr, g * each, threads).run();
+          pass.add(p);
         }
+    by_winograd += pass.run();
   }
   if (reductions) reductions->combine(static_cast<float*>(e.reductions.data));
   return by_winograd;

@@ -196,6 +196,7 @@ class Reader {
         for (int64_t i = 0; i < n; ++i) {
           const float* p = a + (c + i) * in_.a.c + w;
           rows[i] = width == kLanes ? load(p) : load(p, width);
+          prefetch(p + in_.a.h);  // too many streams for the processor to do so
         }
         transpose(rows);
         for (int64_t j = 0; j < width; ++j) put(rows[j], w + j);

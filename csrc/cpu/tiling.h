@@ -7,7 +7,6 @@
 #include <tile.h>
 #include <weights.h>
 
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -19,10 +18,24 @@ struct Problem {
   Input in;
   Weights weights;
   Tensor out, aux;
-  int64_t stored;  // channels of out
+  int64_t first, stored;  // channel of out in its tensor; channels of out
   const float* bias;
   Norm norm;
 };
+
+// Weights of some vectors of output channels, for one of several problems on the same source.
+struct Work {
+  int problem;
+  Block block;
+};
+
+// What of a tile is output of one of several problems.
+inline Tile inside(const Tile& tile, const Geometry& g) {
+  Tile part = tile;
+  part.t1 = std::clamp(g.t.out, tile.t0, tile.t1), part.h1 = std::clamp(g.h.out, tile.h0, tile.h1);
+  part.w1 = std::clamp(g.w.out, tile.w0, tile.w1);
+  return part;
+}
 
 inline int64_t parts_of(int64_t size, int64_t most) { return (size + most - 1) / most; }
 
@@ -74,19 +87,23 @@ class Reductions {
  public:
   Reductions(Write write, int64_t channels) : write_(write), channels_(channels) {}
 
-  // Memory for the next tiles, (2, padded) each, of `count` channels from `first` on.
-  void add(const std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t padded) {
-    const int64_t floats = static_cast<int64_t>(tiles.size()) * 2 * padded;
-    parts_.push_back({std::make_unique<Scratch>(floats), first, count, padded, {}});
-    Part& p = parts_.back();
-    std::fill_n(p.data->data(), floats, 0.0f);
-    for (const Tile& t : tiles) p.positions.push_back(t.positions());
+  // Memory for the next tiles, (2, padded) for each problem.
+  void add(const std::vector<Problem>& problems, const std::vector<Tile>& tiles) {
+    last_ = parts_.size();
+    for (const Problem& p : problems) {
+      const int64_t padded = (p.weights.out + kLanes - 1) / kLanes * kLanes;
+      const int64_t floats = static_cast<int64_t>(tiles.size()) * 2 * padded;
+      parts_.push_back({std::make_unique<Scratch>(floats), p.first, p.weights.out, padded, {}});
+      Part& part = parts_.back();
+      std::fill_n(part.data->data(), floats, 0.0f);
+      for (const Tile& t : tiles) part.positions.push_back(inside(t, p.g).positions());
+    }
   }
-  // Forgets the last tiles: they are computed again.
-  void drop() { parts_.pop_back(); }
+  // Forgets what was added last: it is computed again.
+  void drop() { parts_.resize(last_); }
 
-  Partial at(int64_t tile, int64_t vector) const {
-    const Part& p = parts_.back();
+  Partial at(int problem, int64_t tile, int64_t vector) const {
+    const Part& p = parts_[last_ + problem];
     float* first = p.data->data() + tile * 2 * p.padded + vector * kLanes;
     return {first, first + p.padded};
   }
@@ -99,6 +116,7 @@ class Reductions {
         const float* x = p.data->data() + tile * 2 * p.padded;
         const float* y = x + p.padded;
         const double count = static_cast<double>(p.positions[tile]);
+        if (count == 0) continue;
         for (int64_t i = 0; i < p.count; ++i) {
           const int64_t c = p.first + i;
           if (write_ == Write::forward) {
@@ -125,7 +143,8 @@ class Reductions {
   };
   Write write_;
   int64_t channels_;
-  std::deque<Part> parts_;
+  std::vector<Part> parts_;
+  size_t last_ = 0;
 };
 
 }  // namespace fastst::cpu

@@ -4,6 +4,7 @@
 
 #include <api.h>
 #include <microkernel.h>
+#include <parallel.h>
 #include <simd.h>
 
 #include <algorithm>
@@ -27,7 +28,12 @@ struct Block {
 class WeightPacker {
  public:
   // chunk: input channels that are summed before the next ones, to keep a block in the caches.
-  WeightPacker(const Weights& weights, int64_t chunk) : w_(weights), chunk_(chunk) {
+  WeightPacker(const Weights& weights, int64_t chunk)
+      : w_(weights),
+        chunk_(chunk),
+        memory_(rows() * sizeof(Entry) / sizeof(float)),
+        entries_(reinterpret_cast<Entry*>(memory_.data())) {
+    for (int i = 0; i < kLanes; ++i) every_[i] = static_cast<int32_t>(i * w_.out_stride);
     for (int64_t v = 0, n = vectors(); v < n; v += blocks_.back().vectors)
       blocks_.push_back({v, block_vectors(v, n)});
     list_rows();
@@ -36,6 +42,7 @@ class WeightPacker {
   int64_t taps() const { return w_.size[0] * w_.size[1] * w_.size[2]; }
   int64_t rows() const { return taps() * w_.in; }
   int64_t vectors() const { return (w_.out + kLanes - 1) / kLanes; }
+  int64_t channels() const { return w_.in; }
   int64_t chunk() const { return chunk_; }
   const std::vector<Block>& blocks() const { return blocks_; }
   // Floats of a block, and where it starts when all are laid out in order.
@@ -48,61 +55,70 @@ class WeightPacker {
   }
 
   void pack(const Block& b, float* to) const {
+    const bool rows = w_.out_stride == 1, mixed = !rows && w_.out_stride <= kMixed;
     const int64_t pitch = b.vectors * kLanes;
-    for (int v = 0; v < b.vectors; ++v) {
-      const int64_t first = (b.vector + v) * kLanes;
-      const int64_t n = std::min<int64_t>(kLanes, w_.out - first);
-      const float* from = w_.data + first * w_.out_stride;
-      float* column = to + v * kLanes;
-      for (size_t i = 0; i < entries_.size();) {
-        const Entry* e = &entries_[i];
+    // In the order of memory, of which a transposition reads as many stretches as there are lanes.
+    const int together = mixed ? b.vectors : 1;
+    for (int begin = 0; begin < b.vectors; begin += together)
+      for (const Entry *e = entries_, *end = e + this->rows(); e < end;) {
         int length = 1;
-        if (w_.out_stride == 1) {
-          store(column + e->row * pitch, load(from + e->offset, n));
-        } else if (w_.out_stride <= kLanes) {
-          while (i + length < entries_.size() && e[length].offset - e->offset < w_.out_stride)
+        if (mixed)
+          while (e + length < end && e[length].offset - e->offset < w_.out_stride) ++length;
+        else if (!rows)
+          while (length < kLanes && e + length < end && e[length].offset == e->offset + length)
             ++length;
-          pick(e, length, from, n, column, pitch);
-        } else {
-          while (length < kLanes && i + length < entries_.size() &&
-                 e[length].offset == e->offset + length)
-            ++length;
-          turn(e, length, from, n, column, pitch);
+        const Entry* soon = std::min(e + (mixed ? 2 : 4) * length, end - 1);
+        for (int v = begin; v < begin + together; ++v) {
+          const int64_t first = (b.vector + v) * kLanes;
+          const int64_t n = std::min<int64_t>(kLanes, w_.out - first);
+          const float* from = w_.data + first * w_.out_stride + e->offset;
+          float* column = to + v * kLanes;
+          if (rows)
+            store(column + e->row * pitch, load(from, n));
+          else if (mixed)
+            pick(e, length, from, n, soon->offset - e->offset, column, pitch);
+          else
+            turn(e, length, from, n, soon->offset - e->offset, column, pitch);
         }
-        i += length;
+        e += length;
       }
-    }
   }
 
  private:
+  static constexpr int kMixed = 16;
   struct Entry {
     int64_t offset, row;
   };
 
   // Entries that are neighbours in memory, of n output channels: a transposition.
-  void turn(const Entry* e, int length, const float* from, int64_t n, float* column,
+  void turn(const Entry* e, int length, const float* from, int64_t n, int64_t ahead, float* column,
             int64_t pitch) const {
     Vec rows[kLanes] = {};
-    for (int64_t o = 0; o < n; ++o) rows[o] = load(from + o * w_.out_stride + e->offset, length);
+    for (int64_t o = 0; o < n; ++o) {
+      rows[o] = load(from + o * w_.out_stride, length);
+      prefetch(from + o * w_.out_stride + ahead);
+    }
     transpose(rows);
     for (int j = 0; j < length; ++j) store(column + e[j].row * pitch, rows[j]);
   }
 
   // Entries between which the next output channel does not begin: each takes every out_stride-th
-  // float of a stretch of memory.
-  void pick(const Entry* e, int length, const float* from, int64_t n, float* column,
+  // float of a stretch of memory. The next stretches lie `ahead`, in other pages.
+  void pick(const Entry* e, int length, const float* from, int64_t n, int64_t ahead, float* column,
             int64_t pitch) const {
     const int64_t floats = (n - 1) * w_.out_stride + e[length - 1].offset - e->offset + 1;
-    Vec read[kLanes];
+    Vec read[2 * kMixed];
     int count = 0;
-    for (int64_t i = 0; i < floats; i += kLanes)
-      read[count++] = load(from + e->offset + i, std::min<int64_t>(kLanes, floats - i));
+    for (int64_t i = 0; i < floats; i += kLanes) {
+      read[count++] = load(from + i, std::min<int64_t>(kLanes, floats - i));
+      prefetch(from + i + ahead);
+    }
+    read[count] = Vec{};
     for (int j = 0; j < length; ++j) {
-      Bits at{};
-      for (int lane = 0; lane < kLanes; ++lane)
-        at[lane] = static_cast<int32_t>(lane * w_.out_stride + e[j].offset - e->offset);
-      Vec row = permute(read[0], at % kLanes);
-      for (int i = 1; i < count; ++i) row = at / kLanes == i ? permute(read[i], at % kLanes) : row;
+      const Bits at = every_ + static_cast<int32_t>(e[j].offset - e->offset);
+      Vec row = permute(read[0], read[1], at & (2 * kLanes - 1));
+      for (int i = 2; i < count; i += 2)
+        row = at >= i * kLanes ? permute(read[i], read[i + 1], at & (2 * kLanes - 1)) : row;
       store(column + e[j].row * pitch, first(row, n));
     }
   }
@@ -119,12 +135,12 @@ class WeightPacker {
     std::stable_sort(d.begin(), d.end(), [](const Dimension& x, const Dimension& y) {
       return std::abs(x.stride) > std::abs(y.stride);
     });
-    entries_.reserve(rows());
+    Entry* next = entries_;
     std::array<int64_t, 4> at{};
     const auto nest = [&](auto self, int level, int64_t offset) -> void {
       if (level == 4) {
         const int64_t tap = (at[1] * w_.size[1] + at[2]) * w_.size[2] + at[3];
-        entries_.push_back({offset, row(tap, at[0])});
+        *next++ = {offset, row(tap, at[0])};
         return;
       }
       const Dimension& dim = d[level];
@@ -140,7 +156,9 @@ class WeightPacker {
   Weights w_;
   int64_t chunk_;
   std::vector<Block> blocks_;
-  std::vector<Entry> entries_;
+  Bits every_{};    // lane · out_stride
+  Scratch memory_;  // of the entries: fresh pages for them would cost more than they do
+  Entry* const entries_;
 };
 
 }  // namespace fastst::cpu

@@ -103,7 +103,9 @@ class Winograd {
   };
 
   explicit Winograd(const Problem& p)
-      : p_(p), packer_(p.weights, p.weights.in), in_place_(readable_in_place(p.g, p.in)) {}
+      : p_(p), packer_(p.weights, p.weights.in), in_place_(readable_in_place(p.g, p.in)) {
+    for (const Block& b : packer_.blocks()) work_.push_back({0, b});
+  }
 
   static bool fits(const Problem& p) {
     const Axis& a = kSpatial ? p.g.h : p.g.t;
@@ -113,20 +115,41 @@ class Winograd {
     const Axis& idle = kSpatial ? p.g.t : p.g.h;
     const bool apart = is(idle, Untouched{}) && idle.inside();
     const bool zeros = p.g.t.mode == PadMode::zeros;
-    return zeros && apart && is(a, A{}) && is(p.g.w, B{}) && (kSpatial || p.g.w.inside()) &&
-           pays(p, a);
+    return zeros && apart && is(a, A{}) && is(p.g.w, B{}) && (kSpatial || p.g.w.inside());
+  }
+
+  // Whether it is known to take less, counted in products of a position: packed weights cost about
+  // as much as kPacking positions more, transforms as kTransforms channels more on either side.
+  // Frames that are zeros are multiplied here but skipped otherwise.
+  static bool pays(const Problem& p) {
+    constexpr double kPacking = 250, kTransforms = 10;
+    const Geometry& g = p.g;
+    const double rows =
+        static_cast<double>(g.batch * parts_of(g.t.out, kSteps[0]) * parts_of(g.h.out, kSteps[1]) *
+                            parts_of(g.w.out, kSteps[2]));
+    const double in = p.weights.in, out = p.weights.out;
+    const double ours = kPacking + rows * (1 + kTransforms / in + kTransforms / out);
+    int64_t reads = 0;  // of all taps in time
+    for (int64_t t = 0; t < g.t.out; ++t)
+      for (int64_t i = 0; i < g.t.kernel; ++i) reads += g.t.source(g.t.first(t) + i) >= 0;
+    const double frame = static_cast<double>(g.batch * g.h.out * g.w.out * reads);
+    const double direct = static_cast<double>(g.h.kernel * g.w.kernel) *
+                          (frame + kPacking * static_cast<double>(g.t.kernel));
+    return kPoints * ours < direct;
   }
 
   std::vector<Tile> tiles() const {
     return cut(p_.g, kSteps, kTileFloats, [&](const Tile& t) { return tile_size(t); });
   }
-  const WeightPacker& weights() const { return packer_; }
-  int64_t block_size(const Block& b) const { return kPoints * p_.weights.in * b.vectors * kLanes; }
+  const std::vector<Work>& work() const { return work_; }
+  int64_t weights_size(const Work& w) const {
+    return kPoints * p_.weights.in * w.block.vectors * kLanes;
+  }
 
-  void pack_block(const Block& b, float* to) const {
-    const int64_t row = b.vectors * kLanes, all = p_.weights.in * row;
-    const Scratch taps(packer_.size(b));
-    packer_.pack(b, taps);
+  void pack_weights(const Work& w, float* to) const {
+    const int64_t all = p_.weights.in * w.block.vectors * kLanes;
+    const Scratch taps(packer_.size(w.block));
+    packer_.pack(w.block, taps);
     Largest largest;
     for (int64_t i = 0; i < all; i += kLanes) {
       Vec g[A::kTaps * B::kTaps], u[kPoints];
@@ -140,7 +163,8 @@ class Winograd {
     raise_to(largest_weight_, largest.bits());
   }
 
-  int64_t tile_size(const Tile& t) const { return kPoints * point_size(t); }
+  int64_t reads(const Tile& t) const { return kPoints * point_size(t); }
+  int64_t tile_size(const Tile& t) const { return reads(t); }
 
   Ready pack(const Tile& tile, float* to) const {
     const Rows rows(tile);
@@ -159,9 +183,10 @@ class Winograd {
   }
 
   template <class F>
-  void operator()(const Tile& tile, const Ready& ready, const Block& block, const float* weights,
+  void operator()(const Tile& tile, const Ready& ready, const Work& work, const float* weights,
                   F done) const {
     const Rows rows(tile);
+    const Block& block = work.block;
     const int64_t pitch = block.vectors * kLanes, channels = p_.weights.in;
     const Groups batches(rows.count(), kBatch);
     const Scratch sums(kPoints * kBatch * pitch);
@@ -214,14 +239,6 @@ class Winograd {
           w(parts_of(tile.w1 - tile.w0, kSteps[2])) {}
     int64_t count() const { return t * h * w; }
   };
-
-  // The transforms cost as much as some tens of channels on either side; and where frames are
-  // few, the zeros around them are multiplied here but skipped otherwise.
-  static bool pays(const Problem& p, const Axis& a) {
-    const int64_t rows = p.g.batch * parts_of(p.g.t.out, kSteps[0]) *
-                         parts_of(p.g.h.out, kSteps[1]) * parts_of(p.g.w.out, kSteps[2]);
-    return p.weights.in >= 32 && p.weights.out >= 32 && rows >= 64 && (kSpatial || a.out > 3);
-  }
 
   // One vector more, so that the points of one place do not fall into one set of the cache.
   int64_t point_size(const Tile& t) const { return Rows(t).count() * p_.in.channels + kLanes; }
@@ -315,6 +332,7 @@ class Winograd {
   const Problem& p_;
   WeightPacker packer_;
   bool in_place_;
+  std::vector<Work> work_;
   mutable std::atomic<int32_t> largest_input_{0}, largest_weight_{0};
 };
 

@@ -66,7 +66,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
     mean, var, coefficients = tensors.mean, tensors.var, None
     if spec.norm == "frozen":
         assert mean is not None and var is not None
-        coefficients = norm_coefficients(spec, tensors, mean, var)
+        coefficients = norm_coefficients(k, tensors, mean, var)
     kept = save and not spec.recompute
     mid = k.rows(kept)
     if kept or spec.norm == "batch":  # u itself is stored
@@ -75,7 +75,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         k.tap_conv(k.plain(tensors.x), w1, first, mid, epilogue)
         if statistics is not None:
             mean, var = statistics
-            coefficients = norm_coefficients(spec, tensors, mean, var)
+            coefficients = norm_coefficients(k, tensors, mean, var)
         source = k.norm_act(mid[:, :m], coefficients, spec.activation)
     else:  # act(norm(u)) is, in its place
         epilogue = k.epilogue(bias=b1, coefficients=coefficients, act=spec.activation)

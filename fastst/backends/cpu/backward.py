@@ -53,7 +53,7 @@ def conv2plus1d_backward(
         mean, var = tensors.mean, tensors.var
     coefficients = None
     if mean is not None and var is not None:
-        coefficients = norm_coefficients(spec, tensors, mean, var)
+        coefficients = norm_coefficients(k, tensors, mean, var)
 
     dw: list[Tensor | None] = [None, None]
     db: list[Tensor | None] = [None, None]

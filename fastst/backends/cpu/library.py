@@ -91,10 +91,13 @@ def _loaded_runtimes() -> Iterator[str]:
 class Call:
     """Launches of one call: a thin layer of tensors over the library's functions."""
 
+    sums = "best"  # or "direct", "winograd": how convolutions sum their products
+
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.lib = library()
         self.threads = torch.get_num_threads()
+        self.way = getattr(self.lib.Sums, self.sums)
         self.slope = float(problem.spec.slope)
         self.kept: list[Tensor] = []  # alive until everything is computed
 
@@ -173,7 +176,7 @@ class Call:
     def tap_conv(self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any) -> int:
         """out = epilogue(one pass of the pair); how many of its groups went Winograd's way."""
         w, y = self.view(weight), self.view(out)
-        found: int = self.lib.tap_conv(source, w, self.conv(p), y, epilogue, self.threads)
+        found: int = self.lib.tap_conv(source, w, self.conv(p), y, epilogue, self.way, self.threads)
         return found
 
     def input_gradient(
@@ -181,7 +184,9 @@ class Call:
     ) -> int:
         """out = epilogue(gradient of a pass's input from that of its output); as ``tap_conv``."""
         w, y = self.view(weight), self.view(out)
-        found: int = self.lib.input_gradient(source, w, self.conv(p), y, epilogue, self.threads)
+        found: int = self.lib.input_gradient(
+            source, w, self.conv(p), y, epilogue, self.way, self.threads
+        )
         return found
 
     def weight_gradient(self, x: Any, dy: Any, weight: Tensor, p: Pass) -> Tensor:
@@ -191,13 +196,10 @@ class Call:
         return dw
 
 
-def norm_coefficients(spec: PairSpec, tensors: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
+def norm_coefficients(k: Call, tensors: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
     """(5, M): mean, scale and shift of v = (u − mean)·scale + shift, and two rows of zeros."""
-    table = torch.zeros(5, mean.shape[0])
-    table[0] = mean
-    table[1] = (var + spec.eps).rsqrt()
-    if tensors.norm_weight is not None:
-        table[1] *= tensors.norm_weight
-    if tensors.norm_bias is not None:
-        table[2] = tensors.norm_bias
+    spec: PairSpec = k.problem.spec  # type: ignore[assignment]
+    table = torch.empty(5, mean.shape[0])
+    norm = (mean, var, tensors.norm_weight, tensors.norm_bias)
+    k.lib.norm_coefficients(*map(k.array, norm), spec.eps, k.array(table))
     return table
