@@ -23,7 +23,7 @@ from fastst.pairing import Ending, pair_forward
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-SHAPE = (2, 3, 4, 6, 5)
+SHAPE, OUT = (2, 3, 3, 4, 4), (2, 5, 3, 4, 4)
 BOTH = pytest.mark.parametrize("backend", ["triton", "aten"])
 
 
@@ -69,7 +69,7 @@ def results(block: Block, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 def compare(block: Block, separate: Block, backend: str, dtype: torch.dtype) -> None:
     """Twice PyTorch's own error, and a few ulps of what enters: the rule of the fuzz tests."""
-    x, dy = torch.randn(SHAPE), torch.randn(2, 5, 4, 6, 5)
+    x, dy = torch.randn(SHAPE), torch.randn(OUT)
     true = results(copy.deepcopy(separate).double(), x.to(dtype).double(), dy.to(dtype).double())
     args = x.to(DEVICE, dtype), dy.to(DEVICE, dtype)
     with fastst.use_backend(backend):
@@ -203,7 +203,7 @@ def test_second_derivatives() -> None:
 @BOTH
 def test_the_end_of_a_residual_block(backend: str) -> None:
     block, separate = twins(nn.BatchNorm3d(5))
-    x, r = torch.randn(SHAPE, device=DEVICE), torch.randn(2, 5, 4, 6, 5, device=DEVICE)
+    x, r = torch.randn(SHAPE, device=DEVICE), torch.randn(OUT, device=DEVICE)
     with fastst.use_backend(backend):
         got = block(x, Ending(r, "relu", 0.01, False))
     torch.testing.assert_close(got, separate(x, Ending(r, "relu", 0.01, False)))
@@ -220,7 +220,7 @@ def arguments() -> tuple[list[Tensor], BatchNorm]:
 def test_the_function_on_every_backend(backend: str, training: bool) -> None:
     tensors, norm = arguments()
     norm = norm._replace(training=training)
-    residual = torch.randn(2, 5, 4, 6, 5, device=DEVICE)
+    residual = torch.randn(OUT, device=DEVICE)
     y = F.conv3d(F.relu(F.conv3d(tensors[0], tensors[1], padding=(0, 1, 1))), tensors[2],
                  padding=(1, 0, 0))  # fmt: skip
     kept = [t.clone() for t in norm[:2]]  # type: ignore[union-attr]
@@ -275,3 +275,64 @@ def test_wrong_statistics_are_seen(wrong: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton.pair, "moments", planted)
     with pytest.raises(AssertionError):
         compare(*twins(nn.BatchNorm3d(5)), "triton", torch.float32)
+
+
+# ---- in converted models
+
+
+def sequence() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(3, 4, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(4), nn.ReLU(),
+        nn.Conv3d(4, 5, (3, 1, 1), padding=(1, 0, 0)), nn.BatchNorm3d(5, momentum=None), nn.ReLU(),
+    ).to(DEVICE)  # fmt: skip
+
+
+def test_conversion_takes_the_norm_behind_a_pair() -> None:
+    model = sequence()
+    original = copy.deepcopy(model)
+    fastst.convert(model)
+    assert list(model.state_dict()) == list(original.state_dict())
+    x = torch.randn(SHAPE, device=DEVICE)
+    for training in (True, True, False, True):
+        model.train(training)
+        original.train(training)
+        with fastst.use_backend("triton"), reads_of_statistics() as seen:
+            y = model(x)
+        assert seen == []
+        torch.testing.assert_close(y, original(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.state_dict(), original.state_dict())
+
+
+def test_what_becomes_of_the_norm_after_conversion() -> None:
+    model, x = sequence(), torch.randn(SHAPE, device=DEVICE)
+    fastst.convert(model)
+    calls: list[nn.Module] = []
+    handle = model[4].register_forward_hook(lambda m, *_: calls.append(m))
+    original = copy.deepcopy(model)
+    fastst.revert(original)
+    with fastst.use_backend("triton"):
+        torch.testing.assert_close(model(x), original(x), rtol=1e-5, atol=1e-5)
+        handle.remove()
+        assert calls == [model[4], original[4]]
+        model[4] = nn.GroupNorm(1, 5).to(DEVICE)
+        original[4] = model[4]
+        torch.testing.assert_close(model(x), original(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", ["output twice", "norm twice"])
+def test_norms_that_conversion_leaves(used: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = sequence()
+
+        def forward(self, x: Tensor) -> Tensor:
+            p = self.parts
+            y = p[3](p[2](p[1](p[0](x))))
+            return p[4](y) + y if used == "output twice" else p[4](p[4](y))
+
+    model, x = Odd(), torch.randn(SHAPE, device=DEVICE)
+    original = copy.deepcopy(model)
+    assert len(fastst.convert(model).replaced) == 1
+    torch.testing.assert_close(model(x), original(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.state_dict(), original.state_dict())

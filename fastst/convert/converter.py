@@ -14,7 +14,7 @@ from . import fused
 from .match import Chain, Tail, find, separable, why_altered, why_unfit
 from .probe import Whole, could_be_whole, recognise
 from .report import Left, Replaced, Report
-from .tail import find_tails, follow, why_apart
+from .tail import find_outer_norms, find_tails, follow, why_apart
 from .trace import CannotTrace, Trace, is_watched, switched, trace, traceable
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -221,6 +221,8 @@ class _Walk:
         tails = {c.names: c.tail for c in chosen}
         for chain in again:
             chain.tail = chain.tail if tails[chain.names].nodes else Tail()
+        if not self.tails:
+            find_outer_norms(again, get)
         here, there = ([(c.names, c.tail.computes()) for c in cs] for cs in (chosen, again))
         if here != there:
             raise CannotTrace("its graph depends on how far it is opened")

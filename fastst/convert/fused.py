@@ -231,6 +231,8 @@ def plan_of(
                 added = made.get(tail.residual, tail.residual)
                 values = (added, tail.activation, tail.slope, tail.in_place)
                 ending["ending"] = graph.call_function(Ending, values)
+            if chain.outer_norm is not None:
+                ending["outer_norm"] = graph.get_attr(str(chain.outer_norm.target))
             y = call(module, graph, chain, source, ending)
         nodes[-1].replace_all_uses_with(y)
         made[nodes[-1]] = y

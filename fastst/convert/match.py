@@ -61,6 +61,7 @@ class Chain:
     pads: tuple[list[Pad], list[Pad]] = field(default_factory=lambda: ([], []))
     source: fx.Node | None = None  # what the first convolution, or its padding, reads
     tail: Tail = field(default_factory=Tail)
+    outer_norm: fx.Node | None = None  # of the output, which only it reads
 
     @property
     def order(self) -> str:
@@ -78,7 +79,7 @@ class Chain:
 
     def calls(self) -> Iterable[fx.Node]:
         """All nodes, in order of execution."""
-        every = {c.node for c in self.convs} | {*self.nodes, *self.tail.nodes}
+        every = {c.node for c in self.convs} | {*self.nodes, *self.tail.nodes, self.outer_norm}
         return (n for n in self.convs[0].node.graph.nodes if n in every)
 
 

@@ -1,7 +1,8 @@
-"""What ends a residual block after its last pair, and when it may be part of the pair's op.
+"""What comes after a pair, and when it may be part of the pair's op.
 
-For inference only. The op is called where the last of it was, so that nothing which runs before
-that may write to what the pair reads.
+In training that is a batch norm, which needs statistics of the output. For inference it is what
+ends a residual block after its last pair: the op is called where the last of it was, so that
+nothing which runs before that may write to what the pair reads.
 """
 
 from __future__ import annotations
@@ -31,6 +32,22 @@ def find_tails(chains: Iterable[Chain], modules: Modules) -> None:
         if taken.isdisjoint(tail.nodes) and not chain.obstacles:
             chain.tail = tail
             taken.update(tail.nodes)
+
+
+def find_outer_norms(chains: Iterable[Chain], modules: Modules) -> None:
+    """Give each chain without a tail the batch norm that follows it, for training.
+
+    It is called as the module that it is wherever it is anything more than that.
+    """
+    for chain in chains:
+        users = list(chain.convs[1].node.users)
+        if chain.tail.nodes or len(users) != 1:
+            continue
+        (norm,) = users
+        calls = [n for n in norm.graph.nodes if (n.op, n.target) == (norm.op, norm.target)]
+        once = norm.op == "call_module" and calls == [norm]
+        if once and type(modules(str(norm.target))) is nn.BatchNorm3d and not norm.kwargs:
+            chain.outer_norm = norm
 
 
 def follow(node: fx.Node, inner: tuple[str, float] | None, modules: Modules) -> Tail:
