@@ -16,9 +16,9 @@ _L2_BYTES = 32
 _TILE_CLOCKS, _ROW_CLOCKS = 1000, 8
 # (columns, warpgroups, blocks of 64 rows each): the spatial kernel's instances. wgmma takes any
 # multiple of 8 columns, so these fit 45 mid channels (48), 144, 288, 576 and 1,152 (144, 192), 230,
-# 460 and 921 (232) and powers of two (64, 128) with at most 1% to spare, 45 apart, and 320 (112) with
-# 5%. 2 × 144 sums take 144 of a thread's 232 registers, beside which 2 × 160 spilled; 1 × 232 take
-# 116, and 256 spilled.
+# 460 and 921 (232) and powers of two (64, 128) with at most 1% to spare, 45 apart, and 320 with 5%
+# (112). 2 × 144 sums take 144 of a thread's 232 registers, beside which 2 × 160 spilled; 1 × 232
+# take 116, and 256 spilled.
 SPATIAL_TILES = (
     (48, 2, 2), (64, 2, 2), (96, 2, 2), (112, 2, 2), (128, 2, 2), (144, 2, 2), (192, 2, 1),
     (232, 2, 1),
@@ -37,6 +37,7 @@ TEMPORAL_GRADIENT_TILES = (
 AFFINE_TILES = ((64, 2, 2), (128, 2, 1))
 _TEMPORAL_ROWS = 128
 _TEMPORAL_TAPS = 3
+_LEAST_FRAMES = 6  # in shared memory: what a tile of 4 reads, or all that one of 2 does and more
 _BARRIERS = 1024  # bytes that keep what follows aligned to the swizzle's period
 _SWIZZLE_ROW = 128  # bytes: 64 channels of 16 bits
 
@@ -188,15 +189,19 @@ def temporal(
     if gradient:
         built = [(c, f) for c, f, step in TEMPORAL_GRADIENT_TILES if step == stride]
     for columns, frames in built:
-        weights = 2 * _TEMPORAL_TAPS * columns * _SWIZZLE_ROW
+        weights = _TEMPORAL_TAPS * columns * _SWIZZLE_ROW  # of one chunk of 64 channels
         stage = _TEMPORAL_ROWS * _SWIZZLE_ROW
-        stages = min((shared_memory_limit((9, 0)) - _BARRIERS - weights) // stage, 16)
+        left = shared_memory_limit((9, 0)) - _BARRIERS
+        # The weights of all chunks stay for all tiles where frames keep enough stages beside them.
+        stay = (left - chunks * weights) // stage >= _LEAST_FRAMES
+        stages = min((left - (chunks if stay else 2) * weights) // stage, 16)
         read, products = (frames - 1) * stride + _TEMPORAL_TAPS, _TEMPORAL_TAPS * frames
         if gradient:  # every stride-th tap of a frame meets one
             read = (frames + _TEMPORAL_TAPS - 2) // stride + 1
             products //= stride
         products *= steps * columns  # half a clock per column for each of two warpgroups
-        copies = chunks * (read * stage + weights // 2) / _L2_BYTES
+        bytes_in = read * _TEMPORAL_ROWS * round_up(channels, 8) * 2
+        copies = (bytes_in + (0 if stay else chunks * weights)) / _L2_BYTES
         clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * _TEMPORAL_ROWS * frames
         for p in range(1, min(pixels, _TEMPORAL_ROWS) + 1):
             n = min(clips, _TEMPORAL_ROWS // p)

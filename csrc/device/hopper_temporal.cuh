@@ -27,6 +27,7 @@ struct Parameters {
   bool replicate;  // frames out of range are copies of the nearest, not zeros
   int box_pixels, box_clips;
   int pixels, clips, pixel_tiles, clip_tiles, frame_tiles;
+  int weight_stages;  // 2, or as many as chunks: then they stay for all tiles of their columns
   int tiles, chunks, column_tiles, stages;  // tiles: of positions; the walk over all is of 32 bits
   Global<const float> scale, shift;         // (2, 64 · chunks), or none
   Activation act;
@@ -60,9 +61,10 @@ struct Layout {
 
   static constexpr int kTapBytes = N * 128;
   static constexpr int kWeightBytes = kTaps * kTapBytes;
-  static constexpr int kWeightStages = 2;
   static constexpr int kWeights = kTileAlign;  // barriers come first
-  static constexpr int kFirst = kWeights + kWeightStages * kWeightBytes;
+  static __host__ __device__ constexpr int first(int weight_stages) {
+    return kWeights + weight_stages * kWeightBytes;
+  }
 };
 
 struct Tile {
@@ -115,7 +117,9 @@ template <class T, int N, int Frames, int Stride, int Up, bool Norm, template <c
 __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
     hopper_temporal_kernel(const __grid_constant__ Parameters<T, E> p) {
   using L = Layout<N, Frames, Stride, Up>;
-  Ring inputs(0, p.stages), weights(kRingBytes, L::kWeightStages);
+  Ring inputs(0, p.stages), weights(kRingBytes, p.weight_stages);
+  const bool stay = p.weight_stages == p.chunks;
+  const int first = L::first(p.weight_stages);
   const int places = p.box_pixels * p.box_clips;
   if (threadIdx.x == 0) {
     inputs.init(4 * kGroups);
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
   }
   // A box may have fewer places than the products: those that it leaves out stay zero.
   for (int stage = 0; stage < p.stages; ++stage) {
-    const Shared<uint32_t> u = shared<uint32_t>(L::kFirst + stage * kFrameBytes);
+    const Shared<uint32_t> u = shared<uint32_t>(first + stage * kFrameBytes);
     for (int i = places * 32 + threadIdx.x; i < kPlaces * 32; i += kWarpGroup * (kGroups + 1))
       u[i] = 0u;
   }
@@ -136,21 +140,26 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
   if (group == 0) {
     registers_decrease<40>();
     if (threadIdx.x != 0) return;
+    int held = -1;  // the columns whose weights are there
     for (int index = blockIdx.x; index < all; index += gridDim.x) {
       const Tile tile(p, Frames, index % p.tiles);
       const int column = index / p.tiles;
+      const bool there = stay && column == held;
+      held = column;
       for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        weights.acquire(L::kWeightBytes);
-        const int at = L::kWeights + weights.stage() * L::kWeightBytes;
-        for (int tap = 0; tap < kTaps; ++tap)
-          tma_load(shared<T>(at + tap * L::kTapBytes), p.weight, weights.full(), 0,
-                   ((column * p.chunks + chunk) * kTaps + tap) * N);
-        weights.advance();
+        if (!there) {
+          weights.acquire(L::kWeightBytes);
+          const int at = L::kWeights + weights.stage() * L::kWeightBytes;
+          for (int tap = 0; tap < kTaps; ++tap)
+            tma_load(shared<T>(at + tap * L::kTapBytes), p.weight, weights.full(), 0,
+                     ((column * p.chunks + chunk) * kTaps + tap) * N);
+          weights.advance();
+        }
         for (int i = 0; i < L::kRead; ++i) {
           const int t = p.template source<Stride, Up>(tile.frame, i);
           if (t < 0) continue;
           inputs.acquire(places * 128);
-          tma_load(shared<T>(L::kFirst + inputs.stage() * kFrameBytes), p.u, inputs.full(),
+          tma_load(shared<T>(first + inputs.stage() * kFrameBytes), p.u, inputs.full(),
                    chunk * kSwizzleRow, tile.pixel, t, tile.clip);
           inputs.advance();
         }
@@ -181,16 +190,17 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
       keep(sums[o]);
     }
 
+    const bool leave = !stay || (index + static_cast<int>(gridDim.x)) / p.tiles != column;
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
-      const int steps = p.steps(chunk);
-      weights.wait();
-      const int at = L::kWeights + weights.stage() * L::kWeightBytes;
+      const int steps = p.steps(chunk), stage = stay ? chunk : weights.stage();
+      weights.wait(stage);
+      const int at = L::kWeights + stage * L::kWeightBytes;
 #pragma unroll
       for (int i = 0; i < L::kRead; ++i) {
         if (p.template source<Stride, Up>(tile.frame, i) < 0) continue;
         inputs.wait();
         const Shared<T> u =
-            shared<T>(L::kFirst + inputs.stage() * kFrameBytes) + (group - 1) * 64 * kSwizzleRow;
+            shared<T>(first + inputs.stage() * kFrameBytes) + (group - 1) * 64 * kSwizzleRow;
         // While these multiply, the other warpgroup normalises. Four steps at once, with A of all
         // of them in registers, would be serialised for want of registers.
         constexpr int kAtOnce = Norm ? 2 : 4;
@@ -222,8 +232,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
         inputs.release(inputs.stage());
         inputs.advance();
       }
-      weights.release(weights.stage());
-      weights.advance();
+      if (leave) weights.release(stage), weights.advance();
     }
 
 #pragma unroll
@@ -273,6 +282,9 @@ Parameters<T, E> parameters(Dtype dtype, const View& in, const View& out, const 
   if (p.box_clips * p.box_pixels > kPlaces || p.stages < 1 || p.stages > kMaxStages)
     throw std::invalid_argument("a temporal Hopper tile needs boxes of at most " +
                                 std::to_string(kPlaces) + " places and 1 to 16 stages");
+  const int64_t held =
+      kTileAlign + int64_t(p.chunks) * kTaps * columns * 128 + p.stages * kFrameBytes;
+  p.weight_stages = p.chunks <= kMaxStages && held <= kSharedLimit ? p.chunks : 2;
   p.clip_stride = out.stride[0], p.frame_stride = out.stride[2], p.pixel_stride = out.stride[4];
   p.u = tensor_map({.dtype = dtype,
                     .data = in.data,
@@ -292,8 +304,8 @@ void run(const char* name, const Parameters<T, E>& p, const HopperTile& tile, co
          Stream stream) {
   using L = Layout<N, Frames, Stride, Up>;
   launch(name, hopper_temporal_kernel<T, N, Frames, Stride, Up, Norm, E>, dim3(tile.grid),
-         dim3(kWarpGroup * (kGroups + 1)), L::kFirst + p.stages * kFrameBytes, stream,
-         "output " + shape(out), p);
+         dim3(kWarpGroup * (kGroups + 1)), L::first(p.weight_stages) + p.stages * kFrameBytes,
+         stream, "output " + shape(out), p);
 }
 
 inline bool is_tile(const HopperTile& t, int columns, int frames) {

@@ -10,6 +10,7 @@ constexpr int kWarpGroup = 128;
 constexpr int kSwizzleRow = 64;   // elements of 16 bits in one 128-byte row of a swizzled tile
 constexpr int kTileAlign = 1024;  // of such a tile: its pattern repeats every 8 rows
 constexpr int kMaxStages = 16;
+constexpr int kSharedLimit = 227 * 1024;     // bytes of a block of compute capability 9.0
 constexpr int kRingBytes = 16 * kMaxStages;  // of its barriers
 
 // Rows of 64 elements of the reduction, one for each output channel of a tile; box: one tile.
@@ -59,7 +60,9 @@ class Ring {
     expect(bytes);
   }
   // A consumer: until the stage is filled.
-  __device__ void wait() const { mbarrier_wait(full(), phase_); }
+  __device__ void wait() const { wait(stage_); }
+  // Another stage of the same round.
+  __device__ void wait(int stage) const { mbarrier_wait(full_ + stage, phase_); }
   // A consuming warp, together: gives a stage back.
   __device__ void release(int stage) const {
     sync_warp();
