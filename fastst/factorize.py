@@ -103,9 +103,10 @@ def factorize(
             "factorize: exactly one of mid_channels and energy is required, got "
             f"mid_channels={mid_channels!r}, energy={energy!r}"
         )
-    if energy is not None and not 0 < energy <= 1:
+    if energy is not None and not (isinstance(energy, (int, float)) and 0 < energy <= 1):
         raise ValueError(f"factorize: energy must be above 0 and at most 1, got {energy!r}")
-    if mid_channels is not None and (not isinstance(mid_channels, int) or mid_channels < 1):
+    whole = isinstance(mid_channels, int) and not isinstance(mid_channels, bool)
+    if mid_channels is not None and (not whole or mid_channels < 1):
         raise ValueError(f"factorize: mid_channels must be a positive int, got {mid_channels!r}")
     module = copy.deepcopy(model)
     layers, left = [], {}
@@ -138,12 +139,15 @@ def _is_full(module: Any) -> bool:
     return kt > 1 and max(space) > 1
 
 
-def _why_left(module: nn.Module, name: str, conv: nn.Module) -> str | None:
-    if type(conv) is not nn.Conv3d and not nn.utils.parametrize.is_parametrized(conv):
-        return f"it is a {type(conv).__name__}, not a plain nn.Conv3d"
+def _why_left(module: nn.Module, name: str, conv: nn.Conv3d) -> str | None:
+    altered = why_altered(module.get_submodule, [name])
+    if altered is not None:
+        return altered
+    if type(conv) is not nn.Conv3d:
+        return f"it is a {type(conv).__module__}.{type(conv).__name__}, not a plain nn.Conv3d"
     if is_watched(conv):
         return "it has hooks"
-    return why_altered(module.get_submodule, [name])
+    return None if conv.weight.isfinite().all() else "its weight is not finite"
 
 
 def _factorize(

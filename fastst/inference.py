@@ -56,13 +56,18 @@ def optimize_for_inference(
 
     Raises:
         TypeError: ``model`` is no module, ``sample`` no tensor.
-        ValueError: ``memory_format`` is none of 5-D tensors, or is given along with a sample;
-            ``seconds`` is not positive.
+        ValueError: ``model`` has lazy parameters; ``memory_format`` is none of 5-D tensors, or is
+            given along with a sample; ``seconds`` is not positive.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"optimize_for_inference: model must be an nn.Module, got {type(model).__name__}"
         )
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"optimize_for_inference: {name} is lazy: it has no values before the first call"
+            )
     _check(memory_format, sample, seconds)
     with torch.no_grad():  # else those of TorchScript would be copied as results of a clone
         optimised = copy.deepcopy(model).eval()

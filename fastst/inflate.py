@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, dispatch
+from .convert.match import why_altered
+from .convert.trace import is_watched
 from .layers import Conv2Plus1d
 
 _TOLERANCE = 1e-9  # of float64 outputs, relative to the largest
@@ -46,8 +48,8 @@ def inflate(
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: an even or no kernel; a module without a 3D form; or the copy is not equal to
-            the 2D network.
+        ValueError: an even or no kernel; a module without a 3D form, or that is hooked,
+            parametrized, quantised, lazy or meta; or the copy is not equal to the 2D network.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"inflate: model must be an nn.Module, got {type(model).__name__}")
@@ -71,9 +73,24 @@ def inflate(
     return inflated
 
 
+def _check_plain(name: str, module: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: a module whose replacement would lose hooks, or whose weights have no values.
+    """
+    why = why_altered({name: module}.__getitem__, [name])
+    if why is None and is_watched(module):
+        why = f"{name or 'the model'} has hooks"
+    if why is not None:
+        raise ValueError(f"inflate: {why}")
+
+
 def _inflated(name: str, module: Any, kt: int, depthwise: bool) -> nn.Module:
     """The 3D form of a module; the module itself where it has nothing to do with space."""
     kind = type(module)
+    spatial = any(base in _FORMS or base is nn.Conv2d for base in kind.__mro__)
+    if spatial:
+        _check_plain(name, module)
     if kind is nn.Conv2d:
         return _conv(module, kt, depthwise)
     make = _FORMS.get(kind)
@@ -81,9 +98,7 @@ def _inflated(name: str, module: Any, kt: int, depthwise: bool) -> nn.Module:
         new = make(module)
         new._parameters, new._buffers = module._parameters, module._buffers
         return new.train(module.training)
-    if any(base in _FORMS or base is nn.Conv2d for base in kind.__mro__) or (
-        kind.__module__.startswith("torch.nn") and kind.__name__.endswith("2d")
-    ):
+    if spatial or (kind.__module__.startswith("torch.nn") and kind.__name__.endswith("2d")):
         raise ValueError(
             f"inflate: {name or 'the model'} is a {kind.__name__}, of which no 3D form is known"
         )
@@ -178,7 +193,13 @@ def _check(model: nn.Module, inflated: nn.Module, example: Tensor | None) -> Non
     flat, deep = (copy.deepcopy(m).cpu().double().eval() for m in (model, inflated))
     frames = example.detach().cpu().double()
     with torch.no_grad(), dispatch.use_backend("reference"):
-        wanted = flat(frames)
+        try:
+            wanted = flat(frames)
+        except Exception as error:  # whatever user code raises on frames that it cannot take
+            raise ValueError(
+                f"inflate: the 2D network does not run on frames of {tuple(frames.shape)}, give an "
+                f"example that it runs on: {error}"
+            ) from error
         try:
             y = deep(frames.transpose(0, 1).unsqueeze(0))
         except Exception as error:  # whatever user code raises on a 5-D tensor

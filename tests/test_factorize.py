@@ -127,6 +127,9 @@ def test_flops_per_output_position():
         ({"mid_channels": 3, "energy": 0.5}, "exactly one of mid_channels and energy"),
         ({"mid_channels": 0}, "mid_channels must be a positive int"),
         ({"mid_channels": 2.5}, "mid_channels must be a positive int"),
+        ({"mid_channels": True}, "mid_channels must be a positive int"),
+        ({"energy": "half"}, "energy must be above 0"),
+        ({"energy": math.nan}, "energy must be above 0"),
         ({"energy": 0.0}, "energy must be above 0"),
         ({"energy": 1.5}, "energy must be above 0"),
         ({"energy": 0.5, "order": "sideways"}, "order"),
@@ -135,6 +138,23 @@ def test_flops_per_output_position():
 def test_bad_arguments(options, told):
     with pytest.raises(ValueError, match=told):
         fastst.factorize(build(), **options)
+
+
+def test_left_with_the_reason():
+    nan, lazy = nn.Conv3d(3, 4, 3), nn.LazyConv3d(4, 3)
+    nan.weight.data[0, 0, 0, 0, 0] = math.nan
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv3d(3, 4, 3))
+    with torch.device("meta"):
+        meta = nn.Conv3d(3, 4, 3)
+    own = type("Own", (nn.Conv3d,), {})(3, 4, 3)
+    made = fastst.factorize(nn.ModuleList([nan, lazy, parametrized, meta, own]), energy=0.5)
+    assert made.left == {
+        "0": "its weight is not finite",
+        "1": "1 is lazy: it has no weights before its first call",
+        "2": "2 is parametrized",
+        "3": "3.weight is on the meta device",
+        "4": "it is a test_factorize.Own, not a plain nn.Conv3d",
+    }
 
 
 def test_what_cannot_be_factorized():

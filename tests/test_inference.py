@@ -108,6 +108,8 @@ def test_fold_traps():
 def test_bad_argument():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         fastst.optimize_for_inference(3)
+    with pytest.raises(ValueError, match=r"0\.weight is lazy: it has no values"):
+        fastst.optimize_for_inference(nn.Sequential(nn.LazyConv3d(4, 3)))
 
 
 def formats(model: nn.Module) -> set[torch.memory_format]:

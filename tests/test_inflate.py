@@ -152,9 +152,28 @@ class Own(nn.Conv2d):
     pass
 
 
+def hooked():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model[0].register_forward_hook(lambda m, args, out: out * 2)
+    return model
+
+
+def on_meta():
+    with torch.device("meta"):
+        return nn.Sequential(nn.Conv2d(3, 4, 3))
+
+
 @pytest.mark.parametrize(
     ("model", "told"),
     [
+        (hooked(), "0 has hooks"),
+        (on_meta(), r"0\.weight is on the meta device"),
+        (nn.Sequential(nn.LazyConv2d(4, 3)), "0 is lazy"),
+        (
+            nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
+            "0 is parametrized",
+        ),
+        (nn.Sequential(nn.Conv2d(3, 4, 65)), "does not run on frames .* give an example"),
         (MeansOverSpace(), "not equal to the 2D one frame by frame"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)), "1 is a InstanceNorm2d"),
         (nn.Sequential(Own(3, 4, 3)), "0 is a Own, of which no 3D form is known"),
