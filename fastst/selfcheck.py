@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,9 +56,8 @@ def why_broken(backend: str, problem: Problem, kind: str | None = None) -> str |
         if key not in _verdicts:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 # Nobody has seen the Hopper kernels run: they wait for their first check.
-                return (
-                    "has not been checked before this graph capture" if kind == "hopper" else None
-                )
+                unseen = kind.startswith("hopper")
+                return "has not been checked before this graph capture" if unseen else None
             _verdicts.update({k: v for k, v in cache.read(_file()).items() if k not in _verdicts})
         if key not in _verdicts:
             verdict = check(backend, kind, device, dtype) or ""
@@ -79,8 +78,8 @@ def check(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> 
 
     Args:
         backend: name, "aten" for PyTorch's own convolutions.
-        kind: "dense", "grouped", "depthwise", "parallel", or "hopper" for every instance of the
-            CUDA library's forward Hopper kernels.
+        kind: "dense", "grouped", "depthwise", "parallel"; "hopper" and "hopper backward" for every
+            instance of the CUDA library's Hopper kernels.
         device, dtype: what to run on.
 
     Returns:
@@ -89,22 +88,37 @@ def check(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> 
     from .backends import reference
 
     compose: Any = reference.compose_parallel if kind == "parallel" else reference.compose_pair
-    for spec, tensors, run in _examples(backend, kind, dtype):
-        with torch.no_grad():
-            there = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
-            try:
-                got = run(Problem.of(there, spec), there).cpu()
-            except Exception as failure:  # a compiler or a driver that fails is a verdict, too
-                return f"failed its self-check with {type(failure).__name__}: {failure}"
-            double = type(tensors)(*(None if t is None else t.double() for t in tensors))
-            true = compose(double, spec)
-        error = float((got.double() - true).abs().max() / true.abs().max())
-        allowed = _ULPS * _rounding(dtype, device)
-        if not error <= allowed:
-            return (
-                f"is off by {error:.2g} of the largest output in its self-check, over {allowed:.2g}"
-            )
+    allowed = _ULPS * _rounding(dtype, device)
+    for spec, tensors, run, dy in _examples(backend, kind, dtype):
+        there = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
+        try:
+            with torch.no_grad():
+                results = run(Problem.of(there, spec), there)
+        except Exception as failure:  # a compiler or a driver that fails is a verdict, too
+            return f"failed its self-check with {type(failure).__name__}: {failure}"
+        for (name, true), got in zip(_truth(compose, spec, tensors, dy), results, strict=True):
+            error = float((got.cpu().double() - true).abs().max() / true.abs().max())
+            if not error <= allowed:
+                return (
+                    f"is off by {error:.2g} of the largest {name} in its self-check, "
+                    f"over {allowed:.2g}"
+                )
     return None
+
+
+def _truth(
+    compose: Callable[..., Tensor], spec: Any, tensors: Any, dy: Tensor | None
+) -> list[tuple[str, Tensor]]:
+    """The output or, with dy, the gradients, in float64 and by name."""
+    double = {n: t.double() for n, t in tensors._asdict().items() if t is not None}
+    if dy is None:
+        with torch.no_grad():
+            return [("output", compose(tensors._replace(**double), spec))]
+    with torch.enable_grad():
+        leaves = {n: t.requires_grad_() for n, t in double.items() if n not in ("mean", "var")}
+        y = compose(tensors._replace(**double), spec)
+        grads = torch.autograd.grad(y, list(leaves.values()), dy.double())
+    return [(f"gradient of {n}", g) for n, g in zip(leaves, grads, strict=True)]
 
 
 def verdicts() -> dict[str, str]:
@@ -117,20 +131,25 @@ def forget() -> None:
     _verdicts.clear()
 
 
-Run = Callable[[Problem, Any], Tensor]
+class _Example(NamedTuple):
+    spec: Any
+    tensors: Any  # on the CPU
+    run: Callable[[Problem, Any], Sequence[Tensor]]
+    dy: Tensor | None = None  # with it, gradients are compared
 
 
-def _examples(backend: str, kind: str, dtype: torch.dtype) -> list[tuple[Any, Any, Run]]:
-    """Problems by specification and tensors on the CPU, and what runs them."""
+def _examples(backend: str, kind: str, dtype: torch.dtype) -> list[_Example]:
     if kind == "hopper":
         return _hopper_examples(dtype)
+    if kind == "hopper backward":
+        return _hopper_backward_examples(dtype)
     from . import dispatch
 
     module = dispatch.BACKENDS[backend]
     spec, tensors = _example(kind, dtype)
     if kind == "parallel":
-        return [(spec, tensors, module.parallel_conv2plus1d)]
-    return [(spec, tensors, lambda problem, t: module.conv2plus1d(problem, t, False).y)]
+        return [_Example(spec, tensors, lambda p, t: [module.parallel_conv2plus1d(p, t)])]
+    return [_Example(spec, tensors, lambda p, t: [module.conv2plus1d(p, t, False).y])]
 
 
 def _example(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -144,16 +163,16 @@ def _example(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return PairSpec(**common, norm="frozen", activation="relu"), tensors
 
 
-def _hopper_examples(dtype: torch.dtype) -> list[tuple[Any, Any, Run]]:
+def _hopper_examples(dtype: torch.dtype) -> list[_Example]:
     """Every instance of the spatial, the temporal and the stem's kernel."""
     from .backends import cuda_hopper
 
-    examples: list[tuple[Any, Any, Run]] = []
+    examples = []
     tiles = configs_hopper.trials()
     for i, (spatial, temporal, stride) in enumerate(tiles):
 
-        def run(problem: Problem, t: Any, pair: Any = (spatial, temporal)) -> Tensor:
-            return cuda_hopper.forward(problem, t, False, pair).y
+        def run(problem: Problem, t: Any, pair: Any = (spatial, temporal)) -> list[Tensor]:
+            return [cuda_hopper.forward(problem, t, False, pair).y]
 
         # Half of them with statistics, and a norm and an activation between the two kernels.
         batch = 2 * i < len(tiles)
@@ -165,12 +184,47 @@ def _hopper_examples(dtype: torch.dtype) -> list[tuple[Any, Any, Run]]:
         )  # fmt: skip
         if batch:
             tensors = tensors._replace(mean=None, var=None)
-        examples.append((spec, tensors, run))
-    tensors = _tensors(dtype, (1, 3, 3, 21, 20), (45, 3, 1, 7, 7), (64, 45, 3, 1, 1))
+        examples.append(_Example(spec, tensors, run))
+    stem = *_stem(dtype, 21, 20), lambda p, t: [cuda_hopper.forward(p, t, False).y]
+    return [*examples, _Example(*stem)]
+
+
+def _hopper_backward_examples(dtype: torch.dtype) -> list[_Example]:
+    """Every instance of the kernels of gradients, and the stem."""
+    from .backends import cuda_hopper
+
+    def example(spec: PairSpec, tensors: PairTensors, tiles: Any = None) -> _Example:
+        dy = Problem.of(tensors, spec).empty_output(tensors.x)
+        dy.copy_(torch.randn(dy.shape, generator=torch.Generator().manual_seed(1)))
+        needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
+
+        def run(problem: Problem, t: Any) -> list[Tensor]:
+            _, u, mean, var, *_ = cuda_hopper.forward(problem, t, True)
+            return cuda_hopper.backward(problem, t, dy.to(t.x.device), u, mean, var, needs, tiles)
+
+        return _Example(spec, tensors, run, dy)
+
+    examples = []
+    for spatial, temporal, (stride, plane) in configs_hopper.gradient_trials():
+        c, m = spatial.columns - 8, temporal.columns - 8
+        tensors = _tensors(dtype, (1, c, 3, 5, 6), (m, c, 1, 3, 3), (24, m, 3, 1, 1))
+        spec = PairSpec(
+            stride=(stride, plane, plane), padding=_PADDING, norm="batch", activation="silu"
+        )
+        # Statistics take a bias away again: its gradient is 0.
+        tensors = tensors._replace(mean=None, var=None, spatial_bias=None)
+        examples.append(example(spec, tensors, (spatial, temporal)))
+    tensors = _tensors(dtype, (1, 40, 3, 5, 6), (56, 40, 1, 3, 3), (24, 56, 3, 1, 1))
+    examples.append(example(PairSpec(padding=_PADDING, norm="frozen", activation="silu"), tensors))
+    spec, tensors = _stem(dtype, 9, 10)
+    spec = spec._replace(activation="silu", recompute=True)
+    return [*examples, example(spec, tensors._replace(spatial_bias=None))]
+
+
+def _stem(dtype: torch.dtype, height: int, width: int) -> tuple[PairSpec, PairTensors]:
+    tensors = _tensors(dtype, (1, 3, 3, height, width), (45, 3, 1, 7, 7), (64, 45, 3, 1, 1))
     spec = PairSpec(stride=(1, 2, 2), padding=(1, 1, 3, 3, 3, 3), norm="batch")
-    tensors = tensors._replace(mean=None, var=None)
-    examples.append((spec, tensors, lambda problem, t: cuda_hopper.forward(problem, t, False).y))
-    return examples
+    return spec, tensors._replace(mean=None, var=None)
 
 
 def _tensors(

@@ -20,8 +20,9 @@ import torch
 from fuzz import Config
 
 import fastst
-from fastst import configs, configs_hopper
-from fastst.backends import cuda_hopper, native
+from fastst import configs, configs_hopper, selfcheck
+from fastst.backends import cuda, cuda_hopper, native
+from fastst.backends.cuda_hopper.launches import Gradient, Launches
 from fastst.configs_hopper import HopperTile
 from fastst.shapes import PairSpec, PairTensors, Problem
 
@@ -182,7 +183,62 @@ def test_gradients_are_the_same_bits_on_every_run() -> None:
     assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
 
 
+# ---- self-check
+
+
+def test_self_check_runs_the_backward(monkeypatch: pytest.MonkeyPatch, ran: list[Problem]) -> None:
+    trials = configs_hopper.gradient_trials()
+    assert {(t.columns, t.box[1], s) for _, t, (s, _) in trials} == set(
+        configs_hopper.TEMPORAL_GRADIENT_TILES
+    )
+    assert {(a.columns, a.groups, a.blocks) for a, _, _ in trials} == set(
+        configs_hopper.AFFINE_TILES
+    )
+    monkeypatch.setattr(configs_hopper, "gradient_trials", lambda: trials[2:3])
+    cpu, half = torch.device("cpu"), torch.float16
+    assert selfcheck.check("cuda", "hopper backward", cpu, half) is None
+    assert [p.spec.norm for p in ran] == ["batch", "frozen", "batch"]  # type: ignore[union-attr]
+
+
+def test_self_check_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the two inputs that make du only one, as if the other had never come."""
+    spatial_gradient = Launches.spatial_gradient
+    monkeypatch.setattr(
+        Launches, "spatial_gradient",
+        lambda self, du, *rest: spatial_gradient(self, Gradient(du.g), *rest),
+    )  # fmt: skip
+    trial = HopperTile(64, 2, 2, (1, 5, 7), 1, 2, 2)
+    trials = [(trial, HopperTile(64, 2, 4, (1, 4, 30), 1, 2, 2), (1, 1))]
+    monkeypatch.setattr(configs_hopper, "gradient_trials", lambda: trials)
+    found = selfcheck.check("cuda", "hopper backward", torch.device("cpu"), torch.float16)
+    assert "of the largest gradient of x in its self-check" in str(found)
+
+
+def test_auto_waits_for_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def broken(backend: str, problem: Problem, kind: str | None = None) -> str:
+        asked.append(kind)
+        return "is off by 1"
+
+    monkeypatch.setattr(cuda, "emulating", lambda: False)
+    monkeypatch.setattr(cuda_hopper, "emulating", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(selfcheck, "why_broken", broken)
+    assert cuda.avoid(problem(), "backward") == "is off by 1"
+    assert "not of gelu" in str(cuda.avoid(problem(activation="gelu"), "backward"))
+    assert asked == ["hopper backward"]
+
+
 # ---- refusals
+
+
+def problem(**spec: object) -> Problem:
+    shapes = (1, 8, 3, 5, 5), (16, 8, 1, 3, 3), (8, 16, 3, 1, 1)
+    last = torch.channels_last_3d
+    tensors = PairTensors(*(torch.empty(s).half().to(memory_format=last) for s in shapes))
+    fixed: dict[str, object] = {"padding": (1,) * 6}
+    return Problem.of(tensors, PairSpec(**(fixed | spec)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -195,12 +251,7 @@ def test_gradients_are_the_same_bits_on_every_run() -> None:
     ],
 )
 def test_says_what_it_does_not_take(spec: dict[str, object], why: str | None) -> None:
-    shapes = (1, 8, 3, 5, 5), (16, 8, 1, 3, 3), (8, 16, 3, 1, 1)
-    last = torch.channels_last_3d
-    tensors = PairTensors(*(torch.empty(s).half().to(memory_format=last) for s in shapes))
-    fixed: dict[str, object] = {"padding": (1,) * 6}
-    problem = Problem.of(tensors, PairSpec(**(fixed | spec)))  # type: ignore[arg-type]
-    found = cuda_hopper.backward_why_not(problem)
+    found = cuda_hopper.backward_why_not(problem(**spec))
     assert found is None if why is None else why in str(found)
 
 
@@ -257,7 +308,7 @@ HEADERS = ("gradient", "hopper_spatial", "hopper_temporal", "pipeline", "accumul
     [
         # a tap off by one
         ("spatial_affine", "kernel - 1) * dilation - before", "kernel - 1) * dilation", NORM),
-        ("spatial_affine", "/ up;\n  }", "/ up + (rest > 0);\n  }", STRIDED),
+        ("spatial_affine", ">> log2_up);\n  }", ">> log2_up) + (rest > 0);\n  }", STRIDED),
         ("temporal_gradient", "kTaps - 1 - before", "kTaps - before", NORM),
         ("temporal_gradient", "before & 1", "0", STRIDED),
         # du: p·u left out, q where there is no frame, another piece of the channels

@@ -49,8 +49,8 @@ STEM = Config(
         # a tap off by one
         ("hopper_spatial.cu", "(block * p.h.kernel + kh + i) * N",
          "(block * p.h.kernel + (kh + i + 1) % p.h.kernel) * N", SPATIAL),
-        ("hopper_spatial.cu", "+ k * dilation - before) / up;",
-         "+ k * dilation - before + 1) / up;", SPATIAL),
+        ("hopper_spatial.cu", "+ k * dilation - before) >> log2_up",
+         "+ k * dilation - before + 1) >> log2_up", SPATIAL),
         ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
         ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
         # a wrong swizzle
@@ -71,6 +71,8 @@ STEM = Config(
         ("hopper_temporal.cu", "wgmma_wait<0>();", "", TEMPORAL),
         ("hopper_stem.cu", "sync_warp();\n    if (threadIdx.x % 32 == 0) mbarrier_arrive(full());",
          "if (threadIdx.x % 32 == 0) mbarrier_arrive(full());", STEM),
+        # weights of other columns
+        ("hopper_temporal.cu", "stay && column == held", "stay && held >= 0", TEMPORAL),
         # statistics of rows that do not exist, and normalised padding
         ("hopper_spatial.cu", "float(there[0]) + float(there[1])", "2.0f", SPATIAL),
         ("hopper_temporal.cu", "return !replicate ? -1 :", "return", TEMPORAL),
@@ -93,7 +95,7 @@ def test_planted_bug_is_caught(
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [
-        ("hopper_spatial.cu", "- before) / up;", "- before + 1) / up;"),
+        ("hopper_spatial.cu", "- before) >> log2_up", "- before + 1) >> log2_up"),
         ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;"),
         ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps"),
     ],
@@ -109,7 +111,7 @@ def test_auto_passes_over_a_wrong_kernel(
     for module in (cuda, cuda_hopper):
         monkeypatch.setattr(module, "emulating", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    spec, tensors, _ = selfcheck._hopper_examples(torch.float16)[0]
+    spec, tensors, *_ = selfcheck._hopper_examples(torch.float16)[0]
     problem = Problem.of(tensors, spec)
     with pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'cuda'"):
         why = cuda.avoid(problem, "forward")

@@ -1,7 +1,7 @@
 """CUDA kernels of the native library ``fastst._C``: what is launched for a call, in which order.
 
 Three families. *depthwise* fuses a depthwise pair in one pass over channels-last memory; *hopper*
-runs dense pairs forward on the matrix units of compute capability 9.0; *generic* runs whatever the
+runs dense pairs on the matrix units of compute capability 9.0; *generic* runs whatever the
 semantics allow, on any architecture, and is what the others are compared with.
 """
 
@@ -41,11 +41,12 @@ def avoid(problem: Problem, phase: str) -> str | None:
         return "is emulated"
     if cuda_depthwise.why_not(problem) is None:
         return None
-    why = "run forward" if phase != "forward" else cuda_hopper.why_not(problem)
+    forward = phase == "forward"
+    why = cuda_hopper.why_not(problem) if forward else cuda_hopper.backward_why_not(problem)
     if why is None:
         from .. import selfcheck
 
-        return selfcheck.why_broken("cuda", problem, "hopper")
+        return selfcheck.why_broken("cuda", problem, "hopper" if forward else "hopper backward")
     return (
         f"has only its generic kernels: its depthwise ones {cuda_depthwise.why_not(problem)}; "
         f"its Hopper ones {why}"

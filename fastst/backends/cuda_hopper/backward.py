@@ -114,7 +114,7 @@ def _recomputed(launches: Launches, tensors: PairTensors) -> Tensor:
     if stem_why_not(problem) is None:
         launches.stem(tensors, u, None, shift=bias)
     else:
-        x = rows_of(evenly_framed(channels_last(tensors.x)))
+        x = rows_of(tensors.x)  # as it lies, like the forward pass
         launches.spatial(x, tensors.spatial_weight, u, spatial_tile(problem), shift=bias)
     return u
 
