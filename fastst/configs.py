@@ -187,7 +187,7 @@ def candidates(
     # Padded reduction costs products; each step costs a barrier, here counted as 8 of it.
     depths = sorted(
         (k for k in (16, 32, 64) if k <= most_k),
-        key=lambda k: (round_up(reduction, k) * (1 + 8 / k), -k),
+        key=lambda k: (round_up(reduction, k) * (1 + 8 / k), k),
     )
     if capability[0] == 8 and itemsize == 2:
         depths = [min(d, 32) for d in depths[:1]] + depths  # mma.sync: more stages, thinner

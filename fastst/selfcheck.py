@@ -60,7 +60,7 @@ def why_broken(backend: str, problem: Problem, kind: str | None = None) -> str |
                 return "has not been checked before this graph capture" if unseen else None
             _verdicts.update({k: v for k, v in cache.read(_file()).items() if k not in _verdicts})
         if key not in _verdicts:
-            verdict = check(backend, kind, device, dtype) or ""
+            verdict = check(backend, kind, device, dtype, problem) or ""
             _verdicts[key] = verdict
             cache.add(_file(), {key: verdict})
             if verdict:
@@ -73,7 +73,13 @@ def why_broken(backend: str, problem: Problem, kind: str | None = None) -> str |
         return _verdicts[key] or None
 
 
-def check(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def check(
+    backend: str,
+    kind: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    like: Problem | None = None,
+) -> str | None:
     """Compare a backend with float64 on small random data.
 
     Args:
@@ -81,6 +87,8 @@ def check(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> 
         kind: "dense", "grouped", "depthwise", "parallel"; "hopper" and "hopper backward" for every
             instance of the CUDA library's Hopper kernels.
         device, dtype: what to run on.
+        like: a problem whose kernels are checked, where the backend has a rehearsal of it; what is
+            compiled for the check then serves the call.
 
     Returns:
         None, or what is wrong, as the end of a sentence about the backend.
@@ -89,7 +97,7 @@ def check(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> 
 
     compose: Any = reference.compose_parallel if kind == "parallel" else reference.compose_pair
     allowed = _ULPS * _rounding(dtype, device)
-    for spec, tensors, run, dy in _examples(backend, kind, dtype):
+    for spec, tensors, run, dy in _examples(backend, kind, dtype, like):
         there = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
         try:
             with torch.no_grad():
@@ -138,7 +146,9 @@ class _Example(NamedTuple):
     dy: Tensor | None = None  # with it, gradients are compared
 
 
-def _examples(backend: str, kind: str, dtype: torch.dtype) -> list[_Example]:
+def _examples(
+    backend: str, kind: str, dtype: torch.dtype, like: Problem | None = None
+) -> list[_Example]:
     if kind == "hopper":
         return _hopper_examples(dtype)
     if kind == "hopper backward":
@@ -146,6 +156,9 @@ def _examples(backend: str, kind: str, dtype: torch.dtype) -> list[_Example]:
     from . import dispatch
 
     module = dispatch.BACKENDS[backend]
+    if like is not None and hasattr(module, "rehearse"):
+        spec, shapes, run = module.rehearse(like)
+        return [_Example(spec, _filled(shapes), lambda p, t: [run(p, t)])]
     spec, tensors = _example(kind, dtype)
     if kind == "parallel":
         return [_Example(spec, tensors, lambda p, t: [module.parallel_conv2plus1d(p, t)])]
@@ -161,6 +174,23 @@ def _example(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if kind == "parallel":
         return ParallelSpec(**common, activation="relu"), ParallelTensors(*tensors[:5])
     return PairSpec(**common, norm="frozen", activation="relu"), tensors
+
+
+def _filled(shapes: Any) -> Any:
+    """Random tensors on the CPU like those that are given."""
+    generator = torch.Generator().manual_seed(0)
+
+    def filled(name: str, t: Tensor) -> Tensor:
+        drawn = torch.randn(t.shape, generator=generator)
+        if name.endswith("_weight") and t.dim() == 5:
+            drawn /= math.prod(t.shape[1:]) ** 0.5
+        if name == "var":
+            drawn = drawn.abs() + 0.5
+        return torch.empty_like(t, device="cpu").copy_(drawn)
+
+    return type(shapes)(
+        **{n: None if t is None else filled(n, t) for n, t in shapes._asdict().items()}
+    )
 
 
 def _hopper_examples(dtype: torch.dtype) -> list[_Example]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from benchmarks import shapes
 from fastst import configs
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+DENSE = [case for case in shapes.ALL if not case.depthwise]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIZES = [
     (8 * 16 * 56 * 56, 64, 144, 9), (8 * 16 * 56 * 56, 144, 64, 3), (8 * 7 * 7, 512, 1152, 9),
@@ -31,6 +35,45 @@ def test_columns_fit(channels: int, computed: int) -> None:
     config = sure(channels)
     assert configs.round_up(channels, config.columns) == computed
     assert computed <= 1.12 * channels
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("case", DENSE, ids=lambda case: f"{case.family} {case.name}")
+def test_padding_of_named_shapes(case: shapes.Case, capability: tuple[int, int]) -> None:
+    """Products of whole tiles over products of the convolutions, dense layers in bfloat16."""
+    p = case.problem(torch.bfloat16)
+    computed = 0
+    channels = (
+        p.passes[0].in_channels,
+        p.mid_shape[-1] if case.combine is None else case.channels[0],
+    )
+    sizes = (p.mid_size, p.out_size)
+    for c, one, size in zip(channels, p.passes, sizes, strict=True):
+        positions, taps = p.batch * math.prod(size), math.prod(one.kernel)
+        k = one.out_channels
+        config = configs.tap_conv(positions, c, k, 1, taps, p.dtype, True, capability)
+        rows = configs.round_up(positions, config.block_p)
+        columns = configs.round_up(k, config.columns)
+        reduction = taps * configs.round_up(c, config.block_k)
+        if config.flat:
+            reduction = configs.round_up(taps * c, config.block_k)
+        padded = 2 * rows * columns * reduction
+        assert padded <= 1.17 * one.flops(positions)
+        assert columns <= 1.12 * k
+        computed += padded
+    assert computed <= 1.12 * p.flops()
+
+
+def test_padding_of_the_stem_in_one_kernel() -> None:
+    """45 mid channels are computed as 48, 147 products of taps and channels as 160."""
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        config = configs.pair_conv(3, 45, 64, 49, torch.bfloat16, True, capability)
+        assert config.mid_width(45) == 48
+        assert config.block_n == 64 and configs.round_up(147, config.block_k) == 160
+        assert (
+            configs.pair_conv(64, 144, 64, 9, torch.bfloat16, True, capability).mid_width(144)
+            <= 160
+        )
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

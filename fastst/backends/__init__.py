@@ -3,6 +3,7 @@
 ``why_not(problem, phase)``    why it cannot run this problem ("forward" | "backward"), or None
 ``output_statistics(problem)``  whether it gives those of y without reading y again; optional
 ``avoid(problem, phase)``     reason why "auto" passes it over although it could run it; optional
+``rehearse(problem)``         a small problem for the self-check, run by the same kernels; optional
 ``conv2plus1d(problem, tensors, save)``                   -> ``PairResult``
 ``conv2plus1d_backward(problem, tensors, dy, u, mean, var, needs)``    -> one gradient per need
 ``parallel_conv2plus1d(problem, tensors)``                -> y

@@ -3,12 +3,15 @@
 The backend's own host code runs on meta tensors with its launches recorded, so that kernels,
 configurations and argument specialisations are those that a GPU would get. One row each: kernel,
 case, architecture, registers, spilled bytes, shared memory, tensor-core instruction. Fails on a
-spill, on shared memory over the limit, or on a dense kernel of a 16-bit type without tensor cores.
+spill, on shared memory over the limit, on a dense kernel of a 16-bit type without tensor cores, and
+on one that reads channels one by one where they lie in whole vectors; and where one of these faults
+is planted and not seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import subprocess
@@ -16,9 +19,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -31,6 +34,7 @@ from fastst.backends import triton as backend
 from fastst.shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
 ARCHITECTURES = (80, 90, 100)
+LOAD_OF_TWO_BYTES = re.compile(r"\bLDG\S*\.U16\b")
 TENSOR_CORES = re.compile(r"\b(HGMMA|UTCHMMA|UTCQMMA|UTCMMA|HMMA|DMMA)\b")
 
 
@@ -170,12 +174,20 @@ class OfflineDriver:
         return 0
 
 
-def kernels(case: Case, architecture: int) -> Iterator[tuple[Any, str]]:
-    """Every kernel of a case, compiled, with its configuration in words."""
+class Kernel(NamedTuple):
+    """A compiled kernel."""
+
+    binary: Any
+    config: str  # in words
+    vectors: bool  # whether it reads x with channels in whole vectors of 16 bytes
+
+
+def kernels(case: Case, architecture: int) -> Iterator[Kernel]:
+    """Every kernel of a case, compiled."""
     import triton
 
     triton.runtime.driver.set_active(OfflineDriver(architecture))
-    found: list[tuple[Any, str]] = []
+    found: list[Kernel] = []
 
     def launch(kernel: Any, grid: Any, config: Any, *args: Any, **meta: Any) -> None:
         told = ""
@@ -184,7 +196,8 @@ def kernels(case: Case, architecture: int) -> Iterator[tuple[Any, str]]:
             told = (
                 str(config).split("(", 1)[1].rstrip(")").replace("block_", "").replace("num_", "")
             )
-        found.append((kernel.warmup(*args, grid=grid, **meta), told))
+        whole = meta.get("X_ALIGN", 1) * case.dtype.itemsize >= 16 and not meta.get("FLAT")
+        found.append(Kernel(kernel.warmup(*args, grid=grid, **meta), told, whole))
 
     with (
         mock.patch.object(backend.launch, "run", launch),
@@ -228,9 +241,10 @@ class Row:
 HEADER = f"{'kernel':17} {'case':22} {'arch':7} regs spills  shared tensor   configuration"
 
 
-def inspect(compiled: Any, config: str, case: Case, architecture: int) -> Row:
+def inspect(kernel: Kernel, case: Case, architecture: int) -> Row:
+    binary = kernel.binary
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
         code = tool("cuobjdump", "-sass", file.name)
@@ -240,9 +254,9 @@ def inspect(compiled: Any, config: str, case: Case, architecture: int) -> Row:
     if not re.search(r"\b(STL|LDL)\b", code):
         stack = 0  # reserved, never used
     units = ",".join(sorted(set(TENSOR_CORES.findall(code))))
-    shared = compiled.metadata.shared
+    shared = binary.metadata.shared
     limit = configs.shared_memory_limit(divmod(architecture, 10))
-    name = compiled.metadata.name
+    name = binary.metadata.name
     wrong = []
     if stack + local:
         wrong.append("spills")
@@ -250,15 +264,47 @@ def inspect(compiled: Any, config: str, case: Case, architecture: int) -> Row:
         wrong.append(f"more than {limit} bytes of shared memory")
     if name in DENSE and case.dtype.itemsize == 2 and not units:
         wrong.append("no tensor-core instruction")
+    # A bias per channel takes up to 4 of them.
+    if name in FORWARD and kernel.vectors and len(LOAD_OF_TWO_BYTES.findall(code)) > 4:
+        wrong.append("loads of 2 bytes")
     return Row(
-        name, case.name, config, architecture, registers, stack + local, shared, units,
+        name, case.name, kernel.config, architecture, registers, stack + local, shared, units,
         ", ".join(wrong),
     )  # fmt: skip
 
 
 def rows(task: tuple[Case, int]) -> list[Row]:
     case, architecture = task
-    return [inspect(k, config, case, architecture) for k, config in kernels(case, architecture)]
+    return [inspect(k, case, architecture) for k in kernels(case, architecture)]
+
+
+# ---- faults that the checks must see
+
+
+def planted(fault: str) -> str:
+    """What is found wrong with a kernel that has a fault."""
+    case = Case("planted", (64, 144, 64), (16, 56, 56), **SERVED)
+    plain = configs.candidates
+    changes = {"spills": {"num_warps": 1}, "shared memory": {"num_stages": 9, "num_warps": 8}}
+    change: dict[str, Any] = changes.get(fault, {})
+
+    def worse(*sizes: Any) -> list[configs.TapConfig]:
+        return [replace(c, **change) for c in plain(*sizes)[:1]]
+
+    with contextlib.ExitStack() as stack:
+        patch = mock.patch.object
+        stack.enter_context(patch(configs, "candidates", worse))
+        if fault == "loads of 2 bytes":
+            apart = lambda t, align: (t.stride(0) // align, 2, 3, 3, 3)  # noqa: E731
+            stack.enter_context(patch(backend.arguments, "strides", apart))
+        if fault == "no tensor-core instruction":
+            found = list(kernels(replace(case, dtype=SINGLE, tf32=False), 90))
+        else:
+            found = list(kernels(case, 90))
+    return ", ".join(inspect(k, case, 90).wrong for k in found)
+
+
+FAULTS = ("spills", "shared memory", "no tensor-core instruction", "loads of 2 bytes")
 
 
 def main() -> int:
@@ -281,12 +327,18 @@ def main() -> int:
                         print(row, flush=True)
                     seen.add(key)
                     bad += bool(row.wrong)
+            if not args.case:
+                for fault, told in zip(FAULTS, pool.map(planted, FAULTS), strict=True):
+                    if fault not in told:
+                        print(f"a planted fault is not seen: {fault}")
+                        bad += 1
     print(f"{len(seen)} kernels, {bad} wrong")
     return 1 if bad or not seen else 0
 
 
+FORWARD = ("tap_conv", "parallel_conv", "pair_conv")
 DENSE = (
-    "tap_conv", "parallel_conv", "pair_conv", "input_gradient", "weight_gradient",
+    *FORWARD, "input_gradient", "weight_gradient",
     "branch_gradients", "parallel_input_gradient", "parallel_weight_gradient",
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from .backward import conv2plus1d_backward
 from .pair import conv2plus1d
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
+from .rehearsal import rehearse
 
 __all__ = [
     "avoid",
@@ -27,6 +28,7 @@ __all__ = [
     "output_statistics",
     "parallel_conv2plus1d",
     "parallel_conv2plus1d_backward",
+    "rehearse",
     "trial",
     "ways",
     "why_not",
