@@ -219,9 +219,14 @@ def synced_pair(rank: int, name: str, backend: str, groups: int) -> None:
         torch.testing.assert_close(dict(pair.named_buffers())[n], b, **TIGHT)
 
 
-@pytest.mark.parametrize("backend", ["aten", "reference"])
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((n, b) for n in PAIRS for b in ("aten", "reference")),
+     ("usual", "triton"), ("recompute, temporal first", "triton")],
+)  # fmt: skip
 def test_synced_pairs_equal_one_process(ranks: Ranks, name: str, backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
     ranks.run(synced_pair, name, backend, 1)
 
 

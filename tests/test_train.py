@@ -20,6 +20,9 @@ import train_demo
 import videos
 from options import Options
 
+import fastst
+from fastst.models import r2plus1d_18
+
 ROOT = Path(__file__).parents[1]
 CODECS = {".mp4": "h264", ".avi": "mpeg4", ".webm": "libvpx-vp9"}
 
@@ -299,6 +302,44 @@ def test_resuming_gives_the_same_losses(
     assert again.history[1]["top1"] == whole.history[1]["top1"]
     states = [t.model.state_dict().values() for t in (again, whole)]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def losses(seed: int, convert: bool, dtype: torch.dtype, steps: int = 4) -> list[float]:
+    """Of R(2+1)D-18 with thin stages on clips of moving digits."""
+    torch.manual_seed(seed)
+    model = r2plus1d_18(num_classes=len(digits.CLASSES), width=4).to(dtype)
+    if convert:
+        fastst.convert(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    data = digits.MovingDigits(4 * steps, 4, 16, True)
+    found = []
+    for step in range(steps):
+        batch = [data[i] for i in range(4 * step, 4 * step + 4)]
+        x = torch.cat([sample["clips"] for sample in batch]).to(dtype)
+        label = torch.tensor([sample["label"] for sample in batch])
+        loss = torch.nn.functional.cross_entropy(model(x), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def test_the_same_losses_as_separate_modules() -> None:
+    """Rounding grows a hundredfold with each step: float64 shows that nothing else does."""
+    ours, eager = (losses(0, convert, torch.float64) for convert in (True, False))
+    assert ours == pytest.approx(eager, rel=1e-6)
+    assert ours != losses(1, True, torch.float64)
+
+
+def test_losses_within_those_of_seeds() -> None:
+    seeds = range(3)
+    ours, eager = (
+        np.array([losses(s, convert, torch.float32) for s in seeds]) for convert in (True, False)
+    )
+    spread = np.abs(eager[:, None] - eager[None]).max((0, 1))  # of any two seeds, at each step
+    assert (np.abs(ours.mean(0) - eager.mean(0)) <= spread).all()
+    assert np.abs(ours[:, 0] - eager[:, 0]).max() < 1e-4
 
 
 def test_runs_that_cannot_be(folder: Path, tmp_path: Path) -> None:
