@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,29 @@ def test_static_inspection_finds_products_that_wait(touch: str, tmp_path: Path) 
     assert static.product_faults("product<__half, 24>", resources) == faults
     assert static.product_faults("product<__half, 32>", resources) == ["products of [24] columns"]
     assert "no TMA loads" in static.hopper_faults("product<__half, 24>", resources)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"tma": 0}, "no TMA loads"),
+        ({"setmaxnreg": 0}, "setmaxnreg was ignored"),
+        ({"columns 144": 0, "columns 128": 8}, "products of [128] columns"),
+        ({"columns 16": 1}, "products of [16, 144] columns"),
+        ({"columns 144": 0, "products": 0}, "products of no columns"),
+        ({"waits": 10}, "every product waits for the one before"),
+    ],
+)
+def test_static_inspection_finds_what_a_hopper_kernel_lacks(
+    change: dict[str, int], fault: str | None
+) -> None:
+    static = native.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
+    right = {"columns 144": 8, "products": 8, "waits": 2, "tma": 8, "setmaxnreg": 2}
+    resources = Counter({k: v for k, v in (right | change).items() if v})
+    name = "hopper_spatial_kernel<__half, 144, 2, 2, false>"
+    assert name in static.shipped()
+    assert static.hopper_faults(name, resources) == ([] if fault is None else [fault])
 
 
 # ---- setup.py

@@ -171,17 +171,20 @@ def test_accumulators_lie_as_in_ptx(hopper: Path) -> None:
             assert values[thread * columns // 2 + i] == 256 * row + column
 
 
-# Of thread 6 (of group 1, second but last) and 105, elements 0 to 7 of A, read off PTX's figure.
-A_FRAGMENTS = {
-    6: [(1, 4), (1, 5), (9, 4), (9, 5), (1, 12), (1, 13), (9, 12), (9, 13)],
-    105: [(50, 2), (50, 3), (58, 2), (58, 3), (50, 10), (50, 11), (58, 10), (58, 11)],
-}
+def a_element(thread: int, i: int) -> tuple[int, int]:
+    """Row and column of element i of A in registers, by PTX's figure of the m64k16 fragment.
+
+    Of each warp's 16 rows a group of four threads has one and the one 8 below it; elements 0, 1, 4
+    and 5 are of the first, and those from 4 on are 8 columns on.
+    """
+    group, place = thread % 32 // 4, thread % 4
+    row = 16 * (thread // 32) + group + (0 if i in (0, 1, 4, 5) else 8)
+    return row, 2 * place + i % 2 + (8 if i >= 4 else 0)
 
 
 def test_a_fragments_lie_as_in_ptx(hopper: Path) -> None:
     places = layout(hopper, "a layout", 8)
-    for thread, expected in A_FRAGMENTS.items():
-        assert places[thread] == expected
+    assert places == [[a_element(t, i) for i in range(8)] for t in range(128)]
     assert {p for of in places for p in of} == set(itertools.product(range(64), range(16)))
 
 
