@@ -159,9 +159,9 @@ FITTING = dict(
 )  # fmt: skip
 
 
-def winograd_fuzz() -> None:
+def winograd_fuzz(cases: int) -> None:
     """Forward, statistics and every gradient, by the same rule as without."""
-    for stride, cases in {(1, 1, 1): 30, (1, 2, 2): 30, (2, 1, 1): 15}.items():
+    for stride in ((1, 1, 1), (1, 2, 2), (2, 1, 1)):
         usual = dict(stride=stride, padding=1)
         fuzz.fuzz("cpu", cases, limits(**FITTING, **usual), first=fuzz.SEED + 5000, least=1.0)
     large = FITTING | dict(channels=70, mid=130, out=100, size=(5, 23, 18), groups=(1, 1))
@@ -169,13 +169,13 @@ def winograd_fuzz() -> None:
         work=10**9, dtypes=(torch.float32,), fixed=PAIRS | large,
         accept=lambda c: c.padding != "same",  # not with a stride
     )  # fmt: skip
-    fuzz.fuzz("cpu", 3, several, least=1.0)
+    fuzz.fuzz("cpu", 2, several, least=1.0)
 
 
 @built
 def test_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.Call, "sums", "winograd")
-    winograd_fuzz()
+    winograd_fuzz(15)
 
 
 class Spatial:
@@ -216,15 +216,17 @@ def test_where_winograd_would_overflow_it_is_not_used(bad: float, stride: int) -
 
 
 @built
-def test_statistics_are_not_counted_twice_where_winograd_was_given_up() -> None:
+@pytest.mark.parametrize("write", ["forward", "norm_gradient"])
+def test_reductions_are_not_counted_twice_where_winograd_was_given_up(write: str) -> None:
     run = Spatial(5)
     run.weight[:, 3] = 0.0  # so that what makes it give up changes nothing else
+    aux = torch.randn(1, 50, 3, 23, 18) if write == "norm_gradient" else None
     found = []
     for large in (1.0, 1e37):
         run.x[0, 3, 1, 9, 9] = large
         found.append(torch.full((2, 50), math.nan))
-        assert run(reductions=found[-1])[0] == (large == 1.0)
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+        assert run(write=write, aux=aux, reductions=found[-1])[0] == (large == 1.0)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @built
@@ -322,11 +324,11 @@ def test_avx2_library_gives_the_same_numbers() -> None:
         "assert cpu.load().__name__.endswith('_cpu_avx2'), cpu.load()\n"
         "limits = fuzz.Limits(dtypes=(torch.float32,), fixed=dict(\n"
         "    op='conv2plus1d', branch_activation='none', padding_mode=('zeros', 'zeros')))\n"
-        "fuzz.fuzz('cpu', 40, limits, least=1.0)\n"
+        "fuzz.fuzz('cpu', 15, limits, least=1.0)\n"
         "import test_cpu\n"
         "from fastst.backends.cpu import library\n"
         "library.Call.sums = 'winograd'\n"
-        "test_cpu.winograd_fuzz()\n"
+        "test_cpu.winograd_fuzz(6)\n"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

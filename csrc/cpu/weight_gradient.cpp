@@ -66,34 +66,42 @@ std::vector<Segment> segments(const Reads& x, const Box& box, const std::array<i
   return found;
 }
 
+// to[m·stride + r] = from[r·step + m] for neighbouring r < rows.
+void write_rows(const float* from, int64_t step, int64_t rows, int64_t channels, float* to,
+                int64_t stride) {
+  for (int64_t m = 0; m < channels; m += kLanes) {
+    const int64_t some = std::min<int64_t>(kLanes, channels - m);
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, rows - r);
+      Vec square[kLanes] = {};
+      for (int64_t i = 0; i < n; ++i) square[i] = load(from + (r + i) * step + m);
+      transpose(square);
+      for (int64_t i = 0; i < some; ++i) store(to + (m + i) * stride + r, square[i], n);
+    }
+  }
+}
+
 // dw[m, c, tap] = block[c·taps + tap][m] for one panel of x and one of dy.
 void write_block(const float* block, const Panel& in, const Panel& out, const View& dw) {
-  const int64_t rows = in.channels * dw.size[2] * dw.size[3] * dw.size[4];
+  const int64_t taps = dw.size[2] * dw.size[3] * dw.size[4];
   float* to = static_cast<float*>(dw.data) + out.channel * dw.stride[0] + in.channel * dw.stride[1];
-  const bool dense = dw.stride[1] == rows / in.channels && (dw.size[4] == 1 || dw.stride[4] == 1) &&
+  const bool dense = dw.stride[1] == taps && (dw.size[4] == 1 || dw.stride[4] == 1) &&
                      (dw.size[3] == 1 || dw.stride[3] == dw.size[4]) &&
                      (dw.size[2] == 1 || dw.stride[2] == dw.size[3] * dw.size[4]);
-  if (dense && rows >= kLanes) {
-    for (int64_t m = 0; m < out.channels; m += kLanes) {
-      const int64_t some = std::min<int64_t>(kLanes, out.channels - m);
-      for (int64_t r = 0; r < rows; r += kLanes) {
-        r = std::min(r, rows - kLanes);
-        Vec square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = load(block + (r + i) * out.width + m);
-        transpose(square);
-        for (int i = 0; i < some; ++i) store(to + (m + i) * dw.stride[0] + r, square[i]);
-      }
-    }
-    return;
-  }
-  for (int c = 0; c < in.channels; ++c)
-    for (int64_t t = 0; t < dw.size[2]; ++t)
-      for (int64_t h = 0; h < dw.size[3]; ++h)
-        for (int64_t w = 0; w < dw.size[4]; ++w, block += out.width) {
-          float* at =
-              to + c * dw.stride[1] + t * dw.stride[2] + h * dw.stride[3] + w * dw.stride[4];
-          for (int m = 0; m < out.channels; ++m) at[m * dw.stride[0]] = block[m];
+  if (dense)
+    return write_rows(block, out.width, in.channels * taps, out.channels, to, dw.stride[0]);
+  for (int64_t t = 0; t < dw.size[2]; ++t)
+    for (int64_t h = 0; h < dw.size[3]; ++h)
+      for (int64_t w = 0; w < dw.size[4]; ++w, block += out.width) {
+        float* at = to + t * dw.stride[2] + h * dw.stride[3] + w * dw.stride[4];
+        if (dw.stride[1] == 1) {
+          write_rows(block, taps * out.width, in.channels, out.channels, at, dw.stride[0]);
+          continue;
         }
+        for (int64_t c = 0; c < in.channels; ++c)
+          for (int64_t m = 0; m < out.channels; ++m)
+            at[c * dw.stride[1] + m * dw.stride[0]] = block[c * taps * out.width + m];
+      }
 }
 
 // One group of channels.
