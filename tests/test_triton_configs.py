@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import shapes
+from benchmarks import floors, shapes
 from fastst import configs
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -74,6 +75,12 @@ def test_padding_of_the_stem_in_one_kernel() -> None:
             configs.pair_conv(64, 144, 64, 9, torch.bfloat16, True, capability).mid_width(144)
             <= 160
         )
+
+
+def test_documented_floors_are_computed() -> None:
+    text = (Path(__file__).parents[1] / "docs/performance.md").read_text()
+    told = text.split("<!-- floors:begin -->")[1].split("<!-- floors:end -->")[0].strip()
+    assert told == floors.table()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

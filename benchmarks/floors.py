@@ -1,0 +1,47 @@
+"""Least times of the named shapes on an H200: ``python -m benchmarks.floors`` prints the table.
+
+Arithmetic, not a measurement: of each kernel the longer of its products and its bytes, at 788
+TFLOP/s of dense bfloat16, 67 TFLOP/s on ordinary cores and 4.3 TB/s.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import shapes
+
+DENSE, ORDINARY, MEMORY = 788e12, 67e12, 4.3e12
+FAMILIES = ("r2plus1d-18", "depthwise", "tokenizer", "latents", "parallel-4d")
+
+
+def table() -> str:
+    """Markdown, one row a shape, bfloat16 inference."""
+    lines = [
+        "| layer, N×T×H×W | GFLOP | MB, two kernels | MB, one | µs, two kernels | µs, one |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in shapes.ALL:
+        if case.family in FAMILIES:
+            cells = " | ".join(f"{n:.0f}" if n >= 9.95 else f"{n:.1f}" for n in _floor(case))
+            lines.append(f"| {case.label} | {cells} |".replace("| 0.0 |", "| – |"))
+    return "\n".join(lines)
+
+
+def _floor(case: shapes.Case) -> tuple[float, ...]:
+    p = case.problem(torch.bfloat16)
+    rate = ORDINARY if case.depthwise else DENSE
+    one = max(p.flops() / rate, p.bytes(0) / MEMORY)
+    if case.combine is not None:
+        return p.flops() / 1e9, 0, p.bytes(0) / 1e6, 0, one * 1e6
+    x = 2 * p.batch * p.passes[0].in_channels * math.prod(p.size)
+    mid, y = p.bytes(1) - p.bytes(0), 2 * math.prod(p.out_shape)
+    two = 0.0
+    for q, size, moved in zip(p.passes, (p.mid_size, p.out_size), (x + mid, mid + y), strict=True):
+        two += max(q.flops(p.batch * math.prod(size)) / rate, moved / MEMORY)
+    return p.flops() / 1e9, p.bytes(2) / 1e6, p.bytes(0) / 1e6, two * 1e6, one * 1e6
+
+
+if __name__ == "__main__":
+    print(table())
