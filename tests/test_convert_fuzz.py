@@ -98,7 +98,7 @@ class RandomBlock(nn.Module):
             ("keep",), convs[0], nn.BatchNorm3d(3), rng.choice(ACTIVATIONS)(), convs[1],
             nn.BatchNorm3d(c), ("touch",), ("sum", rng.choice(SUMS)), rng.choice(ACTIVATIONS)(),
         ]  # fmt: skip
-        odds = (0.6, 1, 0.5, 0.5, 1, 0.5, 0.2, 0.7, 0.7)
+        odds = (0.6, 1, 0.5, 0.5, 1, 0.5, 0.3, 0.7, 0.7)
         for i, part in enumerate(
             part for part, p in zip(parts, odds, strict=True) if rng.random() < p
         ):

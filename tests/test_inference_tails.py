@@ -121,6 +121,20 @@ def _input_changes(m, x):
     return F.relu(out + x)
 
 
+def _new_input_changes(m, x):
+    x = m.shortcut(x)
+    out = y(m, x)
+    x.mul_(2)
+    return F.relu(out + x)
+
+
+def _new_input_changes_before_the_activation(m, x):
+    x = m.shortcut(x)
+    out = y(m, x)
+    x.mul_(2)
+    return F.relu(out)
+
+
 def _input_changes_in_a_module(m, x):
     x = x * 1
     out = y(m, x)
@@ -148,6 +162,8 @@ TRAPS: dict[str, tuple[Callable[..., Tensor], Ending]] = {
     "sum used twice": (_sum_used_twice, (True, "none")),
     "sum into the shortcut": (_sum_into_shortcut, (False, "none")),
     "input changes before the sum": (_input_changes, (False, "none")),
+    "new input changes": (_new_input_changes, (False, "none")),
+    "new input changes, no sum": (_new_input_changes_before_the_activation, (False, "none")),
     "input changes in a module": (_input_changes_in_a_module, (False, "none")),
     "alias of the input changes": (_alias_changes, (False, "none")),
     "shortcut changes later": (_shortcut_changes_later, (True, "relu")),

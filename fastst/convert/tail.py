@@ -8,7 +8,7 @@ nothing which runs before that may write to what the pair reads.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -93,16 +93,16 @@ def _one_slope(outer: tuple[str, float], inner: tuple[str, float] | None) -> boo
 def why_apart(chain: Chain, modules: Modules) -> str | None:
     """Why the pair cannot run where its tail ends, or None: what runs between might write to it."""
     own = list(chain.calls())
-    between = False
-    for node in own[0].graph.nodes:
-        between = (between or node is own[0]) and node is not own[-1]
-        if between and node not in own and _writes(node, modules):
+    every = list(own[0].graph.nodes)
+    between = every[every.index(own[0]) : every.index(own[-1])]
+    for node in between:
+        if node not in own and _writes(node, modules, between):
             return f"{node.target} runs before the sum and may write to what the pair reads"
     return None
 
 
-def _writes(node: fx.Node, modules: Modules) -> bool:
-    """Whether a call may write to a tensor that others hold."""
+def _writes(node: fx.Node, modules: Modules, between: Sequence[fx.Node]) -> bool:
+    """Whether a call may write to a tensor that was there before the calls between."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     target: Any = node.target
@@ -126,14 +126,14 @@ def _writes(node: fx.Node, modules: Modules) -> bool:
         return True
     else:
         in_place = in_place or target.__name__.endswith("_")
-    return in_place and not _is_new(node.args[0] if node.args else None, modules)
+    return in_place and not _is_new(node.args[0] if node.args else None, modules, between)
 
 
-def _is_new(node: Any, modules: Modules) -> bool:
-    """Whether a node is a tensor that only the calls after it can see."""
-    if not isinstance(node, fx.Node) or node.op != "call_module":
+def _is_new(node: Any, modules: Modules, between: Sequence[fx.Node]) -> bool:
+    """Whether a node is a tensor that one of the calls between has made."""
+    if node not in between or node.op != "call_module":
         return False
     module = modules(str(node.target))
     if type(module) is nn.Identity:
-        return _is_new(node.args[0], modules)
+        return _is_new(node.args[0], modules, between)
     return isinstance(module, _NEW)
