@@ -69,20 +69,29 @@ __device__ int steps_of(const Parameters<T>& p, const Unit& unit) {
   return min(left, p.piece) + (Pair ? kTaps - 1 : 0);
 }
 
-// One frame of x by the threads of two warps: 4 channels to a place, zeros where there is none.
+// One frame of x by the threads of two warps: 4 channels to a place, zeros where there is none. All
+// loads are under way before the first store: one after the other they would take most of the time.
 template <class T>
 __device__ void load_patch(const Parameters<T>& p, const Unit& unit, int t, Shared<T> patch) {
   const int channels = static_cast<int>(p.x.size[1]);
-  for (int i = threadIdx.x % 64; i < kPatch * kPatch; i += 64) {
+  constexpr int kEach = (kPatch * kPatch + 63) / 64;
+  Pack<T, 4> pixels[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = threadIdx.x % 64 + 64 * j;
     const int h = unit.h * kStride + i / kPatch - p.pad_h;
     const int w = unit.w * kStride + i % kPatch - p.pad_w;
     const bool there = h >= 0 && h < p.x.size[3] && w >= 0 && w < p.x.size[4];
     const int64_t at = there ? p.x.offset(unit.clip, t, h, w) : 0;
-    Pack<T, 4> pixel;
 #pragma unroll
     for (int c = 0; c < 4; ++c)
-      pixel.lane[c] = there && c < channels ? p.x.data[at + c * p.x.stride[1]] : narrow<T>(0.0f);
-    store(patch + 4 * i, pixel);
+      pixels[j].lane[c] =
+          there && c < channels ? p.x.data[at + c * p.x.stride[1]] : narrow<T>(0.0f);
+  }
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = threadIdx.x % 64 + 64 * j;
+    if (i < kPatch * kPatch) store(patch + 4 * i, pixels[j]);
   }
 }
 
@@ -176,7 +185,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
   const int64_t start = int64_t(blockIdx.x) * kGroups + team, step = int64_t(gridDim.x) * kGroups;
 
   if (group == 0) {
-    registers_decrease<56>();
+    registers_decrease<104>();
     for (int64_t index = start; index < p.units; index += step) {
       const Unit unit(p, index);
       const int steps = steps_of<Pair>(p, unit);
@@ -192,7 +201,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
     return;
   }
 
-  registers_increase<224>();
+  registers_increase<200>();
   mbarrier_wait(weights, 0);
   // Of the next frame, where it exists.
   const auto mid = [&](float (&u)[kMid / 2]) {
