@@ -176,6 +176,8 @@ struct HopperWeightGradient {
   Activation act;
   double slope;
   Array partials;  // (splits, taps, channels of other, channels of mid)
+  Array sums;      // (splits, channels of other): Σ other, or none; temporal
+  int64_t tap;     // that leads to every position of other, for the sums
   HopperWeightTile tile;
 };
 

@@ -102,7 +102,7 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
       .def(py::init<int64_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, int64_t>());
   py::class_<HopperWeightGradient>(m, "HopperWeightGradient", kLocal)
       .def(py::init<View, std::optional<View>, View, Conv, bool, bool, Array, Activation, double,
-                    Array, HopperWeightTile>());
+                    Array, Array, int64_t, HopperWeightTile>());
 
   m.def("tap_conv", launcher(tap_conv));
   m.def("weight_gradient", launcher(weight_gradient));

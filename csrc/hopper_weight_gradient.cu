@@ -22,8 +22,10 @@ constexpr int kPiece = 8;                     // elements of 16 bytes
 constexpr int kMostPositions = 256;           // of a tile
 constexpr int kOffsets = 2 * kRingBytes;      // rows of the box of other, by position
 constexpr int kPlaces = kOffsets + 4 * kMostPositions;  // coordinates in the tile, 8 bits each
-constexpr int kFirst = 3 * kTileAlign;                  // stages
-static_assert(kPlaces + 4 * kMostPositions <= kFirst);
+constexpr int kSums = kPlaces + 4 * kMostPositions;     // of other, by channel
+constexpr int kMostBlocks = 9;                          // of 64 rows
+constexpr int kFirst = 5 * kTileAlign;                  // stages
+static_assert(kSums + 4 * 64 * kMostBlocks <= kFirst);
 
 // Axes are (w, h, frames of all clips) of the spatial pass, (pixels, frames, clips) of the
 // temporal.
@@ -44,6 +46,8 @@ struct Parameters {
   Activation act;
   float slope;
   Global<float> partials;  // (splits, taps, rows, columns)
+  Global<float> sums;      // (splits, rows), or none
+  int tap;                 // through which each position of other is met once
 
   __host__ __device__ int positions() const { return box[0] * box[1] * box[2]; }
   __host__ __device__ int other_rows() const { return halo[0] * halo[1] * halo[2]; }
@@ -96,12 +100,12 @@ struct Tile {
   int residue, from[3];  // of mid, before strides
 
   template <class T>
-  __device__ Tile(const Parameters<T>& p, int64_t index) {
-    residue = static_cast<int>(index % p.residues), index /= p.residues;
+  __device__ Tile(const Parameters<T>& p, int index) {
+    residue = index % p.residues, index /= p.residues;
     // Neighbours along the axis with the halo come after one another.
-    from[1] = static_cast<int>(index % p.tiles[1]) * p.box[1], index /= p.tiles[1];
-    from[0] = static_cast<int>(index % p.tiles[0]) * p.box[0];
-    from[2] = static_cast<int>(index / p.tiles[0]) * p.box[2];
+    from[1] = index % p.tiles[1] * p.box[1], index /= p.tiles[1];
+    from[0] = index % p.tiles[0] * p.box[0];
+    from[2] = index / p.tiles[0] * p.box[2];
   }
   template <class T>
   __device__ int mid(const Parameters<T>& p, int axis) const {
@@ -116,8 +120,9 @@ struct Tile {
 // f(tile) for each of a split's tiles.
 template <class T, class F>
 __device__ void for_each_tile(const Parameters<T>& p, int split, F f) {
-  const int64_t all = p.position_tiles();
-  for (int64_t i = all * split / p.splits; i < all * (split + 1) / p.splits; ++i) f(Tile(p, i));
+  const int64_t all = p.position_tiles();  // fits 32 bits
+  const int end = static_cast<int>(all * (split + 1) / p.splits);
+  for (int i = static_cast<int>(all * split / p.splits); i < end; ++i) f(Tile(p, i));
 }
 
 // B in place of mid, zeros outside of the tensor; by the warp `former`.
@@ -161,6 +166,32 @@ __device__ void form(const Parameters<T>& p, Shared<T> mid, Shared<T> u, int spa
   }
 }
 
+// Adds the sums of other over a tile to those in shared memory; by the warp `former`.
+template <class T>
+__device__ void add_sums(const Parameters<T>& p, Shared<T> other, int offset, int former) {
+  const Shared<int> offsets = shared<int>(kOffsets);
+  const Shared<float> sums = shared<float>(kSums);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1  // registers
+  for (int piece = former; piece < p.blocks * 8; piece += kFormers) {
+    float values[kPiece] = {};
+#pragma unroll 1
+    for (int i = lane; i < p.positions(); i += 32) {
+      const int row = offsets[i] + offset + piece / 8 * p.block_rows();
+      const auto a = load<kPiece>(other + row * kSwizzleRow + (piece % 8 ^ row % 8) * kPiece);
+#pragma unroll
+      for (int e = 0; e < kPiece; ++e) values[e] += widen(a.lane[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) {
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) values[e] += shuffle_xor(values[e], lanes);
+      const Shared<float> sum = sums + piece * kPiece + e;
+      if (lane == 0) sum[0] = sum[0] + values[e];
+    }
+  }
+}
+
 template <class T, int N, int Units>
 __global__ void __launch_bounds__(kThreads, 1)
     hopper_weight_gradient_kernel(const __grid_constant__ Parameters<T> p) {
@@ -183,6 +214,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     offsets[i] = (e2 * p.halo[1] + e1 * p.scale[1]) * p.halo[0] + e0 * p.scale[0];
     places[i] = e0 | e1 << 8 | e2 << 16;
   }
+  for (int i = thread; i < 64 * p.blocks; i += kThreads) shared<float>(kSums)[i] = 0.0f;
   for (int stage = 0; stage < p.stages; ++stage)
     for (int span = 0; span < L::kSpans; ++span) {
       const Shared<uint32_t> b = shared<uint32_t>(b_at + stage * stage_bytes + span * span_bytes);
@@ -193,6 +225,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const Output output(p);
   const int first_column = output.column * N;
+  const bool counts = p.sums && output.column == 0 && output.tap == 0;
+  const bool helped = p.forms || counts;
   const int group = thread / kWarpGroup, warp = thread / 32 % 4, lane = thread % 32;
   if (group == 0) {
     registers_decrease<512 - kGroups * L::kRegisters>();
@@ -211,17 +245,28 @@ __global__ void __launch_bounds__(kThreads, 1)
                    tile.mid(p, 2));
         ring.advance();
       });
-    if (warp > 0 && p.forms)
+    if (warp > 0 && helped)
       for_each_tile(p, output.split, [&](const Tile& tile) {
         ring.wait();
         const Shared<T> mid = shared<T>(b_at + ring.stage() * stage_bytes);
-        const int span_elements = span_bytes / 2;
-        form<T, N>(p, mid, mid + L::kSpans * span_elements, span_elements, first_column, tile,
-                   warp - 1);
+        const int span_elements = span_bytes / 2, offset = p.offset[tile.residue][p.tap];
+        if (counts && offset >= 0)
+          add_sums(p, shared<T>(kFirst + ring.stage() * stage_bytes), offset, warp - 1);
+        if (p.forms)
+          form<T, N>(p, mid, mid + L::kSpans * span_elements, span_elements, first_column, tile,
+                     warp - 1);
         fence_proxy_async();
         formed.publish();
         ring.advance(), formed.advance();
       });
+    if (warp > 0 && counts) {
+      sync_warp();
+      for (int i = (warp - 1) * kPiece; i < 64 * p.blocks; i += kFormers * kPiece) {
+        const int row = output.row * p.blocks * 64 + i + lane;
+        if (lane < kPiece && row < p.rows)
+          p.sums[int64_t(output.split) * p.rows + row] = shared<float>(kSums)[i + lane];
+      }
+    }
     return;
   }
 
@@ -245,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   for_each_tile(p, output.split, [&](const Tile& tile) {
     ring.wait();
-    if (p.forms) formed.wait();
+    if (helped) formed.wait();
     // All taps of a warpgroup lead somewhere, or none; those that are no taps, anywhere.
     if (tap(0) >= 0 && p.offset[tile.residue][tap(0)] >= 0) {
       const int at = ring.stage() * stage_bytes;
@@ -387,10 +432,12 @@ void run(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
     p.size[i] = narrow_size(axes.size[i]);
     p.tiles[i] = tiles(i == 1 ? tiles(p.size[1], p.residues) : p.size[i], p.box[i]);
   }
+  narrow_size(p.position_tiles());  // or an exception
   p.rows = narrow_size(p.narrow ? 64 : g.other.size[1]), p.columns = narrow_size(g.mid.size[1]);
   p.blocks = narrow_size(tile.blocks), p.stages = narrow_size(tile.stages);
   p.splits = narrow_size(tile.splits);
   if (p.positions() > kMostPositions || p.columns % kPiece || kGroups * Units < p.blocks ||
+      p.blocks > kMostBlocks || p.tap >= p.taps || (p.sums && !g.temporal) ||
       (p.residues > 1 && p.blocks % Units))
     throw std::invalid_argument("hopper_weight_gradient cannot have tiles of " +
                                 std::to_string(p.positions()) + " positions and " +
@@ -404,6 +451,7 @@ void run(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
   p.seconds = p.shifts + g.coefficients.count / 3;
   p.act = g.act, p.slope = static_cast<float>(g.slope);
   p.partials = global<float>(g.partials.data, g.partials.count);
+  p.sums = global<float>(g.sums.data, g.sums.count), p.tap = narrow_size(g.tap);
   p.mid = boxes(dtype, g.mid, g.temporal, kSpan, p.box, p.residues, Swizzle::b64);
   p.u = p.two ? boxes(dtype, *g.u, g.temporal, kSpan, p.box, p.residues, Swizzle::b64) : p.mid;
   p.other = boxes(dtype, g.other, g.temporal, p.row_elements(), p.halo, 1,

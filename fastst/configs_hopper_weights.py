@@ -15,7 +15,7 @@ from .configs_hopper import _L2_BYTES, _TILE_CLOCKS
 # with products of 232 columns ptxas wants more registers than a block of 512 threads starts with.
 TILES = ((48, 3), (64, 3), (72, 3), (80, 2), (96, 2), (144, 1))
 GROUPS = 3  # warpgroups that multiply
-_FIRST = 3 * 1024  # bytes of barriers and tables
+_FIRST = 5 * 1024  # bytes of barriers and tables
 _POSITIONS = 256  # of a tile: what the tables have
 _SPAN = 32  # columns that are copied at once
 _STAGE_CLOCKS = 200  # that waiting for a tile and giving it back cost

@@ -66,14 +66,14 @@ def backward(
         if mean is not None and var is not None:
             coefficients = k.norm_coefficients(tensors, mean, var)
         dy = evenly_placed(dy)
-        if need.temporal_bias:
+        if need.temporal_bias and not need.temporal_weight:
             dbt = k.sums(k.plain(dy), dy.shape)[0]
         if need.temporal_weight:
             assert mid is not None
             scale, shift = (None, None) if coefficients is None else affine_of(coefficients)
             affine = None if straight else launches.coefficients(scale, shift, round_up(m, 64))
             z = Mid(mid[:, :m], affine, spec.activation)
-            dwt = weights.temporal(k, z, dy, tensors.temporal_weight)
+            dwt, dbt = weights.temporal(k, z, dy, tensors.temporal_weight, bool(need.temporal_bias))
         if below:
             g = tensors.x.new_empty(problem.mid_shape).permute(0, 4, 1, 2, 3)
             sums = launches.temporal_gradient(

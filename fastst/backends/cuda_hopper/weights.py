@@ -86,15 +86,35 @@ def spatial(k: Call, x: Tensor, du: Gradient, weight: Tensor) -> Tensor:
     return taps.permute(3, 2, 0, 1).unsqueeze(2)
 
 
-def temporal(k: Call, z: Mid, dy: Tensor, weight: Tensor) -> Tensor:
-    """dWt (K, M, kt, 1, 1) in the accumulation dtype, from dy (N, K, T', H, W), channels-last."""
-    m = weight.shape[1]
+def temporal(
+    k: Call, z: Mid, dy: Tensor, weight: Tensor, biased: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dWt (K, M, kt, 1, 1) and, where asked for, Σdy (K,), in the accumulation dtype.
+
+    dy (N, K, T', H, W) is channels-last.
+    """
+    m, p = weight.shape[1], k.problem.passes[1]
     coefficients = None
     if z.affine is not None:
         coefficients = torch.cat((z.affine, torch.zeros_like(z.affine[:1])))
     tile = temporal_tile(k.problem, 0 if coefficients is None else 1)
-    sums = _sums(k, z.u, None, dy, k.problem.passes[1], tile, coefficients, z.activation)
-    return sums[..., :m].permute(1, 2, 0)[..., None, None]
+    assert tile is not None
+    sums, tap = None, _through(p)
+    if biased and tap is not None:
+        sums = k.empty(tile.splits, dy.shape[1])
+    dwt = _sums(k, z.u, None, dy, p, tile, coefficients, z.activation, sums=sums, tap=tap or 0)
+    dbt = None
+    if biased:
+        dbt = k.sums(k.plain(dy), dy.shape)[0] if sums is None else k.sum_rows(sums)
+    return dwt[..., :m].permute(1, 2, 0)[..., None, None], dbt
+
+
+def _through(p: Pass) -> int | None:
+    """A tap through which every frame of the output reads a frame that exists, if there is one."""
+    before, after = p.padding[:2]
+    taps, apart = p.kernel[0], p.dilation[0]
+    found = (t for t in range(taps) if before <= t * apart <= (taps - 1) * apart - after)
+    return next(found, None)
 
 
 def _sums(
@@ -107,6 +127,8 @@ def _sums(
     coefficients: Tensor | None,  # (3, M and more): scale, shift, second
     activation: str,
     narrow: bool = False,
+    sums: Tensor | None = None,  # (splits, rows), to be filled with Σ other
+    tap: int = 0,
 ) -> Tensor:
     """(taps, rows, stored mid channels)"""
     assert tile is not None  # as why_not says
@@ -120,7 +142,7 @@ def _sums(
     argument = k.lib.HopperWeightGradient(
         k.view(_stored(mid)), None if u is None else k.view(_stored(u)), k.view(rows_of(other)),
         k.conv(p), p.kind == "temporal", narrow, array, k.act(activation), k.slope,
-        k.array(partials),
+        k.array(partials), k.array(sums), tap,
         k.lib.HopperWeightTile(
             tile.columns, tile.units, tile.blocks, tile.box, tile.stages, tile.splits
         ),
