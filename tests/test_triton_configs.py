@@ -81,6 +81,8 @@ def test_documented_floors_are_computed() -> None:
     text = (Path(__file__).parents[1] / "docs/performance.md").read_text()
     told = text.split("<!-- floors:begin -->")[1].split("<!-- floors:end -->")[0].strip()
     assert told == floors.table()
+    told = text.split("<!-- training-floors:begin -->")[1].split("<!-- training-floors:end -->")[0]
+    assert told.strip() == floors.training_table()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
