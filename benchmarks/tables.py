@@ -327,16 +327,12 @@ FAMILIES = [
     Family("cuda", "Hopper: (2+1)D pair, training",
            lambda r: _pair(r) and _hopper(r) and _trains(r)),
     Family("cuda", "generic: (2+1)D pair", lambda r: _pair(r) and not _hopper(r)),
-    *(
-        family
-        for backend in ("cuda", "triton")
-        for family in (
-            Family(backend, "depthwise pair", lambda r: r["family"] == "depthwise"),
-            Family(backend, "parallel 4D", lambda r: r["family"].startswith("parallel")),
-        )
-    ),
+    Family("cuda", "depthwise pair", lambda r: r["family"] == "depthwise"),
+    Family("cuda", "parallel 4D", lambda r: r["family"].startswith("parallel")),
     Family("triton", "(2+1)D pair, inference", lambda r: _pair(r) and not _trains(r)),
     Family("triton", "(2+1)D pair, training", lambda r: _pair(r) and _trains(r)),
+    Family("triton", "depthwise pair", lambda r: r["family"] == "depthwise"),
+    Family("triton", "parallel 4D", lambda r: r["family"].startswith("parallel")),
 ]  # fmt: skip
 
 
