@@ -157,9 +157,11 @@ def test_report_tells_all():
     model = small()
     model.append(nn.Conv3d(2, 2, (1, 3, 3)))
     text = str(fastst.convert(model, skip="2"))
-    assert "replaced: 1\n  0.0 → 0.3, spatial-first, with 0.1 and relu between" in text
+    assert "replaced: 1\n  0.0 → 0.3, spatial-first, with 0.1 and relu between\n" in text
     assert "2 → 3: not selected by only= and skip=" in text
     assert "4: its output leaves the module before another convolution" in text
+    flat = nn.Sequential(*small()[0], nn.BatchNorm3d(4))
+    assert "0 → 3, spatial-first, with 1 and relu between, then 4" in str(fastst.convert(flat))
 
 
 def test_optimizers_created_before_keep_working():

@@ -7,6 +7,9 @@ import copy
 import pytest
 import torch
 from test_convert_forms import FORMS
+from test_convert_people import FlatBlock
+from test_inference import settle
+from torch import nn
 
 import fastst
 
@@ -43,6 +46,17 @@ def test_export(form, strict):
     x = torch.randn(2, 4, 5, 8, 7)
     program = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), original(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_the_optimised_model(strict):
+    """A residual block is one op, the shortcut and the last activation with it."""
+    model = settle(nn.Sequential(FlatBlock()))
+    x = torch.randn(2, 4, 5, 8, 7)
+    program = torch.export.export(fastst.optimize_for_inference(model), (x,), strict=strict)
+    calls = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert calls == ["fastst.conv2plus1d.default"] * 2
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_export_with_a_dynamic_batch():
@@ -85,8 +99,11 @@ def test_onnx_of_the_reverted_model(tmp_path):
 
 
 @pytest.mark.gpu
-def test_cuda_graph():
+@pytest.mark.parametrize("optimised", [False, True])
+def test_cuda_graph(optimised):
     model, original = pair("flat")
+    if optimised:
+        model = fastst.optimize_for_inference(original)
     model, original = model.cuda(), original.cuda()
     x = torch.randn(2, 4, 5, 8, 8, device="cuda")
     with torch.no_grad():

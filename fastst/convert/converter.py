@@ -271,6 +271,7 @@ class _Walk:
                 name, self._name(name, pair.first), self._name(name, pair.second),
                 pair.norm and self._name(name, pair.norm), pair.activation, pair.order,
                 pair.residual, pair.outer,
+                pair.outer_norm and self._name(name, pair.outer_norm),
             )  # fmt: skip
             (self.already if (pair.first, pair.second) in known else self.replaced).append(entry)
             for conv in (entry.first, entry.second):

@@ -40,6 +40,7 @@ class Pair:
     order: str
     residual: bool = False  # whether the op adds a shortcut
     outer: str = "none"  # name of the activation of its output
+    outer_norm: str | None = None  # the batch norm of its output, if the op computes that
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,8 @@ def plan_of(
             graph.erase_node(node)
         norm = None if chain.norm is None else str(chain.norm.target)
         act = "none" if chain.named is None else chain.named[0]
-        end = (tail.residual is not None, tail.activation)
+        after = None if chain.outer_norm is None else str(chain.outer_norm.target)
+        end = (tail.residual is not None, tail.activation, after)
         pairs.append(Pair(chain.names[0], norm, act, chain.names[1], chain.order, *end))
         # Nothing else would see that these have changed.
         used = [str(n.target) for n in tail.nodes if n.op == "call_module"]

@@ -17,13 +17,15 @@ class Replaced:
     order: str
     residual: bool = False  # whether the op adds the block's shortcut
     outer: str = "none"  # the activation of its output that is part of it
+    outer_norm: str | None = None  # the batch norm of its output that is part of it
 
     def __str__(self) -> str:
         between = [] if self.norm is None else [self.norm]
         if self.activation != "none":
             between.append(self.activation)
         told = f", with {' and '.join(between)} between" if between else ""
-        ending = ["the residual"] * self.residual
+        ending = [] if self.outer_norm is None else [self.outer_norm]
+        ending += ["the residual"] * self.residual
         if self.outer != "none":
             ending.append(self.outer)
         told += f", then {' and '.join(ending)}" if ending else ""
