@@ -207,7 +207,7 @@ def _hopper_examples(dtype: torch.dtype) -> list[_Example]:
         # Half of them with statistics, and a norm and an activation between the two kernels.
         batch = 2 * i < len(tiles)
         m, k = spatial.columns + 8, temporal.columns + 8
-        tensors = _tensors(dtype, (1, 72, 3, 5, 7), (m, 72, 1, 3, 3), (k, m, 3, 1, 1))
+        tensors = _tensors(dtype, (1, 72, 2, 5, 7), (m, 72, 1, 3, 3), (k, m, 3, 1, 1))
         spec = PairSpec(
             stride=(stride, 1, 1), padding=_PADDING, norm="batch" if batch else "frozen",
             activation="silu" if batch else "relu",

@@ -96,7 +96,7 @@ def test_spatial_tiles(
     """Each instance, with one box per tap and with one box for a column of taps."""
     columns, groups, blocks = tile
     planes = groups * blocks
-    boxes = {1: (1, 3, 5), 3: (planes, 8, 8)}
+    boxes = {1: (1, 5, 5), 3: (planes, 8, 8)}
     chosen = configs_hopper.HopperTile(columns, groups, blocks, boxes[share], share, 2, 2)
     monkeypatch.setattr(cuda_hopper, "spatial_tile", lambda problem: chosen)
     config = Config(
@@ -137,7 +137,7 @@ def test_pairs_with_nothing_between(channels: int, mode: str, ran: list[Problem]
     """Of video tokenizers, whose time is padded on the left only, and of pseudo-3D networks."""
     causal = mode != "not causal"
     config = Config(
-        seed=3, channels=channels, mid=channels, out=channels, batch=1, size=(3, 4, 4),
+        seed=3, channels=channels, mid=channels, out=channels, batch=1, size=(2, 4, 4),
         padding=(0 if causal else 1, 1, 1), causal=causal, activation="none",
         padding_mode=("zeros", mode if causal else "zeros"), x_layout="channels_last",
         dtype=torch.float16 if channels == 256 else torch.bfloat16,
