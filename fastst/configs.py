@@ -217,6 +217,14 @@ def candidates(
     return found[:limit]
 
 
+def scattered(found: list[TapConfig]) -> list[TapConfig]:
+    """Those for an x of which no two elements that a tile reads are neighbours.
+
+    Each of them has an address of its own: with 128 × 64 of them, 112 to 248 bytes were spilled.
+    """
+    return list(dict.fromkeys(replace(c, block_k=min(c.block_k, 32)) for c in found))
+
+
 def pair_fits(out_channels: int, sums: int, dtype: torch.dtype, tensor_cores: bool) -> bool:
     """Whether the sums of ``pair_conv`` stay in registers.
 

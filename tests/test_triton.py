@@ -83,7 +83,7 @@ def test_random_pairs_take_one_kernel(
         "dense": dict(groups=(1, 1), mid=9),
     }[kind]
     limits = Limits(
-        batch=1, channels=9, frames=4, space=5, work=4_000,
+        batch=1, channels=9, frames=4, space=4, work=2_500,
         fixed=dict(op="conv2plus1d", order=order, **sizes),
     )  # fmt: skip
     for pieces in (1, 3):  # programs that share a walk

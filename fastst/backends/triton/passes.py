@@ -34,10 +34,11 @@ def candidates(
         capability = launch.capability(device)
         taps = math.prod(p.kernel)
         return [configs.direct(count, p.out_channels, taps, channels_last, capability)]
-    return configs.candidates(
+    found = configs.candidates(
         count, channels, p.out_channels // p.groups, p.groups, math.prod(p.kernel),
         dtype, arguments.uses_tensor_cores(dtype), launch.capability(device),
     )  # fmt: skip
+    return found if channels_last or p.stride[2] == 1 else configs.scattered(found)
 
 
 def conv_pass(
