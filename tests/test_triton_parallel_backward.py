@@ -34,7 +34,7 @@ def check(config: Config) -> None:
     assert why is None, why
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(2))
 def test_random_gradients_are_right(part: int) -> None:
     fuzz.fuzz("triton", 4, TINY, first=fuzz.SEED + 1000 * part, device=DEVICE, least=1.0)
 
@@ -46,14 +46,16 @@ CASES = {
     "added, both activations": replace(ADD, activation="silu", branch_activation="gelu"),
     "added, one activation": replace(ADD, activation="relu", dtype=torch.bfloat16),
     "added, copied padding": replace(
-        ADD, padding_mode=("reflect", "zeros"), stride=(1, 2, 1), dtype=torch.float64),
+        ADD, padding_mode=("reflect", "zeros"), stride=(1, 2, 1), dtype=torch.float64,
+        size=(2, 4, 3), batch=1),
     "side by side": replace(ADD, combine="cat", mid=3, out=7, dtype=torch.float16),
     "side by side, activations": replace(
         ADD, combine="cat", mid=3, branch_activation="silu", activation="hardswish",
         grad_layout="channels_last"),
     "depthwise": replace(ADD, channels=6, groups=(6, 6), stride=(1, 2, 1), dtype=torch.bfloat16),
     "depthwise, copied padding": replace(
-        ADD, channels=6, groups=(6, 6), padding_mode=("circular", "replicate")),
+        ADD, channels=6, groups=(6, 6), padding_mode=("circular", "replicate"),
+        size=(3, 2, 3), batch=1),
     "grouped": replace(ADD, channels=10, groups=(2, 2), x_layout="channels_last"),
     "grouped apart": replace(ADD, channels=6, groups=(6, 1)),
     "input only": replace(
@@ -114,17 +116,19 @@ def test_one_launch_for_each_kind_of_gradient(
 
 MUTANTS = {
     "one branch twice": (
-        "parallel", "acc, rest, db_ptr, db_strides", "acc, rest, da_ptr, da_strides"),
+        "side by side", "parallel", "acc, rest, db_ptr, db_strides",
+        "acc, rest, da_ptr, da_strides"),
     "the second weight from the first branch": (
-        "parallel", "db_ptr, db_strides, dy_size, dy_channels[1]",
+        "side by side", "parallel", "db_ptr, db_strides, dy_size, dy_channels[1]",
         "da_ptr, da_strides, dy_size, dy_channels[1]"),
     "no outer activation": (
-        "parallel", "combined(a, b, BRANCH, SLOPE), ACTIVATION, SLOPE)",
+        "added, one activation", "parallel", "combined(a, b, BRANCH, SLOPE), ACTIVATION, SLOPE)",
         "combined(a, b, BRANCH, SLOPE), BRANCH, SLOPE)"),
     "classes of one branch": (
-        "input_gradient", "(residue + TAPS.before[AXIS]", "(residue + TAPS.before[2]"),
+        "added, strides and dilations", "input_gradient", "(residue + TAPS.before[AXIS]",
+        "(residue + TAPS.before[2]"),
     "only the spatial branch, depthwise": (
-        "parallel", "acc, x, per_group[1], out_per_group[1], channels, db_ptr",
+        "depthwise", "parallel", "acc, x, per_group[1], out_per_group[1], channels, db_ptr",
         "tl.zeros_like(acc), x, per_group[1], out_per_group[1], channels, db_ptr"),
 }  # fmt: skip
 
@@ -135,13 +139,7 @@ def test_planted_bugs_are_seen(
     name: str,
     mutated: Callable[..., None],  # noqa: F811
 ) -> None:
-    mutated(*MUTANTS[name])
-
-    def all_checks() -> None:
-        for case in (
-            "side by side", "added, one activation", "added, strides and dilations", "depthwise"
-        ):  # fmt: skip
-            check(CASES[case])
-
+    case, *mutation = MUTANTS[name]
+    mutated(*mutation)
     with pytest.raises((AssertionError, RuntimeError)):
-        all_checks()
+        check(CASES[case])
