@@ -20,7 +20,7 @@ import torch
 from fuzz import Config
 
 import fastst
-from fastst import configs, configs_hopper, selfcheck
+from fastst import collectives, configs, configs_hopper, selfcheck
 from fastst.backends import cuda, cuda_hopper, native
 from fastst.backends.cuda_hopper.launches import Gradient, Launches
 from fastst.configs_hopper import HopperTile
@@ -76,7 +76,7 @@ def dense(seed: int, **fixed: object) -> Config:
     return Config(**(choices | fixed))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("chunk", range(3))
 def test_fuzz(chunk: int, ran: list[Problem]) -> None:
     cases = fuzz.CASES or 2
     for seed in range(100 * chunk + fuzz.SEED, 10**6):
@@ -104,9 +104,10 @@ def test_temporal_tiles(
     chosen = HopperTile(columns, 2, frames, (2, frames, 7), 1, 2, 2)
     monkeypatch.setattr(MODULE, "temporal_gradient_tile", lambda problem: chosen)
     config = Config(
-        seed=frames, channels=8, mid=columns + 10, out=72, batch=3, size=(frames + 1, 3, 3),
-        stride=(stride, 1, 1), norm="batch", activation="silu", x_layout="channels_last",
-        dtype=torch.float16 if stride == 1 else torch.bfloat16, constant=WEIGHTS,
+        seed=frames, channels=8, mid=columns - 6, out=8, batch=3, size=(frames + 1, 3, 3),
+        kernel=(3, 1, 1), padding=(1, 0, 0), stride=(stride, 1, 1), norm="batch", activation="silu",
+        dtype=torch.float16 if stride == 1 else torch.bfloat16, x_layout="channels_last",
+        constant=WEIGHTS,
     )  # fmt: skip
     assert fuzz.check(config, "cuda") is None
     assert len(ran) == 1
@@ -124,7 +125,7 @@ def test_tiles_that_form_their_input(
     chosen = HopperTile(columns, groups, blocks, (f * blocks // 2 or 1, h, w), share, 2, 2)
     monkeypatch.setattr(MODULE, "spatial_gradient_tile", lambda problem, affine: chosen)
     config = Config(
-        seed=columns, channels=columns + 8, mid=72, out=8, batch=1, size=(2, 9, 10), norm="batch",
+        seed=columns, channels=columns - 8, mid=72, out=8, batch=1, size=(2, 9, 10), norm="batch",
         stride=(1, stride, stride), dtype=(torch.float16, torch.bfloat16)[share // 2],
         x_layout="channels_last", constant=WEIGHTS,
     )  # fmt: skip
@@ -176,11 +177,33 @@ def test_u_is_computed_again(
 
 
 def test_gradients_are_the_same_bits_on_every_run() -> None:
-    config = dense(1, norm="batch", activation="silu", mid=72, batch=2, size=(5, 8, 9))
+    config = dense(
+        1, norm="batch", activation="silu", channels=8, mid=72, out=8, batch=2, size=(3, 5, 6)
+    )
     tensors, dy = fuzz.make(config)
     with fastst.use_backend("cuda"):
         runs = [fuzz.results(fuzz.call, config, tensors, dy) for _ in range(2)]
     assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
+
+
+def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the generic kernels, which other tests hold to float64; no bias is taken away here."""
+    dtype = torch.float16
+    tensors = selfcheck._tensors(dtype, (1, 8, 2, 4, 5), (24, 8, 1, 3, 3), (8, 24, 3, 1, 1))
+    tensors = tensors._replace(mean=None, var=None)
+    spec = PairSpec(padding=(1,) * 6, norm="batch", activation="silu")
+    alone, together = (Problem.of(tensors, spec._replace(group=g)) for g in ("", "both"))
+    y, u, mean, var, *_ = cuda_hopper.forward(alone, tensors, True)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    monkeypatch.setattr(collectives, "resolve", lambda name: name)
+    # The other rank has as many values, and gradients of 0.
+    monkeypatch.setattr(collectives, "pool_means", lambda sums, n, group: sums / (2 * n))
+    arguments = together, tensors, dy, u, mean, var, [True] * 7 + [False] * 3
+    ours = cuda.conv2plus1d_backward(*arguments)
+    monkeypatch.setattr(cuda_hopper, "backward_why_not", lambda problem: "are not asked")
+    for got, true in zip(ours, cuda.conv2plus1d_backward(*arguments), strict=True):
+        error = (got.double() - true.double()).abs().max() / true.double().abs().max()
+        assert error < 8 * torch.finfo(dtype).eps
 
 
 # ---- self-check
@@ -280,7 +303,9 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], affine: bool) -> None:
     pixels = (side // stride) ** 2
     b = configs_hopper.temporal(8, pixels, t, k, m, temporal, 132, gradient=True)
     assert b.box[0] * b.box[2] <= 128 and 2 <= b.stages <= 16 and b.box[1] % temporal == 0
-    assert 1024 + 2 * 3 * b.columns * 128 + b.stages * 128 * 128 <= 227 << 10
+    assert (
+        1024 + min(2, math.ceil(k / 64)) * 3 * b.columns * 128 + b.stages * 128 * 128 <= 227 << 10
+    )
     widths = [w for w, _, step in configs_hopper.TEMPORAL_GRADIENT_TILES if step == temporal]
     if m > 64:  # of the columns multiply zeros
         assert min(configs.round_up(m, w) / m for w in widths) <= 1.05
