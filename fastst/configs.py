@@ -475,7 +475,8 @@ def weight_gradient(
                     costs[swap, height, block] = padded * reads
     found: list[WeightConfig] = []
     for swap, height, (block_n, rest_n) in sorted(costs, key=lambda c: costs[c])[:4]:
-        warps = 8 if height * (block_n + rest_n) >= 64 * 128 else 4
+        # An address for every element: 64 × 64 of them spilled in 4 warps.
+        warps = 8 if height * (block_n + rest_n) >= 64 * 128 or flat else 4
         depths = (block_p, max(16, block_p // 2))
         # mma.sync takes its operands from registers, where 64 positions of both spilled.
         for depth in depths[::-1] if capability[0] == 8 and dtype.itemsize == 2 else depths:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -99,7 +100,7 @@ class Case:
         tensors = PairTensors(x, *weights, None, empty(k), *vectors)
         spec = PairSpec(
             **common, activation=self.activation, norm=self.norm, order=self.order,
-            recompute=self.recompute,
+            recompute=self.recompute, output_statistics=self.save,
         )  # fmt: skip
         problem = Problem.of(tensors, spec)
         result = backend.pair.run(problem, tensors, self.save, self.way)
@@ -146,6 +147,7 @@ CASES = (
     Case("depthwise t-first", (108, 108, 108), (16, 56, 56), groups=108, **TEMPORAL),
     Case("depthwise batch", (64, 64, 64), (16, 56, 56), groups=64, channels_last=False),
     Case("grouped", (256, 256, 256), (16, 28, 28), groups=16, **SERVED),
+    Case("grouped batch", (256, 256, 256), (16, 28, 28), groups=16),
     Case("grouped t-first", (256, 256, 256), (16, 28, 28), groups=16, dtype=HALF, **TEMPORAL),
     Case(
         "grouped float32", (64, 64, 64), (16, 28, 28), groups=4, dtype=SINGLE, tf32=False, **SERVED
@@ -308,6 +310,15 @@ def planted(fault: str) -> str:
     return ", ".join(inspect(k, case, 90).wrong for k in found)
 
 
+def every_kernel() -> set[str]:
+    """Names of what the library launches."""
+    from triton.runtime.jit import JITFunction
+
+    modules = [m for m in vars(backend.launch.kernels()).values() if isinstance(m, ModuleType)]
+    functions = [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]
+    return {f.__name__ for f in functions if f.do_not_specialize}
+
+
 FAULTS = ("spills", "shared memory", "no tensor-core instruction", "loads of 2 bytes")
 
 
@@ -336,6 +347,9 @@ def main() -> int:
                     if fault not in told:
                         print(f"a planted fault is not seen: {fault}")
                         bad += 1
+                for name in sorted(every_kernel() - {kernel for kernel, *_ in seen}):
+                    print(f"no case has the kernel {name}")
+                    bad += 1
     print(f"{len(seen)} kernels, {bad} wrong")
     return 1 if bad or not seen else 0
 
