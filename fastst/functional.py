@@ -107,7 +107,8 @@ def conv2plus1d(
             "zeros" or "replicate". "strided" pads dt·(kt−1) + 1 − st, as NVIDIA's Cosmos tokenizer
             does.
         recompute: keep only x for backward and compute the mid tensor u again there; None for what
-            the environment variable ``FASTST_RECOMPUTE`` says, where 1 is yes.
+            the environment variable ``FASTST_RECOMPUTE`` says, 1 or 0, and where it says nothing
+            only without a norm.
         residual: of exactly the shape and the dtype of y, or None; any strides.
         outer_activation: of y, after the residual; names as for ``activation``.
         outer_norm: of y, before the residual; a ``BatchNorm`` over K channels, or None.
@@ -127,7 +128,7 @@ def conv2plus1d(
     tensors = PairTensors(*main, residual=residual)
     spec = checks.pair(
         tensors, stride, padding, dilation, groups, padding_mode, activation, negative_slope, norm,
-        order, causal, _recomputes() if recompute is None else recompute, outer_activation,
+        order, causal, _recomputes(norm) if recompute is None else recompute, outer_activation,
     )  # fmt: skip
     if norm is not None:
         mean, var = (None, None) if norm.training else norm[:2]
@@ -250,8 +251,10 @@ def parallel_conv2plus1d(
     return y if batched else y.squeeze(0)
 
 
-def _recomputes() -> bool:
-    return os.environ.get("FASTST_RECOMPUTE", "0") not in ("", "0")
+def _recomputes(norm: BatchNorm | None) -> bool:
+    """What holds where nobody says: without a norm u serves nothing but backward."""
+    said = os.environ.get("FASTST_RECOMPUTE", "")
+    return norm is None if said == "" else said != "0"
 
 
 def _composes(x: Tensor) -> bool:

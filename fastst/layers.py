@@ -47,7 +47,8 @@ class Conv2Plus1d(nn.Module):
         order: "spatial-first" or "temporal-first".
         causal: see ``functional.conv2plus1d``; enables ``stream``.
         recompute: keep only the input for backward; None for what ``fastst.set_memory_budget`` has
-            chosen or, if it has not, the environment variable ``FASTST_RECOMPUTE`` says.
+            chosen or, if it has not, the environment variable ``FASTST_RECOMPUTE`` says, 1 or 0;
+            where nobody says, only layers without a norm do.
         device, dtype: of the parameters.
 
     Shape:

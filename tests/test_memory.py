@@ -61,8 +61,13 @@ def test_batch_norm_keeps_x_and_u(channels_last: bool) -> None:
 
 def test_recompute_keeps_only_x() -> None:
     assert share(*pair(norm="batch", recompute=True)) <= 0.20
-    layer, x = pair(norm=None, recompute=True)
+
+
+def test_without_a_norm_only_x_is_kept() -> None:
+    layer, x = pair(norm=None)
     assert held(lambda: layer(x), *layer.parameters()) == x.numel() * 4
+    layer.recompute = False
+    assert held(lambda: layer(x), *layer.parameters()) > x.numel() * 4
 
 
 def test_frozen_norm_keeps_no_more() -> None:
