@@ -144,11 +144,11 @@ def _backends() -> Iterator[str]:
 def _verdict(backend: Any, problem: Any, phase: str) -> str:
     try:
         why = backend.why_not(problem, phase)
+        if why is not None:
+            return f"does not run: it {why}"
         avoid = getattr(backend, "avoid", lambda *_: None)(problem, phase)
     except (Exception, SystemExit) as error:
         return f"is {_failure(error)}"
-    if why is not None:
-        return f"does not run: it {why}"
     return "runs" if avoid is None else f"runs by name, but not by auto: it {avoid}"
 
 

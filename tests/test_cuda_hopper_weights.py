@@ -151,10 +151,10 @@ def test_tiles(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "spatial_tile", lambda *_: chosen)
     monkeypatch.setattr(weights, "temporal_tile", lambda *_: chosen)
     case = Case(mid=columns + 5, channels=72, out=64 * units + 8, size=(2, 2, 4), dtype=dtype)
-    check(dataclasses.replace(case, kernel=(3, 2, 2), padding=(1, 0, 1)))
+    check(dataclasses.replace(case, kernel=(2, 2, 1), padding=(1, 0, 0)))
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("blocks", [1, 4])
 def test_blocks_of_rows(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block may have several blocks of rows, several taps, or both; units may be idle."""
     chosen = WeightTile(48, 3, blocks, (4, 2, 1), 2, 3)

@@ -328,7 +328,7 @@ def test_tiles_of_channels(channels: int, x_layout: str) -> None:
 def test_layouts(layout: str, groups: int) -> None:
     check(Config(
         channels=8, mid=8, out=8, groups=(groups, groups), x_layout=layout, weight_layout=layout,
-        dtype=torch.bfloat16, norm="batch",
+        dtype=torch.bfloat16, norm="batch", batch=2, size=(2, 3, 4),
     ))  # fmt: skip
 
 
