@@ -42,7 +42,7 @@ class Clip:
     frames: int = 16
     space: int = 112
     classes: int = 400
-    dry: bool = False  # one stage of one block; compiled without generating code
+    dry: bool = False  # the first two stages, a block each; compiled without generating code
 
     @property
     def label(self) -> str:
@@ -51,7 +51,8 @@ class Clip:
     def network(self) -> nn.Module:
         if not self.dry:
             return r2plus1d_18(self.classes)
-        return VideoResNet("2+1d", [Stage("2+1d", 16, 1, 1)], self.classes)
+        stages = [Stage("2+1d", 16, 1, 1), Stage("2+1d", 32, 1, 2)]
+        return VideoResNet("2+1d", stages, self.classes)
 
     def compile(self, model: nn.Module) -> None:
         model.compile(backend="aot_eager" if self.dry else "inductor")
