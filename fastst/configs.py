@@ -385,9 +385,9 @@ def _power(n: int) -> int:
 
 
 def pack(width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of ``pack``: 2,048 elements, 16 of each of 128 threads."""
+    """(rows, columns) of a tile of ``pack``: 8 of 1,024 elements for a thread, as 16 spilled."""
     columns = min(64, _power(width))
-    return 2048 // columns, columns
+    return 1024 // columns, columns
 
 
 def combine(channels: int) -> tuple[int, int, int]:
@@ -415,8 +415,8 @@ def input_gradient(*sizes: Any, reads_two: bool, masks: bool, classes: int) -> l
         # Two operands of 128 × 64 were 64 values of each of 128 threads, and spilled.
         if reads_two and p * k > 32 * 32 * warps:
             warps = 8
-        # So did u beside more than 72 sums of a thread, and the addresses of a class beside 48.
-        if masks and p * config.columns > (72 if classes == 1 else 48) * 32 * warps:
+        # So did u beside 72 sums of a thread, and the addresses of a class beside more than 48.
+        if masks and p * config.columns > (64 if classes == 1 else 48) * 32 * warps:
             p, warps = min(p, 64), 8
         # With 16 columns the compiler gives a thread 128 registers, which held 64 rows.
         if reads_two and config.columns == 16:
@@ -475,8 +475,9 @@ def weight_gradient(
                     costs[swap, height, block] = padded * reads
     found: list[WeightConfig] = []
     for swap, height, (block_n, rest_n) in sorted(costs, key=lambda c: costs[c])[:4]:
-        # An address for every element: 64 × 64 of them spilled in 4 warps.
-        warps = 8 if height * (block_n + rest_n) >= 64 * 128 or flat else 4
+        # An address for every element: 64 × 64 of them spilled in 4 warps, and so did an activation
+        # of 128 rows of an operand.
+        warps = 8 if height * (block_n + rest_n) >= 64 * 128 or flat or height == 128 else 4
         depths = (block_p, max(16, block_p // 2))
         # mma.sync takes its operands from registers, where 64 positions of both spilled.
         for depth in depths[::-1] if capability[0] == 8 and dtype.itemsize == 2 else depths:

@@ -37,14 +37,7 @@ from fastst.shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, 
 ARCHITECTURES = (80, 90)  # 100 takes half as long again: --arch 100
 # Bytes of local memory that are known and to be got rid of, by kernel, case and architecture.
 KNOWN_SPILLS = {
-    ("input_gradient", "256-576-256", 90): 8,
     ("input_gradient", "tf32", 80): 8,
-    ("pack", "float64", 80): 16,
-    ("pack", "float64", 90): 24,
-    ("pack", "one kernel float32", 80): 24,
-    ("pack", "gelu", 80): 24,
-    ("weight_gradient", "gelu", 80): 32,
-    ("weight_gradient", "gelu", 90): 648,
 }
 LOAD_OF_TWO_BYTES = re.compile(r"\bLDG\S*\.U16\b")
 TENSOR_CORES = re.compile(r"\b(HGMMA|UTCHMMA|UTCQMMA|UTCMMA|HMMA|DMMA)\b")
