@@ -164,61 +164,69 @@ def batched(op: str, x: Tensor) -> tuple[Tensor, bool]:
     return (x, True) if x.dim() == 5 else (x.unsqueeze(0), False)
 
 
-def same_dtype(op: str, tensors: Sequence[Tensor | None], residual: Tensor | None = None) -> None:
+def _same_dtype(
+    op: str, tensors: Sequence[Tensor | None], cast: torch.dtype | None, residual: Any = None
+) -> None:
     """
     Raises:
-        TypeError: a weight, a bias or the residual in another dtype than x.
+        TypeError: a weight, a bias or the residual in another dtype than x, once autocast has cast
+            all but the residual.
     """
-    dtype = tensors[0].dtype  # type: ignore[union-attr]
-    labels = (*PairTensors._fields[: len(tensors)], "residual")
-    for label, t in zip(labels, (*tensors, residual), strict=True):
-        if t is not None and t.dtype != dtype:
-            raise TypeError(f"{op}: {label} must have the dtype of x, {dtype}, got {t.dtype}")
+
+    def after(t: Tensor) -> torch.dtype:
+        return t.dtype if cast is None or t.dtype == torch.float64 else cast
+
+    dtype = after(tensors[0])  # type: ignore[arg-type]
+    labels = PairTensors._fields[: len(tensors)]
+    came = {n: after(t) for n, t in zip(labels, tensors, strict=True) if t is not None}
+    if residual is not None:
+        came["residual"] = residual.dtype
+    for label, found in came.items():
+        if found != dtype:
+            raise TypeError(f"{op}: {label} must have the dtype of x, {dtype}, got {found}")
 
 
 def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
-    """Check a combination of shapes, dtypes, devices and arguments only the first time."""
+    """Check a combination of shapes, dtypes, devices and settings only the first time."""
     passed: dict[Any, Any] = {}
 
     @wraps(check)
-    def checked(tensors: Any, *args: Any) -> Any:
+    def checked(tensors: Any, cast: torch.dtype | None, norm: Any, *settings: Any) -> Any:
         if torch.compiler.is_compiling():
-            return check(tensors, *args)
+            return check(tensors, cast, norm, *settings)
         try:
-            key = _identity(tensors, args)
+            key = _identity(tensors, cast, norm, settings)
             found = passed.get(key)
         except (TypeError, AttributeError, ValueError):  # an odd one: the check says what is wrong
-            return check(tensors, *args)
+            return check(tensors, cast, norm, *settings)
         if found is None:
             if len(passed) >= 4096:
                 passed.clear()
-            found = passed[key] = check(tensors, *args)
+            found = passed[key] = check(tensors, cast, norm, *settings)
         return found
 
     return checked
 
 
-def _identity(tensors: Sequence[Tensor | None], args: Sequence[Any]) -> Any:
-    """What a check looks at: of a tensor its shape, dtype and device; of anything else its bytes.
+def _identity(tensors: Any, cast: torch.dtype | None, norm: Any, settings: tuple[Any, ...]) -> Any:
+    """What a check looks at: of a tensor its shape, dtype and device; of settings their bytes.
 
     Equal numbers of different types are different: 1, 1.0 and True.
 
     Raises:
         TypeError, AttributeError, ValueError: other types among them.
     """
-    plain: list[Any] = []
-    norm: Sequence[Any] = ()
-    for a in args:
-        if hasattr(a, "_fields"):  # a BatchNorm
-            norm, a = a[:4], a[4:]
-        plain.append(a)
-    seen = [None if t is None else (t.shape, t.dtype, t.device) for t in (*tensors, *norm)]
-    return marshal.dumps(plain, 2), *seen
+    if norm is not None:  # a BatchNorm; its momentum may be another one in every call
+        tensors, settings = (*tensors, *norm[:4]), (*settings, norm[4], *norm[6:])
+    seen = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    return marshal.dumps(settings, 2), cast, type(norm), *seen
 
 
 @remembered
 def pair(
     tensors: PairTensors,
+    cast: torch.dtype | None,
+    norm: BatchNorm | None,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -226,13 +234,16 @@ def pair(
     padding_mode: Any,
     activation: str | None,
     negative_slope: float,
-    norm: BatchNorm | None,
     order: str,
     causal: Any,
     recompute: bool,
     outer_activation: str | None = None,
-) -> PairSpec:
-    """Validated arguments of ``conv2plus1d``.
+) -> tuple[PairSpec, int]:
+    """Validated arguments of ``conv2plus1d``, and the values per channel of its mid tensor.
+
+    Args:
+        tensors: without those of the norm.
+        cast: what autocast will make of them, or None.
 
     Raises:
         TypeError, ValueError: what does not fit.
@@ -264,17 +275,17 @@ def pair(
         _residual(op, tensors.residual, problem)
     if norm is not None:
         labels = ("running_mean", "running_var", "weight", "bias")
-        for label, t in zip(labels, norm[:4], strict=True):
-            _vector(op, f"norm.{label}", t, first.out_channels, tensors.x.device)
-        positions = tensors.x.shape[0]
-        for n in problem.mid_size:
-            positions = positions * n
-        if kind == "batch" and positions == 1 and not spec.group:
-            raise ValueError(
-                f"{op}: batch norm in training requires more than 1 value per channel, got the mid "
-                f"tensor {(tensors.x.shape[0], first.out_channels, *problem.mid_size)}"
-            )
-    return spec
+        for label, vector in zip(labels, norm[:4], strict=True):
+            _vector(op, f"norm.{label}", vector, first.out_channels, tensors.x.device)
+    t, h, w = problem.mid_size
+    values = tensors.x.shape[0] * t * h * w  # math.prod would break a compiled graph
+    if kind == "batch" and values == 1 and not spec.group:
+        raise ValueError(
+            f"{op}: batch norm in training requires more than 1 value per channel, got the mid "
+            f"tensor {(tensors.x.shape[0], first.out_channels, *problem.mid_size)}"
+        )
+    _same_dtype(op, tensors[:5], cast, tensors.residual)
+    return spec, values
 
 
 def outer_norm(op: str, norm: Any, problem: Problem) -> None:
@@ -316,6 +327,8 @@ def _residual(op: str, residual: Any, problem: Problem) -> None:
 @remembered
 def parallel(
     tensors: ParallelTensors,
+    cast: torch.dtype | None,
+    norm: None,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -360,6 +373,7 @@ def parallel(
             f"{op}: combine='add' requires branches of equal channels, got "
             f"{spatial.out_channels} (spatial) and {temporal.out_channels} (temporal)"
         )
+    _same_dtype(op, tensors, cast)
     return spec
 
 

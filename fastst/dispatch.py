@@ -20,6 +20,8 @@ BACKENDS: dict[str, ModuleType] = {
     "cuda": cuda, "triton": triton, "cpu": cpu, "aten": aten, "reference": reference,
 }  # fmt: skip
 AUTO = ("cuda", "triton", "cpu", "aten")
+# Tensors elsewhere they take at most in an emulation, for who names them: "auto" need not ask.
+_KERNELS_FOR = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 
 
 class Call(NamedTuple):
@@ -135,10 +137,13 @@ def _choose(problem: Problem, phase: str, name: str) -> str:
             raise BackendError(f"{problem.op}: backend {name!r} cannot run the {phase}: it {why}")
         return name
     refusals: list[str] = []
+    device = problem.device.type
     for candidate in AUTO:
+        if _KERNELS_FOR.get(candidate, device) != device:
+            continue
         why = _why_not(candidate, problem, phase, name)
         if why is None:
-            if candidate == AUTO[-1] and problem.device.type == "cuda":
+            if candidate == AUTO[-1] and device == "cuda":
                 # On a CPU the last is the fast one; on a GPU it means that no kernel runs.
                 _say_slow(f"{problem.op} runs its {phase} on {candidate!r}: {'; '.join(refusals)}")
             return candidate

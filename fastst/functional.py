@@ -126,41 +126,48 @@ def conv2plus1d(
         residual = residual.unsqueeze(0)
     main = (x, spatial_weight, temporal_weight, spatial_bias, temporal_bias)
     tensors = PairTensors(*main, residual=residual)
-    spec = checks.pair(
-        tensors, stride, padding, dilation, groups, padding_mode, activation, negative_slope, norm,
-        order, causal, _recomputes(norm) if recompute is None else recompute, outer_activation,
+    cast = _autocast_dtype(x)
+    spec, values = checks.pair(
+        tensors, cast, norm, stride, padding, dilation, groups, padding_mode, activation,
+        negative_slope, order, causal, _recomputes(norm) if recompute is None else recompute,
+        outer_activation,
     )  # fmt: skip
+    if cast is not None:
+        main = _cast(main, cast)
     if norm is not None:
         mean, var = (None, None) if norm.training else norm[:2]
         tensors = PairTensors(*main, norm.weight, norm.bias, mean, var, residual)
-    tensors = _autocast(tensors)
-    checks.same_dtype("conv2plus1d", tensors[:5], residual)
+    elif cast is not None:
+        tensors = PairTensors(*main, residual=residual)
     if outer_norm is not None:
         checks.outer_norm("conv2plus1d", outer_norm, Problem.of(tensors, spec))
-        y = _normed_pair(tensors, spec, norm, outer_norm)
+        y = _normed_pair(tensors, spec, values, norm, outer_norm)
         y = y if residual is None else y + residual
         y = activations.apply(spec.outer_activation, y, spec.slope)
     else:
-        y, _ = _pair(tensors, spec, norm)
+        y, _ = _pair(tensors, spec, values, norm)
     return y if batched else y.squeeze(0)
 
 
 def _pair(
-    tensors: PairTensors, spec: PairSpec, norm: BatchNorm | None
+    tensors: PairTensors, spec: PairSpec, values: int, norm: BatchNorm | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """y and its statistics, if asked for; updates those of the norm."""
+    """y and its statistics, if asked for; updates those of the norm, of that many values."""
     if _composes(tensors.x):
         return reference.compose_pair(tensors, spec, _norm_function(norm)), None
     y, statistics, outer = ops.conv2plus1d(tensors, spec, dispatch.requested())
     if statistics is not None and norm is not None:
         mean, var, count = statistics
-        local = _values(tensors.x, Problem.of(tensors, spec).mid_size)
-        _update_running(norm, mean, var, count if spec.group else local)
+        _update_running(norm, mean, var, count if spec.group else values)
     return y, outer
 
 
 def _normed_pair(
-    tensors: PairTensors, spec: PairSpec, norm: BatchNorm | None, outer_norm: BatchNorm
+    tensors: PairTensors,
+    spec: PairSpec,
+    values: int,
+    norm: BatchNorm | None,
+    outer_norm: BatchNorm,
 ) -> Tensor:
     """outer_norm of the pair alone, with statistics from the pair's own kernel if there are some.
 
@@ -173,17 +180,11 @@ def _normed_pair(
         asks = spec._replace(output_statistics=True)
         if dispatch.gives_output_statistics(Problem.of(tensors, asks), dispatch.requested()):
             spec = asks
-    y, statistics = _pair(tensors, spec, norm)
+    y, statistics = _pair(tensors, spec, values, norm)
     if statistics is None:
         return _norm_function(outer_norm)(y)
-    _update_running(outer_norm, *statistics, _values(y, y.shape[2:]))
+    _update_running(outer_norm, *statistics, y.numel() // y.shape[1])
     return ops.batch_norm(y, *statistics, outer_norm.weight, outer_norm.bias, outer_norm.eps)
-
-
-def _values(x: Tensor, size: Sequence[int]) -> int:
-    """Values per channel; math.prod would break a compiled graph."""
-    t, h, w = size
-    return x.shape[0] * t * h * w
 
 
 def parallel_conv2plus1d(
@@ -238,12 +239,13 @@ def parallel_conv2plus1d(
     """
     x, batched = checks.batched("parallel_conv2plus1d", x)
     tensors = ParallelTensors(x, spatial_weight, temporal_weight, spatial_bias, temporal_bias)
+    cast = _autocast_dtype(x)
     spec = checks.parallel(
-        tensors, stride, padding, dilation, groups, padding_mode, branch_activation, activation,
-        negative_slope, combine, causal,
+        tensors, cast, None, stride, padding, dilation, groups, padding_mode, branch_activation,
+        activation, negative_slope, combine, causal,
     )  # fmt: skip
-    tensors = _autocast(tensors)
-    checks.same_dtype("parallel_conv2plus1d", tensors)
+    if cast is not None:
+        tensors = ParallelTensors(*_cast(tensors, cast))
     if _composes(x):
         y = reference.compose_parallel(tensors, spec)
     else:
@@ -266,14 +268,17 @@ def _composes(x: Tensor) -> bool:
     )
 
 
-def _autocast(tensors: Any) -> Any:
-    """What autocast does to the arguments of ``nn.Conv3d``; the norm's stay as they are."""
-    device = tensors.x.device.type
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts the arguments of ``nn.Conv3d`` to, or None where it is off."""
+    device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors[:5])
-    return type(tensors)(*cast, *tensors[5:])
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(tensors: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """x, weights and biases as autocast leaves them; the norm's stay as they are."""
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:

@@ -136,10 +136,11 @@ def _passes(
     return spatial, temporal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """One call of an op: specification, sizes, dtype, device and layout; what dispatch decides on.
 
+    Hashed by identity, which costs nothing: ``of`` gives the same object for the same call.
     ``passes`` are in the order of execution for ``conv2plus1d`` and (spatial, temporal) for
     ``parallel_conv2plus1d``.
     """

@@ -30,8 +30,8 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     if config.parallel:
         tensors = ParallelTensors(*main)
         spec = checks.parallel(
-            tensors, *geometry, config.branch_activation, config.activation, config.slope,
-            config.combine, config.causal,
+            tensors, None, None, *geometry, config.branch_activation, config.activation,
+            config.slope, config.combine, config.causal,
         )  # fmt: skip
         args = (*tensors, *spec, "auto")
         needs = [t is not None for t in tensors]
@@ -45,8 +45,8 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
             t["running_mean"], t["running_var"], t.get("norm_weight"), t.get("norm_bias"),
             config.norm == "batch", 0.1, config.eps,
         )  # fmt: skip
-    spec = checks.pair(
-        PairTensors(*main), *geometry, config.activation, config.slope, norm, config.order,
+    spec, _ = checks.pair(
+        PairTensors(*main), None, norm, *geometry, config.activation, config.slope, config.order,
         config.causal, config.recompute,
     )  # fmt: skip
     stats = (t["running_mean"], t["running_var"]) if config.norm == "frozen" else (None, None)
