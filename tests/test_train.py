@@ -9,19 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import av
-import checkpoints
-import digits
 import numpy as np
 import pytest
 import torch
+
+import fastst
+from fastst.models import r2plus1d_18
+
+pytest.importorskip("av")
+
+import av
+import checkpoints
+import digits
 import train
 import train_demo
 import videos
 from options import Options
-
-import fastst
-from fastst.models import r2plus1d_18
 
 ROOT = Path(__file__).parents[1]
 CODECS = {".mp4": "h264", ".avi": "mpeg4", ".webm": "libvpx-vp9"}
