@@ -151,10 +151,13 @@ def _choose(problem: Problem, phase: str, name: str) -> str:
     raise BackendError(f"{problem.op}: no backend can run the {phase}: {'; '.join(refusals)}")
 
 
-def gives_output_statistics(problem: Problem, name: str) -> bool:
-    """Whether the backend that runs it gives mean and variance of y without reading y again."""
-    backend = BACKENDS[_choose(problem, "forward", name)]
-    return hasattr(backend, "output_statistics") and backend.output_statistics(problem)
+def why_no_output_statistics(problem: Problem, name: str) -> str | None:
+    """Why the backend that runs it gives no mean and variance of y, or None where it does."""
+    chosen = _choose(problem, "forward", name)
+    backend = BACKENDS[chosen]
+    if hasattr(backend, "output_statistics") and backend.output_statistics(problem):
+        return None
+    return f"backend {chosen!r} would have to read the output again for its statistics"
 
 
 def strict() -> bool:
@@ -169,7 +172,7 @@ def fall_back(what: str, why: str) -> None:
         BackendError: under ``FASTST_STRICT=1``, or where a backend was asked for by name.
     """
     message = f"{what} runs as separate PyTorch operators: {why}"
-    _record_composed(what, why)
+    record_composed(what, why)
     if _requested != "auto":
         raise BackendError(f"{message} (refused, as backend {_requested!r} was asked for)")
     _say_slow(message)
@@ -181,7 +184,8 @@ def _say_slow(message: str) -> None:
     _warn_once(message)
 
 
-def _record_composed(what: str, why: str) -> None:
+def record_composed(what: str, why: str) -> None:
+    """Let recordings know of something that no op computes."""
     _record(what, None, "forward", "composed", why)
 
 
@@ -193,5 +197,5 @@ def _warn_once(message: str) -> None:
 
 # Constants to the compiler: they run while it traces, so that a warning breaks no graph. This is
 # all that torch.compiler.assume_constant_result does, but that loads the compiler for a second.
-for _said in (_record_composed, _warn_once):
+for _said in (record_composed, _warn_once):
     vars(_said)["_dynamo_marked_constant"] = True

@@ -88,6 +88,7 @@ def _text(call: Call) -> str:
         after = ["residual"] * p.residual + [p.spec.outer_activation] * (
             p.spec.outer_activation != "none"
         )
+        after += ["statistics for the batch norm after it"] * p.spec.output_statistics
         lines[0] += f", then {' and '.join(after)}" if after else ""
     lines.append(f"  {call.phase}: {call.chosen}")
     lines += [f"    not {name}: {why}" for name, why in _reasons(call, call.phase).items()]

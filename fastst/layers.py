@@ -113,10 +113,22 @@ class Conv2Plus1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x; shapes as above."""
+        return self._run(x, None)
+
+    def forward_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """norm(y) of x, for a norm that somebody else holds: ``fastst.convert`` calls this.
+
+        The norm is a module that takes y. Statistics of y that a batch norm in training needs come
+        with y where the backend can.
+        """
+        return self._run(x, norm)
+
+    def _run(self, x: Tensor, outer_norm: nn.Module | None) -> Tensor:
         first, second = by_kind(self.spatial, self.temporal, self.order)
         return pair_forward(
             x, first, self.norm, self.activation, second,
             order=self.order, causal=self.causal, recompute=self.recompute, owner="Conv2Plus1d",
+            outer_norm=outer_norm,
         )  # fmt: skip
 
     def stream(

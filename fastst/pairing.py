@@ -137,15 +137,28 @@ def run_pair(
     if counts_batches(norm):
         norm.num_batches_tracked.add_(1)
     if outer_norm is not None and not inside:
+        why = why_foreign({}, {"norm": outer_norm}, {})
+        tell_apart(outer_norm, why or "x is unbatched or it is compiled")
         y = outer_norm(y)
     elif counts_batches(outer_norm):
         outer_norm.num_batches_tracked.add_(1)
     return y if after is None else after.after(y)
 
 
+def tell_apart(norm: nn.Module, why: str) -> None:
+    """Let ``explain`` say why a batch norm in training reads y for its statistics."""
+    if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        dispatch.record_composed(f"{type(norm).__name__} after a pair", why)
+
+
 def _needs_statistics(x: Tensor, norm: Any) -> bool:
-    """Whether a norm of the output does nothing but normalise with statistics of the batch."""
-    if x.dim() != 5 or type(norm) is not nn.BatchNorm3d or not norm.training:
+    """Whether a norm of the output does nothing but normalise with statistics of the batch.
+
+    The compiler is not asked for them: it fuses a norm with what follows.
+    """
+    if torch.compiler.is_compiling() or x.dim() != 5:
+        return False
+    if type(norm) is not nn.BatchNorm3d or not norm.training:
         return False
     return why_foreign({}, {"norm": norm}, {}) is None
 

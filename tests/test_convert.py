@@ -157,7 +157,7 @@ def test_report_tells_all():
     model = small()
     model.append(nn.Conv3d(2, 2, (1, 3, 3)))
     text = str(fastst.convert(model, skip="2"))
-    assert "replaced: 1\n  0.0 → 0.3, spatial-first, with 0.1 and relu between\n" in text
+    assert "replaced: 1\n  0.0 → 0.3, spatial-first, with 0.1 and relu between, then 1\n" in text
     assert "2 → 3: not selected by only= and skip=" in text
     assert "4: its output leaves the module before another convolution" in text
     flat = nn.Sequential(*small()[0], nn.BatchNorm3d(4))

@@ -363,7 +363,8 @@ def test_torchvision_training() -> None:
     model = torchvision_video().r2plus1d_18(num_classes=3).double()
     original = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (model, original)]
-    fastst.convert(model)
+    report = fastst.convert(model)
+    assert all(entry.outer_norm for entry in report.replaced)
     x = torch.randn(2, 3, 4, 32, 32, dtype=torch.float64)
     found = []
     for m, optimizer in zip((model, original), optimizers, strict=True):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,11 @@ from torch import fx, nn
 
 from . import fused
 from .match import Chain, Tail, find, separable, why_altered, why_unfit
+from .names import Filter, holders, join, matcher, title, under
 from .probe import Whole, could_be_whole, recognise
-from .report import Left, Replaced, Report
-from .tail import find_outer_norms, find_tails, follow, why_apart
+from .report import Left, Replaced, Report, norm_told
+from .tail import find_tails, follow, norm_behind, why_apart
 from .trace import CannotTrace, Trace, is_watched, switched, trace, traceable
-
-Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 _NEVER_RUN = (None, "no forward that could be traced calls it as a plain convolution")
 _NOT_SELECTED = "not selected by only= and skip="
@@ -51,10 +50,12 @@ def convert(model: nn.Module, *, only: Filter | None = None, skip: Filter | None
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {type(model).__name__}")
-    admits, rejects = _matcher("only", model, only), _matcher("skip", model, skip)
+    admits, rejects = matcher("only", model, only), matcher("skip", model, skip)
     walk = _Walk(model, lambda names: (only is None or admits(names)) and not rejects(names))
     for name, module in reversed(list(model.named_modules())):
         walk.visit(name, module)
+    for name, module in reversed(list(model.named_modules())):
+        walk.visit_norms(name, module)
     return walk.report()
 
 
@@ -112,12 +113,16 @@ class _Walk:
             for conv in fused.convs_of(m._plan)
         }
         self.layers = {name: m for name, m in model.named_modules() if _is_layer(m)}
+        # Modules that end in a pair, and the norm after each, as a conversion before had it or as
+        # this one has.
+        self.normed_before: set[tuple[str, str]] = set()
+        self.normed: dict[str, tuple[str, str | None]] = {}
         self.reasons: dict[str, tuple[str | None, str]] = {}
         self._consider(name for name in self.first.values() if name not in self.owned)
 
     def _name(self, name: str, path: str) -> str:
         """The first name of the module at a path from another one."""
-        return self.first[id(self.modules[_join(name, path)])]
+        return self.first[id(self.modules[join(name, path)])]
 
     def visit(self, name: str, module: nn.Module) -> None:
         """Convert what a module's own forward holds, once its descendants have been visited."""
@@ -131,19 +136,19 @@ class _Walk:
             return
         homes = self._homes_of_tails(module) if self.tails else {}
         for path in homes:
-            self._take_back(_join(name, path), module.get_submodule(path))
-        inside = [n for n in self.reasons if n != name and _under(n, name)]
+            self._take_back(join(name, path), module.get_submodule(path))
+        inside = [n for n in self.reasons if n != name and under(n, name)]
         try:
             if len({separable(self.modules[n]) for n in inside}) == 2:
                 self._convert(name, module, before, homes)
         except CannotTrace as error:
             for n in inside:
                 if self.reasons[n] == _NEVER_RUN:
-                    self.reasons[n] = (None, f"{_title(name, module)} was left: {error}")
+                    self.reasons[n] = (None, f"{title(name, module)} was left: {error}")
         opened = [p for p, _, _ in module._plan.opened] if fused.is_converted(module) else []  # type: ignore[union-attr]
         for path, plan in homes.items():
             if path not in opened:
-                self._apply(_join(name, path), module.get_submodule(path), plan, set())
+                self._apply(join(name, path), module.get_submodule(path), plan, set())
         if not any(fused.is_converted(m) or _is_layer(m) for m in module.modules()):
             self._convert_whole(name, module, before)
 
@@ -155,11 +160,14 @@ class _Walk:
 
     def _in_layer(self, name: str) -> bool:
         """Whether a layer of this library holds a module."""
-        return any(above in self.layers for above in ("", *_above(name)))
+        return any(above in self.layers for above in ("", *holders(name)))
 
     def _take_back(self, name: str, module: Any) -> None:
         """Revert a module, and look at its convolutions again."""
         convs = [self._name(name, conv) for conv in fused.convs_of(module._plan)]
+        self.normed_before.update(
+            (self._name(name, part), self._name(name, norm)) for part, norm in module._plan.normed
+        )
         fused.revert_module(module)
         self.replaced = [e for e in self.replaced if e.name != name]
         self.owned.difference_update(convs)
@@ -193,8 +201,8 @@ class _Walk:
             self.reasons[self._name(name, path)] = (None, reason)
         for path, told in open_all.closed.items():
             for n in self.reasons:
-                if _under(n, _join(name, path)) and self.reasons[n] == _NEVER_RUN:
-                    self.reasons[n] = (None, f"{_join(name, path)}: {told}")
+                if under(n, join(name, path)) and self.reasons[n] == _NEVER_RUN:
+                    self.reasons[n] = (None, f"{join(name, path)}: {told}")
         known = {(p.first, p.second) for p in before}
         if self.tails or any(p.residual or p.outer != "none" for p in before):
             find_tails(chains, get)
@@ -213,7 +221,7 @@ class _Walk:
         if not chosen:
             return
         # Opened again only along the way to the pairs: the rest is called as it is.
-        crossed = {path for chain in chosen for path in _crossed(chain)}
+        crossed = {path for chain in chosen for path in _crossed(chain.calls())}
         traced = _graph(module, crossed)
         wanted = {c.names for c in chosen}
         again = [c for c in find(traced.graph, get)[0] if c.names in wanted]
@@ -221,12 +229,66 @@ class _Walk:
         tails = {c.names: c.tail for c in chosen}
         for chain in again:
             chain.tail = chain.tail if tails[chain.names].nodes else Tail()
+        normed = [] if self.tails else self._normed(name, module, traced.graph)
         if not self.tails:
-            find_outer_norms(again, get)
+            for chain in again:
+                if not chain.tail.nodes:
+                    chain.outer_norm = self._norm_behind(chain.convs[1].node, get)
         here, there = ([(c.names, c.tail.computes()) for c in cs] for cs in (chosen, again))
         if here != there:
             raise CannotTrace("its graph depends on how far it is opened")
-        self._apply(name, module, fused.plan_of(module, traced.graph, traced.opened, again), known)
+        plan = fused.plan_of(module, traced.graph, traced.opened, again, normed)
+        self._apply(name, module, plan, known)
+
+    def visit_norms(self, name: str, module: nn.Module) -> None:
+        """Convert a module that has no pairs of its own, but the norms after those of its parts."""
+        if is_leaf(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            return
+        near = dict(_near(module))
+        ends = any(map(fused.ends_in_pair, near.values()))
+        if not (ends and any(type(m) is nn.BatchNorm3d for m in near.values())):
+            return
+        if any(module is m for above in self.modules.values() for m in _opened_by(above)):
+            return
+        try:
+            _check_class(module)
+            lists = {path for path, m in near.items() if isinstance(m, nn.Sequential)}
+            normed = self._normed(name, module, _graph(module, lists).graph)
+            traced = _graph(module, {p for calls in normed for p in _crossed(calls)})
+            normed = self._normed(name, module, traced.graph)
+            if normed:
+                plan = fused.plan_of(module, traced.graph, traced.opened, [], normed)
+                self._apply(name, module, plan, set())
+        except CannotTrace:
+            return  # as it was: nobody asked for a norm
+
+    def _normed(
+        self, name: str, module: nn.Module, graph: fx.Graph
+    ) -> list[tuple[fx.Node, fx.Node]]:
+        """Calls of parts that end in a pair, and of the norm after each."""
+        found = []
+        get = module.get_submodule
+        for node in graph.nodes:
+            if node.op != "call_module" or node.kwargs or not fused.ends_in_pair(get(node.target)):
+                continue
+            norm = self._norm_behind(node, get)
+            if norm is None:
+                continue
+            names = self._name(name, node.target), self._name(name, str(norm.target))
+            if names in self.normed_before or self.wanted(self._last_pair(names[0])):
+                found.append((node, norm))
+        return found
+
+    def _norm_behind(self, node: fx.Node, get: Callable[[str], nn.Module]) -> fx.Node | None:
+        """The norm behind a node, if nobody else holds it."""
+        norm = norm_behind(node, get)
+        return norm if norm is not None and self.uses[id(get(str(norm.target)))] == 1 else None
+
+    def _last_pair(self, name: str) -> list[str]:
+        """Names of the convolutions of the pair in which a module ends."""
+        module: Any = self.modules[name]
+        last = fused.convs_of(module._plan)[-2:] if fused.is_converted(module) else ()
+        return [self._name(name, path) for path in last or ("spatial", "temporal")]
 
     def _convert_whole(self, name: str, module: nn.Module, before: Sequence[fused.Pair]) -> None:
         """Convert a module that is a pair as a whole, though no graph shows it."""
@@ -239,7 +301,7 @@ class _Walk:
         why = self._why_not_whole(module)
         whole = None if why is not None else recognise(module)
         if isinstance(whole, str):
-            why = f"{_title(name, module)} was left: {whole}"
+            why = f"{title(name, module)} was left: {whole}"
         if why is None and not before and not self.wanted(convs):
             why = _NOT_SELECTED
         if why is None and isinstance(whole, Whole):
@@ -266,16 +328,27 @@ class _Walk:
         self, name: str, module: nn.Module, plan: fused.Plan, known: set[tuple[str, str]]
     ) -> None:
         fused.apply(module, plan)
+        for part, norm in plan.normed:
+            names = self._name(name, part), self._name(name, norm)
+            self._tell_norm(*names, _why_watched(self.modules, names))
         for pair in plan.pairs:
+            outer = pair.outer_norm and self._name(name, pair.outer_norm)
             entry = Replaced(
                 name, self._name(name, pair.first), self._name(name, pair.second),
                 pair.norm and self._name(name, pair.norm), pair.activation, pair.order,
-                pair.residual, pair.outer,
-                pair.outer_norm and self._name(name, pair.outer_norm),
+                pair.residual, pair.outer, outer, outer and _why_watched(self.modules, [outer]),
             )  # fmt: skip
             (self.already if (pair.first, pair.second) in known else self.replaced).append(entry)
             for conv in (entry.first, entry.second):
                 self.reasons.pop(conv, None)
+
+    def _tell_norm(self, part: str, norm: str, apart: str | None) -> None:
+        """Put the norm after a part into the entry of the part's last pair."""
+        self.normed[part] = norm, apart
+        for entries in (self.replaced, self.already):
+            for i, e in enumerate(entries):
+                if e.name == part and self._last_pair(part)[-1] == e.second:
+                    entries[i] = dataclasses.replace(e, outer_norm=norm, apart=apart)
 
     def _why_left(self, name: str, module: nn.Module, chain: Chain) -> str | None:
         """Why a chain is not to be replaced, or None."""
@@ -289,7 +362,7 @@ class _Walk:
             uses = self.uses[id(module.get_submodule(path))]
             if uses > 1:
                 return f"{path} is shared: the model holds it {uses} times"
-        for path in _crossed(chain):
+        for path in _crossed(chain.calls()):
             if is_watched(module.get_submodule(path)):
                 return f"{path} has hooks"
         if not self.wanted([self._name(name, path) for path in chain.names]):
@@ -308,7 +381,9 @@ class _Walk:
             if second is not None or name not in partners
         ]
         for name, layer in self.layers.items():
-            left.append(Left(name, None, f"is one operation already, a {type(layer).__name__}"))
+            norm = f", then {norm_told(*self.normed[name])}" if name in self.normed else ""
+            what = f"is one operation already, a {type(layer).__name__}{norm}"
+            left.append(Left(name, None, what))
         return Report(
             sorted(self.replaced, key=lambda e: self.place[e.first]),
             sorted(self.already, key=lambda e: self.place[e.first]),
@@ -318,9 +393,9 @@ class _Walk:
     def _why_never_run(self, name: str) -> str:
         """Why no graph has shown what a convolution's output meets."""
         module = self.modules[name]
-        for above in ("", *_above(name)):
+        for above in ("", *holders(name)):
             if isinstance(self.modules[above], (fx.GraphModule, torch.jit.ScriptModule)):
-                return f"{_title(above, self.modules[above])} was left: its class is its graph"
+                return f"{title(above, self.modules[above])} was left: its class is its graph"
         if not isinstance(module, nn.Conv3d):
             return f"it is a {type(module).__module__}.{type(module).__name__}, not an nn.Conv3d"
         other = "spatial" if separable(module) == "temporal" else "temporal"
@@ -373,12 +448,33 @@ def _check_class(module: nn.Module) -> None:
         raise CannotTrace("it has no forward")
 
 
-def _crossed(chain: Chain) -> list[str]:
-    """Paths of the modules whose forward must be opened to see a chain, the outermost first."""
-    stacks = [node.meta.get("nn_module_stack", {}).values() for node in chain.calls()]
+def _crossed(calls: Iterable[fx.Node]) -> list[str]:
+    """Paths of the modules whose forward must be opened to see calls, the outermost first."""
+    calls = list(calls)
+    stacks = [node.meta.get("nn_module_stack", {}).values() for node in calls]
     paths = {path: None for stack in stacks for path, _ in stack}
-    called = {str(node.target) for node in chain.calls() if node.op == "call_module"}
+    called = {str(node.target) for node in calls if node.op == "call_module"}
     return [path for path in paths if path not in called]
+
+
+def _near(module: nn.Module, above: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Children by path, and what lists of modules hold that are not converted."""
+    for name, child in module.named_children():
+        path = join(above, name)
+        yield path, child
+        if isinstance(child, _CONTAINERS) and not fused.is_converted(child):
+            yield from _near(child, path)
+
+
+def _opened_by(module: nn.Module) -> list[nn.Module]:
+    """What the plan of a module goes into: it must stay of the class that it has."""
+    if not fused.is_converted(module):
+        return []
+    return [module.get_submodule(path) for path, _, _ in module._plan.opened]  # type: ignore[union-attr]
+
+
+def _why_watched(modules: dict[str, nn.Module], names: Iterable[str]) -> str | None:
+    return next((f"{n or 'the model'} has hooks" for n in names if is_watched(modules[n])), None)
 
 
 def _not_at_home(chains: Sequence[Chain], homes: Iterable[str]) -> list[Chain]:
@@ -388,7 +484,7 @@ def _not_at_home(chains: Sequence[Chain], homes: Iterable[str]) -> list[Chain]:
     """
 
     def inside(chain: Chain, home: str) -> bool:
-        return all(_under(path, home) for path in chain.names)
+        return all(under(path, home) for path in chain.names)
 
     def leaves(chain: Chain, home: str) -> bool:
         stacks = [n.meta.get("nn_module_stack", {}).values() for n in chain.tail.nodes]
@@ -396,44 +492,3 @@ def _not_at_home(chains: Sequence[Chain], homes: Iterable[str]) -> list[Chain]:
 
     closed = [h for h in homes if not any(inside(c, h) and leaves(c, h) for c in chains)]
     return [c for c in chains if not any(inside(c, h) for h in closed)]
-
-
-def _join(name: str, path: str) -> str:
-    return f"{name}.{path}" if name and path else name or path
-
-
-def _under(name: str, above: str) -> bool:
-    return not above or name == above or name.startswith(f"{above}.")
-
-
-def _above(path: str) -> list[str]:
-    """The paths of the modules that hold the one at a path, without the root."""
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def _title(name: str, module: nn.Module) -> str:
-    return f"{name or 'the model'} ({type(module).__name__})"
-
-
-def _matcher(label: str, model: nn.Module, given: Filter | None) -> Callable[[Iterable[str]], bool]:
-    """Whether one of some names, or a module that holds one of them, passes a filter.
-
-    Raises:
-        TypeError: a filter neither pattern nor predicate.
-    """
-    if given is None:
-        return lambda names: False
-    patterns = [given] if isinstance(given, str) else given
-    if callable(patterns):
-        passes = patterns
-    elif isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns):
-        passes = lambda name, _: any(fnmatchcase(name, p) for p in patterns)  # noqa: E731
-    else:
-        raise TypeError(
-            f"convert: {label} must be a pattern, a sequence of patterns or a predicate of name "
-            f"and module, got {given!r}"
-        )
-    return lambda names: any(
-        passes(n, model.get_submodule(n)) for name in names for n in [*_above(name), name]
-    )

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
 
 from .. import activations, dispatch
-from ..pairing import Ending, pair_forward, run_pair
+from ..pairing import Ending, pair_forward, run_pair, tell_apart
 from ..shapes import ACTIVATIONS
 from .match import Chain
 from .padding import Pad, merge
@@ -52,6 +53,8 @@ class Plan:
     pairs: tuple[Pair, ...]
     opened: tuple[tuple[str, type[nn.Module], int], ...]  # path, class, number of children
     children: int  # of the module itself
+    normed: tuple[tuple[str, str], ...] = ()  # parts that end in a pair, and the norm after each
+    ends_in_pair: bool = False  # whether what the forward returns is what a pair leaves
     rank: int | None = None  # of the input, where another one has no pair in it
 
 
@@ -71,11 +74,12 @@ class Converted:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if _matters(self, name, value):
-            kind = self._original.__name__
+            kind, pairs = self._original.__name__, self._plan.pairs
             revert_module(self)
-            dispatch.fall_back(
-                kind, f"its attribute {name!r} changed after fastst.convert; convert again"
-            )
+            if pairs:
+                dispatch.fall_back(
+                    kind, f"its attribute {name!r} changed after fastst.convert; convert again"
+                )
             setattr(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -121,6 +125,32 @@ def apply(module: nn.Module, plan: Plan) -> None:
     module.__class__ = _class_of(type(module), plan)
 
 
+def ends_in_pair(module: nn.Module) -> bool:
+    """Whether a module can be told of a norm that is applied to what it returns."""
+    kind = type(module)
+    return "forward_normed" in vars(kind) and kind.__call__ is nn.Module.__call__
+
+
+def call_normed(norm: nn.Module, module: nn.Module, *args: Any) -> Tensor:
+    """norm(module(*args)), with statistics from the last pair of the module where it gives some.
+
+    The module is called, and then the norm, wherever that may be more than what its class says.
+    """
+    own = vars(type(module)).get("forward_normed")
+    if own is None:  # it was exchanged or reverted
+        return norm(module(*args))
+    why = None
+    if is_watched(module) or module._compiled_call_impl is not None:
+        why = "the module that ends in the pair has hooks, or was compiled"
+    elif torch_module._has_any_global_hook():
+        why = "global module hooks are registered"
+    if why is None:
+        return own(module, norm, *args)
+    y = module(*args)
+    tell_apart(norm, why)
+    return norm(y)
+
+
 def _rebuild(original: type[nn.Module], plan: Plan) -> Any:
     module = original.__new__(original)
     object.__setattr__(module, "__class__", _class_of(original, plan))
@@ -134,9 +164,8 @@ def _class_of(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The class of converted modules; the same for the same plan, so that compilers reuse code."""
     key = (original, plan)
     if key not in _classes:
-        forward = _forward(original, plan)
         body = {
-            "_original": original, "_plan": plan, "forward": forward,
+            "_original": original, "_plan": plan, **_forwards(original, plan),
             "__module__": original.__module__, "__doc__": original.__doc__,
         }  # fmt: skip
         _classes.setdefault(key, type(f"Fused{original.__name__}", (Converted, original), body))
@@ -150,13 +179,26 @@ def forward({signature}):
     why = why_not(({required},), ({optional}), ({variadic}), ({opened}), self)
     if why is None:
         return run(self, {required})
-    fall_back({label!r}, why)
-    return original.forward({call})
+    if loses_pairs:
+        fall_back({label!r}, why)
+        return original.forward({call})
+    y = original.forward({call})
+    record_composed({label!r}, why)
+    return y
+
+def forward_normed(self, norm, {required}):
+    why = why_not(({required},), given, (), ({opened}), self)
+    if why is None:
+        return run(self, {required}, norm)
+    return norm(forward(self, {required}))
 """
 
 
-def _forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
-    """A forward with the parameters of the original one, which runs the plan where it may."""
+def _forwards(original: type[nn.Module], plan: Plan) -> dict[str, Callable[..., Any]]:
+    """A forward with the parameters of the original one, which runs the plan where it may.
+
+    With it, where that ends in a pair, one that applies a norm to what it returns.
+    """
     p = Parameters.of(original)
     expected = tuple((kind, children) for _, kind, children in plan.opened)
 
@@ -177,10 +219,12 @@ def _forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
     )
     namespace = {
         "why_not": why_not, "run": _compile(plan, original), "original": original,
-        "fall_back": dispatch.fall_back, "defaults": p.optional,
-        "rank": plan.rank, "Tensor": Tensor,
+        "fall_back": dispatch.fall_back, "record_composed": dispatch.record_composed,
+        "loses_pairs": bool(plan.pairs), "rank": plan.rank, "Tensor": Tensor,
+        "defaults": p.optional, "given": (*p.optional.values(),),
     }  # fmt: skip
-    return _execute(source, f"forward of a converted {original.__qualname__}", namespace)["forward"]
+    made = _execute(source, f"forward of a converted {original.__qualname__}", namespace)
+    return {n: made[n] for n in ("forward", "forward_normed")[: 1 + plan.ends_in_pair]}
 
 
 def _why_not(
@@ -213,15 +257,23 @@ def _why_not(
 
 
 def plan_of(
-    module: nn.Module, graph: fx.Graph, opened: Sequence[str], chains: Sequence[Chain]
+    module: nn.Module,
+    graph: fx.Graph,
+    opened: Sequence[str],
+    chains: Sequence[Chain],
+    normed: Sequence[tuple[fx.Node, fx.Node]],
 ) -> Plan:
     """Rewrite a graph so that each chain is one call, and write it down. Consumes the graph.
+
+    Args:
+        normed: calls of modules that end in a pair, and of the norm after each: one call, too.
 
     Raises:
         CannotTrace: the graph calls a function that cannot be imported by name.
     """
     pairs, watched = [], list(opened)
     made: dict[fx.Node | None, fx.Node] = {}  # by the convolution whose output it is
+    bare: set[fx.Node] = set()  # outputs of convolutions
     for chain in chains:
         nodes, tail = list(chain.calls()), chain.tail
         source = made.get(chain.source, chain.source)
@@ -237,6 +289,8 @@ def plan_of(
             y = call(module, graph, chain, source, ending)
         nodes[-1].replace_all_uses_with(y)
         made[nodes[-1]] = y
+        if nodes[-1] is chain.convs[1].node:
+            bare.add(y)
         for node in reversed(nodes):
             graph.erase_node(node)
         norm = None if chain.norm is None else str(chain.norm.target)
@@ -250,6 +304,19 @@ def plan_of(
             between = [n for n in (chain.norm, chain.activation) if n and n.op == "call_module"]
             used += [*chain.names, *(str(n.target) for n in between)]
         watched += [p for p in dict.fromkeys(used) if p not in watched]
+    for node, norm_node in normed:
+        with graph.inserting_before(node):
+            parts = [graph.get_attr(str(n.target)) for n in (norm_node, node)]
+            y = graph.call_function(call_normed, (*parts, *node.args))
+        norm_node.replace_all_uses_with(y)
+        graph.erase_node(norm_node)
+        graph.erase_node(node)
+    returned: Any = graph.output_node().args[0]
+    ends_in_pair = isinstance(returned, fx.Node) and returned in bare and len(returned.users) == 1
+    if ends_in_pair:
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            norm_node = graph.placeholder("outer_norm", default_value=None)
+        returned.update_kwarg("outer_norm", norm_node)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -259,7 +326,10 @@ def plan_of(
         m = module.get_submodule(path)
         kinds.append((path, type(m), len(m._modules)))
     imports = _imports(code.globals, code.src)
-    return Plan(code.src, imports, tuple(pairs), tuple(kinds), len(module._modules))
+    return Plan(
+        code.src, imports, tuple(pairs), tuple(kinds), len(module._modules),
+        tuple((str(a.target), str(b.target)) for a, b in normed), ends_in_pair,
+    )  # fmt: skip
 
 
 def plan_of_whole(module: nn.Module, whole: Whole) -> Plan:
@@ -279,7 +349,7 @@ def plan_of_whole(module: nn.Module, whole: Whole) -> Plan:
     below = list(module.named_modules())[1:]
     return Plan(
         source, (("run_whole", run_whole.__module__, "run_whole"),), (pair,),
-        tuple((path, type(m), len(m._modules)) for path, m in below), len(module._modules), 5,
+        tuple((path, type(m), len(m._modules)) for path, m in below), len(module._modules), rank=5,
     )  # fmt: skip
 
 

@@ -17,19 +17,25 @@ class Replaced:
     order: str
     residual: bool = False  # whether the op adds the block's shortcut
     outer: str = "none"  # the activation of its output that is part of it
-    outer_norm: str | None = None  # the batch norm of its output that is part of it
+    outer_norm: str | None = None  # the batch norm of its output that takes its statistics
+    apart: str | None = None  # why that norm does not, as things stand
 
     def __str__(self) -> str:
         between = [] if self.norm is None else [self.norm]
         if self.activation != "none":
             between.append(self.activation)
         told = f", with {' and '.join(between)} between" if between else ""
-        ending = [] if self.outer_norm is None else [self.outer_norm]
+        ending = [] if self.outer_norm is None else [norm_told(self.outer_norm, self.apart)]
         ending += ["the residual"] * self.residual
         if self.outer != "none":
             ending.append(self.outer)
         told += f", then {' and '.join(ending)}" if ending else ""
         return f"{self.first} → {self.second}, {self.order}{told}"
+
+
+def norm_told(norm: str, apart: str | None) -> str:
+    """A norm after a pair, and why it takes no statistics of the pair."""
+    return norm if apart is None else f"{norm} by itself ({apart})"
 
 
 @dataclass(frozen=True)

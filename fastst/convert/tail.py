@@ -34,20 +34,17 @@ def find_tails(chains: Iterable[Chain], modules: Modules) -> None:
             taken.update(tail.nodes)
 
 
-def find_outer_norms(chains: Iterable[Chain], modules: Modules) -> None:
-    """Give each chain without a tail the batch norm that follows it, for training.
+def norm_behind(node: fx.Node, modules: Modules) -> fx.Node | None:
+    """The call of a batch norm that alone reads what a node leaves, and is the only one of it.
 
     It is called as the module that it is wherever it is anything more than that.
     """
-    for chain in chains:
-        users = list(chain.convs[1].node.users)
-        if chain.tail.nodes or len(users) != 1:
-            continue
-        (norm,) = users
-        calls = [n for n in norm.graph.nodes if (n.op, n.target) == (norm.op, norm.target)]
-        once = norm.op == "call_module" and calls == [norm]
-        if once and type(modules(str(norm.target))) is nn.BatchNorm3d and not norm.kwargs:
-            chain.outer_norm = norm
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module" or users[0].kwargs:
+        return None
+    (norm,) = users
+    once = [n.target for n in norm.graph.nodes].count(norm.target) == 1
+    return norm if once and type(modules(str(norm.target))) is nn.BatchNorm3d else None
 
 
 def follow(node: fx.Node, inner: tuple[str, float] | None, modules: Modules) -> Tail:

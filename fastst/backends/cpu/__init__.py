@@ -15,7 +15,7 @@ from . import backward
 from .backward import conv2plus1d_backward
 from .library import Call, load, norm_coefficients
 
-__all__ = ["avoid", "conv2plus1d", "conv2plus1d_backward", "why_not"]
+__all__ = ["avoid", "conv2plus1d", "conv2plus1d_backward", "mids", "output_statistics", "why_not"]
 
 # Fewer output channels of a group than this leave most lanes of a vector empty.
 _LEAST_PER_GROUP = 8
@@ -37,6 +37,10 @@ def why_not(problem: Problem, phase: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def mids(problem: Problem) -> int:
+    return 2  # u and dv
+
+
 def avoid(problem: Problem, phase: str) -> str | None:
     """Why "auto" leaves to the next backend what this one could run."""
     for p in problem.passes:
@@ -46,6 +50,11 @@ def avoid(problem: Problem, phase: str) -> str | None:
                 f"{p.out_channels // p.groups}"
             )
     return None
+
+
+def output_statistics(problem: Problem) -> bool:
+    """Whether y comes with its statistics; always, from the epilogue that writes it."""
+    return problem.op == "conv2plus1d"
 
 
 def in_order(problem: Problem, tensors: PairTensors) -> list[tuple[Pass, Tensor, Tensor | None]]:
@@ -82,10 +91,13 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         k.tap_conv(k.plain(tensors.x), w1, first, mid, epilogue)
         source = k.plain(mid[:, :m])
     y = problem.empty_output(tensors.x)
-    epilogue = k.epilogue(bias=b2, outer=spec.outer_activation, aux=tensors.residual)
+    out = torch.empty(2, problem.out_channels) if spec.output_statistics else None
+    epilogue = k.epilogue(
+        bias=b2, outer=spec.outer_activation, aux=tensors.residual, reductions=out
+    )
     k.tap_conv(source, w2, second, y, epilogue)
     batch = spec.norm == "batch"
     return PairResult(
         y, mid.permute(0, 2, 3, 4, 1) if kept else None, mean if batch else None,
-        var if batch else None, outer=True,
+        var if batch else None, None, True, *(() if out is None else out),
     )  # fmt: skip
