@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activations, dispatch
+from . import activations, dispatch, parts
 from .backends import finished, reference
 from .shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
@@ -48,16 +48,19 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any) -> Any:
-        # Kernels see the dtypes that functional decided on, and nothing records their insides.
-        device = args[0].device.type
-        if torch.is_autocast_enabled(device):
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                return implementation(*args)
-        with torch.no_grad():
-            return implementation(*args)
+        return _bare(args[0].device.type, implementation, *args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastst::{name}", fake, lib=_library)
+
+
+def _bare(device: str, implementation: Callable[..., Any], *args: Any) -> Any:
+    """Kernels see the dtypes that functional decided on, and nothing records their insides."""
+    if torch.is_autocast_enabled(device):
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return implementation(*args)
+    with torch.no_grad():
+        return implementation(*args)
 
 
 def pair_arguments(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, str]:
@@ -141,13 +144,24 @@ def _conv2plus1d_train_fake(*args: Any) -> tuple[Tensor, ...]:
 def _conv2plus1d_backward(
     dy: Tensor, u: Tensor, batch_mean: Tensor, batch_var: Tensor, *args: Any
 ) -> list[Tensor]:
+    return _pair_gradients([dy], u, batch_mean, batch_var, *args)
+
+
+def _pair_gradients(
+    box: list[Tensor], u: Tensor, batch_mean: Tensor, batch_var: Tensor, *args: Any
+) -> list[Tensor]:
+    """``conv2plus1d_backward`` of the dy in a list, which is emptied once nothing reads dy."""
     *args, needs = args  # type: ignore[assignment]
     tensors, spec, problem, backend = _trained_pair(args)
-    batch = spec.norm == "batch"
-    grads = dispatch.choose(problem, "backward", backend).conv2plus1d_backward(
-        problem, tensors, dy, None if spec.recompute else u,
-        batch_mean if batch else None, batch_var if batch else None, needs,
-    )  # fmt: skip
+    mean, var = (batch_mean, batch_var) if spec.norm == "batch" else (None, None)
+    chosen = dispatch.choose(problem, "backward", backend)
+    if spec.recompute and hasattr(chosen, "mids"):
+        count = parts.count(problem, chosen.mids(problem))
+        if count > 1:
+            return parts.gradients(backend, count, problem, tensors, box[0], mean, var, needs)
+    grads = chosen.conv2plus1d_backward(
+        problem, tensors, box, None if spec.recompute else u, mean, var, needs
+    )
     return _apart(grads)
 
 
@@ -235,15 +249,35 @@ class _PairFunction(torch.autograd.Function):
         ctx.spec, ctx.backend = spec, backend
         return y, *statistics
 
+    # From PyTorch 2.13 on gradients come in a list, so that dy goes where its last reader ends.
+    boxed_grads_call = True
+
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, *dys: Any) -> Any:
+        box = dys[0] if isinstance(dys[0], list) else list(dys)
+        del box[1:]  # of statistics
         u, mean, var, *tensors = ctx.saved_tensors  # read once: a checkpoint unpacks them
         needs = ctx.needs_input_grad[2:]
+        if _direct(box[0], *tensors):
+            device = box[0].device.type
+            found = _bare(
+                device, _pair_gradients, box, u, mean, var, *tensors, *ctx.spec, ctx.backend, needs
+            )
+            return None, None, *_scatter(found, needs)
         grads = _backward(
-            torch.ops.fastst.conv2plus1d_backward, reference.compose_pair, dy, (u, mean, var),
+            torch.ops.fastst.conv2plus1d_backward, reference.compose_pair, box[0], (u, mean, var),
             PairTensors(*tensors), ctx.spec, ctx.backend, needs,
         )  # fmt: skip
         return None, None, *grads
+
+
+def _direct(*tensors: Tensor | None) -> bool:
+    """Whether nobody would see an op that is called now: then none has to hold its arguments."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 class _ParallelFunction(torch.autograd.Function):

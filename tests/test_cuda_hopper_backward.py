@@ -198,10 +198,11 @@ def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "resolve", lambda name: name)
     # The other rank has as many values, and gradients of 0.
     monkeypatch.setattr(collectives, "pool_means", lambda sums, n, group: sums / (2 * n))
-    arguments = together, tensors, dy, u, mean, var, [True] * 7 + [False] * 3
-    ours = cuda.conv2plus1d_backward(*arguments)
+    rest = u, mean, var, [True] * 7 + [False] * 3
+    ours = cuda.conv2plus1d_backward(together, tensors, [dy], *rest)
     monkeypatch.setattr(cuda_hopper, "backward_why_not", lambda problem: "are not asked")
-    for got, true in zip(ours, cuda.conv2plus1d_backward(*arguments), strict=True):
+    truth = cuda.conv2plus1d_backward(together, tensors, [dy], *rest)
+    for got, true in zip(ours, truth, strict=True):
         error = (got.double() - true.double()).abs().max() / true.double().abs().max()
         assert error < 8 * torch.finfo(dtype).eps
 

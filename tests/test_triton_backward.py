@@ -161,7 +161,7 @@ def test_same_bits_every_time() -> None:
 def test_nothing_is_needed() -> None:
     problem, tensors = problem_of(Config())
     y = backend.conv2plus1d(problem, tensors, True)
-    assert backend.conv2plus1d_backward(problem, tensors, y.y, y.u, None, None, [False] * 9) == []
+    assert backend.conv2plus1d_backward(problem, tensors, [y.y], y.u, None, None, [False] * 9) == []
 
 
 @pytest.mark.parametrize("config", [
@@ -230,7 +230,9 @@ def step(config: Config, *, recompute: bool = False) -> list[tuple[list[str], Al
         result = backend.conv2plus1d(problem, tensors, save=True)
     needs = [t is not None for t in tensors[:7]] + [False] * (len(tensors) - 7)
     with watched() as backward:
-        backend.conv2plus1d_backward(problem, tensors, dy, result.u, result.mean, result.var, needs)
+        backend.conv2plus1d_backward(
+            problem, tensors, [dy], result.u, result.mean, result.var, needs
+        )
     return [forward, backward]
 
 

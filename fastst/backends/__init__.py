@@ -5,7 +5,11 @@
 ``avoid(problem, phase)``     reason why "auto" passes it over although it could run it; optional
 ``rehearse(problem)``         a small problem for the self-check, run by the same kernels; optional
 ``conv2plus1d(problem, tensors, save)``                   -> ``PairResult``
-``conv2plus1d_backward(problem, tensors, dy, u, mean, var, needs)``    -> one gradient per need
+``mids(problem)``             how many tensors as large as u its backward makes at once where u was
+                              not kept; optional, without it the batch is never cut into parts
+``conv2plus1d_backward(problem, tensors, box, u, mean, var, needs, part=None)``
+                              -> one gradient per need; ``box`` is [dy], and is emptied once dy is
+                              read no more, so that its memory can serve what comes after
 ``parallel_conv2plus1d(problem, tensors)``                -> y
 ``parallel_conv2plus1d_backward(problem, tensors, dy, needs)``         -> one gradient per need
 
@@ -44,6 +48,13 @@ class PairResult(NamedTuple):
     outer: bool = False  # whether the residual and the outer activation are in y
     out_mean: Tensor | None = None  # of y, with spec.output_statistics
     out_var: Tensor | None = None  # likewise, biased
+
+
+class Part(NamedTuple):
+    """What a backward call for a part of the batch knows of the whole."""
+
+    dx: Tensor | None  # where the gradient of x may be written, of any strides
+    means: Tensor | None  # with norm="batch", (2, M): of dv and dv·(u − mean), over all ranks, too
 
 
 def finished(result: PairResult, problem: Problem, tensors: PairTensors) -> Tensor:

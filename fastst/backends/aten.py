@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import activations, collectives, tuning
 from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem, pad_index
-from . import PairResult, onednn
+from . import PairResult, Part, onednn
 
 aten = torch.ops.aten
 
@@ -35,6 +35,10 @@ def trial(problem: Problem, phase: str, way: str) -> Callable[[], object]:
     """One way on random tensors."""
     tensors: PairTensors = tuning.example(problem)  # type: ignore[assignment]
     return lambda: onednn.run(way, problem, tensors)
+
+
+def mids(problem: Problem) -> int:
+    return 4  # u, z, dz and what PyTorch's convolutions copy
 
 
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
@@ -62,11 +66,12 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
 def conv2plus1d_backward(
     problem: Problem,
     tensors: PairTensors,
-    dy: Tensor,
+    box: list[Tensor],
     u: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
+    part: Part | None = None,
 ) -> list[Tensor]:
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
@@ -92,7 +97,10 @@ def conv2plus1d_backward(
     # The sign of relu(v) is all that its gradient asks of v, so z may take v's place.
     z = activations.apply(spec.activation, v, spec.slope, spec.activation == "relu" and v is not u)
     below = need.x or any(need_first) or need.norm_weight or need.norm_bias
-    dz, dw2, db2 = _conv_backward(_rows(dy), z, weights.second[0], second, (below, *need_second))
+    dz, dw2, db2 = _conv_backward(
+        _rows(box[0]), z, weights.second[0], second, (below, *need_second)
+    )
+    box.clear()
     dgamma = dbeta = dx = dw1 = db1 = None
     if below:
         assert dz is not None
@@ -104,7 +112,8 @@ def conv2plus1d_backward(
         du = dv
         if spec.norm != "none":
             assert mean is not None and var is not None
-            du, dgamma, dbeta = _normalise_backward(problem, tensors, dv, u, mean, var)
+            means = None if part is None else part.means
+            du, dgamma, dbeta = _normalise_backward(problem, tensors, dv, u, mean, var, means)
             del dv
         dx, dw1, db1 = _conv_backward(du, x, weights.first[0], first, (need.x, *need_first))
     m = problem.mid_channels
@@ -258,9 +267,15 @@ def _affine(problem: Problem, t: PairTensors, u: Tensor, mean: Tensor, var: Tens
 
 
 def _normalise_backward(
-    problem: Problem, t: PairTensors, dv: Tensor, u: Tensor, mean: Tensor, var: Tensor
+    problem: Problem,
+    t: PairTensors,
+    dv: Tensor,
+    u: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    means: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du, dgamma, dbeta."""
+    """du, dgamma, dbeta; means as of ``Part``, where they are known."""
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     channels = u.shape[-1]
     gamma, _ = _affine_parameters(problem, t, channels)
@@ -268,12 +283,16 @@ def _normalise_backward(
     var_ = _per_channel(var, problem, channels, 1.0)
     assert mean_ is not None and var_ is not None
     rstd = (var_ + spec.eps).rsqrt()
-    if spec.group:
+    if spec.group or means is not None:
         wide, away = (a.flatten(0, 3).to(problem.accumulate_dtype) for a in (dv, u))
         away = (away - mean_).mul_(rstd)
         sums = torch.stack((wide.sum(0), (wide * away).sum(0)))
-        group, m = collectives.resolve(spec.group), problem.mid_channels
-        means = collectives.pool_means(sums[:, :m], wide.shape[0], group)
+        m = problem.mid_channels
+        if means is None:
+            group = collectives.resolve(spec.group)
+            means = collectives.pool_means(sums[:, :m], wide.shape[0], group)
+        else:
+            means = torch.stack((means[0], means[1] * rstd[:m]))
         means = F.pad(means, (0, channels - m))
         du = wide.sub(means[0]).addcmul_(away, means[1], value=-1).mul_(gamma * rstd)
         return du.to(dv.dtype).view(u.shape), sums[1], sums[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
-from . import PairResult, cuda_depthwise, cuda_hopper
+from . import PairResult, Part, cuda_depthwise, cuda_hopper
 from .native import Call, call, emulated, emulating, finish, load
 
 
@@ -33,6 +33,12 @@ def why_not(problem: Problem, phase: str) -> str | None:
     if found.device_count() == 0:
         return f"cannot use the GPU: {found.device_error()}"
     return None
+
+
+def mids(problem: Problem) -> int:
+    if cuda_depthwise.why_not(problem) is None:
+        return 0
+    return 2  # u and dv
 
 
 def avoid(problem: Problem, phase: str) -> str | None:
@@ -93,16 +99,17 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
 def conv2plus1d_backward(
     problem: Problem,
     tensors: PairTensors,
-    dy: Tensor,
+    box: list[Tensor],
     u: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
+    part: Part | None = None,
 ) -> list[Tensor]:
     if cuda_depthwise.why_not(problem) is None:
-        return cuda_depthwise.backward(problem, tensors, dy, mean, var, needs)
+        return cuda_depthwise.backward(problem, tensors, box[0], mean, var, needs)
     if cuda_hopper.backward_why_not(problem) is None:
-        return cuda_hopper.backward(problem, tensors, dy, u, mean, var, needs)
+        return cuda_hopper.backward(problem, tensors, box, u, mean, var, needs, part=part)
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
     need = PairTensors(*needs)  # type: ignore[arg-type]
@@ -125,18 +132,20 @@ def conv2plus1d_backward(
             coefficients = k.norm_coefficients(tensors, mean, var)
         if need_w2:
             z = k.norm_act(u, coefficients, spec.activation)
-            dw2 = k.weight_gradient(z, k.plain(dy), second, w2, positions[1])
+            dw2 = k.weight_gradient(z, k.plain(box[0]), second, w2, positions[1])
         if need_b2:
-            db2 = k.sums(k.plain(dy), dy.shape)[0]
+            db2 = k.sums(k.plain(box[0]), box[0].shape)[0]
         if need.x or need_w1 or need_b1 or need.norm_weight or need.norm_bias:
             dv = k.rows(problem.mid_size, problem.mid_channels)
             k.tap_conv(
-                [k.branch(k.plain(dy), w2, None, second)], [dv], "norm_gradient", spec.activation,
-                u, coefficients, transposed=True,
+                [k.branch(k.plain(box[0]), w2, None, second)], [dv], "norm_gradient",
+                spec.activation, u, coefficients, transposed=True,
             )  # fmt: skip
+            box.clear()
             if coefficients is not None and var is not None:
                 sums = k.sums(k.plain(dv, coefficients), dv.shape, u)
-                dgamma = k.norm_gradient_coefficients(sums, var, coefficients)
+                means = None if part is None else part.means
+                dgamma = k.norm_gradient_coefficients(sums, var, coefficients, means)
                 dbeta = sums[0]
             du = k.norm_gradient(dv, u, coefficients)
             if need_w1:
@@ -144,7 +153,7 @@ def conv2plus1d_backward(
             if need_b1:
                 db1 = k.sums(du, dv.shape)[0]
             if need.x:
-                dx = torch.empty_like(x)
+                dx = torch.empty_like(x) if part is None or part.dx is None else part.dx
                 k.tap_conv([k.branch(du, w1, None, first)], [dx], transposed=True)
     dws, dwt = _in_order(problem, (dw1, dw2))
     dbs, dbt = _in_order(problem, (db1, db2))

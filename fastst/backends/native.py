@@ -230,17 +230,21 @@ class Call:
         )  # fmt: skip
         return out
 
-    def norm_gradient_coefficients(self, sums: Tensor, var: Tensor, coefficients: Tensor) -> Tensor:
-        """dgamma; fills rows p and q of the coefficients."""
+    def norm_gradient_coefficients(
+        self, sums: Tensor, var: Tensor, coefficients: Tensor, means: Tensor | None = None
+    ) -> Tensor:
+        """dgamma; fills rows p and q of the coefficients. Means as of ``Part``."""
         dgamma, count = self.empty(var.shape[0]), self.count
-        if self.group:
-            local = sums[1] * (var + self.eps).rsqrt()
-            sums = collectives.pool_means(sums, count, collectives.resolve(self.group)) * count
+        if self.group and means is None:
+            means = collectives.pool_means(sums, count, collectives.resolve(self.group))
+        local = None if means is None else sums[1] * (var + self.eps).rsqrt()
+        if means is not None:
+            sums = means * count
         self.lib.norm_gradient_coefficients(
             self.dtype, self.array(sums), self.array(var), self.eps, float(count),
             self.batch_norm, self.array(dgamma), self.array(coefficients), self.stream,
         )  # fmt: skip
-        return local if self.group else dgamma
+        return dgamma if local is None else local
 
 
 @contextlib.contextmanager

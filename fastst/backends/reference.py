@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import activations, collectives
 from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
-from . import PairResult
+from . import PairResult, Part
 
 _PAD_MODE = {"zeros": "constant"}
 
@@ -115,13 +115,14 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
 def conv2plus1d_backward(
     problem: Problem,
     tensors: PairTensors,
-    dy: Tensor,
+    box: list[Tensor],
     u: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
+    part: Part | None = None,
 ) -> list[Tensor]:
-    return gradients(compose_pair, tensors, problem.spec, dy, needs)
+    return gradients(compose_pair, tensors, problem.spec, box[0], needs)
 
 
 def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:

@@ -112,7 +112,7 @@ class Case:
             dy = torch.empty_like(result.y)
             needs = [t is not None for t in tensors]
             backend.conv2plus1d_backward(
-                problem, tensors, dy, result.u, result.mean, result.var, needs
+                problem, tensors, [dy], result.u, result.mean, result.var, needs
             )
 
 

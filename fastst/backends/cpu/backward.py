@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...shapes import PairSpec, PairTensors, Problem
+from .. import Part
 from .library import Call, norm_coefficients
 
 
@@ -31,11 +32,12 @@ def why_not(problem: Problem) -> str | None:
 def conv2plus1d_backward(
     problem: Problem,
     tensors: PairTensors,
-    dy: Tensor,
+    box: list[Tensor],
     u: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
+    part: Part | None = None,
 ) -> list[Tensor]:
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     x, need = tensors.x, PairTensors(*needs)  # type: ignore[arg-type]
@@ -60,9 +62,9 @@ def conv2plus1d_backward(
     dx = dgamma = dbeta = None
     if need_weights[1]:
         z = k.norm_act(mid, coefficients, spec.activation)
-        dw[1] = k.weight_gradient(z, k.plain(dy), weights[1], second)
+        dw[1] = k.weight_gradient(z, k.plain(box[0]), weights[1], second)
     if need_biases[1]:
-        db[1] = dy.sum((0, 2, 3, 4))
+        db[1] = box[0].sum((0, 2, 3, 4))
     norm = need.norm_weight or need.norm_bias
     if need.x or need_weights[0] or need_biases[0] or norm:
         dv, sums = k.rows(kept=False), torch.empty(2, problem.mid_channels)
@@ -70,18 +72,20 @@ def conv2plus1d_backward(
             "norm_gradient", coefficients=coefficients, act=spec.activation, aux=mid,
             reductions=sums,
         )  # fmt: skip
-        k.input_gradient(k.plain(dy), weights[1], second, dv, epilogue)
+        k.input_gradient(k.plain(box[0]), weights[1], second, dv, epilogue)
+        box.clear()
         dbeta = sums[0]
         if coefficients is not None and var is not None:
             dgamma = sums[1] * (var + spec.eps).rsqrt()
-            db[0] = _finish_norm(problem, coefficients, var, sums)
+            means = None if part is None else part.means
+            db[0] = _finish_norm(problem, coefficients, var, sums, means)
         else:
             db[0] = sums[0]
         du = k.norm_gradient(dv[:, : problem.mid_channels], mid, coefficients)
         if need_weights[0]:
             dw[0] = k.weight_gradient(k.plain(x), du, weights[0], first)
         if need.x:
-            dx = torch.empty_like(x)
+            dx = torch.empty_like(x) if part is None or part.dx is None else part.dx
             k.input_gradient(du, weights[0], first, dx, k.epilogue())
     if first.kind == "temporal":
         dw, db = dw[::-1], db[::-1]
@@ -89,16 +93,20 @@ def conv2plus1d_backward(
     return [_like(g, t) for g, t, n in zip(grads, tensors, needs, strict=False) if n]
 
 
-def _finish_norm(problem: Problem, coefficients: Tensor, var: Tensor, sums: Tensor) -> Tensor:
-    """Fills p and q of du = s·dv + p·(u − mean) + q; returns Σdu."""
+def _finish_norm(
+    problem: Problem, coefficients: Tensor, var: Tensor, sums: Tensor, means: Tensor | None
+) -> Tensor:
+    """Fills p and q of du = s·dv + p·(u − mean) + q; returns Σdu. Means as of ``Part``."""
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     _, scale, _, p, q = coefficients
     total = scale * sums[0]
     if spec.norm == "frozen":
         return total
     count = problem.batch * math.prod(problem.mid_size)
-    torch.mul(scale / (var + spec.eps), sums[1] / -count, out=p)
-    torch.mul(scale, sums[0] / -count, out=q)
+    if means is None:
+        means = sums / count
+    torch.mul(scale / (var + spec.eps), -means[1], out=p)
+    torch.mul(scale, -means[0], out=q)
     return total + count * q
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...configs import round_up
 from ...configs_hopper import HopperTile
 from ...shapes import PairSpec, PairTensors, Problem
+from .. import Part
 from ..cuda_depthwise import channels_last
 from ..native import call, finish
 from . import weights
@@ -40,12 +41,13 @@ from .launches import (
 def backward(
     problem: Problem,
     tensors: PairTensors,
-    dy: Tensor,
+    box: list[Tensor],
     u: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
     tiles: tuple[HopperTile, HopperTile] | None = None,
+    part: Part | None = None,
 ) -> list[Tensor]:
     """Gradients; tiles: of the spatial and the temporal kernel, in place of the chosen ones."""
     spec: PairSpec = problem.spec  # type: ignore[assignment]
@@ -65,7 +67,7 @@ def backward(
             mean, var = tensors.mean, tensors.var
         if mean is not None and var is not None:
             coefficients = k.norm_coefficients(tensors, mean, var)
-        dy = evenly_placed(dy)
+        dy = evenly_placed(box[0])
         if need.temporal_bias and not need.temporal_weight:
             dbt = k.sums(k.plain(dy), dy.shape)[0]
         if need.temporal_weight:
@@ -81,12 +83,15 @@ def backward(
                 tiles[1] if tiles else temporal_gradient_tile(problem),
                 None if straight else mid, coefficients, bool(counted) or spec.norm == "batch",
             )  # fmt: skip
+            box.clear()
+            del dy
+            means = None if part is None else part.means
             du = Gradient(g)
             if sums is not None:
                 dbs = dbeta = sums[0]
                 if coefficients is not None:
                     assert var is not None
-                    dgamma = k.norm_gradient_coefficients(sums, var, coefficients)
+                    dgamma = k.norm_gradient_coefficients(sums, var, coefficients, means)
                     dbs = dbeta * coefficients[1]
             if spec.norm == "batch":
                 assert coefficients is not None and mid is not None
@@ -102,7 +107,8 @@ def backward(
                 dws = weights.spatial(k, tensors.x, du, tensors.spatial_weight)
             if need.x:
                 tile = tiles[0] if tiles else spatial_gradient_tile(problem, du.u is not None)
-                dx = _input_gradient(launches, tensors, du, tile)
+                dx = torch.empty_like(tensors.x) if part is None or part.dx is None else part.dx
+                _input_gradient(launches, tensors, dx, du, tile)
     return finish((dx, dws, dwt, dbs, dbt, dgamma, dbeta), tensors, needs)
 
 
@@ -120,12 +126,12 @@ def _recomputed(launches: Launches, tensors: PairTensors) -> Tensor:
 
 
 def _input_gradient(
-    launches: Launches, tensors: PairTensors, du: Gradient, tile: HopperTile
-) -> Tensor:
-    dx = torch.empty_like(tensors.x)
+    launches: Launches, tensors: PairTensors, dx: Tensor, du: Gradient, tile: HopperTile
+) -> None:
     n, c, *size = dx.shape
     rows = dx
     if c % ROW or evenly_framed(channels_last(dx)) is not dx:
         rows = dx.new_empty(n, *size, round_up(c, ROW)).permute(0, 4, 1, 2, 3)
     launches.spatial_gradient(du, tensors.spatial_weight, rows_of(rows), tile)
-    return dx if rows is dx else dx.copy_(rows[:, :c])
+    if rows is not dx:
+        dx.copy_(rows[:, :c])

@@ -25,6 +25,7 @@ __all__ = [
     "avoid",
     "conv2plus1d",
     "conv2plus1d_backward",
+    "mids",
     "output_statistics",
     "parallel_conv2plus1d",
     "parallel_conv2plus1d_backward",
@@ -57,6 +58,10 @@ def why_not(problem: Problem, phase: str) -> str | None:
     if has < least:
         return "needs compute capability {}.{}, but {} has {}.{}".format(*least, device, *has)
     return None
+
+
+def mids(problem: Problem) -> int:
+    return 2  # u and dv
 
 
 def output_statistics(problem: Problem) -> bool:

@@ -1,5 +1,8 @@
 """Backward of ``conv2plus1d``: of what is as large as u, only dv is written.
 
+dy is let go before dx is made, and each of dv and dx is made after the partial sums of a weight
+gradient are gone: the peak is u, dv and one tensor like x.
+
     dv = (Wtᵀ∗dy)·act'(v)        with Σdv and Σdv·(u − mean) from the same kernel
     du = scale·dv + rate·u + shift        formed as the kernels below read dv and u
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from ... import collectives, configs
 from ...shapes import PairSpec, PairTensors, Pass, Problem
+from .. import Part
 from .direct import direct_gradients
 from .gradients import channel_sums, input_gradient, norm_gradient, sum_rows, weight_gradient
 from .passes import conv_pass, finish_norm
@@ -45,7 +49,7 @@ def trial(problem: Problem, way: str) -> Callable[[], None]:
     needs = [t is not None for t in tensors[:7]] + [False] * len(tensors[7:])
 
     def run() -> None:
-        _backward(problem, tensors, dy, u, one * 0, one, needs, int(way.removeprefix("tiles ")))
+        _backward(problem, tensors, [dy], u, one * 0, one, needs, int(way.removeprefix("tiles ")))
         if problem.device.type == "cuda":
             torch.cuda.synchronize(problem.device)
 
@@ -55,28 +59,30 @@ def trial(problem: Problem, way: str) -> Callable[[], None]:
 def conv2plus1d_backward(
     problem: Problem,
     tensors: PairTensors,
-    dy: Tensor,
+    box: list[Tensor],
     u: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
+    part: Part | None = None,
 ) -> list[Tensor]:
     from ... import tuning
 
     way = tuning.choice("triton", problem, "backward")
     rank = int(way.removeprefix("tiles ")) if way and way in ways(problem) else 0
-    return _backward(problem, tensors, dy, u, mean, var, needs, rank)
+    return _backward(problem, tensors, box, u, mean, var, needs, rank, part)
 
 
 def _backward(
     problem: Problem,
     tensors: PairTensors,
-    dy: Tensor,
+    box: list[Tensor],
     u: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
     rank: int,
+    part: Part | None = None,
 ) -> list[Tensor]:
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
@@ -98,52 +104,82 @@ def _backward(
     if spec.norm != "none":
         scale, shift = finish_norm(problem, tensors._replace(mean=mean, var=var))
 
+    def empty_dx() -> Tensor:
+        return torch.empty_like(tensors.x) if part is None or part.dx is None else part.dx
+
+    def empty_dv() -> Tensor:
+        dv = tensors.x.new_empty(problem.mid_shape)
+        if second.groups > 1 and first.groups == 1:
+            dv[..., problem.mid_channels :].zero_()  # channels that belong to no group
+        return _video(dv)
+
     dx = dw1 = db1 = db2 = dgamma = sums = None
+    (dy,) = box
     if need_b2:
         assert b2 is not None
         db2 = channel_sums(dy, b2)
-    dv = dy.new_empty(problem.mid_shape if below else 0)
-    if second.groups > 1 and first.groups == 1:
-        dv[..., problem.mid_channels :].zero_()  # channels that belong to no group
-    partial, dw2 = pass_gradients(
-        second, mid, dy, w2, _video(dv) if below else None, need_w2, x_scale=scale, x_shift=shift,
+    means = None if part is None else part.means
+    own = spec.norm == "batch" and means is None
+    dv, partial, dw2 = _late(
+        second, mid, dy, w2, empty_dv if below else None, need_w2, x_scale=scale, x_shift=shift,
         activation=spec.activation, slope=spec.slope, mean=None if spec.norm == "none" else mean,
-        sums=below and (spec.norm == "batch" or need_b1 or need.norm_weight or need.norm_bias),
-        rank=rank,
+        sums=below and (own or need_b1 or need.norm_weight or need.norm_bias), rank=rank,
     )  # fmt: skip
-    if below:
+    box.clear()
+    del dy
+    if dv is not None:
         above: dict[str, Any] = {}
         if partial is not None:
             sums = sum_rows(partial, partial.new_empty(partial.shape[1:]))
             db1 = sums[0]
         if spec.norm != "none":
             above["scale"] = scale
-        if spec.norm != "none" and sums is not None:
+        if spec.norm == "batch" or (spec.norm == "frozen" and sums is not None):
             assert mean is not None and var is not None and scale is not None
             pooled = sums if spec.norm == "batch" else None
-            if spec.group:
-                count = dv[..., 0].numel()
-                pooled = collectives.pool_means(sums, count, collectives.resolve(spec.group))
-                pooled *= count
+            count = dv[:, 0].numel()
+            if spec.group and means is None:
+                assert sums is not None
+                means = collectives.pool_means(sums, count, collectives.resolve(spec.group))
+            if means is not None:
+                pooled = means * count
+            local = pooled if sums is None else sums
+            assert local is not None
             dgamma, db1, rate, offset = norm_gradient(
-                problem, tensors, sums, pooled, mean, var, scale
+                problem, tensors, local, pooled, mean, var, scale
             )
             if spec.norm == "batch":
                 above.update(shift=offset, other=mid, rate=rate)
             if b1 is not None and need_b1 and spec.group:
                 # No longer 0: only all ranks together take their mean away.
-                db1 = channel_sums(_video(dv), b1, **above)
-        if need.x:
-            dx = torch.empty_like(tensors.x)
+                db1 = channel_sums(dv, b1, **above)
         if need.x or need_w1:
-            _, dw1 = pass_gradients(
-                first, tensors.x, _video(dv), w1, dx, need_w1, rank=rank, **above
+            dx, _, dw1 = _late(
+                first, tensors.x, dv, w1, empty_dx if need.x else None, need_w1, rank=rank, **above
             )
     dbeta = None if sums is None else sums[0]
     if first.kind == "temporal":
         dw1, dw2, db1, db2 = dw2, dw1, db2, db1
     grads = (dx, dw1, dw2, db1, db2, dgamma, dbeta)
     return [_like(g, t) for g, t, n in zip(grads, tensors, needs, strict=False) if n]
+
+
+def _late(
+    p: Pass,
+    x: Tensor | None,
+    dy: Tensor,
+    weight: Tensor,
+    empty: Callable[[], Tensor] | None,
+    needs_weight: bool,
+    **options: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``pass_gradients`` and the dx that it filled, which is made as late as possible."""
+    dw = None
+    if needs_weight and not configs.thin(p.in_channels // p.groups, p.groups):
+        _, dw = pass_gradients(p, x, dy, weight, None, True, **options)
+    dx = None if empty is None else empty()
+    partial, found = pass_gradients(p, x, dy, weight, dx, needs_weight and dw is None, **options)
+    return dx, partial, dw if found is None else found
 
 
 def pass_gradients(

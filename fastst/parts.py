@@ -1,0 +1,110 @@
+"""Backward of ``conv2plus1d`` over parts of the batch: nothing as large as u is made at once.
+
+Each part computes its u again, and what it makes is gone before the next one begins. Without a norm
+or with a frozen one, parts know nothing of each other. The gradient of a batch norm needs two sums
+over all of dv, and so two sweeps: the first is the backward pass of a frozen norm with the same
+statistics, whose gradients of γ and β are these sums; the second makes u and dv once more. That is
+the price: one more first convolution, and one more input gradient of the second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from . import collectives, dispatch
+from .backends import Part
+from .shapes import PairSpec, PairTensors, Problem
+
+# Less than this is not cut: its parts would no longer fill a large GPU several times over.
+_LEAST_BYTES = 64 << 20
+
+
+def count(problem: Problem, mids: int) -> int:
+    """Into how many parts of the batch backward is cut where u is not kept; one clip never is.
+
+    As many as make what a part writes at once no larger than x.
+
+    Args:
+        mids: how many tensors as large as u the backend makes at once.
+    """
+    itemsize = problem.dtype.itemsize
+    x = problem.batch * problem.passes[0].in_channels * math.prod(problem.size) * itemsize
+    made = mids * math.prod(problem.mid_shape) * itemsize
+    return max(1, min(problem.batch, -(-made // max(x, _LEAST_BYTES))))
+
+
+def gradients(
+    backend: str,
+    parts: int,
+    problem: Problem,
+    tensors: PairTensors,
+    dy: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """One gradient per need, of one part after the other.
+
+    Those of parameters are added up in the accumulation dtype, in the order of the batch.
+    """
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    fields = PairTensors._fields
+    wanted = {name for name, n in zip(fields, needs, strict=False) if n}
+    dx = torch.empty_like(tensors.x) if "x" in wanted else None
+    cuts = [problem.batch * i // parts for i in range(parts + 1)]
+    sums: dict[str, Tensor] = {}
+
+    def sweep(spec: PairSpec, t: PairTensors, names: set[str], means: Tensor | None = None) -> None:
+        statistics = (mean, var) if spec.norm == "batch" else (None, None)
+        for start, end in pairwise(cuts) if names else ():
+            share = t._replace(x=t.x[start:end])
+            part = Part(dx[start:end] if dx is not None and "x" in names else None, means)
+            problem_of_part = Problem.of(share, spec)
+            chosen = dispatch.choose(problem_of_part, "backward", backend)
+            grads = chosen.conv2plus1d_backward(
+                problem_of_part, share, [dy[start:end]], None, *statistics,
+                [n in names for n in fields], part,
+            )  # fmt: skip
+            for name, g in zip([n for n in fields if n in names], grads, strict=True):
+                if name != "x":
+                    g = g.to(problem.accumulate_dtype)
+                    sums[name] = sums[name].add_(g) if name in sums else g.clone()
+                elif part.dx is not None and g is not part.dx:
+                    part.dx.copy_(g)
+
+    if spec.norm != "batch":
+        sweep(spec, tensors, wanted)
+    else:
+        assert mean is not None and var is not None
+        kind = problem.passes[0].kind
+        weight, bias, norm = f"{kind}_weight", f"{kind}_bias", {"norm_weight", "norm_bias"}
+        below = wanted & {"x", weight, bias}
+        frozen = spec._replace(norm="frozen", group="")
+        sweep(frozen, _frozen(tensors, mean, var), wanted - below | (norm if below else set()))
+        if below:
+            table = torch.stack((sums["norm_bias"], sums["norm_weight"] * (var + spec.eps).sqrt()))
+            values = problem.batch * math.prod(problem.mid_size)
+            if spec.group:
+                means = collectives.pool_means(table, values, collectives.resolve(spec.group))
+            else:
+                means = table / values
+                # The mean of u takes the bias away, that of all ranks only for all of them.
+                if bias in below:
+                    sums[bias] = torch.zeros_like(mean)
+            sweep(spec, tensors, below - sums.keys(), means)
+    named = {n: t for n, t in tensors._asdict().items() if n in wanted and n != "x"}
+    return ([] if dx is None else [dx]) + [
+        torch.empty_like(t).copy_(sums[name]) for name, t in named.items()
+    ]
+
+
+def _frozen(t: PairTensors, mean: Tensor, var: Tensor) -> PairTensors:
+    """With these statistics, γ and β, whose gradients then are in the accumulation dtype."""
+    gamma = torch.ones_like(mean) if t.norm_weight is None else t.norm_weight.to(mean.dtype)
+    beta = torch.zeros_like(mean) if t.norm_bias is None else t.norm_bias.to(mean.dtype)
+    return t._replace(norm_weight=gamma, norm_bias=beta, mean=mean, var=var)

@@ -1,0 +1,133 @@
+"""Backward over parts of the batch: into how many, and every gradient of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import fuzz
+import pytest
+import torch
+from fuzz import Config, Limits
+
+import fastst
+from fastst import parts
+from fastst.backends import aten
+from fastst.shapes import PairSpec, PairTensors, Problem
+
+CUT = Limits(
+    batch=4, channels=12, frames=5, space=6, work=60_000,
+    fixed=dict(op="conv2plus1d", recompute=True), accept=lambda config: config.batch > 1,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every batch is cut, however small; how many parts each call had."""
+    real, seen = parts.gradients, []
+
+    def gradients(backend: str, count: int, *rest: Any) -> Any:
+        seen.append(count)
+        return real(backend, count, *rest)
+
+    monkeypatch.setattr(parts, "count", lambda problem, mids: min(3, problem.batch))
+    monkeypatch.setattr(parts, "gradients", gradients)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("backend", "cases", "fixed"),
+    [
+        ("aten", 30, {}),
+        ("cpu", 30, dict(dtype=torch.float32, padding_mode=("zeros", "zeros"))),
+        ("triton", 5, {}),
+        ("triton", 3, dict(norm="batch")),
+    ],
+)
+def test_random_gradients_are_right(
+    backend: str, cases: int, fixed: dict[str, Any], swept: list[int]
+) -> None:
+    limits = replace(CUT, fixed=CUT.fixed | fixed)
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        limits = replace(limits, batch=3, channels=5, frames=3, space=4, work=4000)
+    fuzz.fuzz(backend, cases, limits, least=1.0)
+    assert set(swept) == {2, 3}
+    assert len(swept) >= 0.8 * cases  # the others have no gradient clear of kinks
+
+
+def problem(n: int, size: tuple[int, int, int] = (16, 56, 56)) -> Problem:
+    empty = torch.empty
+    x = empty(n, 64, *size, device="meta", dtype=torch.bfloat16)
+    tensors = PairTensors(x, empty(144, 64, 1, 3, 3), empty(64, 144, 3, 1, 1))
+    return Problem.of(tensors, PairSpec(padding=(1,) * 6, norm="batch", recompute=True))
+
+
+def test_what_a_part_makes_is_no_larger_than_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert parts.count(problem(32), 2) == 5  # 2·144 channels in parts of at most 64
+    assert parts.count(problem(32), 4) == 9
+    assert parts.count(problem(32), 0) == 1  # nothing is made
+    assert parts.count(problem(1), 2) == 1  # a clip is not cut
+    assert parts.count(problem(4, (4, 14, 14)), 2) == 1  # too small
+    assert parts.count(problem(12), 2) == 5
+    assert parts.count(problem(0), 2) == 1
+
+
+PAIR = Config(batch=5, norm="batch", recompute=True, size=(3, 4, 5), channels=6, mid=9, out=4)
+
+
+def test_the_same_bits_every_time() -> None:
+    tensors, dy = fuzz.make(PAIR)
+    one, two = (fuzz.results(fuzz.call, PAIR, tensors, dy) for _ in range(2))
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_parameters_are_added_up_in_the_accumulation_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 a sum of ones stops at 256."""
+    dtype = torch.bfloat16
+    ones = torch.ones(1, 1, 1, 1, 1, dtype=dtype)
+    monkeypatch.setattr(aten, "conv2plus1d_backward", lambda *args: [ones])
+    tensors = PairTensors(
+        torch.zeros(300, 1, 1, 1, 1, dtype=dtype), ones, ones,
+    )  # fmt: skip
+    found = parts.gradients(
+        "aten", 300, Problem.of(tensors, PairSpec(recompute=True)), tensors, tensors.x, None, None,
+        [False, True, False],
+    )  # fmt: skip
+    assert found[0].dtype == dtype
+    assert found[0].item() == 300
+
+
+def own_means(real: Callable[..., Any]) -> Callable[..., Any]:
+    def run(problem: Any, tensors: Any, box: Any, u: Any, mean: Any, var: Any, needs: Any,
+            part: Any = None) -> Any:  # fmt: skip
+        alone = None if part is None else part._replace(means=None)
+        return real(problem, tensors, box, u, mean, var, needs, alone)
+
+    return run
+
+
+def lost_part(real: Callable[..., Any]) -> Callable[..., Any]:
+    def run(problem: Any, tensors: Any, *rest: Any) -> Any:
+        grads = real(problem, tensors, *rest)
+        first = tensors.x.storage_offset() == 0
+        return grads if first else [torch.zeros_like(g) for g in grads]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("backend", "bug"),
+    [("aten", own_means), ("aten", lost_part), ("cpu", own_means), ("triton", own_means)],
+)
+def test_planted_bugs_are_seen(
+    backend: str, bug: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = fastst.dispatch.BACKENDS[backend]
+    monkeypatch.setattr(module, "conv2plus1d_backward", bug(module.conv2plus1d_backward))
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    with pytest.raises(AssertionError, match="error"):
+        fuzz.check(PAIR, backend)
