@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastst
-from fastst import configs, tuning
+from fastst import configs, configs_gradients, tuning
 from fastst.backends import triton as backend
 from fastst.functional import BatchNorm, conv2plus1d
 
@@ -82,7 +82,9 @@ def test_tiles_of_channels(channels: int, dtype: torch.dtype) -> None:
 def test_tiles_of_positions(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients of several parts, sums in two steps."""
     monkeypatch.setattr(configs, "combine", lambda channels: (2, 4, 3))
-    monkeypatch.setattr(configs, "positions_per_split", lambda config, *rest: config.block_p)
+    monkeypatch.setattr(
+        configs_gradients, "positions_per_split", lambda config, *rest: config.block_p
+    )
     check(Config(
         size=(1, positions, 3), batch=1, norm="batch", kernel=(1, 3, 1), padding=(0, 1, 0),
         channels=2, mid=3, out=2,
@@ -330,7 +332,9 @@ def test_planted_bugs_are_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mutated(*MUTANTS[name])
-    monkeypatch.setattr(configs, "positions_per_split", lambda config, *rest: config.block_p)
+    monkeypatch.setattr(
+        configs_gradients, "positions_per_split", lambda config, *rest: config.block_p
+    )
     base = Config(size=(3, 5, 4), batch=1, channels=17, out=17)
 
     def all_checks() -> None:

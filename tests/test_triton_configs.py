@@ -21,7 +21,7 @@ SIZES = [
 
 
 def sure(channels: int, dtype: torch.dtype = torch.bfloat16) -> configs.TapConfig:
-    return configs.tap_conv(400_000, 64, channels, 1, 9, dtype, True, (9, 0))
+    return configs.tap_conv(configs.Sizes(400_000, 64, channels, 1, 9, dtype, True, (9, 0)))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,9 @@ def test_padding_of_named_shapes(case: shapes.Case, capability: tuple[int, int])
     for c, one, size in zip(channels, p.passes, sizes, strict=True):
         positions, taps = p.batch * math.prod(size), math.prod(one.kernel)
         k = one.out_channels
-        config = configs.tap_conv(positions, c, k, 1, taps, p.dtype, True, capability)
+        config = configs.tap_conv(
+            configs.Sizes(positions, c, k, 1, taps, p.dtype, True, capability)
+        )
         rows = configs.round_up(positions, config.block_p)
         columns = configs.round_up(k, config.columns)
         reduction = taps * configs.round_up(c, config.block_k)
@@ -93,14 +95,11 @@ def test_candidates_are_few_and_fit(
 ) -> None:
     positions, channels, out_channels, taps = size
     for cores in {dtype.itemsize == 2, dtype != torch.float64}:
-        found = configs.candidates(
-            positions, channels, out_channels, 1, taps, dtype, cores, capability
-        )
+        sizes = configs.Sizes(positions, channels, out_channels, 1, taps, dtype, cores, capability)
+        found = configs.candidates(sizes)
         assert 1 <= len(found) <= 12
         assert len(set(found)) == len(found)
-        assert found[0] == configs.tap_conv(
-            positions, channels, out_channels, 1, taps, dtype, cores, capability
-        )
+        assert found[0] == configs.tap_conv(sizes)
         for c in found:
             assert configs.shared_memory(c, dtype.itemsize) <= configs.shared_memory_limit(
                 capability
@@ -113,7 +112,7 @@ def test_candidates_are_few_and_fit(
 
 def test_few_positions_take_shorter_tiles() -> None:
     assert sure(512).block_p == 128
-    few = configs.tap_conv(8 * 7 * 7, 512, 512, 1, 9, torch.bfloat16, True, (9, 0))
+    few = configs.tap_conv(configs.Sizes(8 * 7 * 7, 512, 512, 1, 9, torch.bfloat16, True, (9, 0)))
     assert few.block_p == 64
 
 

@@ -57,7 +57,20 @@ CASES = {
         ADD, channels=6, groups=(6, 6), padding_mode=("circular", "replicate"),
         size=(3, 2, 3), batch=1),
     "grouped": replace(ADD, channels=10, groups=(2, 2), x_layout="channels_last"),
-    "grouped apart": replace(ADD, channels=6, groups=(6, 1)),
+    "grouped, activations": replace(
+        ADD, channels=20, mid=12, out=12, groups=(2, 2), branch_activation="silu",
+        activation="relu", stride=(1, 2, 1)),
+    "grouped apart": replace(
+        ADD, channels=30, mid=12, out=12, groups=(2, 3), branch_activation="gelu", size=(2, 4, 3)),
+    "one branch depthwise": replace(
+        ADD, channels=6, groups=(6, 1), branch_activation="silu", activation="hardswish",
+        stride=(2, 2, 1), x_layout="channels_last"),
+    "the other depthwise": replace(
+        ADD, channels=6, groups=(1, 3), padding_mode=("zeros", "reflect"), size=(3, 3, 3)),
+    "depthwise, activations": replace(
+        ADD, channels=6, groups=(6, 6), branch_activation="relu", dtype=torch.bfloat16),
+    "side by side, grouped": replace(
+        ADD, combine="cat", channels=30, mid=3, groups=(2, 3), branch_activation="leaky_relu"),
     "input only": replace(
         ADD, constant=("spatial_weight", "temporal_weight", "spatial_bias", "temporal_bias")),
     "weights only": replace(ADD, constant=("x",)),
@@ -87,10 +100,11 @@ def test_gradcheck(activation: str) -> None:
 LAUNCHES = {
     "added": {"parallel_input_gradient": 1, "parallel_weight_gradient": 1, "channel_sums": 1},
     "added, both activations": {
-        "branch_gradients": 1, "parallel_input_gradient": 1, "parallel_weight_gradient": 1,
-        "channel_sums": 2},
+        "parallel_conv": 1, "parallel_input_gradient": 1, "parallel_weight_gradient": 1},
     "side by side": {
         "parallel_input_gradient": 1, "parallel_weight_gradient": 1, "channel_sums": 2},
+    "side by side, grouped": {
+        "parallel_conv": 2, "parallel_input_gradient": 1, "parallel_weight_gradient": 1},
     "depthwise": {"parallel_direct_gradients": 1, "channel_sums": 1},
     "input only": {"parallel_input_gradient": 1},
     "one weight only": {"weight_gradient": 1, "channel_sums": 1},
@@ -122,8 +136,28 @@ MUTANTS = {
         "side by side", "parallel", "db_ptr, db_strides, dy_size, dy_channels[1]",
         "da_ptr, da_strides, dy_size, dy_channels[1]"),
     "no outer activation": (
-        "added, one activation", "parallel", "combined(a, b, BRANCH, SLOPE), ACTIVATION, SLOPE)",
-        "combined(a, b, BRANCH, SLOPE), BRANCH, SLOPE)"),
+        "added, one activation", "parallel", "dv = activate_gradient(dv, v, ACTIVATION, SLOPE)",
+        "dv = activate_gradient(dv, v, BRANCH, SLOPE)"),
+    "the mask of the other branch": (
+        "grouped, activations", "parallel", "activate_gradient(dv, b, BRANCH, SLOPE)",
+        "activate_gradient(dv, a, BRANCH, SLOPE)"),
+    "a mask of the sum": (
+        "depthwise, activations", "parallel", "activate_gradient(dv, a, BRANCH, SLOPE)",
+        "activate_gradient(dv, v, BRANCH, SLOPE)"),
+    "both biases of one branch": (
+        "added, both activations", "parallel", "parts * per_part + n, tl.sum(db, 0)",
+        "parts * per_part + n, tl.sum(da, 0)"),
+    "parts of another group": (
+        "grouped apart", "parallel", "part // shared, part % shared",
+        "part % groups, part % shared"),
+    "the first part of every group": (
+        "grouped apart", "parallel", "part % shared * per_part + first", "first"),
+    "the last taps of a depthwise branch": (
+        "one branch depthwise", "parallel", "c < all_channels, size, TAPS, ALIGN,",
+        "c < channels, size, TAPS, ALIGN,"),
+    "a depthwise branch of the first group": (
+        "one branch depthwise", "parallel", "out_channels, channels,\n            out_per_group",
+        "out_channels, channels,\n            out_channels"),
     "classes of one branch": (
         "added, strides and dilations", "input_gradient", "(residue + TAPS.before[AXIS]",
         "(residue + TAPS.before[2]"),

@@ -17,7 +17,7 @@ from test_triton_backward import STEP, step, watched
 from torch import Tensor, nn
 
 import fastst
-from fastst import configs
+from fastst import configs_gradients
 from fastst.backends import triton as backend
 from fastst.shapes import ParallelSpec, ParallelTensors, Problem
 
@@ -69,38 +69,61 @@ def test_launches_and_bytes_of_a_step(family: str) -> None:
     assert sum(size for _, size in forward.made.values()) <= max(1, kept) * u + y + small
 
 
-def parallel_step(config: Config) -> tuple[list[str], list[tuple[int, ...]], int]:
-    """Launches of the backward, what it allocates of at least half of y, and bytes of y."""
+def parallel_step(config: Config) -> tuple[list[str], float]:
+    """Launches of the backward, and elements of videos that it makes beside dx, in those of y."""
     t, dy = fuzz.make(config, DEVICE)
-    tensors = ParallelTensors(t["x"], t["spatial_weight"], t["temporal_weight"], None, None)
+    biases = t.get("spatial_bias"), t.get("temporal_bias")
+    tensors = ParallelTensors(t["x"], t["spatial_weight"], t["temporal_weight"], *biases)
     padding = tuple(p for pair in config.pads for p in pair)
     spec = ParallelSpec(
         padding=padding, groups=config.groups, branch_activation=config.branch_activation,
         activation=config.activation, combine=config.combine,
     )  # type: ignore[call-arg]  # fmt: skip
     problem = Problem.of(tensors, spec)
-    size = dy.numel() * dy.element_size()
     with watched() as (names, made):
-        backend.parallel_conv2plus1d_backward(problem, tensors, dy, [True] * 3 + [False] * 2)
-    return [n for n in names if n not in HELPERS], made.large(size // 2), size
+        backend.parallel_conv2plus1d_backward(problem, tensors, dy, [True] * 5)
+    videos = sum(math.prod(shape) for shape in made.large(0) if len(shape) == 5)
+    weights = t["spatial_weight"].numel() + t["temporal_weight"].numel()  # 5-D, too
+    own = videos - weights - t["x"].numel()
+    return [n for n in names if n not in HELPERS], own / dy.numel()
 
 
-@pytest.mark.parametrize(("branch", "own"), [("none", 0), ("silu", 2)])
-def test_launches_and_bytes_of_the_parallel_layer(branch: str, own: int) -> None:
-    """dx beside the gradients of the branches, where these are not dy."""
-    config = Config(
-        op="parallel_conv2plus1d", channels=4, mid=32, out=32, size=(4, 20, 20), activation="none",
-        branch_activation=branch, bias=(False, False), dtype=torch.bfloat16,
-    )  # fmt: skip
-    names, large, _ = parallel_step(config)
-    assert len(large) == own
-    assert names == ["branch_gradients"] * (own > 0) + [
-        "parallel_input_gradient", "parallel_weight_gradient"
-    ]  # fmt: skip
-    narrow = replace(config, channels=32, mid=32, out=32, groups=(32, 32), branch_activation="none")
-    names, large, _ = parallel_step(narrow)
-    assert names == ["parallel_direct_gradients"]
-    assert large[:1] == [(2, 32, 4, 20, 20)]
+PARALLEL = Config(
+    op="parallel_conv2plus1d", channels=32, mid=32, out=32, size=(4, 20, 20), activation="none",
+    dtype=torch.bfloat16, branch_activation="silu",
+)  # fmt: skip
+AGAIN, INPUT, WEIGHT = "parallel_conv", "parallel_input_gradient", "parallel_weight_gradient"
+BIAS = "channel_sums"
+# What differs from it; launches; and what is made of the size of y.
+PARALLEL_FAMILIES: dict[str, tuple[dict[str, Any], list[str], int]] = {
+    "linear": (dict(branch_activation="none"), [BIAS, INPUT, WEIGHT], 0),
+    "linear, side by side": (
+        dict(branch_activation="none", combine="cat", mid=16, out=16),
+        [BIAS, BIAS, INPUT, WEIGHT], 0),
+    "one activation, after the sum": (
+        dict(branch_activation="none", activation="relu"), [AGAIN, INPUT, WEIGHT], 1),
+    "activations": ({}, [AGAIN, INPUT, WEIGHT], 2),
+    "side by side": (
+        dict(combine="cat", mid=16, out=16, activation="relu"), [AGAIN, AGAIN, INPUT, WEIGHT], 1),
+    "grouped": (dict(groups=(4, 4), activation="relu"), [AGAIN, INPUT, WEIGHT], 2),
+    "grouped apart": (dict(groups=(4, 2)), [AGAIN, INPUT, WEIGHT], 2),
+    "one depthwise": (
+        dict(groups=(32, 1)), [AGAIN, INPUT, "direct_gradients", "weight_gradient"], 2),
+    "depthwise, linear": (
+        dict(groups=(32, 32), branch_activation="none"), [BIAS, "parallel_direct_gradients"], 0),
+    "depthwise": (dict(groups=(32, 32)), [AGAIN, "parallel_direct_gradients"], 2),
+    "depthwise, side by side": (
+        dict(groups=(32, 32), combine="cat"), [AGAIN, AGAIN, "parallel_direct_gradients"], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PARALLEL_FAMILIES)
+def test_launches_and_bytes_of_the_parallel_layer(family: str) -> None:
+    """Beside dx there are only the gradients of the branches, where these are not dy."""
+    change, launches, own = PARALLEL_FAMILIES[family]
+    names, made = parallel_step(replace(PARALLEL, **change))
+    assert names == launches
+    assert made == own
 
 
 # ---- memory of a step of the pair, by what is alive at once
@@ -125,7 +148,9 @@ def test_memory_of_a_step() -> None:
 
 def test_deterministic_and_still_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients in many parts, which are added up in one order."""
-    monkeypatch.setattr(configs, "positions_per_split", lambda config, *rest: config.block_p)
+    monkeypatch.setattr(
+        configs_gradients, "positions_per_split", lambda config, *rest: config.block_p
+    )
     splits: list[int] = []
     finish = backend.gradients.finish_weight
 

@@ -20,6 +20,20 @@ from .tap_conv import tile_positions
 
 
 @triton.jit
+def direct_tile(
+    channels, size, count, RUN: tl.constexpr, WIDE: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program's tile of positions, those and which of them exist, and its channels."""
+    tiles_c = (channels + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    tile = pid // tiles_c
+    _, p = tile_positions(tile, BLOCK_P, WIDE)
+    c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    return tile, positions(p, size, RUN), p < count, c
+
+
+@triton.jit
 def gather_direct(
     acc, x,  # (BLOCK_P, BLOCK_C) each: of dx, and what the convolution has read
     per_group, out_per_group, channels,  # of a group of x and of dy; C
@@ -90,15 +104,8 @@ def direct_gradients(
     EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx, or dv with its sums, and the tile's part of dw."""
-    tiles_c = (stored + BLOCK_C - 1) // BLOCK_C
-    pid = tl.program_id(0)
-    tile = pid // tiles_c
-    _, p = tile_positions(tile, BLOCK_P, WIDE)
-    row_ok = p < count
-    position = positions(p, x_size, RUN)
-    c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile, position, row_ok, c = direct_tile(stored, x_size, count, RUN, WIDE, BLOCK_P, BLOCK_C)
     c_ok = c < channels
-
     acc = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
     x = acc
     if dw_ptr is not None:

@@ -2,6 +2,10 @@
 
 Where the branches have no activation of their own they are one convolution over a cross of taps:
 one sum of both, and a gradient that is dy for both.
+
+The channels of what is written are cut into ``parts``, each within one group of either branch: as
+many as the least common multiple of their groups. A branch of thin groups (``DIRECT``) runs on
+ordinary cores, for any channels, and cuts nothing.
 """
 
 from __future__ import annotations
@@ -9,195 +13,236 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, activate_gradient, positions
-from .depthwise_backward import gather_direct, read_tile
+from .common import activate, activate_gradient, columns, positions
+from .depthwise import direct_sum
+from .depthwise_backward import direct_tile, gather_direct, read_tile
 from .input_gradient import class_tile, finish_gradient, gather
-from .tap_conv import accumulate, biased, store, tile_positions
+from .tap_conv import accumulate, biased, reduction_rows, store, tile_positions
 from .weight_gradient import weight_tile
 
 
 @triton.jit
-def branches(
-    x_ptr, x_strides, x_size, channels,
-    spatial_ptr, temporal_ptr, width, first,  # both packed as for tap_conv, one group
-    spatial_bias_ptr, temporal_bias_ptr, out_channels,
-    position, row_ok,
-    SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
-    BRANCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-):  # fmt: skip
-    """The spatial branch, and the temporal one or, where there is no activation, their sum.
-
-    Each as (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N).
-    """
-    n = first + tl.arange(0, BLOCK_N)
-    n_rest = first + BLOCK_N + tl.arange(0, REST_N if REST_N > 0 else 16)
-    acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
-    rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
-    acc, rest = accumulate(
-        acc, rest, x_ptr, x_strides, x_size, channels, spatial_ptr + first, width, None, None,
-        None, None, position, row_ok, None, SPATIAL, FLAT, ALIGN, "none", 0.0, BLOCK_N, REST_N,
-        BLOCK_K, PRECISION, EMULATE,
-    )  # fmt: skip
-    acc = biased(acc, spatial_bias_ptr, n, out_channels)
-    rest = biased(rest, spatial_bias_ptr, n_rest, out_channels)
-    if BRANCH == "none":
-        onto, onto_rest = acc, rest
-    else:
-        onto, onto_rest = tl.zeros_like(acc), tl.zeros_like(rest)
-    onto, onto_rest = accumulate(
-        onto, onto_rest, x_ptr, x_strides, x_size, channels, temporal_ptr + first, width, None,
-        None, None, None, position, row_ok, None, TEMPORAL, FLAT, ALIGN, "none", 0.0, BLOCK_N,
-        REST_N, BLOCK_K, PRECISION, EMULATE,
-    )  # fmt: skip
-    onto = biased(onto, temporal_bias_ptr, n, out_channels)
-    onto_rest = biased(onto_rest, temporal_bias_ptr, n_rest, out_channels)
-    return acc, rest, onto, onto_rest
+def part_tile(pid, tiles_n, parts, COLUMNS: tl.constexpr):
+    """A program's tile of positions, its part of the channels and its first column in that."""
+    return pid // (tiles_n * parts), pid // tiles_n % parts, pid % tiles_n * COLUMNS
 
 
 @triton.jit
-def combined(a, b, BRANCH: tl.constexpr, SLOPE: tl.constexpr):
-    """What leaves both branches together, from ``branches``."""
-    v = activate(b, BRANCH, SLOPE)
-    if BRANCH != "none":
-        v += activate(a, BRANCH, SLOPE)
-    return v
+def group_of(part, parts, groups, per_part, first):
+    """The group of a branch that a part lies in, and the column of the group that ``first`` is."""
+    shared = parts // groups
+    return part // shared, part % shared * per_part + first
 
 
-@triton.jit(do_not_specialize=["x_size", "y_size", "count"])
-def parallel_conv(
-    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
-    channels,
-    spatial_ptr, temporal_ptr, width,  # both packed as for tap_conv, one group
-    spatial_bias_ptr, temporal_bias_ptr,  # (K,), or None
-    y_ptr, y_strides, y_size, y_channels,  # (N, K, T', H', W')
-    count,  # N·T'·H'·W'
-    SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, FLAT: tl.constexpr,
-    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
-    BRANCH: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+@triton.jit
+def branch(
+    acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
+    x_ptr, x_strides, x_size, channels, groups,  # channels of a group
+    w_ptr, width, bias_ptr,  # packed as for ``tap_conv`` or, DIRECT, for ``direct_conv``
+    part, parts, per_part, first, position, row_ok,
+    TAPS: tl.constexpr, FLAT: tl.constexpr, DIRECT: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """ACTIVATION(BRANCH(spatial) + BRANCH(temporal))."""
-    tiles_n = width // (BLOCK_N + REST_N)
-    pid = tl.program_id(0)
-    _, p = tile_positions(pid // tiles_n, BLOCK_P, WIDE)
-    row_ok = p < count
-    position = positions(p, y_size, RUN)
-    first = pid % tiles_n * (BLOCK_N + REST_N)
-    acc, rest, onto, onto_rest = branches(
-        x_ptr, x_strides, x_size, channels, spatial_ptr, temporal_ptr, width, first,
-        spatial_bias_ptr, temporal_bias_ptr, y_channels, position, row_ok, SPATIAL, TEMPORAL, FLAT,
-        X_ALIGN, BRANCH, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE, ACCUMULATE,
-    )  # fmt: skip
-    n = first + tl.arange(0, BLOCK_N)
-    v = activate(combined(acc, onto, BRANCH, SLOPE), ACTIVATION, SLOPE)
-    store(v, n, n < y_channels, y_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
-    if REST_N > 0:
-        n = first + BLOCK_N + tl.arange(0, REST_N)
-        v = activate(combined(rest, onto_rest, BRANCH, SLOPE), ACTIVATION, SLOPE)
-        store(v, n, n < y_channels, y_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
+    """acc and rest plus one of the convolutions, with its bias."""
+    out_channels = parts * per_part
+    n = part * per_part + first + tl.arange(0, BLOCK_N)
+    n_rest = part * per_part + first + BLOCK_N + tl.arange(0, REST_N if REST_N > 0 else 16)
+    if DIRECT:
+        at, ok, out_per_group = columns(position), row_ok[:, None], out_channels // groups
+        acc = direct_sum(
+            acc, x_ptr, x_strides, x_size, w_ptr, n, n < out_channels, out_channels, channels,
+            out_per_group, None, None, at, ok, TAPS, ALIGN, "none", 0.0, UNROLL,
+        )  # fmt: skip
+        if REST_N > 0:
+            rest = direct_sum(
+                rest, x_ptr, x_strides, x_size, w_ptr, n_rest, n_rest < out_channels, out_channels,
+                channels, out_per_group, None, None, at, ok, TAPS, ALIGN, "none", 0.0, UNROLL,
+            )  # fmt: skip
+    else:
+        group, column = group_of(part, parts, groups, per_part, first)
+        rows = reduction_rows(channels, TAPS, FLAT, BLOCK_K)
+        x_ptr += (group * (channels // ALIGN * ALIGN)).to(tl.int64) * x_strides[1]
+        w_ptr += group.to(tl.int64) * rows * width + column
+        acc, rest = accumulate(
+            acc, rest, x_ptr, x_strides, x_size, channels, w_ptr, width, None, None, None, None,
+            position, row_ok, None, TAPS, FLAT, ALIGN, "none", 0.0, BLOCK_N, REST_N, BLOCK_K,
+            PRECISION, EMULATE,
+        )  # fmt: skip
+    return biased(acc, bias_ptr, n, out_channels), biased(rest, bias_ptr, n_rest, out_channels)
 
 
 @triton.jit
 def finish_branches(
-    a, b, n, channels, dy_ptr, dy_strides, da_ptr, db_ptr, strides, position, row_ok,
+    a, b, column,  # what leaves the branches: (BLOCK_P, columns), and columns of the part
+    part, parts, per_part, dy_ptr, dy_strides, y_ptr, db_ptr, y_strides, partial_ptr, position,
+    row_ok,
     BRANCH: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, DY_ALIGN: tl.constexpr,
-    ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+    Y_ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """da and, where it is another, db from dy."""
-    ok = row_ok[:, None] & (n < channels)[None, :]
-    dv = read_tile(dy_ptr, dy_strides, position, ok, n, DY_ALIGN, a.dtype)
-    dv = activate_gradient(dv, combined(a, b, BRANCH, SLOPE), ACTIVATION, SLOPE)
-    da = dv
+    """y or, where there is dy, the gradients of a and b, and their sums over the tile.
+
+    Without BRANCH, b is the sum of both.
+    """
+    n, n_ok = part * per_part + column, column < per_part
+    v = activate(b, BRANCH, SLOPE)
     if BRANCH != "none":
-        da = activate_gradient(dv, a, BRANCH, SLOPE)
-        db = activate_gradient(dv, b, BRANCH, SLOPE)
-        store(db, n, n < channels, db_ptr, strides, position, row_ok, ALIGN, EMULATE)
-    store(da, n, n < channels, da_ptr, strides, position, row_ok, ALIGN, EMULATE)
+        v += activate(a, BRANCH, SLOPE)
+    if dy_ptr is None:
+        v = activate(v, ACTIVATION, SLOPE)
+        store(v, n, n_ok, y_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
+    else:
+        ok = row_ok[:, None] & n_ok[None, :]
+        dv = read_tile(dy_ptr, dy_strides, position, ok, n, DY_ALIGN, a.dtype)
+        dv = activate_gradient(dv, v, ACTIVATION, SLOPE)
+        da = tl.where(ok, activate_gradient(dv, a, BRANCH, SLOPE), 0.0)
+        store(da, n, n_ok, y_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
+        if partial_ptr is not None:
+            tl.store(partial_ptr + n, tl.sum(da, 0), mask=n_ok)
+        if db_ptr is not None:
+            db = tl.where(ok, activate_gradient(dv, b, BRANCH, SLOPE), 0.0)
+            store(db, n, n_ok, db_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
+            if partial_ptr is not None:
+                tl.store(partial_ptr + parts * per_part + n, tl.sum(db, 0), mask=n_ok)
 
 
-@triton.jit(do_not_specialize=["x_size", "y_size", "count"])
-def branch_gradients(
-    x_ptr, x_strides, x_size, channels,  # as of ``parallel_conv``
-    spatial_ptr, temporal_ptr, width, spatial_bias_ptr, temporal_bias_ptr,
-    dy_ptr, dy_strides,  # (N, K, T', H', W')
-    da_ptr, db_ptr,  # of the strides of da; db_ptr None: without BRANCH both are the same
-    da_strides, y_size, y_channels, count,
-    SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, FLAT: tl.constexpr,
+@triton.jit(do_not_specialize=["tiles_n", "x_size", "y_size", "count"])
+def parallel_conv(
+    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
+    channels, groups, widths,  # of both branches: channels of a group of x; columns of a group
+    spatial_ptr, temporal_ptr,  # as of ``branch``; temporal_ptr None: only one branch
+    spatial_bias_ptr, temporal_bias_ptr,  # (K,), or None
+    tiles_n, parts, per_part,  # tiles of a part; parts · per_part = K
+    dy_ptr, dy_strides,  # (N, K, T', H', W'), or None: y is wanted
+    y_ptr, db_ptr, y_strides, y_size,  # y, or da and, with the same strides, db or None
+    partial_ptr,  # (tiles of positions, 1 or, with db, 2, K) sums of da and db, or None
+    count,  # N·T'·H'·W'
+    SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, SPATIAL_FLAT: tl.constexpr,
+    TEMPORAL_FLAT: tl.constexpr, DIRECT: tl.constexpr,  # of both branches
     X_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr,
     WIDE: tl.constexpr, BRANCH: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    UNROLL: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what leaves the two convolutions, which are computed again and not written."""
-    tiles_n = width // (BLOCK_N + REST_N)
-    pid = tl.program_id(0)
-    _, p = tile_positions(pid // tiles_n, BLOCK_P, WIDE)
+    """ACTIVATION(BRANCH(spatial) + BRANCH(temporal)), or the gradients of both convolutions.
+
+    For the gradients the convolutions are computed again, and not written.
+    """
+    # Y_ALIGN divides it: multiplied by that, masks are seen to be those of whole vectors.
+    per_part = per_part // Y_ALIGN * Y_ALIGN
+    tile, part, first = part_tile(tl.program_id(0), tiles_n, parts, BLOCK_N + REST_N)
+    _, p = tile_positions(tile, BLOCK_P, WIDE)
     row_ok = p < count
     position = positions(p, y_size, RUN)
-    first = pid % tiles_n * (BLOCK_N + REST_N)
-    acc, rest, onto, onto_rest = branches(
-        x_ptr, x_strides, x_size, channels, spatial_ptr, temporal_ptr, width, first,
-        spatial_bias_ptr, temporal_bias_ptr, y_channels, position, row_ok, SPATIAL, TEMPORAL, FLAT,
-        X_ALIGN, BRANCH, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE, ACCUMULATE,
+    acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
+    rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
+    a, a_rest = branch(
+        acc, rest, x_ptr, x_strides, x_size, channels[0], groups[0], spatial_ptr, widths[0],
+        spatial_bias_ptr, part, parts, per_part, first, position, row_ok, SPATIAL, SPATIAL_FLAT,
+        DIRECT[0], X_ALIGN, BLOCK_N, REST_N, BLOCK_K, UNROLL, PRECISION, EMULATE,
     )  # fmt: skip
+    if BRANCH == "none":
+        acc, rest = a, a_rest
+    if temporal_ptr is not None:
+        acc, rest = branch(
+            acc, rest, x_ptr, x_strides, x_size, channels[1], groups[1], temporal_ptr, widths[1],
+            temporal_bias_ptr, part, parts, per_part, first, position, row_ok, TEMPORAL,
+            TEMPORAL_FLAT, DIRECT[1], X_ALIGN, BLOCK_N, REST_N, BLOCK_K, UNROLL, PRECISION, EMULATE,
+        )  # fmt: skip
+    if partial_ptr is not None:
+        sums = 1 if db_ptr is None else 2
+        partial_ptr += tile.to(tl.int64) * sums * parts * per_part
     finish_branches(
-        acc, onto, first + tl.arange(0, BLOCK_N), y_channels, dy_ptr, dy_strides, da_ptr, db_ptr,
-        da_strides, position, row_ok, BRANCH, ACTIVATION, SLOPE, DY_ALIGN, Y_ALIGN, EMULATE,
+        a, acc, first + tl.arange(0, BLOCK_N), part, parts, per_part, dy_ptr, dy_strides, y_ptr,
+        db_ptr, y_strides, partial_ptr, position, row_ok, BRANCH, ACTIVATION, SLOPE, DY_ALIGN,
+        Y_ALIGN, EMULATE,
     )  # fmt: skip
     if REST_N > 0:
         finish_branches(
-            rest, onto_rest, first + BLOCK_N + tl.arange(0, REST_N), y_channels, dy_ptr,
-            dy_strides, da_ptr, db_ptr, da_strides, position, row_ok, BRANCH, ACTIVATION, SLOPE,
-            DY_ALIGN, Y_ALIGN, EMULATE,
+            a_rest, rest, first + BLOCK_N + tl.arange(0, REST_N), part, parts, per_part, dy_ptr,
+            dy_strides, y_ptr, db_ptr, y_strides, partial_ptr, position, row_ok, BRANCH,
+            ACTIVATION, SLOPE, DY_ALIGN, Y_ALIGN, EMULATE,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["dy_size", "dx_size", "grid_size", "count"])
+@triton.jit
+def gather_branch(
+    acc, rest, dy_ptr, dy_strides, dy_size, channels, groups,  # channels of a group of dy
+    w_ptr, width,  # packed as for ``input_gradient`` or, DIRECT, for ``direct_gradients``
+    part, parts, per_part, first, position, row_ok, residue, size,
+    TAPS: tl.constexpr, CLASSES: tl.constexpr, FLAT: tl.constexpr, DIRECT: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """acc and rest plus what one of the convolutions gives to the positions it has read."""
+    if DIRECT:
+        all_channels = parts * per_part
+        per_group = all_channels // groups
+        c = part * per_part + first + tl.arange(0, BLOCK_N)
+        acc = gather_direct(
+            acc, acc, per_group, channels, all_channels, dy_ptr, dy_strides, dy_size, None, None,
+            None, None, w_ptr, None, 0, position, row_ok, c, c < all_channels, size, TAPS, ALIGN,
+            BLOCK_P, BLOCK_N, EMULATE, acc.dtype,
+        )  # fmt: skip
+        if REST_N > 0:
+            c = part * per_part + first + BLOCK_N + tl.arange(0, REST_N)
+            rest = gather_direct(
+                rest, rest, per_group, channels, all_channels, dy_ptr, dy_strides, dy_size, None,
+                None, None, None, w_ptr, None, 0, position, row_ok, c, c < all_channels, size,
+                TAPS, ALIGN, BLOCK_P, REST_N, EMULATE, acc.dtype,
+            )  # fmt: skip
+    else:
+        group, column = group_of(part, parts, groups, per_part, first)
+        acc, rest = gather(
+            acc, rest, dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, column, None,
+            None, None, None, position, row_ok, residue, size, TAPS, CLASSES, FLAT, ALIGN, BLOCK_N,
+            REST_N, BLOCK_K, PRECISION, EMULATE,
+        )  # fmt: skip
+    return acc, rest
+
+
+@triton.jit(do_not_specialize=["tiles_n", "dy_size", "dx_size", "grid_size", "count"])
 def parallel_input_gradient(
     da_ptr, da_strides, db_ptr, db_strides, dy_size,  # of both branches, of one size
-    a_channels, b_channels, groups,  # channels of a group of them; both have as many groups
-    spatial_ptr, temporal_ptr, width,  # packed as for ``input_gradient``
-    dx_ptr, dx_strides, dx_size, dx_channels,  # (N, C, T, H, W); channels of a group
+    channels, groups, widths,  # of both branches: channels of a group of dy; columns of a group
+    spatial_ptr, temporal_ptr,  # as of ``gather_branch``
+    tiles_n, parts, per_part,  # tiles of a part; parts · per_part = C
+    dx_ptr, dx_strides, dx_size,  # (N, C, T, H, W)
     grid_size, count,  # as of ``input_gradient``
     SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, CLASSES: tl.constexpr,
-    SPATIAL_FLAT: tl.constexpr, TEMPORAL_FLAT: tl.constexpr,
+    SPATIAL_FLAT: tl.constexpr, TEMPORAL_FLAT: tl.constexpr, DIRECT: tl.constexpr,
     Y_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx of both branches, as one sum."""
-    tiles_n = width // (BLOCK_N + REST_N)
-    pid = tl.program_id(0)
-    group = pid // tiles_n % groups
-    first = pid % tiles_n * (BLOCK_N + REST_N)
+    tile, part, first = part_tile(tl.program_id(0), tiles_n, parts, BLOCK_N + REST_N)
     position, row_ok, residue = class_tile(
-        pid // (tiles_n * groups), grid_size, dx_size, count, CLASSES, RUN, BLOCK_P, WIDE
+        tile, grid_size, dx_size, count, CLASSES, RUN, BLOCK_P, WIDE
     )
     acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
     rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
-    acc, rest = gather(
-        acc, rest, da_ptr, da_strides, dy_size, a_channels, group, spatial_ptr, width, first, None,
-        None, None, None, position, row_ok, residue, dx_size, SPATIAL, CLASSES,
-        SPATIAL_FLAT, Y_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+    acc, rest = gather_branch(
+        acc, rest, da_ptr, da_strides, dy_size, channels[0], groups[0], spatial_ptr, widths[0],
+        part, parts, per_part, first, position, row_ok, residue, dx_size, SPATIAL, CLASSES,
+        SPATIAL_FLAT, DIRECT[0], Y_ALIGN, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip
-    acc, rest = gather(
-        acc, rest, db_ptr, db_strides, dy_size, b_channels, group, temporal_ptr, width, first, None,
-        None, None, None, position, row_ok, residue, dx_size, TEMPORAL, CLASSES,
-        TEMPORAL_FLAT, Y_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+    acc, rest = gather_branch(
+        acc, rest, db_ptr, db_strides, dy_size, channels[1], groups[1], temporal_ptr, widths[1],
+        part, parts, per_part, first, position, row_ok, residue, dx_size, TEMPORAL, CLASSES,
+        TEMPORAL_FLAT, DIRECT[1], Y_ALIGN, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip
-    all_channels = groups * dx_channels
+    all_channels = parts * per_part
     finish_gradient(
-        acc, first + tl.arange(0, BLOCK_N), group, dx_channels, all_channels, dx_channels, None,
-        None, None, None, None, dx_ptr, dx_strides, position, row_ok, "none", 0.0, X_ALIGN, EMULATE,
+        acc, first + tl.arange(0, BLOCK_N), part, per_part, all_channels, per_part, None, None,
+        None, None, None, dx_ptr, dx_strides, position, row_ok, "none", 0.0, X_ALIGN, EMULATE,
     )  # fmt: skip
     if REST_N > 0:
         finish_gradient(
-            rest, first + BLOCK_N + tl.arange(0, REST_N), group, dx_channels, all_channels,
-            dx_channels, None, None, None, None, None, dx_ptr, dx_strides, position, row_ok, "none",
-            0.0, X_ALIGN, EMULATE,
+            rest, first + BLOCK_N + tl.arange(0, REST_N), part, per_part, all_channels, per_part,
+            None, None, None, None, None, dx_ptr, dx_strides, position, row_ok, "none", 0.0,
+            X_ALIGN, EMULATE,
         )  # fmt: skip
 
 
@@ -251,13 +296,7 @@ def parallel_direct_gradients(
     EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx of both branches and the tile's parts of both weight gradients."""
-    tiles_c = (channels + BLOCK_C - 1) // BLOCK_C
-    pid = tl.program_id(0)
-    tile = pid // tiles_c
-    _, p = tile_positions(tile, BLOCK_P, WIDE)
-    row_ok = p < count
-    position = positions(p, x_size, RUN)
-    c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile, position, row_ok, c = direct_tile(channels, x_size, count, RUN, WIDE, BLOCK_P, BLOCK_C)
     c_ok = c < channels
     acc = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
     x = acc

@@ -13,9 +13,14 @@ from ...shapes import PairTensors, Pass, Problem
 from . import launch
 
 
-def pack(weight: Tensor, groups: int, channels: int, config: configs.TapConfig) -> Tensor:
-    """(K, C/g, kt, kh, kw) as (groups, reduction, width): see ``kernels.tap_conv``."""
-    width = configs.round_up(weight.shape[0] // groups, config.columns)
+def pack(
+    weight: Tensor, groups: int, channels: int, config: configs.TapConfig, width: int | None = None
+) -> Tensor:
+    """(K, C/g, kt, kh, kw) as (groups, reduction, width): see ``kernels.tap_conv``.
+
+    ``width`` is that of whole tiles unless it is given.
+    """
+    width = width or configs.round_up(weight.shape[0] // groups, config.columns)
     depth = channels if config.flat else configs.round_up(channels, config.block_k)
     rows = configs.round_up(depth * math.prod(weight.shape[2:]), config.block_k)
     return packed(weight, groups, depth, rows, width)
@@ -54,7 +59,26 @@ def in_order(
     return *temporal, *spatial
 
 
-def tiling(config: configs.TapConfig) -> dict[str, int]:
+def sizes(
+    positions: int,
+    channels: int,
+    out_channels: int,
+    groups: int,
+    taps: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> configs.Sizes:
+    """What configurations depend on; see ``configs.Sizes``."""
+    return configs.Sizes(
+        positions, channels, out_channels, groups, taps, dtype, uses_tensor_cores(dtype),
+        launch.capability(device),
+    )  # fmt: skip
+
+
+def tiling(config: configs.TapConfig | configs.StreamConfig) -> dict[str, int]:
+    """Tiles as the dense kernels take them, where need be without products of matrices."""
+    if isinstance(config, configs.StreamConfig):
+        return {"BLOCK_P": config.block_p, "BLOCK_N": config.block_c, "REST_N": 0, "BLOCK_K": 16}
     return {
         "BLOCK_P": config.block_p, "BLOCK_N": config.block_n, "REST_N": config.rest_n,
         "BLOCK_K": config.block_k,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ... import configs
+from ... import configs, configs_gradients
 from ...shapes import PairTensors, Pass, Problem
 from . import arguments, launch
 
@@ -47,9 +47,10 @@ def input_gradient(
     classes = residue_classes(p)
     grid = tuple(-(-n // s) for n, s in zip(dx.shape[2:], classes, strict=True))
     count = dx.shape[0] * math.prod(grid)
-    found = configs.input_gradient(
-        count, channels, in_channels, groups, math.prod(p.kernel), dy.dtype,
-        arguments.uses_tensor_cores(dy.dtype), launch.capability(dy.device),
+    found = configs_gradients.input_gradient(
+        arguments.sizes(
+            count, channels, in_channels, groups, math.prod(p.kernel), dy.dtype, dy.device
+        ),
         reads_two=other is not None, masks=u is not None, classes=math.prod(classes),
     )  # fmt: skip
     config = found[min(rank, len(found) - 1)]
@@ -115,14 +116,13 @@ def weight_gradient(
     groups, taps = p.groups, math.prod(p.kernel)
     channels, out_channels = p.in_channels // groups, p.out_channels // groups
     count = dy.shape[0] * math.prod(dy.shape[2:])
-    capability = launch.capability(x.device)
-    found = configs.weight_gradient(
-        count, channels, out_channels, groups, taps, x.dtype,
-        arguments.uses_tensor_cores(x.dtype), capability,
-    )  # fmt: skip
+    sizes = arguments.sizes(count, channels, out_channels, groups, taps, x.dtype, x.device)
+    found = configs_gradients.weight_gradient(sizes)
     c = found[min(rank, len(found) - 1)]
-    rows, widths = configs.weight_blocks(c, channels, out_channels, taps)
-    per_split = configs.positions_per_split(c, count, rows * widths * groups, capability)
+    rows, widths = configs_gradients.weight_blocks(c, channels, out_channels, taps)
+    per_split = configs_gradients.positions_per_split(
+        c, count, rows * widths * groups, sizes.capability
+    )
     splits = max(1, -(-count // per_split))
     partial = x.new_empty((splits, weight.numel()), dtype=accumulate_dtype(x.dtype))
     x_args, x_align = arguments.operand(x, x.shape[1] if groups == 1 else channels)
@@ -164,7 +164,7 @@ def channel_sums(
     """Gradient of a bias: the sums over positions of scale·dy + rate·other + shift."""
     channels = bias.shape[0]
     count = dy.shape[0] * math.prod(dy.shape[2:])
-    block_p, block_c, per_tile = configs.sums(count, channels)
+    block_p, block_c, per_tile = configs_gradients.sums(count, channels)
     tiles = -(-count // per_tile)
     partial = dy.new_empty((tiles, channels), dtype=accumulate_dtype(dy.dtype))
     dy_args, align = arguments.operand(dy, dy.shape[1])

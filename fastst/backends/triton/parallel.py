@@ -1,16 +1,62 @@
-"""``parallel_conv2plus1d``: one launch for ungrouped sums, else one for each branch into y."""
+"""``parallel_conv2plus1d``: one launch for a sum, one for each branch into its channels of y."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ... import configs
 from ...shapes import ParallelSpec, ParallelTensors, Pass, Problem
 from . import arguments, launch
-from .passes import candidates, conv_pass
+from .gradients import accumulate_dtype
+from .passes import PassConfig, candidates, conv_pass
+
+
+class Branch(NamedTuple):
+    """One of the convolutions."""
+
+    conv: Pass
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Cut(NamedTuple):
+    """Channels of what is written, in parts that lie within one group of every dense branch."""
+
+    parts: int
+    per_part: int
+    columns: int  # of a tile
+
+    @classmethod
+    def of(cls, convs: Sequence[Pass], channels: int, columns: int) -> Cut:
+        parts = math.lcm(*(p.groups for p in convs if not direct(p)))
+        return cls(parts, channels // parts, columns)
+
+    @property
+    def tiles(self) -> int:
+        """Of a part."""
+        return -(-self.per_part // self.columns)
+
+    def width(self, p: Pass) -> int:
+        """Columns of a group of packed weights: tiles of its last part may reach beyond them."""
+        before = (self.parts // p.groups - 1) * self.per_part
+        return configs.round_up(before + self.tiles * self.columns, 16)
+
+
+def direct(p: Pass) -> bool:
+    """Whether a branch runs on ordinary cores."""
+    return configs.thin(p.in_channels // p.groups, p.groups)
+
+
+def branches(problem: Problem, tensors: ParallelTensors) -> list[Branch]:
+    spatial, temporal = problem.passes
+    return [
+        Branch(spatial, tensors.spatial_weight, tensors.spatial_bias),
+        Branch(temporal, tensors.temporal_weight, tensors.temporal_bias),
+    ]
 
 
 def parallel_conv2plus1d(
@@ -19,85 +65,96 @@ def parallel_conv2plus1d(
     """``like``: a problem as which it is run, in its configurations."""
     like = like or problem
     spec: ParallelSpec = problem.spec  # type: ignore[assignment]
-    x, ws, wt, bs, bt = tensors
-    spatial, temporal = problem.passes
+    x = tensors.x
     y = problem.empty_output(x)
-    if spec.combine == "add" and spatial.groups == temporal.groups == 1:
-        _parallel_conv(spec, spatial, temporal, tensors, y, like)
+    both = branches(problem, tensors)
+    count = like.batch * math.prod(like.out_size)
+    if spec.combine == "add":
+        parallel_conv(spec, both, x, y, config=_config(like.passes, x, like.out_channels, count))
         return y
-    one, two = (
-        candidates(
-            p, p.in_channels, like.batch * math.prod(like.out_size), x.dtype, x.device,
-            x.stride(1) == 1,
-        )[0]
-        for p in like.passes
-    )  # fmt: skip
-    end: dict[str, Any] = {
-        "inner": spec.branch_activation,
-        "activation": spec.activation,
-        "slope": spec.slope,
-    }
-    if spec.combine == "cat":
-        conv_pass(spatial, x, ws, y[:, : spatial.out_channels], shift=bs, config=one, **end)
-        conv_pass(temporal, x, wt, y[:, spatial.out_channels :], shift=bt, config=two, **end)
-    else:
-        inner: dict[str, Any] = {"inner": spec.branch_activation, "slope": spec.slope}
-        conv_pass(spatial, x, ws, y, shift=bs, config=one, **inner)
-        conv_pass(temporal, x, wt, y, shift=bt, residual=y, config=two, **end)
+    first = 0
+    for (conv, weight, bias), p in zip(both, like.passes, strict=True):
+        config = candidates(p, p.in_channels, count, x.dtype, x.device, x.stride(1) == 1)[0]
+        end = first + conv.out_channels
+        conv_pass(
+            conv, x, weight, y[:, first:end], shift=bias, config=config,
+            inner=spec.branch_activation, activation=spec.activation, slope=spec.slope,
+        )  # fmt: skip
+        first = end
     return y
 
 
-def _parallel_conv(
+def parallel_conv(
     spec: ParallelSpec,
-    spatial: Pass,
-    temporal: Pass,
-    tensors: ParallelTensors,
+    chosen: Sequence[Branch],
+    x: Tensor,
     y: Tensor,
-    like: Problem,
-) -> None:
-    """Both ungrouped branches, added, in one launch into y."""
-    y_args, y_align = arguments.operand(y, y.shape[1])
-    grid, config, args, meta = branches(spec, spatial, temporal, tensors, y, like)
-    launch.run(
-        launch.kernels().parallel.parallel_conv, grid, config, *args, *y_args, y.shape[1],
-        y.shape[0] * math.prod(y.shape[2:]), Y_ALIGN=y_align, **meta,
-    )  # fmt: skip
+    *,
+    dy: Tensor | None = None,
+    db: Tensor | None = None,
+    sums: bool = False,
+    config: PassConfig | None = None,
+) -> Tensor | None:
+    """The sum of both branches, or one of them, into y (N, K, T', H', W').
 
+    With dy, the gradients of what leaves the convolutions instead: that of the first into y, that
+    of the second, where it is another, into db, of the strides of y.
 
-def branches(
-    spec: ParallelSpec,
-    spatial: Pass,
-    temporal: Pass,
-    tensors: ParallelTensors,
-    y: Tensor,
-    like: Problem | None = None,
-) -> tuple[tuple[int], configs.TapConfig, tuple[Any, ...], dict[str, Any]]:
-    """What ``kernels.parallel.branches`` needs: grid, configuration, arguments, the rest by name.
-
-    y is a tensor like the output; the configuration is that of ``like``, by default of these
-    tensors.
+    Returns:
+        With ``sums``, partials (tiles, 1 or 2, K) of the sums of the gradients over positions.
     """
-    x, ws, wt, bs, bt = tensors
-    channels, out_channels = x.shape[1], y.shape[1]
-    count = y.shape[0] * math.prod(y.shape[2:])
-    sizes = (count, channels, out_channels)
-    if like is not None:
-        sizes = (
-            like.batch * math.prod(like.out_size), like.passes[0].in_channels, like.out_channels
-        )  # fmt: skip
-    config = configs.parallel_conv(
-        *sizes, 1, math.prod(spatial.kernel) + temporal.kernel[0] - 1,
-        x.dtype, arguments.uses_tensor_cores(x.dtype), launch.capability(x.device),
-    )  # fmt: skip
-    packed = [arguments.pack(w, 1, channels, config) for w in (ws, wt)]
-    width = packed[0].shape[-1]
-    x_args, x_align = arguments.operand(x, channels)
-    meta = {
-        "SPATIAL": arguments.taps(spatial), "TEMPORAL": arguments.taps(temporal),
-        "FLAT": channels if config.flat else 0, "X_ALIGN": x_align,
-        **arguments.layout(x, y, count), "BRANCH": spec.branch_activation,
-        "ACTIVATION": spec.activation, "SLOPE": spec.slope, **arguments.tiling(config),
+    convs = [b.conv for b in chosen]
+    out_channels, count = y.shape[1], y.shape[0] * math.prod(y.shape[2:])
+    config = config or _config(convs, x, out_channels, count)
+    tiling = arguments.tiling(config)
+    cut = Cut.of(convs, out_channels, tiling["BLOCK_N"] + tiling["REST_N"])
+    channels = tuple(p.in_channels // p.groups for p in convs)
+    widths = tuple(cut.width(p) for p in convs)
+    packed = [
+        arguments.pack_direct(b.weight) if direct(b.conv)
+        else arguments.pack(b.weight, b.conv.groups, n, config, width)  # type: ignore[arg-type]
+        for b, n, width in zip(chosen, channels, widths, strict=True)
+    ]  # fmt: skip
+    flat = isinstance(config, configs.TapConfig) and config.flat
+    x_args, x_align = arguments.operand(
+        x, math.gcd(x.shape[1], *(n for p, n in zip(convs, channels, strict=True) if not direct(p)))
+    )
+    y_align = arguments.alignment(y, cut.per_part)
+    dy_align = 1 if dy is None else arguments.alignment(dy, cut.per_part)
+    tiles = -(-count // config.block_p)
+    partial = None
+    if sums:
+        shape = (tiles, 1 if db is None else 2, out_channels)
+        partial = x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+    absent = [None] * (2 - len(chosen))  # the second branch, where there is one
+    spatial, temporal = [arguments.taps(p) for p in convs] + absent
+    launch.run(
+        launch.kernels().parallel.parallel_conv, (tiles * cut.tiles * cut.parts,), config,
+        *x_args, channels, tuple(p.groups for p in convs), widths, *packed, *absent,
+        *(b.bias for b in chosen), *absent, cut.tiles, cut.parts, cut.per_part,
+        dy, None if dy is None else arguments.strides(dy, dy_align),
+        y, db, arguments.strides(y, y_align), tuple(y.shape[2:]), partial, count,
+        SPATIAL=spatial, TEMPORAL=temporal, SPATIAL_FLAT=channels[0] if flat else 0,
+        TEMPORAL_FLAT=channels[-1] if flat else 0, DIRECT=tuple(direct(p) for p in convs),
+        X_ALIGN=x_align, DY_ALIGN=dy_align, Y_ALIGN=y_align, **arguments.layout(x, y, count),
+        BRANCH=spec.branch_activation, ACTIVATION=spec.activation, SLOPE=spec.slope, **tiling,
+        UNROLL=config.unroll if isinstance(config, configs.StreamConfig) else 1,
         **arguments.arithmetic(x.dtype),
-    }  # fmt: skip
-    grid = (-(-count // config.block_p) * (width // config.columns),)
-    return grid, config, (*x_args, channels, *packed, width, bs, bt), meta
+    )  # fmt: skip
+    return partial
+
+
+def _config(convs: Sequence[Pass], x: Tensor, out_channels: int, count: int) -> PassConfig:
+    taps = sum(math.prod(p.kernel) for p in convs) - len(convs) + 1
+    dense = [p for p in convs if not direct(p)]
+    if not dense:
+        capability = launch.capability(x.device)
+        return configs.direct(count, out_channels, taps, x.stride(1) == 1, capability)
+    cut = Cut.of(convs, out_channels, 1)
+    channels = max(p.in_channels // p.groups for p in dense)
+    config = configs.parallel_conv(
+        arguments.sizes(count, channels, cut.per_part, cut.parts, taps, x.dtype, x.device),
+        mixed=len(dense) < len(convs),
+    )
+    scattered = x.stride(1) != 1 and convs[0].stride[2] > 1
+    return configs.scattered([config])[0] if scattered else config

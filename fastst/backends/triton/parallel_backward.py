@@ -1,7 +1,9 @@
 """Backward of ``parallel_conv2plus1d``: one launch for dx, one for both weights, one for a bias.
 
-Without activations the gradient of either branch is dy, or its channels. Otherwise it is a tensor
-of its own, formed as what leaves the convolutions is computed again.
+Without activations the gradient of either branch is dy, or its channels. Otherwise the convolutions
+are computed again, and what leaves that launch is the gradient of each and its sums: formed while
+dx and the weight gradients are read, it would take tensors as large, read with dy in both, and the
+activation once for every tap.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import activations, configs
+from ... import configs_gradients
 from ...shapes import ParallelSpec, ParallelTensors, Problem
 from . import arguments, launch, parallel
 from .backward import pass_gradients
@@ -23,96 +25,74 @@ from .gradients import (
     channel_sums,
     finish_weight,
     residue_classes,
+    sum_rows,
     transposed,
-    weight_gradient,
 )
-from .passes import conv_pass
 
 
 def parallel_conv2plus1d_backward(
     problem: Problem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
-    x, *weights, bs, bt = tensors
+    x, *weights, _, _ = tensors
     need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
     wanted = need[1:3]
-    above = _branch_gradients(problem, tensors, dy)
+    above, db = _branch_gradients(problem, tensors, dy, need[3:5])
     dx = torch.empty_like(x) if need.x else None
     dw: list[Tensor | None] = [None, None]
-    groups = [p.groups for p in problem.passes]
-    if all(configs.thin(x.shape[1] // g, g) for g in groups):
+    direct = [parallel.direct(p) for p in problem.passes]
+    if all(direct):
         if need.x or any(wanted):
             dw = _direct_gradients(problem, x, above, weights, dx, wanted)
-    elif groups[0] == groups[1]:
+    else:
         if dx is not None:
             _input_gradient(problem, above, weights, dx)
-        if all(wanted):
+        if all(wanted) and not any(direct):
             dw = _weight_gradients(problem, x, above, weights)
-        for i, p in enumerate(problem.passes):
-            if wanted[i] and not all(wanted):
-                dw[i] = weight_gradient(p, x, above[i], weights[i])
-    else:  # one group of a branch reads channels of several of the other
-        for i, p in enumerate(problem.passes):
-            part = dx if dx is None or i == 0 else torch.empty_like(dx)
-            if need.x or wanted[i]:
-                _, dw[i] = pass_gradients(p, x, above[i], weights[i], part, wanted[i])
-            if dx is not None and part is not None and part is not dx:
-                dx += part
-    dbs = dbt = None
-    if need.spatial_bias:
-        assert bs is not None
-        dbs = channel_sums(above[0], bs)
-    if need.temporal_bias:
-        assert bt is not None
-        again = dbs is not None and above[0] is above[1]
-        dbt = dbs.clone() if again else channel_sums(above[1], bt)  # type: ignore[union-attr]
-    return [g for g in (dx, *dw, dbs, dbt) if g is not None]
+        else:  # tensor cores and ordinary ones share nothing that they read
+            for i, p in enumerate(problem.passes):
+                if wanted[i]:
+                    _, dw[i] = pass_gradients(p, x, above[i], weights[i], None, True)
+    return [g for g in (dx, *dw, *db) if g is not None]
 
 
 def _branch_gradients(
-    problem: Problem, tensors: ParallelTensors, dy: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of what leaves the two convolutions, from that of y."""
+    problem: Problem, tensors: ParallelTensors, dy: Tensor, need_bias: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Gradients of what leaves the two convolutions, and of those biases that need one."""
     spec: ParallelSpec = problem.spec  # type: ignore[assignment]
-    inner, outer, slope = spec.branch_activation, spec.activation, spec.slope
-    channels = [p.out_channels for p in problem.passes]
-    parts = (dy, dy) if spec.combine == "add" else dy.split(channels, 1)
-    if inner == outer == "none":
-        return parts[0], parts[1]
-    x, *weights, bs, bt = tensors
-    a, b = (_rows(x, problem, n) for n in channels)
-    if spec.combine == "add" and all(p.groups == 1 for p in problem.passes):
-        return _fused_branch_gradients(problem, tensors, dy, a, None if inner == "none" else b)
-    for p, w, bias, out in zip(problem.passes, weights, (bs, bt), (a, b), strict=True):
-        conv_pass(p, x, w, out, shift=bias)
-    if outer != "none":
-        after = [activations.apply(inner, t, slope) for t in (a, b)]
-        y = after[0] + after[1] if spec.combine == "add" else torch.cat(after, 1)
-        dy = activations.grad(outer, dy, y, slope)
-        parts = (dy, dy) if spec.combine == "add" else dy.split(channels, 1)
-    da, db = (activations.grad(inner, g, t, slope) for g, t in zip(parts, (a, b), strict=True))
-    return da, db
+    x, both = tensors.x, parallel.branches(problem, tensors)
+    add = spec.combine == "add"
+    same = add and spec.branch_activation == "none"
+    parts = [dy, dy] if add else list(dy.split([b.conv.out_channels for b in both], 1))
+    bias: list[Tensor | None] = [None, None]
+    if spec.branch_activation == spec.activation == "none":
+        for i, (part, b) in enumerate(zip(parts, both, strict=True)):
+            if need_bias[i]:
+                assert b.bias is not None
+                again = bias[0] is not None and same
+                bias[i] = bias[0].clone() if again else channel_sums(part, b.bias)  # type: ignore[union-attr]
+        return parts, bias
+    above = [_rows(problem, x, b.conv.out_channels) for b in (both[:1] if same else both)]
+    if add:
+        db = None if same else above[1]
+        sums = any(need_bias)
+        found = [parallel.parallel_conv(spec, both, x, above[0], dy=dy, db=db, sums=sums)] * 2
+    else:
+        found = [
+            parallel.parallel_conv(spec, [b], x, a, dy=part, sums=needed)
+            for b, a, part, needed in zip(both, above, parts, need_bias, strict=True)
+        ]
+    for i, (b, partial) in enumerate(zip(both, found, strict=True)):
+        if need_bias[i]:
+            assert b.bias is not None and partial is not None
+            total = sum_rows(partial.flatten(1), partial.new_empty(partial.shape[1:]))
+            bias[i] = total[min(i, len(total) - 1)].to(b.bias.dtype, copy=True)
+    return above * 2 if same else above, bias
 
 
-def _rows(x: Tensor, problem: Problem, channels: int) -> Tensor:
+def _rows(problem: Problem, x: Tensor, channels: int) -> Tensor:
     """An uninitialised (N, channels, T', H', W') whose channels are neighbours."""
     return x.new_empty((problem.batch, *problem.out_size, channels)).permute(0, 4, 1, 2, 3)
-
-
-def _fused_branch_gradients(
-    problem: Problem, tensors: ParallelTensors, dy: Tensor, da: Tensor, db: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The same in one launch, with nothing else written; db is da where it is None."""
-    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
-    grid, config, args, meta = parallel.branches(spec, *problem.passes, tensors, da)
-    dy_align = arguments.alignment(dy, dy.shape[1])
-    da_align = arguments.alignment(da, da.shape[1])
-    launch.run(
-        launch.kernels().parallel.branch_gradients, grid, config, *args,
-        dy, arguments.strides(dy, dy_align), da, db, arguments.strides(da, da_align),
-        tuple(da.shape[2:]), da.shape[1], da.shape[0] * math.prod(da.shape[2:]),
-        DY_ALIGN=dy_align, Y_ALIGN=da_align, **meta,
-    )  # fmt: skip
-    return da, da if db is None else db
 
 
 def _operands(above: Sequence[Tensor], groups: Sequence[int]) -> tuple[tuple[Any, ...], int]:
@@ -128,32 +108,37 @@ def _operands(above: Sequence[Tensor], groups: Sequence[int]) -> tuple[tuple[Any
 def _input_gradient(
     problem: Problem, above: Sequence[Tensor], weights: Sequence[Tensor], dx: Tensor
 ) -> None:
-    spatial, temporal = problem.passes
-    groups = spatial.groups
-    channels = [t.shape[1] // groups for t in above]
-    in_channels = dx.shape[1] // groups
-    classes = residue_classes(spatial, temporal)
+    passes = problem.passes
+    groups = tuple(p.groups for p in passes)
+    channels = tuple(p.out_channels // p.groups for p in passes)
+    direct = tuple(parallel.direct(p) for p in passes)
+    classes = residue_classes(*passes)
     grid = tuple(-(-n // s) for n, s in zip(dx.shape[2:], classes, strict=True))
     count = dx.shape[0] * math.prod(grid)
-    c = configs.parallel_input_gradient(
-        count, max(channels), in_channels, groups, math.prod(spatial.kernel) + temporal.kernel[0],
-        dx.dtype, arguments.uses_tensor_cores(dx.dtype), launch.capability(dx.device),
-        classes=math.prod(classes),
+    cut = parallel.Cut.of(passes, dx.shape[1], 1)
+    most = max(n for n, d in zip(channels, direct, strict=True) if not d)
+    taps = sum(math.prod(p.kernel) for p in passes)
+    c = configs_gradients.parallel_input_gradient(
+        arguments.sizes(count, most, cut.per_part, cut.parts, taps, dx.dtype, dx.device),
+        classes=math.prod(classes), mixed=any(direct),
     )  # fmt: skip
+    cut = cut._replace(columns=c.columns)
+    widths = tuple(cut.width(p) for p in passes)
     packed = [
-        arguments.pack(transposed(w, groups), groups, n, c)
-        for w, n in zip(weights, channels, strict=True)
+        pack_direct(p, w) if d else arguments.pack(transposed(w, p.groups), p.groups, n, c, width)
+        for p, w, n, width, d in zip(passes, weights, channels, widths, direct, strict=True)
     ]
-    width = packed[0].shape[-1]
-    dy_args, dy_align = _operands(above, (groups, groups))
-    dx_args, dx_align = arguments.operand(dx, in_channels)
+    dy_args, dy_align = _operands(
+        above, [1 if d else p.groups for p, d in zip(passes, direct, strict=True)]
+    )
+    dx_args, dx_align = arguments.operand(dx, cut.per_part)
     tiles = -(-count // c.block_p) * math.prod(classes)
     launch.run(
-        launch.kernels().parallel.parallel_input_gradient,
-        (tiles * groups * (width // c.columns),), c,
-        *dy_args, *channels, groups, *packed, width, *dx_args, in_channels, grid, count,
-        SPATIAL=arguments.transposed_taps(spatial), TEMPORAL=arguments.transposed_taps(temporal),
-        CLASSES=classes, Y_ALIGN=dy_align, X_ALIGN=dx_align,
+        launch.kernels().parallel.parallel_input_gradient, (tiles * cut.tiles * cut.parts,), c,
+        *dy_args, channels, groups, widths, *packed, cut.tiles, cut.parts, cut.per_part,
+        *dx_args, grid, count,
+        SPATIAL=arguments.transposed_taps(passes[0]), TEMPORAL=arguments.transposed_taps(passes[1]),
+        CLASSES=classes, Y_ALIGN=dy_align, X_ALIGN=dx_align, DIRECT=direct,
         SPATIAL_FLAT=channels[0] if c.flat else 0, TEMPORAL_FLAT=channels[1] if c.flat else 0,
         RUN=arguments.run_length(above[0], dx) if classes[2] == 1 else 1,
         WIDE=arguments.wide(count), **arguments.tiling(c), **arguments.arithmetic(dx.dtype),
@@ -169,20 +154,19 @@ def _weight_gradients(
     out_channels = tuple(p.out_channels // p.groups for p in passes)
     taps = [math.prod(p.kernel) for p in passes]
     count = problem.batch * math.prod(problem.out_size)
-    capability = launch.capability(x.device)
-    c = configs.weight_gradient(
-        count, channels[0], out_channels[0], groups[0], max(taps), x.dtype,
-        arguments.uses_tensor_cores(x.dtype), capability,
-    )[0]  # fmt: skip
+    sizes = arguments.sizes(
+        count, channels[0], out_channels[0], groups[0], max(taps), x.dtype, x.device
+    )
+    c = configs_gradients.weight_gradient(sizes)[0]
     rows, widths = zip(
         *(
-            configs.weight_blocks(c, *sizes)
+            configs_gradients.weight_blocks(c, *sizes)
             for sizes in zip(channels, out_channels, taps, strict=True)
         ),
         strict=True,
     )
     blocks = sum(math.prod(n) for n in zip(groups, rows, widths, strict=True))
-    per_split = configs.positions_per_split(c, count, blocks, capability)
+    per_split = configs_gradients.positions_per_split(c, count, blocks, sizes.capability)
     splits = max(1, -(-count // per_split))
     partials = [x.new_empty((splits, w.numel()), dtype=accumulate_dtype(x.dtype)) for w in weights]
     x_args, x_align = arguments.operand(x, math.gcd(*channels))
@@ -215,7 +199,7 @@ def _direct_gradients(
     per_group = tuple(channels // p.groups for p in passes)
     out_per_group = tuple(p.out_channels // p.groups for p in passes)
     count = x.shape[0] * math.prod(x.shape[2:])
-    c = configs.direct_gradients(
+    c = configs_gradients.direct_gradients(
         count, channels, above[0].stride(1) == 1, launch.capability(x.device)
     )
     tiles = -(-count // c.block_p)

@@ -35,9 +35,16 @@ def candidates(
         taps = math.prod(p.kernel)
         return [configs.direct(count, p.out_channels, taps, channels_last, capability)]
     found = configs.candidates(
-        count, channels, p.out_channels // p.groups, p.groups, math.prod(p.kernel),
-        dtype, arguments.uses_tensor_cores(dtype), launch.capability(device),
-    )  # fmt: skip
+        arguments.sizes(
+            count,
+            channels,
+            p.out_channels // p.groups,
+            p.groups,
+            math.prod(p.kernel),
+            dtype,
+            device,
+        )
+    )
     return found if channels_last or p.stride[2] == 1 else configs.scattered(found)
 
 
