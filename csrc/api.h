@@ -115,6 +115,7 @@ struct HopperTile {
   int64_t share;               // spatial: vertical taps that one box of x serves, 1 or all
   int64_t stages;              // of shared memory
   int64_t grid;                // blocks, which walk over the tiles
+  int64_t cluster;  // blocks that copy the weights to each other: 1 or 2; grid has whole ones
 };
 
 struct HopperSpatial {

@@ -85,8 +85,8 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   py::class_<HopperOutput>(m, "HopperOutput", kLocal)
       .def(py::init<View, std::optional<View>, Array, Array, Array, int64_t, Activation, double>());
   py::class_<HopperTile>(m, "HopperTile", kLocal)
-      .def(
-          py::init<int64_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, int64_t, int64_t>());
+      .def(py::init<int64_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, int64_t, int64_t,
+                    int64_t>());
   py::class_<HopperSpatial>(m, "HopperSpatial", kLocal)
       .def(py::init<View, std::optional<View>, Array, Array, Conv, bool, HopperOutput,
                     HopperTile>());

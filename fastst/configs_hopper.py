@@ -12,6 +12,12 @@ from .configs import round_up, shared_memory_limit
 # Multiprocessors read about 32 bytes per clock each out of L2 when all of them do; that, not device
 # memory, is what feeds a tile, because every tap reads x again. A lead, to be measured.
 _L2_BYTES = 32
+# What the blocks of a cluster copy to each other leaves L2 once. Each still takes in all of it, for
+# which a multiprocessor has a port of 64 bytes per clock: a lead as well.
+_PORT_BYTES = 64
+CLUSTERS = (1, 2)
+# Blocks that wait for each other are taken only where they are expected to gain this much.
+_CLUSTER_GAIN = 1.05
 # Clocks that a tile costs besides its products: filling the pipeline, and writing 64 rows.
 _TILE_CLOCKS, _ROW_CLOCKS = 1000, 8
 # (columns, warpgroups, blocks of 64 rows each): the spatial kernel's instances. wgmma takes any
@@ -59,9 +65,28 @@ class HopperTile:
     share: int  # vertical taps that one box of x serves
     stages: int  # boxes of x in shared memory
     grid: int  # blocks, which walk over the tiles
+    cluster: int = 1  # blocks, 1 or 2, that copy the weights to each other
 
     def column_tiles(self, channels: int) -> int:
         return math.ceil(channels / self.columns)
+
+
+# Cost, number of tiles and a tie-breaker of a tile: the least is the best.
+_Found = tuple[tuple[float, int, int], HopperTile]
+
+
+def _clocks(products: float, own: float, common: float, cluster: int, rows: int) -> float:
+    """Of a tile, from bytes that are of its own and those that are common to a cluster."""
+    copies = max((own + common / cluster) / _L2_BYTES, (own + common) / _PORT_BYTES)
+    return max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * rows
+
+
+def _best(found: dict[int, _Found]) -> HopperTile:
+    """The best of those for each cluster."""
+    (alone, _, _), tile = found[1]
+    if 2 in found and found[2][0][0] * _CLUSTER_GAIN <= alone:
+        return found[2][1]
+    return tile
 
 
 @functools.cache  # thousands of candidates: milliseconds
@@ -98,7 +123,7 @@ def spatial(
         size = math.ceil(size[0] / stride[0]), math.ceil(size[1] / stride[1])
         stride = 1, 1
     # Fewer tiles where they cost the same, and of equally many those that read the least.
-    best: tuple[tuple[float, int, int], HopperTile] | None = None
+    best: dict[int, _Found] = {}
     for columns, groups, blocks in AFFINE_TILES if affine else SPATIAL_TILES:
         rows = 64 * groups * blocks
         column_tiles = math.ceil(out_channels / columns)
@@ -109,28 +134,44 @@ def spatial(
             shared = whole and share_all and box[1] + kernel[0] - 1 <= 256
             for share in {1, kernel[0] if shared else 1}:
                 box_rows = box[0] * (box[1] + share - 1) * box[2]
-                stage = round_up(max(rows, box_rows) * _SWIZZLE_ROW, 1024) * (2 if affine else 1)
-                stage += share * columns * _SWIZZLE_ROW
+                own = round_up(max(rows, box_rows) * _SWIZZLE_ROW, 1024) * (2 if affine else 1)
+                common = share * columns * _SWIZZLE_ROW
+                stage = own + common
                 stages = min((shared_memory_limit((9, 0)) - _BARRIERS) // stage, 16)
                 if stages < 2:
                     continue  # the copies of one are hidden behind the products of the other
-                tiles = (
-                    column_tiles
-                    * rests
-                    * math.prod(math.ceil(n / b) for n, b in zip((frames, *size), box, strict=True))
-                )
                 # A wgmma of 64 rows and 16 channels takes half a clock per column.
                 products = taps * chunks * 4 * (rows // 64) * columns / 2
-                copies = taps * chunks / share * stage / _L2_BYTES
-                clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * rows
-                cost = math.ceil(tiles / processors) * clocks
+                steps = taps * chunks // share
                 halo = [(b - 1) * s + k for b, s, k in zip(box[1:], stride, kernel, strict=True)]
-                order = cost, tiles, box[0] * math.prod(halo)
-                if best is None or order < best[0]:
-                    grid = min(tiles, processors)
-                    best = order, HopperTile(columns, groups, blocks, box, share, stages, grid)
-    assert best is not None
-    return best[1]
+                for cluster in CLUSTERS if not affine else (1,):
+                    # Its blocks have neighbouring boxes of frames: the same taps meet them.
+                    shape = box[0] * cluster, box[1], box[2]
+                    tiles = math.prod(
+                        math.ceil(n / b) for n, b in zip((frames, *size), shape, strict=True)
+                    )
+                    tiles *= column_tiles * rests
+                    walks = min(tiles, processors // cluster)
+                    if not walks:
+                        continue
+                    clocks = _clocks(products, steps * own, steps * common, cluster, rows)
+                    cost = math.ceil(tiles / walks) * clocks
+                    order = cost, tiles, box[0] * math.prod(halo)
+                    if cluster not in best or order < best[cluster][0]:
+                        best[cluster] = (
+                            order,
+                            HopperTile(
+                                columns,
+                                groups,
+                                blocks,
+                                box,
+                                share,
+                                stages,
+                                walks * cluster,
+                                cluster,
+                            ),
+                        )
+    return _best(best)
 
 
 def _boxes(
@@ -183,7 +224,7 @@ def temporal(
     """
     chunks, steps = math.ceil(channels / 64), math.ceil(channels / 16)
     # Fewer tiles where they cost the same, and of equally many the longest runs of pixels.
-    best: tuple[tuple[float, int, int], HopperTile] | None = None
+    best: dict[int, _Found] = {}
     # Not built forward: layers of stride 2 have 128 output channels and more.
     built = [(c, f) for c, f in TEMPORAL_TILES if (c, stride) != (64, 2)]
     if gradient:
@@ -201,19 +242,26 @@ def temporal(
             products //= stride
         products *= steps * columns  # half a clock per column for each of two warpgroups
         bytes_in = read * _TEMPORAL_ROWS * round_up(channels, 8) * 2
-        copies = (bytes_in + (0 if stay else chunks * weights)) / _L2_BYTES
-        clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * _TEMPORAL_ROWS * frames
+        common = 0 if stay else chunks * weights
+        rows = _TEMPORAL_ROWS * frames
         for p in range(1, min(pixels, _TEMPORAL_ROWS) + 1):
             n = min(clips, _TEMPORAL_ROWS // p)
-            tiles = math.ceil(out_channels / columns) * math.ceil(out_frames / frames)
-            tiles *= math.ceil(pixels / p) * math.ceil(clips / n)
-            cost = math.ceil(tiles / processors) * clocks
-            if best is None or (cost, tiles, n) < best[0]:
-                grid = min(tiles, processors)
-                tile = HopperTile(columns, 2, frames, (n, frames, p), 1, stages, grid)
-                best = (cost, tiles, n), tile
-    assert best is not None
-    return best[1]
+            boxes = math.ceil(out_frames / frames) * math.ceil(pixels / p) * math.ceil(clips / n)
+            for cluster in CLUSTERS:
+                tiles = math.ceil(out_channels / columns) * math.ceil(boxes / cluster)
+                walks = min(tiles, processors // cluster)
+                if not walks:
+                    continue
+                clocks = _clocks(products, bytes_in, common, cluster, rows)
+                order = math.ceil(tiles / walks) * clocks, tiles, n
+                if cluster not in best or order < best[cluster][0]:
+                    best[cluster] = (
+                        order,
+                        HopperTile(
+                            columns, 2, frames, (n, frames, p), 1, stages, walks * cluster, cluster
+                        ),
+                    )
+    return _best(best)
 
 
 def stem(clips: int, size: Sequence[int], processors: int) -> tuple[int, int]:
@@ -245,7 +293,7 @@ def gradient_trials() -> list[tuple[HopperTile, HopperTile, tuple[int, int]]]:
         n, groups, blocks = AFFINE_TILES[i // 3 % len(AFFINE_TILES)]
         share, box = (3, (groups * blocks, 8, 8)) if i % 3 == 0 else (1, (1, 5, 7))
         spatial_one = HopperTile(n, groups, blocks, box, share, 2, 2)
-        temporal_one = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2)
+        temporal_one = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2, CLUSTERS[i % 2])
         found.append((spatial_one, temporal_one, (stride, 2 if i % 3 == 2 else 1)))
     return found
 
@@ -253,7 +301,8 @@ def gradient_trials() -> list[tuple[HopperTile, HopperTile, tuple[int, int]]]:
 def trials() -> list[tuple[HopperTile, HopperTile, int]]:
     """Tiles of a spatial and of a temporal pass, and the temporal stride: every instance comes up.
 
-    Boxes are for small problems; every other spatial one serves all three taps of a column.
+    Boxes are for small problems; every other spatial one serves all three taps of a column, and
+    both kernels run alone and in clusters with each kind of box and every temporal instance.
     """
     found = []
     # Twice as many as instances of either kernel: each temporal one with and without a norm.
@@ -261,7 +310,7 @@ def trials() -> list[tuple[HopperTile, HopperTile, int]]:
     for i, (columns, frames, stride) in enumerate(temporal_ones):
         n, groups, blocks = SPATIAL_TILES[i % len(SPATIAL_TILES)]
         share, box = (3, (groups * blocks, 8, 8)) if i % 2 else (1, (1, 5, 7))
-        spatial_one = HopperTile(n, groups, blocks, box, share, 2, 2)
-        temporal_one = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2)
+        spatial_one = HopperTile(n, groups, blocks, box, share, 2, 2, CLUSTERS[i // 2 % 2])
+        temporal_one = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2, CLUSTERS[i % 2])
         found.append((spatial_one, temporal_one, stride))
     return found

@@ -21,6 +21,7 @@ from fuzz import Config
 import fastst
 from fastst import activations, configs_hopper, dispatch, selfcheck
 from fastst.backends import cuda, cuda_hopper, native
+from fastst.configs_hopper import SPATIAL_TILES, TEMPORAL_TILES, HopperTile
 from fastst.functional import conv2plus1d
 from fastst.shapes import PairSpec, PairTensors, Problem
 
@@ -45,6 +46,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
 
     monkeypatch.setattr(cuda_hopper, "forward", recorded)
     return found
+
+
+def in_clusters(monkeypatch: pytest.MonkeyPatch, blocks: int = 4) -> None:
+    """The chosen tiles, by so many blocks in clusters of two."""
+    for name in ("spatial_tile", "temporal_tile"):
+        chosen = getattr(cuda_hopper, name)
+        monkeypatch.setattr(
+            cuda_hopper, name, lambda problem, c=chosen: replace(c(problem), grid=blocks, cluster=2)
+        )
 
 
 # ---- random problems
@@ -74,8 +84,10 @@ def dense(seed: int, **fixed: object) -> Config:
 
 
 @pytest.mark.parametrize("chunk", range(4))
-def test_fuzz(chunk: int, ran: list[Problem]) -> None:
+def test_fuzz(chunk: int, ran: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
     cases = fuzz.CASES or 4
+    if chunk % 2:
+        in_clusters(monkeypatch)
     for seed in range(100 * chunk + fuzz.SEED, 10**6):
         config = dense(seed)
         if config.invalid() or config.work() > 8_000_000:
@@ -89,41 +101,46 @@ def test_fuzz(chunk: int, ran: list[Problem]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tile", "share"),
-    [(tile, (1, 3)[i % 2]) for i, tile in enumerate(configs_hopper.SPATIAL_TILES)],
+    ("tile", "share", "cluster"),
+    [(tile, (1, 3)[i % 2], (1, 2)[i // 2 % 2]) for i, tile in enumerate(SPATIAL_TILES)],
 )
 def test_spatial_tiles(
-    tile: tuple[int, int, int], share: int, monkeypatch: pytest.MonkeyPatch, ran: list[Problem]
-) -> None:
-    """Each instance, with one box per tap or with one box for a column of taps."""
+    tile: tuple[int, int, int], share: int, cluster: int, monkeypatch: pytest.MonkeyPatch,
+    ran: list[Problem],
+) -> None:  # fmt: skip
+    """Each instance, with one box per tap or for a column of taps, alone and in clusters of two, of
+    which the second block may have no frames."""
     columns, groups, blocks = tile
     planes = groups * blocks
     boxes = {1: (1, 5, 5), 3: (planes, 8, 8)}
-    chosen = configs_hopper.HopperTile(columns, groups, blocks, boxes[share], share, 2, 2)
+    chosen = HopperTile(columns, groups, blocks, boxes[share], share, 2, 2, cluster)
     monkeypatch.setattr(cuda_hopper, "spatial_tile", lambda problem: chosen)
     config = Config(
-        seed=columns, channels=8, mid=columns + 8, out=8, batch=1, size=(2, 9, 5), norm="batch",
+        seed=columns, channels=8, mid=columns + 8, out=8, batch=1, size=(3, 9, 5), norm="batch",
         dtype=(torch.float16, torch.bfloat16)[share // 2], x_layout="channels_last",
     )  # fmt: skip
     assert fuzz.check(config, "cuda", backward=False) is None
     assert len(ran) == 1
 
 
-@pytest.mark.parametrize("tile", configs_hopper.TEMPORAL_TILES)
+@pytest.mark.parametrize("tile", TEMPORAL_TILES)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_temporal_tiles(
     tile: tuple[int, int], stride: int, norm: str, monkeypatch: pytest.MonkeyPatch,
     ran: list[Problem],
 ) -> None:  # fmt: skip
-    """Each instance with and without a norm in registers; some of its frames do not exist."""
+    """Each instance with and without a norm in registers; some of its frames do not exist. Those
+    with a norm in clusters of two, of which the last block has a tile less."""
     columns, frames = tile
     if (columns, stride) == (64, 2):
         pytest.skip("not built")
-    chosen = configs_hopper.HopperTile(columns, 2, frames, (2, frames, 7), 1, 2, 2)
+    box, grid, cluster = ((3, frames, 3), 4, 2) if norm == "batch" else ((2, frames, 7), 2, 1)
+    chosen = HopperTile(columns, 2, frames, box, 1, 2, grid, cluster)
     monkeypatch.setattr(cuda_hopper, "temporal_tile", lambda problem: chosen)
     config = Config(
-        seed=frames, channels=8, mid=72, out=columns + 8, batch=3, size=(stride * frames + 1, 3, 3),
+        seed=frames, channels=8, mid=72, out=columns + 8, batch=3,
+        size=(2 * stride * frames + 1, 3, 3),
         stride=(stride, 1, 1), norm=norm, activation="gelu" if norm == "batch" else "relu",
         dtype=torch.float16 if stride == 1 else torch.bfloat16, x_layout="channels_last",
     )  # fmt: skip
@@ -290,9 +307,11 @@ def test_self_check_runs_every_instance(ran: list[Problem]) -> None:
     trials = configs_hopper.trials()
     spatial = {(a.columns, a.groups, a.blocks) for a, _, _ in trials}
     temporal = {(b.columns, b.box[1], s) for _, b, s in trials}
-    assert spatial == set(configs_hopper.SPATIAL_TILES)
-    assert {(c, f) for c, f, _ in temporal} == set(configs_hopper.TEMPORAL_TILES)
+    assert spatial == set(SPATIAL_TILES)
+    assert {(c, f) for c, f, _ in temporal} == set(TEMPORAL_TILES)
     assert {(c, f) for c, f, s in temporal if s == 2} == {(128, 1), (128, 2)}
+    assert {(a.share, a.cluster) for a, _, _ in trials} == {(1, 1), (1, 2), (3, 1), (3, 2)}
+    assert len({(b.columns, b.box[1], s, b.cluster) for _, b, s in trials}) == 2 * len(temporal)
     assert [p.spec.norm for p in ran] == ["batch"] * 5 + ["frozen"] * 5 + ["batch"]  # type: ignore[union-attr]
     assert cuda_hopper.stem_why_not(ran[-1]) is None
 
@@ -426,6 +445,8 @@ def test_needs_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPat
         (dict(stages=17), "1 to 16 stages"),
         (dict(share=3, box=(4, 4, 8)), "whole blocks of 64 places in rows of 8"),
         (dict(columns=56), "no tile of 2 × 2 × 64 × 56"),
+        (dict(cluster=2, grid=3), "a grid of whole ones"),
+        (dict(cluster=3, grid=3), "clusters of 1 or 2 blocks"),
     ],
 )
 def test_refuses_tiles(spatial: dict[str, Any], why: str) -> None:
@@ -435,5 +456,5 @@ def test_refuses_tiles(spatial: dict[str, Any], why: str) -> None:
     case = Problem.of(t, PairSpec(padding=(1,) * 6))
     with pytest.raises(ValueError, match=re.escape(why)):
         cuda_hopper.forward(case, t, False, (replace(a, **spatial), b))
-    with pytest.raises(ValueError, match="at most 128 places and 1 to 16 stages"):
+    with pytest.raises(ValueError, match="at most 128 places, 1 to 16 stages"):
         cuda_hopper.forward(case, t, False, (a, replace(b, box=(2, 4, 65))))

@@ -144,6 +144,47 @@ def test_hopper_case(hopper: Path, name: str, told: str) -> None:
     assert told in printed if told else printed == "", printed
 
 
+# ---- clusters
+
+
+@pytest.fixture(scope="session")
+def clusters(build: ModuleType) -> Path:
+    return build.program(HERE / "cluster_cases.cpp")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        # of block b: Σ 2·(1 + i)·(1 + 5 b + i) over 5 steps
+        ("products", ["110 260 410 560"]),
+        ("odd grid", ["could not be launched: cluster misconfiguration"]),
+        # bugs planted in it
+        ("sync block only", ["use of the mbarrier at byte 0 with no barrier since its init"]),
+        ("no init fence", ["whose initialisation was not fenced"]),
+        (
+            "release own only",
+            ["deadlock; ", "byte 16 of block 0 of the cluster lacks 1 arrivals",
+             "1 threads (0 to 0) of block 1 of the cluster wait for parity 0 of the mbarrier"],
+        ),
+        ("count own only", ["block (1,", "race: write of 128 bytes", "memory of block 0"]),
+        ("release to nobody", ["arrival at block 2 of a cluster of 2"]),
+        ("release early", ["race: write of 128 bytes", "and a read by thread 32"]),
+        ("wrong parity", ["more arrivals at an mbarrier than it expects in a phase"]),
+        ("mask one", ["deadlock; ", "byte 0 of block 1 of the cluster lacks 0 arrivals and 128"]),
+        ("mask three blocks", ["TMA to the blocks of mask 7 of a cluster of 2"]),
+        ("expect own only", ["128 bytes of TMA loads under way: it was told to expect too few"]),
+        ("expect more", ["deadlock; ", "of block 1 of the cluster lacks 0 arrivals and 128 bytes"]),
+        ("leave at once", ["without having waited for an arrival", "by thread 33 of block 0"]),
+        ("leave during a copy", ["ends with a TMA load under way to byte 1024"]),
+        ("step less", ["block (1,", "ends with a TMA load under way"]),
+    ],
+)  # fmt: skip
+def test_cluster_case(clusters: Path, name: str, told: list[str]) -> None:
+    printed = run(clusters, name)
+    for part in told:
+        assert part in printed, printed
+
+
 def layout(program: Path, name: str, registers: int) -> list[list[tuple[int, ...]]]:
     """By thread and register, its row and column."""
     places = [tuple(map(int, p.split(","))) for p in run(program, name).split()]

@@ -9,9 +9,10 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.shapes import Case
-from fastst import configs, configs_hopper
+from fastst import configs_hopper
 from fastst.backends import cuda_hopper
 from fastst.backends.cuda_hopper import launches
+from fastst.configs import round_up
 from fastst.configs_hopper import HopperTile
 from fastst.shapes import Problem
 
@@ -45,14 +46,20 @@ def multiplied(problem: Problem) -> tuple[int, int]:
     """Multiplications that the spatial and the temporal kernel execute, zeros included."""
     (a, b), (spatial, temporal) = tiles_of(problem), problem.passes
     frames, (h, w) = problem.batch * problem.size[0], problem.mid_size[1:]
-    boxes = math.prod(math.ceil(n / n_box) for n, n_box in zip((frames, h, w), a.box, strict=True))
+    box = a.box[0] * a.cluster, *a.box[1:]
+    boxes = (
+        math.prod(math.ceil(n / b) for n, b in zip((frames, h, w), box, strict=True)) * a.cluster
+    )
     columns = a.column_tiles(problem.mid_shape[-1]) * a.columns
     first = boxes * 64 * a.groups * a.blocks * columns
     first *= math.prod(spatial.kernel) * 16 * steps(spatial.in_channels)
     t, pixels = problem.out_size[0], math.prod(problem.out_size[1:])
     clips, n_frames, n_pixels = b.box
-    second = math.ceil(problem.batch / clips) * math.ceil(pixels / n_pixels) * 128
-    second *= math.ceil(t / n_frames) * n_frames * b.column_tiles(temporal.out_channels) * b.columns
+    boxes = (
+        math.ceil(problem.batch / clips) * math.ceil(pixels / n_pixels) * math.ceil(t / n_frames)
+    )
+    second = round_up(boxes, b.cluster) * 128 * n_frames
+    second *= b.column_tiles(temporal.out_channels) * b.columns
     return first, second * temporal.kernel[0] * 16 * steps(temporal.in_channels)
 
 
@@ -74,7 +81,7 @@ def test_little_is_wasted(case: Case) -> None:
     problem = case.problem(torch.bfloat16)
     spatial, temporal = useful(problem)
     side = problem.mid_size[2]
-    full = (side / configs.round_up(side, 8)) ** (1 if side > 14 else 2)
+    full = (side / round_up(side, 8)) ** (1 if side > 14 else 2)
     assert spatial >= 0.89 * full
     assert temporal >= (0.49 if case.name == "one-frame" else 0.81)
 
@@ -100,9 +107,9 @@ def test_mid_channels_cost_what_their_multiples_of_8_do(mid: int, padded: int, s
 def test_mid_channels_fit(mid: int, columns: int) -> None:
     """An instance multiplies less than 1% zeros, of 45 what a multiple of 8 asks for."""
     widths = [c for c, _, _ in configs_hopper.SPATIAL_TILES]
-    least = min(configs.round_up(mid, c) for c in widths)
-    assert configs.round_up(mid, columns) == least
-    assert least <= max(1.01 * mid, configs.round_up(mid, 8))
+    least = min(round_up(mid, c) for c in widths)
+    assert round_up(mid, columns) == least
+    assert least <= max(1.01 * mid, round_up(mid, 8))
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -125,8 +132,24 @@ def test_tiles_keep_to_the_limits(case: Case, batch: int | None) -> None:
     assert 2 * weights <= left or chunks * weights <= left  # for two chunks, or for all that exist
     for tile in (a, b):
         assert 1 <= tile.grid <= PROCESSORS
+        assert tile.cluster in (1, 2) and tile.grid % tile.cluster == 0
     assert (a.columns, a.groups, a.blocks) in configs_hopper.SPATIAL_TILES
     assert (b.columns, b.box[1]) in configs_hopper.TEMPORAL_TILES
+
+
+def test_clusters_where_weights_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many columns to few places: stride 2 and deep layers; not where products are the limit, or
+    weights stay in shared memory."""
+    by_label = {c.label: c for c in CASES if c.family == "r2plus1d-18"}
+    labels = [label for label in by_label if "s2" in label or "512" in label]
+    wide, deep = by_label[labels[0]].problem(torch.bfloat16), by_label[labels[-1]]
+    assert [t.cluster for t in tiles_of(wide)] == [2, 2]
+    assert tiles_of(deep.problem(torch.bfloat16))[1].cluster == 2
+    first = next(c for label, c in by_label.items() if label.startswith("64→144→64"))
+    assert [t.cluster for t in tiles_of(first.problem(torch.bfloat16))] == [1, 1]
+    # half a multiprocessor's neighbour is missing: no clusters
+    monkeypatch.setattr(launches, "_processors", lambda device: 1)
+    assert [t.cluster for t in tiles_of(wide)] == [1, 1]
 
 
 def test_the_stem_fills_the_gpu() -> None:

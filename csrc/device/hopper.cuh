@@ -5,7 +5,35 @@
 
 namespace fastst {
 
-// This thread's mbarrier_init is seen by the copy engine, and after a barrier by everyone.
+// Which block of its cluster this one is.
+__device__ inline int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks of the cluster; orders their accesses to shared memory.
+__device__ inline void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+
+// Arrives at the mbarrier in the same place of another block of the cluster, or of this one: after
+// what has been read there, but not for what has been written, which would ask for
+// .release.cluster, and that ptxas makes a fence of all of the GPU's memory.
+__device__ inline void mbarrier_arrive_at(Shared<uint64_t> barrier, int block) {
+  asm volatile(
+      "{\n .reg .b32 there;\n"
+      " mapa.shared::cluster.u32 there, %0, %1;\n"
+      " mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(block)
+      : "memory");
+}
+
+// This thread's mbarrier_init is seen by the copy engine, and after a barrier by everyone: also by
+// other blocks, after cluster_sync.
 __device__ inline void mbarrier_fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

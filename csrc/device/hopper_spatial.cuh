@@ -2,7 +2,8 @@
 //
 // One warp copies boxes of the input and of the packed weights, two warpgroups multiply. A box is
 // 64 channels of the positions of one output tile, shifted by a tap: zero padding, strides and
-// edges are the tensor map's business. Blocks stay and walk over tiles.
+// edges are the tensor map's business. Blocks stay and walk over tiles; those of a cluster have the
+// same places of neighbouring frames, and copy the weights, which are then the same, to each other.
 //
 // Affine: the input is du = g + p·u + q of two tensors. Boxes of both are copied, and the warps
 // beside the copying one put du in the place of g before the products read it.
@@ -47,10 +48,12 @@ template <class T>
 struct Parameters {
   TensorMap x, u, weight;  // (C, W, H, frames), the same, (64, rows)
   Plane h, w;
-  int channels, frames, box_frames, frame_tiles;
-  int chunks;                       // of 64 channels
-  int share;                        // taps of a column of the kernel that one box serves: 1 or all
-  int tiles, column_tiles, stages;  // tiles: of positions; the walk over all is of 32 bits
+  int channels, frames, box_frames;
+  int cluster, frame_tiles;  // frame tiles of each block of a cluster
+  int chunks;                // of 64 channels
+  int share;                 // taps of a column of the kernel that one box serves: 1 or all
+  // tiles: of positions, of each block of a cluster; the walk over all is of 32 bits
+  int tiles, column_tiles, stages;
   int64_t frame_stride, row_stride, pixel_stride;  // of out
   Global<const float> rate, shift;                 // (64 · chunks): p and q of Affine
   Epilogue<T> epilogue;
@@ -68,12 +71,13 @@ struct Tile {
   int frame, h, w;     // of the box of frames, of rows, of columns
   int rest_h, rest_w;  // of the outputs
 
-  // Rests have different numbers of taps: every block gets tiles of each of them.
+  // Rests have different numbers of taps: every block gets tiles of each of them. Frames that no
+  // block of a cluster has any more arrive as zeros and are not written.
   template <class T>
-  __device__ Tile(const Parameters<T>& p, int index) {
+  __device__ Tile(const Parameters<T>& p, int index, int rank) {
     w = index % p.w.tiles, index /= p.w.tiles;
     h = index % p.h.tiles, index /= p.h.tiles;
-    frame = index % p.frame_tiles, index /= p.frame_tiles;
+    frame = index % p.frame_tiles * p.cluster + rank, index /= p.frame_tiles;
     rest_w = index & (p.w.up() - 1), rest_h = index >> p.w.log2_up;
   }
 };
@@ -144,7 +148,7 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
   const int u_at = L::box_bytes(box_rows), x_bytes = L::x_bytes(box_rows);
   const int stage_bytes = L::stage_bytes(box_rows, p.share);
   // Affine: boxes arrive at the second ring; stages of the first are full when du is in them.
-  Ring ring(0, p.stages), arrived(kRingBytes, p.stages);
+  Ring ring(0, p.stages, p.cluster), arrived(kRingBytes, p.stages);
   if (threadIdx.x == 0) {
     ring.init(4 * Groups, Affine ? 1 + kFormingWarps : 1);
     if (Affine) arrived.init(kFormingWarps);
@@ -157,16 +161,18 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
       x[i] = 0u;
   }
   fence_proxy_async();
-  sync_block();
+  ring.begin();
 
+  const Walk walk(p.cluster);
   const int all = p.tiles * p.column_tiles;
   const int group = threadIdx.x / kWarpGroup;
   if (group == 0) {
     registers_decrease<Affine ? 72 : 40>();
     const bool copies = threadIdx.x < 32;
     if (copies ? threadIdx.x != 0 : !Affine) return;
-    for (int index = blockIdx.x; index < all; index += gridDim.x) {
-      const Tile tile(p, index % p.tiles);
+    Multicast weights(p.cluster, walk.rank);
+    for (int index = walk.first; index < all; index += walk.step) {
+      const Tile tile(p, index % p.tiles, walk.rank);
       const int column = index / p.tiles;
       for_each_step(p, tile, [&](int chunk, int kw, int kh) {
         const int at = L::kFirst + ring.stage() * stage_bytes, channel = chunk * kSwizzleRow;
@@ -182,8 +188,8 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
           if (Affine) tma_load(shared<T>(at + u_at), p.u, full, channel, first_w, first_h, frame);
           const int block = (column * p.chunks + chunk) * p.w.kernel + kw;
           for (int i = 0; i < p.share; ++i)
-            tma_load(shared<T>(at + x_bytes + i * L::kWeightBytes), p.weight, ring.full(), 0,
-                     (block * p.h.kernel + kh + i) * N);
+            weights.load(shared<T>(at + x_bytes + i * L::kWeightBytes), p.weight, ring.full(), 0,
+                         (block * p.h.kernel + kh + i) * N);
         } else if constexpr (Affine) {
           arrived.wait();
           form_input(p, box_rows, first_h, first_w, channel, shared<T>(at), shared<T>(at + u_at));
@@ -193,6 +199,7 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
         ring.advance(), arrived.advance();
       });
     }
+    if (copies) ring.end();
     return;
   }
 
@@ -212,8 +219,8 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
     first_row[b] = block / frame_blocks * p.frame_rows() + block % frame_blocks * 64;
   }
 
-  for (int index = blockIdx.x; index < all; index += gridDim.x) {
-    const Tile tile(p, index % p.tiles);
+  for (int index = walk.first; index < all; index += walk.step) {
+    const Tile tile(p, index % p.tiles, walk.rank);
     const int column = index / p.tiles;
     for (; counted < column; ++counted) {
       if (p.epilogue.partials) statistics.write(p.epilogue, partial, counted * N);
@@ -312,11 +319,18 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
                  conv.transposed ? (kernel - 1) * dilation - before : before,
                  up / 2};
   };
+  const auto require = [](bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(std::string("hopper_spatial needs ") + what);
+  };
   Parameters<T> p{};
   p.h = plane(1), p.w = plane(2);
   p.channels = narrow_size(x.size[1]);
   p.frames = narrow_size(x.size[0] * x.size[2]), p.box_frames = narrow_size(tile.box[0]);
-  p.frame_tiles = (p.frames + p.box_frames - 1) / p.box_frames;
+  p.cluster = narrow_size(tile.cluster);
+  require(p.cluster >= 1 && p.cluster <= kMaxCluster && tile.grid % p.cluster == 0,
+          "clusters of 1 or 2 blocks, and a grid of whole ones");
+  const int frame_box = p.box_frames * p.cluster;
+  p.frame_tiles = (p.frames + frame_box - 1) / frame_box;
   p.chunks = (p.channels + kSwizzleRow - 1) / kSwizzleRow;
   p.share = narrow_size(tile.share), p.stages = narrow_size(tile.stages);
   p.column_tiles = narrow_size((out.size[1] + N - 1) / N);
@@ -325,9 +339,6 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   p.frame_stride = out.stride[2], p.row_stride = out.stride[3], p.pixel_stride = out.stride[4];
   p.epilogue = Epilogue<T>(conv.output);
   const int box_h = p.h.box + p.share - 1, box_rows = p.box_frames * box_h * p.w.box;
-  const auto require = [](bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(std::string("hopper_spatial needs ") + what);
-  };
   require(p.box_frames * p.h.box * p.w.box <= L::kRows, "boxes of at most a tile's places");
   require(p.stages >= 1 && p.stages <= kMaxStages, "1 to 16 stages");
   // A tap of the column is a shift by rows of the box, which must start a period of the swizzle.
@@ -344,8 +355,9 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   }
   p.weight = packed_weight(dtype, conv.weight, N);
   const int bytes = L::kFirst + p.stages * L::stage_bytes(box_rows, p.share);
-  launch("hopper_spatial", hopper_spatial_kernel<T, N, Groups, Blocks, Affine>, dim3(tile.grid),
-         dim3(kWarpGroup * (Groups + 1)), bytes, stream, "output " + shape(out), p);
+  launch_clusters("hopper_spatial", p.cluster, hopper_spatial_kernel<T, N, Groups, Blocks, Affine>,
+                  dim3(tile.grid), dim3(kWarpGroup * (Groups + 1)), bytes, stream,
+                  "output " + shape(out), p);
 }
 
 inline bool is_tile(const HopperTile& t, int columns, int groups, int blocks) {

@@ -4,6 +4,7 @@
 // shared memory once per tile, goes through norm and activation in registers (Norm), and is
 // multiplied with all taps that lead to one of the output frames, whose sums are all in registers.
 // Frames out of range are skipped: what the taps read, not what is stored, is padded with zeros.
+// The blocks of a cluster have neighbouring tiles and copy their weights to each other.
 #pragma once
 
 #include <device/accumulators.cuh>
@@ -27,9 +28,11 @@ struct Parameters {
   bool replicate;  // frames out of range are copies of the nearest, not zeros
   int box_pixels, box_clips;
   int pixels, clips, pixel_tiles, clip_tiles, frame_tiles;
+  int cluster;
   int weight_stages;  // 2, or as many as chunks: then they stay for all tiles of their columns
-  int tiles, chunks, column_tiles, stages;  // tiles: of positions; the walk over all is of 32 bits
-  Global<const float> scale, shift;         // (2, 64 · chunks), or none
+  // tiles: of positions, of each block of a cluster; the walk over all is of 32 bits
+  int tiles, chunks, column_tiles, stages;
+  Global<const float> scale, shift;  // (2, 64 · chunks), or none
   Activation act;
   float slope;
   int64_t clip_stride, frame_stride, pixel_stride;        // of out
@@ -70,6 +73,7 @@ struct Layout {
 struct Tile {
   int frame, pixel, clip;  // first of the output
 
+  // Beyond the last: clips that arrive as zeros and are not written.
   template <class P>
   __device__ Tile(const P& p, int frames, int index) {
     // Blocks at work together read the same frames, so that all but one get them from L2.
@@ -117,7 +121,7 @@ template <class T, int N, int Frames, int Stride, int Up, bool Norm, template <c
 __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
     hopper_temporal_kernel(const __grid_constant__ Parameters<T, E> p) {
   using L = Layout<N, Frames, Stride, Up>;
-  Ring inputs(0, p.stages), weights(kRingBytes, p.weight_stages);
+  Ring inputs(0, p.stages), weights(kRingBytes, p.weight_stages, p.cluster);
   const bool stay = p.weight_stages == p.chunks;
   const int first = L::first(p.weight_stages);
   const int places = p.box_pixels * p.box_clips;
@@ -133,16 +137,18 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
       u[i] = 0u;
   }
   fence_proxy_async();
-  sync_block();
+  weights.begin();
 
+  const Walk walk(p.cluster);
   const int all = p.tiles * p.column_tiles;
   const int group = threadIdx.x / kWarpGroup;
   if (group == 0) {
     registers_decrease<40>();
     if (threadIdx.x != 0) return;
     int held = -1;  // the columns whose weights are there
-    for (int index = blockIdx.x; index < all; index += gridDim.x) {
-      const Tile tile(p, Frames, index % p.tiles);
+    Multicast taps(p.cluster, walk.rank);
+    for (int index = walk.first; index < all; index += walk.step) {
+      const Tile tile(p, Frames, index % p.tiles * p.cluster + walk.rank);
       const int column = index / p.tiles;
       const bool there = stay && column == held;
       held = column;
@@ -151,8 +157,8 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
           weights.acquire(L::kWeightBytes);
           const int at = L::kWeights + weights.stage() * L::kWeightBytes;
           for (int tap = 0; tap < kTaps; ++tap)
-            tma_load(shared<T>(at + tap * L::kTapBytes), p.weight, weights.full(), 0,
-                     ((column * p.chunks + chunk) * kTaps + tap) * N);
+            taps.load(shared<T>(at + tap * L::kTapBytes), p.weight, weights.full(), 0,
+                      ((column * p.chunks + chunk) * kTaps + tap) * N);
           weights.advance();
         }
         for (int i = 0; i < L::kRead; ++i) {
@@ -165,6 +171,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
         }
       }
     }
+    weights.end();
     return;
   }
 
@@ -176,8 +183,8 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
   int counted = 0;  // tiles of columns whose statistics are written
   float sums[Frames][N / 2];
 
-  for (int index = blockIdx.x; index < all; index += gridDim.x) {
-    const Tile tile(p, Frames, index % p.tiles);
+  for (int index = walk.first; index < all; index += walk.step) {
+    const Tile tile(p, Frames, index % p.tiles * p.cluster + walk.rank);
     const int column = index / p.tiles;
     for (; counted < column; ++counted) {
       if (p.epilogue.partials) statistics.write(p.epilogue, partial, counted * N);
@@ -190,7 +197,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
       keep(sums[o]);
     }
 
-    const bool leave = !stay || (index + static_cast<int>(gridDim.x)) / p.tiles != column;
+    const bool leave = !stay || (index + walk.step) / p.tiles != column;
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
       const int steps = p.steps(chunk), stage = stay ? chunk : weights.stage();
       weights.wait(stage);
@@ -277,11 +284,14 @@ Parameters<T, E> parameters(Dtype dtype, const View& in, const View& out, const 
   const int columns = narrow_size(tile.columns);
   p.chunks = tiles(in.size[1], kSwizzleRow), p.column_tiles = tiles(out.size[1], columns);
   p.stages = narrow_size(tile.stages);
-  const int64_t all = int64_t(p.frame_tiles) * p.clip_tiles * p.pixel_tiles * p.column_tiles;
-  p.tiles = narrow_size(all) / p.column_tiles;
-  if (p.box_clips * p.box_pixels > kPlaces || p.stages < 1 || p.stages > kMaxStages)
+  p.cluster = narrow_size(tile.cluster);
+  if (p.box_clips * p.box_pixels > kPlaces || p.stages < 1 || p.stages > kMaxStages ||
+      p.cluster < 1 || p.cluster > kMaxCluster || tile.grid % p.cluster)
     throw std::invalid_argument("a temporal Hopper tile needs boxes of at most " +
-                                std::to_string(kPlaces) + " places and 1 to 16 stages");
+                                std::to_string(kPlaces) +
+                                " places, 1 to 16 stages, and a grid of clusters of 1 or 2 blocks");
+  const int64_t all = int64_t(p.frame_tiles) * p.clip_tiles * p.pixel_tiles * p.column_tiles;
+  p.tiles = tiles(narrow_size(all) / p.column_tiles, p.cluster);
   const int64_t held =
       kTileAlign + int64_t(p.chunks) * kTaps * columns * 128 + p.stages * kFrameBytes;
   p.weight_stages = p.chunks <= kMaxStages && held <= kSharedLimit ? p.chunks : 2;
@@ -303,9 +313,10 @@ template <int N, int Frames, int Stride, int Up, bool Norm, class T, template <c
 void run(const char* name, const Parameters<T, E>& p, const HopperTile& tile, const View& out,
          Stream stream) {
   using L = Layout<N, Frames, Stride, Up>;
-  launch(name, hopper_temporal_kernel<T, N, Frames, Stride, Up, Norm, E>, dim3(tile.grid),
-         dim3(kWarpGroup * (kGroups + 1)), L::first(p.weight_stages) + p.stages * kFrameBytes,
-         stream, "output " + shape(out), p);
+  launch_clusters(name, p.cluster, hopper_temporal_kernel<T, N, Frames, Stride, Up, Norm, E>,
+                  dim3(tile.grid), dim3(kWarpGroup * (kGroups + 1)),
+                  L::first(p.weight_stages) + p.stages * kFrameBytes, stream,
+                  "output " + shape(out), p);
 }
 
 inline bool is_tile(const HopperTile& t, int columns, int frames) {

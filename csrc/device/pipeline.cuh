@@ -10,6 +10,7 @@ constexpr int kWarpGroup = 128;
 constexpr int kSwizzleRow = 64;   // elements of 16 bits in one 128-byte row of a swizzled tile
 constexpr int kTileAlign = 1024;  // of such a tile: its pattern repeats every 8 rows
 constexpr int kMaxStages = 16;
+constexpr int kMaxCluster = 2;
 constexpr int kSharedLimit = 227 * 1024;     // bytes of a block of compute capability 9.0
 constexpr int kRingBytes = 16 * kMaxStages;  // of its barriers
 
@@ -26,21 +27,65 @@ inline TensorMap packed_weight(Dtype dtype, const Array& rows, int columns) {
                      .swizzle = Swizzle::b128});
 }
 
+// A block's way over the tiles: the blocks of a cluster go together, each to tiles of its own.
+struct Walk {
+  int rank, first, step;
+
+  __device__ explicit Walk(int cluster)
+      : rank(cluster > 1 ? cluster_rank() : 0),
+        first(static_cast<int>(blockIdx.x) / cluster),
+        step(static_cast<int>(gridDim.x) / cluster) {}
+};
+
+// What all blocks of a cluster read at the same time: they take turns in copying it to all of them.
+class Multicast {
+ public:
+  __device__ Multicast(int cluster, int rank) : cluster_(cluster), rank_(rank) {}
+
+  template <class T>
+  __device__ void load(Shared<T> to, const TensorMap& map, Shared<uint64_t> barrier, int x, int y) {
+    if (turn_ == rank_) {
+      if (cluster_ > 1)
+        tma_multicast(to, map, barrier, static_cast<uint16_t>((1 << cluster_) - 1), x, y);
+      else
+        tma_load(to, map, barrier, x, y);
+    }
+    if (++turn_ == cluster_) turn_ = 0;
+  }
+
+ private:
+  int cluster_, rank_, turn_ = 0;
+};
+
+// Where blocks of a cluster copy to each other's stages, a stage is free when it is in all of them.
 class Ring {
  public:
-  // `byte`: where its barriers lie.
-  __device__ Ring(int byte, int stages)
+  // `byte`: where its barriers lie; cluster: blocks that copy to each other's stages.
+  __device__ Ring(int byte, int stages, int cluster = 1)
       : full_(shared<uint64_t>(byte)),
         empty_(shared<uint64_t>(byte + 8 * kMaxStages)),
-        stages_(stages) {}
+        stages_(stages),
+        cluster_(cluster) {}
 
-  // By one thread, before the block's barrier. A stage is given back by every consuming warp, and
-  // filled by one thread's copies or by the stores of `producers` warps.
+  // By one thread, before `begin`. A stage is given back by every consuming warp, and filled by one
+  // thread's copies or by the stores of `producers` warps.
   __device__ void init(int warps, int producers = 1) const {
     for (int i = 0; i < stages_; ++i) {
       mbarrier_init(full_ + i, producers);
-      mbarrier_init(empty_ + i, warps);
+      mbarrier_init(empty_ + i, warps * cluster_);
     }
+  }
+  // By all threads: nobody touches a barrier of any block before it exists.
+  __device__ void begin() const {
+    if (cluster_ > 1)
+      cluster_sync();
+    else
+      sync_block();
+  }
+  // The producer that copies, at last: no other block reaches this one's shared memory any more.
+  __device__ void end() {
+    if (cluster_ == 1) return;
+    for (int i = 0; i < stages_; ++i) acquire(), advance();
   }
 
   __device__ int stage() const { return stage_; }
@@ -63,10 +108,15 @@ class Ring {
   __device__ void wait() const { wait(stage_); }
   // Another stage of the same round.
   __device__ void wait(int stage) const { mbarrier_wait(full_ + stage, phase_); }
-  // A consuming warp, together: gives a stage back.
+  // A consuming warp, together: gives a stage back, to all who may fill it.
   __device__ void release(int stage) const {
     sync_warp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty_ + stage);
+    const int lane = threadIdx.x % 32;
+    if (cluster_ == 1) {
+      if (lane == 0) mbarrier_arrive(empty_ + stage);
+    } else if (lane < cluster_) {
+      mbarrier_arrive_at(empty_ + stage, lane);
+    }
   }
 
   __device__ void advance() {
@@ -75,7 +125,7 @@ class Ring {
 
  private:
   Shared<uint64_t> full_, empty_;
-  int stages_, stage_ = 0, phase_ = 0;
+  int stages_, cluster_, stage_ = 0, phase_ = 0;
 };
 
 }  // namespace fastst

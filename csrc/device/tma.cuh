@@ -74,6 +74,18 @@ __device__ void tma_load(Shared<T> to, const TensorMap& map, Shared<uint64_t> ba
 #undef FASTST_TMA
 }
 
+// The same to every block of the cluster whose bit in `blocks` is set: to the same place in its
+// shared memory, its bytes to the barrier in the same place there. Read out of L2 once.
+template <class T>
+__device__ void tma_multicast(Shared<T> to, const TensorMap& map, Shared<uint64_t> barrier,
+                              uint16_t blocks, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "h"(blocks), "r"(x), "r"(y)
+      : "memory");
+}
+
 // The other way; what lies outside of the tensor is not written. Shared memory must have been
 // fenced (fence_proxy_async) by those who wrote it.
 template <class T, class... C>

@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-EMULATOR = [HERE / name for name in ("emulator.cpp", "tma.cpp", "wgmma.cpp")]
+EMULATOR = [HERE / name for name in ("cluster.cpp", "emulator.cpp", "tma.cpp", "wgmma.cpp")]
 MODULE = "fastst_emulated"
 FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 

@@ -2,22 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 #include <stdexcept>
 
 namespace emulator {
-namespace {
-
-constexpr size_t kStack = 128 * 1024;
-Block* running = nullptr;
-
-std::string text(dim3 d) {
-  return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
-}
-
-}  // namespace
-
-Block& block() { return *running; }
 
 std::string line(Where where) {
   const std::string file = where.file_name();
@@ -32,104 +19,80 @@ void Clock::join(const Clock& other) {
   latest(seen, other.seen), latest(fenced, other.fenced);
 }
 
-Block::Block(std::string kernel, dim3 grid, dim3 block, int64_t shared)
-    : kernel_(std::move(kernel)), shared_size_(shared), threads_(block.x * block.y * block.z) {
-  gridDim = grid, blockDim = block;
+Block::Block(Cluster& cluster, int rank, dim3 block, int64_t shared)
+    : cluster_(cluster),
+      rank_(rank),
+      shared_size_(shared),
+      threads_(block.x * block.y * block.z),
+      slots_((threads_.size() + kWarp - 1) / kWarp * kWarp) {
   for (size_t i = 0; i < threads_.size(); ++i) {
     Thread& t = threads_[i];
-    t.rank = static_cast<int>(i);
+    t.rank = static_cast<int>(i), t.block = this;
+    t.id = rank * static_cast<int>(threads_.size()) + t.rank;
     t.index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
-    t.stack = std::make_unique_for_overwrite<char[]>(kStack);
   }
-  slots_.resize((threads_.size() + kWarp - 1) / kWarp * kWarp);
 }
 
-// ---- fibers
-
-void Block::run(const std::function<void()>& body) {
-  body_ = &body;
+void Block::start(dim3 index) {
+  index_ = index;
   memory_.assign(shared_size_, 0xff);
   cells_.assign((shared_size_ + 1) / 2, Cell{});
-  named_.clear(), mbarriers_.clear(), mbarrier_at_.clear();
-  loads_.clear(), readings_.clear(), warpgroups_.clear();
-  free_registers_ = 0;
+  named_.clear(), mbarriers_.clear(), warpgroups_.clear(), arrivals_.clear();
+  free_registers_ = 0, left_ = threads_.size();
   warps_.assign(slots_.size() / kWarp, Barrier{});
   for (Thread& t : threads_) {
     t.done = false, t.ready = nullptr;
-    t.clock.seen.assign(threads_.size(), 0);
-    t.clock.seen[t.rank] = 1;
+    t.clock.seen.assign(cluster_.threads, 0);
+    t.clock.seen[t.id] = 1;
     t.clock.fenced.clear();
     t.open.clear(), t.groups.clear(), t.open_stores.clear(), t.stores.clear();
     t.wgmma_under_way = 0;
     t.registers = std::min<int>(kRegisters / static_cast<int>(threads_.size()) / 8 * 8, 256);
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.get();
-    t.context.uc_stack.ss_size = kStack;
-    t.context.uc_link = &scheduler_;
-    makecontext(&t.context, &Block::enter, 0);
-  }
-  for (size_t left = threads_.size(); left > 0;) {
-    bool progress = false;
-    for (Thread& t : threads_) {
-      if (t.done || (t.ready && !t.ready())) continue;
-      t.ready = nullptr;
-      progress = true;
-      self_ = &t;
-      threadIdx = t.index;
-      swapcontext(&scheduler_, &t.context);
-      if (error_) std::rethrow_exception(error_);
-      left -= t.done;
-    }
-    if (!progress && !deliver()) deadlock();
   }
 }
 
-void Block::enter() {
-  Block& b = block();
-  try {
-    (*b.body_)();
-    b.commit();
-    b.wait_copies(0);
-    if (!b.self().open_stores.empty() || !b.self().stores.empty())
-      b.fail("ends with TMA stores that may still read shared memory");
-    if (b.self().wgmma_under_way) b.fail("ends with wgmma under way");
-  } catch (...) {
-    b.error_ = std::current_exception();
-  }
-  b.self().done = true;
+void Block::end() {
+  commit();
+  wait_copies(0);
+  if (!me().open_stores.empty() || !me().stores.empty())
+    fail("ends with TMA stores that may still read shared memory");
+  if (me().wgmma_under_way) fail("ends with wgmma under way");
+  if (--left_ > 0) return;
+  for (const Load& load : cluster_.loads)
+    if (load.block == this)
+      fail("its block ends with a TMA load under way to byte " + std::to_string(load.to) +
+           " of its shared memory");
+  Clock last;
+  for (const Thread& t : threads_) last.join(t.clock);
+  for (const Event& arrival : arrivals_)
+    if (!reaches(last.seen, arrival.thread, arrival.release))
+      fail("its block ends without having waited for an arrival at one of its mbarriers by " +
+           who(arrival.thread));
 }
 
 void Block::wait(std::function<bool()> ready, std::string why) {
   if (ready()) return;
   Thread& t = self();
   t.ready = std::move(ready), t.waits_for = std::move(why);
-  swapcontext(&t.context, &scheduler_);
+  swapcontext(&t.context, &cluster_.scheduler);
 }
 
 void Block::fail(const std::string& what) const {
-  throw std::runtime_error("emulator: kernel " + kernel_ + ", block " + text(blockIdx) +
-                           ", thread " + text(self_->index) + ": " + what);
+  const auto text = [](dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
+           ")";
+  };
+  throw std::runtime_error("emulator: kernel " + cluster_.kernel + ", block " +
+                           text(me().block->index_) + ", thread " + text(me().index) + ": " + what);
 }
 
-void Block::deadlock() const {
-  std::map<std::string, std::vector<int>> waiting;
-  size_t finished = 0;
-  for (const Thread& t : threads_)
-    if (t.done)
-      ++finished;
-    else
-      waiting[t.waits_for].push_back(t.rank);
+std::string Block::begun(const std::string& of) const {
   std::string told;
-  for (const auto& [why, ranks] : waiting)
-    told += "\n  " + std::to_string(ranks.size()) + " threads (" + std::to_string(ranks.front()) +
-            " to " + std::to_string(ranks.back()) + ") wait for " + why;
   for (const auto& [at, b] : mbarriers_)
     if (b.pending != b.expected || b.bytes != 0)
-      told += "\n  the mbarrier at byte " + std::to_string(at) + " lacks " +
+      told += "\n  the mbarrier at byte " + std::to_string(at) + of + " lacks " +
               std::to_string(b.pending) + " arrivals and " + std::to_string(b.bytes) + " bytes";
-  throw std::runtime_error("emulator: kernel " + kernel_ + ", block " + text(blockIdx) +
-                           ": deadlock; " + std::to_string(finished) + " threads have finished" +
-                           told);
+  return told;
 }
 
 // ---- barriers
@@ -137,7 +100,7 @@ void Block::deadlock() const {
 // What this thread has done so far is seen by whoever acquires `into`; what follows is not.
 void Block::release(Clock& into) {
   into.join(self().clock);
-  ++self().clock.seen[self().rank];
+  ++self().clock.seen[self().id];
 }
 
 void Block::meet(Barrier& barrier, int expected, const std::string& name, Where where, bool mixed) {
@@ -162,7 +125,7 @@ void Block::meet(Barrier& barrier, int expected, const std::string& name, Where 
 }
 
 int Block::warp_size() const {
-  const int first = self_->rank / kWarp * kWarp;
+  const int first = me().rank / kWarp * kWarp;
   return std::min<int>(kWarp, static_cast<int>(threads_.size()) - first);
 }
 
@@ -180,23 +143,24 @@ void Block::mbarrier_init(int64_t at, int arrivals) {
   const uint64_t opaque = 0;
   write_shared(at, &opaque, 8, 8);
   Mbarrier b;
-  b.clock = static_cast<int>(threads_.size() + mbarrier_at_.size());
+  b.clock = cluster_.threads + static_cast<int>(cluster_.mbarriers.size());
   b.expected = b.pending = arrivals;
   b.initialised = now();
-  mbarrier_at_.push_back(at);
+  cluster_.mbarriers.emplace_back(this, at);
   mbarriers_[at] = b;
 }
 
 void Block::mbarrier_fence() {
   for (auto& [at, b] : mbarriers_)
-    if (b.initialised.thread == self_->rank) b.fenced = true;
+    if (b.initialised.thread == me().id) b.fenced = true;
 }
 
 void Block::complete(Mbarrier& b) {
   if (b.pending < 0) fail("more arrivals at an mbarrier than it expects in a phase");
   if (b.pending > 0 || b.bytes != 0) return;
   if (b.under_way > 0)
-    fail("the mbarrier at byte " + std::to_string(mbarrier_at_[b.clock - threads_.size()]) +
+    fail("the mbarrier at byte " +
+         std::to_string(cluster_.mbarriers[b.clock - cluster_.threads].second) + of_block() +
          " completes a phase with " + std::to_string(b.under_way) +
          " bytes of TMA loads under way: it was told to expect too few");
   b.pending = b.expected, ++b.phase;
@@ -212,6 +176,25 @@ void Block::mbarrier_arrive(int64_t at, int64_t bytes_to_come) {
   complete(b);
 }
 
+Mbarrier& Block::reached(int64_t at) {
+  if (left_ == 0) fail("reaches" + of_block() + ", which has ended");
+  Mbarrier& b = mbarrier(at);
+  if (!b.fenced)
+    fail("TMA or another block reaches the mbarrier at byte " + std::to_string(at) + of_block() +
+         ", whose initialisation was not fenced");
+  return b;
+}
+
+void Block::mbarrier_arrive_at(int64_t at, int block) {
+  if (block < 0 || block >= static_cast<int>(cluster_.blocks.size()))
+    fail("arrival at block " + std::to_string(block) + " of a cluster of " +
+         std::to_string(cluster_.blocks.size()));
+  Block& other = *cluster_.blocks[block];
+  other.reached(at);
+  if (&other != this) other.arrivals_.push_back(now());
+  other.mbarrier_arrive(at);
+}
+
 void Block::mbarrier_wait(int64_t at, int parity, Where where) {
   Mbarrier& b = mbarrier(at);
   wait([&b, parity] { return (b.phase & 1) != static_cast<uint64_t>(parity); },
@@ -225,14 +208,14 @@ void Block::mbarrier_wait(int64_t at, int parity, Where where) {
 void Block::fence_proxy() {
   Clock& mine = self().clock;
   mine.join({{}, mine.seen});
-  ++mine.seen[self_->rank];
+  ++mine.seen[me().id];
 }
 
 // ---- shared memory
 
 bool Block::ordered(const Event& earlier) const {
-  return earlier.thread < 0 || earlier.thread == self_->rank ||
-         reaches(self_->clock.seen, earlier.thread, earlier.release);
+  return earlier.thread < 0 || earlier.thread == me().id ||
+         reaches(me().clock.seen, earlier.thread, earlier.release);
 }
 
 bool Block::ordered(const Reading& earlier) const {
@@ -247,17 +230,25 @@ bool Block::ordered(const Reading& earlier) const {
   return true;
 }
 
+std::string Block::of_block() const {
+  return me().block == this ? "" : " of block " + std::to_string(rank_) + " of the cluster";
+}
+
 std::string Block::who(int thread) const {
-  const auto threads = static_cast<int>(threads_.size());
-  return thread < threads ? "thread " + std::to_string(thread)
-                          : "a TMA load that completes at the mbarrier at byte " +
-                                std::to_string(mbarrier_at_[thread - threads]);
+  if (thread < cluster_.threads) {
+    const Block& of = *cluster_.blocks[thread / cluster_.block_threads];
+    return "thread " + std::to_string(thread % cluster_.block_threads) + of.of_block();
+  }
+  const auto& [block, at] = cluster_.mbarriers[thread - cluster_.threads];
+  return "a TMA load that completes at the mbarrier at byte " + std::to_string(at) +
+         block->of_block();
 }
 
 void Block::touch(int64_t at, int64_t bytes, int64_t alignment, bool write, Event as,
                   bool by_engine) {
   const auto place = [&] {
-    return std::to_string(bytes) + " bytes at byte " + std::to_string(at) + " of shared memory";
+    return std::to_string(bytes) + " bytes at byte " + std::to_string(at) + " of shared memory" +
+           of_block();
   };
   const auto race = [&](const char* other, const std::string& by) {
     fail(std::string("race: ") + (write ? "write of " : "read of ") + place() + " and " + other +
@@ -266,7 +257,7 @@ void Block::touch(int64_t at, int64_t bytes, int64_t alignment, bool write, Even
   if (at < 0 || at + bytes > shared_size_)
     fail("out of bounds: " + place() + ", which has " + std::to_string(shared_size_));
   if (at % alignment) fail("misaligned: " + place() + ", alignment " + std::to_string(alignment));
-  const int me = self_->rank;
+  const int reader = me().id;
   for (int64_t i = at / 2; i <= (at + bytes - 1) / 2; ++i) {
     Cell& cell = cells_[i];
     if (cell.in_flight) fail("access to " + place() + " with an asynchronous copy under way");
@@ -280,7 +271,7 @@ void Block::touch(int64_t at, int64_t bytes, int64_t alignment, bool write, Even
           number = 0;
         }
       if (by_engine && cell.written && !cell.by_engine &&
-          !reaches(self_->clock.fenced, cell.write.thread, cell.write.release))
+          !reaches(me().clock.fenced, cell.write.thread, cell.write.release))
         fail("TMA load of " + place() + ", which " + who(cell.write.thread) +
              " has written, with no fence_proxy_async between them");
       cell.written = true, cell.by_engine = by_engine;
@@ -288,18 +279,19 @@ void Block::touch(int64_t at, int64_t bytes, int64_t alignment, bool write, Even
       cell.reads[0] = cell.reads[1] = {};
     } else {
       if (!cell.written) fail("read of " + place() + " that nobody has written");
-      if (cell.reads[0].thread != me) cell.reads[1] = cell.reads[0];
+      if (cell.reads[0].thread != reader) cell.reads[1] = cell.reads[0];
       cell.reads[0] = as;
     }
   }
 }
 
 int Block::reading(std::string what, int first, int threads) {
-  readings_.push_back({std::move(what), first, std::vector<uint32_t>(threads)});
-  return static_cast<int>(readings_.size());
+  cluster_.readings.push_back(
+      {std::move(what), threads_[first].id, std::vector<uint32_t>(threads)});
+  return static_cast<int>(cluster_.readings.size());
 }
 
-void Block::retire(Reading& r) { r.retired[self_->rank - r.first] = now().release; }
+void Block::retire(Reading& r) { r.retired[me().id - r.first] = now().release; }
 
 void Block::collect(int64_t at, int64_t bytes, int number, Need& need) {
   if (at < 0 || at + bytes > shared_size_)
@@ -320,8 +312,9 @@ void Block::collect(int64_t at, int64_t bytes, int number, Need& need) {
            " of shared memory, which nobody has written");
     add(need.seen, cell.write);
     if (!cell.by_engine) add(need.fenced, cell.write);
-    int& last = cell.engine[reading(number).first / kWarpgroup % cell.engine.size()];
-    if (last && reading(last).first / kWarpgroup != reading(number).first / kWarpgroup)
+    const int warpgroup = warpgroup_of(reading(number));
+    int& last = cell.engine[warpgroup % cell.engine.size()];
+    if (last && warpgroup_of(reading(last)) != warpgroup)
       fail("more than four warpgroups read one place");
     last = number;
   }
@@ -332,7 +325,7 @@ void Block::check(const Need& need, const std::string& what) const {
     if (!ordered(e))
       fail("race: " + what + " and a write by " + who(e.thread) + " with no barrier between them");
   for (const Event& e : need.fenced)
-    if (!reaches(self_->clock.fenced, e.thread, e.release))
+    if (!reaches(me().clock.fenced, e.thread, e.release))
       fail(what + " reads what " + who(e.thread) +
            " has written, with no fence_proxy_async between them");
 }
@@ -367,27 +360,6 @@ void Block::wait_copies(size_t pending) {
       for (int64_t i = copy.to / 2; i < copy.to / 2 + 8; ++i) --cells_[i].in_flight;
       write_shared(copy.to, copy.bytes.data(), 16, 16);
     }
-}
-
-// ---- launches
-
-std::string launch(const std::string& kernel, dim3 grid, dim3 block, int64_t shared,
-                   const std::function<void()>& body) {
-  static std::mutex one_at_a_time;
-  const std::lock_guard lock(one_at_a_time);
-  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || threads == 0 || threads > 1024)
-    return "invalid configuration argument";
-  if (shared > kSharedLimit) return "invalid argument";
-  Block b(kernel, grid, block, shared);
-  running = &b;
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        b.run(body);
-      }
-  return "";
 }
 
 }  // namespace emulator

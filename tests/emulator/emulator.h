@@ -1,4 +1,5 @@
-// CUDA on the host, for tests: one block at a time, its threads as fibers, every access checked.
+// CUDA on the host, for tests: one cluster of blocks at a time (most have one block), its threads
+// as fibers, every access checked.
 //
 // A fiber runs until it waits; the scheduler then takes the next. That order never decides what is
 // found: races are told by vector clocks. Each thread counts its releases (arrivals at barriers);
@@ -41,6 +42,7 @@ constexpr int64_t kSharedLimit = 227 * 1024;  // of a block of compute capabilit
 using Where = std::source_location;
 
 struct Warpgroup;
+class Block;
 
 // Releases that a thread or barrier has seen: of every thread, and behind them of every mbarrier,
 // whose releases are its phases. `fenced`: what a fence_proxy_async came after.
@@ -67,7 +69,7 @@ struct Reading {
 };
 
 struct Event {
-  int thread = -1;  // or an mbarrier, behind the threads
+  int thread = -1;  // of the cluster; or an mbarrier, behind the threads
   uint32_t release = 0;
 };
 
@@ -77,12 +79,14 @@ struct Need {
 };
 
 struct Load {  // by TMA; it has been issued
+  Block* block;
   int64_t to, barrier;
   std::vector<unsigned char> box;
 };
 
 struct Thread {
-  int rank = 0;
+  int rank = 0, id = 0;  // in its block, in its cluster
+  Block* block = nullptr;
   dim3 index;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -123,14 +127,49 @@ struct Cell {  // two bytes of shared memory
   std::array<int, 4> engine;  // the last Reading of each warpgroup, counted from 1
 };
 
-// The block that is running.
+// Blocks that run together, and what they have in common.
+struct Cluster {
+  Cluster(std::string kernel, dim3 grid, dim3 block, int64_t shared, int blocks);
+
+  // The blocks from `first` on.
+  void run(dim3 first, const std::function<void()>& body);
+  void sync(Where where);
+
+  std::string kernel;
+  std::vector<std::unique_ptr<Block>> blocks;
+  int block_threads, threads;
+  Thread* self = nullptr;                                   // that is running
+  std::vector<std::pair<const Block*, int64_t>> mbarriers;  // by place in a Clock
+  std::vector<Load> loads;
+  std::deque<Reading> readings;
+  Barrier barrier;
+  ucontext_t scheduler;
+
+ private:
+  bool deliver();
+  [[noreturn]] void deadlock() const;
+  void enter();
+  static void start();
+
+  const std::function<void()>* body_ = nullptr;
+  std::exception_ptr error_;
+};
+
 class Block {
  public:
-  Block(std::string kernel, dim3 grid, dim3 block, int64_t shared);
+  Block(Cluster& cluster, int rank, dim3 block, int64_t shared);
 
-  void run(const std::function<void()>& body);
+  void start(dim3 index);
+  // What its last thread leaves behind must be settled: nothing of the cluster may reach it later.
+  void end();
+  // A line for each mbarrier with a phase that has begun; `of`: this block.
+  std::string begun(const std::string& of) const;
 
-  Thread& self() { return *self_; }
+  const dim3& index() const { return index_; }
+  int rank() const { return rank_; }
+  std::vector<Thread>& threads() { return threads_; }
+  Thread& self() { return *cluster_.self; }
+  Cluster& cluster() { return cluster_; }
   [[noreturn]] void fail(const std::string& what) const;
   void wait(std::function<bool()> ready, std::string why);
   // Everyone of `expected` threads; all must come from one source line unless `mixed`.
@@ -146,22 +185,26 @@ class Block {
   Barrier& named(int id) { return named_[id]; }
   Barrier& warp() { return warps_[self().rank / kWarp]; }
   int warp_size() const;
-  uint64_t* slots() { return &slots_[self_->rank / kWarp * kWarp]; }
+  uint64_t* slots() { return &slots_[me().rank / kWarp * kWarp]; }
   Mbarrier& mbarrier(int64_t at);
   void mbarrier_init(int64_t at, int arrivals);
   void mbarrier_arrive(int64_t at, int64_t bytes_to_come = 0);
+  void mbarrier_arrive_at(int64_t at, int block);  // at that of another block of the cluster
   void mbarrier_wait(int64_t at, int parity, Where where);
   void mbarrier_fence();
   void fence_proxy();
 
-  Reading& reading(int number) { return readings_[number - 1]; }
+  Reading& reading(int number) { return cluster_.readings[number - 1]; }
   int reading(std::string what, int first, int threads);  // a new one's number
   void retire(Reading&);                                  // as far as this thread is concerned
   // What must be known to read there by an engine, and a note that `number` does.
   void collect(int64_t at, int64_t bytes, int number, Need& need);
   void check(const Need& need, const std::string& what) const;
 
-  void tma_load(int64_t to, const fastst::Tiles& from, int64_t barrier, std::vector<int> at);
+  // To the same place of all blocks in the mask.
+  void tma_load(int64_t to, const fastst::Tiles& from, int64_t barrier, std::vector<int> at,
+                unsigned mask);
+  void deliver(const Load&);
   void tma_store(const fastst::Tiles& to, int64_t from, std::vector<int> at);
   void tma_commit();
   void tma_wait_read(size_t pending);
@@ -170,46 +213,46 @@ class Block {
   Warpgroup& warpgroup();
 
  private:
-  Event now() const { return {self_->rank, self_->clock.seen[self_->rank]}; }
+  // The thread that is running, of this block or of another one of the cluster.
+  const Thread& me() const { return *cluster_.self; }
+  Event now() const { return {me().id, me().clock.seen[me().id]}; }
   void touch(int64_t at, int64_t bytes, int64_t alignment, bool write, Event as, bool by_engine);
   bool ordered(const Event& earlier) const;
   bool ordered(const Reading& earlier) const;
   std::string who(int thread) const;
+  std::string of_block() const;  // "" where the running thread is of this one
+  int warpgroup_of(const Reading& r) const { return (r.first - threads_[0].id) / kWarpgroup; }
+  Mbarrier& reached(int64_t at);  // an mbarrier by another block or the copy engine
+  void receive(int64_t to, std::vector<unsigned char> box, int64_t barrier);
   void release(Clock& into);
-  void use(const Mbarrier& barrier) const;
-  bool deliver();
   void complete(Mbarrier& barrier);
-  [[noreturn]] void deadlock() const;
-  static void enter();
 
-  std::string kernel_;
+  Cluster& cluster_;
+  int rank_;
+  dim3 index_;
   int64_t shared_size_;
   std::vector<Thread> threads_;
-  Thread* self_ = nullptr;
-  ucontext_t scheduler_;
-  const std::function<void()>* body_ = nullptr;
-  std::exception_ptr error_;
+  size_t left_ = 0;              // threads that have not ended
+  std::vector<Event> arrivals_;  // of threads of other blocks at mbarriers of this one
   std::vector<unsigned char> memory_;
   std::vector<Cell> cells_;
   std::map<int, Barrier> named_;
   std::vector<Barrier> warps_;
   std::vector<uint64_t> slots_;
   std::map<int64_t, Mbarrier> mbarriers_;
-  std::vector<int64_t> mbarrier_at_;  // by place in a Clock
-  std::vector<Load> loads_;
-  std::deque<Reading> readings_;
   int64_t free_registers_ = 0;
   std::vector<std::shared_ptr<Warpgroup>> warpgroups_;
 };
 
-Block& block();  // the running one
+Block& block();  // that of the running thread
 
 // Where the byte at an address of shared memory lies.
 int64_t swizzled(fastst::Swizzle, int64_t address);
 
-// All blocks of a grid in order; the error of a launch that hardware would refuse, or empty.
+// All blocks of a grid in order, `cluster` of them together; the error of a launch that hardware
+// would refuse, or empty.
 std::string launch(const std::string& kernel, dim3 grid, dim3 block, int64_t shared,
-                   const std::function<void()>& body);
+                   const std::function<void()>& body, int cluster = 1);
 
 std::string line(Where where);
 

@@ -57,39 +57,41 @@ int64_t swizzled(fastst::Swizzle mode, int64_t address) {
   return address ^ (address / 128 & pieces) * 16;
 }
 
-void Block::tma_load(int64_t to, const fastst::Tiles& from, int64_t barrier, std::vector<int> at) {
+void Block::tma_load(int64_t to, const fastst::Tiles& from, int64_t barrier, std::vector<int> at,
+                     unsigned mask) {
   emulator::check(*this, from, to, at);
-  Mbarrier& b = mbarrier(barrier);
-  if (!b.fenced)
-    fail("TMA completes at the mbarrier at byte " + std::to_string(barrier) +
-         ", whose initialisation was not fenced");
-  Load load{to, barrier, std::vector<unsigned char>(from.box_bytes())};
+  if (mask == 0 || mask >> cluster_.blocks.size())
+    fail("TMA to the blocks of mask " + std::to_string(mask) + " of a cluster of " +
+         std::to_string(cluster_.blocks.size()));
+  std::vector<unsigned char> box(from.box_bytes());
   const size_t bytes = from.element_bytes();
   each_element(*this, from, at, [&](const unsigned char* element, int64_t place) {
-    if (element) std::memcpy(&load.box[place], element, bytes);
+    if (element) std::memcpy(&box[place], element, bytes);
   });
-  const auto size = static_cast<int64_t>(load.box.size());
+  for (const auto& block : cluster_.blocks)
+    if (mask >> block->rank() & 1) block->receive(to, box, barrier);
+}
+
+void Block::receive(int64_t to, std::vector<unsigned char> box, int64_t barrier) {
+  Mbarrier& b = reached(barrier);
+  const auto size = static_cast<int64_t>(box.size());
   touch(to, size, 1, true, {b.clock, static_cast<uint32_t>(b.phase + 1)}, true);
   std::memset(&memory_[to], 0xff, size);
   b.under_way += size;
-  loads_.push_back(std::move(load));
+  cluster_.loads.push_back({this, to, barrier, std::move(box)});
 }
 
-bool Block::deliver() {
-  if (loads_.empty()) return false;
-  const Load load = std::move(loads_.back());
-  loads_.pop_back();
+void Block::deliver(const Load& load) {
   std::memcpy(&memory_[load.to], load.box.data(), load.box.size());
   Mbarrier& b = mbarriers_.at(load.barrier);
   b.under_way -= static_cast<int64_t>(load.box.size());
   b.bytes -= static_cast<int64_t>(load.box.size());
   complete(b);
-  return true;
 }
 
 void Block::tma_store(const fastst::Tiles& to, int64_t from, std::vector<int> at) {
   emulator::check(*this, to, from, at);
-  const int number = reading("a TMA store", self_->rank, 1);
+  const int number = reading("a TMA store", me().rank, 1);
   Need need;
   collect(from, to.box_bytes(), number, need);
   check(need, reading(number).what);

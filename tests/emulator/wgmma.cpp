@@ -158,7 +158,7 @@ void retire(const Wgmma& op) {
 }  // namespace
 
 Warpgroup& Block::warpgroup() {
-  const size_t index = self_->rank / kWarpgroup;
+  const size_t index = me().rank / kWarpgroup;
   if ((index + 1) * kWarpgroup > threads_.size()) fail("wgmma by less than a warpgroup");
   if (warpgroups_.size() <= index) warpgroups_.resize(index + 1);
   if (!warpgroups_[index]) warpgroups_[index] = std::make_shared<Warpgroup>();

@@ -152,7 +152,7 @@ class Launches:
 
     def _tile(self, t: HopperTile) -> Any:
         return self.k.lib.HopperTile(
-            t.columns, t.groups, t.blocks, t.box, t.share, t.stages, t.grid
+            t.columns, t.groups, t.blocks, t.box, t.share, t.stages, t.grid, t.cluster
         )
 
     def _packed(self, weight: Tensor, columns: int) -> Any:

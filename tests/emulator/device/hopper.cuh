@@ -11,6 +11,16 @@ inline void mbarrier_arrive_expect(Shared<uint64_t> barrier, int bytes) {
   emulator::block().mbarrier_arrive(barrier.byte(), bytes);
 }
 
+inline int cluster_rank() { return emulator::block().rank(); }
+
+inline void cluster_sync(Where where = Where::current()) {
+  emulator::block().cluster().sync(where);
+}
+
+inline void mbarrier_arrive_at(Shared<uint64_t> barrier, int block) {
+  emulator::block().mbarrier_arrive_at(barrier.byte(), block);
+}
+
 inline void fence_proxy_async() { emulator::block().fence_proxy(); }
 
 template <int N>

@@ -17,7 +17,14 @@ inline void tma_prefetch(const TensorMap&) {}
 
 template <class T, class... C>
 void tma_load(Shared<T> to, const TensorMap& map, Shared<uint64_t> barrier, C... at) {
-  emulator::block().tma_load(to.byte(), map.tiles, barrier.byte(), {static_cast<int>(at)...});
+  auto& b = emulator::block();
+  b.tma_load(to.byte(), map.tiles, barrier.byte(), {static_cast<int>(at)...}, 1u << b.rank());
+}
+
+template <class T>
+void tma_multicast(Shared<T> to, const TensorMap& map, Shared<uint64_t> barrier, uint16_t blocks,
+                   int x, int y) {
+  emulator::block().tma_load(to.byte(), map.tiles, barrier.byte(), {x, y}, blocks);
 }
 
 template <class T, class... C>
