@@ -158,7 +158,10 @@ def _pair_gradients(
     if spec.recompute and hasattr(chosen, "mids"):
         count = parts.count(problem, chosen.mids(problem))
         if count > 1:
-            return parts.gradients(backend, count, problem, tensors, box[0], mean, var, needs)
+            return parts.gradients(
+                lambda p: dispatch.choose(p, "backward", backend), count, problem, tensors, box[0],
+                mean, var, needs,
+            )  # fmt: skip
     grads = chosen.conv2plus1d_backward(
         problem, tensors, box, None if spec.recompute else u, mean, var, needs
     )

@@ -10,13 +10,14 @@ the price: one more first convolution, and one more input gradient of the second
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import collectives, dispatch
+from . import collectives
 from .backends import Part
 from .shapes import PairSpec, PairTensors, Problem
 
@@ -35,11 +36,14 @@ def count(problem: Problem, mids: int) -> int:
     itemsize = problem.dtype.itemsize
     x = problem.batch * problem.passes[0].in_channels * math.prod(problem.size) * itemsize
     made = mids * math.prod(problem.mid_shape) * itemsize
-    return max(1, min(problem.batch, -(-made // max(x, _LEAST_BYTES))))
+    if made <= max(x, _LEAST_BYTES):
+        return 1
+    clips = max(1, problem.batch * max(x, _LEAST_BYTES) // made)
+    return -(-problem.batch // clips)
 
 
 def gradients(
-    backend: str,
+    choose: Callable[[Problem], Any],
     parts: int,
     problem: Problem,
     tensors: PairTensors,
@@ -51,6 +55,9 @@ def gradients(
     """One gradient per need, of one part after the other.
 
     Those of parameters are added up in the accumulation dtype, in the order of the batch.
+
+    Args:
+        choose: the backend of a part's problem.
     """
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     fields = PairTensors._fields
@@ -64,12 +71,10 @@ def gradients(
         for start, end in pairwise(cuts) if names else ():
             share = t._replace(x=t.x[start:end])
             part = Part(dx[start:end] if dx is not None and "x" in names else None, means)
-            problem_of_part = Problem.of(share, spec)
-            chosen = dispatch.choose(problem_of_part, "backward", backend)
-            grads = chosen.conv2plus1d_backward(
-                problem_of_part, share, [dy[start:end]], None, *statistics,
-                [n in names for n in fields], part,
-            )  # fmt: skip
+            own = Problem.of(share, spec)
+            grads = choose(own).conv2plus1d_backward(
+                own, share, [dy[start:end]], None, *statistics, [n in names for n in fields], part
+            )
             for name, g in zip([n for n in fields if n in names], grads, strict=True):
                 if name != "x":
                     g = g.to(problem.accumulate_dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import parts
 from ...shapes import PairSpec, PairTensors, Pass, Problem
 from .. import PairResult
 from . import backward
@@ -77,7 +78,8 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         assert mean is not None and var is not None
         coefficients = norm_coefficients(k, tensors, mean, var)
     kept = save and not spec.recompute
-    mid = k.rows(kept)
+    # Where backward is cut into parts, no buffer as large as u is to stay behind.
+    mid = k.rows(kept or (save and parts.count(problem, mids(problem)) > 1))
     if kept or spec.norm == "batch":  # u itself is stored
         statistics = torch.empty(2, m) if spec.norm == "batch" else None
         epilogue = k.epilogue(bias=b1, reductions=statistics)
