@@ -6,7 +6,8 @@ Fails on a stack frame, on a spill, on a depthwise kernel that moves its frames 
 bytes, and on a Hopper kernel without TMA, with products of other columns than it is named after, or
 with products that wait for each other. The wrappers of Hopper's instructions are compiled by
 themselves (wrappers.cu), for every number of columns. Dynamic shared memory is the host's choice;
-its limits are in ``fastst.backends.cuda_depthwise``.
+its limits are in ``fastst.backends.cuda_depthwise``. So is the size of clusters, of which machine
+code only has loads for several blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ NVIDIA_TOOLS = "backends/nvidia/bin"  # inside the package triton, where there i
 WIDE = re.compile(r"\b(LDG|LDGSTS)\.E\.(\w+\.)*128\b")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
 PRODUCT = re.compile(r"\bHGMMA\.64x(\d+)x16\.F32\S* R\d")  # with no register it only ends a group
-TMA = re.compile(r"\bUTMALDG\.(\dD)")
+TMA = re.compile(r"\bUTMALDG\.(\dD)(\.MULTICAST)?")
+# Kernels whose blocks copy weights to each other.
+SHARING = ("hopper_spatial_kernel", "hopper_temporal_kernel")
 
 
 def tool(name: str) -> str:
@@ -88,6 +91,7 @@ def inspect(cubin: Path) -> list[tuple[str, Counter[str]]]:
             if load := TMA.search(line):
                 count["tma"] += 1
                 count[f"tma {load[1]}"] += 1
+                count["multicast"] += load[2] is not None
     return [(name, Counter(r) + counts.get(name, Counter())) for name, r in resources.items()]
 
 
@@ -148,6 +152,8 @@ def hopper_faults(name: str, resources: Counter[str]) -> list[str]:
     wrong = product_faults(name, resources)
     if not resources["tma"]:
         wrong.append("no TMA loads")
+    if name.startswith(SHARING) and not resources["multicast"]:
+        wrong.append("no TMA loads for several blocks")
     if not resources["setmaxnreg"]:
         wrong.append("setmaxnreg was ignored")  # C7508
     return wrong
@@ -177,6 +183,8 @@ def wrapper_faults(folder: Path) -> list[str]:
             wrong += [f"{name}: {fault}" for fault in product_faults(name, r)]
         elif missing := [f"{n}D" for n in range(1, 6) if not r[f"tma {n}D"]]:
             wrong.append(f"{name}: no TMA loads of {missing}")
+        elif not r["multicast"]:
+            wrong.append(f"{name}: no TMA loads for several blocks")
     found = {n for r in kernels.values() for n in columns(r)}
     if found != set(range(8, 257, 8)):
         wrong.append(f"wrappers.cu: products of {sorted(found)} columns only")

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(128) from_registers(float* out) {
 __global__ void __launch_bounds__(384, 1) copies(const __grid_constant__ TensorMap map) {
   const Shared<uint64_t> full = shared<uint64_t>(0);
   const Shared<__half> s = shared<__half>(1024);
+  cluster_sync();
   if (threadIdx.x >= 128) {
     registers_increase<240>();
     mbarrier_wait(full, 0);
@@ -73,6 +74,8 @@ __global__ void __launch_bounds__(384, 1) copies(const __grid_constant__ TensorM
   tma_load(s, map, full, -1, 2, 3);
   tma_load(s, map, full, -1, 2, 3, 4);
   tma_load(s, map, full, -1, 2, 3, 4, 5);
+  tma_multicast(s, map, full, 3, -1, 2);
+  mbarrier_arrive_at(full, cluster_rank() ^ 1);
 }
 
 constexpr Major k = Major::k, mn = Major::mn;
