@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,8 @@ from fuzz import Config, Limits
 
 import fastst
 from fastst import parts
-from fastst.backends import aten
+from fastst.backends import aten, cuda_depthwise, cuda_hopper
+from fastst.backends.cpu import library
 from fastst.shapes import PairSpec, PairTensors, Problem
 
 CUT = Limits(
@@ -36,6 +38,13 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+def skip_without(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    if backend == "cpu" and isinstance(library.load(), str):
+        pytest.skip("the native CPU kernels are not built")
+
+
 @pytest.mark.parametrize(
     ("backend", "cases", "fixed"),
     [
@@ -49,12 +58,19 @@ def test_random_gradients_are_right(
     backend: str, cases: int, fixed: dict[str, Any], swept: list[int]
 ) -> None:
     limits = replace(CUT, fixed=CUT.fixed | fixed)
+    skip_without(backend)
     if backend == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
         limits = replace(limits, batch=3, channels=5, frames=3, space=4, work=4000)
     fuzz.fuzz(backend, cases, limits, least=1.0)
     assert set(swept) == {2, 3}
     assert len(swept) >= 0.8 * cases  # the others have no gradient clear of kinks
+
+
+def problem_of(config: Config) -> Problem:
+    with fastst.dispatch.recording() as calls:
+        fuzz.call(config, fuzz.make(config)[0])
+    assert calls[0].problem is not None
+    return calls[0].problem
 
 
 def problem(n: int, size: tuple[int, int, int] = (16, 56, 56)) -> Problem:
@@ -100,6 +116,28 @@ def test_parameters_are_added_up_in_the_accumulation_dtype(monkeypatch: pytest.M
     assert found[0].item() == 300
 
 
+@pytest.mark.parametrize("kind", ["generic", "hopper", "depthwise"])
+def test_cuda(kind: str, swept: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The depthwise kernels make nothing as large as u, and are left whole."""
+    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(parts, "count", lambda problem, mids: min(mids, problem.batch))
+    config = PAIR
+    if kind != "generic":
+        config = replace(
+            PAIR, channels=8, mid=8, out=8, dtype=torch.bfloat16, x_layout="channels_last",
+            grad_layout="channels_last", activation="silu", kernel=(3, 3, 3), padding=1,
+        )  # fmt: skip
+    if kind == "depthwise":
+        config = replace(config, groups=(8, 8))
+    problem = problem_of(config)
+    assert cuda_depthwise.why_not(problem) is None or kind != "depthwise"
+    assert (cuda_hopper.backward_why_not(problem) is None) == (kind == "hopper")
+    assert fuzz.check(config, "cuda") is None
+    assert swept == ([] if kind == "depthwise" else [2])
+
+
 def own_means(real: Callable[..., Any]) -> Callable[..., Any]:
     def run(problem: Any, tensors: Any, box: Any, u: Any, mean: Any, var: Any, needs: Any,
             part: Any = None) -> Any:  # fmt: skip
@@ -127,7 +165,6 @@ def test_planted_bugs_are_seen(
 ) -> None:
     module = fastst.dispatch.BACKENDS[backend]
     monkeypatch.setattr(module, "conv2plus1d_backward", bug(module.conv2plus1d_backward))
-    if backend == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
+    skip_without(backend)
     with pytest.raises(AssertionError, match="error"):
         fuzz.check(PAIR, backend)

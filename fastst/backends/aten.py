@@ -285,17 +285,15 @@ def _normalise_backward(
     rstd = (var_ + spec.eps).rsqrt()
     if spec.group or means is not None:
         wide, away = (a.flatten(0, 3).to(problem.accumulate_dtype) for a in (dv, u))
-        away = (away - mean_).mul_(rstd)
+        away = away - mean_
         sums = torch.stack((wide.sum(0), (wide * away).sum(0)))
         m = problem.mid_channels
         if means is None:
             group = collectives.resolve(spec.group)
             means = collectives.pool_means(sums[:, :m], wide.shape[0], group)
-        else:
-            means = torch.stack((means[0], means[1] * rstd[:m]))
         means = F.pad(means, (0, channels - m))
-        du = wide.sub(means[0]).addcmul_(away, means[1], value=-1).mul_(gamma * rstd)
-        return du.to(dv.dtype).view(u.shape), sums[1], sums[0]
+        du = wide.sub(means[0]).addcmul_(away, means[1] * rstd**2, value=-1).mul_(gamma * rstd)
+        return du.to(dv.dtype).view(u.shape), sums[1] * rstd, sums[0]
     training = spec.norm == "batch"
     running, saved = ((None, None), (mean_, rstd))
     if not training:

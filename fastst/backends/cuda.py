@@ -109,7 +109,7 @@ def conv2plus1d_backward(
     if cuda_depthwise.why_not(problem) is None:
         return cuda_depthwise.backward(problem, tensors, box[0], mean, var, needs)
     if cuda_hopper.backward_why_not(problem) is None:
-        return cuda_hopper.backward(problem, tensors, box, u, mean, var, needs, part=part)
+        return cuda_hopper.backward(problem, tensors, box, u, mean, var, needs, part)
     spec: PairSpec = problem.spec  # type: ignore[assignment]
     first, second = problem.passes
     need = PairTensors(*needs)  # type: ignore[arg-type]

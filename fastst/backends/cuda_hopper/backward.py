@@ -46,8 +46,8 @@ def backward(
     mean: Tensor | None,
     var: Tensor | None,
     needs: Sequence[bool],
-    tiles: tuple[HopperTile, HopperTile] | None = None,
     part: Part | None = None,
+    tiles: tuple[HopperTile, HopperTile] | None = None,
 ) -> list[Tensor]:
     """Gradients; tiles: of the spatial and the temporal kernel, in place of the chosen ones."""
     spec: PairSpec = problem.spec  # type: ignore[assignment]
