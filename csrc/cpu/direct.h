@@ -41,10 +41,10 @@ class Direct {
   }
 
   // Calls done(sums, pitch, positions, count) until all positions of a tile, which is inside what
-  // the problem computes, were in one.
-  template <class F>
+  // the problem computes, were in one; before it computes them, expect(positions, count).
+  template <class E, class F>
   void operator()(const Tile& tile, const Packed& all, const Work& work, const float* weights,
-                  F done) const {
+                  E expect, F done) const {
     const Problem& p = problems_[work.problem];
     const WeightPacker& packer = packers_[work.problem];
     const Block& block = work.block;
@@ -57,6 +57,10 @@ class Direct {
     const int64_t frames = p.g.t.inside() ? 1 : tile.t1 - tile.t0;
     const int64_t each = tile.positions() / frames;
     const Groups groups(each, most_rows(block.vectors));
+    const Offsets places(tile, [&](int64_t t, int64_t h, int64_t w) {
+      return t * p.g.t.stride * packed.t + h * p.g.h.stride * packed.h +
+             w * p.g.w.stride * packed.w;
+    });
     const Scratch sums((chunks > 1 ? tile.positions() : kMostRows) * pitch);
     std::vector<Segment> segments;
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
@@ -65,15 +69,13 @@ class Direct {
         for (int64_t i = 0; i < groups.count; ++i) {
           const int64_t start = frame * each + groups.start(i);
           const int count = static_cast<int>(groups.start(i + 1) - groups.start(i));
-          int64_t rows[kMostRows], positions[kMostRows];
-          for (int r = 0; r < count; ++r) {
-            positions[r] = start + r;
-            rows[r] = place(p.g, tile, start + r, packed);
-          }
+          int64_t positions[kMostRows];
+          for (int r = 0; r < count; ++r) positions[r] = start + r;
+          if (chunk + 1 == chunks) expect(positions, count);
           float* to = sums + (chunks > 1 ? start * pitch : 0);
-          multiply_for(count, block.vectors, true)(packed.data, rows, 1, weights, pitch,
-                                                   segments.data(), segments.size(), to, pitch,
-                                                   chunk > 0);
+          multiply_for(count, block.vectors, true)(packed.data, places.from(start), 1, weights,
+                                                   pitch, segments.data(), segments.size(), to,
+                                                   pitch, chunk > 0);
           if (chunk + 1 == chunks) done(to, pitch, positions, count);
         }
       }
@@ -112,12 +114,6 @@ class Direct {
       if (none) all.before = 0;
     }
     return g;
-  }
-
-  static int64_t place(const Geometry& g, const Tile& tile, int64_t i, const Packed& packed) {
-    const int64_t width = tile.w1 - tile.w0, height = tile.h1 - tile.h0;
-    return i / (width * height) * g.t.stride * packed.t +
-           i / width % height * g.h.stride * packed.h + i % width * g.w.stride * packed.w;
   }
 
   // The stretches of k for a frame of the tile: one for each tap, or for each row of taps where

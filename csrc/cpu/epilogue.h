@@ -44,6 +44,18 @@ class Finisher {
         bias_(bias),
         norm_(norm) {}
 
+  // Says that a vector of channels will be stored to these places.
+  void expect(int64_t channel, const Places& to) const {
+    float* base = out_.data + channel * out_.c;
+    if (out_.c == 1) {
+      for (int r = 0; r < to.count; ++r) prefetch_to_write(base + to.offset[r]);
+      return;
+    }
+    const int64_t wide = std::min<int64_t>(kLanes, stored_ - channel);
+    const int64_t last = to.offset[to.count - 1];
+    for (int64_t i = 0; i < wide; ++i) prefetch_to_write(base + i * out_.c + last);
+  }
+
   // sums (places.count, pitch) of one vector of channels that starts at `channel`. Channels that
   // are stored beyond those that are computed become zeros, whatever the sums are.
   void operator()(const float* sums, int64_t pitch, int64_t channel, const Places& to,
@@ -128,8 +140,9 @@ class Finisher {
         x[r] = gather(base + from.offset[r], aux_.c, n);
         continue;
       }
-      Vec rows[kLanes] = {};
-      for (int64_t i = 0; i < n; ++i) rows[i] = load(base + i * aux_.c + from.offset[r], width);
+      Vec rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i)
+        rows[i] = i < n ? load(base + i * aux_.c + from.offset[r], width) : Vec{};
       transpose(rows);
       for (int j = 0; j < width; ++j) x[r + j] = rows[j];
     }
@@ -141,8 +154,8 @@ class Finisher {
     if (out_.c == 1) {
       for (int r = 0; r < to.count; ++r) {
         float* p = base + to.offset[r];
-        if (n == kLanes)
-          store(p, x[r]);
+        if (wide == kLanes)
+          store(p, n == kLanes ? x[r] : first(x[r], n));
         else
           store(p, first(x[r], n), wide);
       }
@@ -155,8 +168,8 @@ class Finisher {
         for (int64_t i = 0; i < wide; ++i) base[i * out_.c + to.offset[r]] = v[i];
         continue;
       }
-      Vec rows[kLanes] = {};
-      for (int j = 0; j < width; ++j) rows[j] = first(x[r + j], n);
+      Vec rows[kLanes];
+      for (int j = 0; j < kLanes; ++j) rows[j] = j < width ? first(x[r + j], n) : Vec{};
       transpose(rows);
       for (int64_t i = 0; i < wide; ++i) store(base + i * out_.c + to.offset[r], rows[i], width);
     }

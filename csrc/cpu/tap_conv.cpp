@@ -38,24 +38,33 @@ void compute(const std::vector<Problem>& problems, const Epilogue& e, const Way&
     const Block& block = work.block;
     const Tile tile = inside(tiles[index], p.g);
     if (tile.positions() == 0) return;
-    const int64_t width = tile.w1 - tile.w0, height = tile.h1 - tile.h0;
-    const auto at = [&](const Tensor& t, int64_t i) {
-      return t.offset(tile.n, tile.t0 + i / (width * height), tile.h0 + i / width % height,
-                      tile.w0 + i % width);
+    const auto offsets = [&](const Tensor& t, int64_t frame, int64_t h, int64_t w) {
+      return t.offset(tile.n, tile.t0 + frame, tile.h0 + h, tile.w0 + w);
+    };
+    const Offsets out_at(tile, [&](auto... at) { return offsets(p.out, at...); });
+    std::optional<Offsets> aux_at;
+    if (p.aux.data) aux_at.emplace(tile, [&](auto... at) { return offsets(p.aux, at...); });
+    const Finisher& finisher = finishers[work.problem];
+    const auto places = [](const Offsets& at, const int64_t* positions, int count) {
+      Places found;
+      for (int r = 0; r < count; ++r) found.add(at[positions[r]]);
+      return found;
     };
     int64_t before = 0;
-    way(tile, ready, work, weights,
+    way(
+        tile, ready, work, weights,
+        [&](const int64_t* positions, int count) {
+          const Places out = places(out_at, positions, count);
+          for (int v = 0; v < block.vectors; ++v) finisher.expect((block.vector + v) * kLanes, out);
+        },
         [&](const float* sums, int64_t pitch, const int64_t* positions, int count) {
-          Places out, aux;
-          for (int r = 0; r < count; ++r) {
-            out.add(at(p.out, positions[r]));
-            if (p.aux.data) aux.add(at(p.aux, positions[r]));
-          }
+          const Places out = places(out_at, positions, count);
+          const Places aux = aux_at ? places(*aux_at, positions, count) : Places{};
           for (int v = 0; v < block.vectors; ++v) {
             Partial partial;
             if (reductions) partial = reductions->at(work.problem, index, block.vector + v);
-            finishers[work.problem](sums + v * kLanes, pitch, (block.vector + v) * kLanes, out, aux,
-                                    reductions ? &partial : nullptr, before);
+            finisher(sums + v * kLanes, pitch, (block.vector + v) * kLanes, out, aux,
+                     reductions ? &partial : nullptr, before);
           }
           before += count;
         });

@@ -192,7 +192,8 @@ class Reader {
       }
       for (int64_t w = 0; w < count; w += kLanes) {
         const int64_t width = std::min<int64_t>(kLanes, count - w);
-        Vec rows[kLanes] = {};
+        Vec rows[kLanes];
+        for (int64_t i = n; i < kLanes; ++i) rows[i] = Vec{};
         for (int64_t i = 0; i < n; ++i) {
           const float* p = a + (c + i) * in_.a.c + w;
           rows[i] = width == kLanes ? load(p) : load(p, width);

@@ -37,6 +37,27 @@ inline Tile inside(const Tile& tile, const Geometry& g) {
   return part;
 }
 
+// An offset for each output of a tile, of its place along t, h and w: a table, since the divisions
+// that find a place take as long as many products.
+class Offsets {
+ public:
+  template <class F>
+  Offsets(const Tile& tile, F f)
+      : memory_(tile.positions() * sizeof(int64_t) / sizeof(float)),
+        data_(reinterpret_cast<int64_t*>(memory_.data())) {
+    int64_t* to = data_;
+    for (int64_t t = 0; t < tile.t1 - tile.t0; ++t)
+      for (int64_t h = 0; h < tile.h1 - tile.h0; ++h)
+        for (int64_t w = 0; w < tile.w1 - tile.w0; ++w) *to++ = f(t, h, w);
+  }
+  int64_t operator[](int64_t i) const { return data_[i]; }
+  const int64_t* from(int64_t i) const { return data_ + i; }
+
+ private:
+  Scratch memory_;
+  int64_t* const data_;
+};
+
 inline int64_t parts_of(int64_t size, int64_t most) { return (size + most - 1) / most; }
 
 // Outputs along t, h, w that are computed together: tiles hold whole ones, but at the end.

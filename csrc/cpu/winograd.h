@@ -182,9 +182,9 @@ class Winograd {
     return {to, point_size(tile)};
   }
 
-  template <class F>
+  template <class E, class F>
   void operator()(const Tile& tile, const Ready& ready, const Work& work, const float* weights,
-                  F done) const {
+                  E expect, F done) const {
     const Rows rows(tile);
     const Block& block = work.block;
     const int64_t pitch = block.vectors * kLanes, channels = p_.weights.in;
@@ -200,6 +200,11 @@ class Winograd {
         for (int64_t j = 0; j < groups.count; ++j) {
           const int64_t start = groups.start(j);
           const int n = static_cast<int>(groups.start(j + 1) - start);
+          if (point + 1 == kPoints) {
+            const Outputs soon(tile, rows, first + start, n);
+            for (int a = 0; a < A::kOut; ++a)
+              if (soon.count[a]) expect(soon.positions[a], soon.count[a]);
+          }
           multiply_for(n, block.vectors, true)(
               ready.data + point * ready.point + (first + start) * channels, offset, 1,
               weights + point * channels * pitch, pitch, &all, 1,
@@ -224,20 +229,27 @@ class Winograd {
 
  private:
   static constexpr bool kSpatial = B::kTaps > 1;
-  static constexpr int kPoints = A::kPoints * B::kPoints;
+  static constexpr int kPoints = A::kPoints * B::kPoints, kOut = A::kOut * B::kOut;
   static constexpr Steps kSteps = kSpatial ? Steps{1, A::kOut, B::kOut} : Steps{A::kOut, 1, 1};
   // Of the second-level cache: what a tile's products read, and rows of sums of all points.
   static constexpr int64_t kTileFloats = 120 << 10;
   static constexpr int64_t kBatch = 56;
 
-  // Outputs of a tile that are computed together, counted along t, h, w.
+  // Outputs of a tile that are computed together, counted along t, h, w; or the place of one.
   struct Rows {
     int64_t t, h, w;
+    Rows(int64_t t, int64_t h, int64_t w) : t(t), h(h), w(w) {}
     explicit Rows(const Tile& tile)
-        : t(parts_of(tile.t1 - tile.t0, kSteps[0])),
-          h(parts_of(tile.h1 - tile.h0, kSteps[1])),
-          w(parts_of(tile.w1 - tile.w0, kSteps[2])) {}
+        : Rows(parts_of(tile.t1 - tile.t0, kSteps[0]), parts_of(tile.h1 - tile.h0, kSteps[1]),
+               parts_of(tile.w1 - tile.w0, kSteps[2])) {}
     int64_t count() const { return t * h * w; }
+    Rows place(int64_t row) const { return {row / (h * w), row / w % h, row % w}; }
+    void advance(Rows& at) const {
+      if (++at.w < w) return;
+      at.w = 0;
+      if (++at.h < h) return;
+      at.h = 0, ++at.t;
+    }
   };
 
   // One vector more, so that the points of one place do not fall into one set of the cache.
@@ -290,29 +302,36 @@ class Winograd {
     raise_to(largest_input_, largest.bits());
   }
 
+  // For each output of some rows its place among those that are done together, if it is in the
+  // tile.
+  struct Outputs {
+    int place[kMostRows * kOut], count[A::kOut] = {};
+    int64_t positions[A::kOut][kMostPlaces];
+
+    Outputs(const Tile& tile, const Rows& rows, int64_t begin, int size) {
+      const int64_t height = tile.h1 - tile.h0, width = tile.w1 - tile.w0;
+      Rows at = rows.place(begin);
+      for (int i = 0; i < size; ++i, rows.advance(at))
+        for (int a = 0; a < A::kOut; ++a)
+          for (int b = 0; b < B::kOut; ++b) {
+            int64_t t = at.t * kSteps[0], h = at.h * kSteps[1];
+            const int64_t w = at.w * kSteps[2] + b;
+            (kSpatial ? h : t) += a;
+            int& to = place[(i * A::kOut + a) * B::kOut + b];
+            to = -1;
+            if (t >= tile.t1 - tile.t0 || h >= height || w >= width) continue;
+            to = count[a]++;
+            positions[a][to] = (t * height + h) * width + w;
+          }
+    }
+  };
+
   // Outputs of the rows [begin, end) of a batch that starts at row `first` of the tile.
   template <class F>
   void put_together(const Tile& tile, const Rows& rows, int64_t first, int64_t begin, int64_t end,
                     const float* sums, const Block& block, F done) const {
-    constexpr int kOut = A::kOut * B::kOut;
     const int64_t pitch = block.vectors * kLanes;
-    const int64_t height = tile.h1 - tile.h0, width = tile.w1 - tile.w0, frames = tile.t1 - tile.t0;
-    // For each output of a row its place among those that are done together, if it is in the tile.
-    int place[kMostRows * kOut], count[A::kOut] = {};
-    int64_t positions[A::kOut][kMostPlaces];
-    for (int64_t i = begin; i < end; ++i)
-      for (int a = 0; a < A::kOut; ++a)
-        for (int b = 0; b < B::kOut; ++b) {
-          const int64_t row = first + i;
-          int64_t t = row / (rows.h * rows.w) * kSteps[0], h = row / rows.w % rows.h * kSteps[1];
-          const int64_t w = row % rows.w * kSteps[2] + b;
-          (kSpatial ? h : t) += a;
-          int& to = place[((i - begin) * A::kOut + a) * B::kOut + b];
-          to = -1;
-          if (t >= frames || h >= height || w >= width) continue;
-          to = count[a]++;
-          positions[a][to] = (t * height + h) * width + w;
-        }
+    const Outputs found(tile, rows, first + begin, static_cast<int>(end - begin));
     alignas(64) float results[A::kOut][kMostPlaces * kMostVectors * kLanes];
     for (int64_t i = begin; i < end; ++i)
       for (int v = 0; v < block.vectors; ++v) {
@@ -322,11 +341,11 @@ class Winograd {
         along_both<A::kPoints, B::kPoints, A::kOut, B::kOut>(m, y, A::output, B::output);
         for (int a = 0; a < A::kOut; ++a)
           for (int b = 0; b < B::kOut; ++b)
-            if (const int to = place[((i - begin) * A::kOut + a) * B::kOut + b]; to >= 0)
+            if (const int to = found.place[((i - begin) * A::kOut + a) * B::kOut + b]; to >= 0)
               store(results[a] + to * pitch + v * kLanes, y[a * B::kOut + b]);
       }
     for (int a = 0; a < A::kOut; ++a)
-      if (count[a]) done(results[a], pitch, positions[a], count[a]);
+      if (found.count[a]) done(results[a], pitch, found.positions[a], found.count[a]);
   }
 
   const Problem& p_;
