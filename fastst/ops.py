@@ -9,6 +9,8 @@ functorch transforms and forward-mode AD never reach this module: ``functional``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,28 +19,24 @@ from torch import Tensor
 
 from . import activations, dispatch, parts
 from .backends import finished, reference
-from .shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
+from .shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem, remembered
 
 _PAIR_TENSORS = (
     "Tensor x, Tensor spatial_weight, Tensor temporal_weight, Tensor? spatial_bias, "
     "Tensor? temporal_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var, "
     "Tensor? residual"
 )
+# Few arguments: each costs the host about a tenth of what dispatching an op does.
 _PAIR_SPEC = (
-    "int[] stride, int[] padding, int[] dilation, int[] groups, str[] padding_mode, "
-    "str activation, float slope, str norm, float eps, str order, bool recompute, "
-    "str outer_activation, str group, bool output_statistics"
+    "int[] geometry, str names, float slope, float eps, bool recompute, bool output_statistics"
 )
 _PARALLEL_TENSORS = (
     "Tensor x, Tensor spatial_weight, Tensor temporal_weight, Tensor? spatial_bias, "
     "Tensor? temporal_bias"
 )
-_PARALLEL_SPEC = (
-    "int[] stride, int[] padding, int[] dilation, int[] groups, str[] padding_mode, "
-    "str branch_activation, str activation, float slope, str combine"
-)
+_PARALLEL_SPEC = "int[] geometry, str names, float slope"
 
-_PAIR, _PAIR_END = len(PairTensors._fields), len(PairTensors._fields + PairSpec._fields)
+_PAIR, _PARALLEL = len(PairTensors._fields), len(ParallelTensors._fields)
 
 _library = torch.library.Library("fastst", "DEF")
 
@@ -59,14 +57,53 @@ def _bare(device: str, implementation: Callable[..., Any], *args: Any) -> Any:
     if torch.is_autocast_enabled(device):
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return implementation(*args)
+    if not torch.is_grad_enabled():
+        return implementation(*args)
     with torch.no_grad():
         return implementation(*args)
 
 
+@remembered
+def packed(spec: PairSpec | ParallelSpec) -> tuple[Any, ...]:
+    """A specification as the ops take it: all ints, all names, then what is left, in its order."""
+    stride, padding, dilation, groups, modes, *rest = spec
+    names = ",".join([*modes, *[v for v in rest if isinstance(v, str)]])
+    numbers = [v for v in rest if not isinstance(v, str)]
+    return (*stride, *padding, *dilation, *groups), names, *numbers
+
+
+@lru_cache(maxsize=4096)
+def _pair_spec(
+    geometry: tuple[int, ...],
+    names: str,
+    slope: float,
+    eps: float,
+    recompute: bool,
+    output_statistics: bool,
+) -> PairSpec:
+    *modes, activation, norm, order, outer, group = names.split(",", 6)
+    return PairSpec._make((
+        *_geometry(geometry, modes), activation, slope, norm, eps, order, recompute, outer, group,
+        output_statistics,
+    ))  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _parallel_spec(geometry: tuple[int, ...], names: str, slope: float) -> ParallelSpec:
+    *modes, branch, activation, combine = names.split(",")
+    return ParallelSpec._make((*_geometry(geometry, modes), branch, activation, slope, combine))
+
+
+def _geometry(ints: tuple[int, ...], modes: Sequence[str]) -> tuple[tuple[Any, ...], ...]:
+    """The first five fields of both specifications."""
+    return ints[:3], ints[3:9], ints[9:12], ints[12:], tuple(modes)
+
+
 def pair_arguments(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, str]:
     """What the arguments of an op of ``conv2plus1d`` describe, and its backend."""
-    tensors, spec = PairTensors(*args[:_PAIR]), PairSpec(*_tuples(args[_PAIR:_PAIR_END]))
-    return tensors, spec, Problem.of(tensors, spec), args[_PAIR_END]
+    geometry, *rest, backend = args[_PAIR:]
+    tensors, spec = PairTensors(*args[:_PAIR]), _pair_spec(tuple(geometry), *rest)
+    return tensors, spec, Problem.of(tensors, spec), backend
 
 
 def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, str]:
@@ -80,9 +117,14 @@ def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, Problem, 
     return tensors, spec, problem, backend
 
 
-def _parallel(args: Sequence[Any]) -> tuple[ParallelTensors, ParallelSpec, Problem, str]:
-    tensors, spec = ParallelTensors(*args[:5]), ParallelSpec(*_tuples(args[5:14]))
-    return tensors, spec, Problem.of(tensors, spec), args[14]
+def parallel_arguments(
+    args: Sequence[Any],
+) -> tuple[ParallelTensors, ParallelSpec, Problem, str]:
+    """What the arguments of an op of ``parallel_conv2plus1d`` describe, and its backend."""
+    geometry, names, slope, backend = args[_PARALLEL:]
+    tensors = ParallelTensors(*args[:_PARALLEL])
+    spec = _parallel_spec(tuple(geometry), names, slope)
+    return tensors, spec, Problem.of(tensors, spec), backend
 
 
 def _apart(results: Sequence[Tensor]) -> list[Tensor]:
@@ -94,10 +136,6 @@ def _apart(results: Sequence[Tensor]) -> list[Tensor]:
         apart.append(t.clone() if storage in seen else t)
         seen.add(storage)
     return apart
-
-
-def _tuples(values: Sequence[Any]) -> list[Any]:
-    return [tuple(v) if isinstance(v, list) else v for v in values]
 
 
 # ---- conv2plus1d
@@ -113,47 +151,51 @@ def _conv2plus1d_fake(*args: Any) -> Tensor:
     return pair_arguments(args)[2].empty_output(args[0])
 
 
-def _conv2plus1d_train(*args: Any) -> tuple[Tensor, ...]:
+def _made(spec: PairSpec) -> tuple[bool, ...]:
+    """Which of y, u, batch_mean, batch_var, batch_count, out_mean and out_var there are."""
+    batch, out = spec.norm == "batch", spec.output_statistics
+    return True, not spec.recompute, batch, batch, spec.group != "", out, out
+
+
+def _conv2plus1d_train(*args: Any) -> list[Tensor]:
     tensors, spec, problem, backend = _trained_pair(args)
     r = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
-    kept = [r.u, r.mean, r.var, r.total, r.out_mean, r.out_var]
+    out = [r.out_mean, r.out_var]
     if spec.output_statistics and r.out_mean is None:  # of a backend that is not asked for them
         y = r.y.to(problem.accumulate_dtype)
-        var, mean = torch.var_mean(y, (0, 2, 3, 4), correction=0)
-        kept[4:] = mean, var
-    nothing = r.y.new_empty(0)
-    return tuple(_apart([r.y, *(nothing.clone() if t is None else t for t in kept)]))
+        out = list(torch.var_mean(y, (0, 2, 3, 4), correction=0))[::-1]
+    results = (r.y, r.u, r.mean, r.var, r.total, *out)
+    return _apart([t for t, made in zip(results, _made(spec), strict=True) if made])
 
 
-def _conv2plus1d_train_fake(*args: Any) -> tuple[Tensor, ...]:
+def _conv2plus1d_train_fake(*args: Any) -> list[Tensor]:
     _, spec, problem, _ = _trained_pair(args)
     x: Tensor = args[0]
-    u = x.new_empty(0 if spec.recompute else problem.mid_shape)
-    mean, var, count, out_mean, out_var = (x.new_empty(0) for _ in range(5))
-    if spec.norm == "batch":
-        m, dtype = problem.mid_channels, problem.accumulate_dtype
-        mean, var = x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)
-        count = x.new_empty((), dtype=dtype) if spec.group else count
-    if spec.output_statistics:
-        out_mean, out_var = (
-            x.new_empty(problem.out_channels, dtype=problem.accumulate_dtype) for _ in range(2)
-        )
-    return problem.empty_output(x), u, mean, var, count, out_mean, out_var
+
+    def statistics(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=problem.accumulate_dtype)
+
+    m, k = problem.mid_channels, problem.out_channels
+    _, kept, batch, _, several, out, _ = _made(spec)
+    return [
+        problem.empty_output(x), *([x.new_empty(problem.mid_shape)] if kept else []),
+        *([statistics(m), statistics(m)] if batch else []), *([statistics()] if several else []),
+        *([statistics(k), statistics(k)] if out else []),
+    ]  # fmt: skip
 
 
 def _conv2plus1d_backward(
-    dy: Tensor, u: Tensor, batch_mean: Tensor, batch_var: Tensor, *args: Any
+    dy: Tensor, u: Tensor | None, batch_mean: Tensor | None, batch_var: Tensor | None, *args: Any
 ) -> list[Tensor]:
     return _pair_gradients([dy], u, batch_mean, batch_var, *args)
 
 
 def _pair_gradients(
-    box: list[Tensor], u: Tensor, batch_mean: Tensor, batch_var: Tensor, *args: Any
+    box: list[Tensor], u: Tensor | None, mean: Tensor | None, var: Tensor | None, *args: Any
 ) -> list[Tensor]:
     """``conv2plus1d_backward`` of the dy in a list, which is emptied once nothing reads dy."""
     *args, needs = args  # type: ignore[assignment]
     tensors, spec, problem, backend = _trained_pair(args)
-    mean, var = (batch_mean, batch_var) if spec.norm == "batch" else (None, None)
     chosen = dispatch.choose(problem, "backward", backend)
     if spec.recompute and hasattr(chosen, "mids"):
         count = parts.count(problem, chosen.mids(problem))
@@ -162,14 +204,11 @@ def _pair_gradients(
                 lambda p: dispatch.choose(p, "backward", backend), count, problem, tensors, box[0],
                 mean, var, needs,
             )  # fmt: skip
-    grads = chosen.conv2plus1d_backward(
-        problem, tensors, box, None if spec.recompute else u, mean, var, needs
-    )
-    return _apart(grads)
+    return _apart(chosen.conv2plus1d_backward(problem, tensors, box, u, mean, var, needs))
 
 
 def _conv2plus1d_backward_fake(
-    dy: Tensor, u: Tensor, batch_mean: Tensor, batch_var: Tensor, *args: Any
+    dy: Tensor, u: Tensor | None, batch_mean: Tensor | None, batch_var: Tensor | None, *args: Any
 ) -> list[Tensor]:
     return [torch.empty_like(t) for t, n in zip(args[:_PAIR], args[-1], strict=False) if n]
 
@@ -180,14 +219,12 @@ _register(
     _conv2plus1d_fake,
 )
 _register(
-    f"conv2plus1d_train({_PAIR_TENSORS}, {_PAIR_SPEC}, str backend)"
-    " -> (Tensor y, Tensor u, Tensor batch_mean, Tensor batch_var, Tensor batch_count, "
-    "Tensor out_mean, Tensor out_var)",
+    f"conv2plus1d_train({_PAIR_TENSORS}, {_PAIR_SPEC}, str backend) -> Tensor[]",
     _conv2plus1d_train,
     _conv2plus1d_train_fake,
 )
 _register(
-    "conv2plus1d_backward(Tensor dy, Tensor u, Tensor batch_mean, Tensor batch_var, "
+    "conv2plus1d_backward(Tensor dy, Tensor? u, Tensor? batch_mean, Tensor? batch_var, "
     f"{_PAIR_TENSORS}, {_PAIR_SPEC}, str backend, bool[] needs) -> Tensor[]",
     _conv2plus1d_backward,
     _conv2plus1d_backward_fake,
@@ -198,17 +235,17 @@ _register(
 
 
 def _parallel_conv2plus1d(*args: Any) -> Tensor:
-    tensors, _, problem, backend = _parallel(args)
+    tensors, _, problem, backend = parallel_arguments(args)
     return dispatch.choose(problem, "forward", backend).parallel_conv2plus1d(problem, tensors)
 
 
 def _parallel_conv2plus1d_fake(*args: Any) -> Tensor:
-    return _parallel(args)[2].empty_output(args[0])
+    return parallel_arguments(args)[2].empty_output(args[0])
 
 
 def _parallel_conv2plus1d_backward(dy: Tensor, *args: Any) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
-    tensors, _, problem, backend = _parallel(args)
+    tensors, _, problem, backend = parallel_arguments(args)
     grads = dispatch.choose(problem, "backward", backend).parallel_conv2plus1d_backward(
         problem, tensors, dy, needs
     )
@@ -246,8 +283,10 @@ class _PairFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: PairSpec, backend: str, *tensors: Tensor | None) -> Any:
-        y, u, *statistics = torch.ops.fastst.conv2plus1d_train(*tensors, *spec, backend)
-        ctx.save_for_backward(u, *statistics[:2], *tensors)
+        results = torch.ops.fastst.conv2plus1d_train(*tensors, *packed(spec), backend)
+        y, u, mean, var, *_ = _scatter(results, _made(spec))
+        ctx.save_for_backward(u, mean, var, *tensors)
+        statistics = results[1 if u is None else 2 :]
         ctx.mark_non_differentiable(*statistics)
         ctx.spec, ctx.backend = spec, backend
         return y, *statistics
@@ -262,10 +301,14 @@ class _PairFunction(torch.autograd.Function):
         u, mean, var, *tensors = ctx.saved_tensors  # read once: a checkpoint unpacks them
         needs = ctx.needs_input_grad[2:]
         if _direct(box[0], *tensors):
-            device = box[0].device.type
-            found = _bare(
-                device, _pair_gradients, box, u, mean, var, *tensors, *ctx.spec, ctx.backend, needs
-            )
+            seen: Any = nullcontext()
+            if torch.autograd._profiler_enabled():
+                seen = torch.autograd.profiler.record_function("fastst::conv2plus1d_backward")
+            with seen:
+                found = _bare(
+                    box[0].device.type, _pair_gradients, box, u, mean, var, *tensors,
+                    *packed(ctx.spec), ctx.backend, needs,
+                )  # fmt: skip
             return None, None, *_scatter(found, needs)
         grads = _backward(
             torch.ops.fastst.conv2plus1d_backward, reference.compose_pair, box[0], (u, mean, var),
@@ -275,12 +318,14 @@ class _PairFunction(torch.autograd.Function):
 
 
 def _direct(*tensors: Tensor | None) -> bool:
-    """Whether nobody would see an op that is called now: then none has to hold its arguments."""
+    """Whether nobody but a profiler would see an op called now: then none holds its arguments."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack():
         return False
-    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    # A view that is to be negated when it is read (z.conj().imag) is what a dispatcher resolves.
+    plain = (Tensor, torch.nn.Parameter)
+    return all(t is None or (type(t) in plain and not t.is_neg()) for t in tensors)
 
 
 class _ParallelFunction(torch.autograd.Function):
@@ -290,7 +335,7 @@ class _ParallelFunction(torch.autograd.Function):
     def forward(ctx: Any, spec: ParallelSpec, backend: str, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.spec, ctx.backend = spec, backend
-        return torch.ops.fastst.parallel_conv2plus1d(*tensors, *spec, backend)
+        return torch.ops.fastst.parallel_conv2plus1d(*tensors, *packed(spec), backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -314,7 +359,7 @@ def _backward(
     if torch.is_grad_enabled():  # create_graph
         grads = _BackwardFunction.apply(op, compose, spec, backend, needs, kept, dy, *tensors)
     else:
-        grads = op(dy, *kept, *tensors, *spec, backend, list(needs))
+        grads = op(dy, *kept, *tensors, *packed(spec), backend, list(needs))
     return _scatter(grads, needs)
 
 
@@ -335,7 +380,7 @@ class _BackwardFunction(torch.autograd.Function):
     ) -> Any:
         ctx.compose, ctx.spec, ctx.needs = compose, spec, needs
         ctx.save_for_backward(dy, *tensors)
-        return tuple(op(dy, *kept, *tensors, *spec, backend, list(needs)))
+        return tuple(op(dy, *kept, *tensors, *packed(spec), backend, list(needs)))
 
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor) -> Any:
@@ -364,7 +409,11 @@ class _BackwardFunction(torch.autograd.Function):
 
 
 def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 class _NormFunction(torch.autograd.Function):
@@ -413,14 +462,16 @@ def conv2plus1d(
         y, inner, last = conv2plus1d(*bare, backend)
         y = y if tensors.residual is None else y + tensors.residual
         return activations.apply(spec.outer_activation, y, spec.slope), inner, last
-    if _needs_grad(tensors):
-        y, *statistics = _PairFunction.apply(spec, backend, *tensors)
-    elif spec.norm == "batch" or spec.output_statistics:
-        spec = spec._replace(recompute=True)  # nothing needs u
-        y, _, *statistics = torch.ops.fastst.conv2plus1d_train(*tensors, *spec, backend)
+    gradients = _needs_grad(tensors)
+    if not (gradients or spec.norm == "batch" or spec.output_statistics):
+        return torch.ops.fastst.conv2plus1d(*tensors, *packed(spec), backend), None, None
+    without_u = spec._replace(recompute=True)  # outside of autograd nobody sees or needs it
+    if gradients:
+        results = _PairFunction.apply(spec, backend, *tensors)
     else:
-        return torch.ops.fastst.conv2plus1d(*tensors, *spec, backend), None, None
-    mean, var, count, out_mean, out_var = statistics
+        results = torch.ops.fastst.conv2plus1d_train(*tensors, *packed(without_u), backend)
+    found: list[Any] = _scatter(results, _made(without_u))
+    y, _, mean, var, count, out_mean, out_var = found
     return (
         y,
         (mean, var, count) if spec.norm == "batch" else None,
@@ -431,4 +482,4 @@ def conv2plus1d(
 def parallel_conv2plus1d(tensors: ParallelTensors, spec: ParallelSpec, backend: str) -> Tensor:
     if _needs_grad(tensors):
         return _ParallelFunction.apply(spec, backend, *tensors)
-    return torch.ops.fastst.parallel_conv2plus1d(*tensors, *spec, backend)
+    return torch.ops.fastst.parallel_conv2plus1d(*tensors, *packed(spec), backend)

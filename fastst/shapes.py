@@ -7,10 +7,10 @@ channels, the second ``K`` output channels; triples are in the order time, heigh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,22 @@ COMBINES = ("add", "cat")
 
 Triple = tuple[int, int, int]
 Padding = tuple[int, int, int, int, int, int]
+
+
+def remembered(function: Callable[..., Any]) -> Any:
+    """``lru_cache``, but not while a graph is traced, nor for symbolic sizes, which do not hash."""
+    cached = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def found(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args)
+        try:
+            return cached(*args)
+        except TypeError:
+            return function(*args)
+
+    return found
 
 
 class PairTensors(NamedTuple):
@@ -164,18 +180,13 @@ class Problem:
     def of(cls, tensors: PairTensors | ParallelTensors, spec: PairSpec | ParallelSpec) -> Problem:
         """Describe a validated call. Remembered by sizes, so that it costs little on every one."""
         x = tensors.x
-        key = (
+        found: Problem = _describe(
             spec, x.shape, x.stride(), _offset(x), x.dtype, x.device,
             tensors.spatial_weight.shape, tensors.spatial_weight.stride(),
             tensors.temporal_weight.shape, tensors.temporal_weight.stride(),
             isinstance(tensors, PairTensors) and tensors.residual is not None,
         )  # fmt: skip
-        if torch.compiler.is_compiling():
-            return _describe(*key)
-        try:
-            return _remembered(*key)
-        except TypeError:  # symbolic sizes do not hash
-            return _describe(*key)
+        return found
 
     @property
     def mid_channels(self) -> int:
@@ -224,6 +235,7 @@ class Problem:
         return torch.empty(self.out_shape, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
+@remembered
 def _describe(
     spec: PairSpec | ParallelSpec,
     x: Sequence[int],
@@ -259,9 +271,6 @@ def _describe(
         op, spec, passes, x[0], size, mid_size, out_size, out_channels, dtype, device,
         channels_last, tuple(x_stride), x_offset, residual,
     )  # fmt: skip
-
-
-_remembered = lru_cache(maxsize=4096)(_describe)
 
 
 def _offset(x: Tensor) -> int:

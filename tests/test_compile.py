@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastst
 from fastst import checks
 from fastst.functional import conv2plus1d, parallel_conv2plus1d
-from fastst.shapes import PairTensors, ParallelTensors, Problem
+from fastst.ops import packed, pair_arguments, parallel_arguments
+from fastst.shapes import PairTensors, ParallelTensors
 
 OPS = torch.ops.fastst
 
@@ -33,7 +34,7 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
             tensors, None, None, *geometry, config.branch_activation, config.activation,
             config.slope, config.combine, config.causal,
         )  # fmt: skip
-        args = (*tensors, *spec, "auto")
+        args = (*tensors, *packed(spec), "auto")
         needs = [t is not None for t in tensors]
         return [
             (OPS.parallel_conv2plus1d, args),
@@ -51,19 +52,21 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     )  # fmt: skip
     stats = (t["running_mean"], t["running_var"]) if config.norm == "frozen" else (None, None)
     tensors = PairTensors(*main, t.get("norm_weight"), t.get("norm_bias"), *stats)
-    args = (*tensors, *spec, "auto")
-    _, u, mean, var, *_ = OPS.conv2plus1d_train(*args)
+    args = (*tensors, *packed(spec), "auto")
+    kept = iter(OPS.conv2plus1d_train(*args)[1:])
+    u = None if config.recompute else next(kept)
+    mean, var = (next(kept), next(kept)) if config.norm == "batch" else (None, None)
     needs = [t is not None for t in tensors[:7]] + [False] * 3
     calls = [
         (OPS.conv2plus1d_train, args),
-        (OPS.conv2plus1d_train, (*tensors, *spec._replace(output_statistics=True), "auto")),
+        (OPS.conv2plus1d_train, (*tensors, *packed(spec._replace(output_statistics=True)), "auto")),
         (OPS.conv2plus1d_backward, (dy, u, mean, var, *args, needs)),
     ]
     if config.norm == "batch":
         return calls
     tensors = tensors._replace(residual=t.get("residual"))
     spec = spec._replace(outer_activation=config.outer_activation)
-    return [(OPS.conv2plus1d, (*tensors, *spec, "auto")), *calls]
+    return [(OPS.conv2plus1d, (*tensors, *packed(spec), "auto")), *calls]
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -281,10 +284,9 @@ def test_problem_is_the_config() -> None:
     for seed in range(100):
         config = fuzz.random_config(seed)
         op, args = op_calls(replace(config, dtype=torch.float32))[0]
-        kind = ParallelTensors if config.parallel else PairTensors
-        n = len(kind._fields)
-        spec_kind = fastst.shapes.ParallelSpec if config.parallel else fastst.shapes.PairSpec
-        problem = Problem.of(kind(*args[:n]), spec_kind(*args[n:-1]))
+        arguments = parallel_arguments if config.parallel else pair_arguments
+        _, spec, problem, backend = arguments(args)
+        assert (backend, packed(spec)) == ("auto", args[-1 - len(packed(spec)) : -1])
         assert problem.out_size == config.sizes()[1], (op, config)
         assert problem.mid_size == config.sizes()[0]
         dense = replace(config, groups=(1, 1))

@@ -191,6 +191,24 @@ def test_nan_and_inf_propagate_as_in_pytorch(backend: str, activation: str, valu
     torch.testing.assert_close(y, expected, **F64, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "aten", "reference"])
+def test_views_that_are_negated_when_read(backend: str) -> None:
+    """Their memory holds −x and −dy."""
+    w = [t.requires_grad_() for t in weights(c=8, m=8, k=8)]
+    x, dy = (torch.randn(1, 8, 4, 6, 6, dtype=torch.complex64).conj().imag for _ in range(2))
+    assert x.is_neg() and dy.is_neg()
+    results = []
+    for source, seed in ((x, dy), (x.resolve_neg(), dy.resolve_neg())):
+        source = source.detach().requires_grad_()
+        try:
+            with fastst.use_backend(backend):
+                y = conv2plus1d(source, *w, padding=1)
+        except fastst.BackendError:  # not built here
+            return
+        results.append((y, *torch.autograd.grad(y, (source, *w), seed)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("backend", ["aten", "reference"])
 @pytest.mark.parametrize("activation", fuzz.ACTIVATIONS)
 def test_gradient_exactly_at_the_kinks(backend: str, activation: str) -> None:
@@ -203,6 +221,18 @@ def test_gradient_exactly_at_the_kinks(backend: str, activation: str) -> None:
         y = conv2plus1d(x, one, one, activation=activation, negative_slope=0.2)
         (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx, expected, **F64)
+
+
+def test_a_profiler_sees_the_ops() -> None:
+    w = [t.requires_grad_() for t in weights()]
+    x = torch.randn(1, 3, 4, 6, 6)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        with torch.no_grad():
+            conv2plus1d(x, *w)
+        conv2plus1d(x, *w).sum().backward()
+    names = {e.name for e in found.events() or ()}
+    ends = ("", "_train", "_backward")
+    assert names >= {f"fastst::conv2plus1d{end}" for end in ends}
 
 
 # ---- batch norm

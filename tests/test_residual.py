@@ -15,6 +15,7 @@ import fastst
 from fastst import ops
 from fastst.backends import PairResult
 from fastst.functional import BatchNorm, conv2plus1d
+from fastst.ops import packed
 from fastst.shapes import PairSpec, PairTensors, Problem
 
 
@@ -123,10 +124,12 @@ def test_training_op_refuses() -> None:
     x, ws, wt = tensors()
     spec = PairSpec(padding=(1,) * 6, outer_activation="relu")
     with pytest.raises(ValueError, match="requires no residual and no outer activation"):
-        torch.ops.fastst.conv2plus1d_train(*PairTensors(x, ws, wt), *spec, "auto")
+        torch.ops.fastst.conv2plus1d_train(*PairTensors(x, ws, wt), *packed(spec), "auto")
     with pytest.raises(ValueError, match="requires no residual and no outer activation"):
         torch.ops.fastst.conv2plus1d_train(
-            *PairTensors(x, ws, wt, residual=x), *spec._replace(outer_activation="none"), "auto"
+            *PairTensors(x, ws, wt, residual=x),
+            *packed(spec._replace(outer_activation="none")),
+            "auto",
         )
 
 
