@@ -231,7 +231,7 @@ def _hopper_backward_examples(dtype: torch.dtype) -> list[_Example]:
         def run(problem: Problem, t: Any) -> list[Tensor]:
             _, u, mean, var, *_ = cuda_hopper.forward(problem, t, True)
             box = [dy.to(t.x.device)]
-            return cuda_hopper.backward(problem, t, box, u, mean, var, needs, tiles=tiles)
+            return cuda_hopper.backward(problem, t, box, u, mean, var, needs, None, tiles)
 
         return _Example(spec, tensors, run, dy)
 
