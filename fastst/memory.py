@@ -13,8 +13,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from . import ops
+from . import ops, parts
 from .pairing import RECOMPUTE
+from .shapes import Problem
 
 
 class MemoryPlan(NamedTuple):
@@ -45,9 +46,11 @@ def set_memory_budget(
     """Let pairs recompute until a training step keeps at most a part of the mid tensors.
 
     The pairs are taken in the order of operations per byte, cheapest first, and then those that
-    were not needed are given back. The choice counts for layers and converted pairs for which
-    ``recompute`` was not given, and goes before ``FASTST_RECOMPUTE``. It depends on the shapes of
-    the inputs only, which are not computed: the model runs on meta tensors, in the mode it is in.
+    were not needed are given back. Pairs that recompute go through backward in parts of the batch
+    where that keeps the peak of a step down, which counts among their operations. The choice counts
+    for layers and converted pairs for which ``recompute`` was not given, and goes before
+    ``FASTST_RECOMPUTE``. It depends on the shapes of the inputs only, which are not computed: the
+    model runs on meta tensors, in the mode it is in.
 
     Args:
         model: any module with ``Conv2Plus1d`` layers or converted pairs.
@@ -139,6 +142,16 @@ def _on_meta(t: Tensor) -> Tensor:
     return t.detach().to("meta").requires_grad_(t.requires_grad)
 
 
+def _flops_again(problem: Problem) -> int:
+    """What backward computes more where u is not kept: u, and in a second sweep u and dv."""
+    first, second = problem.passes
+    again = first.flops(problem.batch * math.prod(problem.mid_size))
+    batch_norm = problem.spec.norm == "batch"  # type: ignore[union-attr]
+    if batch_norm and parts.count(problem, 2) > 1:  # u and dv, on most backends
+        again += again + second.flops(problem.batch * math.prod(problem.out_size))
+    return again
+
+
 @contextmanager
 def _listening(names: dict[int, str]) -> Iterator[dict[str, _Use]]:
     found: dict[str, _Use] = {}
@@ -152,8 +165,7 @@ def _listening(names: dict[int, str]) -> Iterator[dict[str, _Use]]:
                 name = names.get(id(tensors.spatial_weight))
                 if name is not None:
                     size = math.prod(problem.mid_shape) * problem.dtype.itemsize
-                    positions = problem.batch * math.prod(problem.mid_size)
-                    flops = problem.passes[0].flops(positions)
+                    flops = _flops_again(problem)
                     old = found.get(name, _Use(0, 0, spec.recompute))
                     found[name] = _Use(old.size + size, old.flops + flops, spec.recompute)
             return func(*args, **(kwargs or {}))

@@ -13,7 +13,7 @@ import torch
 from fuzz import Config, Limits
 
 import fastst
-from fastst import parts
+from fastst import memory, parts
 from fastst.backends import aten, cuda_depthwise, cuda_hopper
 from fastst.backends.cpu import library
 from fastst.shapes import PairSpec, PairTensors, Problem
@@ -89,6 +89,30 @@ def test_what_a_part_makes_is_no_larger_than_x(monkeypatch: pytest.MonkeyPatch) 
     assert parts.count(problem(4, (4, 14, 14)), 2) == 1  # too small
     assert parts.count(problem(8), 2) == 4  # x is below what is worth a cut: 64 MiB are 2 clips
     assert parts.count(problem(0), 2) == 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "made"), [("batch", (2, 3)), ("frozen", (1, 2)), ("none", (1, 2))]
+)
+def test_launches(norm: str, made: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch norm takes one u and one dv more; every weight gradient is computed once."""
+    triton = pytest.importorskip("fastst.backends.triton", reason="Triton is not installed")
+    names: list[str] = []
+    monkeypatch.setattr(triton.launch, "run", lambda k, *args, **meta: names.append(k.__name__))
+    tensors, dy = fuzz.make(config := replace(PAIR, norm=norm, channels=16, mid=24))
+    with fastst.use_backend("triton"):
+        y = fuzz.call(config, {n: t.requires_grad_(n in fuzz.NAMES) for n, t in tensors.items()})
+        names.clear()
+        y.backward(dy)
+    counts = [names.count(n) for n in ("tap_conv", "input_gradient", "weight_gradient")]
+    assert counts == [3 * n for n in (*made, 2)]
+
+
+def test_what_two_sweeps_cost() -> None:
+    """A step takes 3 times both convolutions, u again, and with two sweeps u and dv once more."""
+    whole, cut = problem(1), problem(32)
+    again = [memory._flops_again(p) / p.flops() for p in (whole, cut)]
+    assert (again[1] - again[0]) / (3 + again[0]) == pytest.approx(0.267, abs=0.001)
 
 
 PAIR = Config(batch=5, norm="batch", recompute=True, size=(3, 4, 5), channels=6, mid=9, out=4)
