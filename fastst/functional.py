@@ -174,20 +174,21 @@ def _normed_pair(
     The compiler needs none: it fuses a norm with what follows.
     """
     tensors, spec = tensors._replace(residual=None), spec._replace(outer_activation="none")
-    why = None
+    found: Any = None
     if outer_norm.training and not (
         outer_norm.group or torch.compiler.is_compiling() or _composes(tensors.x)
     ):
         asks = spec._replace(output_statistics=True)
-        why = dispatch.why_no_output_statistics(Problem.of(tensors, asks), dispatch.requested())
-        spec = spec if why else asks
+        found = dispatch.giving_statistics(Problem.of(tensors, asks), dispatch.requested())
+        spec = spec if isinstance(found, str) else asks
     y, statistics = _pair(tensors, spec, values, norm)
     if statistics is None:
-        if why is not None:
-            dispatch.record_composed("BatchNorm3d after a pair", why)
+        if found is not None:
+            dispatch.record_composed("BatchNorm3d after a pair", found)
         return _norm_function(outer_norm)(y)
     _update_running(outer_norm, *statistics, y.numel() // y.shape[1])
-    return ops.batch_norm(y, *statistics, outer_norm.weight, outer_norm.bias, outer_norm.eps)
+    affine = outer_norm.weight, outer_norm.bias
+    return ops.batch_norm(y, *statistics, *affine, outer_norm.eps, found)
 
 
 def parallel_conv2plus1d(
@@ -305,7 +306,7 @@ def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, n: int | Tensor)
     """Running statistics as ``torch.nn.functional.batch_norm`` leaves them, of n values."""
     with torch.no_grad():
         if norm.running_mean is not None:
-            norm.running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
         if norm.running_var is not None:
             unbiased = var * (n / (n - 1))
-            norm.running_var.mul_(1 - norm.momentum).add_(unbiased, alpha=norm.momentum)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import activations, checks, dispatch, functional, streaming
 from .functional import Causal, IntOrTriple, PaddingArg, Pair
-from .pairing import by_kind, pad_causally, pair_forward, sides, why_foreign
+from .pairing import by_kind, held, pad_causally, pair_forward, sides, why_foreign
 from .shapes import COMBINES, ORDERS, Padding, Triple, default_mid_channels
 
 
@@ -124,9 +124,12 @@ class Conv2Plus1d(nn.Module):
         return self._run(x, norm)
 
     def _run(self, x: Tensor, outer_norm: nn.Module | None) -> Tensor:
-        first, second = by_kind(self.spatial, self.temporal, self.order)
+        spatial, norm, activation, temporal = held(
+            self, "_modules", "spatial", "norm", "activation", "temporal"
+        )
+        first, second = by_kind(spatial, temporal, self.order)
         return pair_forward(
-            x, first, self.norm, self.activation, second,
+            x, first, norm, activation, second,
             order=self.order, causal=self.causal, recompute=self.recompute, owner="Conv2Plus1d",
             outer_norm=outer_norm,
         )  # fmt: skip

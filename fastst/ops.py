@@ -288,6 +288,7 @@ class _PairFunction(torch.autograd.Function):
         ctx.save_for_backward(u, mean, var, *tensors)
         statistics = results[1 if u is None else 2 :]
         ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)  # no zeros for the statistics
         ctx.spec, ctx.backend = spec, backend
         return y, *statistics
 
@@ -298,6 +299,8 @@ class _PairFunction(torch.autograd.Function):
     def backward(ctx: Any, *dys: Any) -> Any:
         box = dys[0] if isinstance(dys[0], list) else list(dys)
         del box[1:]  # of statistics
+        if box[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         u, mean, var, *tensors = ctx.saved_tensors  # read once: a checkpoint unpacks them
         needs = ctx.needs_input_grad[2:]
         if _direct(box[0], *tensors):

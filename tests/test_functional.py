@@ -223,6 +223,24 @@ def test_gradient_exactly_at_the_kinks(backend: str, activation: str) -> None:
     torch.testing.assert_close(dx, expected, **F64)
 
 
+def test_no_gradient_of_the_output() -> None:
+    """What follows says that it has none: as in PyTorch, there is nothing to be done then."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor, other: Tensor) -> Tensor:
+            return y.sum() + other
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            return None, dy
+
+    w = [t.requires_grad_() for t in weights()]
+    other = torch.zeros((), requires_grad=True)
+    Stop.apply(conv2plus1d(torch.randn(1, 3, 4, 6, 6), *w), other).backward()
+    assert [t.grad for t in (*w, other)] == [None, None, None, None, 1]
+
+
 def test_a_profiler_sees_the_ops() -> None:
     w = [t.requires_grad_() for t in weights()]
     x = torch.randn(1, 3, 4, 6, 6)
