@@ -18,21 +18,22 @@ def library(
     file: str,
     right: str,
     wrong: str,
-    unused: Sequence[tuple[str, str]] = (),
+    unused: Sequence[tuple[str, str, str]] = (),
     headers: Sequence[str] = (),
 ) -> ModuleType:
     """The emulated library in which ``file`` has ``wrong`` for ``right``.
 
     Args:
         folder: for the copy.
-        unused: (file, pattern): lines that the test does not need and that take long to compile.
+        unused: (file, pattern, replacement) of what the test does not need and takes long to
+            compile.
         headers: of csrc/device, from the outermost: they are put into the file, where the bug may
             then be, so that nothing else is compiled again.
     """
     changed = folder / "csrc"
     shutil.copytree(CSRC, changed)
-    for name, pattern in unused:
-        text, times = re.subn(pattern, "", (changed / name).read_text())
+    for name, pattern, instead in unused:
+        text, times = re.subn(pattern, instead, (changed / name).read_text())
         assert times, f"{name} no longer has {pattern}"
         (changed / name).write_text(text)
     text = (changed / file).read_text()
@@ -45,4 +46,6 @@ def library(
     builder = native.import_file("fastst_emulator_build", native._EMULATOR)
     built = builder.module(changed)
     # A module of its own name: pybind11 hands out the first module of a name again.
-    return native.import_file(f"mutant_{built.parent.name}.{builder.MODULE}", built)
+    found = native.import_file(f"mutant_{built.parent.name}.{builder.MODULE}", built)
+    assert Path(found.__file__ or "") == built
+    return found

@@ -6,20 +6,18 @@ Everything here ran on no GPU. Sizes are small: an emulated thread takes a thous
 from __future__ import annotations
 
 import random
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import fuzz
+import planted
 import pytest
 import torch
 from fuzz import Config
 
 from fastst.backends import cuda, cuda_depthwise, native
 from fastst.shapes import PairSpec, PairTensors, Problem
-
-CSRC = Path(__file__).parents[1] / "csrc"
 
 
 @pytest.fixture(autouse=True)
@@ -216,20 +214,7 @@ def test_planted_bug_is_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    changed = tmp_path / "csrc"
-    shutil.copytree(CSRC, changed)
-    for header, unused, instead in UNUSED:
-        text, times = re.subn(unused, instead, (changed / header).read_text())
-        assert times, f"{header} no longer has {unused}"
-        (changed / header).write_text(text)
-    text = (changed / file).read_text()
-    assert text.count(right) >= 1, f"{file} no longer has {right!r}: plant the bug elsewhere"
-    (changed / file).write_text(text.replace(right, wrong, 1))
-    builder = native.import_file("fastst_emulator_build", native._EMULATOR)
-    built = builder.module(changed)
-    # A module of its own name: pybind11 hands out the first module of a name again.
-    library = native.import_file(f"mutant_{built.parent.name}.{builder.MODULE}", built)
-    assert Path(library.__file__) == built
+    library = planted.library(tmp_path, file, right, wrong, UNUSED)
     monkeypatch.setattr(native, "emulated", lambda: library)
     with pytest.raises((AssertionError, RuntimeError)):
         fuzz.check(config, "cuda")

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import fuzz
+import hopper
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,48 +49,16 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     return found
 
 
-def in_clusters(monkeypatch: pytest.MonkeyPatch, blocks: int = 4) -> None:
-    """The chosen tiles, by so many blocks in clusters of two."""
-    for name in ("spatial_tile", "temporal_tile"):
-        chosen = getattr(cuda_hopper, name)
-        monkeypatch.setattr(
-            cuda_hopper, name, lambda problem, c=chosen: replace(c(problem), grid=blocks, cluster=2)
-        )
-
-
 # ---- random problems
-
-
-def dense(seed: int, **fixed: object) -> Config:
-    """A random configuration that the kernels take."""
-    r = random.Random(seed)
-    causal = r.choice((False, False, True, "strided"))
-    stride = (r.choice((1, 1, 2)), r.choice((1, 2)), r.choice((1, 2)))
-    k = r.choice((1, 2, 3, 3, 3, 5))
-    choices: dict[str, object] = dict(
-        seed=seed, batch=r.choice((1, 2, 3)), channels=r.choice((8, 64, 72)),
-        mid=r.choice((1, 10, 45, 64, 72, 150)), out=r.choice((8, 64, 72, 136)),
-        size=(r.choice((1, 2, 4, 5)), r.choice((1, 5, 8, 9)), r.choice((4, 8, 10, 17))),
-        kernel=(3, k, r.choice((k, k, 3))), stride=stride, causal=causal,
-        padding=(0 if causal else r.choice((1, 1, 2)), k // 2, r.choice((1, 2))),
-        dilation=(1, r.choice((1, 1, 2)), r.choice((1, 1, 2))),
-        padding_mode=("zeros", r.choice(("zeros", "zeros", "replicate"))),
-        activation=r.choice(fuzz.ACTIVATIONS), norm=r.choice(("none", "batch", "frozen")),
-        bias=(r.random() < 0.5, r.random() < 0.5), recompute=r.random() < 0.3,
-        affine=r.random() < 0.7, dtype=r.choice((torch.float16, torch.bfloat16)),
-        residual=r.random() < 0.3, outer_activation=r.choice(("none", "relu", "silu")),
-        x_layout="channels_last",
-    )  # fmt: skip
-    return Config(**(choices | fixed))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chunk", range(4))
 def test_fuzz(chunk: int, ran: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
     cases = fuzz.CASES or 4
     if chunk % 2:
-        in_clusters(monkeypatch)
+        hopper.in_clusters(monkeypatch)
     for seed in range(100 * chunk + fuzz.SEED, 10**6):
-        config = dense(seed)
+        config = hopper.dense(seed)
         if config.invalid() or config.work() > 8_000_000:
             continue
         before = len(ran)

@@ -319,12 +319,12 @@ NORM = Config(
     dtype=torch.float16, x_layout="channels_last", constant=WEIGHTS,
 )  # fmt: skip
 STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
-# Left out of the mutants to compile them quickly, as (file, pattern).
+# Left out of the mutants to compile them quickly, as (file, pattern, replacement).
 UNUSED = (
-    ("hopper_spatial_affine.cu", r" *if \(is\((?!64).*\n"),
-    ("hopper_temporal_gradient.cu", r" *if \(is\((?!64).*\n"),
-    ("hopper_spatial_affine.cu", r" *if \(dtype == Dtype::bf16\).*\n"),
-    ("hopper_temporal_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n"),
+    ("hopper_spatial_affine.cu", r" *if \(is\((?!64).*\n", ""),
+    ("hopper_temporal_gradient.cu", r" *if \(is\((?!64).*\n", ""),
+    ("hopper_spatial_affine.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+    ("hopper_temporal_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
 )
 HEADERS = ("gradient", "hopper_spatial", "hopper_temporal", "pipeline", "accumulators")
 

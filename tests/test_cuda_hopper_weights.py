@@ -251,7 +251,7 @@ STEM = Case(
 )
 FILE = "hopper_weight_gradient.cu"
 UNUSED = (
-    (FILE, r" *if \(is\((?!48).*\n"), (FILE, r" *if \(dtype == Dtype::bf16\).*\n"),
+    (FILE, r" *if \(is\((?!48).*\n", ""), (FILE, r" *if \(dtype == Dtype::bf16\).*\n", ""),
 )  # fmt: skip
 
 
