@@ -275,7 +275,8 @@ def _composes(x: Tensor) -> bool:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts the arguments of ``nn.Conv3d`` to, or None where it is off."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Not torch.amp.is_autocast_available, which torch.compile of PyTorch 2.11 cannot trace.
+    if x.is_meta or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
