@@ -14,7 +14,7 @@ from fuzz import Config, Limits
 
 import fastst
 from fastst import memory, parts
-from fastst.backends import aten, cuda_depthwise, cuda_hopper
+from fastst.backends import Part, aten, cuda_depthwise, cuda_hopper
 from fastst.backends.cpu import library
 from fastst.shapes import PairSpec, PairTensors, Problem
 
@@ -160,6 +160,22 @@ def test_cuda(kind: str, swept: list[int], monkeypatch: pytest.MonkeyPatch) -> N
     assert (cuda_hopper.backward_why_not(problem) is None) == (kind == "hopper")
     assert fuzz.check(config, "cuda") is None
     assert swept == ([] if kind == "depthwise" else [2])
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_triton_rounds_no_part(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("fastst.backends.triton", reason="Triton is not installed")
+    monkeypatch.setattr(triton.launch, "run", lambda *args, **meta: None)
+    config = replace(PAIR, dtype=torch.bfloat16, mid=6, out=6, groups=(groups, groups))
+    tensors, dy = fuzz.make(config)
+    problem = problem_of(config)
+    pair = PairTensors(*(tensors.get(n) for n in fuzz.NAMES))  # type: ignore[arg-type]
+    mean = torch.zeros(6)
+    needs = [t is not None for t in pair]
+    grads = triton.conv2plus1d_backward(
+        problem, pair, [dy], None, mean, mean, needs, Part(None, torch.zeros(2, 6))
+    )
+    assert [g.dtype for g in grads[1:]] == [torch.float32] * (sum(needs) - 1)
 
 
 def own_means(real: Callable[..., Any]) -> Callable[..., Any]:

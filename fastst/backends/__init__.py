@@ -2,6 +2,9 @@
 
 ``why_not(problem, phase)``    why it cannot run this problem ("forward" | "backward"), or None
 ``output_statistics(problem)``  whether it gives those of y without reading y again; optional
+``norm_backward(dv, y, mean, var, weight, eps, needs)``
+                              gradients of y, weight and bias of v, the batch norm of y by its own
+                              statistics, or None where PyTorch's are as good; optional
 ``avoid(problem, phase)``     reason why "auto" passes it over although it could run it; optional
 ``rehearse(problem)``         a small problem for the self-check, run by the same kernels; optional
 ``conv2plus1d(problem, tensors, save)``                   -> ``PairResult``
@@ -51,7 +54,10 @@ class PairResult(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a backward call for a part of the batch knows of the whole."""
+    """What a backward call for a part of the batch knows of the whole.
+
+    Its gradients of parameters may be in the accumulation dtype: they are going to be added up.
+    """
 
     dx: Tensor | None  # where the gradient of x may be written, of any strides
     means: Tensor | None  # with norm="batch", (2, M): of dv and dv·(u − mean), over all ranks, too

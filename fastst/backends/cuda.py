@@ -157,7 +157,7 @@ def conv2plus1d_backward(
                 k.tap_conv([k.branch(du, w1, None, first)], [dx], transposed=True)
     dws, dwt = _in_order(problem, (dw1, dw2))
     dbs, dbt = _in_order(problem, (db1, db2))
-    return finish((dx, dws, dwt, dbs, dbt, dgamma, dbeta), tensors, needs)
+    return finish((dx, dws, dwt, dbs, dbt, dgamma, dbeta), tensors, needs, part)
 
 
 def _branches(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import collectives
 from ..shapes import PairSpec, PairTensors, Pass, Problem
+from . import Part
 
 _DTYPES = {
     torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64",
@@ -263,9 +264,12 @@ def _splits(positions: int, blocks: int) -> int:
 
 
 def finish(
-    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    part: Part | None = None,
 ) -> list[Tensor]:
-    """The gradients that are needed, each in dtype and strides of its tensor.
+    """The gradients that are needed, each in dtype and strides of its tensor but those of a part.
 
     The first, of x, comes so already; the others as dense results in the accumulation dtype.
     """
@@ -277,5 +281,6 @@ def finish(
     for g, t, needed in zip(others, tensors[1:], needs[1:], strict=False):
         if needed:
             assert g is not None and t is not None
-            out.append(torch.empty_like(t).copy_(g.view(t.shape)))
+            g = g.view(t.shape)
+            out.append(torch.empty_like(t).copy_(g) if part is None else g)
     return out

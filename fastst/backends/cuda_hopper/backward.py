@@ -109,7 +109,7 @@ def backward(
                 tile = tiles[0] if tiles else spatial_gradient_tile(problem, du.u is not None)
                 dx = torch.empty_like(tensors.x) if part is None or part.dx is None else part.dx
                 _input_gradient(launches, tensors, dx, du, tile)
-    return finish((dx, dws, dwt, dbs, dbt, dgamma, dbeta), tensors, needs)
+    return finish((dx, dws, dwt, dbs, dbt, dgamma, dbeta), tensors, needs, part)
 
 
 def _recomputed(launches: Launches, tensors: PairTensors) -> Tensor:

@@ -115,15 +115,18 @@ def _backward(
 
     dx = dw1 = db1 = db2 = dgamma = sums = None
     (dy,) = box
+    # Parameters of a part of the batch: in the dtype that they are added up in.
+    wide = None if part is None else problem.accumulate_dtype
     if need_b2:
         assert b2 is not None
-        db2 = channel_sums(dy, b2)
+        db2 = channel_sums(dy, b2, dtype=wide)
     means = None if part is None else part.means
     own = spec.norm == "batch" and means is None
     dv, partial, dw2 = _late(
         second, mid, dy, w2, empty_dv if below else None, need_w2, x_scale=scale, x_shift=shift,
         activation=spec.activation, slope=spec.slope, mean=None if spec.norm == "none" else mean,
         sums=below and (own or need_b1 or need.norm_weight or need.norm_bias), rank=rank,
+        dtype=wide,
     )  # fmt: skip
     box.clear()
     del dy
@@ -152,16 +155,18 @@ def _backward(
                 above.update(shift=offset, other=mid, rate=rate)
             if b1 is not None and need_b1 and spec.group:
                 # No longer 0: only all ranks together take their mean away.
-                db1 = channel_sums(dv, b1, **above)
+                db1 = channel_sums(dv, b1, dtype=wide, **above)
         if need.x or need_w1:
             dx, _, dw1 = _late(
-                first, tensors.x, dv, w1, empty_dx if need.x else None, need_w1, rank=rank, **above
-            )
+                first, tensors.x, dv, w1, empty_dx if need.x else None, need_w1, rank=rank,
+                dtype=wide, **above,
+            )  # fmt: skip
     dbeta = None if sums is None else sums[0]
     if first.kind == "temporal":
         dw1, dw2, db1, db2 = dw2, dw1, db2, db1
     grads = (dx, dw1, dw2, db1, db2, dgamma, dbeta)
-    return [_like(g, t) for g, t, n in zip(grads, tensors, needs, strict=False) if n]
+    found = [(g, t) for g, t, n in zip(grads, tensors, needs, strict=False) if n]
+    return [_like(g, t) if part is None else g for g, t in found]  # type: ignore[misc]
 
 
 def _late(
@@ -197,6 +202,7 @@ def pass_gradients(
     mean: Tensor | None = None,
     sums: bool = False,
     rank: int = 0,
+    dtype: torch.dtype | None = None,
     **above: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the input of a pass, into dx, and of its weight, each where it is wanted.
@@ -208,14 +214,14 @@ def pass_gradients(
         assert x is not None
         return direct_gradients(
             p, x, dy, weight, dx, needs_weight, x_scale=x_scale, x_shift=x_shift,
-            activation=activation, slope=slope, mean=mean, sums=sums, **above,
+            activation=activation, slope=slope, mean=mean, sums=sums, dtype=dtype, **above,
         )  # fmt: skip
     dw = partial = None
     if needs_weight:
         assert x is not None
         dw = weight_gradient(
             p, x, dy, weight, x_scale=x_scale, x_shift=x_shift, x_activation=activation,
-            slope=slope, rank=rank, **above,
+            slope=slope, rank=rank, dtype=dtype, **above,
         )  # fmt: skip
     if dx is not None:
         u = None if activation == "none" and mean is None else x

@@ -31,6 +31,7 @@ def direct_gradients(
     mean: Tensor | None = None,
     sums: bool = False,
     slope: float = 0.01,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the input, written into dx, and of the weight of a pass.
 
@@ -41,7 +42,8 @@ def direct_gradients(
 
     Returns:
         With ``sums``, partials (tiles, 2, C) of Σdx and, where there is a mean, Σdx·(x − mean); and
-        the gradient of the weight, in its dtype and the strides of ``torch.empty_like``.
+        the gradient of the weight, in its dtype or another, and the strides of
+        ``torch.empty_like``.
     """
     channels, taps = p.in_channels, math.prod(p.kernel)
     per_group, out_per_group = channels // p.groups, p.out_channels // p.groups
@@ -51,10 +53,10 @@ def direct_gradients(
     )
     stored = channels if dx is None else dx.shape[1]
     tiles = -(-count // c.block_p)
-    dtype = accumulate_dtype(x.dtype)
-    partial = x.new_empty((tiles, 2, channels), dtype=dtype) if sums else None
+    wide = accumulate_dtype(x.dtype)
+    partial = x.new_empty((tiles, 2, channels), dtype=wide) if sums else None
     parts = (
-        x.new_empty((tiles, taps, out_per_group, channels), dtype=dtype) if needs_weight else None
+        x.new_empty((tiles, taps, out_per_group, channels), dtype=wide) if needs_weight else None
     )
     x_args, x_align = arguments.operand(x, channels)
     dy_args, dy_align = arguments.operand(dy, p.out_channels)
@@ -70,7 +72,7 @@ def direct_gradients(
         **arguments.layout(dy, x, count), ACTIVATION=activation, SLOPE=slope,
         BLOCK_P=c.block_p, BLOCK_C=c.block_c, **arguments.arithmetic(x.dtype, dot=False),
     )  # fmt: skip
-    return partial, None if parts is None else finish_direct(p, parts, weight)
+    return partial, None if parts is None else finish_direct(p, parts, weight, dtype)
 
 
 def pack_direct(p: Pass, weight: Tensor) -> Tensor:
@@ -80,8 +82,10 @@ def pack_direct(p: Pass, weight: Tensor) -> Tensor:
     return w.permute(3, 1, 0, 2).contiguous()
 
 
-def finish_direct(p: Pass, parts: Tensor, weight: Tensor) -> Tensor:
+def finish_direct(
+    p: Pass, parts: Tensor, weight: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """The sum of the (tiles, taps, K/g, C) parts, in the dtype and the strides of the weight."""
     dw = sum_rows(parts.flatten(1), parts.new_empty(parts.shape[1:]))
     dw = dw.unflatten(2, (p.groups, -1)).permute(2, 1, 3, 0)
-    return torch.empty_like(weight).copy_(dw.reshape(weight.shape))
+    return torch.empty_like(weight, dtype=dtype).copy_(dw.reshape(weight.shape))

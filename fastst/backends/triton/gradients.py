@@ -107,8 +107,9 @@ def weight_gradient(
     rate: Tensor | None = None,
     slope: float = 0.01,
     rank: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gradient of the weight of a pass, in its dtype and the strides of ``torch.empty_like``.
+    """Gradient of the weight of a pass, in its dtype or another, strides of ``torch.empty_like``.
 
     The input is act(x_scale·x + x_shift), what comes from above scale·dy + rate·other + shift,
     with ``other`` of the strides of dy. Both may have padding channels, which are not read.
@@ -136,12 +137,14 @@ def weight_gradient(
         BLOCK_P=c.block_p, BLOCK_R=c.block_r, BLOCK_N=c.block_n, REST_N=c.rest_n,
         **arguments.arithmetic(x.dtype),
     )  # fmt: skip
-    return finish_weight(p, partial, weight, c.swap)
+    return finish_weight(p, partial, weight, c.swap, dtype)
 
 
-def finish_weight(p: Pass, partial: Tensor, weight: Tensor, swap: bool) -> Tensor:
+def finish_weight(
+    p: Pass, partial: Tensor, weight: Tensor, swap: bool, dtype: torch.dtype | None = None
+) -> Tensor:
     """The sum of the (splits, weights) partials, in the dtype and the strides of the weight."""
-    dw = torch.empty_like(weight)
+    dw = torch.empty_like(weight, dtype=dtype)
     launch.run(
         launch.kernels().weight_gradient.finish_weight, (-(-weight.numel() // 256),), None,
         partial, partial.shape[0], weight.numel(), dw, dw.stride(), weight.shape[1],
@@ -160,6 +163,7 @@ def channel_sums(
     shift: Tensor | None = None,
     other: Tensor | None = None,
     rate: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient of a bias: the sums over positions of scale·dy + rate·other + shift."""
     channels = bias.shape[0]
@@ -174,7 +178,7 @@ def channel_sums(
         ALIGN=align, **arguments.layout(dy, dy, count), BLOCK_P=block_p, BLOCK_C=block_c,
         **arguments.arithmetic(dy.dtype, dot=False),
     )  # fmt: skip
-    return sum_rows(partial, torch.empty_like(bias))
+    return sum_rows(partial, torch.empty_like(bias, dtype=dtype))
 
 
 def sum_rows(partial: Tensor, out: Tensor) -> Tensor:
