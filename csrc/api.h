@@ -119,14 +119,31 @@ struct HopperTile {
 };
 
 struct HopperSpatial {
-  View x;                 // channels-last, frames of all clips evenly apart
-  std::optional<View> u;  // laid out as x; what is convolved is x + p·u + q
-  Array affine;           // (2, ⌈C/64⌉·64): p, q; only with u
-  Array weight;           // (tiles of columns, ⌈C/64⌉, kw, kh, columns, 64)
+  View x;        // channels-last, frames of all clips evenly apart
+  Array weight;  // (tiles of columns, ⌈C/64⌉, kw, kh, columns, 64)
   Conv conv;
-  bool transposed;  // input gradient of conv: x is that of its output, the taps come mirrored
   HopperOutput output;
   HopperTile tile;
+};
+
+struct HopperGradientTile {
+  int64_t columns;             // channels of dx
+  int64_t blocks;              // outputs of a cell: a warpgroup has 64 × columns sums of each
+  std::array<int64_t, 3> box;  // cells: frames, rows, columns
+  int64_t stages;              // boxes of du in shared memory
+  int64_t grid;                // blocks, which walk over the tiles
+  int64_t cluster;             // blocks that copy the weights to each other: 1 or 2
+};
+
+// dx from du = g + p·u + q inside of the frame, the gradient of conv's output.
+struct HopperSpatialGradient {
+  View g;                 // channels-last, frames of all clips evenly apart
+  std::optional<View> u;  // laid out as g; none: du = g
+  Array affine;           // (2, ⌈M/64⌉·64): p, q; only with u
+  Array weight;           // (tiles of columns, ⌈M/64⌉, kw, kh, columns, 64), taps mirrored
+  Conv conv;
+  View out;  // channels-last, channels a multiple of 8
+  HopperGradientTile tile;
 };
 
 struct HopperTemporal {
@@ -235,7 +252,7 @@ int64_t depthwise_shared_bytes(int64_t kernel, int64_t temporal_kernel, int64_t 
                                int64_t stages, bool backward);
 
 void hopper_spatial(Dtype, const HopperSpatial&, Stream);
-void hopper_spatial_affine(Dtype, const HopperSpatial&, Stream);  // with u
+void hopper_spatial_gradient(Dtype, const HopperSpatialGradient&, Stream);
 void hopper_temporal(Dtype, const HopperTemporal&, Stream);
 void hopper_temporal_gradient(Dtype, const HopperTemporalGradient&, Stream);
 void hopper_stem(Dtype, const HopperStem&, Stream);

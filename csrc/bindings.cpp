@@ -88,8 +88,11 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
       .def(py::init<int64_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, int64_t, int64_t,
                     int64_t>());
   py::class_<HopperSpatial>(m, "HopperSpatial", kLocal)
-      .def(py::init<View, std::optional<View>, Array, Array, Conv, bool, HopperOutput,
-                    HopperTile>());
+      .def(py::init<View, Array, Conv, HopperOutput, HopperTile>());
+  py::class_<HopperGradientTile>(m, "HopperGradientTile", kLocal)
+      .def(py::init<int64_t, int64_t, std::array<int64_t, 3>, int64_t, int64_t, int64_t>());
+  py::class_<HopperSpatialGradient>(m, "HopperSpatialGradient", kLocal)
+      .def(py::init<View, std::optional<View>, Array, Array, Conv, View, HopperGradientTile>());
   py::class_<HopperTemporal>(m, "HopperTemporal", kLocal)
       .def(py::init<View, Array, Conv, Array, Activation, double, HopperOutput, HopperTile>());
   py::class_<HopperTemporalGradient>(m, "HopperTemporalGradient", kLocal)
@@ -119,6 +122,7 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.def("depthwise_shared_bytes", &depthwise_shared_bytes);
 
   m.def("hopper_spatial", launcher(hopper_spatial));
+  m.def("hopper_spatial_gradient", launcher(hopper_spatial_gradient));
   m.def("hopper_temporal", launcher(hopper_temporal));
   m.def("hopper_temporal_gradient", launcher(hopper_temporal_gradient));
   m.def("hopper_stem", launcher(hopper_stem));

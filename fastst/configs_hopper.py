@@ -38,9 +38,6 @@ TEMPORAL_TILES = ((64, 4), (128, 2), (128, 1))
 TEMPORAL_GRADIENT_TILES = (
     (64, 4, 1), (64, 4, 2), (120, 2, 2), (128, 2, 1), (144, 2, 1), (232, 1, 1),
 )  # fmt: skip
-# The spatial kernel's instances where its input is formed from two tensors: a stage holds boxes of
-# both, and two stages of 256 rows fit beside the weights of a column of taps up to 64 columns only.
-AFFINE_TILES = ((64, 2, 2), (128, 2, 1))
 _TEMPORAL_ROWS = 128
 _TEMPORAL_TAPS = 3
 _LEAST_FRAMES = 6  # in shared memory: what a tile of 4 reads, or all that one of 2 does and more
@@ -99,32 +96,22 @@ def spatial(
     stride: tuple[int, int],
     dilation: int,
     processors: int,
-    *,
-    gradient: bool = False,
-    affine: bool = False,
 ) -> HopperTile:
-    """Tile of the spatial pass, or of its input gradient.
+    """Tile of the spatial pass.
 
     Args:
         frames: of all clips.
         size: (H', W') of what is written.
         channels, out_channels: of what is read and of what is written.
-        kernel, stride: (height, width), of the forward pass.
+        kernel, stride: (height, width).
         dilation: vertical.
         processors: multiprocessors, each of which runs one block.
-        gradient: the input gradient: each rest of the positions by the stride has tiles of its own,
-            and its share of the taps.
-        affine: what is read is formed from two tensors.
     """
-    taps, chunks, rests = math.prod(kernel), math.ceil(channels / 64), 1
+    taps, chunks = math.prod(kernel), math.ceil(channels / 64)
     share_all = stride == (1, 1) and dilation == 1
-    if gradient:
-        rests, taps = math.prod(stride), math.ceil(taps / math.prod(stride))
-        size = math.ceil(size[0] / stride[0]), math.ceil(size[1] / stride[1])
-        stride = 1, 1
     # Fewer tiles where they cost the same, and of equally many those that read the least.
     best: dict[int, _Found] = {}
-    for columns, groups, blocks in AFFINE_TILES if affine else SPATIAL_TILES:
+    for columns, groups, blocks in SPATIAL_TILES:
         rows = 64 * groups * blocks
         column_tiles = math.ceil(out_channels / columns)
         for box in _boxes(rows, (frames, *size), stride):
@@ -134,7 +121,7 @@ def spatial(
             shared = whole and share_all and box[1] + kernel[0] - 1 <= 256
             for share in {1, kernel[0] if shared else 1}:
                 box_rows = box[0] * (box[1] + share - 1) * box[2]
-                own = round_up(max(rows, box_rows) * _SWIZZLE_ROW, 1024) * (2 if affine else 1)
+                own = round_up(max(rows, box_rows) * _SWIZZLE_ROW, 1024)
                 common = share * columns * _SWIZZLE_ROW
                 stage = own + common
                 stages = min((shared_memory_limit((9, 0)) - _BARRIERS) // stage, 16)
@@ -144,13 +131,13 @@ def spatial(
                 products = taps * chunks * 4 * (rows // 64) * columns / 2
                 steps = taps * chunks // share
                 halo = [(b - 1) * s + k for b, s, k in zip(box[1:], stride, kernel, strict=True)]
-                for cluster in CLUSTERS if not affine else (1,):
+                for cluster in CLUSTERS:
                     # Its blocks have neighbouring boxes of frames: the same taps meet them.
                     shape = box[0] * cluster, box[1], box[2]
                     tiles = math.prod(
                         math.ceil(n / b) for n, b in zip((frames, *size), shape, strict=True)
                     )
-                    tiles *= column_tiles * rests
+                    tiles *= column_tiles
                     walks = min(tiles, processors // cluster)
                     if not walks:
                         continue
@@ -280,22 +267,6 @@ def stem(clips: int, size: Sequence[int], processors: int) -> tuple[int, int]:
     piece = math.ceil(frames / pieces)
     units *= math.ceil(frames / piece)
     return min(math.ceil(units / STEM_GROUPS), processors), piece
-
-
-def gradient_trials() -> list[tuple[HopperTile, HopperTile, tuple[int, int]]]:
-    """Tiles of both input gradients, and the temporal and spatial stride: every instance comes up.
-
-    Boxes are for small problems; every third spatial one serves all three taps of a column, another
-    has the rests of stride 2.
-    """
-    found = []
-    for i, (columns, frames, stride) in enumerate(TEMPORAL_GRADIENT_TILES):
-        n, groups, blocks = AFFINE_TILES[i // 3 % len(AFFINE_TILES)]
-        share, box = (3, (groups * blocks, 8, 8)) if i % 3 == 0 else (1, (1, 5, 7))
-        spatial_one = HopperTile(n, groups, blocks, box, share, 2, 2)
-        temporal_one = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2, CLUSTERS[i % 2])
-        found.append((spatial_one, temporal_one, (stride, 2 if i % 3 == 2 else 1)))
-    return found
 
 
 def trials() -> list[tuple[HopperTile, HopperTile, int]]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cache, configs_hopper
+from . import cache, configs_hopper, configs_hopper_gradient
 from .shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
 # Largest error allowed, in units of the rounding of the dtype and of the largest output: the
@@ -236,7 +236,7 @@ def _hopper_backward_examples(dtype: torch.dtype) -> list[_Example]:
         return _Example(spec, tensors, run, dy)
 
     examples = []
-    for spatial, temporal, (stride, plane) in configs_hopper.gradient_trials():
+    for spatial, temporal, (stride, plane) in configs_hopper_gradient.trials():
         c, m = spatial.columns - 8, temporal.columns - 8
         tensors = _tensors(dtype, (1, c, 3, 5, 6), (m, c, 1, 3, 3), (24, m, 3, 1, 1))
         spec = PairSpec(

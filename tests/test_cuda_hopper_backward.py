@@ -20,10 +20,11 @@ import torch
 from fuzz import Config
 
 import fastst
-from fastst import collectives, configs, configs_hopper, selfcheck
+from fastst import collectives, configs, configs_hopper, configs_hopper_gradient, selfcheck
 from fastst.backends import cuda, cuda_hopper, native
 from fastst.backends.cuda_hopper.launches import Gradient, Launches
 from fastst.configs_hopper import HopperTile
+from fastst.configs_hopper_gradient import Axis, GradientTile
 from fastst.shapes import PairSpec, PairTensors, Problem
 
 MODULE = importlib.import_module("fastst.backends.cuda_hopper.backward")
@@ -92,7 +93,6 @@ def test_fuzz(chunk: int, ran: list[Problem]) -> None:
 
 
 WEIGHTS = ("spatial_weight", "temporal_weight")  # whose gradients are other kernels
-PLANES = {1: (1, 3, 5), 3: (4, 8, 8)}  # boxes with one tap each, and with a column of them
 
 
 @pytest.mark.parametrize("tile", configs_hopper.TEMPORAL_GRADIENT_TILES)
@@ -113,20 +113,24 @@ def test_temporal_tiles(
     assert len(ran) == 1
 
 
-@pytest.mark.parametrize("tile", configs_hopper.AFFINE_TILES)
-@pytest.mark.parametrize(("share", "stride"), [(1, 1), (1, 2), (3, 1)])
-def test_tiles_that_form_their_input(
-    tile: tuple[int, int, int], share: int, stride: int, monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("tile", "strides"),
+    [((64, 2), (1, 1)), ((64, 2), (2, 1)), ((64, 4), (1, 1)), ((64, 4), (2, 2)), ((128, 1), (1, 1)),
+     ((128, 2), (1, 2))],
+)  # fmt: skip
+def test_spatial_tiles(
+    tile: tuple[int, int], strides: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
     ran: list[Problem],
 ) -> None:  # fmt: skip
-    """Each instance, with one box per tap and with one for a column of taps; q is not 0."""
-    columns, groups, blocks = tile
-    f, h, w = PLANES[share]
-    chosen = HopperTile(columns, groups, blocks, (f * blocks // 2 or 1, h, w), share, 2, 2)
-    monkeypatch.setattr(MODULE, "spatial_gradient_tile", lambda problem, affine: chosen)
+    """Each instance; some frames, rows and columns of cells do not exist; q is not 0."""
+    assert tile in configs_hopper_gradient.TILES
+    columns, blocks = tile
+    stages, cluster = 3 if columns == 64 else 2, 1 if strides == (1, 1) else 2
+    chosen = GradientTile(columns, blocks, (2, 3, 5), stages, 2, cluster)
+    monkeypatch.setattr(MODULE, "spatial_gradient_tile", lambda problem: chosen)
     config = Config(
-        seed=columns, channels=columns - 8, mid=72, out=8, batch=1, size=(2, 9, 10), norm="batch",
-        stride=(1, stride, stride), dtype=(torch.float16, torch.bfloat16)[share // 2],
+        seed=columns, channels=columns - 8, mid=72, out=8, batch=1, size=(3, 9, 11), norm="batch",
+        stride=(1, *strides), dtype=(torch.float16, torch.bfloat16)[blocks // 2 % 2],
         x_layout="channels_last", constant=WEIGHTS,
     )  # fmt: skip
     assert fuzz.check(config, "cuda") is None
@@ -211,14 +215,12 @@ def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_self_check_runs_the_backward(monkeypatch: pytest.MonkeyPatch, ran: list[Problem]) -> None:
-    trials = configs_hopper.gradient_trials()
+    trials = configs_hopper_gradient.trials()
     assert {(t.columns, t.box[1], s) for _, t, (s, _) in trials} == set(
         configs_hopper.TEMPORAL_GRADIENT_TILES
     )
-    assert {(a.columns, a.groups, a.blocks) for a, _, _ in trials} == set(
-        configs_hopper.AFFINE_TILES
-    )
-    monkeypatch.setattr(configs_hopper, "gradient_trials", lambda: trials[2:3])
+    assert {(a.columns, a.blocks) for a, _, _ in trials} == set(configs_hopper_gradient.TILES)
+    monkeypatch.setattr(configs_hopper_gradient, "trials", lambda: trials[2:3])
     cpu, half = torch.device("cpu"), torch.float16
     assert selfcheck.check("cuda", "hopper backward", cpu, half) is None
     assert [p.spec.norm for p in ran] == ["batch", "frozen", "batch"]  # type: ignore[union-attr]
@@ -231,9 +233,9 @@ def test_self_check_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> N
         Launches, "spatial_gradient",
         lambda self, du, *rest: spatial_gradient(self, Gradient(du.g), *rest),
     )  # fmt: skip
-    trial = HopperTile(64, 2, 2, (1, 5, 7), 1, 2, 2)
+    trial = GradientTile(64, 2, (1, 5, 7), 2, 2)
     trials = [(trial, HopperTile(64, 2, 4, (1, 4, 30), 1, 2, 2), (1, 1))]
-    monkeypatch.setattr(configs_hopper, "gradient_trials", lambda: trials)
+    monkeypatch.setattr(configs_hopper_gradient, "trials", lambda: trials)
     found = selfcheck.check("cuda", "hopper backward", torch.device("cpu"), torch.float16)
     assert "of the largest gradient of x in its self-check" in str(found)
 
@@ -290,17 +292,20 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("affine", [False, True])
-def test_tiles_keep_to_the_limits(shape: tuple[int, ...], affine: bool) -> None:
+@pytest.mark.parametrize("sources", [1, 2])
+def test_tiles_keep_to_the_limits(shape: tuple[int, ...], sources: int) -> None:
     c, m, k, t, side, stride, temporal = shape
-    a = configs_hopper.spatial(
-        8 * t, (side, side), m, c, (3, 3), (stride, stride), 1, 132, gradient=True, affine=affine
-    )
-    rows = 64 * a.groups * a.blocks
-    box_rows = a.box[0] * (a.box[1] + a.share - 1) * a.box[2]
-    stage = configs.round_up(max(rows, box_rows) * 128, 1024) * (1 + affine)
-    assert 1024 + a.stages * (stage + a.share * a.columns * 128) <= 227 << 10
-    assert math.prod(a.box) <= rows and a.stages >= 2 and (a.share == 1 or stride == 1)
+    axis = Axis(side, math.ceil(side / stride), 3, stride, 1, 1)
+    a = configs_hopper_gradient.spatial_gradient(8 * t, axis, axis, m, c, sources, 132)
+    assert a is not None and (a.columns, a.blocks) in configs_hopper_gradient.TILES
+    span = a.blocks // stride
+    (_, h, _), (_, w, _) = axis.boxes(span, a.box[1]), axis.boxes(stride, a.box[2])
+    rows = a.box[0] * h * w
+    assert math.prod(a.box) <= 128 and rows <= 1024 and 2 <= a.stages <= 16
+    stage = sources * configs.round_up(rows * 64, 1024)
+    assert (5 << 10) + a.stages * stage + 2 * 3 * a.columns * 64 <= 227 << 10
+    apart = replace(axis, size=side + 60, dilation=30)
+    assert configs_hopper_gradient.spatial_gradient(8, apart, apart, m, c, sources, 132) is None
     pixels = (side // stride) ** 2
     b = configs_hopper.temporal(8, pixels, t, k, m, temporal, 132, gradient=True)
     assert b.box[0] * b.box[2] <= 128 and 2 <= b.stages <= 16 and b.box[1] % temporal == 0
@@ -321,31 +326,32 @@ NORM = Config(
 STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
 # Left out of the mutants to compile them quickly, as (file, pattern, replacement).
 UNUSED = (
-    ("hopper_spatial_affine.cu", r" *if \(is\((?!64).*\n", ""),
+    ("hopper_spatial_gradient.cu", r" *if \(is\((?!64, 4).*\n", ""),
     ("hopper_temporal_gradient.cu", r" *if \(is\((?!64).*\n", ""),
-    ("hopper_spatial_affine.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+    ("hopper_spatial_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
     ("hopper_temporal_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
 )
-HEADERS = ("gradient", "hopper_spatial", "hopper_temporal", "pipeline", "accumulators")
+HEADERS = ("gradient", "hopper_temporal", "pipeline", "accumulators")
 
 
 @pytest.mark.parametrize(
     ("file", "right", "wrong", "config"),
     [
-        # a tap off by one
-        ("spatial_affine", "kernel - 1) * dilation - before", "kernel - 1) * dilation", NORM),
-        ("spatial_affine", ">> log2_up);\n  }", ">> log2_up) + (rest > 0);\n  }", STRIDED),
+        # a tap off by one, an output of a cell left out
+        ("spatial_gradient", "* dilation - narrow_size", "* dilation + 1 - narrow_size", NORM),
+        ("spatial_gradient", "static_cast<uint8_t>(output)", "0", STRIDED),
         ("temporal_gradient", "kTaps - 1 - before", "kTaps - before", NORM),
         ("temporal_gradient", "before & 1", "0", STRIDED),
-        # du: p·u left out, q where there is no frame, another piece of the channels
-        ("spatial_affine", "(rate[i] * widen", "(0 * rate[i] * widen", NORM),
-        ("spatial_affine", "inside ? widen", "inside || true ? widen", NORM),
-        ("spatial_affine", "(piece ^ row % 8) * 8", "piece * 8", NORM),
-        # a missing fence or barrier, a wrong phase
-        ("spatial_affine", "fence_proxy_async();\n          ring.publish();", "ring.publish();",
-         NORM),
-        ("spatial_affine", "          arrived.wait();\n", "", NORM),
-        ("spatial_affine", "ring.advance(), arrived.advance();", "ring.advance();", NORM),
+        # du: p·u left out, q where there is no place
+        ("spatial_gradient", "(rate[i] * widen", "(0 * rate[i] * widen", NORM),
+        ("spatial_gradient", "inside ? widen", "inside || true ? widen", STRIDED),
+        # a missing fence or barrier, a wrong phase, a stage given back too early, a wrong swizzle
+        ("spatial_gradient", "fence_proxy_async();\n", "", NORM),
+        ("spatial_gradient", "if (p.affine) formed.wait();", "", NORM),
+        ("spatial_gradient", "boxes.advance(), formed.advance();\n      at",
+         "boxes.advance();\n      at", NORM),
+        ("spatial_gradient", "wgmma_wait<0>();", "", STRIDED),
+        ("spatial_gradient", "^ r / 2 % 4", "^ r % 4", NORM),
         # the derivative and its sums
         ("temporal_gradient", "d * from_mean", "d * widen(u.lane[k])", NORM),
     ],
@@ -360,8 +366,9 @@ def test_planted_bug_is_caught(
 ) -> None:
     library = planted.library(tmp_path, f"hopper_{file}.cu", right, wrong, UNUSED, HEADERS)
     monkeypatch.setattr(native, "emulated", lambda: library)
-    monkeypatch.setattr(configs_hopper, "spatial", configs_hopper.spatial.__wrapped__)
-    monkeypatch.setattr(configs_hopper, "AFFINE_TILES", ((64, 2, 2),))
+    wrapped = configs_hopper_gradient.spatial_gradient.__wrapped__  # without what it remembers
+    monkeypatch.setattr(configs_hopper_gradient, "spatial_gradient", wrapped)
+    monkeypatch.setattr(configs_hopper_gradient, "TILES", ((64, 4),))
     monkeypatch.setattr(configs_hopper, "TEMPORAL_GRADIENT_TILES", ((64, 4, 1), (64, 4, 2)))
     with pytest.raises((AssertionError, RuntimeError)):
         fuzz.check(config, "cuda")

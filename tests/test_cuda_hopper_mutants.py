@@ -68,7 +68,7 @@ def plant(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
         ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
         ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
         # a wrong swizzle
-        ("hopper_spatial.cu", ".swizzle = Swizzle::b128", ".swizzle = Swizzle::none", SPATIAL),
+        ("hopper_spatial.cu", ".swizzle = swizzle});", ".swizzle = Swizzle::none});", SPATIAL),
         ("hopper_temporal.cu", "^ (row % 8)", "^ (row % 4)", TEMPORAL),
         # a wrong phase
         ("hopper_spatial.cu", "mbarrier_wait(empty_ + stage_, phase_ ^ 1)",
@@ -89,7 +89,7 @@ def plant(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
         ("hopper_temporal.cu", "warps * cluster_", "warps", TEMPORAL),
         ("hopper_temporal.cu", "(1 << cluster_) - 1", "1", TEMPORAL),
         ("hopper_spatial.cu", "cluster_sync();", "sync_block();", SPATIAL),
-        ("hopper_spatial.cu", "if (copies) ring.end();", "", SPATIAL),
+        ("hopper_spatial.cu", "ring.end();", "", SPATIAL),
         ("hopper_temporal.cu", "weights.end();", "", TEMPORAL),
         # weights of other columns
         ("hopper_temporal.cu", "stay && column == held", "stay && held >= 0", TEMPORAL),
@@ -117,7 +117,7 @@ def test_planted_bug_is_caught(
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [
-        ("hopper_spatial.cu", "- before) >> log2_up", "- before + 1) >> log2_up"),
+        ("hopper_spatial.cu", "+ k * dilation - before;", "+ k * dilation - before + 1;"),
         ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;"),
         ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps"),
     ],

@@ -163,6 +163,34 @@ __device__ uint32_t pack_pair(float a, float b) {
   return bit_cast<uint32_t>(Pack<T, 2>{{narrow<T>(a), narrow<T>(b)}});
 }
 
+// Columns from `first` on of rows of `stored` channels, zeros from `channels` on.
+template <class T, int N>
+__device__ void store_rows(Global<T> out, int channels, int stored, const float (&values)[N / 2],
+                           const RowPair& rows, int first) {
+  const int q = threadIdx.x % 4;
+  // 16 bytes of a row to each lane: a quad writes 64 neighbouring bytes.
+#pragma unroll
+  for (int j = 0; j < N / 8; j += 4)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (j + i >= N / 8) {
+          words[i] = 0;
+          continue;
+        }
+        const int at = 4 * (j + i) + 2 * half, c = first + 8 * (j + i) + 2 * q;
+        words[i] = pack_pair<T>(c < channels ? values[at] : 0.0f,
+                                c + 1 < channels ? values[at + 1] : 0.0f);
+      }
+      transpose_quad(words);
+      const int c = first + 8 * (j + q);
+      if (rows.out[half] < 0 || j + q >= N / 8 || c >= stored) continue;
+      store(out + rows.out[half] + c, bit_cast<Pack<T, 8>>(words));
+    }
+}
+
 // Scales and shifts the accumulators, then counts them: what statistics are about.
 template <class T, int N>
 __device__ void finish_rows(const Epilogue<T>& e, float (&values)[N / 2], const RowPair& rows,
@@ -192,27 +220,7 @@ __device__ void finish_rows(const Epilogue<T>& e, float (&values)[N / 2], const 
 #pragma unroll
   for (int i = 0; i < N / 2; ++i)
     if (values[i] < 0) values[i] = e.negative == 0 ? 0.0f : values[i] * e.negative;
-  // 16 bytes of a row to each lane: a quad writes 64 neighbouring bytes.
-#pragma unroll
-  for (int j = 0; j < N / 8; j += 4)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (j + i >= N / 8) {
-          words[i] = 0;
-          continue;
-        }
-        const int at = 4 * (j + i) + 2 * half, c = first + 8 * (j + i) + 2 * q;
-        words[i] = pack_pair<T>(c < e.channels ? values[at] : 0.0f,
-                                c + 1 < e.channels ? values[at + 1] : 0.0f);
-      }
-      transpose_quad(words);
-      const int c = first + 8 * (j + q);
-      if (rows.out[half] < 0 || j + q >= N / 8 || c >= e.stored) continue;
-      store(e.out + rows.out[half] + c, bit_cast<Pack<T, 8>>(words));
-    }
+  store_rows<T, N>(e.out, e.channels, e.stored, values, rows, first);
 }
 
 }  // namespace fastst

@@ -1,12 +1,9 @@
-// A spatial pass on Hopper, or its input gradient: an implicit GEMM of exact N tiles.
+// A spatial pass on Hopper: an implicit GEMM of exact N tiles.
 //
 // One warp copies boxes of the input and of the packed weights, two warpgroups multiply. A box is
 // 64 channels of the positions of one output tile, shifted by a tap: zero padding, strides and
 // edges are the tensor map's business. Blocks stay and walk over tiles; those of a cluster have the
 // same places of neighbouring frames, and copy the weights, which are then the same, to each other.
-//
-// Affine: the input is du = g + p·u + q of two tensors. Boxes of both are copied, and the warps
-// beside the copying one put du in the place of g before the products read it.
 #pragma once
 
 #include <device/accumulators.cuh>
@@ -19,34 +16,23 @@ namespace fastst {
 namespace {
 
 // One axis of the plane as boxes see it.
-//
-// Up > 1 is the input gradient of a convolution of that stride: outputs o = up·i + rest of one rest
-// read neighbouring inputs i + (rest + k·dilation − before) / up, through the taps k for which that
-// is whole. Each rest has tiles of its own. up is 1 or 2: divisions would take registers.
 struct Plane {
-  int size, out, box, tiles, kernel, stride, dilation, before, log2_up;
+  int size, out, box, tiles, kernel, stride, dilation, before;
 
-  __host__ __device__ int up() const { return 1 << log2_up; }
-  // First input coordinate of tile `tile` of a rest through tap k.
-  __device__ int first(int tile, int rest, int k) const {
-    return tile * box * stride + ((rest + k * dilation - before) >> log2_up);
+  // First input coordinate of a tile through tap k.
+  __device__ int first(int tile, int k) const {
+    return tile * box * stride + k * dilation - before;
   }
-  // Whether tap k meets nothing there but padding, or places between the inputs.
-  __device__ bool outside(int tile, int rest, int k) const {
-    if ((rest + k * dilation - before) & (up() - 1)) return true;
-    const int from = first(tile, rest, k), outs = (out - rest + up() - 1) >> log2_up;
-    const int last = min(box, outs - tile * box) - 1;
-    return last < 0 || from + last * stride < 0 || from >= size;
-  }
-  // Output coordinate i places into a tile.
-  __device__ int place(int tile, int rest, int i) const {
-    return ((tile * box + i) << log2_up) + rest;
+  // Whether tap k meets nothing there but padding.
+  __device__ bool outside(int tile, int k) const {
+    const int from = first(tile, k), last = min(box, out - tile * box) - 1;
+    return from + last * stride < 0 || from >= size;
   }
 };
 
 template <class T>
 struct Parameters {
-  TensorMap x, u, weight;  // (C, W, H, frames), the same, (64, rows)
+  TensorMap x, weight;  // (C, W, H, frames), (64, rows)
   Plane h, w;
   int channels, frames, box_frames;
   int cluster, frame_tiles;  // frame tiles of each block of a cluster
@@ -55,7 +41,6 @@ struct Parameters {
   // tiles: of positions, of each block of a cluster; the walk over all is of 32 bits
   int tiles, column_tiles, stages;
   int64_t frame_stride, row_stride, pixel_stride;  // of out
-  Global<const float> rate, shift;                 // (64 · chunks): p and q of Affine
   Epilogue<T> epilogue;
 
   // Products of 16 channels each that a chunk asks for: the last may have less than four.
@@ -68,17 +53,14 @@ struct Parameters {
 };
 
 struct Tile {
-  int frame, h, w;     // of the box of frames, of rows, of columns
-  int rest_h, rest_w;  // of the outputs
+  int frame, h, w;  // of the box of frames, of rows, of columns
 
-  // Rests have different numbers of taps: every block gets tiles of each of them. Frames that no
-  // block of a cluster has any more arrive as zeros and are not written.
+  // Frames that no block of a cluster has any more arrive as zeros and are not written.
   template <class T>
   __device__ Tile(const Parameters<T>& p, int index, int rank) {
     w = index % p.w.tiles, index /= p.w.tiles;
     h = index % p.h.tiles, index /= p.h.tiles;
-    frame = index % p.frame_tiles * p.cluster + rank, index /= p.frame_tiles;
-    rest_w = index & (p.w.up() - 1), rest_h = index >> p.w.log2_up;
+    frame = index * p.cluster + rank;
   }
 };
 
@@ -87,71 +69,36 @@ template <class T, class F>
 __device__ void for_each_step(const Parameters<T>& p, const Tile& tile, F f) {
   for (int chunk = 0; chunk < p.chunks; ++chunk)
     for (int kw = 0; kw < p.w.kernel; ++kw) {
-      if (p.w.outside(tile.w, tile.rest_w, kw)) continue;
+      if (p.w.outside(tile.w, kw)) continue;
       for (int kh = 0; kh < p.h.kernel; kh += p.share)
-        if (p.share > 1 || !p.h.outside(tile.h, tile.rest_h, kh)) f(chunk, kw, kh);
+        if (p.share > 1 || !p.h.outside(tile.h, kh)) f(chunk, kw, kh);
     }
 }
 
-template <int N, int Groups, int Blocks, bool Affine>
+template <int N, int Groups, int Blocks>
 struct Layout {
   static constexpr int kRows = 64 * Groups * Blocks;
   static constexpr int kWeightBytes = N * 128;  // of one tap and 64 channels
   static constexpr int kFirst = kTileAlign;     // barriers come before the stages
 
-  static __host__ __device__ int box_bytes(int box_rows) {
+  static __host__ __device__ int x_bytes(int box_rows) {
     const int rows = box_rows > kRows ? box_rows : kRows;
     return (rows * 128 + kTileAlign - 1) / kTileAlign * kTileAlign;
-  }
-  static __host__ __device__ int x_bytes(int box_rows) {
-    return (Affine ? 2 : 1) * box_bytes(box_rows);
   }
   static __host__ __device__ int stage_bytes(int box_rows, int share) {
     return x_bytes(box_rows) + share * kWeightBytes;
   }
 };
 
-constexpr int kFormingWarps = 3;
-
-// g + rate·u + shift takes the place of g in a box; zeros outside of the plane.
-template <class T>
-__device__ void form_input(const Parameters<T>& p, int rows, int first_h, int first_w, int channel,
-                           Shared<T> g, Shared<T> u) {
-  const int thread = threadIdx.x - 32, piece = thread % 8;  // of 8 channels
-  float rate[8], shift[8];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int c = channel + piece * 8 + half * 4;
-    const auto a = load<4>(p.rate + c), b = load<4>(p.shift + c);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rate[4 * half + i] = a.lane[i], shift[4 * half + i] = b.lane[i];
-  }
-  for (int row = thread / 8; row < rows; row += kFormingWarps * 4) {
-    const int at = row * kSwizzleRow + (piece ^ row % 8) * 8;  // as the swizzle has them
-    const int w = first_w + row % p.w.box, h = first_h + row / p.w.box % p.box_h();
-    const bool inside = w >= 0 && w < p.w.size && h >= 0 && h < p.h.size;
-    Pack<T, 8> du = load<8>(g + at);
-    const Pack<T, 8> other = load<8>(u + at);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      du.lane[i] = narrow<T>(
-          inside ? widen(du.lane[i]) + (rate[i] * widen(other.lane[i]) + shift[i]) : 0.0f);
-    store(g + at, du);
-  }
-}
-
-template <class T, int N, int Groups, int Blocks, bool Affine>
+template <class T, int N, int Groups, int Blocks>
 __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
     hopper_spatial_kernel(const __grid_constant__ Parameters<T> p) {
-  using L = Layout<N, Groups, Blocks, Affine>;
+  using L = Layout<N, Groups, Blocks>;
   const int box_rows = p.frame_rows() * p.box_frames;
-  const int u_at = L::box_bytes(box_rows), x_bytes = L::x_bytes(box_rows);
-  const int stage_bytes = L::stage_bytes(box_rows, p.share);
-  // Affine: boxes arrive at the second ring; stages of the first are full when du is in them.
-  Ring ring(0, p.stages, p.cluster), arrived(kRingBytes, p.stages);
+  const int x_bytes = L::x_bytes(box_rows), stage_bytes = L::stage_bytes(box_rows, p.share);
+  Ring ring(0, p.stages, p.cluster);
   if (threadIdx.x == 0) {
-    ring.init(4 * Groups, Affine ? 1 + kFormingWarps : 1);
-    if (Affine) arrived.init(kFormingWarps);
+    ring.init(4 * Groups);
     mbarrier_fence_init();
   }
   // A box may have fewer rows than the products: those that it leaves out stay zero.
@@ -167,43 +114,29 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
   const int all = p.tiles * p.column_tiles;
   const int group = threadIdx.x / kWarpGroup;
   if (group == 0) {
-    registers_decrease<Affine ? 72 : 40>();
-    const bool copies = threadIdx.x < 32;
-    if (copies ? threadIdx.x != 0 : !Affine) return;
+    registers_decrease<40>();
+    if (threadIdx.x != 0) return;
     Multicast weights(p.cluster, walk.rank);
     for (int index = walk.first; index < all; index += walk.step) {
       const Tile tile(p, index % p.tiles, walk.rank);
       const int column = index / p.tiles;
       for_each_step(p, tile, [&](int chunk, int kw, int kh) {
-        const int at = L::kFirst + ring.stage() * stage_bytes, channel = chunk * kSwizzleRow;
-        const int first_w = p.w.first(tile.w, tile.rest_w, kw);
-        const int first_h = p.h.first(tile.h, tile.rest_h, kh);
-        if (!Affine || copies) {
-          const int weight_bytes = p.share * L::kWeightBytes;
-          ring.acquire(weight_bytes + (Affine ? 0 : box_rows * 128));
-          if (Affine) arrived.expect(2 * box_rows * 128);
-          const Shared<uint64_t> full = Affine ? arrived.full() : ring.full();
-          const int frame = tile.frame * p.box_frames;
-          tma_load(shared<T>(at), p.x, full, channel, first_w, first_h, frame);
-          if (Affine) tma_load(shared<T>(at + u_at), p.u, full, channel, first_w, first_h, frame);
-          const int block = (column * p.chunks + chunk) * p.w.kernel + kw;
-          for (int i = 0; i < p.share; ++i)
-            weights.load(shared<T>(at + x_bytes + i * L::kWeightBytes), p.weight, ring.full(), 0,
-                         (block * p.h.kernel + kh + i) * N);
-        } else if constexpr (Affine) {
-          arrived.wait();
-          form_input(p, box_rows, first_h, first_w, channel, shared<T>(at), shared<T>(at + u_at));
-          fence_proxy_async();
-          ring.publish();
-        }
-        ring.advance(), arrived.advance();
+        const int at = L::kFirst + ring.stage() * stage_bytes;
+        ring.acquire(box_rows * 128 + p.share * L::kWeightBytes);
+        tma_load(shared<T>(at), p.x, ring.full(), chunk * kSwizzleRow, p.w.first(tile.w, kw),
+                 p.h.first(tile.h, kh), tile.frame * p.box_frames);
+        const int block = (column * p.chunks + chunk) * p.w.kernel + kw;
+        for (int i = 0; i < p.share; ++i)
+          weights.load(shared<T>(at + x_bytes + i * L::kWeightBytes), p.weight, ring.full(), 0,
+                       (block * p.h.kernel + kh + i) * N);
+        ring.advance();
       });
     }
-    if (copies) ring.end();
+    ring.end();
     return;
   }
 
-  registers_increase<Affine ? 216 : 232>();
+  registers_increase<232>();
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int64_t partial = int64_t(blockIdx.x) * 4 * Groups + (threadIdx.x / 32 - 4);
   ColumnStatistics<N> statistics;
@@ -266,8 +199,8 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = ((group - 1) * Blocks + b) * 64 + warp * 16 + half * 8 + lane / 4;
-        const int w = p.w.place(tile.w, tile.rest_w, row % p.w.box);
-        const int h = p.h.place(tile.h, tile.rest_h, row / p.w.box % p.h.box);
+        const int w = tile.w * p.w.box + row % p.w.box;
+        const int h = tile.h * p.h.box + row / p.w.box % p.h.box;
         const int in_box = row / p.w.box / p.h.box, frame = tile.frame * p.box_frames + in_box;
         const bool there = in_box < p.box_frames && frame < p.frames && h < p.h.out && w < p.w.out;
         rows.out[half] = rows.residual[half] =
@@ -283,41 +216,21 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
     }
 }
 
-// Boxes of positions of a channels-last tensor whose frames are evenly apart.
-inline TensorMap position_boxes(Dtype dtype, const View& x, std::array<int, 5> box,
-                                std::array<int, 5> step) {
-  return tensor_map({.dtype = dtype,
-                     .data = x.data,
-                     .span = x.span(),
-                     .rank = 4,
-                     .size = {x.size[1], x.size[4], x.size[3], x.size[0] * x.size[2]},
-                     .stride = {1, x.stride[4], x.stride[3], x.stride[x.size[2] > 1 ? 2 : 0]},
-                     .box = box,
-                     .step = step,
-                     .swizzle = Swizzle::b128});
-}
-
-template <class T, int N, int Groups, int Blocks, bool Affine>
+template <class T, int N, int Groups, int Blocks>
 void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
-  using L = Layout<N, Groups, Blocks, Affine>;
+  using L = Layout<N, Groups, Blocks>;
   const View &x = conv.x, &out = conv.output.out;
   const HopperTile& tile = conv.tile;
   const auto plane = [&](int axis) {
     const int box = narrow_size(tile.box[axis]), size = narrow_size(out.size[2 + axis]);
-    const int kernel = narrow_size(conv.conv.kernel[axis]);
-    const int stride = narrow_size(conv.conv.stride[axis]);
-    const int dilation = narrow_size(conv.conv.dilation[axis]);
-    const int before = narrow_size(conv.conv.padding[2 * axis]);
-    const int up = conv.transposed ? stride : 1, outs = (size + up - 1) / up;
     return Plane{narrow_size(x.size[2 + axis]),
                  size,
                  box,
-                 (outs + box - 1) / box,
-                 kernel,
-                 conv.transposed ? 1 : stride,
-                 dilation,
-                 conv.transposed ? (kernel - 1) * dilation - before : before,
-                 up / 2};
+                 (size + box - 1) / box,
+                 narrow_size(conv.conv.kernel[axis]),
+                 narrow_size(conv.conv.stride[axis]),
+                 narrow_size(conv.conv.dilation[axis]),
+                 narrow_size(conv.conv.padding[2 * axis])};
   };
   const auto require = [](bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(std::string("hopper_spatial needs ") + what);
@@ -334,7 +247,7 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   p.chunks = (p.channels + kSwizzleRow - 1) / kSwizzleRow;
   p.share = narrow_size(tile.share), p.stages = narrow_size(tile.stages);
   p.column_tiles = narrow_size((out.size[1] + N - 1) / N);
-  const int64_t tiles = int64_t(p.frame_tiles) * p.h.tiles * p.w.tiles * p.h.up() * p.w.up();
+  const int64_t tiles = int64_t(p.frame_tiles) * p.h.tiles * p.w.tiles;
   p.tiles = narrow_size(tiles * p.column_tiles) / p.column_tiles;
   p.frame_stride = out.stride[2], p.row_stride = out.stride[3], p.pixel_stride = out.stride[4];
   p.epilogue = Epilogue<T>(conv.output);
@@ -343,19 +256,14 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   require(p.stages >= 1 && p.stages <= kMaxStages, "1 to 16 stages");
   // A tap of the column is a shift by rows of the box, which must start a period of the swizzle.
   require(p.share == 1 || (p.share == p.h.kernel && p.h.dilation == 1 && p.h.stride == 1 &&
-                           p.h.up() == 1 && p.w.box % 8 == 0 && p.h.box * p.w.box % 64 == 0),
+                           p.w.box % 8 == 0 && p.h.box * p.w.box % 64 == 0),
           "whole blocks of 64 places in rows of 8 for all vertical taps of stride 1 from one box");
   const std::array<int, 5> box{kSwizzleRow, p.w.box, box_h, p.box_frames};
   const std::array<int, 5> step{1, p.w.stride, p.h.stride, 1};
   p.x = position_boxes(dtype, x, box, step);
-  if (Affine) {
-    p.u = position_boxes(dtype, *conv.u, box, step);
-    p.rate = global<const float>(conv.affine.data, conv.affine.count);
-    p.shift = p.rate + p.chunks * kSwizzleRow;
-  }
   p.weight = packed_weight(dtype, conv.weight, N);
   const int bytes = L::kFirst + p.stages * L::stage_bytes(box_rows, p.share);
-  launch_clusters("hopper_spatial", p.cluster, hopper_spatial_kernel<T, N, Groups, Blocks, Affine>,
+  launch_clusters("hopper_spatial", p.cluster, hopper_spatial_kernel<T, N, Groups, Blocks>,
                   dim3(tile.grid), dim3(kWarpGroup * (Groups + 1)), bytes, stream,
                   "output " + shape(out), p);
 }

@@ -14,17 +14,33 @@ constexpr int kMaxCluster = 2;
 constexpr int kSharedLimit = 227 * 1024;     // bytes of a block of compute capability 9.0
 constexpr int kRingBytes = 16 * kMaxStages;  // of its barriers
 
-// Rows of 64 elements of the reduction, one for each output channel of a tile; box: one tile.
-inline TensorMap packed_weight(Dtype dtype, const Array& rows, int columns) {
+// Rows of 64 elements of the reduction, one for each output channel of a tile; box: a span of the
+// swizzle of every row of a tile.
+inline TensorMap packed_weight(Dtype dtype, const Array& rows, int columns,
+                               Swizzle swizzle = Swizzle::b128) {
   return tensor_map({.dtype = dtype,
                      .data = rows.data,
                      .span = rows.count,
                      .rank = 2,
                      .size = {kSwizzleRow, rows.count / kSwizzleRow},
                      .stride = {1, kSwizzleRow},
-                     .box = {kSwizzleRow, columns},
+                     .box = {swizzle_span(swizzle) / 2, columns},
                      .step = {1, 1},
-                     .swizzle = Swizzle::b128});
+                     .swizzle = swizzle});
+}
+
+// Boxes of positions of a channels-last tensor whose frames are evenly apart.
+inline TensorMap position_boxes(Dtype dtype, const View& x, std::array<int, 5> box,
+                                std::array<int, 5> step, Swizzle swizzle = Swizzle::b128) {
+  return tensor_map({.dtype = dtype,
+                     .data = x.data,
+                     .span = x.span(),
+                     .rank = 4,
+                     .size = {x.size[1], x.size[4], x.size[3], x.size[0] * x.size[2]},
+                     .stride = {1, x.stride[4], x.stride[3], x.stride[x.size[2] > 1 ? 2 : 0]},
+                     .box = box,
+                     .step = step,
+                     .swizzle = swizzle});
 }
 
 // A block's way over the tiles: the blocks of a cluster go together, each to tiles of its own.

@@ -112,13 +112,13 @@ def meant_columns(name: str) -> list[int]:
 
 def shipped() -> set[str]:
     """Names of the Hopper kernels that configurations name."""
-    from fastst import configs_hopper, configs_hopper_weights
+    from fastst import configs_hopper, configs_hopper_gradient, configs_hopper_weights
 
     found = set()
     for dtype in ("__half", "__nv_bfloat16"):
         for columns, groups, blocks in configs_hopper.SPATIAL_TILES:
             tile = f"{columns}, {groups}, {blocks}"
-            found.add(f"hopper_spatial_kernel<{dtype}, {tile}, false>")
+            found.add(f"hopper_spatial_kernel<{dtype}, {tile}>")
         for columns, frames in configs_hopper.TEMPORAL_TILES:
             for stride in (1, 2):
                 if (columns, stride) == (64, 2):
@@ -128,8 +128,8 @@ def shipped() -> set[str]:
                     found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")
         for columns, units in configs_hopper_weights.TILES:
             found.add(f"hopper_weight_gradient_kernel<{dtype}, {columns}, {units}>")
-        for columns, groups, blocks in configs_hopper.AFFINE_TILES:
-            found.add(f"hopper_spatial_kernel<{dtype}, {columns}, {groups}, {blocks}, true>")
+        for columns, blocks in configs_hopper_gradient.TILES:
+            found.add(f"hopper_spatial_gradient_kernel<{dtype}, {columns}, {blocks}>")
         for columns, frames, stride in configs_hopper.TEMPORAL_GRADIENT_TILES:
             tile = f"{columns}, {frames}, 1, {stride}, false, GradientEpilogue"
             found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")

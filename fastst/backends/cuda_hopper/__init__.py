@@ -21,6 +21,7 @@ from .launches import (
     Launches,
     affine_of,
     rows_of,
+    spatial_gradient_tile,
     spatial_tile,
     stem_why_not,
     temporal_tile,
@@ -47,12 +48,18 @@ def backward_why_not(problem: Problem) -> str | None:
     if found is not None:
         return found
     spec: PairSpec = problem.spec  # type: ignore[assignment]
-    temporal = problem.passes[1]
+    spatial, temporal = problem.passes
     if spec.activation not in DERIVATIVES:
         return f"have the derivatives of {', '.join(DERIVATIVES)}, not of {spec.activation}"
     if temporal.padding_mode != "zeros" and any(temporal.padding):
         return f"have gradients through zeros around time, not {temporal.padding_mode!r}"
-    return weights.why_not(problem)
+    found = weights.why_not(problem)
+    if found is None and spatial_gradient_tile(problem) is None:
+        found = (
+            f"have no shared memory for du as far apart as {spatial.kernel[1:]} taps and a "
+            f"dilation of {spatial.dilation[1:]} lead"
+        )
+    return found
 
 
 def _why_neither(problem: Problem) -> str | None:

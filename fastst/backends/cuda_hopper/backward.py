@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...configs import round_up
 from ...configs_hopper import HopperTile
+from ...configs_hopper_gradient import GradientTile
 from ...shapes import PairSpec, PairTensors, Problem
 from .. import Part
 from ..cuda_depthwise import channels_last
@@ -47,7 +48,7 @@ def backward(
     var: Tensor | None,
     needs: Sequence[bool],
     part: Part | None = None,
-    tiles: tuple[HopperTile, HopperTile] | None = None,
+    tiles: tuple[GradientTile, HopperTile] | None = None,
 ) -> list[Tensor]:
     """Gradients; tiles: of the spatial and the temporal kernel, in place of the chosen ones."""
     spec: PairSpec = problem.spec  # type: ignore[assignment]
@@ -106,7 +107,8 @@ def backward(
             if need.spatial_weight:
                 dws = weights.spatial(k, tensors.x, du, tensors.spatial_weight)
             if need.x:
-                tile = tiles[0] if tiles else spatial_gradient_tile(problem, du.u is not None)
+                tile = tiles[0] if tiles else spatial_gradient_tile(problem)
+                assert tile is not None  # as why_not says
                 dx = torch.empty_like(tensors.x) if part is None or part.dx is None else part.dx
                 _input_gradient(launches, tensors, dx, du, tile)
     return finish((dx, dws, dwt, dbs, dbt, dgamma, dbeta), tensors, needs, part)
@@ -126,7 +128,7 @@ def _recomputed(launches: Launches, tensors: PairTensors) -> Tensor:
 
 
 def _input_gradient(
-    launches: Launches, tensors: PairTensors, dx: Tensor, du: Gradient, tile: HopperTile
+    launches: Launches, tensors: PairTensors, dx: Tensor, du: Gradient, tile: GradientTile
 ) -> None:
     n, c, *size = dx.shape
     rows = dx

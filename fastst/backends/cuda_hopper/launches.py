@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import configs_hopper
+from ... import configs_hopper, configs_hopper_gradient
+from ...configs import round_up
 from ...configs_hopper import HopperTile
+from ...configs_hopper_gradient import Axis, GradientTile
 from ...shapes import PairTensors, Problem
 from ..cuda_depthwise import channels_last
 from ..native import Call, emulating
@@ -78,13 +80,18 @@ def temporal_tile(problem: Problem) -> HopperTile:
     )  # fmt: skip
 
 
-def spatial_gradient_tile(problem: Problem, affine: bool) -> HopperTile:
-    """Tile of the input gradient of the spatial pass."""
+def spatial_gradient_tile(problem: Problem) -> GradientTile | None:
+    """Tile of the input gradient of the spatial pass; None where its taps lie too far apart."""
     p = problem.passes[0]
-    return configs_hopper.spatial(
-        problem.batch * problem.size[0], problem.size[1:], p.out_channels, p.in_channels,
-        p.kernel[1:], p.stride[1:], p.dilation[1], _processors(problem.device), gradient=True,
-        affine=affine,
+    h, w = (
+        Axis(problem.size[i], problem.mid_size[i], p.kernel[i], p.stride[i], p.dilation[i],
+             p.padding[2 * i])
+        for i in (1, 2)
+    )  # fmt: skip
+    return configs_hopper_gradient.spatial_gradient(
+        problem.batch * problem.size[0], h, w, problem.mid_shape[-1],
+        round_up(p.in_channels, ROW), 2 if problem.spec.norm == "batch" else 1,  # type: ignore[union-attr]
+        _processors(problem.device),
     )  # fmt: skip
 
 
@@ -194,9 +201,7 @@ class Launches:
         warps = tile.grid * 4 * tile.groups
         output, partials = self._output(u, p.out_channels, columns, warps, **epilogue)
         packed = self._packed(weight.flatten(2, 3).transpose(2, 3), tile.columns)
-        argument = k.lib.HopperSpatial(
-            k.view(x), None, k.lib.Array(), packed, k.conv(p), False, output, self._tile(tile)
-        )
+        argument = k.lib.HopperSpatial(k.view(x), packed, k.conv(p), output, self._tile(tile))
         k.lib.hopper_spatial(k.dtype, argument, k.stream)
         return partials
 
@@ -253,17 +258,20 @@ class Launches:
         k.lib.hopper_temporal_gradient(k.dtype, argument, k.stream)
         return None if partials is None else k.sum_rows(partials)
 
-    def spatial_gradient(self, du: Gradient, weight: Tensor, dx: Tensor, tile: HopperTile) -> None:
+    def spatial_gradient(
+        self, du: Gradient, weight: Tensor, dx: Tensor, tile: GradientTile
+    ) -> None:
         """Fills dx (N, stored channels, T, H, W)."""
-        k, p = self.k, self.problem.passes[0]
-        columns = tile.column_tiles(dx.shape[1]) * tile.columns
-        output, _ = self._output(dx, p.in_channels, columns, 0)
+        k = self.k
         mirrored = weight.flatten(2, 3).flip(2, 3).permute(1, 0, 3, 2)
-        argument = k.lib.HopperSpatial(
+        argument = k.lib.HopperSpatialGradient(
             k.view(du.g), None if du.u is None else k.view(du.u), k.array(du.affine),
-            self._packed(mirrored, tile.columns), k.conv(p), True, output, self._tile(tile),
+            self._packed(mirrored, tile.columns), k.conv(self.problem.passes[0]), k.view(dx),
+            k.lib.HopperGradientTile(
+                tile.columns, tile.blocks, tile.box, tile.stages, tile.grid, tile.cluster
+            ),
         )  # fmt: skip
-        k.lib.hopper_spatial(k.dtype, argument, k.stream)
+        k.lib.hopper_spatial_gradient(k.dtype, argument, k.stream)
 
     def stem(
         self,
