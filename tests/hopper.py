@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
 import fuzz
 import pytest
@@ -13,13 +16,19 @@ from fuzz import Config
 from fastst.backends import cuda_hopper
 
 
-def in_clusters(monkeypatch: pytest.MonkeyPatch, blocks: int = 4) -> None:
-    """The chosen tiles of both forward kernels, by so many blocks in clusters of two."""
-    for name in ("spatial_tile", "temporal_tile"):
-        chosen = getattr(cuda_hopper, name)
-        monkeypatch.setattr(
-            cuda_hopper, name, lambda problem, c=chosen: replace(c(problem), grid=blocks, cluster=2)
-        )
+def in_clusters(
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType = cuda_hopper,
+    names: Sequence[str] = ("spatial_tile", "temporal_tile"),
+) -> None:
+    """The tiles that the module's functions choose, by four blocks in clusters of two."""
+    for name in names:
+        chosen = getattr(module, name)
+
+        def pairs(*arguments: object, chosen: Any = chosen) -> object:
+            return replace(chosen(*arguments), grid=4, cluster=2)
+
+        monkeypatch.setattr(module, name, pairs)
 
 
 def dense(seed: int, **fixed: object) -> Config:

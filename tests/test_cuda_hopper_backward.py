@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fuzz
+import hopper
 import planted
 import pytest
 import torch
@@ -78,8 +79,10 @@ def dense(seed: int, **fixed: object) -> Config:
 
 
 @pytest.mark.parametrize("chunk", range(3))
-def test_fuzz(chunk: int, ran: list[Problem]) -> None:
+def test_fuzz(chunk: int, ran: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
     cases = fuzz.CASES or 2
+    if chunk % 2:
+        hopper.in_clusters(monkeypatch, MODULE, ("spatial_tile", "temporal_gradient_tile"))
     for seed in range(100 * chunk + fuzz.SEED, 10**6):
         config = dense(seed)
         if config.invalid() or config.work() > 4_000_000:
@@ -95,13 +98,16 @@ def test_fuzz(chunk: int, ran: list[Problem]) -> None:
 WEIGHTS = ("spatial_weight", "temporal_weight")  # whose gradients are other kernels
 
 
-@pytest.mark.parametrize("tile", configs_hopper.TEMPORAL_GRADIENT_TILES)
+@pytest.mark.parametrize(
+    ("tile", "cluster"),
+    [(tile, 2 - i % 2) for i, tile in enumerate(configs_hopper.TEMPORAL_GRADIENT_TILES)],
+)
 def test_temporal_tiles(
-    tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch, ran: list[Problem]
+    tile: tuple[int, int, int], cluster: int, monkeypatch: pytest.MonkeyPatch, ran: list[Problem]
 ) -> None:
     """Each instance; some of its frames, places and columns do not exist."""
     columns, frames, stride = tile
-    chosen = HopperTile(columns, 2, frames, (2, frames, 7), 1, 2, 2)
+    chosen = HopperTile(columns, 2, frames, (2, frames, 7), 1, 2, 2, cluster)
     monkeypatch.setattr(MODULE, "temporal_gradient_tile", lambda problem: chosen)
     config = Config(
         seed=frames, channels=8, mid=columns - 6, out=8, batch=3, size=(frames + 1, 3, 3),
@@ -109,6 +115,17 @@ def test_temporal_tiles(
         dtype=torch.float16 if stride == 1 else torch.bfloat16, x_layout="channels_last",
         constant=WEIGHTS,
     )  # fmt: skip
+    assert fuzz.check(config, "cuda") is None
+    assert len(ran) == 1
+
+
+def test_clusters_of_a_stride(monkeypatch: pytest.MonkeyPatch, ran: list[Problem]) -> None:
+    """Both blocks have the same taps, for neighbouring frames."""
+    config = Config(
+        seed=1, channels=8, mid=72, out=8, batch=1, size=(3, 9, 10), stride=(1, 2, 2), norm="none",
+        dtype=torch.float16, x_layout="channels_last", constant=WEIGHTS,
+    )  # fmt: skip
+    hopper.in_clusters(monkeypatch, MODULE, ("spatial_gradient_tile",))
     assert fuzz.check(config, "cuda") is None
     assert len(ran) == 1
 
