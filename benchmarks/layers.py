@@ -86,6 +86,11 @@ class Step:
             torch.autograd.backward(y, self.seeds[i])
         return y.detach()
 
+    def within(self) -> None:
+        """A training step as within a network, where nobody keeps y, and dy only until backward."""
+        with self.contender.context():
+            (self.module(self.clips[0]) * self.seeds[0]).sum().backward()
+
     def clear(self) -> None:
         """Forget gradients: every step writes new ones, none accumulates."""
         self.module.zero_grad(set_to_none=True)
@@ -300,6 +305,8 @@ def _costs(step: Step, device: torch.device) -> dict[str, Any]:
     step.clear()
     found: dict[str, Any] = seen._asdict()
     if step.training:
+        found["peak_bytes"] = measure.observe(step.within, device).peak_bytes
+        step.clear()
         found["saved_bytes"] = measure.saved_bytes(step.forward)
     return found
 
