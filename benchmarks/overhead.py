@@ -21,6 +21,7 @@ from .record import ROOT, Record
 from .shapes import R2PLUS1D_18
 
 CALLS = 20  # per sample: a clock's tick is far below their sum
+EVICTION = 64 << 20  # bytes written before a cold call: instructions and tables leave the caches
 
 COLD_START = """
 import json, sys, time
@@ -60,9 +61,18 @@ print(json.dumps(took))
 
 
 def host_us(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None]
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    synchronize: Callable[[], None],
+    cold: bool = False,
 ) -> dict[str, list[float]]:
-    """µs of host time per call, interleaved as in ``measure.interleave``."""
+    """µs of host time per call, interleaved as in ``measure.interleave``.
+
+    Args:
+        cold: time single calls after memory was written, as between the layers of a large network,
+            instead of calls in a loop.
+    """
+    times, written = (1, torch.empty(EVICTION, dtype=torch.uint8)) if cold else (CALLS, None)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0)
@@ -71,12 +81,14 @@ def host_us(
         for name in order:
             call = calls[name]
             synchronize()
+            if written is not None:
+                written.fill_(r % 256)
             start = time.perf_counter()
-            for _ in range(CALLS):
+            for _ in range(times):
                 call()
             took = time.perf_counter() - start
             if r >= 2:  # the first two are warm-up
-                samples[name].append(took / CALLS * 1e6)
+                samples[name].append(took / times * 1e6)
     synchronize()
     return samples
 
@@ -101,17 +113,18 @@ def per_call(device: torch.device, rounds: int) -> list[dict[str, Any]]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        samples = host_us(steps, rounds, synchronize)
-        for name, values in samples.items():
-            rows.append(
-                {
-                    "call": what,
-                    "contender": name,
-                    "us": Spread.of(values).median,
-                    "us_quartiles": Spread.of(values)[::2],
-                    "vs_users": ratios(samples[peers.BASELINE], values),
-                }
-            )
+        for cold, caches in ((False, ""), (True, ", cold caches")):
+            samples = host_us(steps, rounds, synchronize, cold)
+            for name, values in samples.items():
+                rows.append(
+                    {
+                        "call": what + caches,
+                        "contender": name,
+                        "us": Spread.of(values).median,
+                        "us_quartiles": Spread.of(values)[::2],
+                        "vs_users": ratios(samples[peers.BASELINE], values),
+                    }
+                )
     return rows
 
 
