@@ -126,7 +126,8 @@ def choose(problem: Problem, phase: str, name: str) -> ModuleType:
         BackendError: a named backend cannot run it, with its reason; or none can.
     """
     chosen = _choose(problem, phase, name)
-    _record(problem.op, problem, phase, chosen, None)
+    if _recorders:
+        _record(problem.op, problem, phase, chosen, None)
     return BACKENDS[chosen]
 
 
