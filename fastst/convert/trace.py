@@ -268,13 +268,13 @@ class _Tracer(fx.Tracer):
             self.closed[path] = "has hooks"  # they are for whoever calls it, not for a trace
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        last = next(reversed(self.graph.nodes), None)
+        kept = len(self.graph.nodes)
         depth = len(self.module_stack)
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception as error:  # a part without a fixed graph is called as a whole
-            while next(reversed(self.graph.nodes), None) is not last:
-                self.graph.erase_node(next(reversed(self.graph.nodes)))
+            for node in reversed(list(self.graph.nodes)[kept:]):
+                self.graph.erase_node(node)
             while len(self.module_stack) > depth:
                 self.module_stack.popitem(last=True)
             for inner in [p for p in self.opened if p.startswith(f"{path}.")]:
