@@ -152,12 +152,12 @@ def _choose(problem: Problem, phase: str, name: str) -> str:
     raise BackendError(f"{problem.op}: no backend can run the {phase}: {'; '.join(refusals)}")
 
 
-def why_no_output_statistics(problem: Problem, name: str) -> str | None:
-    """Why the backend that runs it gives no mean and variance of y, or None where it does."""
+def giving_statistics(problem: Problem, name: str) -> ModuleType | str:
+    """The backend that runs it if it gives mean and variance of y as well, or why it does not."""
     chosen = _choose(problem, "forward", name)
     backend = BACKENDS[chosen]
     if hasattr(backend, "output_statistics") and backend.output_statistics(problem):
-        return None
+        return backend
     return f"backend {chosen!r} would have to read the output again for its statistics"
 
 

@@ -174,20 +174,21 @@ def _normed_pair(
     The compiler needs none: it fuses a norm with what follows.
     """
     tensors, spec = tensors._replace(residual=None), spec._replace(outer_activation="none")
-    why = None
+    found: Any = None
     if outer_norm.training and not (
         outer_norm.group or torch.compiler.is_compiling() or _composes(tensors.x)
     ):
         asks = spec._replace(output_statistics=True)
-        why = dispatch.why_no_output_statistics(Problem.of(tensors, asks), dispatch.requested())
-        spec = spec if why else asks
+        found = dispatch.giving_statistics(Problem.of(tensors, asks), dispatch.requested())
+        spec = spec if isinstance(found, str) else asks
     y, statistics = _pair(tensors, spec, values, norm)
     if statistics is None:
-        if why is not None:
-            dispatch.record_composed("BatchNorm3d after a pair", why)
+        if found is not None:
+            dispatch.record_composed("BatchNorm3d after a pair", found)
         return _norm_function(outer_norm)(y)
     _update_running(outer_norm, *statistics, y.numel() // y.shape[1])
-    return ops.batch_norm(y, *statistics, outer_norm.weight, outer_norm.bias, outer_norm.eps)
+    affine = outer_norm.weight, outer_norm.bias
+    return ops.batch_norm(y, *statistics, *affine, outer_norm.eps, found)
 
 
 def parallel_conv2plus1d(

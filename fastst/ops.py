@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -424,10 +425,11 @@ class _NormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float
-    ) -> Tensor:
+        ctx: Any, y: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float,
+        backend: Any,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(y, mean, var, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.own = eps, getattr(backend, "norm_backward", None)
         gamma, beta = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
         return F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps)
 
@@ -435,19 +437,25 @@ class _NormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         y, mean, var, weight = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
-        grads = torch.ops.aten.native_batch_norm_backward(
-            dy, y, None if weight is None else weight.to(mean.dtype), None, None, mean,
-            (var + ctx.eps).rsqrt(), True, ctx.eps, needs,
-        )  # fmt: skip
+        gamma = None if weight is None else weight.to(mean.dtype)
+        grads = None
+        if ctx.own is not None and not torch.is_grad_enabled():  # else create_graph
+            grads = ctx.own(dy, y, mean, var, gamma, ctx.eps, needs)
+        if grads is None:
+            grads = torch.ops.aten.native_batch_norm_backward(
+                dy, y, gamma, None, None, mean, (var + ctx.eps).rsqrt(), True, ctx.eps, needs
+            )
         dx, dgamma, dbeta = (g if n else None for g, n in zip(grads, needs, strict=True))
-        return dx, None, None, dgamma, dbeta, None
+        return dx, None, None, dgamma, dbeta, None, None
 
 
 def batch_norm(
-    y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """y normalised by its own mean and biased variance, which are given, with its gradients."""
-    return _NormFunction.apply(y, mean, var, weight, bias, eps)
+    y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    backend: ModuleType,
+) -> Tensor:  # fmt: skip
+    """y normalised by its own mean and biased variance, which a backend has given; its gradients by
+    that backend where it can, else by PyTorch."""
+    return _NormFunction.apply(y, mean, var, weight, bias, eps, backend)
 
 
 def conv2plus1d(

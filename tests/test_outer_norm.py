@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastst
 from fastst import dispatch
-from fastst.backends import triton
+from fastst.backends import cpu, triton
+from fastst.backends.cpu.library import load
 from fastst.functional import BatchNorm, conv2plus1d
 from fastst.pairing import Ending, pair_forward
 
@@ -24,7 +25,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SHAPE, OUT = (2, 3, 3, 4, 4), (2, 5, 3, 4, 4)
-BOTH = pytest.mark.parametrize("backend", ["triton", "aten"])
+NATIVE = pytest.mark.skipif(isinstance(load(), str) or DEVICE != "cpu", reason="no native library")
+ALL = pytest.mark.parametrize("backend", ["triton", pytest.param("cpu", marks=NATIVE), "aten"])
 
 
 class Block(nn.Module):
@@ -99,7 +101,7 @@ NORMS = {
 }  # fmt: skip
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("norm", NORMS)
 def test_is_that_of_the_modules(norm: str, backend: str) -> None:
     block, separate = twins(nn.BatchNorm3d(5, **NORMS[norm]))
@@ -204,7 +206,7 @@ def test_second_derivatives() -> None:
         torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-12 * largest)
 
 
-@BOTH
+@ALL
 def test_the_end_of_a_residual_block(backend: str) -> None:
     block, separate = twins(nn.BatchNorm3d(5))
     x, r = torch.randn(SHAPE, device=DEVICE), torch.randn(OUT, device=DEVICE)
@@ -279,6 +281,45 @@ def test_wrong_statistics_are_seen(wrong: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton.pair, "moments", planted)
     with pytest.raises(AssertionError):
         compare(*twins(nn.BatchNorm3d(5)), "triton", torch.float32)
+
+
+@NATIVE
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 37, 8, 24, 24), (1, 5, 1, 3, 300), (3, 16, 2, 1, 1)])
+def test_native_gradients_of_a_norm_in_rows_of_channels(shape: Any, threads: int) -> None:
+    """As close to float64 as PyTorch's in planes, which are ten times closer than its in rows."""
+    torch.manual_seed(0)
+    own = torch.get_num_threads()
+    rows = torch.channels_last_3d
+    y, dv = (torch.randn(shape).contiguous(memory_format=rows) for _ in range(2))
+    dv = torch.cat((dv, dv), 1).contiguous(memory_format=rows)[:, : shape[1]]  # of another pitch
+    weight, bias = torch.rand(shape[1]) + 0.5, torch.zeros(shape[1])
+    var, mean = torch.var_mean(y.double(), (0, 2, 3, 4), correction=0)
+
+    def eager(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        at = [t.to(dtype).contiguous().requires_grad_() for t in (y, weight, bias)]
+        v = F.batch_norm(at[0], None, None, *at[1:], training=True)
+        return torch.autograd.grad(v, at, dv.to(dtype).contiguous())
+
+    try:
+        torch.set_num_threads(threads)
+        args = dv, y, mean.float(), var.float()
+        ours = cpu.norm_backward(*args, weight, 1e-5, (True,) * 3)
+        bare = cpu.norm_backward(*args, None, 1e-5, (False, True, True))
+    finally:
+        torch.set_num_threads(own)
+    assert ours is not None
+    assert bare is not None
+    assert bare[0] is None
+    torch.testing.assert_close(bare[1:], ours[1:], rtol=0, atol=0)
+    for got, peer, true in zip(ours, eager(torch.float32), eager(torch.float64), strict=True):
+        assert got is not None
+        scale = float(true.abs().max())
+        bound = 2 * fuzz.rule.error(peer, true) + 4 * torch.finfo(torch.float32).eps * scale
+        assert fuzz.rule.error(got, true) <= bound < fuzz.rule.error(got * 1.00001, true)
+    assert ours[0] is not None
+    assert ours[0].stride() == y.stride()
+    assert cpu.norm_backward(dv.contiguous(), *args[1:], weight, 1e-5, (True,) * 3) is None
 
 
 # ---- in converted models

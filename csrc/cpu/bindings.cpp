@@ -80,5 +80,6 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.def("input_gradient", unlocked(cpu::input_gradient));
   m.def("weight_gradient", unlocked(cpu::weight_gradient));
   m.def("norm_coefficients", unlocked(cpu::norm_coefficients));
+  m.def("batch_norm_backward", unlocked(cpu::batch_norm_backward));
   m.def("multiply_panels", unlocked(cpu::multiply_panels), py::arg("rounds"), py::arg("threads"));
 }

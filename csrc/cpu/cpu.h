@@ -46,6 +46,12 @@ void weight_gradient(const Source& input, const Source& gradient, const Conv&, c
 void norm_coefficients(const Array& mean, const Array& var, const Array& gamma, const Array& beta,
                        double eps, const Array& out);
 
+// Gradients of v = norm(y), a batch norm with mean and biased variance of y itself: dy, unless it
+// is missing, and sums (2, K), those of beta and of gamma, from dv. K of dv, y and dy has stride 1.
+void batch_norm_backward(const View& dv, const View& y, const Array& mean, const Array& var,
+                         const Array& gamma, double eps, const std::optional<View>& dy,
+                         const Array& sums, int threads);
+
 // Multiplies panels in cache `rounds` times on each thread; how many operations that took.
 int64_t multiply_panels(int64_t rounds, int threads);
 

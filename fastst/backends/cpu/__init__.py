@@ -15,8 +15,17 @@ from .. import PairResult
 from . import backward
 from .backward import conv2plus1d_backward
 from .library import Call, load, norm_coefficients
+from .norm import norm_backward
 
-__all__ = ["avoid", "conv2plus1d", "conv2plus1d_backward", "mids", "output_statistics", "why_not"]
+__all__ = [
+    "avoid",
+    "conv2plus1d",
+    "conv2plus1d_backward",
+    "mids",
+    "norm_backward",
+    "output_statistics",
+    "why_not",
+]
 
 # Fewer output channels of a group than this leave most lanes of a vector empty.
 _LEAST_PER_GROUP = 8
