@@ -68,22 +68,11 @@ class HopperTile:
         return math.ceil(channels / self.columns)
 
 
-# Cost, number of tiles and a tie-breaker of a tile: the least is the best.
-_Found = tuple[tuple[float, int, int], HopperTile]
-
-
 def _clocks(products: float, own: float, common: float, cluster: int, rows: int) -> float:
     """Of a tile, from bytes that are of its own and those that are common to a cluster."""
     copies = max((own + common / cluster) / _L2_BYTES, (own + common) / _PORT_BYTES)
-    return max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * rows
-
-
-def _best(found: dict[int, _Found]) -> HopperTile:
-    """The best of those for each cluster."""
-    (alone, _, _), tile = found[1]
-    if 2 in found and found[2][0][0] * _CLUSTER_GAIN <= alone:
-        return found[2][1]
-    return tile
+    clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * rows
+    return clocks * _CLUSTER_GAIN if cluster > 1 else clocks
 
 
 @functools.cache  # thousands of candidates: milliseconds
@@ -110,7 +99,7 @@ def spatial(
     taps, chunks = math.prod(kernel), math.ceil(channels / 64)
     share_all = stride == (1, 1) and dilation == 1
     # Fewer tiles where they cost the same, and of equally many those that read the least.
-    best: dict[int, _Found] = {}
+    best: tuple[tuple[float, int, int], HopperTile] | None = None
     for columns, groups, blocks in SPATIAL_TILES:
         rows = 64 * groups * blocks
         column_tiles = math.ceil(out_channels / columns)
@@ -133,32 +122,18 @@ def spatial(
                 halo = [(b - 1) * s + k for b, s, k in zip(box[1:], stride, kernel, strict=True)]
                 for cluster in CLUSTERS:
                     # Its blocks have neighbouring boxes of frames: the same taps meet them.
-                    shape = box[0] * cluster, box[1], box[2]
-                    tiles = math.prod(
-                        math.ceil(n / b) for n, b in zip((frames, *size), shape, strict=True)
-                    )
-                    tiles *= column_tiles
+                    tiles = column_tiles * math.ceil(frames / (box[0] * cluster))
+                    tiles *= math.prod(math.ceil(n / b) for n, b in zip(size, box[1:], strict=True))
                     walks = min(tiles, processors // cluster)
                     if not walks:
                         continue
                     clocks = _clocks(products, steps * own, steps * common, cluster, rows)
-                    cost = math.ceil(tiles / walks) * clocks
-                    order = cost, tiles, box[0] * math.prod(halo)
-                    if cluster not in best or order < best[cluster][0]:
-                        best[cluster] = (
-                            order,
-                            HopperTile(
-                                columns,
-                                groups,
-                                blocks,
-                                box,
-                                share,
-                                stages,
-                                walks * cluster,
-                                cluster,
-                            ),
-                        )
-    return _best(best)
+                    order = math.ceil(tiles / walks) * clocks, tiles, box[0] * math.prod(halo)
+                    if best is None or order < best[0]:
+                        shape = columns, groups, blocks, box, share, stages
+                        best = order, HopperTile(*shape, walks * cluster, cluster)
+    assert best is not None
+    return best[1]
 
 
 def _boxes(
@@ -211,7 +186,7 @@ def temporal(
     """
     chunks, steps = math.ceil(channels / 64), math.ceil(channels / 16)
     # Fewer tiles where they cost the same, and of equally many the longest runs of pixels.
-    best: dict[int, _Found] = {}
+    best: tuple[tuple[float, int, int], HopperTile] | None = None
     # Not built forward: layers of stride 2 have 128 output channels and more.
     built = [(c, f) for c, f in TEMPORAL_TILES if (c, stride) != (64, 2)]
     if gradient:
@@ -241,14 +216,11 @@ def temporal(
                     continue
                 clocks = _clocks(products, bytes_in, common, cluster, rows)
                 order = math.ceil(tiles / walks) * clocks, tiles, n
-                if cluster not in best or order < best[cluster][0]:
-                    best[cluster] = (
-                        order,
-                        HopperTile(
-                            columns, 2, frames, (n, frames, p), 1, stages, walks * cluster, cluster
-                        ),
-                    )
-    return _best(best)
+                if best is None or order < best[0]:
+                    shape = columns, 2, frames, (n, frames, p), 1, stages
+                    best = order, HopperTile(*shape, walks * cluster, cluster)
+    assert best is not None
+    return best[1]
 
 
 def stem(clips: int, size: Sequence[int], processors: int) -> tuple[int, int]:
