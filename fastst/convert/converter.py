@@ -32,7 +32,8 @@ def convert(model: nn.Module, *, only: Filter | None = None, skip: Filter | None
     whatever the modules are called. Nothing that holds state changes: modules, parameters, buffers,
     hooks and ``state_dict`` keys are the same objects and names as before, and so are outputs and
     gradients. A module that runs a pair gets a subclass of its own class, whose ``forward`` calls
-    the op; ``revert`` gives it its own class back.
+    the op; ``revert`` gives it its own class back. So does a module that applies a batch norm to
+    what a pair leaves, which in training takes its statistics from the op.
 
     Converting again changes nothing, unless the filters now admit more.
 
