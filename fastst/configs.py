@@ -275,6 +275,8 @@ def pair_conv(
     block_p, warps = (64 if tensor_cores else 32), 8
     if not tensor_cores and block_n <= 32:
         block_p, warps = 16, 4  # 256 threads were held to 128 registers each, and spilled
+    elif tensor_cores and max(block_m, rest_m, block_n) == 16 and not flat:
+        warps = 4  # of 16 × 16 weights 256 threads have one each, and read it by itself
     # Addresses in flight for a third stage spilled: of TF32 by (tap, channel), and beside
     # few columns, where the compiler gives a thread 64 or 128 registers.
     few = (wide and flat) or block_n <= (16 if tensor_cores else 32)

@@ -149,14 +149,14 @@ MUTANTS = {
         "parts * per_part + n, tl.sum(da, 0)"),
     "parts of another group": (
         "grouped apart", "parallel", "part // shared, part % shared",
-        "part % groups, part % shared"),
+        "part // shared * 0, part % shared"),
     "the first part of every group": (
         "grouped apart", "parallel", "part % shared * per_part + first", "first"),
     "the last taps of a depthwise branch": (
         "one branch depthwise", "parallel", "c < all_channels, size, TAPS, ALIGN,",
         "c < channels, size, TAPS, ALIGN,"),
     "a depthwise branch of the first group": (
-        "one branch depthwise", "parallel", "out_channels, channels,\n            out_per_group",
+        "one branch depthwise", "parallel", "out_channels, channels,\n            per_group",
         "out_channels, channels,\n            out_channels"),
     "classes of one branch": (
         "added, strides and dilations", "input_gradient", "(residue + TAPS.before[AXIS]",

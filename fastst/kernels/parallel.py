@@ -28,16 +28,16 @@ def part_tile(pid, tiles_n, parts, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def group_of(part, parts, groups, per_part, first):
+def group_of(part, per_group, per_part, first):
     """The group of a branch that a part lies in, and the column of the group that ``first`` is."""
-    shared = parts // groups
+    shared = per_group // per_part
     return part // shared, part % shared * per_part + first
 
 
 @triton.jit
 def branch(
     acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
-    x_ptr, x_strides, x_size, channels, groups,  # channels of a group
+    x_ptr, x_strides, x_size, channels, per_group,  # of a group of x and of y
     w_ptr, width, bias_ptr,  # packed as for ``tap_conv`` or, DIRECT, for ``direct_conv``
     part, parts, per_part, first, position, row_ok,
     TAPS: tl.constexpr, FLAT: tl.constexpr, DIRECT: tl.constexpr, ALIGN: tl.constexpr,
@@ -49,18 +49,18 @@ def branch(
     n = part * per_part + first + tl.arange(0, BLOCK_N)
     n_rest = part * per_part + first + BLOCK_N + tl.arange(0, REST_N if REST_N > 0 else 16)
     if DIRECT:
-        at, ok, out_per_group = columns(position), row_ok[:, None], out_channels // groups
+        at, ok = columns(position), row_ok[:, None]
         acc = direct_sum(
             acc, x_ptr, x_strides, x_size, w_ptr, n, n < out_channels, out_channels, channels,
-            out_per_group, None, None, at, ok, TAPS, ALIGN, "none", 0.0, UNROLL,
+            per_group, None, None, at, ok, TAPS, ALIGN, "none", 0.0, UNROLL,
         )  # fmt: skip
         if REST_N > 0:
             rest = direct_sum(
                 rest, x_ptr, x_strides, x_size, w_ptr, n_rest, n_rest < out_channels, out_channels,
-                channels, out_per_group, None, None, at, ok, TAPS, ALIGN, "none", 0.0, UNROLL,
+                channels, per_group, None, None, at, ok, TAPS, ALIGN, "none", 0.0, UNROLL,
             )  # fmt: skip
     else:
-        group, column = group_of(part, parts, groups, per_part, first)
+        group, column = group_of(part, per_group, per_part, first)
         rows = reduction_rows(channels, TAPS, FLAT, BLOCK_K)
         x_ptr += (group * (channels // ALIGN * ALIGN)).to(tl.int64) * x_strides[1]
         w_ptr += group.to(tl.int64) * rows * width + column
@@ -109,7 +109,7 @@ def finish_branches(
 @triton.jit(do_not_specialize=["tiles_n", "x_size", "y_size", "count"])
 def parallel_conv(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
-    channels, groups, widths,  # of both branches: channels of a group of x; columns of a group
+    channels, per_group, widths,  # of both branches: channels of a group of x and of y; columns
     spatial_ptr, temporal_ptr,  # as of ``branch``; temporal_ptr None: only one branch
     spatial_bias_ptr, temporal_bias_ptr,  # (K,), or None
     tiles_n, parts, per_part,  # tiles of a part; parts · per_part = K
@@ -138,7 +138,7 @@ def parallel_conv(
     acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
     rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
     a, a_rest = branch(
-        acc, rest, x_ptr, x_strides, x_size, channels[0], groups[0], spatial_ptr, widths[0],
+        acc, rest, x_ptr, x_strides, x_size, channels[0], per_group[0], spatial_ptr, widths[0],
         spatial_bias_ptr, part, parts, per_part, first, position, row_ok, SPATIAL, SPATIAL_FLAT,
         DIRECT[0], X_ALIGN, BLOCK_N, REST_N, BLOCK_K, UNROLL, PRECISION, EMULATE,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def parallel_conv(
         acc, rest = a, a_rest
     if temporal_ptr is not None:
         acc, rest = branch(
-            acc, rest, x_ptr, x_strides, x_size, channels[1], groups[1], temporal_ptr, widths[1],
+            acc, rest, x_ptr, x_strides, x_size, channels[1], per_group[1], temporal_ptr, widths[1],
             temporal_bias_ptr, part, parts, per_part, first, position, row_ok, TEMPORAL,
             TEMPORAL_FLAT, DIRECT[1], X_ALIGN, BLOCK_N, REST_N, BLOCK_K, UNROLL, PRECISION, EMULATE,
         )  # fmt: skip
@@ -168,7 +168,7 @@ def parallel_conv(
 
 @triton.jit
 def gather_branch(
-    acc, rest, dy_ptr, dy_strides, dy_size, channels, groups,  # channels of a group of dy
+    acc, rest, dy_ptr, dy_strides, dy_size, channels, per_group,  # of a group of dy and of dx
     w_ptr, width,  # packed as for ``input_gradient`` or, DIRECT, for ``direct_gradients``
     part, parts, per_part, first, position, row_ok, residue, size,
     TAPS: tl.constexpr, CLASSES: tl.constexpr, FLAT: tl.constexpr, DIRECT: tl.constexpr,
@@ -178,7 +178,6 @@ def gather_branch(
     """acc and rest plus what one of the convolutions gives to the positions it has read."""
     if DIRECT:
         all_channels = parts * per_part
-        per_group = all_channels // groups
         c = part * per_part + first + tl.arange(0, BLOCK_N)
         acc = gather_direct(
             acc, acc, per_group, channels, all_channels, dy_ptr, dy_strides, dy_size, None, None,
@@ -193,7 +192,7 @@ def gather_branch(
                 TAPS, ALIGN, BLOCK_P, REST_N, EMULATE, acc.dtype,
             )  # fmt: skip
     else:
-        group, column = group_of(part, parts, groups, per_part, first)
+        group, column = group_of(part, per_group, per_part, first)
         acc, rest = gather(
             acc, rest, dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, column, None,
             None, None, None, position, row_ok, residue, size, TAPS, CLASSES, FLAT, ALIGN, BLOCK_N,
@@ -205,7 +204,7 @@ def gather_branch(
 @triton.jit(do_not_specialize=["tiles_n", "dy_size", "dx_size", "grid_size", "count"])
 def parallel_input_gradient(
     da_ptr, da_strides, db_ptr, db_strides, dy_size,  # of both branches, of one size
-    channels, groups, widths,  # of both branches: channels of a group of dy; columns of a group
+    channels, per_group, widths,  # of both branches: channels of a group of dy, dx; columns
     spatial_ptr, temporal_ptr,  # as of ``gather_branch``
     tiles_n, parts, per_part,  # tiles of a part; parts · per_part = C
     dx_ptr, dx_strides, dx_size,  # (N, C, T, H, W)
@@ -224,12 +223,12 @@ def parallel_input_gradient(
     acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
     rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
     acc, rest = gather_branch(
-        acc, rest, da_ptr, da_strides, dy_size, channels[0], groups[0], spatial_ptr, widths[0],
+        acc, rest, da_ptr, da_strides, dy_size, channels[0], per_group[0], spatial_ptr, widths[0],
         part, parts, per_part, first, position, row_ok, residue, dx_size, SPATIAL, CLASSES,
         SPATIAL_FLAT, DIRECT[0], Y_ALIGN, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip
     acc, rest = gather_branch(
-        acc, rest, db_ptr, db_strides, dy_size, channels[1], groups[1], temporal_ptr, widths[1],
+        acc, rest, db_ptr, db_strides, dy_size, channels[1], per_group[1], temporal_ptr, widths[1],
         part, parts, per_part, first, position, row_ok, residue, dx_size, TEMPORAL, CLASSES,
         TEMPORAL_FLAT, DIRECT[1], Y_ALIGN, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip

@@ -130,8 +130,8 @@ def parallel_conv(
     spatial, temporal = [arguments.taps(p) for p in convs] + absent
     launch.run(
         launch.kernels().parallel.parallel_conv, (tiles * cut.tiles * cut.parts,), config,
-        *x_args, channels, tuple(p.groups for p in convs), widths, *packed, *absent,
-        *(b.bias for b in chosen), *absent, cut.tiles, cut.parts, cut.per_part,
+        *x_args, channels, tuple(p.out_channels // p.groups for p in convs), widths,
+        *packed, *absent, *(b.bias for b in chosen), *absent, cut.tiles, cut.parts, cut.per_part,
         dy, None if dy is None else arguments.strides(dy, dy_align),
         y, db, arguments.strides(y, y_align), tuple(y.shape[2:]), partial, count,
         SPATIAL=spatial, TEMPORAL=temporal, SPATIAL_FLAT=channels[0] if flat else 0,

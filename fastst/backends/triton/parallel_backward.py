@@ -109,7 +109,6 @@ def _input_gradient(
     problem: Problem, above: Sequence[Tensor], weights: Sequence[Tensor], dx: Tensor
 ) -> None:
     passes = problem.passes
-    groups = tuple(p.groups for p in passes)
     channels = tuple(p.out_channels // p.groups for p in passes)
     direct = tuple(parallel.direct(p) for p in passes)
     classes = residue_classes(*passes)
@@ -135,8 +134,8 @@ def _input_gradient(
     tiles = -(-count // c.block_p) * math.prod(classes)
     launch.run(
         launch.kernels().parallel.parallel_input_gradient, (tiles * cut.tiles * cut.parts,), c,
-        *dy_args, channels, groups, widths, *packed, cut.tiles, cut.parts, cut.per_part,
-        *dx_args, grid, count,
+        *dy_args, channels, tuple(p.in_channels // p.groups for p in passes), widths, *packed,
+        cut.tiles, cut.parts, cut.per_part, *dx_args, grid, count,
         SPATIAL=arguments.transposed_taps(passes[0]), TEMPORAL=arguments.transposed_taps(passes[1]),
         CLASSES=classes, Y_ALIGN=dy_align, X_ALIGN=dx_align, DIRECT=direct,
         SPATIAL_FLAT=channels[0] if c.flat else 0, TEMPORAL_FLAT=channels[1] if c.flat else 0,
