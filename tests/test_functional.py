@@ -241,6 +241,29 @@ def test_no_gradient_of_the_output() -> None:
     assert [t.grad for t in (*w, other)] == [None, None, None, None, 1]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "aten", "reference"])
+def test_default_dtype_and_device_are_for_others(backend: str) -> None:
+    w = [t.requires_grad_() for t in weights(c=8, m=9, k=8)]
+    affine = torch.rand(9, requires_grad=True), torch.rand(9, requires_grad=True)
+    x = torch.randn(2, 8, 4, 6, 6, requires_grad=True)
+
+    def step() -> list[Tensor]:
+        y = conv2plus1d(x, *w, padding=1, norm=BatchNorm(None, None, *affine, training=True))
+        return [y, *torch.autograd.grad(y, (x, *w, *affine), y.detach())]
+
+    try:
+        with fastst.use_backend(backend):
+            expected = step()
+            torch.set_default_dtype(torch.bfloat16)
+            with torch.device("meta"):
+                results = step()
+    except fastst.BackendError:  # not built here
+        return
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_profiler_sees_the_ops() -> None:
     w = [t.requires_grad_() for t in weights()]
     x = torch.randn(1, 3, 4, 6, 6)

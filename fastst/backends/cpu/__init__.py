@@ -14,7 +14,7 @@ from ...shapes import PairSpec, PairTensors, Pass, Problem
 from .. import PairResult
 from . import backward
 from .backward import conv2plus1d_backward
-from .library import Call, load, norm_coefficients
+from .library import Call, floats, load, norm_coefficients
 from .norm import norm_backward
 
 __all__ = [
@@ -90,7 +90,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
     # Where backward is cut into parts, no buffer as large as u is to stay behind.
     mid = k.rows(kept or (save and parts.count(problem, mids(problem)) > 1))
     if kept or spec.norm == "batch":  # u itself is stored
-        statistics = torch.empty(2, m) if spec.norm == "batch" else None
+        statistics = floats(2, m) if spec.norm == "batch" else None
         epilogue = k.epilogue(bias=b1, reductions=statistics)
         k.tap_conv(k.plain(tensors.x), w1, first, mid, epilogue)
         if statistics is not None:
@@ -102,7 +102,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         k.tap_conv(k.plain(tensors.x), w1, first, mid, epilogue)
         source = k.plain(mid[:, :m])
     y = problem.empty_output(tensors.x)
-    out = torch.empty(2, problem.out_channels) if spec.output_statistics else None
+    out = floats(2, problem.out_channels) if spec.output_statistics else None
     epilogue = k.epilogue(
         bias=b2, outer=spec.outer_activation, aux=tensors.residual, reductions=out
     )

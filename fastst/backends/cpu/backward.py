@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...shapes import PairSpec, PairTensors, Problem
 from .. import Part
-from .library import Call, norm_coefficients
+from .library import Call, floats, norm_coefficients
 
 
 def why_not(problem: Problem) -> str | None:
@@ -67,7 +67,7 @@ def conv2plus1d_backward(
         db[1] = box[0].sum((0, 2, 3, 4))
     norm = need.norm_weight or need.norm_bias
     if need.x or need_weights[0] or need_biases[0] or norm:
-        dv, sums = k.rows(kept=False), torch.empty(2, problem.mid_channels)
+        dv, sums = k.rows(kept=False), floats(2, problem.mid_channels)
         epilogue = k.epilogue(
             "norm_gradient", coefficients=coefficients, act=spec.activation, aux=mid,
             reductions=sums,

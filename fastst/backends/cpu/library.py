@@ -6,7 +6,6 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-import math
 import os
 import platform
 import threading
@@ -110,16 +109,15 @@ class Call:
         What nobody keeps lies in a buffer that the thread uses again for its next call: the pages
         of a fresh one cost about as much as filling them.
         """
-        shape = self.problem.mid_shape
-        count = math.prod(shape)
+        n, t, h, w, m = self.problem.mid_shape
+        count = n * t * h * w * m
+        size, stride = (n, m, t, h, w), (t * h * w * m, 1, h * w * m, w * m, m)
         if kept or count > _LARGEST_BUFFER:
-            rows = torch.empty(shape)
-        else:
-            buffer: Tensor | None = getattr(_buffers, "rows", None)
-            if buffer is None or buffer.numel() < count:
-                buffer = _buffers.rows = torch.empty(count)
-            rows = buffer[:count].view(shape)
-        return rows.permute(0, 4, 1, 2, 3)
+            return torch.empty_strided(size, stride, dtype=torch.float32, device="cpu")
+        buffer: Tensor | None = getattr(_buffers, "rows", None)
+        if buffer is None or buffer.numel() < count:
+            buffer = _buffers.rows = floats(count)
+        return buffer.as_strided(size, stride)
 
     def view(self, t: Tensor) -> Any:
         return self.lib.View(t.data_ptr(), t.shape, t.stride())
@@ -128,7 +126,8 @@ class Call:
         """Dense float32 array; converts small per-channel tensors to it."""
         if t is None:
             return self.lib.Array()
-        t = t.float().contiguous()
+        if t.dtype != torch.float32 or not t.is_contiguous():
+            t = t.float().contiguous()
         self.kept.append(t)
         return self.lib.Array(t.data_ptr(), t.numel())
 
@@ -152,8 +151,7 @@ class Call:
         return lib.Source(self.view(dv), self.view(u), array, lib.Read.norm_gradient, none, 0.0)
 
     def conv(self, p: Pass) -> Any:
-        mode = getattr(self.lib.PadMode, p.padding_mode if any(p.padding) else "zeros")
-        return self.lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode)
+        return _conv(self.lib, p)
 
     def epilogue(
         self,
@@ -196,10 +194,21 @@ class Call:
         return dw
 
 
+@functools.lru_cache(maxsize=4096)
+def _conv(lib: ModuleType, p: Pass) -> Any:
+    mode = getattr(lib.PadMode, p.padding_mode if any(p.padding) else "zeros")
+    return lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode)
+
+
+def floats(*shape: int) -> Tensor:
+    """Uninitialised memory for the kernels, whatever PyTorch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def norm_coefficients(k: Call, tensors: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
     """(5, M): mean, scale and shift of v = (u − mean)·scale + shift, and two rows of zeros."""
     spec: PairSpec = k.problem.spec  # type: ignore[assignment]
-    table = torch.empty(5, mean.shape[0])
+    table = floats(5, mean.shape[0])
     norm = (mean, var, tensors.norm_weight, tensors.norm_bias)
     k.lib.norm_coefficients(*map(k.array, norm), spec.eps, k.array(table))
     return table

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import library
+from .library import floats, library
 
 
 def norm_backward(
@@ -35,7 +35,7 @@ def norm_backward(
     vectors = [t if t is None else t.contiguous() for t in (mean, var, weight)]
     arrays = [lib.Array() if t is None else lib.Array(t.data_ptr(), t.numel()) for t in vectors]
     dy = torch.empty_like(y) if needs[0] else None
-    sums = torch.empty(2, y.shape[1])
+    sums = floats(2, y.shape[1])
     lib.batch_norm_backward(
         view(dv), view(y), *arrays, eps, None if dy is None else view(dy),
         lib.Array(sums.data_ptr(), sums.numel()), torch.get_num_threads(),
