@@ -24,7 +24,6 @@ void choose(Dtype dtype, const HopperTemporalGradient& g, Stream stream) {
     return is_tile(g.tile, columns, frames) && up == step;
   };
   if (is(64, 4, 1)) return run<T, 64, 4, 1>(g, p, stream);
-  if (is(64, 4, 2)) return run<T, 64, 4, 2>(g, p, stream);
   if (is(120, 2, 2)) return run<T, 120, 2, 2>(g, p, stream);
   if (is(128, 2, 1)) return run<T, 128, 2, 1>(g, p, stream);
   if (is(144, 2, 1)) return run<T, 144, 2, 1>(g, p, stream);

@@ -35,9 +35,7 @@ TEMPORAL_TILES = ((64, 4), (128, 2), (128, 1))
 # (columns, output frames, stride) of its instances as an input gradient. These fit mid channels: no
 # registers hold A, so 2 × 144 sums have room; of stride 2, whose frames come in pairs, 2 × 120 do
 # with the derivative's operands, which fit 230, 460 and 921 with at most 4% to spare.
-TEMPORAL_GRADIENT_TILES = (
-    (64, 4, 1), (64, 4, 2), (120, 2, 2), (128, 2, 1), (144, 2, 1), (232, 1, 1),
-)  # fmt: skip
+TEMPORAL_GRADIENT_TILES = ((64, 4, 1), (120, 2, 2), (128, 2, 1), (144, 2, 1), (232, 1, 1))
 _TEMPORAL_ROWS = 128
 _TEMPORAL_TAPS = 3
 _LEAST_FRAMES = 6  # in shared memory: what a tile of 4 reads, or all that one of 2 does and more

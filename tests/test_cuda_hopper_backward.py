@@ -344,7 +344,7 @@ STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
 # Left out of the mutants to compile them quickly, as (file, pattern, replacement).
 UNUSED = (
     ("hopper_spatial_gradient.cu", r" *if \(is\((?!64, 4).*\n", ""),
-    ("hopper_temporal_gradient.cu", r" *if \(is\((?!64).*\n", ""),
+    ("hopper_temporal_gradient.cu", r" *if \(is\((?!64|120).*\n", ""),
     ("hopper_spatial_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
     ("hopper_temporal_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
 )
@@ -386,6 +386,6 @@ def test_planted_bug_is_caught(
     wrapped = configs_hopper_gradient.spatial_gradient.__wrapped__  # without what it remembers
     monkeypatch.setattr(configs_hopper_gradient, "spatial_gradient", wrapped)
     monkeypatch.setattr(configs_hopper_gradient, "TILES", ((64, 4),))
-    monkeypatch.setattr(configs_hopper, "TEMPORAL_GRADIENT_TILES", ((64, 4, 1), (64, 4, 2)))
+    monkeypatch.setattr(configs_hopper, "TEMPORAL_GRADIENT_TILES", ((64, 4, 1), (120, 2, 2)))
     with pytest.raises((AssertionError, RuntimeError)):
         fuzz.check(config, "cuda")
