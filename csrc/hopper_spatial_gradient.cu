@@ -33,7 +33,7 @@ constexpr int kNone = 255;               // no tap
 static_assert(kPlaces + 4 * kMaxRows <= kFirst);
 
 // One axis of the plane.
-struct Axis {
+struct Plane {
   int size, out;     // of du, of dx
   int cells, tiles;  // of a tile; tiles
   int span;          // outputs of a cell, a multiple of up
@@ -46,7 +46,7 @@ struct Axis {
 template <class T>
 struct Parameters {
   TensorMap g, u, weight;  // (C, W, H, frames), the same, (64, rows)
-  Axis h, w;
+  Plane h, w;
   int channels, frames, box_frames;
   int cluster, frame_tiles;                        // frame tiles of each block of a cluster
   int tiles, column_tiles, stages, weight_stages;  // tiles: of cells, of each block
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Multicast taps(p.cluster, walk.rank);
       // A box comes before the weights of the chunk before it: forming takes time, too.
       Step now(p, walk), ahead(p, walk);
-      if (p.stages > 2) copy_box(ahead), ahead.next(p);
+      if (p.stages > 2 && ahead.goes_on(p)) copy_box(ahead), ahead.next(p);
       for (; now.goes_on(p); now.next(p)) {
         if (ahead.goes_on(p)) copy_box(ahead), ahead.next(p);
         for (int kw = 0; kw < p.kernel_w; ++kw) {
@@ -291,9 +291,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // One axis of the pass whose input gradient this is, for cells of `span` outputs.
-Axis axis_of(const HopperSpatialGradient& g, int axis, int cells, int span) {
+Plane plane_of(const HopperSpatialGradient& g, int axis, int cells, int span) {
   const auto at = [](const auto& array, int i) { return narrow_size(array[i]); };
-  Axis a{};
+  Plane a{};
   a.size = at(g.g.size, 2 + axis), a.out = at(g.out.size, 2 + axis);
   a.cells = cells, a.span = span, a.step = span / at(g.conv.stride, axis);
   a.tiles = (a.out + cells * span - 1) / (cells * span);
@@ -316,7 +316,7 @@ void for_each_tap(const Conv& conv, int axis, int span, F f) {
 template <class T>
 void place_taps(Parameters<T>& p, const Conv& conv) {
   for (const int axis : {1, 2}) {
-    Axis& a = axis == 1 ? p.h : p.w;
+    Plane& a = axis == 1 ? p.h : p.w;
     int least = INT32_MAX, most = INT32_MIN;
     for_each_tap(conv, axis, a.span,
                  [&](int, int, int at) { least = std::min(least, at), most = std::max(most, at); });
@@ -360,8 +360,8 @@ void run(Dtype dtype, const HopperSpatialGradient& g, Stream stream) {
     require(g.conv.dilation[axis] < kMaxRows, "taps of one box", g.conv.dilation[axis]);
   }
   Parameters<T> p{};
-  p.h = axis_of(g, 1, narrow_size(tile.box[1]), Blocks / up_w);
-  p.w = axis_of(g, 2, narrow_size(tile.box[2]), up_w);
+  p.h = plane_of(g, 1, narrow_size(tile.box[1]), Blocks / up_w);
+  p.w = plane_of(g, 2, narrow_size(tile.box[2]), up_w);
   require(Blocks / up_w * g.conv.kernel[1] <= kMaxReach, "few enough taps", g.conv.kernel[1]);
   place_taps(p, g.conv);
   p.channels = narrow_size(g.g.size[1]), p.stored = narrow_size(g.out.size[1]);

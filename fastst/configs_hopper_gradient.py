@@ -43,9 +43,6 @@ class GradientTile:
     grid: int  # blocks, which walk over the tiles
     cluster: int = 1  # blocks, 1 or 2, that copy the weights to each other
 
-    def column_tiles(self, channels: int) -> int:
-        return math.ceil(channels / self.columns)
-
 
 @dataclass(frozen=True)
 class Axis:

@@ -340,6 +340,7 @@ NORM = Config(
     seed=1, channels=40, mid=72, out=8, batch=1, size=(2, 9, 10), norm="batch", activation="silu",
     dtype=torch.float16, x_layout="channels_last", constant=WEIGHTS,
 )  # fmt: skip
+DEEP = replace(NORM, mid=200)  # whose chunks are more than stages
 STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
 # Left out of the mutants to compile them quickly, as (file, pattern, replacement).
 UNUSED = (
@@ -356,14 +357,14 @@ HEADERS = ("gradient", "hopper_temporal", "pipeline", "accumulators")
     [
         # a tap off by one, an output of a cell left out
         ("spatial_gradient", "* dilation - narrow_size", "* dilation + 1 - narrow_size", NORM),
-        ("spatial_gradient", "static_cast<uint8_t>(output)", "0", STRIDED),
+        ("spatial_gradient", "static_cast<uint8_t>(output)", "output * 0", STRIDED),
         ("temporal_gradient", "kTaps - 1 - before", "kTaps - before", NORM),
         ("temporal_gradient", "before & 1", "0", STRIDED),
         # du: p·u left out, q where there is no place
         ("spatial_gradient", "(rate[i] * widen", "(0 * rate[i] * widen", NORM),
         ("spatial_gradient", "inside ? widen", "inside || true ? widen", STRIDED),
         # a missing fence or barrier, a wrong phase, a stage given back too early, a wrong swizzle
-        ("spatial_gradient", "fence_proxy_async();\n", "", NORM),
+        ("spatial_gradient", "fence_proxy_async();\n", "", DEEP),
         ("spatial_gradient", "if (p.affine) formed.wait();", "", NORM),
         ("spatial_gradient", "boxes.advance(), formed.advance();\n      at",
          "boxes.advance();\n      at", NORM),
