@@ -184,9 +184,11 @@ class Call:
         return self.sum_rows(partials)
 
     def sum_rows(self, partials: Tensor) -> Tensor:
+        """Their sum over the first axis; nothing that is launched later may read them."""
         out = self.empty(*partials.shape[1:])
         rows = partials.shape[0]
         self.lib.sum_rows(self.dtype, self.array(partials), self.array(out), rows, self.stream)
+        self.kept = [t for t in self.kept if t is not partials]
         return out
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
