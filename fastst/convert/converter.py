@@ -254,9 +254,12 @@ class _Walk:
         try:
             _check_class(module)
             lists = {path for path, m in near.items() if isinstance(m, nn.Sequential)}
-            normed = self._normed(name, module, _graph(module, lists).graph)
-            traced = _graph(module, {p for calls in normed for p in _crossed(calls)})
+            traced = _graph(module, lists)
             normed = self._normed(name, module, traced.graph)
+            crossed = {path for calls in normed for path in _crossed(calls)}
+            if normed and crossed != set(traced.opened):
+                traced = _graph(module, crossed)
+                normed = self._normed(name, module, traced.graph)
             if normed:
                 plan = fused.plan_of(module, traced.graph, traced.opened, [], normed)
                 self._apply(name, module, plan, set())

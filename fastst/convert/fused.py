@@ -136,15 +136,16 @@ def call_normed(norm: nn.Module, module: nn.Module, *args: Any) -> Tensor:
 
     The module is called, and then the norm, wherever that may be more than what its class says.
     """
-    own = vars(type(module)).get("forward_normed")
-    if own is None:  # it was exchanged or reverted
+    if torch.compiler.is_compiling():  # the compiler fuses a norm with what follows
         return norm(module(*args))
-    why = None
-    if is_watched(module) or module._compiled_call_impl is not None:
+    own = vars(type(module)).get("forward_normed")
+    if own is None:
+        why = "the module before it was exchanged, reverted or given another class"
+    elif is_watched(module) or module._compiled_call_impl is not None:
         why = "the module that ends in the pair has hooks, or was compiled"
     elif torch_module._has_any_global_hook():
         why = "global module hooks are registered"
-    if why is None:
+    else:
         return own(module, norm, *args)
     y = module(*args)
     tell_apart(norm, why)
