@@ -135,6 +135,20 @@ def test_with_recompute_nothing_like_u(backend: str) -> None:
     assert share(backend, recompute=True) <= 0.4
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_the_environment_and_a_budget_do_the_same(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = pair(), torch.randn(8, 64, 4, 28, 28)
+    fastst.set_memory_budget(layer, 0.0, x)
+    told = [layer]
+    monkeypatch.setenv("FASTST_RECOMPUTE", "1")
+    told.append(pair())
+    with fastst.use_backend(backend):
+        for layer in told:
+            assert allocated(step(layer, x.clone())) <= 0.4 * EAGER * x[:, 0].nbytes
+
+
 def test_a_dy_that_stays_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant: autograd keeps it, as PyTorch before 2.13 does."""
     monkeypatch.setattr(ops._PairFunction, "boxed_grads_call", False)
