@@ -28,7 +28,7 @@ LOCAL = re.compile(r"\b(LDL|STL)\b")
 PRODUCT = re.compile(r"\bHGMMA\.64x(\d+)x16\.F32\S* R\d")  # with no register it only ends a group
 TMA = re.compile(r"\bUTMALDG\.(\dD)(\.MULTICAST)?")
 # Kernels whose blocks copy weights to each other.
-SHARING = ("hopper_spatial_kernel", "hopper_temporal_kernel")
+SHARING = ("hopper_spatial_kernel", "hopper_spatial_gradient_kernel", "hopper_temporal_kernel")
 
 
 def tool(name: str) -> str:
