@@ -151,6 +151,64 @@ def test_nan_and_infinity_reach_what_pytorch_lets_them(bad: float, norm: bool) -
     assert not u[..., 20:].any()
 
 
+# ---- strips of the mid tensor
+
+
+@pytest.fixture
+def strips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Cuts mid tensors that are small, too; in how many strips each call did."""
+    counts: list[int] = []
+    pair = library.Call.pair
+
+    def counted(self: library.Call, *args: Any) -> int:
+        counts.append(pair(self, *args))
+        return counts[-1]
+
+    monkeypatch.setattr(library.Call, "pair", counted)
+    monkeypatch.setattr(library.Call, "strip", 2000)
+    monkeypatch.setattr(library.Call, "large", 0)
+    return counts
+
+
+@built
+@pytest.mark.parametrize("norm", ["none", "frozen"])
+def test_strips(norm: str, strips: list[int]) -> None:
+    cases = limits(norm=norm, groups=(1, 1))
+    fuzz.fuzz("cpu", 40, cases, first=fuzz.SEED + 7000, backward=False, least=1.0)
+    assert sum(n > 2 for n in strips) > 10
+
+
+@built
+@pytest.mark.parametrize("order", ["spatial-first", "temporal-first"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_strips_change_nothing(
+    channels_last: bool, order: str, strips: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, on any number of threads, in whole lines of y and beside; NaN included."""
+    monkeypatch.setattr(library.Call, "sums", "direct")
+    torch.manual_seed(7)
+    x = torch.randn(2, 3, 6, 32, 24)
+    x[1, 2, 3, 17, 5], x[0, 1, 0, 0, 9] = math.nan, math.inf
+    ws, wt = torch.randn(20, 3, 1, 5, 5), torch.randn(33, 20, 3, 1, 1)
+    if order == "temporal-first":
+        ws, wt = torch.randn(33, 20, 1, 5, 5), torch.randn(20, 3, 3, 1, 1)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    found = []
+    for strip, threads in ((0, 1), (24_000, 1), (24_000, 2)):
+        monkeypatch.setattr(library.Call, "strip", strip)
+        torch.set_num_threads(threads)
+        try:
+            with fastst.use_backend("cpu"):
+                found.append(conv2plus1d(x, ws, wt, padding=(1, 2, 2), order=order))
+        finally:
+            torch.set_num_threads(1)
+    assert strips[0] == 1 and strips[1] == strips[2] > 4
+    for y in found[1:]:
+        torch.testing.assert_close(y, found[0], rtol=0, atol=0, equal_nan=True)
+    assert found[0].isnan().any() and not found[0].isnan().all()
+
+
 # ---- Winograd's sums
 
 

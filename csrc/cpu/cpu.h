@@ -22,6 +22,7 @@ struct Epilogue {
   // (2, out): forward: mean and biased variance of Σ + bias;
   // norm_gradient: Σ out and Σ out·(aux − mean).
   Array reductions;
+  bool large = false;  // out is larger than the caches, and is stored past them
 };
 
 // How the products of a convolution are summed: Winograd's way wherever it can be done, nowhere, or
@@ -35,6 +36,29 @@ int64_t tap_conv(const Source&, const View& weight, const Conv&, const View& out
                  Sums, int threads);
 int64_t input_gradient(const Source&, const View& weight, const Conv&, const View& out,
                        const Epilogue&, Sums, int threads);
+
+struct PairPass {
+  View weight;
+  Array bias;  // or none
+  Conv conv;
+};
+
+// out = outer(second(act(norm(first(x)))) + residual), norm = (u − mean)·gamma/√(var + eps) + beta
+struct Pair {
+  View x;
+  PairPass first, second;
+  Array mean, var, gamma, beta;  // (M,); no mean: no norm
+  double eps;
+  Activation act, outer;
+  double slope;                      // of either
+  std::array<int64_t, 5> mid_shape;  // (N, T', H', W', M rounded up)
+  int64_t strip;                     // floats of the mid tensor that stay in a second-level cache
+  int64_t large;                     // floats of a tensor that does not stay in any
+  std::optional<View> residual;
+  View out;
+};
+// In how many strips of the mid tensor.
+int64_t pair(const Pair&, Sums, int threads);
 
 // dweight (out, in/groups, kt, kh, kw) of any strides, from the input and the gradient of the
 // output.

@@ -56,27 +56,45 @@ class Direct {
     // A group of rows shares its taps: those of one frame if taps may lie outside.
     const int64_t frames = p.g.t.inside() ? 1 : tile.t1 - tile.t0;
     const int64_t each = tile.positions() / frames;
-    const Groups groups(each, most_rows(block.vectors));
+    const int64_t most = most_rows(block.vectors), piece = p.lines ? kLine : most;
+    const Groups groups(each, most);
+    const int64_t batches = p.lines ? parts_of(each, kHeld) : groups.count;
+    const auto start = [&](int64_t i) {
+      return p.lines ? std::min(i * kHeld, each) : groups.start(i);
+    };
     const Offsets places(tile, [&](int64_t t, int64_t h, int64_t w) {
       return t * p.g.t.stride * packed.t + h * p.g.h.stride * packed.h +
              w * p.g.w.stride * packed.w;
     });
-    const Scratch sums((chunks > 1 ? tile.positions() : kMostRows) * pitch);
+    const Scratch sums((chunks > 1 ? tile.positions() : kHeld) * pitch);
     std::vector<Segment> segments;
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       for (int64_t frame = 0; frame < frames; ++frame) {
         list_segments(p.g, packer, tile, packed, frame, chunk, pitch, segments);
-        for (int64_t i = 0; i < groups.count; ++i) {
-          const int64_t start = frame * each + groups.start(i);
-          const int count = static_cast<int>(groups.start(i + 1) - groups.start(i));
-          int64_t positions[kMostRows];
-          for (int r = 0; r < count; ++r) positions[r] = start + r;
-          if (chunk + 1 == chunks) expect(positions, count);
-          float* to = sums + (chunks > 1 ? start * pitch : 0);
-          multiply_for(count, block.vectors, true)(packed.data, places.from(start), 1, weights,
-                                                   pitch, segments.data(), segments.size(), to,
-                                                   pitch, chunk > 0);
-          if (chunk + 1 == chunks) done(to, pitch, positions, count);
+        for (int64_t i = 0; i < batches; ++i) {
+          const int64_t first = frame * each + start(i), count = start(i + 1) - start(i);
+          float* to = sums + (chunks > 1 ? first * pitch : 0);
+          const auto by_piece = [&](auto f) {
+            if (chunk + 1 < chunks) return;
+            for (int64_t at = 0; at < count; at += piece) {
+              int64_t positions[kMostPlaces];
+              const int n = static_cast<int>(std::min(piece, count - at));
+              for (int r = 0; r < n; ++r) positions[r] = first + at + r;
+              f(to + at * pitch, positions, n);
+            }
+          };
+          by_piece([&](const float*, const int64_t* positions, int n) { expect(positions, n); });
+          const Groups parts(count, most);
+          for (int64_t j = 0; j < parts.count; ++j) {
+            const int64_t at = parts.start(j);
+            const int n = static_cast<int>(parts.start(j + 1) - at);
+            multiply_for(n, block.vectors, true)(packed.data, places.from(first + at), 1, weights,
+                                                 pitch, segments.data(), segments.size(),
+                                                 to + at * pitch, pitch, chunk > 0);
+          }
+          by_piece([&](const float* done_sums, const int64_t* positions, int n) {
+            done(done_sums, pitch, positions, n);
+          });
         }
       }
   }
@@ -86,6 +104,7 @@ class Direct {
   // Of the second-level cache: what a tile reads, and what a block of weights holds of one chunk.
   static constexpr int64_t kTileFloats = 96 << 10;
   static constexpr int64_t kBlockFloats = 112 << 10;
+  static constexpr int64_t kHeld = 112;  // a multiple of lanes and of rows
 
   // Input channels whose weights a block keeps in the cache.
   static int64_t chunk_of(const Weights& w) {

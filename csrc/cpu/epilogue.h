@@ -37,6 +37,7 @@ class Finisher {
         act_(e.act),
         outer_(e.outer),
         slope_(static_cast<float>(e.slope)),
+        large_(e.large),
         out_(out),
         aux_(aux),
         channels_(channels),
@@ -46,6 +47,7 @@ class Finisher {
 
   // Says that a vector of channels will be stored to these places.
   void expect(int64_t channel, const Places& to) const {
+    if (large_) return;
     float* base = out_.data + channel * out_.c;
     if (out_.c == 1) {
       for (int r = 0; r < to.count; ++r) prefetch_to_write(base + to.offset[r]);
@@ -155,7 +157,7 @@ class Finisher {
       for (int r = 0; r < to.count; ++r) {
         float* p = base + to.offset[r];
         if (wide == kLanes)
-          store(p, n == kLanes ? x[r] : first(x[r], n));
+          whole(p, n == kLanes ? x[r] : first(x[r], n));
         else
           store(p, first(x[r], n), wide);
       }
@@ -171,13 +173,27 @@ class Finisher {
       Vec rows[kLanes];
       for (int j = 0; j < kLanes; ++j) rows[j] = j < width ? first(x[r + j], n) : Vec{};
       transpose(rows);
-      for (int64_t i = 0; i < wide; ++i) store(base + i * out_.c + to.offset[r], rows[i], width);
+      for (int64_t i = 0; i < wide; ++i) {
+        float* p = base + i * out_.c + to.offset[r];
+        if (width == kLanes)
+          whole(p, rows[i]);
+        else
+          store(p, rows[i], width);
+      }
     }
+  }
+
+  void whole(float* p, Vec v) const {
+    if (large_ && reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0)
+      stream(p, v);
+    else
+      store(p, v);
   }
 
   Write write_;
   Activation act_, outer_;
   float slope_;
+  bool large_;
   Tensor out_, aux_;
   int64_t channels_, stored_;
   const float* bias_;

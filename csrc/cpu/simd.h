@@ -33,6 +33,14 @@ inline void prefetch(const float* p) {
 // Processors that do not know the instruction skip it.
 inline void prefetch_to_write(const float* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
 
+// Past the caches, to an aligned address. What follows on another thread needs a fence.
+#if defined(__AVX512F__)
+inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+#else
+inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+#endif
+constexpr int64_t kLine = 16;  // floats
+
 // Lanes that are all v (Vec{} + v would have to add, for the sake of −0).
 #if defined(__AVX512F__)
 inline Vec splat(float v) { return _mm512_set1_ps(v); }

@@ -215,6 +215,7 @@ int64_t tap_conv(const Source& source, const View& weight, const Conv& conv, con
     p.stored = g + 1 < conv.groups ? each : out.size[1] - g * each;
     p.bias = from(e.bias, g * each);
     p.norm = Norm(e.coefficients).from(g * each);
+    p.lines = e.large && p.out.c != 1;
     Pass pass(e, reductions ? &*reductions : nullptr, sums, threads);
     pass.add(p);
     by_winograd += pass.run();
@@ -232,7 +233,7 @@ int64_t input_gradient(const Source& source, const View& weight, const Conv& con
   std::optional<Reductions> reductions;
   if (e.reductions.count) reductions.emplace(e.write, each * conv.groups);
   for (int64_t g = 0; g < conv.groups; ++g) {
-    Problem p;
+    Problem p{};
     p.in = input_of(source, g * in, in);
     p.first = g * each;
     p.stored = g + 1 < conv.groups ? each : out.size[1] - g * each;

@@ -162,10 +162,18 @@ inline Vec gather(const float* p, int64_t step, int64_t n) {
 template <Read R, Activation K>
 class Reader {
  public:
-  explicit Reader(const Input& input) : in_(input) {}
+  explicit Reader(const Input& input) : in_(input), few_(input.channels) {}
 
   void operator()(const float* a, const float* b, int64_t count, float* to, int64_t pitch) const {
     const int64_t channels = in_.channels;
+    if (R == Read::plain && in_.a.c == 1 && in_.a.w == channels && pitch == channels) {
+      std::memcpy(to, a, count * channels * sizeof(float));
+      return;
+    }
+    if (R == Read::plain && in_.a.w == 1 && channels <= kFew && pitch == channels) {
+      interleave(a, count, to);
+      return;
+    }
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, channels - c);
       const Coefficients k(in_.norm, c, n);
@@ -216,6 +224,34 @@ class Reader {
     }
   };
 
+  // The few channels of a clip, each of them stored by itself.
+  static constexpr int kFew = 4;
+  void interleave(const float* a, int64_t count, float* to) const {
+    const int64_t channels = in_.channels;
+    for (int64_t w = 0; w < count; w += kLanes) {
+      const int64_t width = std::min<int64_t>(kLanes, count - w);
+      Vec rows[kFew] = {};
+      for (int64_t c = 0; c < channels; ++c) rows[c] = load(a + c * in_.a.c + w, width);
+      for (int64_t i = 0; i < channels; ++i) {
+        const int64_t left = std::clamp<int64_t>(width * channels - i * kLanes, 0, kLanes);
+        const Vec even = permute(rows[0], rows[1], few_.from[i]);
+        const Vec odd = permute(rows[2], rows[3], few_.from[i]);
+        store(to + w * channels + i * kLanes, few_.channel[i] < 2 ? even : odd, left);
+      }
+    }
+  }
+  // Channel and place of the floats that interleaving makes, from that of their neighbour.
+  struct Few {
+    Bits channel[kFew], from[kFew];
+    explicit Few(int64_t channels) {
+      for (int64_t i = 0; i < kFew * kLanes; ++i) {
+        const int64_t c = i % channels;
+        channel[i / kLanes][i % kLanes] = static_cast<int32_t>(c);
+        from[i / kLanes][i % kLanes] = static_cast<int32_t>(i / channels % kLanes + c % 2 * kLanes);
+      }
+    }
+  };
+
   Vec prologue(Vec v, const Coefficients& k, [[maybe_unused]] Vec u) const {
     if constexpr (R == Read::norm_act) {
       if (in_.norm.data) v = (v - k.mean) * k.scale + k.shift;
@@ -227,6 +263,7 @@ class Reader {
   }
 
   Input in_;
+  Few few_;
 };
 
 template <class F>

@@ -21,6 +21,7 @@ struct Problem {
   int64_t first, stored;  // channel of out in its tensor; channels of out
   const float* bias;
   Norm norm;
+  bool lines;  // channels of out are not neighbours: sums wait until they fill lines of positions
 };
 
 // Weights of some vectors of output channels, for one of several problems on the same source.

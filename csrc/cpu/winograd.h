@@ -128,7 +128,8 @@ class Winograd {
         static_cast<double>(g.batch * parts_of(g.t.out, kSteps[0]) * parts_of(g.h.out, kSteps[1]) *
                             parts_of(g.w.out, kSteps[2]));
     const double in = p.weights.in, out = p.weights.out;
-    const double ours = kPacking + rows * (1 + kTransforms / in + kTransforms / out);
+    const double parts = p.weights.in % kLanes ? 2 : 1;  // masked loads and stores that cross lines
+    const double ours = kPacking + rows * (1 + parts * kTransforms / in + kTransforms / out);
     int64_t reads = 0;  // of all taps in time
     for (int64_t t = 0; t < g.t.out; ++t)
       for (int64_t i = 0; i < g.t.kernel; ++i) reads += g.t.source(g.t.first(t) + i) >= 0;

@@ -7,14 +7,13 @@ where the first stores and the second loads.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ... import parts
-from ...shapes import PairSpec, PairTensors, Pass, Problem
+from ...shapes import PairSpec, PairTensors, Problem
 from .. import PairResult
 from . import backward
 from .backward import conv2plus1d_backward
-from .library import Call, floats, load, norm_coefficients
+from .library import Call, PairPass, floats, load, norm_coefficients
 from .norm import norm_backward
 
 __all__ = [
@@ -67,21 +66,27 @@ def output_statistics(problem: Problem) -> bool:
     return problem.op == "conv2plus1d"
 
 
-def in_order(problem: Problem, tensors: PairTensors) -> list[tuple[Pass, Tensor, Tensor | None]]:
+def in_order(problem: Problem, tensors: PairTensors) -> tuple[PairPass, PairPass]:
     """Each pass with its weight and its bias, in the order of execution."""
     t = tensors
     found = {
         "spatial": (t.spatial_weight, t.spatial_bias),
         "temporal": (t.temporal_weight, t.temporal_bias),
     }
-    return [(p, *found[p.kind]) for p in problem.passes]
+    first, second = problem.passes
+    return (first, *found[first.kind]), (second, *found[second.kind])
 
 
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
     spec: PairSpec = problem.spec  # type: ignore[assignment]
-    (first, w1, b1), (second, w2, b2) = in_order(problem, tensors)
-    m = problem.mid_channels
+    both = in_order(problem, tensors)
     k = Call(problem)
+    if not (save or spec.norm == "batch"):
+        y = problem.empty_output(tensors.x)
+        k.pair(tensors, *both, y)
+        return PairResult(y, outer=True)
+    (first, w1, b1), (second, w2, b2) = both
+    m = problem.mid_channels
     mean, var, coefficients = tensors.mean, tensors.var, None
     if spec.norm == "frozen":
         assert mean is not None and var is not None

@@ -87,10 +87,15 @@ def _loaded_runtimes() -> Iterator[str]:
     yield from sorted(found, key=lambda f: (not f.startswith(home), f))
 
 
+PairPass = tuple[Pass, Tensor, Tensor | None]  # with its weight and its bias
+
+
 class Call:
     """Launches of one call: a thin layer of tensors over the library's functions."""
 
     sums = "best"  # or "direct", "winograd": how convolutions sum their products
+    strip = 192 << 10  # floats of a mid tensor that stay in a second-level cache of 1 MiB
+    large = 1 << 20  # floats of a tensor that other layers push out of the last-level one
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -149,6 +154,27 @@ class Call:
         lib = self.lib
         array, none = self.array(coefficients), lib.Activation.none
         return lib.Source(self.view(dv), self.view(u), array, lib.Read.norm_gradient, none, 0.0)
+
+    def pair(self, tensors: PairTensors, first: PairPass, second: PairPass, y: Tensor) -> int:
+        """y = a pair without norm or with a frozen one; in how many strips of its mid tensor."""
+        lib, t = self.lib, tensors
+        spec: PairSpec = self.problem.spec  # type: ignore[assignment]
+        frozen = spec.norm == "frozen"
+        norm = (t.mean, t.var, t.norm_weight, t.norm_bias) if frozen else (None,) * 4
+
+        def of(p: PairPass) -> Any:
+            return lib.PairPass(self.view(p[1]), self.array(p[2]), self.conv(p[0]))
+
+        residual = None if t.residual is None else self.view(t.residual)
+        strips: int = lib.pair(
+            lib.Pair(
+                self.view(t.x), of(first), of(second), *map(self.array, norm), spec.eps,
+                self.act(spec.activation), self.act(spec.outer_activation), self.slope,
+                self.problem.mid_shape, self.strip, self.large, residual, self.view(y),
+            ),
+            self.way, self.threads,
+        )  # fmt: skip
+        return strips
 
     def conv(self, p: Pass) -> Any:
         return _conv(self.lib, p)
