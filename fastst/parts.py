@@ -90,8 +90,9 @@ def gradients(
         weight, bias, norm = f"{kind}_weight", f"{kind}_bias", {"norm_weight", "norm_bias"}
         below = wanted & {"x", weight, bias}
         frozen = spec._replace(norm="frozen", group="")
-        sweep(frozen, _frozen(tensors, mean, var), wanted - below | (norm if below else set()))
-        if below:
+        summed = bool(below or wanted & norm)  # then other ranks wait for the sums
+        sweep(frozen, _frozen(tensors, mean, var), wanted - below | (norm if summed else set()))
+        if summed:
             table = torch.stack((sums["norm_bias"], sums["norm_weight"] * (var + spec.eps).sqrt()))
             values = problem.batch * math.prod(problem.mid_size)
             if spec.group:
