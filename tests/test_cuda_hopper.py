@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fuzz import Config
+from test_outer_norm import reads_of_statistics
 
 import fastst
 from fastst import activations, configs_hopper, dispatch, selfcheck
@@ -142,7 +143,8 @@ def test_what_is_saved(norm: str, kind: str, ran: list[Problem]) -> None:
     if kind == "dense":
         geometry = dict(kernel=(3, 3, 3), stride=(2, 1, 2), padding=1)
     config = Config(
-        seed=7, channels=3 if kind == "stem" else 72, mid=45, out=64, batch=2, size=(3, 9, 10),
+        seed=7, channels=3 if kind == "stem" else 72, mid=45, out=64 if kind == "stem" else 136,
+        batch=2, size=(3, 9, 10),
         norm=norm, activation="silu", bias=(True, True), dtype=torch.float16,
         x_layout="channels_last", **geometry,
     )  # fmt: skip
@@ -155,6 +157,8 @@ def test_what_is_saved(norm: str, kind: str, ran: list[Problem]) -> None:
     )  # fmt: skip
     pt, ph, pw = (1, 3, 3) if kind == "stem" else (1, 1, 1)
     spec = PairSpec(config.stride, (pt, pt, ph, ph, pw, pw), activation="silu", norm=norm)
+    spec = spec._replace(output_statistics=kind == "dense")
+    assert cuda.output_statistics(Problem.of(arguments, spec)) == (kind == "dense")
     with fuzz.poisoned():
         found = cuda.conv2plus1d(Problem.of(arguments, spec), arguments, True)
     assert len(ran) == 1 and found.u is not None
@@ -170,6 +174,31 @@ def test_what_is_saved(norm: str, kind: str, ran: list[Problem]) -> None:
         var, mean = torch.var_mean(u, (0, 2, 3, 4), correction=0)
         torch.testing.assert_close(found.mean.double(), mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.var.double(), var, rtol=1e-5, atol=1e-5)
+    if kind == "stem":
+        assert found.out_mean is None
+        return
+    y = found.y.double()
+    var, mean = torch.var_mean(y, (0, 2, 3, 4), correction=0)
+    rounding = 1e-4 * float(y.abs().max())  # of y, which the statistics come before
+    torch.testing.assert_close(found.out_mean.double(), mean, rtol=0, atol=rounding)
+    torch.testing.assert_close(found.out_var.double(), var, rtol=1e-3, atol=0)
+
+
+def test_a_norm_after_the_pair_takes_its_statistics(ran: list[Problem]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 3, 9, 10).half().to(memory_format=torch.channels_last_3d)
+    ws, wt = torch.randn(10, 8, 1, 3, 3).half() / 8, torch.randn(16, 10, 3, 1, 1).half() / 6
+    mean, var = torch.zeros(16), torch.ones(16)
+    norm = fastst.functional.BatchNorm(mean, var, torch.rand(16), torch.rand(16), training=True)
+    with fastst.use_backend("cuda"), reads_of_statistics() as seen:
+        got = conv2plus1d(x, ws, wt, padding=1, outer_norm=norm)
+    assert seen == [] and ran
+    z = F.relu(F.conv3d(x.double(), ws.double(), padding=(0, 1, 1)))
+    y = F.conv3d(z, wt.double(), padding=(1, 0, 0))
+    kept = [torch.zeros(16).double(), torch.ones(16).double()]
+    expected = F.batch_norm(y, *kept, *(t.double() for t in norm[2:4]), True)
+    torch.testing.assert_close(got.double(), expected, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close([mean.double(), var.double()], kept, rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_do_not_cancel(ran: list[Problem]) -> None:

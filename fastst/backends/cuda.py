@@ -59,6 +59,11 @@ def avoid(problem: Problem, phase: str) -> str | None:
     )
 
 
+def output_statistics(problem: Problem) -> bool:
+    """Whether y comes with its statistics: only the Hopper kernels form them as they write it."""
+    return cuda_depthwise.why_not(problem) is not None and cuda_hopper.output_statistics(problem)
+
+
 def _in_order(problem: Problem, t: Any) -> tuple[Any, Any]:
     """What belongs to the first and to the second pass, of (spatial, temporal)."""
     return t if problem.passes[0].kind == "spatial" else t[::-1]

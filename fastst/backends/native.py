@@ -201,13 +201,18 @@ class Call:
         )
         return self.combine_statistics(partials)
 
-    def combine_statistics(self, partials: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance, of all ranks of the group, from (splits, 3, M)."""
+    def moments(self, partials: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance from (splits, 3, C)."""
         mean, var = self.empty(partials.shape[2]), self.empty(partials.shape[2])
         self.lib.combine_statistics(
             self.dtype, self.array(partials), self.array(mean), self.array(var),
             partials.shape[0], self.stream,
         )  # fmt: skip
+        return mean, var
+
+    def combine_statistics(self, partials: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for u, of all ranks of the group."""
+        mean, var = self.moments(partials)
         if self.group:
             group = collectives.resolve(self.group)
             mean, var, self.total = collectives.pool_statistics(mean, var, self.count, group)

@@ -122,6 +122,11 @@ def _why_no_boxes(problem: Problem) -> str | None:
     return None
 
 
+def output_statistics(problem: Problem) -> bool:
+    """Whether y comes with its statistics: from the temporal kernel, not from that of the stem."""
+    return why_not(problem) is None and stem_why_not(problem) is not None
+
+
 def _outer(spec: PairSpec, tensors: PairTensors) -> tuple[bool, dict[str, Any]]:
     """Whether the last epilogue takes in what ends a residual block, and its arguments."""
     r, arguments = tensors.residual, {"shift": tensors.temporal_bias}
@@ -178,12 +183,14 @@ def forward(
             affine = (None, None)
         y = problem.empty_output(x)
         outer, epilogue = _outer(spec, tensors)
-        launches.temporal(
-            u[:, :m], tensors.temporal_weight, y, temporal, affine, prologue, **epilogue
-        )
+        partials = launches.temporal(
+            u[:, :m], tensors.temporal_weight, y, temporal, affine, prologue,
+            statistics=spec.output_statistics, **epilogue,
+        )  # fmt: skip
+        last = (None, None) if partials is None else k.moments(partials)
     if spec.norm != "batch":
         mean = var = None
-    return PairResult(y, rows if keep else None, mean, var, k.total, outer)
+    return PairResult(y, rows if keep else None, mean, var, k.total, outer, *last)
 
 
 def _stem(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:

@@ -214,11 +214,13 @@ class Launches:
         affine: tuple[Tensor | None, Tensor | None] | None,
         prologue: str,
         **epilogue: Any,
-    ) -> None:
-        """Fills y from z = prologue(scale·u + shift), or from u where ``affine`` is None."""
+    ) -> Tensor | None:
+        """Fills y from z = prologue(scale·u + shift), or from u where ``affine`` is None; partial
+        statistics where asked for."""
         k, p = self.k, self.problem.passes[1]
         columns = tile.column_tiles(y.shape[1]) * tile.columns
-        output, _ = self._output(y, p.out_channels, columns, 0, **epilogue)
+        warps = tile.grid * 4 * tile.groups
+        output, partials = self._output(y, p.out_channels, columns, warps, **epilogue)
         coefficients = None
         if affine is not None:
             coefficients = self.coefficients(*affine, columns=-(-p.in_channels // 64) * 64)
@@ -228,6 +230,7 @@ class Launches:
             self._tile(tile),
         )  # fmt: skip
         k.lib.hopper_temporal(k.dtype, argument, k.stream)
+        return partials
 
     def temporal_gradient(
         self,
