@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastst
+from fastst import checks
 from fastst.functional import BatchNorm, conv2plus1d, parallel_conv2plus1d
 
 F64 = dict(rtol=1e-10, atol=1e-10)
@@ -347,6 +348,29 @@ def test_autocast_as_the_modules(dtype: Any, training: bool, x_dtype: Any) -> No
         bound = 16 * torch.finfo(y.dtype).eps * peer.abs().max().item()
         assert (got.double() - peer.double()).abs().max().item() <= bound
     torch.testing.assert_close(norm.running_mean, bn.running_mean, rtol=0.02, atol=0.02)
+
+
+def test_what_autocast_allows_is_not_remembered_outside() -> None:
+    """Arguments of several dtypes fit under autocast only, however often they did so before."""
+    ws, wt, *biases = weights()
+    x = torch.randn(1, 3, 4, 6, 6, dtype=torch.bfloat16)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            conv2plus1d(x, ws, wt, *biases)
+        with pytest.raises(TypeError, match=r"spatial_weight must have the dtype of x"):
+            conv2plus1d(x, ws, wt, *biases)
+
+
+def test_a_call_is_checked_once_whatever_the_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cumulative average has another one in each call."""
+    checked = []
+    real = checks._geometry
+    monkeypatch.setattr(checks, "_geometry", lambda *a: checked.append(a) or real(*a))
+    w, x = weights(c=3, m=7, k=2), torch.randn(2, 3, 4, 6, 6)
+    for n in range(3):
+        norm = BatchNorm(torch.zeros(7), torch.ones(7), training=True, momentum=1 / (n + 1))
+        conv2plus1d(x, *w, padding=1, norm=norm)
+    assert len(checked) == 1
 
 
 def test_autocast_reaches_no_inner_operator() -> None:
