@@ -64,6 +64,20 @@ class Padded(nn.Module):
         return self.t(self.a(self.n(self.s(self.before(x)))))
 
 
+class Branching(nn.Module):
+    """No trace shows what it computes: it is recognised as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = nn.Conv3d(3, 9, (3, 1, 1), padding=(1, 0, 0))
+        self.s = nn.Conv3d(9, 8, (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 5:
+            raise ValueError("video only")
+        return self.s(nn.functional.relu(self.t(x)))
+
+
 NESTED: dict[str, Callable[[], nn.Module]] = {
     "child": lambda: nn.Sequential(pair(3, 8), nn.BatchNorm3d(8), nn.ReLU()),
     "grandchild": lambda: nn.Sequential(
@@ -72,6 +86,7 @@ NESTED: dict[str, Callable[[], nn.Module]] = {
     "layer": lambda: nn.Sequential(layer(), nn.BatchNorm3d(8, momentum=None), nn.ReLU()),
     "list": Listed,
     "more than a pair": lambda: nn.Sequential(Padded(), nn.BatchNorm3d(8), nn.ReLU()),
+    "a whole": lambda: nn.Sequential(Branching(), nn.BatchNorm3d(8), nn.ReLU()),
     "norm of its own list": lambda: nn.Sequential(
         pair(3, 8), nn.Sequential(nn.BatchNorm3d(8), nn.ReLU())
     ),

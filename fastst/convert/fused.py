@@ -189,7 +189,7 @@ def forward({signature}):
 
 def forward_normed(self, norm, {required}):
     why = why_not(({required},), given, (), ({opened}), self)
-    if why is None:
+    if why is None and rank in (None, {first}.dim()):
         return run(self, {required}, norm)
     return norm(forward(self, {required}))
 """
@@ -338,11 +338,15 @@ def plan_of_whole(module: nn.Module, whole: Whole) -> Plan:
     (x,) = Parameters.of(type(module)).required
     paths = (whole.spatial, whole.temporal, whole.norm, whole.tail_norm)
     modules = ", ".join("None" if p is None else _expression(p) for p in paths)
+    norm, given = ", outer_norm=None", ", outer_norm=outer_norm"
+    if not whole.ends_in_pair:
+        norm = given = ""
     source = (
-        f"def forward(self, {x}):\n"
+        f"def forward(self, {x}{norm}):\n"
         f"    return run_whole({x}, {modules}, order={whole.order!r}, "
         f"activation={whole.activation!r}, padding={whole.padding!r}, "
-        f"temporal_mode={whole.temporal_mode!r}, tail_activation={whole.tail_activation!r})\n"
+        f"temporal_mode={whole.temporal_mode!r}, "
+        f"tail_activation={whole.tail_activation!r}{given})\n"
     )
     convs = (whole.spatial, whole.temporal)
     first, second = convs if whole.order == "spatial-first" else convs[::-1]
@@ -350,7 +354,8 @@ def plan_of_whole(module: nn.Module, whole: Whole) -> Plan:
     below = list(module.named_modules())[1:]
     return Plan(
         source, (("run_whole", run_whole.__module__, "run_whole"),), (pair,),
-        tuple((path, type(m), len(m._modules)) for path, m in below), len(module._modules), rank=5,
+        tuple((path, type(m), len(m._modules)) for path, m in below), len(module._modules),
+        ends_in_pair=whole.ends_in_pair, rank=5,
     )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import activations, dispatch, functional
-from ..pairing import batch_norm_arguments, counts_batches
+from .. import activations, dispatch
+from ..pairing import batch_norm_arguments, counts_batches, run_pair
 from .match import separable
 from .padding import Sides
 from .trace import SWITCHES, context, switched
@@ -45,6 +45,10 @@ class Whole:
     temporal_mode: str
     tail_norm: str | None
     tail_activation: tuple[str, float]
+
+    @property
+    def ends_in_pair(self) -> bool:
+        return self.tail_norm is None and self.tail_activation[0] == "none"
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -107,19 +111,18 @@ def run_whole(
     padding: Sides,
     temporal_mode: str,
     tail_activation: tuple[str, float],
+    outer_norm: Any = None,
 ) -> Tensor:
-    """What a recognised module computes; (N, C, T, H, W) in and out."""
-    y = functional.conv2plus1d(
+    """What a recognised module computes, and a norm after it; (N, C, T, H, W) in and out."""
+    y = run_pair(
         x, _weight(spatial, "spatial"), _weight(temporal, "temporal"), spatial.bias, temporal.bias,
+        norm, outer_norm=outer_norm,
         stride=(_setting(temporal, "stride", 0), *_space(spatial, "stride")), padding=padding,
         dilation=(_setting(temporal, "dilation", 0), *_space(spatial, "dilation")),
         groups=(spatial.groups, temporal.groups),
         padding_mode=(spatial.padding_mode, temporal_mode),
-        activation=activation[0], negative_slope=activation[1], norm=batch_norm_arguments(norm),
-        order=order,
+        activation=activation[0], negative_slope=activation[1], order=order,
     )  # fmt: skip
-    if counts_batches(norm):
-        norm.num_batches_tracked.add_(1)
     if tail_norm is not None:  # of whatever rank: over all positions of a channel
         n = batch_norm_arguments(tail_norm)
         assert n is not None
