@@ -131,7 +131,7 @@ def direct_pair(
         sums = sums + (zero,)
     begin, stop = walk_steps(first, end, SECOND, AXIS)
     for step in range(begin, stop):
-        index = residue + tl.to_tensor(step) * SECOND.dilation[AXIS]
+        index = residue + tl.cast(step, tl.int32) * SECOND.dilation[AXIS]
         row, there = walk_source(index, mid_size, SECOND, AXIS)
         for turn in range(mid_per_group * ACROSS if there else 0):
             across = turn % ACROSS

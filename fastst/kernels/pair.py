@@ -99,7 +99,7 @@ def pair_conv(
         sums = sums + (zero,)
     begin, stop = walk_steps(first, end, SECOND, AXIS)
     for step in range(begin, stop):
-        index = residue + tl.to_tensor(step) * SECOND.dilation[AXIS]
+        index = residue + tl.cast(step, tl.int32) * SECOND.dilation[AXIS]
         row, there = walk_source(index, mid_size, SECOND, AXIS)
         whole = (mid_width - REST_M) // BLOCK_M
         for turn in range(whole * ACROSS if there else 0):

@@ -106,7 +106,7 @@ def accumulate(
             other_ptr, rate_ptr, ACTIVATION, SLOPE, EMULATE, acc.dtype,
         )  # fmt: skip
         if subset is None:
-            moved = tl.to_tensor(step).to(tl.int64) * BLOCK_K * width
+            moved = tl.cast(step, tl.int64) * BLOCK_K * width
             w_ok = None
         elif FLAT > 0:  # rows of taps that are not neighbours; beyond the last may be anything
             moved = tl.trans(place * FLAT + c - k[None, :]).to(tl.int64) * width

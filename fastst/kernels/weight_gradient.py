@@ -214,7 +214,7 @@ def finish_weight(
     ok = index < count
     total = tl.zeros((BLOCK,), ACCUMULATE)
     for split in range(splits):
-        at = partial_ptr + tl.to_tensor(split).to(tl.int64) * count
+        at = partial_ptr + tl.cast(split, tl.int64) * count
         total += tl.load(at + index, mask=ok, other=0.0)
     if SWAP:
         c = index % channels
