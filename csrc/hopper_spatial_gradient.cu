@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (p.affine) tma_load(to + p.box_bytes() / 2, p.u, boxes.full(), c, w, h, frame);
         boxes.advance();
       };
-      Multicast taps(p.cluster, walk.rank);
+      Multicast taps(p.cluster);
       // A box comes before the weights of the chunk before it: forming takes time, too.
       Step now(p, walk), ahead(p, walk);
       if (p.stages > 2 && ahead.goes_on(p)) copy_box(ahead), ahead.next(p);

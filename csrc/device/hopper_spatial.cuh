@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
   if (group == 0) {
     registers_decrease<40>();
     if (threadIdx.x != 0) return;
-    Multicast weights(p.cluster, walk.rank);
+    Multicast weights(p.cluster);
     for (int index = walk.first; index < all; index += walk.step) {
       const Tile tile(p, index % p.tiles, walk.rank);
       const int column = index / p.tiles;

@@ -30,7 +30,8 @@ struct Parameters {
   int pixels, clips, pixel_tiles, clip_tiles, frame_tiles;
   int cluster;
   int weight_stages;  // 2, or as many as chunks: then they stay for all tiles of their columns
-  // tiles: of positions, of each block of a cluster; the walk over all is of 32 bits
+  // tiles: of positions, of whole clusters: neighbours have weights of the same columns. The walk
+  // over all is of 32 bits.
   int tiles, chunks, column_tiles, stages;
   Global<const float> scale, shift;  // (2, 64 · chunks), or none
   Activation act;
@@ -139,16 +140,15 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
   fence_proxy_async();
   weights.begin();
 
-  const Walk walk(p.cluster);
   const int all = p.tiles * p.column_tiles;
   const int group = threadIdx.x / kWarpGroup;
   if (group == 0) {
     registers_decrease<40>();
     if (threadIdx.x != 0) return;
     int held = -1;  // the columns whose weights are there
-    Multicast taps(p.cluster, walk.rank);
-    for (int index = walk.first; index < all; index += walk.step) {
-      const Tile tile(p, Frames, index % p.tiles * p.cluster + walk.rank);
+    Multicast taps(p.cluster);
+    for (int index = blockIdx.x; index < all; index += gridDim.x) {
+      const Tile tile(p, Frames, index % p.tiles);
       const int column = index / p.tiles;
       const bool there = stay && column == held;
       held = column;
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
   int counted = 0;  // tiles of columns whose statistics are written
   float sums[Frames][N / 2];
 
-  for (int index = walk.first; index < all; index += walk.step) {
-    const Tile tile(p, Frames, index % p.tiles * p.cluster + walk.rank);
+  for (int index = blockIdx.x; index < all; index += gridDim.x) {
+    const Tile tile(p, Frames, index % p.tiles);
     const int column = index / p.tiles;
     for (; counted < column; ++counted) {
       if (p.epilogue.partials) statistics.write(p.epilogue, partial, counted * N);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
       keep(sums[o]);
     }
 
-    const bool leave = !stay || (index + walk.step) / p.tiles != column;
+    const bool leave = !stay || (index + static_cast<int>(gridDim.x)) / p.tiles != column;
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
       const int steps = p.steps(chunk), stage = stay ? chunk : weights.stage();
       weights.wait(stage);
@@ -291,7 +291,7 @@ Parameters<T, E> parameters(Dtype dtype, const View& in, const View& out, const 
                                 std::to_string(kPlaces) +
                                 " places, 1 to 16 stages, and a grid of clusters of 1 or 2 blocks");
   const int64_t all = int64_t(p.frame_tiles) * p.clip_tiles * p.pixel_tiles * p.column_tiles;
-  p.tiles = tiles(narrow_size(all) / p.column_tiles, p.cluster);
+  p.tiles = tiles(narrow_size(all) / p.column_tiles, p.cluster) * p.cluster;
   const int64_t held =
       kTileAlign + int64_t(p.chunks) * kTaps * columns * 128 + p.stages * kFrameBytes;
   p.weight_stages = p.chunks <= kMaxStages && held <= kSharedLimit ? p.chunks : 2;

@@ -56,7 +56,8 @@ struct Walk {
 // What all blocks of a cluster read at the same time: they take turns in copying it to all of them.
 class Multicast {
  public:
-  __device__ Multicast(int cluster, int rank) : cluster_(cluster), rank_(rank) {}
+  __device__ explicit Multicast(int cluster)
+      : cluster_(cluster), rank_(cluster > 1 ? cluster_rank() : 0) {}
 
   template <class T>
   __device__ void load(Shared<T> to, const TensorMap& map, Shared<uint64_t> barrier, int x, int y) {
@@ -127,12 +128,11 @@ class Ring {
   // A consuming warp, together: gives a stage back, to all who may fill it.
   __device__ void release(int stage) const {
     sync_warp();
-    const int lane = threadIdx.x % 32;
-    if (cluster_ == 1) {
-      if (lane == 0) mbarrier_arrive(empty_ + stage);
-    } else if (lane < cluster_) {
-      mbarrier_arrive_at(empty_ + stage, lane);
-    }
+    if (threadIdx.x % 32 != 0) return;
+    if (cluster_ == 1)
+      mbarrier_arrive(empty_ + stage);
+    else  // by one lane: with one for each block, its register was missing elsewhere
+      for (int block = 0; block < cluster_; ++block) mbarrier_arrive_at(empty_ + stage, block);
   }
 
   __device__ void advance() {
