@@ -137,18 +137,13 @@ def image(i, m, size, BEFORE: tl.constexpr, MODE: tl.constexpr):
 def image_positions(position, m, size, TAPS: tl.constexpr):
     """The m-th images of positions (n, t, h, w), and which are ones."""
     IMAGES: tl.constexpr = TAPS.images
+    T_MODE: tl.constexpr = TAPS.padding if IMAGES[0] > 1 else "zeros"
+    H_MODE: tl.constexpr = TAPS.padding if IMAGES[1] > 1 else "zeros"
+    W_MODE: tl.constexpr = TAPS.padding if IMAGES[2] > 1 else "zeros"
     n, t, h, w = position
-    t, ok_t = image(
-        t, m // (IMAGES[1] * IMAGES[2]), size[0], TAPS.before[0],
-        TAPS.padding if IMAGES[0] > 1 else "zeros",
-    )  # fmt: skip
-    h, ok_h = image(
-        h, m // IMAGES[2] % IMAGES[1], size[1], TAPS.before[1],
-        TAPS.padding if IMAGES[1] > 1 else "zeros",
-    )  # fmt: skip
-    w, ok_w = image(
-        w, m % IMAGES[2], size[2], TAPS.before[2], TAPS.padding if IMAGES[2] > 1 else "zeros"
-    )
+    t, ok_t = image(t, m // (IMAGES[1] * IMAGES[2]), size[0], TAPS.before[0], T_MODE)
+    h, ok_h = image(h, m // IMAGES[2] % IMAGES[1], size[1], TAPS.before[1], H_MODE)
+    w, ok_w = image(w, m % IMAGES[2], size[2], TAPS.before[2], W_MODE)
     return (n, t, h, w), ok_t & ok_h & ok_w
 
 
@@ -171,7 +166,8 @@ def tap_index(i, tap, size, AXIS: tl.constexpr, TAPS: tl.constexpr):
             i = i // STRIDE
         ok = ok & (i < size)
     else:
-        i, ok = source(i * STRIDE + shift, size, TAPS.mode)
+        MODE: tl.constexpr = TAPS.mode  # Triton 3.6 takes no string of a tuple as an argument
+        i, ok = source(i * STRIDE + shift, size, MODE)
     return i, ok
 
 

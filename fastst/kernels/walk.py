@@ -55,7 +55,8 @@ def walk_steps(first, end, SECOND: tl.constexpr, AXIS: tl.constexpr):
 @triton.jit
 def walk_source(index, mid_size, SECOND: tl.constexpr, AXIS: tl.constexpr):
     """Index in the mid tensor of padded index ``index`` along the axis, and whether it exists."""
-    return source(index - SECOND.before[AXIS], mid_size[AXIS], SECOND.mode)
+    MODE: tl.constexpr = SECOND.mode
+    return source(index - SECOND.before[AXIS], mid_size[AXIS], MODE)
 
 
 @triton.jit
@@ -71,7 +72,8 @@ def beside(position, at, across, mid_size, SECOND: tl.constexpr, AXIS: tl.conste
     else:
         h = tl.zeros_like(h) + at
         column = w * SECOND.stride[2] + (across * SECOND.dilation[2] - SECOND.before[2])
-        w, ok = source(column, mid_size[2], SECOND.mode)
+        MODE: tl.constexpr = SECOND.mode
+        w, ok = source(column, mid_size[2], MODE)
     return (n, t, h, w), ok
 
 
