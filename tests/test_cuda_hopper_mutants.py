@@ -85,7 +85,7 @@ def plant(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
          "if (threadIdx.x % 32 == 0) mbarrier_arrive(full());", STEM),
         # blocks of a cluster: a stage that is not given back to both, or not waited for by both; a
         # copy to one of them; barriers used before they exist, or after their block has ended
-        ("hopper_spatial.cu", "block < cluster_", "block < 1", SPATIAL),
+        ("hopper_spatial.cu", ", mbarrier_arrive_at(empty_ + stage, 1);", ";", SPATIAL),
         ("hopper_temporal.cu", "warps * cluster_", "warps", TEMPORAL),
         ("hopper_temporal.cu", "(1 << cluster_) - 1", "1", TEMPORAL),
         ("hopper_spatial.cu", "cluster_sync();", "sync_block();", SPATIAL),

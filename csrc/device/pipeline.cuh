@@ -129,10 +129,10 @@ class Ring {
   __device__ void release(int stage) const {
     sync_warp();
     if (threadIdx.x % 32 != 0) return;
-    if (cluster_ == 1)
-      mbarrier_arrive(empty_ + stage);
-    else  // by one lane: with one for each block, its register was missing elsewhere
-      for (int block = 0; block < cluster_; ++block) mbarrier_arrive_at(empty_ + stage, block);
+    if (cluster_ == 1) return mbarrier_arrive(empty_ + stage);
+    // By one lane: with one for each block, the register that tells which was missing elsewhere.
+    static_assert(kMaxCluster == 2);
+    mbarrier_arrive_at(empty_ + stage, 0), mbarrier_arrive_at(empty_ + stage, 1);
   }
 
   __device__ void advance() {
