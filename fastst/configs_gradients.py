@@ -83,8 +83,9 @@ def weight_gradient(sizes: Sizes, limit: int = 12) -> list[WeightConfig]:
     found: list[WeightConfig] = []
     for swap, height, (block_n, rest_n) in sorted(costs, key=lambda c: costs[c])[:4]:
         # An address for every element: 64 × 64 of them spilled in 4 warps, and so did an activation
-        # of 128 rows of an operand.
-        warps = 8 if height * (block_n + rest_n) >= 64 * 128 or flat or height == 128 else 4
+        # of 128 rows of an operand, and 64 positions of three operands.
+        many = flat or height == 128 or (rest_n > 0 and block_p == 64)
+        warps = 8 if many or height * (block_n + rest_n) >= 64 * 128 else 4
         depths = (block_p, max(16, block_p // 2))
         # mma.sync takes its operands from registers, where 64 positions of both spilled.
         for depth in depths[::-1] if capability[0] == 8 and dtype.itemsize == 2 else depths:
