@@ -190,6 +190,7 @@ def test_static_inspection_finds_products_that_wait(touch: str, tmp_path: Path) 
     [
         ({}, None),
         ({"tma": 0}, "no TMA loads"),
+        ({"multicast": 0}, "no TMA loads for several blocks"),
         ({"setmaxnreg": 0}, "setmaxnreg was ignored"),
         ({"columns 144": 0, "columns 128": 8}, "products of [128] columns"),
         ({"columns 16": 1}, "products of [16, 144] columns"),
@@ -201,9 +202,11 @@ def test_static_inspection_finds_what_a_hopper_kernel_lacks(
     change: dict[str, int], fault: str | None
 ) -> None:
     static = native.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
-    right = {"columns 144": 8, "products": 8, "waits": 2, "tma": 8, "setmaxnreg": 2}
+    right = {
+        "columns 144": 8, "products": 8, "waits": 2, "tma": 8, "multicast": 2, "setmaxnreg": 2,
+    }  # fmt: skip
     resources = Counter({k: v for k, v in (right | change).items() if v})
-    name = "hopper_spatial_kernel<__half, 144, 2, 2, false>"
+    name = "hopper_spatial_kernel<__half, 144, 2, 2>"
     assert name in static.shipped()
     assert static.hopper_faults(name, resources) == ([] if fault is None else [fault])
 
