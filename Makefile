@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/.tools
 SETUP := $(VENV)/.setup
-NATIVE := $(shell find csrc tests/emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+NATIVE := $(shell find csrc emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
 .PHONY: help setup demo train-demo test lint format static bench gpu clean
 .DEFAULT_GOAL := help

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastst import optimize_for_inference
-from fastst.convert import convert
 from fastst.models import r2plus1d_18
 from fastst.models.resnet import Stage, VideoResNet
+from fastst.rewrite.convert import convert
 
 from . import measure
 from .layers import arguments, opened

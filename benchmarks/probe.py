@@ -13,8 +13,8 @@ import torch
 
 import fastst
 from fastst import dispatch
-from fastst.convert import convert
 from fastst.models import r2plus1d_18
+from fastst.rewrite.convert import convert
 
 from . import layers, measure, peers
 from .shapes import DEPTHWISE, PARALLEL, R2PLUS1D_18, TOKENIZER, Case

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastst.shapes import (
+from fastst.problem.spec import (
     PairSpec,
     PairTensors,
     ParallelSpec,
@@ -33,7 +33,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One layer at one input size. Letters as in ``fastst.shapes``."""
+    """One layer at one input size. Letters as in ``fastst.problem.spec``."""
 
     name: str
     family: str

@@ -4,15 +4,15 @@ import sys
 
 try:
     from . import functional
-    from .convert import convert, revert
-    from .dispatch import BackendError, FallbackWarning, use_backend
-    from .explaining import Explanation, explain
-    from .factorize import factorize
-    from .inference import optimize_for_inference
-    from .inflate import inflate
-    from .layers import Conv2Plus1d, ParallelConv2Plus1d
-    from .memory import MemoryPlan, set_memory_budget
-    from .tuning import Measurement, tune
+    from .dispatch.explain import Explanation, explain
+    from .dispatch.selection import BackendError, FallbackWarning, use_backend
+    from .dispatch.tune import Measurement, tune
+    from .nn.layers import Conv2Plus1d, ParallelConv2Plus1d
+    from .rewrite.convert import convert, revert
+    from .rewrite.factorize import factorize
+    from .rewrite.inflate import inflate
+    from .rewrite.memory_budget import MemoryPlan, set_memory_budget
+    from .rewrite.optimize import optimize_for_inference
 except Exception:
     # ``python -m fastst.info`` runs this file first, and is there to say what is broken.
     if "fastst.info" not in sys.orig_argv:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activations, checks, collectives, dispatch, ops
+from . import dispatch, ops
 from .backends import reference
-from .shapes import PairSpec, PairTensors, ParallelTensors, Problem
+from .problem import activations, checks
+from .problem.spec import PairSpec, PairTensors, ParallelTensors, Problem
+from .ranks import collectives
 
 IntOrTriple = int | Sequence[int]
 PaddingArg = int | Sequence[int | tuple[int, int]] | str

@@ -155,7 +155,7 @@ def _verdict(backend: Any, problem: Any, phase: str) -> str:
 def _dense_pair(device: Any, dtype: Any) -> Any:
     import torch
 
-    shapes = importlib.import_module("fastst.shapes")
+    shapes = importlib.import_module("fastst.problem.spec")
     sizes = ((1, 64, 4, 14, 14), (144, 64, 1, 3, 3), (64, 144, 3, 1, 1))
     tensors = (torch.empty(size, device=device, dtype=dtype) for size in sizes)
     return shapes.Problem.of(
@@ -169,7 +169,7 @@ def _cache() -> Iterator[str]:
 
 
 def _tuning() -> Iterator[str]:
-    path = importlib.import_module("fastst.tuning").cache_file()
+    path = importlib.import_module("fastst.machine.choices").cache_file()
     if path.exists():
         yield f"{path}: {len(json.loads(path.read_text()))} measured choices"
     else:
@@ -177,7 +177,7 @@ def _tuning() -> Iterator[str]:
 
 
 def _self_checks() -> Iterator[str]:
-    verdicts = importlib.import_module("fastst.selfcheck").verdicts()
+    verdicts = importlib.import_module("fastst.dispatch.selfcheck").verdicts()
     failed = {what: why for what, why in verdicts.items() if why}
     yield f"self-checks of kernels: {len(verdicts) - len(failed)} passed, {len(failed)} failed"
     for what, why in failed.items():

@@ -13,12 +13,12 @@ import pytest
 import torch
 from fuzz import Config
 
-from fastst.backends import cuda_hopper
+from fastst.backends.cuda import hopper
 
 
 def in_clusters(
     monkeypatch: pytest.MonkeyPatch,
-    module: ModuleType = cuda_hopper,
+    module: ModuleType = hopper,
     names: Sequence[str] = ("spatial_tile", "temporal_tile"),
 ) -> None:
     """The tiles that the module's functions choose, by four blocks in clusters of two."""

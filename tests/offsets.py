@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastst.kernels.common import positions, row_offsets
+from fastst.backends.triton.kernels.common import positions, row_offsets
 
 
 @triton.jit

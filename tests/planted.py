@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from fastst.backends import native
+from fastst.backends.cuda import library as native
 
 CSRC = Path(__file__).parents[1] / "csrc"
 

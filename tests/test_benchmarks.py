@@ -176,7 +176,7 @@ def test_a_broken_kernel_is_a_fault_and_an_unsupported_call_is_not(
 
 def test_refused_rows_make_the_run_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def nothing(problem: Any, tensors: Any, save: bool) -> Any:
-        from fastst.backends import PairResult
+        from fastst.backends.contract import PairResult
 
         return PairResult(problem.empty_output(tensors.x).zero_())
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastst
-from fastst import checks
 from fastst.functional import conv2plus1d, parallel_conv2plus1d
-from fastst.ops import packed, pair_arguments, parallel_arguments
-from fastst.shapes import PairTensors, ParallelTensors
+from fastst.ops.autograd import packed, pair_arguments, parallel_arguments
+from fastst.problem import checks
+from fastst.problem.spec import PairTensors, ParallelTensors
 
 OPS = torch.ops.fastst
 

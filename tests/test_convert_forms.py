@@ -13,7 +13,7 @@ from test_convert import assert_same
 from torch import nn
 
 import fastst
-from fastst.convert import Replaced
+from fastst.rewrite.convert import Replaced
 
 
 class TwoAttributes(nn.Module):

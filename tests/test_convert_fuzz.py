@@ -16,7 +16,7 @@ from test_inference import settle
 from torch import Tensor, nn
 
 import fastst
-from fastst.convert import converter, tail
+from fastst.rewrite.convert import converter, tail
 
 BLOCKS = int(os.environ.get("FASTST_FUZZ", "0")) or 80
 ACTIVATIONS = (

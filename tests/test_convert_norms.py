@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastst
-from fastst import pairing
 from fastst.backends.cpu.library import load
-from fastst.convert import fused
 from fastst.models import r2plus1d_18
 from fastst.models.resnet import Stage, VideoResNet
+from fastst.nn import pair_of_modules
+from fastst.rewrite.convert import fused
 
 native = pytest.mark.skipif(isinstance(load(), str), reason="the cpu backend cannot run here")
 SHAPE, OUT = (2, 3, 3, 6, 5), (2, 8, 3, 6, 5)
@@ -156,7 +156,7 @@ def test_y_is_read_once(spoilt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(separate.values()) == 2
     fastst.convert(model)
     if spoilt:  # the measure would see it
-        monkeypatch.setattr(pairing, "_needs_statistics", lambda *_: False)
+        monkeypatch.setattr(pair_of_modules, "_needs_statistics", lambda *_: False)
     with passes(y) as ours:
         model(x)
     assert sum(ours.values()) == 1 + spoilt

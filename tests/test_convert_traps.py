@@ -19,7 +19,7 @@ import fastst
 
 @pytest.fixture(autouse=True)
 def _say_everything_again(monkeypatch):
-    monkeypatch.setattr(fastst.dispatch, "_warned", set())
+    monkeypatch.setattr(fastst.dispatch.selection, "_warned", set())
 
 
 class Pair(nn.Module):

@@ -21,7 +21,7 @@ import fastst
 from fastst.backends import cpu
 from fastst.backends.cpu import library
 from fastst.functional import BatchNorm, conv2plus1d
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 ROOT = Path(__file__).parents[1]
 PAIRS = dict(op="conv2plus1d", branch_activation="none")

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import fastst
-from fastst.backends import cuda, native
+from fastst.backends import cuda
+from fastst.backends.cuda import library
 from fastst.functional import conv2plus1d
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 ROOT = Path(__file__).parents[1]
 BUILT = importlib.util.find_spec("fastst._C") is not None
@@ -79,7 +80,7 @@ def test_a_launch_that_fails_says_which_kernel_and_shape() -> None:
 
 def test_cpu_tensors_are_refused_by_name() -> None:
     x, ws, wt = torch.ones(1, 4, 3, 5, 5), torch.ones(6, 4, 1, 3, 3), torch.ones(5, 6, 3, 1, 1)
-    if native.emulating():
+    if library.emulating():
         pytest.skip("FASTST_CUDA_EMULATE is set")
     with (
         fastst.use_backend("cuda"),
@@ -91,13 +92,13 @@ def test_cpu_tensors_are_refused_by_name() -> None:
 def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTST_CUDA_EMULATE", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    native.load.cache_clear()
+    library.load.cache_clear()
     try:
         assert "FASTST_BUILD_CUDA=1" in str(cuda.why_not(on_gpu(), "forward"))
         with pytest.raises(ImportError, match="was not built"):
-            native.library()
+            library.library()
     finally:
-        native.load.cache_clear()
+        library.load.cache_clear()
 
 
 def test_corrupt_library_gives_one_clear_reason(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_corrupt_library_gives_one_clear_reason(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_static_inspection_finds_a_spill(tmp_path: Path) -> None:
     """With 24 registers the reductions must spill, and that must be seen."""
-    static = native.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
+    static = library.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
     cubin = tmp_path / "spilling.sm_90a.cubin"
     subprocess.run(
         [
@@ -168,7 +169,7 @@ template __global__ void product<__half, 24>(float*);
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("touch", ["", "d[k] += 1;"])
 def test_static_inspection_finds_products_that_wait(touch: str, tmp_path: Path) -> None:
-    static = native.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
+    static = library.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
     (tmp_path / "serial.cu").write_text(SERIAL.replace("TOUCH", touch))
     cubin = tmp_path / "serial.cubin"
     subprocess.run(
@@ -201,7 +202,7 @@ def test_static_inspection_finds_products_that_wait(touch: str, tmp_path: Path) 
 def test_static_inspection_finds_what_a_hopper_kernel_lacks(
     change: dict[str, int], fault: str | None
 ) -> None:
-    static = native.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
+    static = library.import_file("static_cuda", ROOT / "tests" / "static" / "cuda.py")
     right = {
         "columns 144": 8, "products": 8, "waits": 2, "tma": 8, "multicast": 2, "setmaxnreg": 2,
     }  # fmt: skip

@@ -16,8 +16,10 @@ import pytest
 import torch
 from fuzz import Config
 
-from fastst.backends import cuda, cuda_depthwise, native
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.backends import cuda
+from fastst.backends.cuda import depthwise as cuda_depthwise
+from fastst.backends.cuda import library as native
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 
 @pytest.fixture(autouse=True)

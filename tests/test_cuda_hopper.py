@@ -21,11 +21,16 @@ from fuzz import Config
 from test_outer_norm import reads_of_statistics
 
 import fastst
-from fastst import activations, configs_hopper, dispatch, selfcheck
-from fastst.backends import cuda, cuda_hopper, native
-from fastst.configs_hopper import SPATIAL_TILES, TEMPORAL_TILES, HopperTile
+from fastst import dispatch
+from fastst.backends import cuda
+from fastst.backends.cuda import hopper as cuda_hopper
+from fastst.backends.cuda import library
+from fastst.backends.cuda.hopper import tiles
+from fastst.backends.cuda.hopper.tiles import SPATIAL_TILES, TEMPORAL_TILES, HopperTile
+from fastst.dispatch import selfcheck
 from fastst.functional import conv2plus1d
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.problem import activations
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +38,7 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    native.library()
+    library.library()
 
 
 @pytest.fixture
@@ -302,7 +307,7 @@ def test_activations_in_registers(ran: list[Problem], activation: str) -> None:
 
 def test_self_check_runs_every_instance(ran: list[Problem]) -> None:
     assert selfcheck.check("cuda", "hopper", torch.device("cpu"), torch.float16) is None
-    trials = configs_hopper.trials()
+    trials = tiles.trials()
     spatial = {(a.columns, a.groups, a.blocks) for a, _, _ in trials}
     temporal = {(b.columns, b.box[1], s) for _, b, s in trials}
     assert spatial == set(SPATIAL_TILES)
@@ -448,7 +453,7 @@ def test_needs_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_refuses_tiles(spatial: dict[str, Any], why: str) -> None:
-    a, b, _ = configs_hopper.trials()[0]
+    a, b, _ = tiles.trials()[0]
     x = torch.zeros(1, 8, 3, 5, 5).half().to(memory_format=torch.channels_last_3d)
     t = PairTensors(x, torch.zeros(8, 8, 1, 3, 3).half(), torch.zeros(8, 8, 3, 1, 1).half())
     case = Problem.of(t, PairSpec(padding=(1,) * 6))

@@ -21,14 +21,19 @@ import torch
 from fuzz import Config
 
 import fastst
-from fastst import collectives, configs, configs_hopper, configs_hopper_gradient, selfcheck
-from fastst.backends import cuda, cuda_hopper, native
-from fastst.backends.cuda_hopper.launches import Gradient, Launches
-from fastst.configs_hopper import HopperTile
-from fastst.configs_hopper_gradient import Axis, GradientTile
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.backends import cuda
+from fastst.backends.cuda import hopper as cuda_hopper
+from fastst.backends.cuda import library as native
+from fastst.backends.cuda.hopper import gradient_tiles, tiles
+from fastst.backends.cuda.hopper.gradient_tiles import Axis, GradientTile
+from fastst.backends.cuda.hopper.launches import Gradient, Launches
+from fastst.backends.cuda.hopper.tiles import HopperTile
+from fastst.backends.triton.tiles import round_up
+from fastst.dispatch import selfcheck
+from fastst.problem.spec import PairSpec, PairTensors, Problem
+from fastst.ranks import collectives
 
-MODULE = importlib.import_module("fastst.backends.cuda_hopper.backward")
+MODULE = importlib.import_module("fastst.backends.cuda.hopper.backward")
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +95,7 @@ WEIGHTS = ("spatial_weight", "temporal_weight")  # whose gradients are other ker
 
 @pytest.mark.parametrize(
     ("tile", "cluster"),
-    [(tile, 2 - i % 2) for i, tile in enumerate(configs_hopper.TEMPORAL_GRADIENT_TILES)],
+    [(tile, 2 - i % 2) for i, tile in enumerate(tiles.TEMPORAL_GRADIENT_TILES)],
 )
 def test_temporal_tiles(
     tile: tuple[int, int, int], cluster: int, monkeypatch: pytest.MonkeyPatch, ran: list[Problem]
@@ -130,7 +135,7 @@ def test_spatial_tiles(
     ran: list[Problem],
 ) -> None:  # fmt: skip
     """Each instance; some frames, rows and columns of cells do not exist; q is not 0."""
-    assert tile in configs_hopper_gradient.TILES
+    assert tile in gradient_tiles.TILES
     columns, blocks = tile
     stages, cluster = 3 if columns == 64 else 2, 1 if strides == (1, 1) else 2
     chosen = GradientTile(columns, blocks, (2, 3, 5), stages, 2, cluster)
@@ -222,12 +227,12 @@ def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_self_check_runs_the_backward(monkeypatch: pytest.MonkeyPatch, ran: list[Problem]) -> None:
-    trials = configs_hopper_gradient.trials()
+    trials = gradient_tiles.trials()
     assert {(t.columns, t.box[1], s) for _, t, (s, _) in trials} == set(
-        configs_hopper.TEMPORAL_GRADIENT_TILES
+        tiles.TEMPORAL_GRADIENT_TILES
     )
-    assert {(a.columns, a.blocks) for a, _, _ in trials} == set(configs_hopper_gradient.TILES)
-    monkeypatch.setattr(configs_hopper_gradient, "trials", lambda: trials[2:3])
+    assert {(a.columns, a.blocks) for a, _, _ in trials} == set(gradient_tiles.TILES)
+    monkeypatch.setattr(gradient_tiles, "trials", lambda: trials[2:3])
     cpu, half = torch.device("cpu"), torch.float16
     assert selfcheck.check("cuda", "hopper backward", cpu, half) is None
     assert [p.spec.norm for p in ran] == ["batch", "frozen", "batch"]  # type: ignore[union-attr]
@@ -242,7 +247,7 @@ def test_self_check_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> N
     )  # fmt: skip
     trial = GradientTile(64, 2, (1, 5, 7), 2, 2)
     trials = [(trial, HopperTile(64, 2, 4, (1, 4, 30), 1, 2, 2), (1, 1))]
-    monkeypatch.setattr(configs_hopper_gradient, "trials", lambda: trials)
+    monkeypatch.setattr(gradient_tiles, "trials", lambda: trials)
     found = selfcheck.check("cuda", "hopper backward", torch.device("cpu"), torch.float16)
     assert "of the largest gradient of x in its self-check" in str(found)
 
@@ -303,25 +308,25 @@ SHAPES = [
 def test_tiles_keep_to_the_limits(shape: tuple[int, ...], sources: int) -> None:
     c, m, k, t, side, stride, temporal = shape
     axis = Axis(side, math.ceil(side / stride), 3, stride, 1, 1)
-    a = configs_hopper_gradient.spatial_gradient(8 * t, axis, axis, m, c, sources, 132)
-    assert a is not None and (a.columns, a.blocks) in configs_hopper_gradient.TILES
+    a = gradient_tiles.spatial_gradient(8 * t, axis, axis, m, c, sources, 132)
+    assert a is not None and (a.columns, a.blocks) in gradient_tiles.TILES
     span = a.blocks // stride
     (_, h, _), (_, w, _) = axis.boxes(span, a.box[1]), axis.boxes(stride, a.box[2])
     rows = a.box[0] * h * w
     assert math.prod(a.box) <= 128 and rows <= 1024 and 2 <= a.stages <= 16
-    stage = sources * configs.round_up(rows * 64, 1024)
+    stage = sources * round_up(rows * 64, 1024)
     assert (5 << 10) + a.stages * stage + 2 * 3 * a.columns * 64 <= 227 << 10
     apart = replace(axis, size=side + 60, dilation=30)
-    assert configs_hopper_gradient.spatial_gradient(8, apart, apart, m, c, sources, 132) is None
+    assert gradient_tiles.spatial_gradient(8, apart, apart, m, c, sources, 132) is None
     pixels = (side // stride) ** 2
-    b = configs_hopper.temporal(8, pixels, t, k, m, temporal, 132, gradient=True)
+    b = tiles.temporal(8, pixels, t, k, m, temporal, 132, gradient=True)
     assert b.box[0] * b.box[2] <= 128 and 2 <= b.stages <= 16 and b.box[1] % temporal == 0
     assert (
         1024 + min(2, math.ceil(k / 64)) * 3 * b.columns * 128 + b.stages * 128 * 128 <= 227 << 10
     )
-    widths = [w for w, _, step in configs_hopper.TEMPORAL_GRADIENT_TILES if step == temporal]
+    widths = [w for w, _, step in tiles.TEMPORAL_GRADIENT_TILES if step == temporal]
     if m > 64:  # of the columns multiply zeros
-        assert min(configs.round_up(m, w) / m for w in widths) <= 1.05
+        assert min(round_up(m, w) / m for w in widths) <= 1.05
 
 
 # ---- planted bugs: each must be caught, by a wrong result or by the emulator's checks
@@ -374,9 +379,9 @@ def test_planted_bug_is_caught(
 ) -> None:
     library = planted.library(tmp_path, f"hopper_{file}.cu", right, wrong, UNUSED, HEADERS)
     monkeypatch.setattr(native, "emulated", lambda: library)
-    wrapped = configs_hopper_gradient.spatial_gradient.__wrapped__  # without what it remembers
-    monkeypatch.setattr(configs_hopper_gradient, "spatial_gradient", wrapped)
-    monkeypatch.setattr(configs_hopper_gradient, "TILES", ((64, 4),))
-    monkeypatch.setattr(configs_hopper, "TEMPORAL_GRADIENT_TILES", ((64, 4, 1), (120, 2, 2)))
+    wrapped = gradient_tiles.spatial_gradient.__wrapped__  # without what it remembers
+    monkeypatch.setattr(gradient_tiles, "spatial_gradient", wrapped)
+    monkeypatch.setattr(gradient_tiles, "TILES", ((64, 4),))
+    monkeypatch.setattr(tiles, "TEMPORAL_GRADIENT_TILES", ((64, 4, 1), (120, 2, 2)))
     with pytest.raises((AssertionError, RuntimeError)):
         fuzz.check(config, "cuda")

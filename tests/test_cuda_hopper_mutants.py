@@ -13,9 +13,12 @@ import pytest
 import torch
 from fuzz import Config
 
-from fastst import configs_hopper, selfcheck
-from fastst.backends import cuda, cuda_hopper, native
-from fastst.shapes import Problem
+from fastst.backends import cuda
+from fastst.backends.cuda import hopper as cuda_hopper
+from fastst.backends.cuda import library as native
+from fastst.backends.cuda.hopper import tiles
+from fastst.dispatch import selfcheck
+from fastst.problem.spec import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +27,10 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(configs_hopper, "SPATIAL_TILES", ((64, 2, 2),))
-    monkeypatch.setattr(configs_hopper, "TEMPORAL_TILES", ((64, 4),))
+    monkeypatch.setattr(tiles, "SPATIAL_TILES", ((64, 2, 2),))
+    monkeypatch.setattr(tiles, "TEMPORAL_TILES", ((64, 4),))
     for name in ("spatial", "temporal"):  # without what they remember
-        monkeypatch.setattr(configs_hopper, name, getattr(configs_hopper, name).__wrapped__)
+        monkeypatch.setattr(tiles, name, getattr(tiles, name).__wrapped__)
 
 
 SPATIAL = Config(

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv3d_weight
 
-from fastst import configs_hopper_weights
-from fastst.backends import native
-from fastst.backends.cuda_hopper import weights
-from fastst.backends.cuda_hopper.launches import Gradient, Mid
-from fastst.configs_hopper_weights import Reach, WeightTile
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.backends.cuda import library
+from fastst.backends.cuda.hopper import weight_tiles, weights
+from fastst.backends.cuda.hopper.launches import Gradient, Mid
+from fastst.backends.cuda.hopper.weight_tiles import Reach, WeightTile
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +33,7 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    native.library()
+    library.library()
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     yield
     torch.use_deterministic_algorithms(False)
@@ -110,7 +109,7 @@ def check(case: Case) -> None:
     affine[:, : case.mid] = torch.stack((p, q))
     g, u = case.rows(problem, 1), case.rows(problem, 2)
     dy = case.numbers((case.batch, case.out, *problem.out_size))
-    with native.call(problem) as k:
+    with library.call(problem) as k:
         if case.made:
             du, z = Gradient(g, u, affine), Mid(u, affine, case.activation)
         else:
@@ -142,11 +141,11 @@ def test_fuzz(seed: int) -> None:
     check(next(case for case in drawn if valid(case) and weights.why_not(case.problem()) is None))
 
 
-@pytest.mark.parametrize("tile", configs_hopper_weights.TILES)
+@pytest.mark.parametrize("tile", weight_tiles.TILES)
 def test_tiles(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each instance: two tiles of columns and of rows, several of positions, and two parts."""
     columns, units = tile
-    dtype = (torch.float16, torch.bfloat16)[configs_hopper_weights.TILES.index(tile) % 2]
+    dtype = (torch.float16, torch.bfloat16)[weight_tiles.TILES.index(tile) % 2]
     chosen = WeightTile(columns, units, units, (3, 2, 1), 2, 2)
     monkeypatch.setattr(weights, "spatial_tile", lambda *_: chosen)
     monkeypatch.setattr(weights, "temporal_tile", lambda *_: chosen)
@@ -219,9 +218,7 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
         (spatial, (side, side, batch * t), 9, c, 2), (temporal, (side * side, t, batch), 3, k, 1),
     )  # fmt: skip
     for reach, size, taps, rows, sources in cases:
-        tile = configs_hopper_weights.weight_gradient(
-            size, reach, taps, rows, m, sources, False, 132
-        )
+        tile = weight_tiles.weight_gradient(size, reach, taps, rows, m, sources, False, 132)
         assert tile is not None
         positions = math.prod(tile.box)
         halo = reach.box(tile.box)
@@ -229,8 +226,8 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
         b = max(1, sources) * -(-tile.columns // 32) * -(-positions // 16) * 16 * 64
         assert positions <= 256 and max(*halo, tile.box[1] * reach.residues) <= 256
         assert 5 * 1024 + tile.stages * (a + b) <= 227 << 10 and tile.stages >= 2
-        assert (tile.columns, tile.units) in configs_hopper_weights.TILES
-        assert tile.blocks <= configs_hopper_weights.GROUPS * tile.units
+        assert (tile.columns, tile.units) in weight_tiles.TILES
+        assert tile.blocks <= weight_tiles.GROUPS * tile.units
         assert reach.residues == 1 or tile.blocks % tile.units == 0
 
 
@@ -240,7 +237,7 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
 )
 def test_mid_channels_fit(mid: int, waste: float) -> None:
     """Some instance has few columns for which there are no mid channels of R(2+1)D-18."""
-    assert min(-(-mid // n) * n for n, _ in configs_hopper_weights.TILES) <= waste * mid
+    assert min(-(-mid // n) * n for n, _ in weight_tiles.TILES) <= waste * mid
 
 
 # ---- planted bugs: each must be caught, by a wrong result or by the emulator's checks
@@ -284,7 +281,7 @@ def test_planted_bug_is_caught(
     right: str, wrong: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutant = planted.library(tmp_path, FILE, right, wrong, UNUSED)
-    monkeypatch.setattr(native, "emulated", lambda: mutant)
+    monkeypatch.setattr(library, "emulated", lambda: mutant)
     chosen = WeightTile(48, 3, 1, (5, 3, 1), 2, 2)
     monkeypatch.setattr(weights, "spatial_tile", lambda *_: chosen)
     chosen_temporal = dataclasses.replace(chosen, blocks=3)

@@ -18,8 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastst
-from fastst import distributed, parts
-from fastst.collectives import Window, _needs
+from fastst.ops import batch_slices
+from fastst.ranks.collectives import Window, _needs
+from fastst.rewrite import shard_time
 
 DTYPE = torch.float64
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
@@ -95,7 +96,7 @@ def share(t: Tensor, rank: int) -> Tensor:
 
 def ddp(rank: int, convert: bool) -> None:
     x, target = batch()
-    model = distributed.sync_batch_norm(network())
+    model = shard_time.sync_batch_norm(network())
     if convert:
         fastst.convert(model)
     wrapped = DistributedDataParallel(model)
@@ -107,7 +108,7 @@ def ddp(rank: int, convert: bool) -> None:
 
 def fsdp(rank: int) -> None:
     x, target = batch()
-    model = distributed.sync_batch_norm(network())
+    model = shard_time.sync_batch_norm(network())
     mesh = init_device_mesh("cpu", (SIZE,))
     for block in (model.body, model.cross, model.head, model):
         fully_shard(block, mesh=mesh)
@@ -145,7 +146,7 @@ def sync_norm(rank: int, kind: type[nn.Module], shape: tuple[int, ...], cumulati
     dy = torch.randn_like(x)
     norm = kind(shape[1], momentum=None if cumulative else 0.3).to(DTYPE)
     nn.init.normal_(norm.weight)
-    synced = distributed.sync_batch_norm(copy.deepcopy(norm))
+    synced = shard_time.sync_batch_norm(copy.deepcopy(norm))
     mine = slice(0, 1) if rank == 0 else slice(1, None)
     x.requires_grad_()
     (dx,) = torch.autograd.grad(y := norm(x), x, dy, retain_graph=True)
@@ -193,7 +194,7 @@ def synced_pair(rank: int, name: str, backend: str, groups: int) -> None:
     ).to(DTYPE)  # fmt: skip
     for p in whole.norm.parameters():
         nn.init.normal_(p)
-    pair = distributed.sync_batch_norm(copy.deepcopy(whole))
+    pair = shard_time.sync_batch_norm(copy.deepcopy(whole))
     if name == "frozen":
         whole.norm.eval()
         pair.norm.eval()
@@ -205,7 +206,7 @@ def synced_pair(rank: int, name: str, backend: str, groups: int) -> None:
     dy = torch.randn_like(y)
     y.backward(dy)
     # What recomputes is cut into parts, of which the first rank has one and the second two.
-    cut = unittest.mock.patch.object(parts, "_LEAST_BYTES", 0)
+    cut = unittest.mock.patch.object(batch_slices, "_LEAST_BYTES", 0)
     with cut, fastst.use_backend(backend), fastst.dispatch.recording() as calls:
         got = pair(local)
         got.backward(dy[mine])
@@ -239,7 +240,7 @@ def synced_gradients(rank: int, n: int, order: int) -> None:
     """Output, gradients, and their gradients, with ``n`` samples on the first rank."""
     torch.manual_seed(6)
     whole = fastst.Conv2Plus1d(2, 2, 3, padding=1, norm="batch", activation="silu").to(DTYPE)
-    pair = distributed.sync_batch_norm(copy.deepcopy(whole))
+    pair = shard_time.sync_batch_norm(copy.deepcopy(whole))
     x = torch.randn(3, 2, 3, 4, 4, dtype=DTYPE)
     mine = slice(0, n) if rank == 0 else slice(n, None)
     local = x[mine].clone().requires_grad_()
@@ -278,21 +279,19 @@ def time_sharded(rank: int, convert: bool, channels_last: bool) -> None:
         fastst.convert(model)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last_3d)
-    distributed.shard_time(model, mesh["time"], sample=x)
+    shard_time.shard_time(model, mesh["time"], sample=x)
     before, whole = x.clone().requires_grad_(), network()
     step(whole, before, target)
-    local = distributed.split_time(x, mesh).clone().requires_grad_()
+    local = shard_time.split_time(x, mesh).clone().requires_grad_()
     step(model, local, target)
     average_gradients(model)
     assert_same_step(model, whole)
     # Every rank's loss is the whole one: the sum of both has twice its gradient.
+    torch.testing.assert_close(local.grad, SIZE * shard_time.split_time(before.grad, mesh), **TIGHT)
     torch.testing.assert_close(
-        local.grad, SIZE * distributed.split_time(before.grad, mesh), **TIGHT
+        model.eval()(shard_time.split_time(x, mesh)), whole.eval()(x), **TIGHT
     )
-    torch.testing.assert_close(
-        model.eval()(distributed.split_time(x, mesh)), whole.eval()(x), **TIGHT
-    )
-    distributed.unshard_time(model)
+    shard_time.unshard_time(model)
     torch.testing.assert_close(model(x), whole(x), **TIGHT)
     assert type(model.stem) is nn.Conv3d
     assert type(model.norm) is nn.BatchNorm3d
@@ -347,17 +346,17 @@ def sharded_layer(rank: int, name: str) -> None:
     for m in sharded.modules():
         if isinstance(m, nn.BatchNorm3d):
             m.reset_running_stats()
-    model = distributed.shard_time(nn.Sequential(sharded), mesh)
-    local = distributed.split_time(x.detach(), mesh).clone().requires_grad_()
+    model = shard_time.shard_time(nn.Sequential(sharded), mesh)
+    local = shard_time.split_time(x.detach(), mesh).clone().requires_grad_()
     got = model(local)
-    got.backward(distributed.split_time(dy, mesh))
-    torch.testing.assert_close(got, distributed.split_time(y, mesh), **TIGHT)
-    torch.testing.assert_close(distributed.gather_time(got, mesh), y.detach(), **TIGHT)
-    torch.testing.assert_close(local.grad, distributed.split_time(x.grad, mesh), **TIGHT)
+    got.backward(shard_time.split_time(dy, mesh))
+    torch.testing.assert_close(got, shard_time.split_time(y, mesh), **TIGHT)
+    torch.testing.assert_close(shard_time.gather_time(got, mesh), y.detach(), **TIGHT)
+    torch.testing.assert_close(local.grad, shard_time.split_time(x.grad, mesh), **TIGHT)
     for p, q in zip(sharded.parameters(), layer.parameters(), strict=True):
         dist.all_reduce(p.grad)
         torch.testing.assert_close(p.grad, q.grad, **TIGHT)
-    distributed.unshard_time(model)
+    shard_time.unshard_time(model)
     torch.testing.assert_close(model(x), y, **TIGHT)
     assert type(sharded) is type(layer)
     assert getattr(sharded, "causal", None) == getattr(layer, "causal", None)
@@ -372,7 +371,7 @@ def test_sharded_layer(ranks: Ranks, name: str) -> None:
 def traffic(rank: int) -> tuple[int, int]:
     """Elements sent forward and backward by a convolution of three taps."""
     mesh = init_device_mesh("cpu", (SIZE,))
-    model = distributed.shard_time(nn.Sequential(nn.Conv3d(2, 3, 3, padding=1)), mesh)
+    model = shard_time.shard_time(nn.Sequential(nn.Conv3d(2, 3, 3, padding=1)), mesh)
     sent, original = [], dist.batch_isend_irecv
 
     def counting(ops: list[dist.P2POp]) -> Any:
@@ -433,24 +432,24 @@ def errors(rank: int) -> None:
     for message, module in refused.items():
         model = nn.Sequential(nn.Conv3d(2, 2, 3, padding=1), module)
         with pytest.raises(ValueError, match=message):
-            distributed.shard_time(model, mesh)
+            shard_time.shard_time(model, mesh)
         assert type(model[0]) is nn.Conv3d  # nothing was changed
     sample = torch.randn(1, 2, 4, 3, 3)
     with pytest.raises(ValueError, match="no module shows it"):
-        distributed.shard_time(MeanOverTime(), mesh, sample=sample)
+        shard_time.shard_time(MeanOverTime(), mesh, sample=sample)
     with pytest.raises(ValueError, match="that 2 ranks divide, got 5"):
-        distributed.split_time(torch.randn(1, 2, 5, 3, 3), mesh)
+        shard_time.split_time(torch.randn(1, 2, 5, 3, 3), mesh)
     with pytest.raises(ValueError, match="one-dimensional"):
-        distributed.split_time(sample, init_device_mesh("cpu", (1, SIZE)))
+        shard_time.split_time(sample, init_device_mesh("cpu", (1, SIZE)))
     with pytest.raises(TypeError, match="DeviceMesh, got NoneType"):
-        distributed.shard_time(nn.Identity(), None)
-    model = distributed.shard_time(nn.Sequential(nn.Conv3d(2, 2, 3, 2, 1)), mesh)
+        shard_time.shard_time(nn.Identity(), None)
+    model = shard_time.shard_time(nn.Sequential(nn.Conv3d(2, 2, 3, 2, 1)), mesh)
     with pytest.raises(ValueError, match="shares that its stride divides"):
         model(torch.randn(1, 2, 3, 4, 4))
     with pytest.raises(ValueError, match="equal shares"):
         model(torch.randn(1, 2, 2 + 2 * rank, 4, 4))
     with pytest.raises(ValueError, match="is sharded already"):
-        distributed.shard_time(model, mesh)
+        shard_time.shard_time(model, mesh)
 
 
 def test_what_cannot_be_split_is_refused(ranks: Ranks) -> None:

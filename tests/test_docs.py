@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import fastst
-from fastst import tuning
 from fastst.backends import cpu, cuda, triton
-from fastst.shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
+from fastst.machine import choices
+from fastst.problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -38,7 +38,7 @@ def test_snippets_run(
 ) -> None:
     """All blocks of a page, in order, in one namespace; slow paths only where they are shown."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fastst.dispatch, "_warned", set())
+    monkeypatch.setattr(fastst.dispatch.selection, "_warned", set())
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
     namespace: dict[str, object] = {"__name__": "__main__"}
     with warnings.catch_warnings():
@@ -46,7 +46,7 @@ def test_snippets_run(
         for line, source in snippets(page):
             code = compile("\n" * line + source, str(page), "exec")
             exec(code, namespace)
-    tuning.forget()
+    choices.forget()
 
 
 @each_page

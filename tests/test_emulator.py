@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-HERE = Path(__file__).parent / "emulator"
+HERE = Path(__file__).parents[1] / "emulator"
 PRODUCTS = (8, 144, 256, 232, 144, 48, 96, 40)  # N, with every swizzle and every major
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastst
-from fastst import checks
 from fastst.functional import BatchNorm, conv2plus1d, parallel_conv2plus1d
+from fastst.problem import checks
 
 F64 = dict(rtol=1e-10, atol=1e-10)
 

@@ -14,7 +14,7 @@ from fuzz import Config, Limits
 
 from fastst import functional
 from fastst.backends import aten, reference
-from fastst.shapes import Pass
+from fastst.problem.spec import Pass
 
 CHUNKS = range(8)
 

@@ -9,12 +9,11 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.shapes import Case
-from fastst import configs_hopper
-from fastst.backends import cuda_hopper
-from fastst.backends.cuda_hopper import launches
-from fastst.configs import round_up
-from fastst.configs_hopper import HopperTile
-from fastst.shapes import Problem
+from fastst.backends.cuda import hopper
+from fastst.backends.cuda.hopper import launches, tiles
+from fastst.backends.cuda.hopper.tiles import HopperTile
+from fastst.backends.triton.tiles import round_up
+from fastst.problem.spec import Problem
 
 PROCESSORS = 132
 # The pairs that the two kernels run; the stem has its own.
@@ -34,7 +33,7 @@ def ids(case: Case) -> str:
 
 
 def tiles_of(problem: Problem) -> tuple[HopperTile, HopperTile]:
-    return cuda_hopper.spatial_tile(problem), cuda_hopper.temporal_tile(problem)
+    return hopper.spatial_tile(problem), hopper.temporal_tile(problem)
 
 
 def steps(channels: int) -> int:
@@ -106,7 +105,7 @@ def test_mid_channels_cost_what_their_multiples_of_8_do(mid: int, padded: int, s
 )  # fmt: skip
 def test_mid_channels_fit(mid: int, columns: int) -> None:
     """An instance multiplies less than 1% zeros, of 45 what a multiple of 8 asks for."""
-    widths = [c for c, _, _ in configs_hopper.SPATIAL_TILES]
+    widths = [c for c, _, _ in tiles.SPATIAL_TILES]
     least = min(round_up(mid, c) for c in widths)
     assert round_up(mid, columns) == least
     assert least <= max(1.01 * mid, round_up(mid, 8))
@@ -133,8 +132,8 @@ def test_tiles_keep_to_the_limits(case: Case, batch: int | None) -> None:
     for tile in (a, b):
         assert 1 <= tile.grid <= PROCESSORS
         assert tile.cluster in (1, 2) and tile.grid % tile.cluster == 0
-    assert (a.columns, a.groups, a.blocks) in configs_hopper.SPATIAL_TILES
-    assert (b.columns, b.box[1]) in configs_hopper.TEMPORAL_TILES
+    assert (a.columns, a.groups, a.blocks) in tiles.SPATIAL_TILES
+    assert (b.columns, b.box[1]) in tiles.TEMPORAL_TILES
 
 
 def test_clusters_where_weights_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,5 +153,5 @@ def test_clusters_where_weights_are_what_is_read(monkeypatch: pytest.MonkeyPatch
 
 def test_the_stem_fills_the_gpu() -> None:
     """Time is cut only where clips and places leave warpgroups idle."""
-    assert configs_hopper.stem(32, (16, 56, 56), PROCESSORS) == (PROCESSORS, 16)
-    assert configs_hopper.stem(1, (16, 56, 56), PROCESSORS) == (98, 4)
+    assert tiles.stem(32, (16, 56, 56), PROCESSORS) == (PROCESSORS, 16)
+    assert tiles.stem(1, (16, 56, 56), PROCESSORS) == (98, 4)

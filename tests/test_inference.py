@@ -11,9 +11,9 @@ from test_convert_forms import FORMS
 from torch import nn
 
 import fastst
-from fastst import tuning
-from fastst.inference import fold_norms
+from fastst.dispatch import tune
 from fastst.models import r2plus1d_18
+from fastst.rewrite.optimize import fold_norms
 
 
 def settle(model: nn.Module) -> nn.Module:
@@ -136,7 +136,7 @@ def test_memory_format(fmt, monkeypatch):
         raced.append(seconds)
         return {f: 1.0 if f is fmt else 2.0 for f in trials}
 
-    monkeypatch.setattr(tuning, "race", race)
+    monkeypatch.setattr(tune, "race", race)
     optimised = fastst.optimize_for_inference(model, sample=x, seconds=0.1)
     assert formats(optimised) == {fmt}
     assert raced == [0.1]

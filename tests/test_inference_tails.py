@@ -16,8 +16,8 @@ from test_inference import settle
 from torch import Tensor, nn
 
 import fastst
-from fastst.convert import tail
 from fastst.models import r2plus1d_18
+from fastst.rewrite.convert import tail
 
 Ending = tuple[bool, str]  # residual, outer activation
 
@@ -334,7 +334,7 @@ PLANTED: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_sees_a_planted_bug(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, wrong, caught_by = PLANTED[bug]
-    for home in (tail, sys.modules["fastst.convert.converter"]):
+    for home in (tail, sys.modules["fastst.rewrite.convert.converter"]):
         monkeypatch.setattr(home, name, wrong, raising=False)
     with pytest.raises(AssertionError):
         test_slopes_that_differ() if caught_by == "slopes" else test_end(caught_by)

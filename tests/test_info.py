@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import fastst
-from fastst import info, selfcheck
+from fastst import info
+from fastst.dispatch import selfcheck
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = ("Versions", "Devices", "Native library", "Backends", "Cache", "Environment")

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastst
 from fastst import Conv2Plus1d, ParallelConv2Plus1d
-from fastst.shapes import default_mid_channels
+from fastst.problem.spec import default_mid_channels
 
 FLOAT = dict(rtol=1e-4, atol=1e-5)
 BN = nn.BatchNorm3d
@@ -383,7 +383,7 @@ def test_global_hooks() -> None:
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
     try:
-        fastst.dispatch._warned.clear()
+        fastst.dispatch.selection._warned.clear()
         with pytest.warns(fastst.FallbackWarning, match="global module hooks"):
             layer(torch.randn(1, 4, 4, 5, 5))
     finally:

@@ -19,7 +19,7 @@ from fastst import dispatch
 from fastst.backends import cpu, triton
 from fastst.backends.cpu.library import load
 from fastst.functional import BatchNorm, conv2plus1d
-from fastst.pairing import Ending, pair_forward
+from fastst.nn.pair_of_modules import Ending, pair_forward
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,10 +13,14 @@ import torch
 from fuzz import Config, Limits
 
 import fastst
-from fastst import memory, parts
-from fastst.backends import Part, aten, cuda_depthwise, cuda_hopper
+from fastst.backends import aten
+from fastst.backends.contract import Part
 from fastst.backends.cpu import library
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.backends.cuda import depthwise, hopper
+from fastst.ops import batch_slices
+from fastst.problem import slicing
+from fastst.problem.spec import PairSpec, PairTensors, Problem
+from fastst.rewrite import memory_budget
 
 CUT = Limits(
     batch=4, channels=12, frames=5, space=6, work=60_000,
@@ -27,14 +31,14 @@ CUT = Limits(
 @pytest.fixture(autouse=True)
 def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every batch is cut, however small; how many parts each call had."""
-    real, seen = parts.gradients, []
+    real, seen = batch_slices.gradients, []
 
     def gradients(choose: Any, count: int, *rest: Any) -> Any:
         seen.append(count)
         return real(choose, count, *rest)
 
-    monkeypatch.setattr(parts, "count", lambda problem, mids: min(3, problem.batch))
-    monkeypatch.setattr(parts, "gradients", gradients)
+    monkeypatch.setattr(slicing, "count", lambda problem, mids: min(3, problem.batch))
+    monkeypatch.setattr(batch_slices, "gradients", gradients)
     return seen
 
 
@@ -82,13 +86,13 @@ def problem(n: int, size: tuple[int, int, int] = (16, 56, 56)) -> Problem:
 
 def test_what_a_part_makes_is_no_larger_than_x(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert parts.count(problem(32), 2) == 5  # 7 of 32 clips: 2·144·7 channels, at most 64·32
-    assert parts.count(problem(32), 4) == 11
-    assert parts.count(problem(32), 0) == 1  # nothing is made
-    assert parts.count(problem(1), 2) == 1  # a clip is not cut
-    assert parts.count(problem(4, (4, 14, 14)), 2) == 1  # too small
-    assert parts.count(problem(8), 2) == 4  # x is below what is worth a cut: 64 MiB are 2 clips
-    assert parts.count(problem(0), 2) == 1
+    assert slicing.count(problem(32), 2) == 5  # 7 of 32 clips: 2·144·7 channels, at most 64·32
+    assert slicing.count(problem(32), 4) == 11
+    assert slicing.count(problem(32), 0) == 1  # nothing is made
+    assert slicing.count(problem(1), 2) == 1  # a clip is not cut
+    assert slicing.count(problem(4, (4, 14, 14)), 2) == 1  # too small
+    assert slicing.count(problem(8), 2) == 4  # x is below what is worth a cut: 64 MiB are 2 clips
+    assert slicing.count(problem(0), 2) == 1
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def test_launches(norm: str, made: tuple[int, int], monkeypatch: pytest.MonkeyPa
 def test_what_two_sweeps_cost() -> None:
     """A step takes 3 times both convolutions, u again, and with two sweeps u and dv once more."""
     whole, cut = problem(1), problem(32)
-    again = [memory._flops_again(p) / p.flops() for p in (whole, cut)]
+    again = [memory_budget._flops_again(p) / p.flops() for p in (whole, cut)]
     assert (again[1] - again[0]) / (3 + again[0]) == pytest.approx(0.267, abs=0.001)
 
 
@@ -132,7 +136,7 @@ def test_parameters_are_added_up_in_the_accumulation_dtype(monkeypatch: pytest.M
     tensors = PairTensors(
         torch.zeros(300, 1, 1, 1, 1, dtype=dtype), ones, ones,
     )  # fmt: skip
-    found = parts.gradients(
+    found = batch_slices.gradients(
         lambda problem: aten, 300, Problem.of(tensors, PairSpec(recompute=True)), tensors,
         tensors.x, None, None, [False, True, False],
     )  # fmt: skip
@@ -146,7 +150,7 @@ def test_cuda(kind: str, swept: list[int], monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(parts, "count", lambda problem, mids: min(mids, problem.batch))
+    monkeypatch.setattr(slicing, "count", lambda problem, mids: min(mids, problem.batch))
     config = PAIR
     if kind != "generic":
         config = replace(
@@ -156,8 +160,8 @@ def test_cuda(kind: str, swept: list[int], monkeypatch: pytest.MonkeyPatch) -> N
     if kind == "depthwise":
         config = replace(config, groups=(8, 8))
     problem = problem_of(config)
-    assert cuda_depthwise.why_not(problem) is None or kind != "depthwise"
-    assert (cuda_hopper.backward_why_not(problem) is None) == (kind == "hopper")
+    assert depthwise.why_not(problem) is None or kind != "depthwise"
+    assert (hopper.backward_why_not(problem) is None) == (kind == "hopper")
     assert fuzz.check(config, "cuda") is None
     assert swept == ([] if kind == "depthwise" else [2])
 

@@ -15,9 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastst
-from fastst import ops, parts
-from fastst.backends import cuda_hopper, native, triton
+from fastst import ops
+from fastst.backends import triton
 from fastst.backends.cpu import library
+from fastst.backends.cuda import hopper as cuda_hopper
+from fastst.backends.cuda import library as native
+from fastst.problem import slicing
 
 EAGER = 4 * 144  # channels per position: u, z, dz and dv
 BOXED = hasattr(torch.autograd.Function, "boxed_grads_call")
@@ -108,7 +111,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip("no C++ compiler")
         real = native.library()
         monkeypatch.setattr(native, "library", lambda: Nothing(real))
-    monkeypatch.setattr(parts, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(slicing, "_LEAST_BYTES", 0)
     return name
 
 
@@ -171,5 +174,5 @@ def test_a_dv_that_stays_is_seen(backend: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_batch_that_is_not_cut_is_seen(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "count", lambda problem, mids: 1)
+    monkeypatch.setattr(slicing, "count", lambda problem, mids: 1)
     assert share(backend, recompute=True) > 0.4

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastst
 from fastst.functional import BatchNorm, conv2plus1d
-from fastst.shapes import Problem
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 BACKENDS = ("aten", "reference")
 
@@ -62,9 +62,7 @@ def test_sizes_and_work_beyond_2_31_are_python_integers() -> None:
     )
     y = conv2plus1d(x, ws, wt, padding=1)
     assert y.shape == x.shape and y.numel() == 2**32 and y.stride(0) == 2**30
-    problem = Problem.of(
-        fastst.shapes.PairTensors(x, ws, wt), fastst.shapes.PairSpec(padding=(1,) * 6)
-    )
+    problem = Problem.of(PairTensors(x, ws, wt), PairSpec(padding=(1,) * 6))
     assert problem.flops() == 2 * 4 * 64 * 512 * 512 * 64 * 64 * (9 + 3)
     assert math.prod(problem.mid_shape) == 2**32
 

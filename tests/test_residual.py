@@ -13,10 +13,10 @@ from torch import Tensor
 
 import fastst
 from fastst import ops
-from fastst.backends import PairResult
+from fastst.backends.contract import PairResult
 from fastst.functional import BatchNorm, conv2plus1d
-from fastst.ops import packed
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.ops.autograd import packed
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,12 +21,13 @@ from fuzz import Config, Limits
 from torch import Tensor
 
 import fastst
-from fastst import configs, dispatch, kernels, tuning
+from fastst import dispatch
 from fastst.backends import reference
 from fastst.backends import triton as backend
-from fastst.backends.triton import single
+from fastst.backends.triton import kernels, single, tiles
 from fastst.functional import conv2plus1d
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.machine import choices
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -40,7 +41,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large tiles: the interpreter pays by the program, not by the element."""
     if DEVICE == "cpu":
         assert backend.launch.interpreted()
-        monkeypatch.setattr(configs, "processors", lambda capability: 1)
+        monkeypatch.setattr(tiles, "processors", lambda capability: 1)
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_random_pairs_take_one_kernel(
         fixed=dict(op="conv2plus1d", order=order, **sizes),
     )  # fmt: skip
     for pieces in (1, 3):  # programs that share a walk
-        monkeypatch.setattr(configs, "pieces", lambda *sizes, n=pieces: n)
+        monkeypatch.setattr(tiles, "pieces", lambda *sizes, n=pieces: n)
         first = fuzz.SEED + 50 * pieces
         fuzz.fuzz("triton", 2, limits, first=first, backward=False, device=DEVICE)
     assert launched[kernel] == 4
@@ -294,7 +295,7 @@ def test_statistics_do_not_cancel() -> None:
 
 
 def test_many_partials_are_combined_in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "combine", lambda channels: (2, 4, 3))
+    monkeypatch.setattr(tiles, "combine", lambda channels: (2, 4, 3))
     problem, t = problem_of(Config(norm="batch", dtype=torch.float64))
     ours = backend.conv2plus1d(problem, t, save=False)
     truth = reference.conv2plus1d(problem, t, save=False)
@@ -459,7 +460,7 @@ def test_every_way_is_right(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
     assert 1 <= len(names) <= 12
     backend.trial(problem, "forward", names[-1])()
     for way in names:
-        monkeypatch.setattr(tuning, "choice", lambda *key, way=way: way)
+        monkeypatch.setattr(choices, "choice", lambda *key, way=way: way)
         check(config)
 
 
@@ -517,7 +518,7 @@ def mutated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         (package / "__init__.py").touch()
         for name in names:
             text = Path(
-                importlib.import_module(f"fastst.kernels.{name}").__file__ or ""
+                importlib.import_module(f"fastst.backends.triton.kernels.{name}").__file__ or ""
             ).read_text()
             if name == module:
                 assert old in text, f"{module} no longer contains {old!r}"
@@ -551,7 +552,7 @@ def test_planted_bugs_are_seen(
 
     def check_walks() -> None:
         monkeypatch.setattr(single, "expected", lambda problem: single.available(problem)[0])
-        monkeypatch.setattr(configs, "pieces", lambda *sizes: 2)
+        monkeypatch.setattr(tiles, "pieces", lambda *sizes: 2)
         one = replace(
             base,
             norm="frozen",

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastst
-from fastst import configs, configs_gradients, tuning
 from fastst.backends import triton as backend
+from fastst.backends.triton import gradient_tiles, tiles
 from fastst.functional import BatchNorm, conv2plus1d
+from fastst.machine import choices
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -27,7 +28,7 @@ def dense(config: Config) -> bool:
     """Whether no pass has so few channels of a group that it runs on ordinary cores."""
     channels = (config.channels, config.mid)
     groups = config.groups if config.order == "spatial-first" else config.groups[::-1]
-    return not any(configs.thin(c // g, g) for c, g in zip(channels, groups, strict=True))
+    return not any(tiles.thin(c // g, g) for c, g in zip(channels, groups, strict=True))
 
 
 TINY = Limits(
@@ -81,10 +82,8 @@ def test_tiles_of_channels(channels: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("positions", [127, 129])
 def test_tiles_of_positions(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients of several parts, sums in two steps."""
-    monkeypatch.setattr(configs, "combine", lambda channels: (2, 4, 3))
-    monkeypatch.setattr(
-        configs_gradients, "positions_per_split", lambda config, *rest: config.block_p
-    )
+    monkeypatch.setattr(tiles, "combine", lambda channels: (2, 4, 3))
+    monkeypatch.setattr(gradient_tiles, "positions_per_split", lambda config, *rest: config.block_p)
     check(Config(
         size=(1, positions, 3), batch=1, norm="batch", kernel=(1, 3, 1), padding=(0, 1, 0),
         channels=2, mid=3, out=2,
@@ -176,7 +175,7 @@ def test_every_way_is_right(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
     backend.trial(problem, "backward", names[-1])()
     for way in names[:: len(names) - 1]:
         monkeypatch.setattr(
-            tuning, "choice", lambda b, p, phase, way=way: way if phase == "backward" else None
+            choices, "choice", lambda b, p, phase, way=way: way if phase == "backward" else None
         )
         check(config)
 
@@ -332,9 +331,7 @@ def test_planted_bugs_are_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mutated(*MUTANTS[name])
-    monkeypatch.setattr(
-        configs_gradients, "positions_per_split", lambda config, *rest: config.block_p
-    )
+    monkeypatch.setattr(gradient_tiles, "positions_per_split", lambda config, *rest: config.block_p)
     base = Config(size=(3, 5, 4), batch=1, channels=17, out=17)
 
     def all_checks() -> None:

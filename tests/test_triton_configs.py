@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import floors, shapes
-from fastst import configs
+from fastst.backends.triton import tiles
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 DENSE = [case for case in shapes.ALL if not case.depthwise]
@@ -20,8 +20,8 @@ SIZES = [
 ]  # fmt: skip
 
 
-def sure(channels: int, dtype: torch.dtype = torch.bfloat16) -> configs.TapConfig:
-    return configs.tap_conv(configs.Sizes(400_000, 64, channels, 1, 9, dtype, True, (9, 0)))
+def sure(channels: int, dtype: torch.dtype = torch.bfloat16) -> tiles.TapConfig:
+    return tiles.tap_conv(tiles.Sizes(400_000, 64, channels, 1, 9, dtype, True, (9, 0)))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def sure(channels: int, dtype: torch.dtype = torch.bfloat16) -> configs.TapConfi
 def test_columns_fit(channels: int, computed: int) -> None:
     """144 channels are computed as 128 + 16, not as 192 or 256; never more than 12% in vain."""
     config = sure(channels)
-    assert configs.round_up(channels, config.columns) == computed
+    assert tiles.round_up(channels, config.columns) == computed
     assert computed <= 1.12 * channels
 
 
@@ -52,14 +52,12 @@ def test_padding_of_named_shapes(case: shapes.Case, capability: tuple[int, int])
     for c, one, size in zip(channels, p.passes, sizes, strict=True):
         positions, taps = p.batch * math.prod(size), math.prod(one.kernel)
         k = one.out_channels
-        config = configs.tap_conv(
-            configs.Sizes(positions, c, k, 1, taps, p.dtype, True, capability)
-        )
-        rows = configs.round_up(positions, config.block_p)
-        columns = configs.round_up(k, config.columns)
-        reduction = taps * configs.round_up(c, config.block_k)
+        config = tiles.tap_conv(tiles.Sizes(positions, c, k, 1, taps, p.dtype, True, capability))
+        rows = tiles.round_up(positions, config.block_p)
+        columns = tiles.round_up(k, config.columns)
+        reduction = taps * tiles.round_up(c, config.block_k)
         if config.flat:
-            reduction = configs.round_up(taps * c, config.block_k)
+            reduction = tiles.round_up(taps * c, config.block_k)
         padded = 2 * rows * columns * reduction
         assert padded <= 1.17 * one.flops(positions)
         assert columns <= 1.12 * k
@@ -70,12 +68,11 @@ def test_padding_of_named_shapes(case: shapes.Case, capability: tuple[int, int])
 def test_padding_of_the_stem_in_one_kernel() -> None:
     """45 mid channels are computed as 48, 147 products of taps and channels as 160."""
     for capability in ((8, 0), (9, 0), (10, 0)):
-        config = configs.pair_conv(3, 45, 64, 49, torch.bfloat16, True, capability)
+        config = tiles.pair_conv(3, 45, 64, 49, torch.bfloat16, True, capability)
         assert config.mid_width(45) == 48
-        assert config.block_n == 64 and configs.round_up(147, config.block_k) == 160
+        assert config.block_n == 64 and tiles.round_up(147, config.block_k) == 160
         assert (
-            configs.pair_conv(64, 144, 64, 9, torch.bfloat16, True, capability).mid_width(144)
-            <= 160
+            tiles.pair_conv(64, 144, 64, 9, torch.bfloat16, True, capability).mid_width(144) <= 160
         )
 
 
@@ -95,15 +92,13 @@ def test_candidates_are_few_and_fit(
 ) -> None:
     positions, channels, out_channels, taps = size
     for cores in {dtype.itemsize == 2, dtype != torch.float64}:
-        sizes = configs.Sizes(positions, channels, out_channels, 1, taps, dtype, cores, capability)
-        found = configs.candidates(sizes)
+        sizes = tiles.Sizes(positions, channels, out_channels, 1, taps, dtype, cores, capability)
+        found = tiles.candidates(sizes)
         assert 1 <= len(found) <= 12
         assert len(set(found)) == len(found)
-        assert found[0] == configs.tap_conv(sizes)
+        assert found[0] == tiles.tap_conv(sizes)
         for c in found:
-            assert configs.shared_memory(c, dtype.itemsize) <= configs.shared_memory_limit(
-                capability
-            )
+            assert tiles.shared_memory(c, dtype.itemsize) <= tiles.shared_memory_limit(capability)
             assert min(c.block_p, c.block_n, c.block_k) >= 16
             for block in (c.block_p, c.block_n, c.block_k, c.rest_n or 16):
                 assert block & (block - 1) == 0
@@ -112,7 +107,7 @@ def test_candidates_are_few_and_fit(
 
 def test_few_positions_take_shorter_tiles() -> None:
     assert sure(512).block_p == 128
-    few = configs.tap_conv(configs.Sizes(8 * 7 * 7, 512, 512, 1, 9, torch.bfloat16, True, (9, 0)))
+    few = tiles.tap_conv(tiles.Sizes(8 * 7 * 7, 512, 512, 1, 9, torch.bfloat16, True, (9, 0)))
     assert few.block_p == 64
 
 
@@ -120,7 +115,7 @@ def test_few_positions_take_shorter_tiles() -> None:
 @pytest.mark.parametrize("positions", [1, 50, 10_000_000])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_direct(channels: int, positions: int, channels_last: bool) -> None:
-    c = configs.direct(positions, channels, 9, channels_last, (9, 0))
+    c = tiles.direct(positions, channels, 9, channels_last, (9, 0))
     assert c.block_p * c.block_c <= 1024
     assert c.block_c == 1 or channels_last
     assert c.block_p & (c.block_p - 1) == c.block_c & (c.block_c - 1) == 0

@@ -13,7 +13,7 @@ from fuzz import Config, Limits
 from test_triton import DEVICE, few_programs, launched, mutated  # noqa: F401
 
 import fastst
-from fastst import configs
+from fastst.backends.triton import tiles
 from fastst.functional import conv2plus1d
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -25,7 +25,7 @@ def thin(config: Config) -> bool:
     if config.order == "temporal-first":
         channels = channels[::-1]
     groups = zip(channels, config.groups, strict=True)
-    return any(configs.thin(c // g, g) for c, g in groups)
+    return any(tiles.thin(c // g, g) for c, g in groups)
 
 
 TINY = Limits(

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastst.backends import triton as backend
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

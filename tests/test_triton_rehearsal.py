@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from benchmarks import shapes
-from fastst import configs, dispatch, selfcheck
+from fastst import dispatch
 from fastst.backends import triton as backend
-from fastst.backends.triton import rehearsal
-from fastst.shapes import Problem
+from fastst.backends.triton import rehearsal, tiles
+from fastst.dispatch import selfcheck
+from fastst.problem.spec import Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +118,7 @@ def of(name: str, norm: str, layout: str) -> Problem | None:
 def test_finds_right_kernels_right_and_wrong_ones_wrong(
     order: str, norm: str, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "processors", lambda capability: 1)
+    monkeypatch.setattr(tiles, "processors", lambda capability: 1)
     case = replace(CASES["odd mid-45"], channels=(6, 12, 6), size=(3, 4, 4), order=order)
     problem = case.problem(torch.float16)
     spec = problem.spec._replace(

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastst import configs, dispatch, selfcheck
+from fastst import dispatch
 from fastst.backends import triton as backend
-from fastst.shapes import Problem
+from fastst.backends.triton import tiles
+from fastst.dispatch import selfcheck
+from fastst.problem.spec import Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -24,7 +26,7 @@ KINDS = ("dense", "grouped", "depthwise", "parallel")
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
     monkeypatch.setattr(selfcheck, "_verdicts", {})
-    monkeypatch.setattr(configs, "processors", lambda capability: 1)
+    monkeypatch.setattr(tiles, "processors", lambda capability: 1)
 
 
 def dense() -> Problem:

@@ -17,9 +17,9 @@ from test_triton_backward import STEP, step, watched
 from torch import Tensor, nn
 
 import fastst
-from fastst import configs_gradients
 from fastst.backends import triton as backend
-from fastst.shapes import ParallelSpec, ParallelTensors, Problem
+from fastst.backends.triton import gradient_tiles
+from fastst.problem.spec import ParallelSpec, ParallelTensors, Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -148,9 +148,7 @@ def test_memory_of_a_step() -> None:
 
 def test_deterministic_and_still_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients in many parts, which are added up in one order."""
-    monkeypatch.setattr(
-        configs_gradients, "positions_per_split", lambda config, *rest: config.block_p
-    )
+    monkeypatch.setattr(gradient_tiles, "positions_per_split", lambda config, *rest: config.block_p)
     splits: list[int] = []
     finish = backend.gradients.finish_weight
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import fastst
-from fastst import dispatch, tuning
-from fastst.backends import aten, onednn, reference
-from fastst.shapes import PairSpec, PairTensors, Problem
+from fastst import dispatch
+from fastst.backends import aten, reference
+from fastst.backends.aten import onednn
+from fastst.machine import choices
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 WAYS = ("blocked", "rows", "winograd")
 PAD = (1, 1, 1, 1, 1, 1)
@@ -27,10 +29,10 @@ needs_onednn = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
-    tuning.forget()
+    choices.forget()
     fastst.use_backend("aten")  # the one that has a choice
     yield
-    tuning.forget()
+    choices.forget()
 
 
 def tensors(
@@ -159,8 +161,8 @@ def test_tune_measures_once_and_remembers(tmp_path: Path) -> None:
     (m,) = found
     assert set(m.seconds) == set(WAYS) and m.way in WAYS and m.phase == "forward"
     assert list(tmp_path.iterdir()) == [tmp_path / "tuning.json"]
-    tuning.forget()
-    assert tuning.choice(m.backend, m.problem, m.phase) == m.way
+    choices.forget()
+    assert choices.choice(m.backend, m.problem, m.phase) == m.way
     torch.testing.assert_close(model(x), before)
 
 
@@ -172,7 +174,7 @@ def test_choice_is_obeyed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model(x)
     problem = calls[0].problem
     assert problem is not None
-    tuning._remember({("aten", problem, "forward", torch.get_num_threads()): way})
+    choices.remember({("aten", problem, "forward", torch.get_num_threads()): way})
     seen: list[str] = []
     real = onednn.run
     monkeypatch.setattr(onednn, "run", lambda w, *rest: seen.append(w) or real(w, *rest))  # type: ignore[func-returns-value]
@@ -209,7 +211,7 @@ def test_unknown_way_in_the_file_is_ignored(tmp_path: Path) -> None:
     fastst.tune(model, x, seconds=0.01)
     path = tmp_path / "tuning.json"
     path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), "gone")))
-    tuning.forget()
+    choices.forget()
     with torch.no_grad():
         assert model(x).isfinite().all()
 
@@ -221,7 +223,7 @@ def test_unwritable_folder_warns(tmp_path: Path) -> None:
     model, x = _model()
     with pytest.warns(UserWarning, match="this process only"):
         (m,) = fastst.tune(model, x, seconds=0.01)
-    assert tuning.choice(m.backend, m.problem, m.phase) == m.way
+    assert choices.choice(m.backend, m.problem, m.phase) == m.way
 
 
 def test_training_is_tuned_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:

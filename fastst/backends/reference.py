@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import activations, collectives
-from ..shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
-from . import PairResult, Part
+from ..problem import activations
+from ..problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
+from ..ranks import collectives
+from .contract import PairResult, Part
 
 _PAD_MODE = {"zeros": "constant"}
 

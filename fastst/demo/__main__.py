@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fastst
-from fastst.models import r2plus1d_18
+
+from ..models import r2plus1d_18
 
 try:
     from tqdm import tqdm

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import models
-from ..dispatch import FallbackWarning
+from ..dispatch.selection import FallbackWarning
 
 _INTRODUCTION = """\
 # Networks

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..layers import Conv2Plus1d
+from ..nn.layers import Conv2Plus1d
 from .checkpoint import load_weights
 from .resnet import Weights, positive
 

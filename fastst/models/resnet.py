@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..layers import ParallelConv2Plus1d
-from ..shapes import default_mid_channels
+from ..nn.layers import ParallelConv2Plus1d
+from ..problem.spec import default_mid_channels
 
 Weights = str | os.PathLike[str] | None
 

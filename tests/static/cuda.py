@@ -6,7 +6,7 @@ Fails on a stack frame, on a spill, on a depthwise kernel that moves its frames 
 bytes, and on a Hopper kernel without TMA, with products of other columns than it is named after, or
 with products that wait for each other. The wrappers of Hopper's instructions are compiled by
 themselves (wrappers.cu), for every number of columns. Dynamic shared memory is the host's choice;
-its limits are in ``fastst.backends.cuda_depthwise``. So is the size of clusters, of which machine
+its limits are in ``fastst.backends.cuda.depthwise``. So is the size of clusters, of which machine
 code only has loads for several blocks.
 """
 
@@ -102,7 +102,7 @@ def columns(resources: Counter[str]) -> list[int]:
 
 def meant_columns(name: str) -> list[int]:
     """The N that a kernel is named after, its first number; the stem's two."""
-    from fastst.backends.cuda_hopper.launches import STEM
+    from fastst.backends.cuda.hopper.launches import STEM
 
     if name.startswith("hopper_stem"):
         return list(STEM[1:]) if "true" in name else [STEM[1]]
@@ -112,25 +112,25 @@ def meant_columns(name: str) -> list[int]:
 
 def shipped() -> set[str]:
     """Names of the Hopper kernels that configurations name."""
-    from fastst import configs_hopper, configs_hopper_gradient, configs_hopper_weights
+    from fastst.backends.cuda.hopper import gradient_tiles, tiles, weight_tiles
 
     found = set()
     for dtype in ("__half", "__nv_bfloat16"):
-        for columns, groups, blocks in configs_hopper.SPATIAL_TILES:
+        for columns, groups, blocks in tiles.SPATIAL_TILES:
             tile = f"{columns}, {groups}, {blocks}"
             found.add(f"hopper_spatial_kernel<{dtype}, {tile}>")
-        for columns, frames in configs_hopper.TEMPORAL_TILES:
+        for columns, frames in tiles.TEMPORAL_TILES:
             for stride in (1, 2):
                 if (columns, stride) == (64, 2):
                     continue
                 for norm in ("false", "true"):
                     tile = f"{columns}, {frames}, {stride}, 1, {norm}, Epilogue"
                     found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")
-        for columns, units in configs_hopper_weights.TILES:
+        for columns, units in weight_tiles.TILES:
             found.add(f"hopper_weight_gradient_kernel<{dtype}, {columns}, {units}>")
-        for columns, blocks in configs_hopper_gradient.TILES:
+        for columns, blocks in gradient_tiles.TILES:
             found.add(f"hopper_spatial_gradient_kernel<{dtype}, {columns}, {blocks}>")
-        for columns, frames, stride in configs_hopper.TEMPORAL_GRADIENT_TILES:
+        for columns, frames, stride in tiles.TEMPORAL_GRADIENT_TILES:
             tile = f"{columns}, {frames}, 1, {stride}, false, GradientEpilogue"
             found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")
         found |= {f"hopper_stem_kernel<{dtype}, {pair}>" for pair in ("false", "true")}

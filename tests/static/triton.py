@@ -32,9 +32,9 @@ sys.path[0] = str(Path(__file__).parents[2])  # this file's own name would hide 
 
 import torch
 
-from fastst import configs
 from fastst.backends import triton as backend
-from fastst.shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
+from fastst.backends.triton import tiles
+from fastst.problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 from tests.static.sass import local_accesses
 
 ARCHITECTURES = (80, 90, 100)
@@ -221,7 +221,7 @@ def kernels(case: Case, architecture: int, part: bool = False) -> Iterator[Kerne
     def launch(kernel: Any, grid: Any, config: Any, *args: Any, **meta: Any) -> None:
         told = ""
         if config is not None:
-            meta |= configs.launch_options(config)
+            meta |= tiles.launch_options(config)
             told = (
                 str(config).split("(", 1)[1].rstrip(")").replace("block_", "").replace("num_", "")
             )
@@ -306,7 +306,7 @@ def inspect(kernel: Kernel, case: Case, architecture: int) -> Row:
     binary = kernel.binary
     code = read(binary.asm["cubin"])
     shared = binary.metadata.shared
-    limit = configs.shared_memory_limit(divmod(architecture, 10))
+    limit = tiles.shared_memory_limit(divmod(architecture, 10))
     name = binary.metadata.name
     wrong = []
     if code.spills:
@@ -335,19 +335,19 @@ def rows(task: tuple[Case, int, bool]) -> list[Row]:
 def planted(fault: str) -> str:
     """What is found wrong with a kernel that has a fault."""
     case = Case("planted", (64, 144, 64), (16, 56, 56), **SERVED)
-    plain = configs.candidates
+    plain = tiles.candidates
     change: dict[str, Any] = {}
     if fault == "shared memory":
         change = {"num_stages": 9, "num_warps": 8}
     elif fault in ("spills in a loop", "bytes in local memory"):
         change = {"num_warps": 1}
 
-    def worse(sizes: configs.Sizes) -> list[configs.TapConfig]:
+    def worse(sizes: tiles.Sizes) -> list[tiles.TapConfig]:
         return [replace(c, **change) for c in plain(sizes)[:1]]
 
     with contextlib.ExitStack() as stack:
         patch = mock.patch.object
-        stack.enter_context(patch(configs, "candidates", worse))
+        stack.enter_context(patch(tiles, "candidates", worse))
         if fault == "loads of 2 bytes":
             apart = lambda t, align: (t.stride(0) // align, 2, 3, 3, 3)  # noqa: E731
             stack.enter_context(patch(backend.arguments, "strides", apart))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ... import parts
-from ...shapes import PairSpec, PairTensors, Problem
-from .. import PairResult
+from ...problem import slicing
+from ...problem.spec import PairSpec, PairTensors, Problem
+from ..contract import PairResult
 from . import backward
 from .backward import conv2plus1d_backward
 from .library import Call, PairPass, floats, load, norm_coefficients
@@ -93,7 +93,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         coefficients = norm_coefficients(k, tensors, mean, var)
     kept = save and not spec.recompute
     # Where backward is cut into parts, no buffer as large as u is to stay behind.
-    mid = k.rows(kept or (save and parts.count(problem, mids(problem)) > 1))
+    mid = k.rows(kept or (save and slicing.count(problem, mids(problem)) > 1))
     if kept or spec.norm == "batch":  # u itself is stored
         statistics = floats(2, m) if spec.norm == "batch" else None
         epilogue = k.epilogue(bias=b1, reductions=statistics)

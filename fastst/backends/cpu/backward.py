@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...shapes import PairSpec, PairTensors, Problem
-from .. import Part
+from ...problem.spec import PairSpec, PairTensors, Problem
+from ..contract import Part
 from .library import Call, floats, norm_coefficients
 
 

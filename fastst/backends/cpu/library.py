@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...shapes import PairSpec, PairTensors, Pass, Problem
+from ...problem.spec import PairSpec, PairTensors, Pass, Problem
 
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}

@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from ... import configs
-from ...shapes import Problem
-from . import backward, launch, pair
+from ...problem.spec import Problem
+from . import backward, launch, pair, tiles
 from .backward import conv2plus1d_backward
 from .pair import conv2plus1d
 from .parallel import parallel_conv2plus1d
@@ -54,7 +53,7 @@ def why_not(problem: Problem, phase: str) -> str | None:
         return (
             "interprets its kernels because TRITON_INTERPRET is set, and that on CPU tensors only"
         )
-    has, least = launch.capability(device), configs.LEAST_CAPABILITY
+    has, least = launch.capability(device), tiles.LEAST_CAPABILITY
     if has < least:
         return "needs compute capability {}.{}, but {} has {}.{}".format(*least, device, *has)
     return None
@@ -82,6 +81,6 @@ def trial(problem: Problem, phase: str, way: str) -> Callable[[], None]:
 def avoid(problem: Problem, phase: str) -> str | None:
     if problem.device.type == "cpu":
         return "interprets its kernels on CPU tensors, when asked for by name"
-    from ... import selfcheck
+    from ...dispatch import selfcheck
 
     return selfcheck.why_broken("triton", problem)

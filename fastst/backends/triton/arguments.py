@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import configs
-from ...shapes import PairTensors, Pass, Problem
-from . import launch
+from ...problem.spec import PairTensors, Pass, Problem
+from . import launch, tiles
 
 
 def pack(
-    weight: Tensor, groups: int, channels: int, config: configs.TapConfig, width: int | None = None
+    weight: Tensor, groups: int, channels: int, config: tiles.TapConfig, width: int | None = None
 ) -> Tensor:
     """(K, C/g, kt, kh, kw) as (groups, reduction, width): see ``kernels.tap_conv``.
 
     ``width`` is that of whole tiles unless it is given.
     """
-    width = width or configs.round_up(weight.shape[0] // groups, config.columns)
-    depth = channels if config.flat else configs.round_up(channels, config.block_k)
-    rows = configs.round_up(depth * math.prod(weight.shape[2:]), config.block_k)
+    width = width or tiles.round_up(weight.shape[0] // groups, config.columns)
+    depth = channels if config.flat else tiles.round_up(channels, config.block_k)
+    rows = tiles.round_up(depth * math.prod(weight.shape[2:]), config.block_k)
     return packed(weight, groups, depth, rows, width)
 
 
@@ -40,7 +39,7 @@ def packed(weight: Tensor, groups: int, depth: int, rows: int, width: int) -> Te
     """
     out = weight.new_empty(groups, rows, width)
     k, channels = weight.shape[0] // groups, weight.shape[1]
-    block_r, block_n = configs.pack(width)
+    block_r, block_n = tiles.pack(width)
     launch.run(
         launch.kernels().pack.pack, (-(-rows // block_r) * -(-width // block_n) * groups,), None,
         weight, weight.stride(), out, rows, width, channels, k, depth,
@@ -67,17 +66,17 @@ def sizes(
     taps: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> configs.Sizes:
+) -> tiles.Sizes:
     """What configurations depend on; see ``configs.Sizes``."""
-    return configs.Sizes(
+    return tiles.Sizes(
         positions, channels, out_channels, groups, taps, dtype, uses_tensor_cores(dtype),
         launch.capability(device),
     )  # fmt: skip
 
 
-def tiling(config: configs.TapConfig | configs.StreamConfig) -> dict[str, int]:
+def tiling(config: tiles.TapConfig | tiles.StreamConfig) -> dict[str, int]:
     """Tiles as the dense kernels take them, where need be without products of matrices."""
-    if isinstance(config, configs.StreamConfig):
+    if isinstance(config, tiles.StreamConfig):
         return {"BLOCK_P": config.block_p, "BLOCK_N": config.block_c, "REST_N": 0, "BLOCK_K": 16}
     return {
         "BLOCK_P": config.block_p, "BLOCK_N": config.block_n, "REST_N": config.rest_n,
@@ -92,7 +91,7 @@ def wide(count: int) -> bool:
 
 def taps(p: Pass) -> Any:
     """Geometry of a pass as the kernels take it."""
-    from ...kernels.common import Taps
+    from .kernels.common import Taps
 
     return Taps(p.kernel, p.stride, p.dilation, p.padding[::2], p.padding_mode)
 

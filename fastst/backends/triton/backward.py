@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import collectives, configs
-from ...shapes import PairSpec, PairTensors, Pass, Problem
-from .. import Part
+from ...machine import choices
+from ...problem.examples import example
+from ...problem.spec import PairSpec, PairTensors, Pass, Problem
+from ...ranks import collectives
+from ..contract import Part
+from . import tiles
 from .direct import direct_gradients
 from .gradients import channel_sums, input_gradient, norm_gradient, sum_rows, weight_gradient
 from .passes import conv_pass, finish_norm
@@ -35,14 +38,12 @@ def ways(problem: Problem) -> list[str]:
 
 
 def _choices(p: Pass) -> int:
-    return 1 if configs.thin(p.in_channels // p.groups, p.groups) else _WAYS
+    return 1 if tiles.thin(p.in_channels // p.groups, p.groups) else _WAYS
 
 
 def trial(problem: Problem, way: str) -> Callable[[], None]:
     """Run the problem once in one of its ways, on random tensors, to the end."""
-    from ... import tuning
-
-    tensors: PairTensors = tuning.example(problem)  # type: ignore[assignment]
+    tensors: PairTensors = example(problem)  # type: ignore[assignment]
     u = tensors.x.new_zeros(problem.mid_shape).normal_()
     one = u.new_ones(problem.mid_channels, dtype=problem.accumulate_dtype)
     dy = problem.empty_output(tensors.x).normal_()
@@ -66,9 +67,7 @@ def conv2plus1d_backward(
     needs: Sequence[bool],
     part: Part | None = None,
 ) -> list[Tensor]:
-    from ... import tuning
-
-    way = tuning.choice("triton", problem, "backward")
+    way = choices.choice("triton", problem, "backward")
     rank = int(way.removeprefix("tiles ")) if way and way in ways(problem) else 0
     return _backward(problem, tensors, box, u, mean, var, needs, rank, part)
 
@@ -180,7 +179,7 @@ def _late(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``pass_gradients`` and the dx that it filled, which is made as late as possible."""
     dw = None
-    if needs_weight and not configs.thin(p.in_channels // p.groups, p.groups):
+    if needs_weight and not tiles.thin(p.in_channels // p.groups, p.groups):
         _, dw = pass_gradients(p, x, dy, weight, None, True, **options)
     dx = None if empty is None else empty()
     partial, found = pass_gradients(p, x, dy, weight, dx, needs_weight and dw is None, **options)
@@ -209,7 +208,7 @@ def pass_gradients(
 
     Arguments and results as of ``direct_gradients``; x is None where only its shape would be read.
     """
-    if configs.thin(p.in_channels // p.groups, p.groups):
+    if tiles.thin(p.in_channels // p.groups, p.groups):
         x = dx if x is None else x
         assert x is not None
         return direct_gradients(

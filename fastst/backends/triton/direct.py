@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ... import configs_gradients
-from ...shapes import Pass
-from . import arguments, launch
+from ...problem.spec import Pass
+from . import arguments, gradient_tiles, launch
 from .gradients import accumulate_dtype, sum_rows
 
 
@@ -48,7 +47,7 @@ def direct_gradients(
     channels, taps = p.in_channels, math.prod(p.kernel)
     per_group, out_per_group = channels // p.groups, p.out_channels // p.groups
     count = x.shape[0] * math.prod(x.shape[2:])
-    c = configs_gradients.direct_gradients(
+    c = gradient_tiles.direct_gradients(
         count, channels, dy.stride(1) == 1, launch.capability(x.device)
     )
     stored = channels if dx is None else dx.shape[1]

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ... import configs, configs_gradients
-from ...shapes import PairTensors, Pass, Problem
-from . import arguments, launch
+from ...problem.spec import PairTensors, Pass, Problem
+from . import arguments, gradient_tiles, launch
+from . import tiles as configs
 
 
 def input_gradient(
@@ -47,7 +47,7 @@ def input_gradient(
     classes = residue_classes(p)
     grid = tuple(-(-n // s) for n, s in zip(dx.shape[2:], classes, strict=True))
     count = dx.shape[0] * math.prod(grid)
-    found = configs_gradients.input_gradient(
+    found = gradient_tiles.input_gradient(
         arguments.sizes(
             count, channels, in_channels, groups, math.prod(p.kernel), dy.dtype, dy.device
         ),
@@ -118,10 +118,10 @@ def weight_gradient(
     channels, out_channels = p.in_channels // groups, p.out_channels // groups
     count = dy.shape[0] * math.prod(dy.shape[2:])
     sizes = arguments.sizes(count, channels, out_channels, groups, taps, x.dtype, x.device)
-    found = configs_gradients.weight_gradient(sizes)
+    found = gradient_tiles.weight_gradient(sizes)
     c = found[min(rank, len(found) - 1)]
-    rows, widths = configs_gradients.weight_blocks(c, channels, out_channels, taps)
-    per_split = configs_gradients.positions_per_split(
+    rows, widths = gradient_tiles.weight_blocks(c, channels, out_channels, taps)
+    per_split = gradient_tiles.positions_per_split(
         c, count, rows * widths * groups, sizes.capability
     )
     splits = max(1, -(-count // per_split))
@@ -168,7 +168,7 @@ def channel_sums(
     """Gradient of a bias: the sums over positions of scale·dy + rate·other + shift."""
     channels = bias.shape[0]
     count = dy.shape[0] * math.prod(dy.shape[2:])
-    block_p, block_c, per_tile = configs_gradients.sums(count, channels)
+    block_p, block_c, per_tile = gradient_tiles.sums(count, channels)
     tiles = -(-count // per_tile)
     partial = dy.new_empty((tiles, channels), dtype=accumulate_dtype(dy.dtype))
     dy_args, align = arguments.operand(dy, dy.shape[1])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import configs
+from . import tiles
 
 
 @functools.cache
@@ -20,8 +20,8 @@ def found() -> tuple[ModuleType | None, str | None]:
     if importlib.util.find_spec("triton") is None:
         return None, "needs the package triton, which is not installed"
     try:
-        from ... import kernels
-        from ...kernels import (  # noqa: F401
+        from . import kernels
+        from .kernels import (  # noqa: F401
             depthwise,
             depthwise_backward,
             input_gradient,
@@ -53,7 +53,7 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def capability(device: torch.device) -> configs.Capability:
+def capability(device: torch.device) -> tiles.Capability:
     """Compute capability; that of the data-centre Hopper where the interpreter stands in."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
@@ -66,7 +66,7 @@ def tf32_allowed() -> bool:
 def run(
     kernel: Any,
     grid: tuple[int, ...],
-    config: configs.Config | None,
+    config: tiles.Config | None,
     *args: Any,
     **meta: Any,
 ) -> None:
@@ -74,6 +74,6 @@ def run(
     device = next(a.device for a in args if isinstance(a, Tensor))
     guard: Any = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     if config is not None:
-        meta |= configs.launch_options(config)
+        meta |= tiles.launch_options(config)
     with guard:
         kernel[grid](*args, **meta)

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import collectives
-from ...shapes import PairSpec, PairTensors, Problem
-from .. import PairResult
+from ...machine import choices
+from ...problem.examples import example
+from ...problem.spec import PairSpec, PairTensors, Problem
+from ...ranks import collectives
+from ..contract import PairResult
 from . import arguments, single
 from .passes import PassConfig, candidates, conv_pass, finish_norm, moments
 
 
 def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
-    from ... import tuning
-
-    return run(problem, tensors, save, tuning.choice("triton", problem, "forward"))
+    return run(problem, tensors, save, choices.choice("triton", problem, "forward"))
 
 
 def ways(problem: Problem, phase: str) -> list[str]:
@@ -32,9 +32,7 @@ def ways(problem: Problem, phase: str) -> list[str]:
 
 def trial(problem: Problem, phase: str, way: str) -> Callable[[], None]:
     """Run the problem once in one of its ways, on random tensors, to the end."""
-    from ... import tuning
-
-    tensors: PairTensors = tuning.example(problem)  # type: ignore[assignment]
+    tensors: PairTensors = example(problem)  # type: ignore[assignment]
 
     def once() -> None:
         run(problem, tensors, False, way)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ... import configs
-from ...shapes import ParallelSpec, ParallelTensors, Pass, Problem
+from ...problem.spec import ParallelSpec, ParallelTensors, Pass, Problem
 from . import arguments, launch
+from . import tiles as configs
 from .gradients import accumulate_dtype
 from .passes import PassConfig, candidates, conv_pass
 

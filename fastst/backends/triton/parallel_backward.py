@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import configs_gradients
-from ...shapes import ParallelSpec, ParallelTensors, Problem
-from . import arguments, launch, parallel
+from ...problem.spec import ParallelSpec, ParallelTensors, Problem
+from . import arguments, gradient_tiles, launch, parallel
 from .backward import pass_gradients
 from .direct import finish_direct, pack_direct
 from .gradients import (
@@ -117,7 +116,7 @@ def _input_gradient(
     cut = parallel.Cut.of(passes, dx.shape[1], 1)
     most = max(n for n, d in zip(channels, direct, strict=True) if not d)
     taps = sum(math.prod(p.kernel) for p in passes)
-    c = configs_gradients.parallel_input_gradient(
+    c = gradient_tiles.parallel_input_gradient(
         arguments.sizes(count, most, cut.per_part, cut.parts, taps, dx.dtype, dx.device),
         classes=math.prod(classes), mixed=any(direct),
     )  # fmt: skip
@@ -156,16 +155,16 @@ def _weight_gradients(
     sizes = arguments.sizes(
         count, channels[0], out_channels[0], groups[0], max(taps), x.dtype, x.device
     )
-    c = configs_gradients.weight_gradient(sizes)[0]
+    c = gradient_tiles.weight_gradient(sizes)[0]
     rows, widths = zip(
         *(
-            configs_gradients.weight_blocks(c, *sizes)
+            gradient_tiles.weight_blocks(c, *sizes)
             for sizes in zip(channels, out_channels, taps, strict=True)
         ),
         strict=True,
     )
     blocks = sum(math.prod(n) for n in zip(groups, rows, widths, strict=True))
-    per_split = configs_gradients.positions_per_split(c, count, blocks, sizes.capability)
+    per_split = gradient_tiles.positions_per_split(c, count, blocks, sizes.capability)
     splits = max(1, -(-count // per_split))
     partials = [x.new_empty((splits, w.numel()), dtype=accumulate_dtype(x.dtype)) for w in weights]
     x_args, x_align = arguments.operand(x, math.gcd(*channels))
@@ -198,7 +197,7 @@ def _direct_gradients(
     per_group = tuple(channels // p.groups for p in passes)
     out_per_group = tuple(p.out_channels // p.groups for p in passes)
     count = x.shape[0] * math.prod(x.shape[2:])
-    c = configs_gradients.direct_gradients(
+    c = gradient_tiles.direct_gradients(
         count, channels, above[0].stride(1) == 1, launch.capability(x.device)
     )
     tiles = -(-count // c.block_p)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import configs
-from ...shapes import PairTensors, Pass, Problem
+from ...problem.spec import PairTensors, Pass, Problem
 from . import arguments, launch
+from . import tiles as configs
 
 PassConfig = configs.TapConfig | configs.StreamConfig
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...shapes import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
-from .. import finished
+from ...problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
+from ..contract import finished
 from . import arguments, pair, parallel
 
 _FEW, _SAME = 256, 128  # channels up to which all are kept; beyond, the same modulo 128

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import configs
-from ...shapes import PairSpec, PairTensors, Pass, Problem
+from ...problem.spec import PairSpec, PairTensors, Pass, Problem
 from . import arguments, launch
+from . import tiles as configs
 
 
 def available(problem: Problem) -> list[str]:

@@ -1,0 +1,126 @@
+"""Builds the kernels' sources with the host compiler against the emulator's headers.
+
+The module has the functions of ``fastst._C`` and runs the same host and kernel code on CPU memory.
+Objects are kept by the hash of everything they are made from (FASTST_EMULATOR_CACHE, else a folder
+in the user's cache), so that a change recompiles what it touches and test workers share the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
+EMULATOR = [HERE / name for name in ("cluster.cpp", "emulator.cpp", "tma.cpp", "wgmma.cpp")]
+MODULE = "fastst_emulated"
+FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+
+
+def cache() -> Path:
+    folder = os.environ.get("FASTST_EMULATOR_CACHE")
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastst-emulator"
+
+
+def compiler() -> str:
+    """
+    Raises:
+        RuntimeError: there is no C++ compiler.
+    """
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not found:
+        raise RuntimeError("the emulator needs a C++20 compiler (g++ 12 or newer), found none")
+    return found
+
+
+def module(csrc: Path = CSRC) -> Path:
+    """Path of the Python module made from the sources in ``csrc``, built if need be.
+
+    Raises:
+        RuntimeError: the compiler's messages.
+    """
+    import pybind11
+
+    python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
+    names = (f"-DFASTST_MODULE={MODULE}", "-DFASTST_EMULATED=true", "-fvisibility=hidden")
+    sources = sorted(csrc.glob("*.cu")) + sorted(csrc.glob("*.cpp")) + EMULATOR
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(
+            pool.map(
+                lambda s: _object(
+                    s, csrc,
+                    # Binding code is slow to optimise and its speed does not matter.
+                    ("-O0", *python, *names) if s.name == "bindings.cpp" else _optimised(s),
+                ),
+                sources,
+            )
+        )  # fmt: skip
+    return _made(_hash(*(str(o) for o in objects)), f"{MODULE}.so", "-shared", *map(str, objects))
+
+
+def program(source: Path) -> Path:
+    """Path of the executable made from one source file and the emulator."""
+    sources = (source, *EMULATOR, CSRC / "tiles.cpp")
+    objects = [_object(s, CSRC, _optimised(s)) for s in sources]
+    return _made(_hash(*(str(o) for o in objects)), source.stem, *map(str, objects))
+
+
+def _optimised(source: Path) -> tuple[str, ...]:
+    return ("-O3",) if source in EMULATOR else ("-O1",)  # kernels compile for longer than they run
+
+
+def _included(source: Path, csrc: Path) -> list[Path]:
+    """The headers of ours that a source may include, and those that they may, in a fixed order."""
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        text = (file := left.pop()).read_text()
+        for name in re.findall(r'^#include ["<](.+)[">]', text, re.MULTILINE):
+            for folder in (file.parent, HERE, csrc):
+                header = Path(os.path.normpath(folder / name))
+                if header not in found and header.exists():
+                    found.add(header)
+                    left.append(header)
+    return sorted(found)
+
+
+def _object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
+    includes = (f"-I{HERE}", f"-I{csrc}")
+    texts = [f.read_text() for f in (source, *_included(source, csrc))]
+    key = _hash(compiler(), *texts, *FLAGS, *flags)
+    return _made(key, f"{source.stem}.o", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source))
+
+
+def _made(key: str, name: str, *arguments: str) -> Path:
+    """The compiler's output for these arguments, from the cache where it is there."""
+    target = cache() / key / name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / name
+        run = subprocess.run(
+            [compiler(), *arguments, "-o", str(made)], capture_output=True, text=True
+        )
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(run.args)}\n{run.stderr}")
+        os.replace(made, target)  # at once: other processes may be building the same
+    return target
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+if __name__ == "__main__":
+    print(module())

@@ -1,0 +1,508 @@
+"""The 4D path on PyTorch's own convolutions (arXiv 2407.16514): any device, no kernel of ours.
+
+Everything between x and y is kept as rows: (N, T, H, W, C) contiguous. The same memory is
+(N·T, C, H, W) in channels_last for the spatial pass and (N, C, T, H·W) in channels_last for the
+temporal one, so neither pass needs a layout copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...problem import activations
+from ...problem.examples import example
+from ...problem.spec import (
+    PairSpec,
+    PairTensors,
+    ParallelSpec,
+    ParallelTensors,
+    Pass,
+    Problem,
+    pad_index,
+)
+from ...ranks import collectives
+from ..contract import PairResult, Part
+from . import onednn
+
+aten = torch.ops.aten
+
+
+def why_not(problem: Problem, phase: str) -> str | None:
+    return None
+
+
+def ways(problem: Problem, phase: str) -> tuple[str, ...]:
+    """What ``tune`` may choose from: inference on the CPU only."""
+    return onednn.ways(problem) if phase == "forward" and onednn.why_not(problem) is None else ()
+
+
+def trial(problem: Problem, phase: str, way: str) -> Callable[[], object]:
+    """One way on random tensors."""
+    tensors: PairTensors = example(problem)  # type: ignore[assignment]
+    return lambda: onednn.run(way, problem, tensors)
+
+
+def mids(problem: Problem) -> int:
+    return 4  # u, z, dz and what PyTorch's convolutions copy
+
+
+def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+    if not save and onednn.why_not(problem) is None:
+        return PairResult(onednn.conv2plus1d(problem, tensors))
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    weights = _Weights(problem, tensors)
+    u = weights.clear(_conv(_rows(tensors.x), *weights.first, problem.passes[0]))
+    v, mean, var, total = u, None, None, None
+    if spec.norm != "none":
+        v, mean, var, total = _normalise(problem, tensors, u)
+    owned = v is not u or not save
+    z = activations.apply(spec.activation, v, spec.slope, inplace=owned)
+    y = _conv(z, *weights.second, problem.passes[1])
+    saved = _widen(u, problem) if save and not spec.recompute else None
+    m = problem.mid_channels
+    if spec.norm == "batch":
+        assert mean is not None and var is not None
+        mean, var = mean[:m], var[:m]
+    else:
+        mean = var = None
+    return PairResult(_leave(y, problem.empty_output(tensors.x)), saved, mean, var, total)
+
+
+def conv2plus1d_backward(
+    problem: Problem,
+    tensors: PairTensors,
+    box: list[Tensor],
+    u: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    needs: Sequence[bool],
+    part: Part | None = None,
+) -> list[Tensor]:
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    first, second = problem.passes
+    need: Any = PairTensors(*needs)  # type: ignore[arg-type]
+    spatial_first = first.kind == "spatial"
+    need_first = (need.spatial_weight, need.spatial_bias)
+    need_second = (need.temporal_weight, need.temporal_bias)
+    if not spatial_first:
+        need_first, need_second = need_second, need_first
+
+    weights = _Weights(problem, tensors)
+    x = _rows(tensors.x)
+    if u is None:
+        u = weights.clear(_conv(x, *weights.first, first))
+    elif u.shape[-1] != weights.mid:
+        u = u[..., : weights.mid].contiguous()
+    if spec.norm == "frozen":
+        mean, var = tensors.mean, tensors.var
+    v = u
+    if spec.norm != "none":
+        assert mean is not None and var is not None
+        v = _affine(problem, tensors, u, mean, var)
+    # The sign of relu(v) is all that its gradient asks of v, so z may take v's place.
+    z = activations.apply(spec.activation, v, spec.slope, spec.activation == "relu" and v is not u)
+    below = need.x or any(need_first) or need.norm_weight or need.norm_bias
+    dz, dw2, db2 = _conv_backward(
+        _rows(box[0]), z, weights.second[0], second, (below, *need_second)
+    )
+    box.clear()
+    dgamma = dbeta = dx = dw1 = db1 = None
+    if below:
+        assert dz is not None
+        if spec.activation == "relu":
+            dv = aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
+        else:
+            dv = activations.grad(spec.activation, dz, v, spec.slope)
+        del dz, z, v
+        du = dv
+        if spec.norm != "none":
+            assert mean is not None and var is not None
+            means = None if part is None else part.means
+            du, dgamma, dbeta = _normalise_backward(problem, tensors, dv, u, mean, var, means)
+            del dv
+        dx, dw1, db1 = _conv_backward(du, x, weights.first[0], first, (need.x, *need_first))
+    m = problem.mid_channels
+    trim = [None if g is None else g[:m] for g in (dw1, db1, dgamma, dbeta)]
+    dw1, db1, dgamma, dbeta = trim
+    if dw2 is not None and second.groups == 1:
+        dw2 = dw2[:, :m]
+    if not spatial_first:
+        dw1, db1, dw2, db2 = dw2, db2, dw1, db1
+    grads = (dx, dw1, dw2, db1, db2, dgamma, dbeta)
+    return _finish(grads, tensors, needs)
+
+
+def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
+    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+    a, b = _branches(problem, tensors, _rows(tensors.x))
+    a = activations.apply(spec.branch_activation, a, spec.slope, inplace=True)
+    b = activations.apply(spec.branch_activation, b, spec.slope, inplace=True)
+    y = a.add_(b) if spec.combine == "add" else torch.cat((a, b), -1)
+    y = activations.apply(spec.activation, y, spec.slope, inplace=True)
+    return _leave(y, problem.empty_output(tensors.x))
+
+
+def parallel_conv2plus1d_backward(
+    problem: Problem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+    need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
+    spatial, temporal = problem.passes
+    x, g = _rows(tensors.x), _rows(dy)
+    a: Any = None
+    b: Any = None
+    if spec.branch_activation != "none" or spec.activation != "none":
+        a, b = _branches(problem, tensors, x)
+    if spec.activation != "none":
+        fa, fb = (activations.apply(spec.branch_activation, t, spec.slope) for t in (a, b))
+        y = fa + fb if spec.combine == "add" else torch.cat((fa, fb), -1)
+        g = activations.grad(spec.activation, g, y, spec.slope)
+    ga = gb = g
+    if spec.combine == "cat":
+        ga, gb = (
+            t.contiguous() for t in g.split((spatial.out_channels, temporal.out_channels), -1)
+        )
+    if spec.branch_activation != "none":
+        ga = activations.grad(spec.branch_activation, ga, a, spec.slope)
+        gb = activations.grad(spec.branch_activation, gb, b, spec.slope)
+    dxa, dws, dbs = _conv_backward(
+        ga, x, tensors.spatial_weight, spatial, (need.x, need.spatial_weight, need.spatial_bias)
+    )
+    dxb, dwt, dbt = _conv_backward(
+        gb, x, tensors.temporal_weight, temporal, (need.x, need.temporal_weight, need.temporal_bias)
+    )
+    dx = None if dxa is None or dxb is None else dxa.add_(dxb)
+    return _finish((dx, dws, dwt, dbs, dbt), tensors, needs)
+
+
+def _branches(problem: Problem, t: ParallelTensors, x: Tensor) -> tuple[Tensor, Tensor]:
+    spatial, temporal = problem.passes
+    a = _conv(x, t.spatial_weight, t.spatial_bias, spatial)
+    b = _conv(x, t.temporal_weight, t.temporal_bias, temporal)
+    return a, b
+
+
+# ---- weights with mid channels padded to whole vectors
+
+
+class _Weights:
+    """(weight, bias) of the two passes in order, mid channels padded with zeros where possible.
+
+    Padding needs ungrouped passes: in a grouped one, appended channels would belong to no group.
+    On CPUs it pays only while the weights that it copies are smaller than what they are used on.
+    """
+
+    def __init__(self, problem: Problem, t: PairTensors) -> None:
+        first, second = problem.passes
+        w1, b1, w2, b2 = t.spatial_weight, t.spatial_bias, t.temporal_weight, t.temporal_bias
+        if first.kind == "temporal":
+            w1, b1, w2, b2 = w2, b2, w1, b1
+        extra = problem.mid_shape[-1] - problem.mid_channels
+        self.mid = problem.mid_channels
+        pays = problem.device.type != "cpu" or w1.numel() < math.prod(problem.mid_shape)
+        if extra and pays and first.groups == second.groups == 1:
+            self.mid += extra
+            w1 = F.pad(w1, (0, 0) * 4 + (0, extra))
+            b1 = None if b1 is None else F.pad(b1, (0, extra))
+            w2 = F.pad(w2, (0, 0) * 3 + (0, extra))
+        self.first, self.second = (w1, b1), (w2, b2)
+        self.real = problem.mid_channels
+
+    def clear(self, u: Tensor) -> Tensor:
+        """u with zeros in the channels beyond M, where an infinite x leaves NaN (0 · inf)."""
+        if self.mid > self.real:
+            u[..., self.real :] = 0
+        return u
+
+
+def _widen(u: Tensor, problem: Problem) -> Tensor:
+    """u with the channel count of ``problem.mid_shape``."""
+    return F.pad(u, (0, problem.mid_shape[-1] - u.shape[-1])) if u.shape[-1] % 8 else u
+
+
+def _per_channel(t: Tensor | None, problem: Problem, channels: int, fill: float) -> Tensor | None:
+    """A per-channel parameter in the accumulation dtype, padded to the channels of u."""
+    if t is None:
+        return None
+    t = t.to(problem.accumulate_dtype)
+    return F.pad(t, (0, channels - t.shape[0]), value=fill)
+
+
+def _affine_parameters(problem: Problem, t: PairTensors, channels: int) -> tuple[Tensor, Tensor]:
+    """gamma and beta, ones and zeros without affine; 0 on padded channels."""
+    like = t.x.new_ones(problem.mid_channels, dtype=problem.accumulate_dtype)
+    gamma = _per_channel(like if t.norm_weight is None else t.norm_weight, problem, channels, 0.0)
+    beta = _per_channel(like * 0 if t.norm_bias is None else t.norm_bias, problem, channels, 0.0)
+    assert gamma is not None and beta is not None
+    return gamma, beta
+
+
+def _normalise(
+    problem: Problem, t: PairTensors, u: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """v; over the batch, its mean and biased variance, too; over ranks, their number of values."""
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    if spec.norm == "frozen":
+        assert t.mean is not None and t.var is not None
+        return _affine(problem, t, u, t.mean, t.var), None, None, None
+    channels = u.shape[-1]
+    if spec.group:
+        wide = u.flatten(0, 3).to(problem.accumulate_dtype)
+        var, mean = torch.var_mean(wide, 0, correction=0)
+        group, m = collectives.resolve(spec.group), problem.mid_channels
+        mean, var, total = collectives.pool_statistics(mean[:m], var[:m], wide.shape[0], group)
+        return _affine(problem, t, u, mean, var), mean, var, total
+    gamma, beta = _affine_parameters(problem, t, channels)
+    # With momentum 1 the running statistics are the batch's: no cancellation through 1/std².
+    mean, var = gamma.new_zeros(channels), gamma.new_zeros(channels)
+    v, _, _ = aten.native_batch_norm(_frames(u), gamma, beta, mean, var, True, 1.0, spec.eps)
+    n = u.numel() // channels
+    return _unframe(v, u.shape), mean, var.mul_((n - 1) / n), None
+
+
+def _affine(problem: Problem, t: PairTensors, u: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """v = gamma·(u − mean)/sqrt(var + eps) + beta for given statistics."""
+    channels = u.shape[-1]
+    gamma, beta = _affine_parameters(problem, t, channels)
+    mean_ = _per_channel(mean, problem, channels, 0.0)
+    var_ = _per_channel(var, problem, channels, 1.0)
+    eps = problem.spec.eps  # type: ignore[union-attr]
+    v, _, _ = aten.native_batch_norm(_frames(u), gamma, beta, mean_, var_, False, 0.0, eps)
+    return _unframe(v, u.shape)
+
+
+def _normalise_backward(
+    problem: Problem,
+    t: PairTensors,
+    dv: Tensor,
+    u: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    means: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du, dgamma, dbeta; means as of ``Part``, where they are known."""
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    channels = u.shape[-1]
+    gamma, _ = _affine_parameters(problem, t, channels)
+    mean_ = _per_channel(mean, problem, channels, 0.0)
+    var_ = _per_channel(var, problem, channels, 1.0)
+    assert mean_ is not None and var_ is not None
+    rstd = (var_ + spec.eps).rsqrt()
+    if spec.group or means is not None:
+        wide, away = (a.flatten(0, 3).to(problem.accumulate_dtype) for a in (dv, u))
+        away = away - mean_
+        sums = torch.stack((wide.sum(0), (wide * away).sum(0)))
+        m = problem.mid_channels
+        if means is None:
+            group = collectives.resolve(spec.group)
+            means = collectives.pool_means(sums[:, :m], wide.shape[0], group)
+        means = F.pad(means, (0, channels - m))
+        du = wide.sub(means[0]).addcmul_(away, means[1] * rstd**2, value=-1).mul_(gamma * rstd)
+        return du.to(dv.dtype).view(u.shape), sums[1] * rstd, sums[0]
+    training = spec.norm == "batch"
+    running, saved = ((None, None), (mean_, rstd))
+    if not training:
+        running, saved = (mean_, var_), (None, None)  # type: ignore[assignment]
+    du, dgamma, dbeta = aten.native_batch_norm_backward(
+        _frames(dv), _frames(u), gamma, *running, *saved, training, spec.eps, [True] * 3
+    )
+    return _unframe(du, u.shape), dgamma, dbeta
+
+
+# ---- rows and the two 4D views of them
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, T, H, W) of any strides as (N, T, H, W, C) contiguous; no copy if it is so already.
+
+    The strides are those of a fresh tensor also along axes of size 1, where a contiguous tensor may
+    have any: oneDNN believes them.
+    """
+    rows = x.permute(0, 2, 3, 4, 1)
+    n, t, h, w, c = rows.shape
+    if x.device.type == "cpu" and x.is_contiguous() and not rows.is_contiguous():
+        # PyTorch transposes matrices in blocks, tensors of more dimensions element by element.
+        rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for sample, matrix in zip(rows.view(n, t * h * w, c), x.flatten(2), strict=True):
+            sample.copy_(matrix.t())
+    rows = rows.contiguous()
+    return rows.as_strided(rows.shape, (t * h * w * c, h * w * c, w * c, c, 1))
+
+
+def _leave(rows: Tensor, out: Tensor) -> Tensor:
+    """Rows as (N, C, T, H, W) in the strides of ``out``; ``out`` is unused where they agree."""
+    y = rows.permute(0, 4, 1, 2, 3)
+    return y if y.stride() == out.stride() else out.copy_(y)
+
+
+def _frames(rows: Tensor) -> Tensor:
+    """(N·T, C, H, W) view of rows, channels_last."""
+    return rows.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def _unframe(frames: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows of a (N·T, C, H, W) tensor."""
+    n, t, _, _, c = shape
+    return frames.permute(0, 2, 3, 1).contiguous().view(n, t, frames.shape[2], frames.shape[3], c)
+
+
+def _pad_rows(rows: Tensor, p: Pass) -> tuple[Tensor, tuple[int, int, int]]:
+    """Rows padded as far as the convolution cannot pad itself, and what it still pads."""
+    t0, t1, h0, h1, w0, w1 = p.padding
+    if p.padding_mode == "zeros":
+        common = (min(t0, t1), min(h0, h1), min(w0, w1))
+        t, h, w = common
+        extra = (0, 0, w0 - w, w1 - w, h0 - h, h1 - h, t0 - t, t1 - t)
+        return (F.pad(rows, extra) if any(extra) else rows), common
+    for axis, (before, after) in enumerate(((t0, t1), (h0, h1), (w0, w1)), start=1):
+        if before or after:
+            index = pad_index(p.padding_mode, rows.shape[axis], before, after, rows.device)
+            rows = rows.index_select(axis, index)
+    return rows, (0, 0, 0)
+
+
+def _unpad_rows(g: Tensor, size: Sequence[int], p: Pass) -> Tensor:
+    """Gradient of ``_pad_rows``: what was copied is summed, what was zero is dropped."""
+    t0, t1, h0, h1, w0, w1 = p.padding
+    for axis, (before, after) in enumerate(((t0, t1), (h0, h1), (w0, w1)), start=1):
+        if p.padding_mode == "zeros":
+            g = g.narrow(axis, before - min(before, after), size[axis])
+        elif before or after:
+            index = pad_index(p.padding_mode, size[axis], before, after, g.device)
+            shape = list(g.shape)
+            shape[axis] = size[axis]
+            g = g.new_zeros(shape).index_add_(axis, index, g)
+    return g.contiguous()
+
+
+class _Conv4d:
+    """One pass as a 2D convolution over a 4D view of rows."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, p: Pass, padding: Sequence[int]) -> None:
+        n, t, h, w, c = rows.shape
+        self.n, self.size, self.p = n, (t, h, w), p
+        self.stride: Sequence[int]
+        self.dilation: Sequence[int]
+        self.padding: Sequence[int]
+        if p.kind == "spatial":
+            rows = rows[:, :: p.stride[0]]  # a stride in time subsamples the frames
+            self.x = _frames(rows)
+            self.weight = weight[:, :, 0]
+            self.stride, self.dilation, self.padding = p.stride[1:], p.dilation[1:], padding[1:]
+        else:
+            rows = rows[:, :, :: p.stride[1], :: p.stride[2]]
+            self.hw = rows.shape[2:4]
+            self.x = rows.reshape(n, t, -1, c).permute(0, 3, 1, 2)
+            self.weight = weight[..., 0]
+            self.stride, self.dilation = (p.stride[0], 1), (p.dilation[0], 1)
+            self.padding = (padding[0], 0)
+        self.layout = _layout(self.x, self.weight, p, self.dilation)
+        self.x, self.weight = _dense(self.x, self.layout), _dense(self.weight, self.layout)
+
+    def rows(self, y: Tensor) -> Tensor:
+        """Rows of an output of the 2D convolution, or of a gradient of its input."""
+        y = y.permute(0, 2, 3, 1)
+        if self.p.kind == "spatial":
+            return y.reshape(self.n, -1 if self.n else self.x.shape[0], *y.shape[1:]).contiguous()
+        return y.reshape(self.n, y.shape[1], *self.hw, y.shape[3]).contiguous()
+
+    def unrows(self, g: Tensor) -> Tensor:
+        """The 4D view, shaped as the convolution's output, of rows."""
+        if self.p.kind == "spatial":
+            return _dense(_frames(g), self.layout)
+        return _dense(g.flatten(2, 3).permute(0, 3, 1, 2), self.layout)
+
+    def unstride(self, g: Tensor) -> Tensor:
+        """Gradient of the subsampling of the axes that the convolution does not see."""
+        st, sh, sw = self.p.stride
+        if self.p.kind == "spatial":
+            sh = sw = 1
+        else:
+            st = 1
+        if st == sh == sw == 1:
+            return g
+        full = g.new_zeros(self.n, *self.size, g.shape[-1])
+        full[:, ::st, ::sh, ::sw] = g
+        return full
+
+
+def _layout(x: Tensor, weight: Tensor, p: Pass, dilation: Sequence[int]) -> torch.memory_format:
+    """Memory format for a 4D convolution: channels_last, but for two cases on CPUs.
+
+    oneDNN's channels-last convolutions read out of bounds over frames narrower than the kernel and,
+    in some shapes, with groups, dilation or a stride over 2. And a contiguous weight that is larger
+    than x, as in a network's last stage, costs more to convert, gradient included, than x does.
+    """
+    if x.device.type != "cpu":
+        return torch.channels_last
+    kh, kw = weight.shape[2:]
+    narrow = x.shape[2] < kh or x.shape[3] < kw
+    odd = narrow or p.groups > 1 or max(dilation) > 1 or max(p.stride) > 2
+    heavy = weight.is_contiguous() and weight.numel() > x.numel()
+    return torch.contiguous_format if odd or heavy else torch.channels_last
+
+
+def _dense(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """A 4D tensor in a memory format, with the very strides that a fresh one has.
+
+    Axes of size 1 may have any stride and still count, but oneDNN's grouped ones believe them.
+    """
+    _, c, h, w = t.shape
+    last = layout is torch.channels_last
+    stride = (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    if t.stride() == stride:
+        return t
+    return t.contiguous(memory_format=layout).as_strided(t.shape, stride)
+
+
+def _conv(rows: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
+    """One pass from rows to rows."""
+    padded, padding = _pad_rows(rows, p)
+    c = _Conv4d(padded, weight, p, padding)
+    y = F.conv2d(c.x, c.weight, bias, c.stride, c.padding, c.dilation, p.groups)
+    return c.rows(y)
+
+
+def _conv_backward(
+    dy: Tensor, rows: Tensor, weight: Tensor, p: Pass, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``_conv`` with respect to rows, weight (5D) and bias, where needed."""
+    if not any(needs):
+        return None, None, None
+    if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
+        # oneDNN's bfloat16 gradients are wrong in too many shapes to tell them apart.
+        wide = _conv_backward(dy.float(), rows.float(), weight.float(), p, needs)
+        return tuple(None if g is None else g.to(rows.dtype) for g in wide)  # type: ignore[return-value]
+    padded, padding = _pad_rows(rows, p)
+    c = _Conv4d(padded, weight, p, padding)
+    dx, dw, _ = aten.convolution_backward(
+        c.unrows(dy), c.x, c.weight, [weight.shape[0]], c.stride, c.padding, c.dilation,
+        False, (0, 0), p.groups, [*needs[:2], False],
+    )  # fmt: skip
+    # oneDNN sums the bias gradient one by one, PyTorch pairwise.
+    db = dy.sum((0, 1, 2, 3)) if needs[2] else None
+    if needs[0]:
+        dx = _unpad_rows(c.unstride(c.rows(dx)), rows.shape, p)
+    if needs[1]:
+        dw = dw.unsqueeze(2 if p.kind == "spatial" else 4)
+    return dx if needs[0] else None, dw if needs[1] else None, db
+
+
+def _finish(
+    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients that are needed, each in dtype and strides of its tensor."""
+    out = []
+    for i, (g, t, needed) in enumerate(zip(grads, tensors, needs, strict=False)):
+        if needed:
+            assert g is not None and t is not None
+            g = g.permute(0, 4, 1, 2, 3) if i == 0 else g
+            like = torch.empty_like(t)
+            out.append(g if g.stride() == like.stride() and g.dtype == t.dtype else like.copy_(g))
+    return out

@@ -1,0 +1,219 @@
+"""Dense pairs on Hopper's matrix units: which problems the kernels fit, and their launches.
+
+Two for a pair, one for the stem of a video network (two in training with batch norm or u kept).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....problem.spec import PairSpec, PairTensors, Problem
+from ...contract import PairResult
+from ..library import call, emulating
+from . import weights
+from .backward import backward
+from .launches import (
+    ROW,
+    Launches,
+    affine_of,
+    rows_of,
+    spatial_gradient_tile,
+    spatial_tile,
+    stem_why_not,
+    temporal_tile,
+)
+from .tiles import HopperTile
+
+__all__ = ["backward", "backward_why_not", "forward", "why_not"]
+
+STRIDES = (1, 2)
+TAPS = 3  # temporal ones, unrolled
+# What the epilogues know; the temporal prologue knows them all.
+EPILOGUES = ("none", "relu", "leaky_relu")
+DERIVATIVES = (*EPILOGUES, "silu")  # those that the epilogue of a gradient knows
+
+
+def why_not(problem: Problem) -> str | None:
+    found = _why_neither(problem)
+    if found is None and stem_why_not(problem) is not None:
+        found = _why_not_dense(problem)
+    return found
+
+
+def backward_why_not(problem: Problem) -> str | None:
+    found = why_not(problem)
+    if found is not None:
+        return found
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spatial, temporal = problem.passes
+    if spec.activation not in DERIVATIVES:
+        return f"have the derivatives of {', '.join(DERIVATIVES)}, not of {spec.activation}"
+    if temporal.padding_mode != "zeros" and any(temporal.padding):
+        return f"have gradients through zeros around time, not {temporal.padding_mode!r}"
+    found = weights.why_not(problem)
+    if found is None and spatial_gradient_tile(problem) is None:
+        found = (
+            f"have no shared memory for du as far apart as {spatial.kernel[1:]} taps and a "
+            f"dilation of {spatial.dilation[1:]} lead"
+        )
+    return found
+
+
+def _why_neither(problem: Problem) -> str | None:
+    """What both the stem's and the other kernels need."""
+    spec = problem.spec
+    if not isinstance(spec, PairSpec) or spec.order != "spatial-first":
+        return "run a spatial and then a temporal convolution"
+    device = problem.device
+    if not emulating():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major != 9:
+            return f"need compute capability 9.0 (Hopper), but {device} has {major}.{minor}"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"are for float16 and bfloat16, not {problem.dtype}"
+    if not problem.channels_last:
+        return "write channels_last_3d, not contiguous tensors"
+    spatial, temporal = problem.passes
+    if spatial.groups != 1 or temporal.groups != 1:
+        return f"have no groups, not {spec.groups}"
+    if temporal.out_channels % ROW:
+        return f"need output channels that are a multiple of {ROW}, not {temporal.out_channels}"
+    if spatial.padding_mode != "zeros" and any(spatial.padding):
+        return f"pad the plane with zeros, not {spatial.padding_mode!r}"
+    if temporal.padding_mode not in ("zeros", "replicate") and any(temporal.padding):
+        return f"pad time with zeros or copies of its ends, not {temporal.padding_mode!r}"
+    if temporal.kernel[0] != TAPS or temporal.dilation[0] != 1:
+        return (
+            f"have {TAPS} temporal taps without dilation, not {temporal.kernel[0]} with "
+            f"{temporal.dilation[0]}"
+        )
+    return None
+
+
+def _why_not_dense(problem: Problem) -> str | None:
+    spatial, temporal = problem.passes
+    if spatial.in_channels % ROW:
+        return (
+            f"need input channels that are a multiple of {ROW}, not {spatial.in_channels}, or "
+            f"a stem, but {stem_why_not(problem)}"
+        )
+    for stride in (*spatial.stride[1:], temporal.stride[0]):
+        if stride not in STRIDES:
+            return f"have strides {STRIDES}, not {stride}"
+    return _why_no_boxes(problem)
+
+
+def _why_no_boxes(problem: Problem) -> str | None:
+    """Why the copy engine cannot cut boxes out of x as it lies, or None: x is never copied."""
+    n, c, *others = problem.x_stride
+    t = others[0]
+    sizes = (problem.batch, *problem.size)
+    rows = [s for s, size in zip((n, *others), sizes, strict=True) if size > 1]
+    if problem.x_offset or c != 1 or any(s <= 0 or s % ROW for s in rows):
+        return (
+            "read channels of x as whole 16-byte vectors (channels_last_3d), not with strides "
+            f"{problem.x_stride} from {problem.x_offset} bytes past such a vector's start"
+        )
+    if problem.batch > 1 and problem.size[0] > 1 and n != t * problem.size[0]:
+        return f"need the frames of all clips evenly apart, not with strides {problem.x_stride}"
+    return None
+
+
+def output_statistics(problem: Problem) -> bool:
+    """Whether y comes with its statistics: from the temporal kernel, not from that of the stem."""
+    return why_not(problem) is None and stem_why_not(problem) is not None
+
+
+def _outer(spec: PairSpec, tensors: PairTensors) -> tuple[bool, dict[str, Any]]:
+    """Whether the last epilogue takes in what ends a residual block, and its arguments."""
+    r, arguments = tensors.residual, {"shift": tensors.temporal_bias}
+    fits = spec.outer_activation in EPILOGUES
+    if r is not None:  # read in pairs of channels, from pixels evenly apart
+        even = all(s % 2 == 0 for s in (*r.stride()[2:], r.stride(0))) and r.data_ptr() % 4 == 0
+        fits = fits and even and r.stride(1) == 1 and r.stride(3) == r.stride(4) * r.shape[4]
+    if fits:
+        arguments |= {"residual": r, "activation": spec.outer_activation}  # type: ignore[dict-item]
+    return fits, arguments
+
+
+def forward(
+    problem: Problem,
+    tensors: PairTensors,
+    save: bool,
+    tiles: tuple[HopperTile, HopperTile] | None = None,
+) -> PairResult:
+    """The pair, by tiles of the spatial and the temporal pass that fit it or that are given."""
+    if stem_why_not(problem) is None:
+        return _stem(problem, tensors, save)
+    tile, temporal = tiles or (spatial_tile(problem), temporal_tile(problem))
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    keep = save and not spec.recompute
+    m = problem.mid_channels
+    bs = tensors.spatial_bias
+    with call(problem) as k:
+        launches = Launches(k)
+        x = rows_of(tensors.x)
+        rows = x.new_empty(problem.mid_shape)
+        u = rows.permute(0, 4, 1, 2, 3)
+        mean, var = tensors.mean, tensors.var
+        affine: tuple[Tensor | None, Tensor | None] | None = None
+        epilogue: dict[str, Any] = {"scale": None, "shift": bs}
+        prologue = spec.activation
+        if spec.norm == "frozen":
+            assert mean is not None and var is not None
+            affine = affine_of(k.norm_coefficients(tensors, mean, var))
+        if spec.norm != "batch" and not keep:  # what is stored is nearer to z
+            if affine is not None:
+                scale, shift = affine
+                assert scale is not None and shift is not None
+                epilogue = {"scale": scale, "shift": shift if bs is None else shift + bs * scale}
+                affine = None
+            if prologue in EPILOGUES:
+                epilogue["activation"], prologue = prologue, "none"
+        partials = launches.spatial(
+            x, tensors.spatial_weight, u, tile, statistics=spec.norm == "batch", **epilogue
+        )
+        if partials is not None:
+            mean, var = k.combine_statistics(partials)
+            affine = affine_of(k.norm_coefficients(tensors, mean, var))
+        if affine is None and prologue != "none":
+            affine = (None, None)
+        y = problem.empty_output(x)
+        outer, epilogue = _outer(spec, tensors)
+        partials = launches.temporal(
+            u[:, :m], tensors.temporal_weight, y, temporal, affine, prologue,
+            statistics=spec.output_statistics, **epilogue,
+        )  # fmt: skip
+        last = (None, None) if partials is None else k.moments(partials)
+    if spec.norm != "batch":
+        mean = var = None
+    return PairResult(y, rows if keep else None, mean, var, k.total, outer, *last)
+
+
+def _stem(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+    """u stays in registers; where it is kept, or counted, another launch computes it first."""
+    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    keep, batch = save and not spec.recompute, spec.norm == "batch"
+    mean, var, rows = tensors.mean, tensors.var, None
+    bias = tensors.spatial_bias
+    with call(problem) as k:
+        launches = Launches(k)
+        if keep or batch:
+            rows = tensors.x.new_empty(problem.mid_shape)
+            u = rows.permute(0, 4, 1, 2, 3)
+            partials = launches.stem(tensors, u, None, shift=bias, statistics=batch)
+            if partials is not None:
+                mean, var = k.combine_statistics(partials)
+        scale: Tensor | None = None
+        shift = bias
+        if mean is not None and var is not None:
+            scale, shift = affine_of(k.norm_coefficients(tensors, mean, var))
+            shift = shift if bias is None else shift + bias * scale
+        y = problem.empty_output(tensors.x)
+        outer, epilogue = _outer(spec, tensors)
+        launches.stem(tensors, y, (scale, shift), **epilogue)
+    kept = rows if keep else None
+    return PairResult(y, kept, mean if batch else None, var if batch else None, k.total, outer)

@@ -1,0 +1,157 @@
+"""Weight gradients on Hopper: one kernel for both passes, over positions of the mid tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ....problem.spec import Pass, Problem
+from ...triton.tiles import round_up
+from ..depthwise import channels_last
+from ..library import Call
+from .launches import ROW, Gradient, Mid, _processors, evenly_framed, rows_of
+from .weight_tiles import Reach, WeightTile, weight_gradient
+
+TAPS = 49  # most, of a kernel
+NARROW = 8  # channels of x, and taps of a row of its kernel, that make the 64 rows of a product
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why a problem that the forward kernels take has no weight gradients here."""
+    spatial = problem.passes[0]
+    if math.prod(spatial.kernel) > TAPS:
+        return f"have gradients of at most {TAPS} spatial taps, not {math.prod(spatial.kernel)}"
+    if spatial_tile(problem, 2) is None:
+        return (
+            f"have no shared memory for taps as far apart as a dilation of {spatial.dilation[1:]}"
+        )
+    return None
+
+
+def is_narrow(p: Pass) -> bool:
+    return p.in_channels <= NARROW and p.kernel[2] <= NARROW
+
+
+def spatial_tile(problem: Problem, sources: int) -> WeightTile | None:
+    """Tile of dWs, with du made of so many tensors (0: stored)."""
+    p = problem.passes[0]
+    _, kh, kw = p.kernel
+    narrow = is_narrow(p)
+    reach = Reach(
+        (p.stride[2], p.stride[1]),
+        (((NARROW if narrow else kw) - 1) * p.dilation[2], (kh - 1) * p.dilation[1]),
+    )
+    frames, height, width = problem.mid_size
+    return weight_gradient(
+        (width, height, problem.batch * frames), reach, kh if narrow else kh * kw,
+        64 if narrow else p.in_channels, round_up(p.out_channels, ROW), sources, narrow,
+        _processors(problem.device),
+    )  # fmt: skip
+
+
+def temporal_tile(problem: Problem, sources: int) -> WeightTile | None:
+    """Tile of dWt, with z made of one tensor, or stored."""
+    p = problem.passes[1]
+    taps, stride = p.kernel[0], p.stride[0]
+    # dy is read at (t + padding − tap) / stride: of each residue, by every stride-th tap.
+    reach = Reach((1, 1), (0, -(-(taps - 1) * p.dilation[0] // stride)), stride)
+    frames, height, width = problem.mid_size
+    return weight_gradient(
+        (height * width, frames, problem.batch), reach, taps, p.out_channels,
+        round_up(p.in_channels, ROW), sources, False, _processors(problem.device),
+    )  # fmt: skip
+
+
+def spatial(k: Call, x: Tensor, du: Gradient, weight: Tensor) -> Tensor:
+    """dWs (M, C, 1, kh, kw) in the accumulation dtype, from x (N, C, T, H, W)."""
+    p = k.problem.passes[0]
+    m, c, _, kh, kw = weight.shape
+    narrow = is_narrow(p)
+    if narrow and c < NARROW:  # rows of 16 bytes
+        x = F.pad(x.permute(0, 2, 3, 4, 1), (0, NARROW - c)).permute(0, 4, 1, 2, 3)
+    x = evenly_framed(channels_last(x))
+    coefficients = None
+    if du.affine is not None:
+        coefficients = torch.stack((torch.ones_like(du.affine[0]), du.affine[1], du.affine[0]))
+    tile = spatial_tile(k.problem, 0 if du.u is None else 2)
+    sums = _sums(k, du.g, du.u, x, p, tile, coefficients, "none", narrow)
+    if narrow:
+        taps = sums.view(kh, NARROW, NARROW, -1)[:, :kw, :c, :m]
+    else:
+        taps = sums.view(kh, kw, c, -1)[..., :m]
+    return taps.permute(3, 2, 0, 1).unsqueeze(2)
+
+
+def temporal(
+    k: Call, z: Mid, dy: Tensor, weight: Tensor, biased: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dWt (K, M, kt, 1, 1) and, where asked for, Σdy (K,), in the accumulation dtype.
+
+    dy (N, K, T', H, W) is channels-last.
+    """
+    m, p = weight.shape[1], k.problem.passes[1]
+    coefficients = None
+    if z.affine is not None:
+        coefficients = torch.cat((z.affine, torch.zeros_like(z.affine[:1])))
+    tile = temporal_tile(k.problem, 0 if coefficients is None else 1)
+    assert tile is not None
+    sums, tap = None, _through(p)
+    if biased and tap is not None:
+        sums = k.empty(tile.splits, dy.shape[1])
+    dwt = _sums(k, z.u, None, dy, p, tile, coefficients, z.activation, sums=sums, tap=tap or 0)
+    dbt = None
+    if biased:
+        dbt = k.sums(k.plain(dy), dy.shape)[0] if sums is None else k.sum_rows(sums)
+    return dwt[..., :m].permute(1, 2, 0)[..., None, None], dbt
+
+
+def _through(p: Pass) -> int | None:
+    """A tap through which every frame of the output reads a frame that exists, if there is one."""
+    before, after = p.padding[:2]
+    taps, apart = p.kernel[0], p.dilation[0]
+    found = (t for t in range(taps) if before <= t * apart <= (taps - 1) * apart - after)
+    return next(found, None)
+
+
+def _sums(
+    k: Call,
+    mid: Tensor,
+    u: Tensor | None,
+    other: Tensor,
+    p: Pass,
+    tile: WeightTile | None,
+    coefficients: Tensor | None,  # (3, M and more): scale, shift, second
+    activation: str,
+    narrow: bool = False,
+    sums: Tensor | None = None,  # (splits, rows), to be filled with Σ other
+    tap: int = 0,
+) -> Tensor:
+    """(taps, rows, stored mid channels)"""
+    assert tile is not None  # as why_not says
+    columns = round_up(mid.shape[1], ROW)
+    rows = 64 if narrow else other.shape[1]
+    taps = math.prod(p.kernel[:2]) * (1 if narrow else p.kernel[2])
+    partials = k.empty(tile.splits, taps, rows, columns)
+    array: Any = k.lib.Array()
+    if coefficients is not None:
+        array = k.array(coefficients[:, :columns])
+    argument = k.lib.HopperWeightGradient(
+        k.view(_stored(mid)), None if u is None else k.view(_stored(u)), k.view(rows_of(other)),
+        k.conv(p), p.kind == "temporal", narrow, array, k.act(activation), k.slope,
+        k.array(partials), k.array(sums), tap,
+        k.lib.HopperWeightTile(
+            tile.columns, tile.units, tile.blocks, tile.box, tile.stages, tile.splits
+        ),
+    )  # fmt: skip
+    k.lib.hopper_weight_gradient(k.dtype, argument, k.stream)
+    return k.sum_rows(partials)
+
+
+def _stored(t: Tensor) -> Tensor:
+    """t with all the channels that its rows have: a multiple of 8, zeros behind the last."""
+    n, m, *size = t.shape
+    return rows_of(t.as_strided((n, round_up(m, ROW), *size), t.stride()))

@@ -1,0 +1,293 @@
+"""The native library ``fastst._C`` and its launches, as functions of tensors.
+
+With FASTST_CUDA_EMULATE=1, in a source checkout, it is the same kernels compiled for the host
+(emulator/), for CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem.spec import PairSpec, PairTensors, Pass, Problem
+from ...ranks import collectives
+from ..contract import Part
+
+_DTYPES = {
+    torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64",
+}  # fmt: skip
+_LARGEST_GRID_YZ = 65535
+# Enough blocks to fill a large GPU several times over; more only lengthens the second stage.
+_REDUCTION_BLOCKS = 2048
+_EMULATOR = Path(__file__).parents[3] / "emulator" / "build.py"
+
+
+def emulating() -> bool:
+    return os.environ.get("FASTST_CUDA_EMULATE", "0") not in ("", "0")
+
+
+@functools.cache
+def emulated() -> ModuleType | str:
+    """The emulated library, built if need be, or why there is none."""
+    if not _EMULATOR.exists():
+        return "is emulated (FASTST_CUDA_EMULATE), which needs a source checkout with its tests"
+    build = import_file("fastst_emulator_build", _EMULATOR)
+    try:
+        return import_file(build.MODULE, build.module())
+    except (ImportError, RuntimeError) as error:
+        return f"is emulated (FASTST_CUDA_EMULATE), but the emulator cannot be built: {error}"
+
+
+def import_file(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def load() -> ModuleType | str:
+    """``fastst._C``, or why it is not there."""
+    if importlib.util.find_spec("fastst._C") is None:
+        return (
+            "needs the native library fastst._C, which was not built: with the CUDA toolkit's nvcc "
+            "on PATH, install fastst from source with FASTST_BUILD_CUDA=1"
+        )
+    try:
+        _C = importlib.import_module("fastst._C")
+    except ImportError as error:
+        return (
+            f"needs the native library fastst._C, which cannot be loaded ({error}): "
+            "install fastst again"
+        )
+    return _C
+
+
+def library() -> ModuleType:
+    """The native library, or the emulated one.
+
+    Raises:
+        ImportError: there is none; says why.
+    """
+    found = emulated() if emulating() else load()
+    if isinstance(found, str):
+        raise ImportError(f"the cuda backend {found}")
+    return found
+
+
+class Call:
+    """Launches of one call: a thin layer of tensors over the library's functions."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.lib = library()
+        self.dtype = getattr(self.lib.Dtype, _DTYPES[problem.dtype])
+        self.accumulate = problem.accumulate_dtype
+        self.slope = float(problem.spec.slope)
+        pair = problem.spec if isinstance(problem.spec, PairSpec) else PairSpec()
+        self.eps, self.batch_norm, self.group = pair.eps, pair.norm == "batch", pair.group
+        self.count = problem.batch * math.prod(problem.mid_size)
+        self.total: Tensor | None = None  # count of all ranks of the group, once it is known
+        on_gpu = problem.device.type == "cuda"
+        self.stream: int = torch.cuda.current_stream(problem.device).cuda_stream if on_gpu else 0
+        self.kept: list[Tensor] = []  # alive until everything is launched
+
+    def act(self, name: str) -> Any:
+        return getattr(self.lib.Activation, name)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.accumulate, device=self.problem.device)
+
+    def rows(self, size: Sequence[int], channels: int) -> Tensor:
+        """Workspace (N, channels, T, H, W) in the dtype of x, channels last."""
+        p = self.problem
+        rows = torch.empty((p.batch, *size, channels), dtype=p.dtype, device=p.device)
+        return rows.permute(0, 4, 1, 2, 3)
+
+    def view(self, t: Tensor) -> Any:
+        return self.lib.View(t.data_ptr(), t.shape, t.stride())
+
+    def array(self, t: Tensor | None) -> Any:
+        """Dense array in the accumulation dtype; converts small per-channel tensors to it."""
+        if t is None:
+            return self.lib.Array()
+        t = t.to(self.accumulate).contiguous()
+        self.kept.append(t)
+        return self.lib.Array(t.data_ptr(), t.numel())
+
+    def plain(self, t: Tensor, coefficients: Tensor | None = None) -> Any:
+        lib = self.lib
+        array = self.array(coefficients)
+        return lib.Source(self.view(t), None, array, lib.Read.plain, self.act("none"), self.slope)
+
+    def norm_act(self, u: Tensor, coefficients: Tensor | None, activation: str) -> Any:
+        lib = self.lib
+        array, act = self.array(coefficients), self.act(activation)
+        return lib.Source(self.view(u), None, array, lib.Read.norm_act, act, self.slope)
+
+    def norm_gradient(self, dv: Tensor, u: Tensor, coefficients: Tensor | None) -> Any:
+        lib = self.lib
+        return lib.Source(
+            self.view(dv), self.view(u), self.array(coefficients), lib.Read.norm_gradient,
+            self.act("none"), self.slope,
+        )  # fmt: skip
+
+    def conv(self, p: Pass) -> Any:
+        mode = getattr(self.lib.PadMode, p.padding_mode)
+        return self.lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode)
+
+    def branch(
+        self, source: Any, weight: Tensor, bias: Tensor | None, p: Pass, activation: str = "none"
+    ) -> Any:
+        return self.lib.Branch(
+            source, self.view(weight), self.array(bias), self.conv(p), self.act(activation)
+        )
+
+    def tap_conv(
+        self,
+        branches: Sequence[Any],
+        out: Sequence[Tensor],
+        write: str = "forward",
+        activation: str = "none",
+        aux: Tensor | None = None,
+        coefficients: Tensor | None = None,
+        transposed: bool = False,
+    ) -> None:
+        lib = self.lib
+        conv = lib.TapConv(
+            list(branches), [self.view(o) for o in out], None if aux is None else self.view(aux),
+            self.array(coefficients), getattr(lib.Write, write), self.act(activation), self.slope,
+            transposed,
+        )  # fmt: skip
+        lib.tap_conv(self.dtype, conv, self.stream)
+
+    def weight_gradient(self, x: Any, dy: Any, p: Pass, weight: Tensor, positions: int) -> Tensor:
+        """Gradient in the accumulation dtype, for sources x and dy."""
+        splits = _splits(positions, -(-weight.numel() // 256))
+        partials = self.empty(splits, *weight.shape)
+        self.lib.weight_gradient(
+            self.dtype, x, dy, self.conv(p), self.view(weight), self.array(partials), splits,
+            self.stream,
+        )  # fmt: skip
+        return self.sum_rows(partials)
+
+    def sum_rows(self, partials: Tensor) -> Tensor:
+        """Their sum over the first axis; nothing that is launched later may read them."""
+        out = self.empty(*partials.shape[1:])
+        rows = partials.shape[0]
+        self.lib.sum_rows(self.dtype, self.array(partials), self.array(out), rows, self.stream)
+        self.kept = [t for t in self.kept if t is not partials]
+        return out
+
+    def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance per channel of (N, M, T, H, W)."""
+        channels = u.shape[1]
+        splits = _splits(u.numel() // channels, -(-channels // 32))
+        partials = self.empty(splits, 3, channels)
+        self.lib.channel_statistics(
+            self.dtype, self.view(u), self.array(partials), splits, self.stream
+        )
+        return self.combine_statistics(partials)
+
+    def moments(self, partials: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance from (splits, 3, C)."""
+        mean, var = self.empty(partials.shape[2]), self.empty(partials.shape[2])
+        self.lib.combine_statistics(
+            self.dtype, self.array(partials), self.array(mean), self.array(var),
+            partials.shape[0], self.stream,
+        )  # fmt: skip
+        return mean, var
+
+    def combine_statistics(self, partials: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for u, of all ranks of the group."""
+        mean, var = self.moments(partials)
+        if self.group:
+            group = collectives.resolve(self.group)
+            mean, var, self.total = collectives.pool_statistics(mean, var, self.count, group)
+        return mean, var
+
+    def sums(self, source: Any, shape: Sequence[int], u: Tensor | None = None) -> Tensor:
+        """(2, C): Σ s and Σ s·(u − mean), for a source s shaped as ``shape``."""
+        channels = shape[1]
+        splits = _splits(math.prod(shape) // channels, -(-channels // 32))
+        partials = self.empty(splits, 2, channels)
+        self.lib.channel_sums(
+            self.dtype, source, None if u is None else self.view(u), self.array(partials), splits,
+            self.stream,
+        )  # fmt: skip
+        return self.sum_rows(partials)
+
+    def norm_coefficients(self, t: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
+        """(5, M): mean, scale, shift, p, q."""
+        out = self.empty(5, mean.shape[0])
+        self.lib.norm_coefficients(
+            self.dtype, self.array(mean), self.array(var), self.array(t.norm_weight),
+            self.array(t.norm_bias), self.eps, self.array(out), self.stream,
+        )  # fmt: skip
+        return out
+
+    def norm_gradient_coefficients(
+        self, sums: Tensor, var: Tensor, coefficients: Tensor, means: Tensor | None = None
+    ) -> Tensor:
+        """dgamma; fills rows p and q of the coefficients. Means as of ``Part``."""
+        dgamma, count = self.empty(var.shape[0]), self.count
+        if self.group and means is None:
+            means = collectives.pool_means(sums, count, collectives.resolve(self.group))
+        local = None if means is None else sums[1] * (var + self.eps).rsqrt()
+        if means is not None:
+            sums = means * count
+        self.lib.norm_gradient_coefficients(
+            self.dtype, self.array(sums), self.array(var), self.eps, float(count),
+            self.batch_norm, self.array(dgamma), self.array(coefficients), self.stream,
+        )  # fmt: skip
+        return dgamma if local is None else local
+
+
+@contextlib.contextmanager
+def call(problem: Problem) -> Iterator[Call]:
+    guard = torch.cuda.device(problem.device) if problem.device.type == "cuda" else None
+    with guard or contextlib.nullcontext():
+        yield Call(problem)
+
+
+def _splits(positions: int, blocks: int) -> int:
+    """Into how many parts a sum over positions is cut when ``blocks`` blocks cover the rest.
+
+    No part has fewer than 256 terms: the second stage reads one partial per part.
+    """
+    return min(-(-_REDUCTION_BLOCKS // blocks), max(1, positions // 256), _LARGEST_GRID_YZ)
+
+
+def finish(
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    part: Part | None = None,
+) -> list[Tensor]:
+    """The gradients that are needed, each in dtype and strides of its tensor but those of a part.
+
+    The first, of x, comes so already; the others as dense results in the accumulation dtype.
+    """
+    dx, *others = grads
+    out = []
+    if needs[0]:
+        assert dx is not None
+        out.append(dx)
+    for g, t, needed in zip(others, tensors[1:], needs[1:], strict=False):
+        if needed:
+            assert g is not None and t is not None
+            g = g.view(t.shape)
+            out.append(torch.empty_like(t).copy_(g) if part is None else g)
+    return out

@@ -1,0 +1,155 @@
+"""Tile configurations of the kernels that compute gradients; see ``tiles``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from . import tiles as configs
+from .tiles import Capability, MatrixConfig, Sizes, StreamConfig, TapConfig
+
+
+@dataclass(frozen=True)
+class WeightConfig(MatrixConfig):
+    """Tiles and launch parameters of ``weight_gradient``; ``block_p`` positions at a time."""
+
+    block_r: int
+    swap: bool  # rows are output channels
+
+
+def input_gradient(sizes: Sizes, reads_two: bool, masks: bool, classes: int) -> list[TapConfig]:
+    """Configurations of an input gradient worth measuring, best guess first.
+
+    Args:
+        reads_two: whether it forms what it reads from two tensors.
+        masks: whether it reads u to multiply by the gradient of an activation.
+        classes: residue classes of positions.
+    """
+    found: list[TapConfig] = []
+    # u beside sums of 192 columns spilled.
+    tiles = [c for c in configs.candidates(sizes) if not masks or c.columns <= 160]
+    for config in tiles:
+        p, k, warps = config.block_p, config.block_k, config.num_warps
+        # Two operands of 128 × 64 were 64 values of each of 128 threads, and spilled.
+        if reads_two and p * k > 32 * 32 * warps:
+            warps = 8
+        # So did u beside 72 sums of a thread, and the addresses of a class beside more than 48.
+        if masks and p * config.columns > (64 if classes == 1 else 48) * 32 * warps:
+            p, warps = min(p, 64), 8
+        # With 16 columns the compiler gives a thread 128 registers, which held 64 rows.
+        if reads_two and config.columns == 16:
+            p = min(p, 64)
+        # What is loaded twice fills shared memory twice.
+        stages = max(2, config.num_stages - 1) if reads_two else config.num_stages
+        config = replace(config, block_p=p, num_warps=warps, num_stages=stages)
+        if config not in found:
+            found.append(config)
+    return found
+
+
+def parallel_input_gradient(sizes: Sizes, classes: int, mixed: bool = False) -> TapConfig:
+    """Configuration of the input gradient of both branches; see ``configs.parallel_conv``."""
+    found = input_gradient(sizes, reads_two=False, masks=False, classes=classes)[0]
+    # With the addresses of a class, too, 128 rows took all 255 registers.
+    rows = min(found.block_p, 128 if classes == 1 else 64)
+    return configs.two_branches(replace(found, block_p=rows), mixed)
+
+
+def weight_gradient(sizes: Sizes, limit: int = 12) -> list[WeightConfig]:
+    """Configurations of a weight gradient, best guess first; sizes of the convolution itself."""
+    dtype, tensor_cores, capability = sizes.dtype, sizes.tensor_cores, sizes.capability
+    flat, out_channels = sizes.flat, sizes.out_channels
+    tapped = sizes.channels * sizes.taps if flat else sizes.channels
+    # Tensor cores take rows by 64 from Hopper on; without them every product is on registers.
+    heights, widest, block_p = ((64, 128), 192, 64) if tensor_cores else ((32, 16), 64, 16)
+    if dtype.itemsize == 4 and tensor_cores:
+        widest, block_p = 128, 32
+    if dtype.itemsize == 8:
+        heights, widest, block_p = (16, 32), 32, 16
+    costs: dict[tuple[bool, int, tuple[int, int]], float] = {}
+    for swap in (False, True):
+        rows, columns = (out_channels, tapped) if swap else (tapped, out_channels)
+        for height in heights:
+            for block in configs.COLUMNS:
+                # (tap, channel) as one index has an address for every element: 64 of them at most.
+                if flat and (sum(block) if swap else height) > 64:
+                    continue
+                # 128 × 128 sums and both operands on their way through registers: no room for more.
+                if sum(block) <= widest and height * sum(block) <= 128 * 128:
+                    padded = configs.round_up(rows, height) * configs.round_up(columns, sum(block))
+                    # Each block of rows reads all columns again, and the other way round.
+                    reads = 1 + 32 / height + 32 / sum(block)
+                    costs[swap, height, block] = padded * reads
+    found: list[WeightConfig] = []
+    for swap, height, (block_n, rest_n) in sorted(costs, key=lambda c: costs[c])[:4]:
+        # An address for every element: 64 × 64 of them spilled in 4 warps, and so did an activation
+        # of 128 rows of an operand, and 64 positions of three operands.
+        many = flat or height == 128 or (rest_n > 0 and block_p == 64)
+        warps = 8 if many or height * (block_n + rest_n) >= 64 * 128 else 4
+        depths = (block_p, max(16, block_p // 2))
+        # mma.sync takes its operands from registers, where 64 positions of both spilled.
+        for depth in depths[::-1] if capability[0] == 8 and dtype.itemsize == 2 else depths:
+            stages = 3
+            tile = depth * (2 * height + 2 * (block_n + rest_n)) * dtype.itemsize
+            while stages > 2 and stages * tile > configs.shared_memory_limit(capability) // 2:
+                stages -= 1
+            config = WeightConfig(depth, block_n, rest_n, flat, warps, stages, height, swap)
+            if config not in found:
+                found.append(config)
+    return found[:limit]
+
+
+def weight_blocks(
+    config: WeightConfig, channels: int, out_channels: int, taps: int
+) -> tuple[int, int]:
+    """Blocks of rows and of columns of a weight gradient; channels of a group."""
+    across, along = (
+        (config.columns, config.block_r) if config.swap else (config.block_r, config.columns)
+    )
+    tapped = (
+        math.ceil(channels * taps / across) if config.flat else taps * math.ceil(channels / across)
+    )
+    plain = math.ceil(out_channels / along)
+    return (plain, tapped) if config.swap else (tapped, plain)
+
+
+def positions_per_split(
+    config: WeightConfig, positions: int, blocks: int, capability: Capability
+) -> int:
+    """Positions that one program of a weight gradient adds up: whole steps of it.
+
+    Two programs for every multiprocessor, but no partial of fewer than 8 steps, which would cost
+    more to write and to add than to compute.
+    """
+    splits = math.ceil(2 * configs.processors(capability) / blocks)
+    steps = math.ceil(positions / config.block_p)
+    return max(8, math.ceil(steps / splits)) * config.block_p
+
+
+def direct_gradients(
+    positions: int, channels: int, channels_last: bool, capability: Capability
+) -> StreamConfig:
+    """Configuration of ``direct_gradients``.
+
+    Args:
+        positions: of x.
+        channels: of x, of all groups.
+        channels_last: whether the channels of dy, which is read once a tap, are neighbours.
+        capability: of the GPU.
+    """
+    # Each tile writes the sums of each tap: 9 of them for 32 positions are a seventh of what a
+    # tile reads and writes in 16 bits. 2,048 elements are 8 of each of 256 threads, of which x, dx
+    # and the product live at once.
+    block_c = min(64, configs.power(channels)) if channels_last else 1
+    block_p = min(2048 // block_c, max(16, configs.power(positions)))
+    while block_p > 32 and positions * channels < block_p * block_c * 2 * configs.processors(
+        capability
+    ):
+        block_p //= 2
+    return StreamConfig(block_p, block_c, 1, 8)
+
+
+def sums(positions: int, channels: int) -> tuple[int, int, int]:
+    """(block_p, block_c, positions per program) of the sums per channel."""
+    block_c = min(64, max(8, configs.power(channels)))
+    return 1024 // block_c, block_c, 64 * (1024 // block_c)

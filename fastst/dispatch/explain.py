@@ -1,0 +1,95 @@
+"""``explain``: which backend runs a module's calls, and why not the others."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..problem.spec import PairSpec
+from . import selection
+from .selection import Call
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found; prints as text.
+
+    Attributes:
+        backend: what runs the (first) call forward: a backend's name or "composed".
+        reasons: for every backend that was not chosen for it, why; empty if composed.
+        why_composed: why separate PyTorch operators run instead of one op, or None.
+        calls: all calls, in order.
+    """
+
+    calls: tuple[Call, ...]
+
+    @property
+    def backend(self) -> str:
+        return self.calls[0].chosen
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        return _reasons(self.calls[0], "forward")
+
+    @property
+    def why_composed(self) -> str | None:
+        return self.calls[0].why
+
+    def __str__(self) -> str:
+        return "\n".join(_text(call) for call in self.calls)
+
+
+def explain(module: nn.Module, x: Tensor) -> Explanation:
+    """Say what runs ``module(x)``: the backend, and for every other one the reason it does not.
+
+    Runs the module once on a copy of its buffers, without gradients, so that nothing changes.
+
+    Args:
+        module: a layer of fastst, or a model that contains some.
+        x: what it is called with.
+
+    Raises:
+        ValueError: nothing in the module is an operation of fastst.
+    """
+    with selection.recording() as calls, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", selection.FallbackWarning)
+        buffers = {n: b.clone() for n, b in module.named_buffers()}
+        torch.func.functional_call(module, buffers, (x,))
+    if not calls:
+        raise ValueError(
+            f"explain: requires a module that calls fastst on a non-empty input, got "
+            f"{type(module).__name__}, which made no such call"
+        )
+    return Explanation(tuple(calls))
+
+
+def _reasons(call: Call, phase: str) -> dict[str, str]:
+    if call.problem is None:
+        return {}
+    requested = selection.requested()
+    other = (
+        f"{call.chosen!r} comes first" if requested == "auto" else f"{requested!r} was asked for"
+    )
+    found = selection.reasons(call.problem, phase)
+    return {n: other if why is None else why for n, why in found.items() if n != call.chosen}
+
+
+def _text(call: Call) -> str:
+    if call.problem is None:
+        return f"{call.what}: composed of separate PyTorch operators, because {call.why}"
+    p = call.problem
+    shapes = [(p.batch, p.passes[0].in_channels, *p.size), p.out_shape]
+    lines = [f"{p.op} {shapes[0]} → {shapes[1]}, {p.dtype}, {p.device}"]
+    if isinstance(p.spec, PairSpec):
+        lines[0] += f", {p.mid_channels} mid channels, {p.spec.order}"
+        after = ["residual"] * p.residual + [p.spec.outer_activation] * (
+            p.spec.outer_activation != "none"
+        )
+        after += ["statistics for the batch norm after it"] * p.spec.output_statistics
+        lines[0] += f", then {' and '.join(after)}" if after else ""
+    lines.append(f"  {call.phase}: {call.chosen}")
+    lines += [f"    not {name}: {why}" for name, why in _reasons(call, call.phase).items()]
+    return "\n".join(lines)

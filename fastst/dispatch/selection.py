@@ -1,0 +1,202 @@
+"""Which backend runs a problem: an ordered list of modules that say why they cannot.
+
+``auto`` takes the first that can. A backend that was named must be able to, or it is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, TracebackType
+from typing import NamedTuple
+
+from ..backends import aten, cpu, cuda, reference, triton
+from ..problem.spec import Problem
+
+# In the order of preference of "auto"; reference is only ever chosen by name.
+BACKENDS: dict[str, ModuleType] = {
+    "cuda": cuda, "triton": triton, "cpu": cpu, "aten": aten, "reference": reference,
+}  # fmt: skip
+AUTO = ("cuda", "triton", "cpu", "aten")
+# Tensors elsewhere they take at most in an emulation, for who names them: "auto" need not ask.
+_KERNELS_FOR = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+
+
+class Call(NamedTuple):
+    """One decision of ``choose`` or ``fall_back``, as ``recording`` keeps it."""
+
+    what: str  # the op, or the module that was composed
+    problem: Problem | None  # None where a module was composed
+    phase: str  # "forward" | "backward"
+    chosen: str  # name of the backend, or "composed"
+    why: str | None  # why it was composed
+
+
+class FallbackWarning(UserWarning):
+    """``auto`` took a slower way than the one this library exists for; said once per reason."""
+
+
+class BackendError(ValueError):
+    """The backend that was asked for cannot run this call, or no backend can."""
+
+
+def _known(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(repr(n) for n in ("auto", *BACKENDS))
+        raise ValueError(f"unknown backend {name!r}: expected one of {known}")
+    return name
+
+
+_requested = _known(os.environ.get("FASTST_BACKEND", "auto"))
+_warned: set[str] = set()
+_recorders: list[list[Call]] = []
+
+
+def requested() -> str:
+    """The backend that calls made now ask for: "auto" or a name."""
+    return _requested
+
+
+class use_backend:
+    """Ask for a backend from here on, or within a ``with`` block.
+
+    Process-wide like ``torch.backends`` flags, so that threads of the autograd engine agree.
+
+    Args:
+        name: "auto", or one of ``fastst.dispatch.BACKENDS``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        self._previous = _requested
+        _requested = _known(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        global _requested
+        _requested = self._previous
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Collect the decisions that are made within the block, process-wide."""
+    calls: list[Call] = []
+    _recorders.append(calls)
+    try:
+        yield calls
+    finally:
+        _recorders[:] = [r for r in _recorders if r is not calls]
+
+
+def _record(*call: object) -> None:
+    for calls in _recorders:
+        calls.append(Call(*call))  # type: ignore[arg-type]
+
+
+def reasons(problem: Problem, phase: str = "forward") -> dict[str, str | None]:
+    """For every backend the reason why it cannot run the problem, or None where it can."""
+    return {name: _why_not(name, problem, phase, _requested) for name in BACKENDS}
+
+
+def _why_not(candidate: str, problem: Problem, phase: str, name: str) -> str | None:
+    """Why a backend cannot run it or, under "auto", is passed over."""
+    backend = BACKENDS[candidate]
+    why = backend.why_not(problem, phase)
+    if why is None and name == "auto" and hasattr(backend, "avoid"):
+        why = backend.avoid(problem, phase)
+    return why
+
+
+def choose(problem: Problem, phase: str, name: str) -> ModuleType:
+    """The module that runs the problem.
+
+    Raises:
+        BackendError: a named backend cannot run it, with its reason; or none can.
+    """
+    chosen = _choose(problem, phase, name)
+    if _recorders:
+        _record(problem.op, problem, phase, chosen, None)
+    return BACKENDS[chosen]
+
+
+def _choose(problem: Problem, phase: str, name: str) -> str:
+    if name != "auto":
+        why = BACKENDS[name].why_not(problem, phase)
+        if why is not None:
+            raise BackendError(f"{problem.op}: backend {name!r} cannot run the {phase}: it {why}")
+        return name
+    refusals: list[str] = []
+    device = problem.device.type
+    for candidate in AUTO:
+        if _KERNELS_FOR.get(candidate, device) != device:
+            continue
+        why = _why_not(candidate, problem, phase, name)
+        if why is None:
+            if candidate == AUTO[-1] and device == "cuda":
+                # On a CPU the last is the fast one; on a GPU it means that no kernel runs.
+                _say_slow(f"{problem.op} runs its {phase} on {candidate!r}: {'; '.join(refusals)}")
+            return candidate
+        refusals.append(f"{candidate!r} {why}")
+    raise BackendError(f"{problem.op}: no backend can run the {phase}: {'; '.join(refusals)}")
+
+
+def giving_statistics(problem: Problem, name: str) -> ModuleType | str:
+    """The backend that runs it if it gives mean and variance of y as well, or why it does not."""
+    chosen = _choose(problem, "forward", name)
+    backend = BACKENDS[chosen]
+    if hasattr(backend, "output_statistics") and backend.output_statistics(problem):
+        return backend
+    return f"backend {chosen!r} would have to read the output again for its statistics"
+
+
+def strict() -> bool:
+    """Whether falling back to something slow is an error (``FASTST_STRICT=1``)."""
+    return os.environ.get("FASTST_STRICT", "0") not in ("", "0")
+
+
+def fall_back(what: str, why: str) -> None:
+    """Warn once that ``what`` is composed of separate operators because of ``why``.
+
+    Raises:
+        BackendError: under ``FASTST_STRICT=1``, or where a backend was asked for by name.
+    """
+    message = f"{what} runs as separate PyTorch operators: {why}"
+    record_composed(what, why)
+    if _requested != "auto":
+        raise BackendError(f"{message} (refused, as backend {_requested!r} was asked for)")
+    _say_slow(message)
+
+
+def _say_slow(message: str) -> None:
+    if strict():
+        raise BackendError(f"{message} (refused under FASTST_STRICT=1)")
+    _warn_once(message)
+
+
+def record_composed(what: str, why: str) -> None:
+    """Let recordings know of something that no op computes."""
+    _record(what, None, "forward", "composed", why)
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, FallbackWarning, stacklevel=5)
+
+
+# Constants to the compiler: they run while it traces, so that a warning breaks no graph. This is
+# all that torch.compiler.assume_constant_result does, but that loads the compiler for a second.
+for _said in (record_composed, _warn_once):
+    vars(_said)["_dynamo_marked_constant"] = True

@@ -1,0 +1,1 @@
+"""Modules that users put into their models."""

@@ -1,0 +1,329 @@
+"""A conv, a norm, an activation and a conv module, run as one op where nobody can tell.
+
+What ``Conv2Plus1d`` and converted models have in common: reading the tensors and settings off
+existing modules, and calling the modules one after the other where calling them might do more than
+their class says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .. import dispatch, functional
+from ..backends import reference
+from ..functional import BatchNorm, Causal
+from ..problem import activations
+from ..ranks import collectives
+from . import streaming
+
+RECOMPUTE = "_fastst_recompute"  # on spatial convolutions, by ``memory.set_memory_budget``
+_BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm, collectives.SyncBatchNorm)
+
+
+class Ending(NamedTuple):
+    """What ends a residual block after its last pair: activation(y + residual)."""
+
+    residual: Any  # whatever the block adds; part of the op if it is a tensor like y
+    activation: str
+    slope: float
+    in_place: bool  # the sum is written to y, whose dtype it keeps
+
+    def after(self, y: Tensor) -> Tensor:
+        """As the block computes it."""
+        if self.residual is not None:
+            y = y.add_(self.residual) if self.in_place else y + self.residual
+        return activations.apply(self.activation, y, self.slope)
+
+    def fits(self, x: Tensor, shape: Sequence[int]) -> bool:
+        """Whether the op computes the same for an output of this shape."""
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        r = self.residual
+        like = isinstance(r, Tensor) and (r.shape, r.dtype, r.device) == (shape, x.dtype, x.device)
+        return r is None or like
+
+
+def pair_forward(
+    x: Tensor,
+    first: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | None,
+    second: nn.Module,
+    *,
+    order: str | None = None,
+    causal: Causal = False,
+    recompute: bool | None = None,
+    owner: str = "conv pair",
+    outer_norm: nn.Module | None = None,
+    ending: Ending | None = None,
+) -> Tensor:
+    """Run existing modules ``second(activation(norm(first(x))))`` as one ``conv2plus1d``.
+
+    One of ``first`` and ``second`` is a (1, kh, kw), the other a (kt, 1, 1) ``nn.Conv3d``. Where
+    the modules cannot be seen through, they are called one after the other, and a
+    ``FallbackWarning`` says why. Running statistics of the norm are updated as the norm would.
+
+    Args:
+        x: (N, C, T, H, W) or (C, T, H, W).
+        first, norm, activation, second: the modules; norm and activation may be None.
+        order: which of the two convolutions is which; None to read it off their kernels.
+        causal: see ``functional.conv2plus1d``.
+        recompute: the same; None for what ``set_memory_budget`` has chosen, if anything.
+        owner: what a warning calls them.
+        outer_norm: a norm of the output, before the ending; may be None.
+        ending: what is applied to the output.
+    """
+    order = order or pair_order(first, second)
+    why = why_composed(first, norm, activation, second, order)
+    if why is not None:
+        dispatch.fall_back(owner, why)
+        y = compose_modules(x, first, norm, activation, second, order, causal)
+        y = y if outer_norm is None else outer_norm(y)
+        return y if ending is None else ending.after(y)
+    spatial, temporal = by_kind(first, second, order)
+    named = activations.from_module(activation)
+    assert named is not None
+    if recompute is None:
+        recompute = vars(spatial).get(RECOMPUTE)
+    (ws, bs), (wt, bt) = (held(m, "_parameters", "weight", "bias") for m in (spatial, temporal))
+    return run_pair(
+        x, ws, wt, bs, bt, norm,
+        outer_norm=outer_norm, ending=ending,
+        stride=(temporal.stride[0], *spatial.stride[1:]), padding=sides(spatial, temporal),
+        dilation=(temporal.dilation[0], *spatial.dilation[1:]),
+        groups=(spatial.groups, temporal.groups),
+        padding_mode=(spatial.padding_mode, temporal.padding_mode),
+        activation=named[0], negative_slope=named[1], order=order, causal=causal,
+        recompute=recompute,
+    )  # fmt: skip
+
+
+def run_pair(
+    x: Tensor,
+    spatial_weight: Tensor,
+    temporal_weight: Tensor,
+    spatial_bias: Tensor | None,
+    temporal_bias: Tensor | None,
+    norm: Any,
+    *,
+    outer_norm: Any = None,
+    ending: Ending | None = None,
+    **settings: Any,
+) -> Tensor:
+    """``conv2plus1d`` with the batch norms of modules, whose running statistics it updates.
+
+    A norm of the output is part of the call where it is a plain batch norm in training, which
+    needs the statistics of the output; else the module is called.
+
+    Args:
+        settings: of ``conv2plus1d``, with stride and dilation as triples and padding as pairs.
+    """
+    inside = outer_norm is not None and _needs_statistics(x, outer_norm)
+    if inside:
+        settings["outer_norm"] = batch_norm_arguments(outer_norm)
+    after = ending
+    if ending is not None and outer_norm is None:
+        shape = _output_shape(x, spatial_weight, temporal_weight, settings)
+        if ending.fits(x, shape):
+            settings |= {"residual": ending.residual, "outer_activation": ending.activation}
+            if ending.activation == "leaky_relu":
+                settings["negative_slope"] = ending.slope
+            after = None
+    y = functional.conv2plus1d(
+        x, spatial_weight, temporal_weight, spatial_bias, temporal_bias,
+        norm=batch_norm_arguments(norm), **settings,
+    )  # fmt: skip
+    if counts_batches(norm):
+        norm.num_batches_tracked.add_(1)
+    if outer_norm is not None and not inside:
+        why = why_foreign({}, {"norm": outer_norm}, {})
+        tell_apart(outer_norm, why or "x is unbatched or it is compiled")
+        y = outer_norm(y)
+    elif counts_batches(outer_norm):
+        outer_norm.num_batches_tracked.add_(1)
+    return y if after is None else after.after(y)
+
+
+def tell_apart(norm: nn.Module, why: str) -> None:
+    """Let ``explain`` say why a batch norm in training reads y for its statistics."""
+    if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        dispatch.record_composed(f"{type(norm).__name__} after a pair", why)
+
+
+def _needs_statistics(x: Tensor, norm: Any) -> bool:
+    """Whether a norm of the output does nothing but normalise with statistics of the batch.
+
+    The compiler is not asked for them: it fuses a norm with what follows.
+    """
+    if torch.compiler.is_compiling() or x.dim() != 5:
+        return False
+    if type(norm) is not nn.BatchNorm3d or not norm.training:
+        return False
+    return why_foreign({}, {"norm": norm}, {}) is None
+
+
+def _output_shape(
+    x: Tensor, spatial_weight: Tensor, temporal_weight: Tensor, settings: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """(N, K, T', H', W'), or (K, T', H', W'), of a pair that is not causal."""
+    last = temporal_weight if settings["order"] == "spatial-first" else spatial_weight
+    kernel = (temporal_weight.shape[2], *spatial_weight.shape[3:])
+    axes = zip(
+        x.shape[-3:], kernel, settings["stride"], settings["padding"], settings["dilation"],
+        strict=True,
+    )  # fmt: skip
+    size = ((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+    return (*x.shape[:-4], last.shape[0], *size)
+
+
+def compose_modules(
+    x: Tensor,
+    first: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | None,
+    second: nn.Module,
+    order: str,
+    causal: Causal = False,
+) -> Tensor:
+    """The modules called one after the other."""
+    if x.dim() == 4:  # batch norms take no unbatched input
+        y = compose_modules(x.unsqueeze(0), first, norm, activation, second, order, causal)
+        return y.squeeze(0)
+    if order == "temporal-first":
+        x = pad_causally(x, first, causal)
+    x = first(x)
+    x = x if norm is None else norm(x)
+    x = x if activation is None else activation(x)
+    if order == "spatial-first":
+        x = pad_causally(x, second, causal)
+    return second(x)
+
+
+def why_composed(
+    first: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | None,
+    second: nn.Module,
+    order: str | None = None,
+) -> str | None:
+    """Why the modules cannot run as one op, or None where they can."""
+    spatial, temporal = by_kind(first, second, order or pair_order(first, second))
+    convs = {"spatial convolution": spatial, "temporal convolution": temporal}
+    why = why_foreign(convs, {"norm": norm}, {"activation": activation})
+    if why is not None:
+        return why
+    for label, conv, axes in (("spatial", spatial, (0,)), ("temporal", temporal, (1, 2))):
+        for i in axes:
+            came = (conv.kernel_size[i], conv.stride[i], sum(sides_of(conv)[i]))
+            if came != (1, 1, 0):
+                return (
+                    f"its {label} convolution must have kernel 1, stride 1 and padding 0 in "
+                    f"{'thw'[i]}, got {came}"
+                )
+    return None
+
+
+def pair_order(first: nn.Module, second: nn.Module) -> str:
+    """The order of two convolutions, read off their kernels, strides and padding."""
+
+    def fits(conv: Any, axes: Sequence[int]) -> bool:
+        """Whether a convolution does nothing along these axes."""
+        if not isinstance(conv, nn.Conv3d):
+            return False
+        sides = sides_of(conv)
+        return all((conv.kernel_size[i], conv.stride[i], sum(sides[i])) == (1, 1, 0) for i in axes)
+
+    temporal_first = fits(first, (1, 2)) and fits(second, (0,))
+    spatial_first = fits(first, (0,)) and fits(second, (1, 2))
+    return "temporal-first" if temporal_first and not spatial_first else "spatial-first"
+
+
+def by_kind(first: Any, second: Any, order: str) -> tuple[Any, Any]:
+    """(spatial, temporal) of (first, second), and the other way round."""
+    return (first, second) if order == "spatial-first" else (second, first)
+
+
+def why_foreign(
+    convs: Mapping[str, nn.Module],
+    norms: Mapping[str, nn.Module | None],
+    acts: Mapping[str, nn.Module | None],
+) -> str | None:
+    """Why calling a child might do more than its class says, or what no kernel knows."""
+    for label, child in {**convs, **norms, **acts}.items():
+        if child is None:
+            continue
+        kind = type(child).__name__
+        if label in convs and type(child) is not nn.Conv3d:
+            kind = f"{type(child).__module__}.{kind}" if kind == "Conv3d" else kind
+            return f"its {label} is a {kind}, not a plain nn.Conv3d"
+        if label in norms and type(child) not in _BATCH_NORMS:
+            return f"its {label} is a {kind}, which no kernel knows"
+        if label in acts and activations.from_module(child) is None:
+            return f"its {label} is a {kind}, which no kernel knows"
+        if (
+            child._forward_hooks
+            or child._forward_pre_hooks
+            or child._backward_hooks
+            or child._backward_pre_hooks
+        ):
+            return f"its {label} has hooks"
+        if "forward" in child.__dict__:
+            return f"the forward of its {label} was replaced"
+    if torch_module._has_any_global_hook():
+        return "global module hooks are registered"
+    return None
+
+
+def held(module: nn.Module, kind: str, *names: str) -> list[Any]:
+    """Parameters, buffers or modules of a module; its ``__getattr__`` would take half a µs each."""
+    own = vars(module)[kind]
+    return [own[n] if n in own else getattr(module, n) for n in names]
+
+
+def sides_of(conv: Any) -> list[tuple[int, int]]:
+    """Padding (before, after) of each axis of an ``nn.Conv3d``, strings resolved."""
+    if isinstance(conv.padding, str):
+        w = conv._reversed_padding_repeated_twice
+        return [(w[4], w[5]), (w[2], w[3]), (w[0], w[1])]
+    return [(p, p) for p in conv.padding]
+
+
+def sides(spatial: Any, temporal: Any) -> tuple[tuple[int, int], ...]:
+    return (sides_of(temporal)[0], *sides_of(spatial)[1:])
+
+
+def counts_batches(norm: Any) -> bool:
+    """Whether a batch norm counts this batch."""
+    counts = norm is not None and norm.training and norm.track_running_stats
+    return counts and norm.num_batches_tracked is not None
+
+
+def batch_norm_arguments(norm: Any) -> BatchNorm | None:
+    """The functional form of a batch norm module in the mode it is in."""
+    if norm is None:
+        return None
+    mean, var = held(norm, "_buffers", "running_mean", "running_var")
+    training = norm.training or (mean is None and var is None)
+    momentum = norm.momentum
+    if momentum is None:  # cumulative average; counted after the op has run
+        momentum = 1.0 / (float(norm.num_batches_tracked) + 1) if counts_batches(norm) else 0.0
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    weight, bias = held(norm, "_parameters", "weight", "bias")
+    group = collectives.group_name(norm)
+    return BatchNorm(mean, var, weight, bias, training, momentum, norm.eps, group)
+
+
+def pad_causally(x: Tensor, conv: Any, causal: Causal) -> Tensor:
+    """x with the frames before the first that a causal temporal convolution reads."""
+    if not causal:
+        return x
+    left = streaming.left_padding(conv.kernel_size[0], conv.stride[0], conv.dilation[0], causal)
+    batched = x if x.dim() == 5 else x.unsqueeze(0)
+    padded = reference.pad(batched, (left, 0, 0, 0, 0, 0), str(conv.padding_mode))
+    return padded if x.dim() == 5 else padded.squeeze(0)

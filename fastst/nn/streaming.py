@@ -1,0 +1,100 @@
+"""Causal layers fed chunk by chunk; the state goes in and out, nothing is kept.
+
+The state is a buffer of the frames that the temporal convolution reads (z when spatial-first, x
+when temporal-first). The next window begins ``skip`` frames into it, where ``skip`` is 0 unless the
+stride is longer than the kernel reaches; so the buffer's length alone says where in the stride the
+stream stands.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+
+if TYPE_CHECKING:
+    from .layers import Conv2Plus1d
+
+
+def left_padding(kernel: int, stride: int, dilation: int, causal: bool | str) -> int:
+    """Frames before the first that a causal temporal convolution reads."""
+    return dilation * (kernel - 1) + (1 - stride if causal == "strided" else 0)
+
+
+def stream(
+    layer: Conv2Plus1d, x: Tensor, state: tuple[Tensor, ...] | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See ``Conv2Plus1d.stream``."""
+    _check_layer(layer)
+    if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 1:
+        came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"stream: x must be (N, C, t, H, W) with t of at least 1, got {came}")
+    if x.shape[1] != layer.in_channels:
+        raise ValueError(f"stream: x must have {layer.in_channels} channels, got {tuple(x.shape)}")
+    temporal = layer.temporal
+    stride = temporal.stride[0]
+    reach = temporal.dilation[0] * (temporal.kernel_size[0] - 1) + 1
+    skip = max(0, stride - reach)
+    if layer.order == "spatial-first":
+        fresh = _activate(layer, layer.spatial(x))
+    else:
+        fresh = x
+    if state is None:
+        left = left_padding(temporal.kernel_size[0], stride, temporal.dilation[0], layer.causal)
+        padding = (skip + left, 0, 0, 0, 0, 0)
+        frames = reference.pad(fresh, padding, str(temporal.padding_mode))
+    else:
+        frames = torch.cat((_check_state(state, fresh, skip + reach), fresh), 2)
+
+    count = max(0, (frames.shape[2] - skip - reach) // stride + 1)
+    end = skip + (count - 1) * stride + reach
+    # At least one window is run, and dropped again, so that y has its shape also without frames.
+    window = frames[:, :, skip:end] if count else frames.new_zeros(*_one(frames, reach))
+    y = temporal(window)
+    if layer.order == "temporal-first":
+        y = layer.spatial(_activate(layer, y))
+    kept = frames[:, :, count * stride :].clone()
+    return y[:, :, :count], (kept,)
+
+
+def _one(frames: Tensor, reach: int) -> tuple[int, ...]:
+    return (*frames.shape[:2], reach, *frames.shape[3:])
+
+
+def _activate(layer: Conv2Plus1d, u: Tensor) -> Tensor:
+    return layer.activation(u if layer.norm is None else layer.norm(u))
+
+
+def _check_layer(layer: Conv2Plus1d) -> None:
+    if not layer.causal:
+        raise ValueError("stream: requires a layer with causal=True, got causal=False")
+    norm = layer.norm
+    if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm) and (
+        norm.training or norm.running_mean is None
+    ):
+        raise ValueError(
+            "stream: requires a norm with fixed statistics (call layer.eval()), got one that "
+            "takes them from each chunk"
+        )
+
+
+def _check_state(state: tuple[Tensor, ...], fresh: Tensor, limit: int) -> Tensor:
+    if not isinstance(state, tuple) or len(state) != 1 or not isinstance(state[0], Tensor):
+        raise TypeError(f"stream: state must be a tuple of one tensor, got {state!r}")
+    (buffer,) = state
+    n, c, _, h, w = fresh.shape
+    fits = buffer.dim() == 5 and (*buffer.shape[:2], *buffer.shape[3:]) == (n, c, h, w)
+    if not fits or buffer.shape[2] >= limit:
+        raise ValueError(
+            f"stream: state must be ({n}, {c}, t, {h}, {w}) with t below {limit} for this layer "
+            f"and chunk, got {tuple(buffer.shape)}"
+        )
+    if buffer.dtype != fresh.dtype or buffer.device != fresh.device:
+        raise TypeError(
+            f"stream: state must be {fresh.dtype} on {fresh.device}, got {buffer.dtype} on "
+            f"{buffer.device}"
+        )
+    return buffer

@@ -1,0 +1,1 @@
+"""What a call computes, as plain data, and the checks of its arguments."""

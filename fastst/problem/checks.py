@@ -1,0 +1,473 @@
+"""Validation of the public functions' arguments: one exception, before any work."""
+
+from __future__ import annotations
+
+import marshal
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .spec import (
+    ACTIVATIONS,
+    COMBINES,
+    ORDERS,
+    PADDING_MODES,
+    Padding,
+    PairSpec,
+    PairTensors,
+    ParallelSpec,
+    ParallelTensors,
+    Pass,
+    Problem,
+    Triple,
+)
+
+if TYPE_CHECKING:
+    from ..functional import BatchNorm
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_AXES = ("time", "height", "width")
+
+
+def triple(what: str, value: Any, least: int) -> Triple:
+    """An int or three ints as three ints, none below ``least``.
+
+    Raises:
+        TypeError: not an int or three of them.
+        ValueError: not three, or one below ``least``.
+    """
+    values = (value,) * 3 if isinstance(value, int) else value
+    ints = isinstance(values, Sequence) and all(
+        isinstance(v, int) and not isinstance(v, bool) for v in values
+    )
+    if isinstance(value, (bool, str)) or not ints:
+        raise TypeError(f"{what} must be an int or three ints (t, h, w), got {value!r}")
+    if len(values) != 3 or any(v < least for v in values):
+        raise ValueError(
+            f"{what} must be an int or (t, h, w), each at least {least}, got {value!r}"
+        )
+    return tuple(values)
+
+
+def name(what: str, value: Any, known: Sequence[str]) -> str:
+    """One of the known names.
+
+    Raises:
+        ValueError: not one of them.
+    """
+    if value not in known:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def activation_name(what: str, value: str | None) -> str:
+    return name(what, "none" if value is None else value, ACTIVATIONS)
+
+
+def per_pass(what: str, value: Any, kind: type) -> tuple[Any, Any]:
+    """A value for both passes or a pair (spatial, temporal).
+
+    Raises:
+        TypeError: neither.
+    """
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, kind) and not isinstance(v, bool) for v in pair):
+        raise TypeError(
+            f"{what} must be one {kind.__name__} or two (spatial, temporal), got {value!r}"
+        )
+    return tuple(pair)
+
+
+def padding_modes(op: str, value: Any) -> tuple[str, str]:
+    spatial, temporal = per_pass(f"{op}: padding_mode", value, str)
+    name(f"{op}: padding_mode", spatial, PADDING_MODES)
+    name(f"{op}: padding_mode", temporal, PADDING_MODES)
+    return spatial, temporal
+
+
+def resolve_padding(
+    op: str,
+    padding: Any,
+    kernel: Triple,
+    stride: Triple,
+    dilation: Triple,
+    temporal_mode: str,
+    causal: Any,
+) -> Padding:
+    """Padding before and after each axis, from an int, a triple, "same" or "valid", and causal.
+
+    Raises:
+        TypeError, ValueError: what cannot be padded so.
+    """
+    if causal not in (False, True, "strided"):
+        raise ValueError(f"{op}: causal must be False, True or 'strided', got {causal!r}")
+    extent = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if isinstance(padding, str):
+        name(f"{op}: padding as a string", padding, ("same", "valid"))
+        if padding == "same" and any(s != 1 for s in stride):
+            raise ValueError(f"{op}: padding='same' requires stride 1, got stride {stride}")
+        each = [(e // 2, e - e // 2) if padding == "same" else (0, 0) for e in extent]
+        if causal:
+            each[0] = (0, 0)
+    else:
+        each = _each_side(op, padding)
+    if causal:
+        if each[0] != (0, 0):
+            raise ValueError(
+                f"{op}: causal pads time by itself and requires a temporal padding of 0, "
+                f"got padding {padding!r}"
+            )
+        if temporal_mode not in ("zeros", "replicate"):
+            raise ValueError(
+                f"{op}: causal requires a temporal padding_mode of 'zeros' or 'replicate' "
+                f"({temporal_mode!r} would show it later frames)"
+            )
+        left = extent[0] + (1 - stride[0] if causal == "strided" else 0)
+        if left < 0:
+            raise ValueError(
+                f"{op}: causal='strided' requires a temporal stride of at most "
+                f"{extent[0] + 1} for this kernel, got {stride[0]}"
+            )
+        each[0] = (left, 0)
+    return tuple(p for pair in each for p in pair)  # type: ignore[return-value]
+
+
+def _each_side(op: str, padding: Any) -> list[tuple[int, int]]:
+    """(before, after) of each axis from an int or a triple whose entries are ints or such pairs."""
+    if not isinstance(padding, Sequence):
+        return [(p, p) for p in triple(f"{op}: padding", padding, 0)]
+    sides = [[p, p] if isinstance(p, int) else p for p in padding]
+    what = f"{op}: padding before and after each axis"
+    if not all(isinstance(s, Sequence) and len(s) == 2 for s in sides):
+        raise TypeError(f"{what} must be ints or pairs of ints, got {padding!r}")
+    before = triple(what, [s[0] for s in sides], 0)
+    after = triple(what, [s[1] for s in sides], 0)
+    return list(zip(before, after, strict=True))
+
+
+def batched(op: str, x: Tensor) -> tuple[Tensor, bool]:
+    """x as (N, C, T, H, W), and whether it came so.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: neither 5-D nor 4-D.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() not in (4, 5):
+        raise ValueError(f"{op}: x must be (N, C, T, H, W) or (C, T, H, W), got {tuple(x.shape)}")
+    return (x, True) if x.dim() == 5 else (x.unsqueeze(0), False)
+
+
+def _same_dtype(
+    op: str, tensors: Sequence[Tensor | None], cast: torch.dtype | None, residual: Any = None
+) -> None:
+    """
+    Raises:
+        TypeError: a weight, a bias or the residual in another dtype than x, once autocast has cast
+            all but the residual.
+    """
+
+    def after(t: Tensor) -> torch.dtype:
+        return t.dtype if cast is None or t.dtype == torch.float64 else cast
+
+    dtype = after(tensors[0])  # type: ignore[arg-type]
+    labels = PairTensors._fields[: len(tensors)]
+    came = {n: after(t) for n, t in zip(labels, tensors, strict=True) if t is not None}
+    if residual is not None:
+        came["residual"] = residual.dtype
+    for label, found in came.items():
+        if found != dtype:
+            raise TypeError(f"{op}: {label} must have the dtype of x, {dtype}, got {found}")
+
+
+def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Check a combination of shapes, dtypes, devices and settings only the first time."""
+    passed: dict[Any, Any] = {}
+
+    @wraps(check)
+    def checked(tensors: Any, cast: torch.dtype | None, norm: Any, *settings: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return check(tensors, cast, norm, *settings)
+        try:
+            key = _identity(tensors, cast, norm, settings)
+            found = passed.get(key)
+        except (TypeError, AttributeError, ValueError):  # an odd one: the check says what is wrong
+            return check(tensors, cast, norm, *settings)
+        if found is None:
+            if len(passed) >= 4096:
+                passed.clear()
+            found = passed[key] = check(tensors, cast, norm, *settings)
+        return found
+
+    return checked
+
+
+def _identity(tensors: Any, cast: torch.dtype | None, norm: Any, settings: tuple[Any, ...]) -> Any:
+    """What a check looks at: of a tensor its shape, dtype and device; of settings their bytes.
+
+    Equal numbers of different types are different: 1, 1.0 and True.
+
+    Raises:
+        TypeError, AttributeError, ValueError: other types among them.
+    """
+    if norm is not None:  # a BatchNorm; its momentum may be another one in every call
+        tensors, settings = (*tensors, *norm[:4]), (*settings, norm[4], *norm[6:])
+    seen = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    return marshal.dumps(settings, 2), cast, type(norm), *seen
+
+
+@remembered
+def pair(
+    tensors: PairTensors,
+    cast: torch.dtype | None,
+    norm: BatchNorm | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    padding_mode: Any,
+    activation: str | None,
+    negative_slope: float,
+    order: str,
+    causal: Any,
+    recompute: bool,
+    outer_activation: str | None = None,
+) -> tuple[PairSpec, int]:
+    """Validated arguments of ``conv2plus1d``, and the values per channel of its mid tensor.
+
+    Args:
+        tensors: without those of the norm.
+        cast: what autocast will make of them, or None.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+    """
+    op = "conv2plus1d"
+    name(f"{op}: order", order, ORDERS)
+    geometry = _geometry(op, tensors, stride, padding, dilation, groups, padding_mode, causal)
+    act = activation_name(f"{op}: activation", activation)
+    kind, eps = "none", 0.0
+    if norm is not None:
+        kind, eps = _norm(op, norm)
+    outer = activation_name(f"{op}: outer_activation", outer_activation)
+    spec = PairSpec(
+        *geometry, act, float(negative_slope), kind, eps, order, bool(recompute), outer,
+        norm.group if norm is not None and norm.training else "",
+    )  # fmt: skip
+    problem = Problem.of(tensors, spec)
+    first, second = problem.passes
+    _weights_fit(op, tensors)
+    if first.in_channels != tensors.x.shape[1] or second.in_channels != first.out_channels:
+        raise ValueError(
+            f"{op}: channels must chain: x has {tensors.x.shape[1]}; the {first.kind} weight takes "
+            f"{first.in_channels} (groups {first.groups}) and gives {first.out_channels}; the "
+            f"{second.kind} weight takes {second.in_channels} (groups {second.groups})"
+        )
+    _sizes(op, first, problem.size, problem.mid_size)
+    _sizes(op, second, problem.mid_size, problem.out_size)
+    if tensors.residual is not None:
+        _residual(op, tensors.residual, problem)
+    if norm is not None:
+        labels = ("running_mean", "running_var", "weight", "bias")
+        for label, vector in zip(labels, norm[:4], strict=True):
+            _vector(op, f"norm.{label}", vector, first.out_channels, tensors.x.device)
+    t, h, w = problem.mid_size
+    values = tensors.x.shape[0] * t * h * w  # math.prod would break a compiled graph
+    if kind == "batch" and values == 1 and not spec.group:
+        raise ValueError(
+            f"{op}: batch norm in training requires more than 1 value per channel, got the mid "
+            f"tensor {(tensors.x.shape[0], first.out_channels, *problem.mid_size)}"
+        )
+    _same_dtype(op, tensors[:5], cast, tensors.residual)
+    return spec, values
+
+
+def outer_norm(op: str, norm: Any, problem: Problem) -> None:
+    """
+    Raises:
+        TypeError, ValueError: a norm of the output that is none, or does not fit it.
+    """
+    _norm(op, norm, "outer_norm")
+    labels = ("running_mean", "running_var", "weight", "bias")
+    for label, t in zip(labels, norm[:4], strict=True):
+        _vector(op, f"outer_norm.{label}", t, problem.out_channels, problem.device)
+    n, _, t_, h, w = problem.out_shape
+    if norm.training and not norm.group and n * t_ * h * w == 1:
+        raise ValueError(
+            f"{op}: batch norm in training requires more than 1 value per channel, got the output "
+            f"{problem.out_shape}"
+        )
+
+
+def _residual(op: str, residual: Any, problem: Problem) -> None:
+    """
+    Raises:
+        TypeError: the residual is no tensor.
+        ValueError: it has not the shape of y, or is on another device.
+    """
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{op}: residual must be a tensor, got {type(residual).__name__}")
+    if residual.shape != problem.out_shape:
+        raise ValueError(
+            f"{op}: residual must have the shape of the output, {problem.out_shape}, got "
+            f"{tuple(residual.shape)}"
+        )
+    if residual.device != problem.device:
+        raise ValueError(
+            f"{op}: residual must be on the device of x, {problem.device}, got {residual.device}"
+        )
+
+
+@remembered
+def parallel(
+    tensors: ParallelTensors,
+    cast: torch.dtype | None,
+    norm: None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    padding_mode: Any,
+    branch_activation: str | None,
+    activation: str | None,
+    negative_slope: float,
+    combine: str,
+    causal: Any,
+) -> ParallelSpec:
+    """Validated arguments of ``parallel_conv2plus1d``.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+    """
+    op = "parallel_conv2plus1d"
+    name(f"{op}: combine", combine, COMBINES)
+    geometry = _geometry(op, tensors, stride, padding, dilation, groups, padding_mode, causal)
+    spec = ParallelSpec(
+        *geometry, activation_name(f"{op}: branch_activation", branch_activation),
+        activation_name(f"{op}: activation", activation), float(negative_slope), combine,
+    )  # fmt: skip
+    _weights_fit(op, tensors)
+    problem = Problem.of(tensors, spec)
+    spatial, temporal = problem.passes
+    for p in problem.passes:
+        if p.in_channels != tensors.x.shape[1]:
+            raise ValueError(
+                f"{op}: the {p.kind} weight takes {p.in_channels} channels (groups {p.groups}), "
+                f"but x has {tensors.x.shape[1]}"
+            )
+        _sizes(op, p, problem.size, p.out_size(problem.size))
+    sizes = spatial.out_size(problem.size), temporal.out_size(problem.size)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{op}: both branches must have the same output size (T, H, W), got {sizes[0]} from "
+            f"the spatial and {sizes[1]} from the temporal one; pad each by dilation·(kernel−1)/2"
+        )
+    if combine == "add" and spatial.out_channels != temporal.out_channels:
+        raise ValueError(
+            f"{op}: combine='add' requires branches of equal channels, got "
+            f"{spatial.out_channels} (spatial) and {temporal.out_channels} (temporal)"
+        )
+    _same_dtype(op, tensors, cast)
+    return spec
+
+
+def _geometry(
+    op: str,
+    tensors: PairTensors | ParallelTensors,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    padding_mode: Any,
+    causal: Any,
+) -> tuple[Triple, Padding, Triple, tuple[int, int], tuple[str, str]]:
+    """The first five fields of both specs."""
+    for label in ("spatial_weight", "temporal_weight"):
+        w = getattr(tensors, label)
+        if not isinstance(w, Tensor):
+            raise TypeError(f"{op}: {label} must be a tensor, got {type(w).__name__}")
+    ws, wt = tensors.spatial_weight.shape, tensors.temporal_weight.shape
+    if len(ws) != 5 or ws[2] != 1 or 0 in ws:
+        raise ValueError(
+            f"{op}: spatial_weight must be (out, in/groups, 1, kh, kw), got {tuple(ws)}"
+        )
+    if len(wt) != 5 or wt[3:] != (1, 1) or 0 in wt:
+        raise ValueError(
+            f"{op}: temporal_weight must be (out, in/groups, kt, 1, 1), got {tuple(wt)}"
+        )
+    stride = triple(f"{op}: stride", stride, 1)
+    dilation = triple(f"{op}: dilation", dilation, 1)
+    pair_of_groups = per_pass(f"{op}: groups", groups, int)
+    for g, w, kind in zip(pair_of_groups, (ws, wt), ("spatial", "temporal"), strict=True):
+        if g < 1 or w[0] % g:
+            raise ValueError(
+                f"{op}: groups must be at least 1 and divide the {w[0]} output channels of the "
+                f"{kind} weight, got {g}"
+            )
+    modes = padding_modes(op, padding_mode)
+    kernel = (wt[2], ws[3], ws[4])
+    pads = resolve_padding(op, padding, kernel, stride, dilation, modes[1], causal)
+    return stride, pads, dilation, pair_of_groups, modes
+
+
+def _weights_fit(op: str, tensors: PairTensors | ParallelTensors) -> None:
+    """Devices of weights, and shapes and devices of biases."""
+    x = tensors.x
+    for label in ("spatial_weight", "temporal_weight"):
+        w = getattr(tensors, label)
+        if w.device != x.device:
+            raise ValueError(
+                f"{op}: {label} must be on the device of x, {x.device}, got {w.device}"
+            )
+    _vector(op, "spatial_bias", tensors.spatial_bias, tensors.spatial_weight.shape[0], x.device)
+    _vector(op, "temporal_bias", tensors.temporal_bias, tensors.temporal_weight.shape[0], x.device)
+
+
+def _vector(op: str, label: str, t: Tensor | None, channels: int, device: torch.device) -> None:
+    if t is None:
+        return
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {label} must be a tensor or None, got {type(t).__name__}")
+    if tuple(t.shape) != (channels,):
+        raise ValueError(f"{op}: {label} must be ({channels},), got {tuple(t.shape)}")
+    if t.device != device:
+        raise ValueError(f"{op}: {label} must be on the device of x, {device}, got {t.device}")
+
+
+def _norm(op: str, norm: Any, label: str = "norm") -> tuple[str, float]:
+    from ..functional import BatchNorm
+
+    if not isinstance(norm, BatchNorm):
+        raise TypeError(
+            f"{op}: {label} must be a fastst.functional.BatchNorm or None, got "
+            f"{type(norm).__name__}"
+        )
+    if not norm.training and (norm.running_mean is None or norm.running_var is None):
+        raise ValueError(
+            f"{op}: {label} requires running_mean and running_var unless {label}.training, got None"
+        )
+    return ("batch" if norm.training else "frozen"), float(norm.eps)
+
+
+def _sizes(op: str, p: Pass, size: Triple, out_size: Triple) -> None:
+    """Kernel within the padded input, padding within what its mode can read."""
+    for i, axis in enumerate(_AXES):
+        before, after = p.padding[2 * i : 2 * i + 2]
+        extent = p.dilation[i] * (p.kernel[i] - 1) + 1
+        if out_size[i] < 1:
+            raise ValueError(
+                f"{op}: {axis} of {size[i]} with padding {before} + {after} must be at least the "
+                f"{p.kind} kernel's extent of {extent}"
+            )
+        limit = {"reflect": size[i] - 1, "circular": size[i]}.get(p.padding_mode)
+        if limit is not None and max(before, after) > limit:
+            raise ValueError(
+                f"{op}: padding_mode {p.padding_mode!r} requires a padding of at most {limit} for "
+                f"a {axis} of {size[i]}, got {max(before, after)}"
+            )

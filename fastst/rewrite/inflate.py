@@ -1,0 +1,218 @@
+"""(2+1)D networks from 2D ones, equal to them frame by frame until they are trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch
+from ..nn.layers import Conv2Plus1d
+from ..problem import checks
+from .convert.match import why_altered
+from .convert.trace import is_watched
+
+_TOLERANCE = 1e-9  # of float64 outputs, relative to the largest
+
+
+def inflate(
+    model: nn.Module,
+    *,
+    temporal_kernel: int = 3,
+    depthwise: bool = False,
+    example: Tensor | None = None,
+) -> nn.Module:
+    """A (2+1)D copy of a 2D network, or of an ``nn.Conv2d``, with a temporal identity.
+
+    Each ``nn.Conv2d`` becomes a ``Conv2Plus1d`` without norm or activation inside: its spatial
+    convolution has the weights of the 2D one, its temporal convolution passes every channel of the
+    middle frame on (1 there, 0 elsewhere), and learns the rest. 1×1 convolutions become 1×1×1 ones.
+    Batch norms, pools and dropout become their 3D forms, over space only; a global average pool
+    averages over time, too.
+
+    So features equal those of the 2D network frame by frame, and the logits of a linear head its
+    logits averaged over the frames. That is checked on random frames before the copy is returned.
+
+    Args:
+        model: 2D network in the manner of torchvision's and timm's ResNets, or a convolution; left
+            as it is.
+        temporal_kernel: kt, odd.
+        depthwise: temporal convolutions of single channels instead of all to all.
+        example: (T, C, H, W) frames to check with; by default 2 random ones of 64 × 64.
+
+    Returns:
+        A network from (N, C, T, H, W). Keys: ``x.weight`` becomes ``x.spatial.weight``, and
+        ``x.temporal.weight`` comes in.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: an even or no kernel; a module without a 3D form, or that is hooked,
+            parametrized, quantised, lazy or meta; or the copy is not equal to the 2D network.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"inflate: model must be an nn.Module, got {type(model).__name__}")
+    checks.triple("inflate: temporal_kernel", temporal_kernel, 1)
+    if temporal_kernel % 2 == 0:
+        raise ValueError(f"inflate: temporal_kernel must be odd, got {temporal_kernel}")
+    inflated = copy.deepcopy(model)
+    replaced: dict[int, nn.Module] = {}  # by the 2D module, so that shared ones stay shared
+    for name, module in list(inflated.named_modules(remove_duplicate=False)):
+        if id(module) not in replaced:
+            replaced[id(module)] = _inflated(name, module, temporal_kernel, depthwise)
+        new = replaced[id(module)]
+        if new is module:
+            continue
+        if not name:
+            inflated = new
+        else:
+            above, _, last = name.rpartition(".")
+            setattr(inflated.get_submodule(above), last, new)
+    _check(model, inflated, example)
+    return inflated
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: a module whose replacement would lose hooks, or whose weights have no values.
+    """
+    why = why_altered({name: module}.__getitem__, [name])
+    if why is None and is_watched(module):
+        why = f"{name or 'the model'} has hooks"
+    if why is not None:
+        raise ValueError(f"inflate: {why}")
+
+
+def _inflated(name: str, module: Any, kt: int, depthwise: bool) -> nn.Module:
+    """The 3D form of a module; the module itself where it has nothing to do with space."""
+    kind = type(module)
+    spatial = any(base in _FORMS or base is nn.Conv2d for base in kind.__mro__)
+    if spatial:
+        _check_plain(name, module)
+    if kind is nn.Conv2d:
+        return _conv(module, kt, depthwise)
+    make = _FORMS.get(kind)
+    if make is not None:
+        new = make(module)
+        new._parameters, new._buffers = module._parameters, module._buffers
+        return new.train(module.training)
+    if spatial or (kind.__module__.startswith("torch.nn") and kind.__name__.endswith("2d")):
+        raise ValueError(
+            f"inflate: {name or 'the model'} is a {kind.__name__}, of which no 3D form is known"
+        )
+    return module
+
+
+def _conv(conv: Any, kt: int, depthwise: bool) -> nn.Module:
+    where = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+    stride, dilation = (1, *conv.stride), (1, *conv.dilation)
+    space = (0, 0) if conv.padding == "valid" else conv.padding
+    bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
+    if conv.kernel_size == (1, 1):
+        padding = space if isinstance(space, str) else (0, *space)
+        new: Any = nn.Conv3d(
+            conv.in_channels, conv.out_channels, 1, stride, padding, dilation, conv.groups,
+            False, conv.padding_mode, **where,
+        )  # fmt: skip
+        spatial = new
+    else:
+        k = conv.out_channels
+        new = Conv2Plus1d(
+            conv.in_channels, k, (kt, *conv.kernel_size), stride,
+            space if isinstance(space, str) else (kt // 2, *space), dilation,
+            (conv.groups, k if depthwise else 1), False, (conv.padding_mode, "zeros"),
+            mid_channels=k, activation=None, **where,
+        )  # fmt: skip
+        spatial = new.spatial
+        nn.init.zeros_(new.temporal.weight)
+        i = torch.arange(k)
+        new.temporal.weight.data[i, 0 if depthwise else i, kt // 2] = 1.0
+    spatial.weight.data.copy_(conv.weight.detach().unsqueeze(2))
+    spatial.weight.requires_grad_(conv.weight.requires_grad)
+    spatial.bias = bias
+    return new.train(conv.training)
+
+
+def _batch_norm(m: nn.BatchNorm2d) -> nn.Module:
+    return nn.BatchNorm3d(m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats)
+
+
+def _max_pool(m: nn.MaxPool2d) -> nn.Module:
+    return nn.MaxPool3d(
+        _space(m.kernel_size, 1), _space(m.stride, 1), _space(m.padding, 0), _space(m.dilation, 1),
+        m.return_indices, m.ceil_mode,
+    )  # fmt: skip
+
+
+def _avg_pool(m: nn.AvgPool2d) -> nn.Module:
+    return nn.AvgPool3d(
+        _space(m.kernel_size, 1), _space(m.stride, 1), _space(m.padding, 0), m.ceil_mode,
+        m.count_include_pad, m.divisor_override,
+    )  # fmt: skip
+
+
+def _adaptive_avg_pool(m: nn.AdaptiveAvgPool2d) -> nn.Module:
+    h, w = _pair(m.output_size)
+    return nn.AdaptiveAvgPool3d((1 if (h, w) == (1, 1) else None, h, w))
+
+
+_FORMS: dict[type, Callable[[Any], nn.Module]] = {
+    nn.BatchNorm2d: _batch_norm,
+    nn.MaxPool2d: _max_pool,
+    nn.AvgPool2d: _avg_pool,
+    nn.AdaptiveAvgPool2d: _adaptive_avg_pool,
+    nn.AdaptiveMaxPool2d: lambda m: nn.AdaptiveMaxPool3d((None, *_pair(m.output_size))),
+    nn.Dropout2d: lambda m: nn.Dropout3d(m.p, m.inplace),
+}
+
+
+def _pair(v: Any) -> tuple[Any, Any]:
+    return tuple(v) if isinstance(v, (tuple, list)) else (v, v)
+
+
+def _space(v: Any, time: int) -> tuple[int, int, int]:
+    return (time, *_pair(v))
+
+
+def _check(model: nn.Module, inflated: nn.Module, example: Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: the inflated network is not equal to the 2D one frame by frame.
+    """
+    if example is None:
+        convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        if not convs:
+            raise ValueError("inflate: the model has no nn.Conv2d")
+        example = torch.randn(
+            2, convs[0].in_channels, 64, 64, generator=torch.Generator().manual_seed(0)
+        )
+    if example.dim() != 4:
+        raise ValueError(f"inflate: example must be (T, C, H, W), got {tuple(example.shape)}")
+    flat, deep = (copy.deepcopy(m).cpu().double().eval() for m in (model, inflated))
+    frames = example.detach().cpu().double()
+    with torch.no_grad(), dispatch.use_backend("reference"):
+        try:
+            wanted = flat(frames)
+        except Exception as error:  # whatever user code raises on frames that it cannot take
+            raise ValueError(
+                f"inflate: the 2D network does not run on frames of {tuple(frames.shape)}, give an "
+                f"example that it runs on: {error}"
+            ) from error
+        try:
+            y = deep(frames.transpose(0, 1).unsqueeze(0))
+        except Exception as error:  # whatever user code raises on a 5-D tensor
+            raise ValueError(f"inflate: the inflated network does not run: {error}") from error
+    if not isinstance(y, Tensor) or not isinstance(wanted, Tensor):
+        raise ValueError(f"inflate: the model must return a tensor, got {type(wanted).__name__}")
+    if y.shape == wanted[:1].shape:
+        wanted = wanted.mean(0, keepdim=True)
+    else:
+        wanted = wanted.transpose(0, 1).unsqueeze(0)
+    if y.shape != wanted.shape or (y - wanted).abs().max() > _TOLERANCE * wanted.abs().max():
+        raise ValueError(
+            "inflate: the inflated network is not equal to the 2D one frame by frame: its forward "
+            "does something of its own along height and width"
+        )
