@@ -27,10 +27,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The first line brings what the second builds with; both take torch in the pinned version.
-$(TOOLS): pyproject.toml constraints.txt tests/peers.txt | $(BIN)/python
+$(TOOLS): pyproject.toml constraints.txt tests/support/peers.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt torch 'setuptools>=77' pybind11 ninja
 	FASTST_BUILD_CUDA=0 $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
-	-$(BIN)/python -m pip install --no-deps --no-build-isolation -r tests/peers.txt
+	-$(BIN)/python -m pip install --no-deps --no-build-isolation -r tests/support/peers.txt
 	@touch $@
 
 # The native library, where there is an nvcc; compiles only what has changed.

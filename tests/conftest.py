@@ -12,13 +12,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by fastst even
 
-import fuzz
-
 import fastst
+from tests.support import fuzz
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
     torch.set_num_threads(1)  # tests run side by side
     # What was tuned or checked on this machine must not change which way the tests take.
     cache = tempfile.TemporaryDirectory(prefix="fastst-tests-")

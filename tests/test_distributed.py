@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import SIZE, Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +20,7 @@ import fastst
 from fastst.ops import batch_slices
 from fastst.ranks.collectives import Window, _needs
 from fastst.rewrite import shard_time
+from tests.support.ranks import SIZE, Ranks
 
 DTYPE = torch.float64
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}

@@ -6,7 +6,6 @@ import itertools
 import math
 from typing import Any
 
-import fuzz
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import fastst
 from fastst.functional import BatchNorm, conv2plus1d, parallel_conv2plus1d
 from fastst.problem import checks
+from tests.support import fuzz
 
 F64 = dict(rtol=1e-10, atol=1e-10)
 

@@ -12,8 +12,8 @@ import pytest
 import fastst
 from fastst import info
 from fastst.dispatch import selfcheck
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 SECTIONS = ("Versions", "Devices", "Native library", "Backends", "Cache", "Environment")
 
 

@@ -1,0 +1,142 @@
+"""Bugs planted in the Hopper kernels: a wrong result or the emulator's checks must tell each."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastst.backends import cuda
+from fastst.backends.cuda import hopper as cuda_hopper
+from fastst.backends.cuda import library as native
+from fastst.backends.cuda.hopper import tiles
+from fastst.dispatch import selfcheck
+from fastst.problem.spec import Problem
+from tests.support import fuzz, hopper, planted
+from tests.support.fuzz import Config
+
+
+@pytest.fixture(autouse=True)
+def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What mutants have: the smallest tiles."""
+    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(tiles, "SPATIAL_TILES", ((64, 2, 2),))
+    monkeypatch.setattr(tiles, "TEMPORAL_TILES", ((64, 4),))
+    for name in ("spatial", "temporal"):  # without what they remember
+        monkeypatch.setattr(tiles, name, getattr(tiles, name).__wrapped__)
+
+
+SPATIAL = Config(
+    seed=1, channels=72, mid=40, out=8, batch=1, size=(5, 9, 10), norm="batch",
+    dtype=torch.float16, x_layout="channels_last",
+)  # fmt: skip
+TEMPORAL = Config(
+    seed=1, channels=8, mid=72, out=136, batch=2, size=(5, 3, 3), norm="batch", activation="silu",
+    dtype=torch.float16, x_layout="channels_last",
+)  # fmt: skip
+STEM = Config(
+    seed=1, channels=3, mid=45, out=64, batch=1, size=(4, 20, 21), kernel=(3, 7, 7),
+    stride=(1, 2, 2), padding=(1, 3, 3), norm="frozen", dtype=torch.float16,
+    x_layout="channels_last",
+)  # fmt: skip
+
+# Left out of the mutants to compile them quickly: they have the 64-column kernels in float16 alone.
+UNUSED = (
+    ("hopper_spatial.cu", r" *if \(is\((?!64).*\n", ""),
+    ("hopper_temporal.cu", r" *if \(is\((?!64).*\n", ""),
+    ("hopper_spatial.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+    ("hopper_temporal.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+    ("hopper_stem.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+)
+HEADERS = ("hopper_spatial", "hopper_temporal", "pipeline", "accumulators")
+
+
+def plant(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
+    return planted.library(folder, file, right, wrong, UNUSED, HEADERS)
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "config"),
+    [
+        # a tap off by one
+        ("hopper_spatial.cu", "(block * p.h.kernel + kh + i) * N",
+         "(block * p.h.kernel + (kh + i + 1) % p.h.kernel) * N", SPATIAL),
+        ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
+        ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
+        # a wrong swizzle
+        ("hopper_spatial.cu", ".swizzle = swizzle});", ".swizzle = Swizzle::none});", SPATIAL),
+        ("hopper_temporal.cu", "^ (row % 8)", "^ (row % 4)", TEMPORAL),
+        # a wrong phase
+        ("hopper_spatial.cu", "mbarrier_wait(empty_ + stage_, phase_ ^ 1)",
+         "mbarrier_wait(empty_ + stage_, phase_)", SPATIAL),
+        # a missing fence
+        ("hopper_spatial.cu", "wgmma_fence();", "", SPATIAL),
+        ("hopper_spatial.cu", "fence_proxy_async();", "", SPATIAL),
+        ("hopper_temporal.cu", "mbarrier_fence_init();", "", TEMPORAL),
+        ("hopper_stem.cu", "keep(sums[tap]);\n            wgmma_fence();", "", STEM),
+        # a stage given back too early
+        ("hopper_spatial.cu", "wgmma_wait<1>();", "", SPATIAL),
+        ("hopper_temporal.cu", "wgmma_wait<0>();", "", TEMPORAL),
+        ("hopper_stem.cu", "sync_warp();\n    if (threadIdx.x % 32 == 0) mbarrier_arrive(full());",
+         "if (threadIdx.x % 32 == 0) mbarrier_arrive(full());", STEM),
+        # blocks of a cluster: a stage that is not given back to both, or not waited for by both; a
+        # copy to one of them; barriers used before they exist, or after their block has ended
+        ("hopper_spatial.cu", ", mbarrier_arrive_at(empty_ + stage, 1);", ";", SPATIAL),
+        ("hopper_temporal.cu", "warps * cluster_", "warps", TEMPORAL),
+        ("hopper_temporal.cu", "(1 << cluster_) - 1", "1", TEMPORAL),
+        ("hopper_spatial.cu", "cluster_sync();", "sync_block();", SPATIAL),
+        ("hopper_spatial.cu", "ring.end();", "", SPATIAL),
+        ("hopper_temporal.cu", "weights.end();", "", TEMPORAL),
+        # weights of other columns
+        ("hopper_temporal.cu", "stay && column == held", "stay && held >= 0", TEMPORAL),
+        # statistics of rows that do not exist, and normalised padding
+        ("hopper_spatial.cu", "float(there[0]) + float(there[1])", "2.0f", SPATIAL),
+        ("hopper_temporal.cu", "return !replicate ? -1 :", "return", TEMPORAL),
+    ],
+)  # fmt: skip
+def test_planted_bug_is_caught(
+    file: str,
+    right: str,
+    wrong: str,
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By blocks in clusters of two."""
+    library = plant(tmp_path, file, right, wrong)
+    monkeypatch.setattr(native, "emulated", lambda: library)
+    hopper.in_clusters(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        fuzz.check(config, "cuda", backward=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("hopper_spatial.cu", "+ k * dilation - before;", "+ k * dilation - before + 1;"),
+        ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;"),
+        ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps"),
+    ],
+)
+def test_auto_passes_over_a_wrong_kernel(
+    file: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its self-check finds it, on what stands for a GPU, and says so once."""
+    library = plant(tmp_path, file, right, wrong)
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+    monkeypatch.setattr(native, "emulated", lambda: library)
+    for module in (cuda, cuda_hopper):
+        monkeypatch.setattr(module, "emulating", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    spec, tensors, *_ = selfcheck._hopper_examples(torch.float16)[0]
+    problem = Problem.of(tensors, spec)
+    with pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'cuda'"):
+        why = cuda.avoid(problem, "forward")
+    assert why is not None and "in its self-check" in why
+    assert cuda.avoid(problem, "forward") == why

@@ -1,0 +1,123 @@
+"""What the documentation says is executed: snippets, commands, links."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastst
+from fastst.backends import cpu, cuda, triton
+from fastst.machine import choices
+from fastst.problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
+from tests.support import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#]+)")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def snippets(page: Path) -> list[tuple[int, str]]:
+    """First line number and source of each Python block."""
+    text = page.read_text(encoding="utf-8")
+    return [(text[: m.start(1)].count("\n"), m[1]) for m in _BLOCK.finditer(text)]
+
+
+@each_page
+def test_snippets_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All blocks of a page, in order, in one namespace; slow paths only where they are shown."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fastst.dispatch.selection, "_warned", set())
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastst.FallbackWarning)
+        for line, source in snippets(page):
+            code = compile("\n" * line + source, str(page), "exec")
+            exec(code, namespace)
+    choices.forget()
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    missing = [
+        link for link in _LINK.findall(page.read_text()) if not (page.parent / link).exists()
+    ]
+    assert not missing
+
+
+@each_page
+def test_commands_exist(page: Path) -> None:
+    """Every ``make x`` is a target, every ``python -m fastst.x`` or ``benchmarks.x`` a module."""
+    text = page.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^    |^)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    for module in set(re.findall(r"python -m ((?:fastst|benchmarks)[\w.]*)", text)):
+        assert importlib.util.find_spec(module) is not None, module
+
+
+def test_readme_shows_the_equivalence_first() -> None:
+    """The first screen executes a comparison with two convolutions."""
+    first, source = snippets(ROOT / "README.md")[0]
+    assert first < 30
+    assert "assert_close" in source
+
+
+def problem(**changes: Any) -> Problem:
+    """A pair on a device, or the parallel layer, with one thing made different."""
+    device = torch.device(changes.pop("device", "cuda"))
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    parallel, dtype = changes.pop("parallel", False), changes.pop("dtype", usual)
+    groups = changes.get("groups", (1, 1))
+    sizes = [(2, 16, 5, 9, 9), (16, 16 // groups[0], 1, 3, 3), (16, 16 // groups[1], 3, 1, 1)]
+    tensors = [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
+    padding = (1, 1, 1, 1, 1, 1)
+    if parallel:
+        described = Problem.of(ParallelTensors(*tensors), ParallelSpec(padding=padding, **changes))
+    else:
+        described = Problem.of(PairTensors(*tensors), PairSpec(padding=padding, **changes))
+    return dataclasses.replace(described, device=device)
+
+
+FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "inference, batch norm folded": ("forward", {"norm": "frozen"}),
+    "training forward, batch norm": ("forward", {"norm": "batch"}),
+    "backward": ("backward", {"norm": "batch"}),
+    "float16, float32": ("forward", {"dtype": torch.float16}),
+    "float64": ("forward", {"dtype": torch.float64}),
+    "depthwise and grouped": ("forward", {"groups": (16, 16)}),
+    "temporal-first": ("forward", {"order": "temporal-first"}),
+    "padding modes": ("forward", {"padding_mode": ("reflect", "replicate")}),
+    "parallel layer": ("forward", {"parallel": True}),
+    "parallel layer, backward": ("backward", {"parallel": True}),
+}
+
+
+def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cell of the README's table against ``why_not``, as if there were an H200 and AVX-512."""
+    library = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "")
+    monkeypatch.setattr(cuda, "load", lambda: library)
+    monkeypatch.setattr(cpu, "load", lambda: library)
+    monkeypatch.setattr(triton.launch, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton.launch, "interpreted", lambda: False)
+    rows = re.findall(r"^\| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = {label: cells for label, *cells in (row.split(" | ") for row in rows)}
+    names = [cell.strip("`") for cell in table["call"]]
+    assert names == list(fastst.dispatch.BACKENDS)
+    for feature, (phase, changes) in FEATURES.items():
+        found = [
+            backend.why_not(problem(**changes, device="cpu" if name == "cpu" else "cuda"), phase)
+            for name, backend in fastst.dispatch.BACKENDS.items()
+        ]
+        assert table[feature] == ["yes" if why is None else "no" for why in found], (feature, found)

@@ -1,0 +1,111 @@
+"""What ``pip install`` brings: built without torch, without a compiler, complete and importable."""
+
+from __future__ import annotations
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import fastst
+from tests.support import ROOT
+
+_NOT_SOURCES = shutil.ignore_patterns(
+    ".*", "build", "dist", "out", "__pycache__", "*.so", "*.egg-info"
+)
+
+
+def without(folder: Path, *packages: str) -> dict[str, str]:
+    """An environment in which importing these packages fails, and their names say why."""
+    for name in packages:
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} must not be needed')")
+    built = {"FASTST_BUILD_CUDA": "0", "FASTST_BUILD_CPU": "0"}
+    return {**os.environ, "PYTHONPATH": str(folder), **built}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the sources, where torch, numpy and triton cannot be imported."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "source", ignore=_NOT_SOURCES)
+    (folder / "missing").mkdir()
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "."]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, "./source"],
+        cwd=folder,
+        env=without(folder / "missing", "torch", "numpy", "triton"),
+        check=True,
+    )
+    (found,) = folder.glob("fastst-*.whl")
+    return found
+
+
+def test_wheel_is_pure_and_complete(wheel: Path) -> None:
+    assert wheel.name == f"fastst-{fastst.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fastst").rglob("*.py")}
+    assert sources <= set(names)
+    data = "fastst/demo/data"
+    assert {"fastst/py.typed", f"{data}/README.md", f"{data}/bigbuckbunny_256x144.mp4"} <= set(
+        names
+    )
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0] for name in names} == {
+        "fastst",
+        f"fastst-{fastst.__version__}.dist-info",
+    }
+
+
+def test_metadata_asks_for_ranges(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (path,) = [name for name in archive.namelist() if name.endswith("dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(path))
+    required = [Requirement(r) for r in metadata.get_all("Requires-Dist", [])]
+    assert [str(r) for r in required if r.marker is None] == ["torch>=2.11"]
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "bench", "train", "dev"}
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    pinned = {r.name: r.specifier for r in map(Requirement, pins)}
+    (torch,) = [r for r in required if r.name == "torch"]
+    assert torch.specifier.contains(str(pinned["torch"]).removeprefix("=="))
+
+
+def test_wheel_imports_without_optional_packages(wheel: Path, tmp_path: Path) -> None:
+    """Neither Triton nor the native library nor what the demo needs; the demo says so."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    environment = without(tmp_path, "triton", "av", "matplotlib", "tqdm")
+    environment["PYTHONPATH"] += os.pathsep + str(tmp_path / "installed")
+    program = (
+        "import fastst, torch\n"
+        "layer = fastst.Conv2Plus1d(2, 3, 3, padding=1, norm='batch')\n"
+        "layer(torch.randn(1, 2, 3, 4, 4)).sum().backward()\n"
+        "print(fastst.__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "installed"))
+    demo = subprocess.run(
+        [sys.executable, "-m", "fastst.demo"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert demo.returncode == 2
+    assert "pip install 'fastst[demo]'" in demo.stderr
+    assert "Traceback" not in demo.stderr

@@ -1,0 +1,52 @@
+"""Emulated libraries with a bug planted in a copy of the kernels' sources."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from fastst.backends.cuda import library as native
+from tests.support import ROOT
+
+CSRC = ROOT / "csrc"
+
+
+def library(
+    folder: Path,
+    file: str,
+    right: str,
+    wrong: str,
+    unused: Sequence[tuple[str, str, str]] = (),
+    headers: Sequence[str] = (),
+) -> ModuleType:
+    """The emulated library in which ``file`` has ``wrong`` for ``right``.
+
+    Args:
+        folder: for the copy.
+        unused: (file, pattern, replacement) of what the test does not need and takes long to
+            compile.
+        headers: of csrc/device, from the outermost: they are put into the file, where the bug may
+            then be, so that nothing else is compiled again.
+    """
+    changed = folder / "csrc"
+    shutil.copytree(CSRC, changed)
+    for name, pattern, instead in unused:
+        text, times = re.subn(pattern, instead, (changed / name).read_text())
+        assert times, f"{name} no longer has {pattern}"
+        (changed / name).write_text(text)
+    text = (changed / file).read_text()
+    for header in headers:
+        inside = (changed / f"device/{header}.cuh").read_text().replace("#pragma once", "")
+        include = f"#include <device/{header}.cuh>\n"
+        text = text.replace(include, inside, 1).replace(include, "")
+    assert right in text, f"{file} no longer has {right!r}: plant the bug elsewhere"
+    (changed / file).write_text(text.replace(right, wrong, 1))
+    builder = native.import_file("fastst_emulator_build", native._EMULATOR)
+    built = builder.module(changed)
+    # A module of its own name: pybind11 hands out the first module of a name again.
+    found = native.import_file(f"mutant_{built.parent.name}.{builder.MODULE}", built)
+    assert Path(found.__file__ or "") == built
+    return found
