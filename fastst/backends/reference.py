@@ -31,10 +31,14 @@ def pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
 
 def conv_pass(x: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
     """One pass as ``nn.Conv3d`` computes it."""
+    steps, p = p.subsampling()
     t0, t1, h0, h1, w0, w1 = p.padding
     padding = (t0, h0, w0)
-    if p.padding_mode != "zeros" or padding != (t1, h1, w1):
+    strided = any(step > 1 and pad for step, pad in zip(steps, padding, strict=True))
+    if p.padding_mode != "zeros" or padding != (t1, h1, w1) or strided:
         x, padding = pad(x, p.padding, p.padding_mode), (0, 0, 0)
+    st, sh, sw = steps
+    x = x[:, :, ::st, ::sh, ::sw]
     return F.conv3d(x, weight, bias, p.stride, padding, p.dilation, p.groups)
 
 

@@ -122,6 +122,22 @@ class Pass(NamedTuple):
             for i in range(3)
         )
 
+    def subsampling(self) -> tuple[Triple, Pass]:
+        """Steps along the axes with one tap, and the pass with stride and dilation 1 there.
+
+        Over one tap a stride only says which values are read. PyTorch's convolutions are given
+        none: oneDNN's weight gradient of 1×1 channels-last ones with unequal strides writes out of
+        bounds, and its bfloat16 gradients with a dilation over one tap are wrong.
+        """
+        steps, stride, dilation = zip(
+            *(
+                (s, 1, 1) if k == 1 else (1, s, d)
+                for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True)
+            ),
+            strict=True,
+        )
+        return steps, self._replace(stride=stride, dilation=dilation)
+
     def flops(self, out_positions: int) -> int:
         """Multiplications and additions, padding counted as if it were multiplied."""
         taps = math.prod(self.kernel)

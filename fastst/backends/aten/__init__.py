@@ -352,27 +352,38 @@ def _unframe(frames: Tensor, shape: Sequence[int]) -> Tensor:
     return frames.permute(0, 2, 3, 1).contiguous().view(n, t, frames.shape[2], frames.shape[3], c)
 
 
-def _pad_rows(rows: Tensor, p: Pass) -> tuple[Tensor, tuple[int, int, int]]:
-    """Rows padded as far as the convolution cannot pad itself, and what it still pads."""
+def _own_padding(p: Pass) -> tuple[int, int, int]:
+    """What the convolution pads itself: zeros, as many after as before, of axes it sees whole."""
+    if p.padding_mode != "zeros":
+        return 0, 0, 0
+    steps, _ = p.subsampling()
+    t, h, w = (
+        min(p.padding[2 * i : 2 * i + 2]) if step == 1 else 0 for i, step in enumerate(steps)
+    )
+    return t, h, w
+
+
+def _pad_rows(rows: Tensor, p: Pass) -> Tensor:
+    """Rows padded as far as the convolution cannot pad itself."""
     t0, t1, h0, h1, w0, w1 = p.padding
     if p.padding_mode == "zeros":
-        common = (min(t0, t1), min(h0, h1), min(w0, w1))
-        t, h, w = common
+        t, h, w = _own_padding(p)
         extra = (0, 0, w0 - w, w1 - w, h0 - h, h1 - h, t0 - t, t1 - t)
-        return (F.pad(rows, extra) if any(extra) else rows), common
+        return F.pad(rows, extra) if any(extra) else rows
     for axis, (before, after) in enumerate(((t0, t1), (h0, h1), (w0, w1)), start=1):
         if before or after:
             index = pad_index(p.padding_mode, rows.shape[axis], before, after, rows.device)
             rows = rows.index_select(axis, index)
-    return rows, (0, 0, 0)
+    return rows
 
 
 def _unpad_rows(g: Tensor, size: Sequence[int], p: Pass) -> Tensor:
     """Gradient of ``_pad_rows``: what was copied is summed, what was zero is dropped."""
     t0, t1, h0, h1, w0, w1 = p.padding
+    own = _own_padding(p)
     for axis, (before, after) in enumerate(((t0, t1), (h0, h1), (w0, w1)), start=1):
         if p.padding_mode == "zeros":
-            g = g.narrow(axis, before - min(before, after), size[axis])
+            g = g.narrow(axis, before - own[axis - 1], size[axis])
         elif before or after:
             index = pad_index(p.padding_mode, size[axis], before, after, g.device)
             shape = list(g.shape)
@@ -384,25 +395,23 @@ def _unpad_rows(g: Tensor, size: Sequence[int], p: Pass) -> Tensor:
 class _Conv4d:
     """One pass as a 2D convolution over a 4D view of rows."""
 
-    def __init__(self, rows: Tensor, weight: Tensor, p: Pass, padding: Sequence[int]) -> None:
-        n, t, h, w, c = rows.shape
-        self.n, self.size, self.p = n, (t, h, w), p
-        self.stride: Sequence[int]
-        self.dilation: Sequence[int]
-        self.padding: Sequence[int]
+    def __init__(self, rows: Tensor, weight: Tensor, p: Pass) -> None:
+        rows = _pad_rows(rows, p)
+        n, *self.size, c = rows.shape
+        self.steps, seen = p.subsampling()
+        st, sh, sw = self.steps
+        rows = rows[:, ::st, ::sh, ::sw]
+        self.n, self.hw, self.p = n, rows.shape[2:4], p
         if p.kind == "spatial":
-            rows = rows[:, :: p.stride[0]]  # a stride in time subsamples the frames
-            self.x = _frames(rows)
-            self.weight = weight[:, :, 0]
-            self.stride, self.dilation, self.padding = p.stride[1:], p.dilation[1:], padding[1:]
+            self.x, self.weight = _frames(rows), weight[:, :, 0]
+            axes = slice(1, 3)
         else:
-            rows = rows[:, :, :: p.stride[1], :: p.stride[2]]
-            self.hw = rows.shape[2:4]
-            self.x = rows.reshape(n, t, -1, c).permute(0, 3, 1, 2)
+            self.x = rows.reshape(n, rows.shape[1], -1, c).permute(0, 3, 1, 2)
             self.weight = weight[..., 0]
-            self.stride, self.dilation = (p.stride[0], 1), (p.dilation[0], 1)
-            self.padding = (padding[0], 0)
-        self.layout = _layout(self.x, self.weight, p, self.dilation)
+            axes = slice(0, 2)  # of the second, one tap and no padding
+        self.stride, self.dilation = seen.stride[axes], seen.dilation[axes]
+        self.padding = _own_padding(p)[axes]
+        self.layout = _layout(self.x, self.weight, seen)
         self.x, self.weight = _dense(self.x, self.layout), _dense(self.weight, self.layout)
 
     def rows(self, y: Tensor) -> Tensor:
@@ -419,12 +428,8 @@ class _Conv4d:
         return _dense(g.flatten(2, 3).permute(0, 3, 1, 2), self.layout)
 
     def unstride(self, g: Tensor) -> Tensor:
-        """Gradient of the subsampling of the axes that the convolution does not see."""
-        st, sh, sw = self.p.stride
-        if self.p.kind == "spatial":
-            sh = sw = 1
-        else:
-            st = 1
+        """Gradient of the subsampling of the axes with one tap."""
+        st, sh, sw = self.steps
         if st == sh == sw == 1:
             return g
         full = g.new_zeros(self.n, *self.size, g.shape[-1])
@@ -432,7 +437,7 @@ class _Conv4d:
         return full
 
 
-def _layout(x: Tensor, weight: Tensor, p: Pass, dilation: Sequence[int]) -> torch.memory_format:
+def _layout(x: Tensor, weight: Tensor, p: Pass) -> torch.memory_format:
     """Memory format for a 4D convolution: channels_last, but for two cases on CPUs.
 
     oneDNN's channels-last convolutions read out of bounds over frames narrower than the kernel and,
@@ -443,7 +448,7 @@ def _layout(x: Tensor, weight: Tensor, p: Pass, dilation: Sequence[int]) -> torc
         return torch.channels_last
     kh, kw = weight.shape[2:]
     narrow = x.shape[2] < kh or x.shape[3] < kw
-    odd = narrow or p.groups > 1 or max(dilation) > 1 or max(p.stride) > 2
+    odd = narrow or p.groups > 1 or max(p.dilation) > 1 or max(p.stride) > 2
     heavy = weight.is_contiguous() and weight.numel() > x.numel()
     return torch.contiguous_format if odd or heavy else torch.channels_last
 
@@ -461,10 +466,28 @@ def _dense(t: Tensor, layout: torch.memory_format) -> Tensor:
     return t.contiguous(memory_format=layout).as_strided(t.shape, stride)
 
 
+def _half_on_cpu(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.dtype.itemsize == 2
+
+
+def _sound_in_half(rows: Tensor, p: Pass) -> bool:
+    """Whether PyTorch's 16-bit convolution is right on CPUs. It is not in groups, nor dilated,
+    over frames narrower than the kernel, or with a stride and a single output along an axis.
+    """
+    _, seen = p.subsampling()
+    _, t, h, w, _ = rows.shape
+    narrow = any(n < k for n, k in zip((t, h, w), p.kernel, strict=True))
+    single = any(s > 1 == n for s, n in zip(seen.stride, p.out_size((t, h, w)), strict=True))
+    plain = p.groups == 1 and max(seen.dilation) == 1 and max(seen.stride) <= 2
+    return plain and not narrow and not single
+
+
 def _conv(rows: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
     """One pass from rows to rows."""
-    padded, padding = _pad_rows(rows, p)
-    c = _Conv4d(padded, weight, p, padding)
+    if _half_on_cpu(rows) and not _sound_in_half(rows, p):
+        wide = _conv(rows.float(), weight.float(), None if bias is None else bias.float(), p)
+        return wide.to(rows.dtype)
+    c = _Conv4d(rows, weight, p)
     y = F.conv2d(c.x, c.weight, bias, c.stride, c.padding, c.dilation, p.groups)
     return c.rows(y)
 
@@ -475,12 +498,11 @@ def _conv_backward(
     """Gradients of ``_conv`` with respect to rows, weight (5D) and bias, where needed."""
     if not any(needs):
         return None, None, None
-    if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
-        # oneDNN's bfloat16 gradients are wrong in too many shapes to tell them apart.
+    if _half_on_cpu(rows):
+        # oneDNN's 16-bit gradients are wrong in too many shapes to tell them apart.
         wide = _conv_backward(dy.float(), rows.float(), weight.float(), p, needs)
         return tuple(None if g is None else g.to(rows.dtype) for g in wide)  # type: ignore[return-value]
-    padded, padding = _pad_rows(rows, p)
-    c = _Conv4d(padded, weight, p, padding)
+    c = _Conv4d(rows, weight, p)
     dx, dw, _ = aten.convolution_backward(
         c.unrows(dy), c.x, c.weight, [weight.shape[0]], c.stride, c.padding, c.dilation,
         False, (0, 0), p.groups, [*needs[:2], False],
