@@ -8,7 +8,7 @@ TOOLS := $(VENV)/.tools
 SETUP := $(VENV)/.setup
 NATIVE := $(shell find csrc emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo train-demo test lint format static bench gpu clean
+.PHONY: help setup demo train-demo test lint format static soak bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make test    all tests (ARGS passes options to pytest)'
 	@echo 'make lint    ruff, mypy, clang-format;  make format  rewrites'
 	@echo 'make static  compiles every kernel without a GPU and inspects the machine code'
+	@echo 'make soak    random configurations under an allocator that sees every access out of bounds'
 	@echo 'make bench   CPU benchmarks;  make gpu  everything that needs a GPU, in one run'
 	@echo 'make setup   only the environment;  make clean  removes it and what was built'
 
@@ -53,6 +54,9 @@ lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(NATIVE),$(BIN)/clang-format --dry-run -Werror $(NATIVE))
+
+soak: $(SETUP)
+	$(BIN)/python -m tests.support.soak $(ARGS)
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

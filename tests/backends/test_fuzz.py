@@ -79,6 +79,8 @@ def test_draws_everything() -> None:
     assert any(1 < c.groups[0] == c.channels == c.mid == c.out for c in configs)
     assert any(c.groups[0] == 1 < c.groups[1] for c in configs)
     assert {c.size[0] for c in configs} >= {1, 2, 9}
+    assert any(c.kernel[1:] == (1, 1) and c.stride[1] != c.stride[2] for c in configs)
+    assert any(c.kernel[0] == 1 < c.stride[0] for c in configs)
 
 
 @pytest.mark.parametrize("layout", fuzz.LAYOUTS)

@@ -10,12 +10,24 @@ first. Environment: FASTST_SEED (first seed), FASTST_FUZZ (cases per test).
 """
 
 from .config import ACTIVATIONS, DTYPES, KINKS, LAYOUTS, NAMES, SMALL, Config, Limits, random_config
-from .rule import CASES, SEED, call, check, complaints, error, fuzz, poisoned, results, scales
+from .rule import (
+    CASES,
+    SEED,
+    call,
+    check,
+    complaints,
+    error,
+    fuzz,
+    no_rounding,
+    poisoned,
+    results,
+    scales,
+)
 from .truth import act, compose
 from .values import clear_of_kinks, lay_out, make
 
 __all__ = [
     "ACTIVATIONS", "CASES", "Config", "DTYPES", "KINKS", "LAYOUTS", "Limits", "NAMES", "SEED",
     "SMALL", "act", "call", "check", "clear_of_kinks", "complaints", "compose", "error", "fuzz",
-    "lay_out", "make", "poisoned", "random_config", "results", "scales",
+    "lay_out", "make", "no_rounding", "poisoned", "random_config", "results", "scales",
 ]  # fmt: skip

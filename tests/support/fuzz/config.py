@@ -219,7 +219,7 @@ def _draw(rng: random.Random, limits: Limits) -> Config:
     if causal and not isinstance(padding, str):
         padding = (0, *((padding,) * 3 if isinstance(padding, int) else padding)[1:])
     modes = tuple(often("zeros", "replicate", "reflect", "circular", odds=0.7) for _ in range(2))
-    return Config(
+    config = Config(
         op="parallel_conv2plus1d" if parallel else "conv2plus1d",
         batch=rng.randint(1, limits.batch), channels=c, mid=m, out=k,
         size=(rng.randint(1, limits.frames), *(rng.randint(1, limits.space) for _ in range(2))),
@@ -237,3 +237,12 @@ def _draw(rng: random.Random, limits: Limits) -> Config:
         residual=not parallel and rng.random() < 0.25, residual_layout=rng.choice(LAYOUTS),
         outer_activation="none" if parallel else often("none", *ACTIVATIONS, odds=0.6),
     )  # fmt: skip
+    return _with_single_taps(config, rng) if rng.random() < 0.12 else config
+
+
+def _with_single_taps(config: Config, rng: random.Random) -> Config:
+    """One tap along some axes or all, and strides that differ: oneDNN has had bugs there."""
+    axes = rng.choice(((0, 1, 2), (0,), (1, 2), (1,), (2,)))
+    kernel = tuple(1 if i in axes else k for i, k in enumerate(config.kernel))
+    strides = rng.sample((1, 2, 3), 3) if config.padding != "same" else (1, 1, 1)
+    return replace(config, kernel=kernel, stride=tuple(strides))

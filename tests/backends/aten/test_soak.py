@@ -1,0 +1,70 @@
+"""A short run of the soak on every path, and proof that it sees what it is there for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import fuzz, soak
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="guard.c needs Linux and cc"
+)
+
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return soak.build_guard(tmp_path_factory.mktemp("guard"))
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype", "isa"),
+    [
+        ("aten", "float32", ""),
+        ("aten", "float32", "AVX2"),
+        ("aten", "float16", ""),
+        ("aten", "bfloat16", ""),
+        ("composed", "float32", ""),
+    ],
+)
+def test_nothing_is_touched_out_of_bounds(path: str, dtype: str, isa: str, guard: Path) -> None:
+    found = soak.soak(path, dtype, isa, fuzz.SEED, 40, guard)
+    assert not found.trouble, "\n".join(found.trouble)
+    assert found.counts["right"] >= 35
+
+
+def test_a_planted_write_is_seen_and_named(guard: Path) -> None:
+    found = soak.soak(soak.PLANTED, "float32", "", fuzz.SEED, 4, guard)
+    assert found.counts == {"crash": 4}
+    for seed, line in enumerate(found.trouble, fuzz.SEED):
+        assert f"crash seed {seed}: SIG" in line and f"Config(seed={seed}" in line
+
+
+@pytest.mark.parametrize(
+    ("offset", "written"),
+    [(0, False), (99, False), (100, True), (127, True), (128, True), (-1, True)],
+)
+def test_guard_sees_every_byte(offset: int, written: bool, guard: Path) -> None:
+    """Beside 100 bytes of its own and among them."""
+    program = (
+        "import ctypes\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.aligned_alloc.restype = libc.free.restype = ctypes.c_void_p\n"
+        "libc.aligned_alloc.argtypes = [ctypes.c_size_t] * 2\n"
+        "libc.free.argtypes = [ctypes.c_void_p]\n"
+        "for _ in range(4):\n"
+        "    p = libc.aligned_alloc(64, 100)\n"
+        "    assert p % 64 == 0 and ctypes.string_at(p, 100) == b'\\xff' * 100\n"
+        f"    ctypes.memset(p + {offset}, 0, 1)\n"
+        "    libc.free(p)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"LD_PRELOAD": str(guard)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode < 0) == written, done.stderr

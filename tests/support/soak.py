@@ -1,0 +1,201 @@
+"""Random configurations in child processes under a checking allocator (guard.c).
+
+PyTorch's convolutions may read or write outside their tensors. Every way in which fastst calls
+them, forward and backward, is run here until it has been seen not to::
+
+    python -m tests.support.soak --cases 3000
+    python -m tests.support.soak --paths aten --dtypes bfloat16 --isas AVX2 --first 812 --cases 1
+
+A crash, a result that is no rounding of the right one and a hang are reported with their
+configuration and seed. Without arguments beside ``--cases`` all paths, dtypes and instruction sets
+are run, each from ``--first`` on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastst
+from fastst import functional
+from fastst.backends import aten
+from tests.support import fuzz
+from tests.support.fuzz import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+# "composed" is what double backward, functorch and layers with foreign children run.
+PATHS = ("aten", "composed", "reference", "auto")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+# "" is the best of the machine. oneDNN takes no more than what is named, if the machine has it.
+ISAS = ("", "AVX512_CORE_BF16", "AVX512_CORE", "AVX2", "SSE41")
+PLANTED = "planted"  # aten with a write of one element behind y
+THREADS = 2  # oneDNN writes out of bounds with several threads that it does not with one
+SECONDS = 120  # for one configuration
+
+
+@dataclass
+class Outcome:
+    """What one child process found."""
+
+    name: str
+    counts: Counter[str] = field(default_factory=Counter)  # by "right", "refused", "wrong", "crash"
+    trouble: list[str] = field(default_factory=list)
+
+
+def build_guard(folder: Path) -> Path:
+    """guard.c as a library to preload.
+
+    Raises:
+        FileNotFoundError, subprocess.CalledProcessError: there is no C compiler that can.
+    """
+    library = folder / "guard.so"
+    source = ROOT / "tests" / "support" / "guard.c"
+    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        command = ["cc", "-O2", "-shared", "-fPIC", str(source), "-o", f"{library}.{os.getpid()}"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(f"{library}.{os.getpid()}", library)
+    return library
+
+
+def soak(
+    path: str, dtype: str, isa: str, first: int, cases: int, guard: Path, threads: int = THREADS
+) -> Outcome:
+    """Run the configurations of ``cases`` seeds in a child process that survives their crashes."""
+    outcome = Outcome(f"{path} {dtype} {isa or 'best'}")
+    environment = os.environ | {
+        "LD_PRELOAD": str(guard), "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0",
+    }  # fmt: skip
+    environment |= {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
+    module = ["-m", "tests.support.soak", "--child", path, dtype, str(first), str(cases)]
+    done = subprocess.run(
+        [sys.executable, *module], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    for line in done.stdout.splitlines():
+        what = line.split()[0]
+        outcome.counts[what] += 1
+        if what in ("wrong", "crash"):
+            outcome.trouble.append(f"{outcome.name}: {line}")
+    if done.returncode or sum(outcome.counts.values()) != cases:
+        raise RuntimeError(f"{outcome.name}: the child ended with {done.returncode}: {done.stderr}")
+    return outcome
+
+
+# ---- in the child
+
+
+def _child(path: str, dtype: str, first: int, cases: int) -> None:
+    """Fork for the seeds, and again after each crash; a line for each seed."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if path == "composed":
+        functional._composes = lambda x: True
+    if path == PLANTED:
+        aten._leave = _write_behind
+        path = "aten"
+    done = 0
+    while done < cases:
+        for line in _forked(path, dtype, first + done, first + cases):
+            print(line, flush=True)
+            done += 1
+
+
+def _write_behind(rows: Tensor, out: Tensor) -> Tensor:
+    out.copy_(rows.permute(0, 4, 1, 2, 3))
+    ctypes.memset(out.data_ptr() + out.numel() * out.element_size(), 0, out.element_size())
+    return out
+
+
+def _forked(path: str, dtype: str, first: int, end: int) -> Iterator[str]:
+    """A line for each seed up to the end or to the first that crashes, inclusive."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.close(reading)
+        for seed in range(first, end):
+            os.write(writing, (_run(path, dtype, seed).replace("\n", " ") + "\n").encode())
+        os._exit(0)
+    os.close(writing)
+    seed = first
+    with os.fdopen(reading) as lines:
+        while seed < end:
+            if not select.select([lines], [], [], SECONDS)[0]:
+                os.kill(process, signal.SIGALRM)
+            line = lines.readline()
+            if not line:
+                break
+            yield line.rstrip()
+            seed += 1
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if seed < end:
+        why = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        yield f"crash seed {seed}: {why} in {_config(path, dtype, seed)}"
+
+
+def _config(path: str, dtype: str, seed: int) -> Config:
+
+    fixed = dict(residual=False, outer_activation="none") if path == "composed" else {}
+    limits = fuzz.Limits(
+        batch=9, channels=48, frames=20, space=24, work=6_000_000,
+        dtypes=(getattr(torch, dtype),), fixed=fixed,
+    )  # fmt: skip
+    return fuzz.random_config(seed, limits)
+
+
+def _run(path: str, dtype: str, seed: int) -> str:
+    """One configuration, every result held to what cannot be rounding."""
+    config = _config(path, dtype, seed)
+    tensors, dy = fuzz.make(config)
+    grad = dy if fuzz.clear_of_kinks(config, tensors) else None
+    with fastst.use_backend("auto" if path in ("auto", "composed") else path), fuzz.poisoned():
+        try:
+            ours = fuzz.results(fuzz.call, config, tensors, grad)
+        except fastst.BackendError as refusal:
+            return f"refused {refusal}"
+        except Exception as error:
+            return f"wrong seed {seed}: {type(error).__name__} {error} in {config}"
+    truth = fuzz.results(lambda c, t: fuzz.compose(c, t)[0], config, tensors, grad, torch.float64)
+    found = fuzz.no_rounding(config, ours, truth, fuzz.scales(config, tensors, grad, truth))
+    return f"wrong seed {seed}: {'; '.join(found)} in {config}" if found else "right"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=1000, help="for each path, dtype, set")
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--paths", nargs="+", default=PATHS, choices=PATHS)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--isas", nargs="+", default=ISAS, help="ONEDNN_MAX_CPU_ISA; '': best")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    options = parser.parse_args()
+    folder = ROOT / "build"
+    folder.mkdir(exist_ok=True)
+    guard = build_guard(folder)
+    total: Counter[str] = Counter()
+    for path, dtype, isa in itertools.product(options.paths, options.dtypes, options.isas):
+        outcome = soak(path, dtype, isa, options.first, options.cases, guard, options.threads)
+        total += outcome.counts
+        print(f"{outcome.name}, seeds from {options.first}: {dict(outcome.counts)}", flush=True)
+        for line in outcome.trouble:
+            print(f"  {line}", flush=True)
+    print(f"in all {dict(total)}")
+    sys.exit(bool(total["crash"] + total["wrong"]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        _child(*sys.argv[2:4], *map(int, sys.argv[4:6]))  # type: ignore[call-arg, arg-type]
+    else:
+        main()
