@@ -15,7 +15,7 @@ help:
 	@echo 'make demo    a real network on a real clip, before and after conversion (ARGS="--help")'
 	@echo 'make train-demo  two networks on clips that only the order of frames tells apart'
 	@echo 'make test    all tests (ARGS passes options to pytest)'
-	@echo 'make lint    ruff, mypy, clang-format;  make format  rewrites'
+	@echo 'make lint    ruff, mypy, the import contract, clang-format;  make format  rewrites'
 	@echo 'make static  compiles every kernel without a GPU and inspects the machine code'
 	@echo 'make soak    random configurations under an allocator that sees every access out of bounds'
 	@echo 'make bench   CPU benchmarks;  make gpu  everything that needs a GPU, in one run'
@@ -53,6 +53,7 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(if $(NATIVE),$(BIN)/clang-format --dry-run -Werror $(NATIVE))
 
 soak: $(SETUP)
@@ -74,4 +75,4 @@ gpu: $(SETUP)
 	$(BIN)/python -m benchmarks.gpu_run $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info fastst/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist out *.egg-info fastst/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 # What ``fastst/__init__.py`` imports: it keeps silent about their errors when this module runs.
-_PARTS = ("functional", "dispatch", "explaining", "layers", "convert", "models")
+_PARTS = ("functional", "dispatch", "nn.layers", "rewrite", "models")
 _PACKAGES = ("torch", "triton", "numpy", "av", "matplotlib")
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastst
-from fastst.ops import batch_slices
+from fastst.problem import slicing
 from fastst.ranks.collectives import Window, _needs
 from fastst.rewrite import shard_time
 from tests.support.ranks import SIZE, Ranks
@@ -206,7 +206,7 @@ def synced_pair(rank: int, name: str, backend: str, groups: int) -> None:
     dy = torch.randn_like(y)
     y.backward(dy)
     # What recomputes is cut into parts, of which the first rank has one and the second two.
-    cut = unittest.mock.patch.object(batch_slices, "_LEAST_BYTES", 0)
+    cut = unittest.mock.patch.object(slicing, "_LEAST_BYTES", 0)
     with cut, fastst.use_backend(backend), fastst.dispatch.recording() as calls:
         got = pair(local)
         got.backward(dy[mine])
