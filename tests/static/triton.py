@@ -34,6 +34,7 @@ import torch
 
 from fastst.backends import triton as backend
 from fastst.backends.triton import tiles
+from fastst.machine.gpu import shared_memory_limit
 from fastst.problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 from tests.static.sass import local_accesses
 
@@ -306,7 +307,7 @@ def inspect(kernel: Kernel, case: Case, architecture: int) -> Row:
     binary = kernel.binary
     code = read(binary.asm["cubin"])
     shared = binary.metadata.shared
-    limit = tiles.shared_memory_limit(divmod(architecture, 10))
+    limit = shared_memory_limit(divmod(architecture, 10))
     name = binary.metadata.name
     wrong = []
     if code.spills:

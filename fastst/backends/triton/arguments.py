@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...machine.gpu import round_up
 from ...problem.spec import PairTensors, Pass, Problem
 from . import launch, tiles
 
@@ -19,9 +20,9 @@ def pack(
 
     ``width`` is that of whole tiles unless it is given.
     """
-    width = width or tiles.round_up(weight.shape[0] // groups, config.columns)
-    depth = channels if config.flat else tiles.round_up(channels, config.block_k)
-    rows = tiles.round_up(depth * math.prod(weight.shape[2:]), config.block_k)
+    width = width or round_up(weight.shape[0] // groups, config.columns)
+    depth = channels if config.flat else round_up(channels, config.block_k)
+    rows = round_up(depth * math.prod(weight.shape[2:]), config.block_k)
     return packed(weight, groups, depth, rows, width)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from ...machine.gpu import Capability
 from . import tiles as configs
-from .tiles import Capability, MatrixConfig, Sizes, StreamConfig, TapConfig
+from .tiles import MatrixConfig, Sizes, StreamConfig, TapConfig
 
 
 @dataclass(frozen=True)

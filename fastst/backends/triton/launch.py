@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...machine.gpu import Capability
 from . import tiles
 
 
@@ -53,7 +54,7 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def capability(device: torch.device) -> tiles.Capability:
+def capability(device: torch.device) -> Capability:
     """Compute capability; that of the data-centre Hopper where the interpreter stands in."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-Capability = tuple[int, int]
+from ...machine.gpu import Capability, processors, round_up, shared_memory_limit
 
 # Below this there are no bfloat16 tensor cores and no asynchronous copies to shared memory.
 LEAST_CAPABILITY: Capability = (8, 0)
@@ -107,24 +107,6 @@ def launch_options(config: Config) -> dict[str, int]:
     if not isinstance(config, StreamConfig):
         options["num_stages"] = config.num_stages
     return options
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def shared_memory_limit(capability: Capability) -> int:
-    """Bytes of shared memory that one block may use (CUDA programming guide, table of limits)."""
-    if capability in ((8, 6), (8, 9)) or capability[0] == 12:
-        return 99 << 10
-    if capability[0] == 8:
-        return 163 << 10
-    return 227 << 10
-
-
-def processors(capability: Capability) -> int:
-    """Multiprocessors to keep busy: about what the data-centre part of the architecture has."""
-    return 108 if capability[0] == 8 else 132
 
 
 def shared_memory(config: TapConfig, itemsize: int) -> int:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ....machine.gpu import round_up
 from ....problem.spec import PairSpec, PairTensors, Problem
 from ...contract import Part
-from ...triton.tiles import round_up
 from ..depthwise import channels_last
 from ..library import call, finish
 from . import weights

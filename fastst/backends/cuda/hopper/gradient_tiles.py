@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from ...triton.tiles import round_up, shared_memory_limit
+from ....machine.gpu import round_up, shared_memory_limit
 from .tiles import (
     _CLUSTER_GAIN,
     _L2_BYTES,

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....machine.gpu import round_up
 from ....problem.spec import PairTensors, Problem
-from ...triton.tiles import round_up
 from ..depthwise import channels_last
 from ..library import Call, emulating
 from . import gradient_tiles

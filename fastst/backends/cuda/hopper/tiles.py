@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...triton.tiles import round_up, shared_memory_limit
+from ....machine.gpu import round_up, shared_memory_limit
 
 # Multiprocessors read about 32 bytes per clock each out of L2 when all of them do; that, not device
 # memory, is what feeds a tile, because every tap reads x again. A lead, to be measured.

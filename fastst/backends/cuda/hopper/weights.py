@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....machine.gpu import round_up
 from ....problem.spec import Pass, Problem
-from ...triton.tiles import round_up
 from ..depthwise import channels_last
 from ..library import Call
 from .launches import ROW, Gradient, Mid, _processors, evenly_framed, rows_of

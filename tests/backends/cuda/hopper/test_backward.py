@@ -24,8 +24,8 @@ from fastst.backends.cuda.hopper import gradient_tiles, tiles
 from fastst.backends.cuda.hopper.gradient_tiles import Axis, GradientTile
 from fastst.backends.cuda.hopper.launches import Gradient, Launches
 from fastst.backends.cuda.hopper.tiles import HopperTile
-from fastst.backends.triton.tiles import round_up
 from fastst.dispatch import selfcheck
+from fastst.machine.gpu import round_up
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from fastst.ranks import collectives
 from tests.support import fuzz, hopper, planted

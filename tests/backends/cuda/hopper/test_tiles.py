@@ -12,7 +12,7 @@ from benchmarks.shapes import Case
 from fastst.backends.cuda import hopper
 from fastst.backends.cuda.hopper import launches, tiles
 from fastst.backends.cuda.hopper.tiles import HopperTile
-from fastst.backends.triton.tiles import round_up
+from fastst.machine.gpu import round_up
 from fastst.problem.spec import Problem
 
 PROCESSORS = 132
