@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # sm_90a code serves no later chip: PTX of 9.0 does
-# csrc/hopper_*.cu are written for it alone, and are launched on nothing else.
+# csrc/cuda/hopper is written for it alone, and is launched on nothing else.
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"
 INSTRUCTIONS = {
     "_cpu_avx2": "-mavx2 -mfma",
@@ -77,7 +77,7 @@ def includes(*folders: str) -> str:
 
 def architectures_of(source: Path | None = None) -> str:
     """nvcc's options for one source, or for all of the library."""
-    if source is not None and source.name.startswith("hopper_"):
+    if source is not None and source.parent.name == "hopper":
         return HOPPER
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
     return " ".join(architecture_flags(listed))
@@ -88,10 +88,10 @@ def cuda_rules() -> tuple[str, str, list[Path]]:
     nvcc = find_nvcc()
     compile = (
         f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DFASTST_MODULE=_C "
-        f"-DFASTST_EMULATED=false {includes('csrc')} $architectures"
+        f"-DFASTST_EMULATED=false {includes('csrc', 'csrc/cuda')} $architectures"
     )
     link = f"{nvcc} -shared -cudart static {architectures_of()}"
-    return compile, link, [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.cpp")]
+    return compile, link, [*ROOT.glob("csrc/cuda/**/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")]
 
 
 def cpu_rules(name: str) -> tuple[str, str, list[Path]]:
@@ -103,7 +103,7 @@ def cpu_rules(name: str) -> tuple[str, str, list[Path]]:
     cxx = find_cxx()
     compile = (
         f"{cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra "
-        f"-DFASTST_MODULE={name} {INSTRUCTIONS[name]} {includes('csrc/cpu', 'csrc')}"
+        f"-DFASTST_MODULE={name} {INSTRUCTIONS[name]} {includes('csrc', 'csrc/cpu')}"
     )
     return compile, f"{cxx} -shared -pthread", list(ROOT.glob("csrc/cpu/*.cpp"))
 
@@ -120,8 +120,9 @@ def ninja_file(name: str, output: Path) -> str:
     ]
     objects = []
     for source in sorted(sources):
-        objects.append(f"{source.stem}.o")
-        lines.append(f"build {source.stem}.o: compile {source}")
+        object = source.relative_to(ROOT / "csrc").with_suffix(".o").as_posix()
+        objects.append(object)
+        lines.append(f"build {object}: compile {source}")
         if name == "_C":
             lines.append(f"  architectures = {architectures_of(source)}")
     return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", ""])

@@ -53,7 +53,8 @@ def module(csrc: Path = CSRC) -> Path:
 
     python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     names = (f"-DFASTST_MODULE={MODULE}", "-DFASTST_EMULATED=true", "-fvisibility=hidden")
-    sources = sorted(csrc.glob("*.cu")) + sorted(csrc.glob("*.cpp")) + EMULATOR
+    cuda = csrc / "cuda"
+    sources = sorted(cuda.glob("**/*.cu")) + sorted(cuda.glob("*.cpp")) + EMULATOR
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(
             pool.map(
@@ -70,13 +71,18 @@ def module(csrc: Path = CSRC) -> Path:
 
 def program(source: Path) -> Path:
     """Path of the executable made from one source file and the emulator."""
-    sources = (source, *EMULATOR, CSRC / "tiles.cpp")
+    sources = (source, *EMULATOR, CSRC / "cuda" / "tensor_map.cpp")
     objects = [_object(s, CSRC, _optimised(s)) for s in sources]
     return _made(_hash(*(str(o) for o in objects)), source.stem, *map(str, objects))
 
 
 def _optimised(source: Path) -> tuple[str, ...]:
     return ("-O3",) if source in EMULATOR else ("-O1",)  # kernels compile for longer than they run
+
+
+def _folders(csrc: Path) -> tuple[Path, ...]:
+    """Where headers are: the emulator's stand before those of the same name."""
+    return HERE, csrc / "cuda", csrc
 
 
 def _included(source: Path, csrc: Path) -> list[Path]:
@@ -86,7 +92,7 @@ def _included(source: Path, csrc: Path) -> list[Path]:
     while left:
         text = (file := left.pop()).read_text()
         for name in re.findall(r'^#include ["<](.+)[">]', text, re.MULTILINE):
-            for folder in (file.parent, HERE, csrc):
+            for folder in (file.parent, *_folders(csrc)):
                 header = Path(os.path.normpath(folder / name))
                 if header not in found and header.exists():
                     found.add(header)
@@ -95,7 +101,7 @@ def _included(source: Path, csrc: Path) -> list[Path]:
 
 
 def _object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
-    includes = (f"-I{HERE}", f"-I{csrc}")
+    includes = [f"-I{folder}" for folder in _folders(csrc)]
     texts = [f.read_text() for f in (source, *_included(source, csrc))]
     key = _hash(compiler(), *texts, *FLAGS, *flags)
     return _made(key, f"{source.stem}.o", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source))

@@ -2,11 +2,12 @@
 //
 // What TMA loads lands as late as can be: when nobody can run without it, the last load first.
 // Until its barrier has completed its phase and has been waited for, any access is a race.
+#include <tensor_map.h>
+
 #include <cstring>
 
 #include "emulator.h"
 #include "swizzle.h"
-#include "tiles.h"
 
 namespace emulator {
 namespace {

@@ -1,7 +1,7 @@
 // Activations and their derivatives on vectors, with PyTorch's choice at the kinks and for NaN.
 #pragma once
 
-#include <api.h>
+#include <common/api.h>
 #include <simd.h>
 
 #include <cmath>

@@ -1,8 +1,8 @@
-// What bindings.cpp calls: float32 on the CPU, in terms of api.h. Memory that is read and memory
-// that is written may not overlap.
+// What bindings.cpp calls: float32 on the CPU, in terms of common/api.h. Memory that is read and
+// memory that is written may not overlap.
 #pragma once
 
-#include <api.h>
+#include <common/api.h>
 
 #include <optional>
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <activation.h>
-#include <api.h>
+#include <common/api.h>
 #include <simd.h>
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 // row for each k, ordered by chunk of input channels, tap, input channel.
 #pragma once
 
-#include <api.h>
+#include <common/api.h>
 #include <microkernel.h>
 #include <parallel.h>
 #include <simd.h>

@@ -1,4 +1,4 @@
-// The emulator's counterpart of csrc/device/hopper.cuh.
+// The emulator's counterpart of csrc/cuda/device/hopper.cuh.
 #pragma once
 
 #include <device/primitives.cuh>

@@ -1,7 +1,7 @@
-// The emulator's counterpart of csrc/device/launch.cuh.
+// The emulator's counterpart of csrc/cuda/device/launch.cuh.
 #pragma once
 
-#include <api.h>
+#include <kernels.h>
 
 #include <stdexcept>
 #include <string>

@@ -1,4 +1,5 @@
-// The emulator's counterpart of csrc/device/primitives.cuh: the same names, every access checked.
+// The emulator's counterpart of csrc/cuda/device/primitives.cuh: the same names, every access
+// checked.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,7 @@
-// The emulator's counterpart of csrc/device/tma.cuh.
+// The emulator's counterpart of csrc/cuda/device/tma.cuh.
 #pragma once
 
-#include <tiles.h>
+#include <tensor_map.h>
 
 #include <device/hopper.cuh>
 

@@ -1,4 +1,4 @@
-// The emulator's counterpart of csrc/device/wgmma.cuh.
+// The emulator's counterpart of csrc/cuda/device/wgmma.cuh.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
 NVIDIA_TOOLS = "backends/nvidia/bin"  # inside the package triton, where there is no toolkit
 WIDE = re.compile(r"\b(LDG|LDGSTS)\.E\.(\w+\.)*128\b")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
@@ -167,8 +168,9 @@ def wrapper_faults(folder: Path) -> list[str]:
     cubin = folder / "wrappers.cubin"
     compiled = subprocess.run(
         [
-            nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-arch=sm_90a", "-Xptxas", "-v",
-            "-cubin", str(Path(__file__).with_name("wrappers.cu")), "-o", str(cubin),
+            nvcc, "-std=c++20", "-O3", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", "-arch=sm_90a",
+            "-Xptxas", "-v", "-cubin", "-o", str(cubin),
+            str(Path(__file__).with_name("wrappers.cu")),
         ],
         capture_output=True, text=True,
     )  # fmt: skip

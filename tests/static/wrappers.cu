@@ -1,4 +1,4 @@
-// Every wrapper of csrc/device/{hopper,tma,wgmma}.cuh, for the compiler alone: never launched.
+// Every wrapper of csrc/cuda/device/{hopper,tma,wgmma}.cuh, for the compiler alone: never launched.
 #include <device/tma.cuh>
 #include <device/wgmma.cuh>
 

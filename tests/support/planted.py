@@ -28,24 +28,25 @@ def library(
         folder: for the copy.
         unused: (file, pattern, replacement) of what the test does not need and takes long to
             compile.
-        headers: of csrc/device, from the outermost: they are put into the file, where the bug may
+        file: below csrc/cuda.
+        headers: below csrc/cuda, from the outermost: they are put into the file, where the bug may
             then be, so that nothing else is compiled again.
     """
-    changed = folder / "csrc"
-    shutil.copytree(CSRC, changed)
+    shutil.copytree(CSRC, folder / "csrc")
+    changed = folder / "csrc" / "cuda"
     for name, pattern, instead in unused:
         text, times = re.subn(pattern, instead, (changed / name).read_text())
         assert times, f"{name} no longer has {pattern}"
         (changed / name).write_text(text)
     text = (changed / file).read_text()
     for header in headers:
-        inside = (changed / f"device/{header}.cuh").read_text().replace("#pragma once", "")
-        include = f"#include <device/{header}.cuh>\n"
+        inside = (changed / header).read_text().replace("#pragma once", "")
+        include = f"#include <{header}>\n"
         text = text.replace(include, inside, 1).replace(include, "")
     assert right in text, f"{file} no longer has {right!r}: plant the bug elsewhere"
     (changed / file).write_text(text.replace(right, wrong, 1))
     builder = native.import_file("fastst_emulator_build", native._EMULATOR)
-    built = builder.module(changed)
+    built = builder.module(changed.parent)
     # A module of its own name: pybind11 hands out the first module of a name again.
     found = native.import_file(f"mutant_{built.parent.name}.{builder.MODULE}", built)
     assert Path(found.__file__ or "") == built

@@ -173,9 +173,9 @@ DEPTHWISE = Config(
 # not need, as (file, pattern, replacement).
 UNUSED = (
     ("device/math.cuh", r"return f\((__half|__nv_bfloat16|double)\{\}\);", "break;"),
-    ("device/depthwise.cuh", r"return f\((__half|__nv_bfloat16)\{\}\);", "break;"),
-    ("device/depthwise.cuh", r" *if \((kernel == \d && temporal_kernel == 5|kernel == 5).*\n", ""),
-    ("device/depthwise.cuh", r" *if \(stride == 2\).*\n", ""),
+    ("depthwise/slab.cuh", r"return f\((__half|__nv_bfloat16)\{\}\);", "break;"),
+    ("depthwise/slab.cuh", r" *if \((kernel == \d && temporal_kernel == 5|kernel == 5).*\n", ""),
+    ("depthwise/slab.cuh", r" *if \(stride == 2\).*\n", ""),
 )
 
 
@@ -186,25 +186,25 @@ UNUSED = (
         ("device/tensor.cuh", "i < size) return i", "i <= size) return i", GENERIC),
         ("device/tensor.cuh", "2 * (size - 1) - i;\n      case", "2 * size - 1 - i;\n      case",
          REFLECT),
-        ("tap_conv.cu", "c % in_per_group * b", "(c + 1) % in_per_group * b", GENERIC),
-        ("weight_gradient.cu", "i < end; ++i", "i + 1 < end; ++i", GENERIC),
+        ("generic/tap_conv.cu", "c % in_per_group * b", "(c + 1) % in_per_group * b", GENERIC),
+        ("generic/weight_gradient.cu", "i < end; ++i", "i + 1 < end; ++i", GENERIC),
         ("reductions.cu", "begin + threadIdx.y;", "begin + 1 + threadIdx.y;", GENERIC),
         # a missing barrier
         ("reductions.cu", "    sync_block();\n    if (lane", "    if (lane", GENERIC),
-        ("depthwise_forward.cu", "copy_wait<0>();\n      sync_block();", "copy_wait<0>();",
+        ("depthwise/forward.cu", "copy_wait<0>();\n      sync_block();", "copy_wait<0>();",
          DEPTHWISE),
-        ("depthwise_backward.cu", "dx.data) continue;\n    sync_block();", "dx.data) continue;",
+        ("depthwise/backward.cu", "dx.data) continue;\n    sync_block();", "dx.data) continue;",
          DEPTHWISE),
-        ("depthwise_backward.cu", "    copy_wait<0>();\n", "", DEPTHWISE),
+        ("depthwise/backward.cu", "    copy_wait<0>();\n", "", DEPTHWISE),
         # a wrong pad
-        ("depthwise_forward.cu", "task.h0 * S - p.pad_h", "task.h0 * S - p.pad_h + 1", DEPTHWISE),
-        ("depthwise_forward.cu", "p.pad_t - (KT - 1)", "p.pad_t - KT", DEPTHWISE),
-        ("depthwise_backward.cu", "oh0 * S - p.pad_h", "oh0 * S", DEPTHWISE),
+        ("depthwise/forward.cu", "task.h0 * S - p.pad_h", "task.h0 * S - p.pad_h + 1", DEPTHWISE),
+        ("depthwise/forward.cu", "p.pad_t - (KT - 1)", "p.pad_t - KT", DEPTHWISE),
+        ("depthwise/backward.cu", "oh0 * S - p.pad_h", "oh0 * S", DEPTHWISE),
         # a wrong term
-        ("depthwise_backward.cu", "(k == 0 || t == 0)", "(k == 0)", DEPTHWISE),
+        ("depthwise/backward.cu", "(k == 0 || t == 0)", "(k == 0)", DEPTHWISE),
         ("reductions.cu", "+ delta * delta * count * share", "", GENERIC),
         # a ring of frames that is one too short
-        ("depthwise_backward.cu", "KT - 1 + p.stages", "KT - 2 + p.stages", DEPTHWISE),
+        ("depthwise/backward.cu", "KT - 1 + p.stages", "KT - 2 + p.stages", DEPTHWISE),
     ],
 )  # fmt: skip
 def test_planted_bug_is_caught(

@@ -21,6 +21,7 @@ from fastst.functional import conv2plus1d
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import ROOT
 
+INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}")
 BUILT = importlib.util.find_spec("fastst._C") is not None
 needs_library = pytest.mark.skipif(not BUILT, reason="fastst._C is not built: no nvcc")
 
@@ -134,9 +135,9 @@ def test_static_inspection_finds_a_spill(tmp_path: Path) -> None:
     cubin = tmp_path / "spilling.sm_90a.cubin"
     subprocess.run(
         [
-            "nvcc", "-std=c++20", f"-I{ROOT / 'csrc'}", "-cubin", "-maxrregcount=24",
+            "nvcc", "-std=c++20", *INCLUDES, "-cubin", "-maxrregcount=24",
             "-gencode", "arch=compute_90a,code=sm_90a", "-o", str(cubin),
-            str(ROOT / "csrc" / "reductions.cu"),
+            str(ROOT / "csrc" / "cuda" / "reductions.cu"),
         ],
         check=True, capture_output=True,
     )  # fmt: skip
@@ -174,7 +175,7 @@ def test_static_inspection_finds_products_that_wait(touch: str, tmp_path: Path) 
     cubin = tmp_path / "serial.cubin"
     subprocess.run(
         [
-            "nvcc", "-std=c++20", f"-I{ROOT / 'csrc'}", "-cubin", "-arch=sm_90a", "-o", str(cubin),
+            "nvcc", "-std=c++20", *INCLUDES, "-cubin", "-arch=sm_90a", "-o", str(cubin),
             str(tmp_path / "serial.cu"),
         ],
         check=True, capture_output=True,

@@ -1,4 +1,4 @@
-"""Tiles of the spatial input gradient on Hopper (``csrc/hopper_spatial_gradient.cu``)."""
+"""Tiles of the spatial input gradient on Hopper (``csrc/cuda/hopper/spatial_gradient.cu``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles of the Hopper kernels (``csrc/hopper_*.cu``): pure functions."""
+"""Tiles of the Hopper kernels (``csrc/cuda/hopper/*.cu``): pure functions."""
 
 from __future__ import annotations
 

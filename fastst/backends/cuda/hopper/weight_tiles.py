@@ -1,4 +1,4 @@
-"""Tiles of the Hopper weight gradients (``csrc/hopper_weight_gradient.cu``): pure functions."""
+"""Tiles of Hopper's weight gradients (``csrc/cuda/hopper/weight_gradient.cu``): pure functions."""
 
 from __future__ import annotations
 

@@ -337,12 +337,15 @@ DEEP = replace(NORM, mid=200)  # whose chunks are more than stages
 STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
 # Left out of the mutants to compile them quickly, as (file, pattern, replacement).
 UNUSED = (
-    ("hopper_spatial_gradient.cu", r" *if \(is\((?!64, 4).*\n", ""),
-    ("hopper_temporal_gradient.cu", r" *if \(is\((?!64|120).*\n", ""),
-    ("hopper_spatial_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-    ("hopper_temporal_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+    ("hopper/spatial_gradient.cu", r" *if \(is\((?!64, 4).*\n", ""),
+    ("hopper/temporal_gradient.cu", r" *if \(is\((?!64|120).*\n", ""),
+    ("hopper/spatial_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+    ("hopper/temporal_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
 )
-HEADERS = ("gradient", "hopper_temporal", "pipeline", "accumulators")
+HEADERS = (
+    "hopper/temporal_gradient.cuh", "hopper/temporal.cuh", "hopper/pipeline.cuh",
+    "hopper/accumulators.cuh",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -375,7 +378,7 @@ def test_planted_bug_is_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    library = planted.library(tmp_path, f"hopper_{file}.cu", right, wrong, UNUSED, HEADERS)
+    library = planted.library(tmp_path, f"hopper/{file}.cu", right, wrong, UNUSED, HEADERS)
     monkeypatch.setattr(native, "emulated", lambda: library)
     wrapped = gradient_tiles.spatial_gradient.__wrapped__  # without what it remembers
     monkeypatch.setattr(gradient_tiles, "spatial_gradient", wrapped)

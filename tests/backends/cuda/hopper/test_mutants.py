@@ -47,13 +47,15 @@ STEM = Config(
 
 # Left out of the mutants to compile them quickly: they have the 64-column kernels in float16 alone.
 UNUSED = (
-    ("hopper_spatial.cu", r" *if \(is\((?!64).*\n", ""),
-    ("hopper_temporal.cu", r" *if \(is\((?!64).*\n", ""),
-    ("hopper_spatial.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-    ("hopper_temporal.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-    ("hopper_stem.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+    ("hopper/spatial.cu", r" *if \(is\((?!64).*\n", ""),
+    ("hopper/temporal.cu", r" *if \(is\((?!64).*\n", ""),
+    ("hopper/spatial.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+    ("hopper/temporal.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
+    ("hopper/stem.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
 )
-HEADERS = ("hopper_spatial", "hopper_temporal", "pipeline", "accumulators")
+HEADERS = (
+    "hopper/spatial.cuh", "hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cuh",
+)  # fmt: skip
 
 
 def plant(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
@@ -64,39 +66,39 @@ def plant(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
     ("file", "right", "wrong", "config"),
     [
         # a tap off by one
-        ("hopper_spatial.cu", "(block * p.h.kernel + kh + i) * N",
+        ("hopper/spatial.cu", "(block * p.h.kernel + kh + i) * N",
          "(block * p.h.kernel + (kh + i + 1) % p.h.kernel) * N", SPATIAL),
-        ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
-        ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
+        ("hopper/temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
+        ("hopper/stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
         # a wrong swizzle
-        ("hopper_spatial.cu", ".swizzle = swizzle});", ".swizzle = Swizzle::none});", SPATIAL),
-        ("hopper_temporal.cu", "^ (row % 8)", "^ (row % 4)", TEMPORAL),
+        ("hopper/spatial.cu", ".swizzle = swizzle});", ".swizzle = Swizzle::none});", SPATIAL),
+        ("hopper/temporal.cu", "^ (row % 8)", "^ (row % 4)", TEMPORAL),
         # a wrong phase
-        ("hopper_spatial.cu", "mbarrier_wait(empty_ + stage_, phase_ ^ 1)",
+        ("hopper/spatial.cu", "mbarrier_wait(empty_ + stage_, phase_ ^ 1)",
          "mbarrier_wait(empty_ + stage_, phase_)", SPATIAL),
         # a missing fence
-        ("hopper_spatial.cu", "wgmma_fence();", "", SPATIAL),
-        ("hopper_spatial.cu", "fence_proxy_async();", "", SPATIAL),
-        ("hopper_temporal.cu", "mbarrier_fence_init();", "", TEMPORAL),
-        ("hopper_stem.cu", "keep(sums[tap]);\n            wgmma_fence();", "", STEM),
+        ("hopper/spatial.cu", "wgmma_fence();", "", SPATIAL),
+        ("hopper/spatial.cu", "fence_proxy_async();", "", SPATIAL),
+        ("hopper/temporal.cu", "mbarrier_fence_init();", "", TEMPORAL),
+        ("hopper/stem.cu", "keep(sums[tap]);\n            wgmma_fence();", "", STEM),
         # a stage given back too early
-        ("hopper_spatial.cu", "wgmma_wait<1>();", "", SPATIAL),
-        ("hopper_temporal.cu", "wgmma_wait<0>();", "", TEMPORAL),
-        ("hopper_stem.cu", "sync_warp();\n    if (threadIdx.x % 32 == 0) mbarrier_arrive(full());",
+        ("hopper/spatial.cu", "wgmma_wait<1>();", "", SPATIAL),
+        ("hopper/temporal.cu", "wgmma_wait<0>();", "", TEMPORAL),
+        ("hopper/stem.cu", "sync_warp();\n    if (threadIdx.x % 32 == 0) mbarrier_arrive(full());",
          "if (threadIdx.x % 32 == 0) mbarrier_arrive(full());", STEM),
         # blocks of a cluster: a stage that is not given back to both, or not waited for by both; a
         # copy to one of them; barriers used before they exist, or after their block has ended
-        ("hopper_spatial.cu", ", mbarrier_arrive_at(empty_ + stage, 1);", ";", SPATIAL),
-        ("hopper_temporal.cu", "warps * cluster_", "warps", TEMPORAL),
-        ("hopper_temporal.cu", "(1 << cluster_) - 1", "1", TEMPORAL),
-        ("hopper_spatial.cu", "cluster_sync();", "sync_block();", SPATIAL),
-        ("hopper_spatial.cu", "ring.end();", "", SPATIAL),
-        ("hopper_temporal.cu", "weights.end();", "", TEMPORAL),
+        ("hopper/spatial.cu", ", mbarrier_arrive_at(empty_ + stage, 1);", ";", SPATIAL),
+        ("hopper/temporal.cu", "warps * cluster_", "warps", TEMPORAL),
+        ("hopper/temporal.cu", "(1 << cluster_) - 1", "1", TEMPORAL),
+        ("hopper/spatial.cu", "cluster_sync();", "sync_block();", SPATIAL),
+        ("hopper/spatial.cu", "ring.end();", "", SPATIAL),
+        ("hopper/temporal.cu", "weights.end();", "", TEMPORAL),
         # weights of other columns
-        ("hopper_temporal.cu", "stay && column == held", "stay && held >= 0", TEMPORAL),
+        ("hopper/temporal.cu", "stay && column == held", "stay && held >= 0", TEMPORAL),
         # statistics of rows that do not exist, and normalised padding
-        ("hopper_spatial.cu", "float(there[0]) + float(there[1])", "2.0f", SPATIAL),
-        ("hopper_temporal.cu", "return !replicate ? -1 :", "return", TEMPORAL),
+        ("hopper/spatial.cu", "float(there[0]) + float(there[1])", "2.0f", SPATIAL),
+        ("hopper/temporal.cu", "return !replicate ? -1 :", "return", TEMPORAL),
     ],
 )  # fmt: skip
 def test_planted_bug_is_caught(
@@ -118,9 +120,9 @@ def test_planted_bug_is_caught(
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [
-        ("hopper_spatial.cu", "+ k * dilation - before;", "+ k * dilation - before + 1;"),
-        ("hopper_temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;"),
-        ("hopper_stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps"),
+        ("hopper/spatial.cu", "+ k * dilation - before;", "+ k * dilation - before + 1;"),
+        ("hopper/temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;"),
+        ("hopper/stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps"),
     ],
 )
 def test_auto_passes_over_a_wrong_kernel(

@@ -245,7 +245,7 @@ MUTANT = Case(channels=72, mid=45, out=72, size=(5, 5, 6), stride=(2, 1, 1), bat
 STEM = Case(
     channels=3, mid=45, kernel=(3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), size=(1, 9, 9)
 )
-FILE = "hopper_weight_gradient.cu"
+FILE = "hopper/weight_gradient.cu"
 UNUSED = (
     (FILE, r" *if \(is\((?!48).*\n", ""), (FILE, r" *if \(dtype == Dtype::bf16\).*\n", ""),
 )  # fmt: skip

@@ -1,10 +1,10 @@
 // Element types and activations.
 #pragma once
 
-#include <api.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <kernels.h>
 
 #include <cstring>
 #include <device/primitives.cuh>

@@ -4,7 +4,7 @@
 // the pixels of u that reach its tile (K − 1 more along each axis, so neighbours compute some of
 // them too) into shared memory, and from there dx. Weight gradients count a pixel of u once, in the
 // block that owns it, and leave as one row of partials per block.
-#include <device/depthwise.cuh>
+#include <depthwise/slab.cuh>
 #include <device/launch.cuh>
 
 namespace fastst {

@@ -9,10 +9,10 @@
 // for a column of the kernel, and multiplies every tap by which a block reads it. The blocks of a
 // cluster have neighbouring frames, and copy the weights to each other.
 #include <algorithm>
-#include <device/accumulators.cuh>
 #include <device/launch.cuh>
-#include <device/pipeline.cuh>
 #include <device/wgmma.cuh>
+#include <hopper/accumulators.cuh>
+#include <hopper/pipeline.cuh>
 #include <vector>
 
 namespace fastst {

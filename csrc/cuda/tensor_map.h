@@ -1,7 +1,7 @@
 // A tensor in global memory as TMA sees it: boxes of up to five dimensions, fastest first.
 #pragma once
 
-#include <api.h>
+#include <kernels.h>
 #include <swizzle.h>
 
 namespace fastst {

@@ -5,10 +5,10 @@
 // patches of x, 4 channels to a place; from there A goes straight to registers, for a row of A is a
 // run of pixels. u becomes z in registers, where it is A of the second product, and is added to the
 // sums of the three output frames that it belongs to.
-#include <device/accumulators.cuh>
 #include <device/launch.cuh>
-#include <device/pipeline.cuh>
 #include <device/wgmma.cuh>
+#include <hopper/accumulators.cuh>
+#include <hopper/pipeline.cuh>
 
 namespace fastst {
 namespace {

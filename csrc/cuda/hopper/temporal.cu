@@ -1,5 +1,5 @@
 // Temporal pass on Hopper: y = act(scale·conv(z) + shift + residual), z = act(s·u + h).
-#include <device/hopper_temporal.cuh>
+#include <hopper/temporal.cuh>
 
 namespace fastst {
 namespace {

@@ -1,12 +1,11 @@
 // The Python module. Tensors come as addresses, sizes and strides, so that it needs no torch.
-#include <api.h>
 #include <cuda_runtime.h>
+#include <driver.h>
+#include <kernels.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
-
-#include "driver.h"
 
 namespace py = pybind11;
 using namespace fastst;

@@ -1,8 +1,8 @@
 // Launches with their errors as exceptions.
 #pragma once
 
-#include <api.h>
 #include <cuda_runtime.h>
+#include <kernels.h>
 
 #include <stdexcept>
 #include <string>

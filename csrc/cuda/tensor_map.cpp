@@ -1,4 +1,4 @@
-#include "tiles.h"
+#include <tensor_map.h>
 
 #include <stdexcept>
 #include <string>

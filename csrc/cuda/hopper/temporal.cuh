@@ -7,10 +7,10 @@
 // The blocks of a cluster have neighbouring tiles and copy their weights to each other.
 #pragma once
 
-#include <device/accumulators.cuh>
 #include <device/launch.cuh>
-#include <device/pipeline.cuh>
 #include <device/wgmma.cuh>
+#include <hopper/accumulators.cuh>
+#include <hopper/pipeline.cuh>
 
 namespace fastst {
 namespace {

@@ -3,7 +3,7 @@
 // A block owns 8×8 output pixels of one slab and walks over time; warp r holds row r. Each frame of
 // x comes into shared memory while the one before is worked on; its z joins a window of the last KT
 // frames in registers, from which y is retired. Frames outside of the clip are zeros of z.
-#include <device/depthwise.cuh>
+#include <depthwise/slab.cuh>
 #include <device/launch.cuh>
 
 namespace fastst {

@@ -1,5 +1,5 @@
 // Spatial pass on Hopper: u = act(scale·conv(x) + shift).
-#include <device/hopper_spatial.cuh>
+#include <hopper/spatial.cuh>
 
 namespace fastst {
 namespace {

@@ -1,6 +1,5 @@
-#include "driver.h"
-
 #include <cuda_runtime.h>
+#include <driver.h>
 
 #include <stdexcept>
 

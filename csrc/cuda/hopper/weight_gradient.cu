@@ -5,10 +5,10 @@
 // place, by warps that do nothing else, and is B; A goes through registers, so that every tap is an
 // offset into one box of other, halo included. Each block has some columns, rows and taps of dW and
 // a part of the positions; sum_rows adds the parts.
-#include <device/accumulators.cuh>
 #include <device/launch.cuh>
-#include <device/pipeline.cuh>
 #include <device/wgmma.cuh>
+#include <hopper/accumulators.cuh>
+#include <hopper/pipeline.cuh>
 
 namespace fastst {
 namespace {

@@ -6,11 +6,11 @@
 // same places of neighbouring frames, and copy the weights, which are then the same, to each other.
 #pragma once
 
-#include <device/accumulators.cuh>
 #include <device/launch.cuh>
-#include <device/pipeline.cuh>
 #include <device/tma.cuh>
 #include <device/wgmma.cuh>
+#include <hopper/accumulators.cuh>
+#include <hopper/pipeline.cuh>
 
 namespace fastst {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <cuda.h>
 #include <driver.h>
-#include <tiles.h>
+#include <tensor_map.h>
 
 #include <device/hopper.cuh>
 #include <stdexcept>

@@ -1,7 +1,7 @@
 // Input gradient of the temporal pass on Hopper, through the activation and norm before it:
 // dv = act'(v)·(Wtᵀ∗dy), its sums for the norm, and what is stored, factor·dv.
-#include <device/gradient.cuh>
-#include <device/hopper_temporal.cuh>
+#include <hopper/temporal.cuh>
+#include <hopper/temporal_gradient.cuh>
 
 namespace fastst {
 namespace {

@@ -1,7 +1,7 @@
 // What becomes of the accumulators of an input gradient: the derivative of what lies before.
 #pragma once
 
-#include <device/accumulators.cuh>
+#include <hopper/accumulators.cuh>
 
 namespace fastst {
 
