@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by fastst even
 
 import fastst
+from fastst.backends.cuda import library
 from tests.support import fuzz
 
 
@@ -35,6 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The native CUDA library, compiled for the host, in the place of the real one."""
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
+    return library.library()
 
 
 @pytest.fixture(autouse=True)

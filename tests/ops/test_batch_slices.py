@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -145,11 +145,10 @@ def test_parameters_are_added_up_in_the_accumulation_dtype(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("kind", ["generic", "hopper", "depthwise"])
-def test_cuda(kind: str, swept: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda(
+    kind: str, swept: list[int], emulated: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The depthwise kernels make nothing as large as u, and are left whole."""
-    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
-    if shutil.which("g++") is None and shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
     monkeypatch.setattr(slicing, "count", lambda problem, mids: min(mids, problem.batch))
     config = PAIR
     if kind != "generic":

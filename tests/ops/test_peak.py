@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
@@ -106,10 +105,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip("the native CPU kernels are not built")
         vars(library._buffers).pop("rows", None)
     else:
-        monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
-        if shutil.which("g++") is None and shutil.which("c++") is None:
-            pytest.skip("no C++ compiler")
-        real = native.library()
+        real = request.getfixturevalue("emulated")
         monkeypatch.setattr(native, "library", lambda: Nothing(real))
     monkeypatch.setattr(slicing, "_LEAST_BYTES", 0)
     return name

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 from fastst.backends.cuda import library as native
 from tests.support import ROOT
 
 CSRC = ROOT / "csrc"
+
+
+TOLD = r"^emulator: |could not be launched: emulator: |error \S+ > |of Case\("
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[None]:
+    """Around what must tell the bug: by a result that is wrong or by a check of the emulator."""
+    with pytest.raises((AssertionError, RuntimeError), match=TOLD):
+        yield
 
 
 def library(

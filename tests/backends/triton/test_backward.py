@@ -17,11 +17,12 @@ from fastst.backends import triton as backend
 from fastst.backends.triton import gradient_tiles, tiles
 from fastst.functional import BatchNorm, conv2plus1d
 from fastst.machine import choices
-from tests.backends.triton.test_forward import DEVICE, few_programs, mutated, problem_of  # noqa: F401
 from tests.support import fuzz
 from tests.support.fuzz import Config, Limits
+from tests.support.triton import DEVICE, check, problem_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 def dense(config: Config) -> bool:
@@ -35,11 +36,6 @@ TINY = Limits(
     batch=2, channels=20, frames=5, space=7, work=30_000, fixed=dict(op="conv2plus1d"),
     accept=dense,
 )  # fmt: skip
-
-
-def check(config: Config) -> None:
-    why = fuzz.check(config, "triton", device=DEVICE)
-    assert why is None, why
 
 
 @pytest.mark.parametrize("part", range(6))
@@ -323,20 +319,23 @@ MUTANTS = {
 }  # fmt: skip
 
 
+def all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_tiles, "positions_per_split", lambda config, *rest: config.block_p)
+    base = Config(size=(3, 5, 4), batch=1, channels=17, out=17)
+    check(replace(base, norm="batch", mid=20, stride=(1, 2, 1)))
+    check(replace(base, padding_mode=("reflect", "reflect"), mid=3, dtype=torch.float64))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
+def test_nothing_is_seen_without_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_checks(monkeypatch)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_seen(
-    name: str,
-    mutated: Callable[..., None],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, mutated: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutated(*MUTANTS[name])
-    monkeypatch.setattr(gradient_tiles, "positions_per_split", lambda config, *rest: config.block_p)
-    base = Config(size=(3, 5, 4), batch=1, channels=17, out=17)
-
-    def all_checks() -> None:
-        check(replace(base, norm="batch", mid=20, stride=(1, 2, 1)))
-        check(replace(base, padding_mode=("reflect", "reflect"), mid=3, dtype=torch.float64))
-
     with pytest.raises(AssertionError):
-        all_checks()
+        all_checks(monkeypatch)

@@ -12,11 +12,12 @@ import torch
 import fastst
 from fastst.backends.triton import tiles
 from fastst.functional import conv2plus1d
-from tests.backends.triton.test_forward import DEVICE, few_programs, launched, mutated  # noqa: F401
 from tests.support import fuzz
 from tests.support.fuzz import Config, Limits
+from tests.support.triton import DEVICE, check
 
 pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.usefixtures("few_programs")
 pytestmark = pytest.mark.usefixtures("few_programs")
 
 
@@ -32,11 +33,6 @@ TINY = Limits(
     batch=2, channels=12, frames=4, space=5, work=10_000, fixed=dict(op="conv2plus1d"), accept=thin
 )  # fmt: skip
 DEPTHWISE = Config(channels=4, mid=4, out=4, groups=(4, 4), size=(3, 5, 4), norm="batch")
-
-
-def check(config: Config) -> None:
-    why = fuzz.check(config, "triton", device=DEVICE)
-    assert why is None, why
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -74,7 +70,7 @@ def test_gradients(name: str) -> None:
     check(CASES[name])
 
 
-def test_one_kernel_gives_both_gradients_of_a_pass(launched: Counter[str]) -> None:  # noqa: F811
+def test_one_kernel_gives_both_gradients_of_a_pass(launched: Counter[str]) -> None:
     check(DEPTHWISE)
     assert launched["direct_gradients"] == 2
     assert launched["input_gradient"] == launched["weight_gradient"] == 0
@@ -108,7 +104,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_seen(
     name: str,
-    mutated: Callable[..., None],  # noqa: F811
+    mutated: Callable[..., None],
 ) -> None:
     mutated("depthwise_backward", *MUTANTS[name])
 

@@ -17,11 +17,12 @@ from fastst.backends import triton as backend
 from fastst.backends.triton import gradient_tiles
 from fastst.problem.spec import ParallelSpec, ParallelTensors, Problem
 from tests.backends.triton.test_backward import STEP, step, watched
-from tests.backends.triton.test_forward import DEVICE, few_programs, problem_of  # noqa: F401
 from tests.support import fuzz
 from tests.support.fuzz import Config
+from tests.support.triton import DEVICE, problem_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 # ---- launches, and tensors of the size of u
 

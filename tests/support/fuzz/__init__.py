@@ -18,6 +18,7 @@ from .rule import (
     complaints,
     error,
     fuzz,
+    hold,
     no_rounding,
     poisoned,
     results,
@@ -29,5 +30,5 @@ from .values import clear_of_kinks, lay_out, make
 __all__ = [
     "ACTIVATIONS", "CASES", "Config", "DTYPES", "KINKS", "LAYOUTS", "Limits", "NAMES", "SEED",
     "SMALL", "act", "call", "check", "clear_of_kinks", "complaints", "compose", "error", "fuzz",
-    "lay_out", "make", "no_rounding", "poisoned", "random_config", "results", "scales",
+    "hold", "lay_out", "make", "no_rounding", "poisoned", "random_config", "results", "scales",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -209,6 +210,18 @@ def check(
     found += [f"{n} was overwritten" for n in changed]
     assert not found, f"\nbackend {backend!r}, {config}\n  " + "\n  ".join(found)
     return None
+
+
+def hold(config: Config, backend: str = "auto", backward: bool = True, device: str = "cpu") -> None:
+    """``check``, where the backend must run: that it refuses is no wrong result but the end.
+
+    Raises:
+        AssertionError: as ``check``.
+        pytest.fail.Exception: the backend refused.
+    """
+    why = check(config, backend, backward, device)
+    if why is not None:
+        pytest.fail(f"backend {backend!r} refused {config}: {why}")
 
 
 def fuzz(

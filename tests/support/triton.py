@@ -1,0 +1,41 @@
+"""What tests of the Triton backend share: where they run, and one configuration at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from fastst.problem.spec import PairSpec, PairTensors, Problem
+from tests.support import fuzz
+from tests.support.fuzz import Config
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py asks for the interpreter
+
+
+def forward(config: Config) -> None:
+    """Hold the forward pass to the rule."""
+    fuzz.hold(config, "triton", backward=False, device=DEVICE)
+
+
+def check(config: Config) -> None:
+    """Hold the forward pass and every gradient to the rule."""
+    fuzz.hold(config, "triton", device=DEVICE)
+
+
+def problem_of(config: Config, recompute: bool = False) -> tuple[Problem, PairTensors]:
+    t, _ = fuzz.make(config, DEVICE)
+    norm = {
+        "norm_weight": t.get("norm_weight"), "norm_bias": t.get("norm_bias"),
+        "mean": t.get("running_mean"), "var": t.get("running_var"),
+    }  # fmt: skip
+    if config.norm == "batch":
+        norm["mean"] = norm["var"] = None
+    tensors = PairTensors(
+        t["x"], t["spatial_weight"], t["temporal_weight"], t.get("spatial_bias"),
+        t.get("temporal_bias"), **(norm if config.norm != "none" else {}),
+    )  # fmt: skip
+    padding = tuple(p for pair in config.pads for p in pair)
+    spec = PairSpec(
+        config.stride, padding, config.dilation, config.groups, config.padding_mode,  # type: ignore[arg-type]
+        config.activation, config.slope, config.norm, config.eps, config.order, recompute,
+    )  # fmt: skip
+    return Problem.of(tensors, spec), tensors
