@@ -3,14 +3,16 @@
 ``fastst._C`` with nvcc; ``fastst._cpu_avx2`` and ``fastst._cpu_avx512``, from the same sources,
 with a C++ compiler on x86-64.
 
-FASTST_BUILD_CUDA, FASTST_BUILD_CPU: "auto" (default: build it if the compiler is found), "1" (it
-must be), "0" (do not). CXX: the C++ compiler.
+FASTST_BUILD_CUDA, FASTST_BUILD_CPU: "auto" (default: try to build it, and install without it where
+that fails), "1" (it must be built, or the installation fails), "0" (do not). CXX: the C++ compiler.
 TORCH_CUDA_ARCH_LIST: architectures, as PyTorch extensions take them, e.g. "8.0;9.0a+PTX".
+What is left out, and why, is written to fastst/_left_out.json: fastst tells it where it is missed.
 The rest of the package is described in pyproject.toml. Nothing here needs torch or a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -22,11 +24,27 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # sm_90a code serves no later chip: PTX of 9.0 does
 # csrc/cuda/hopper is written for it alone, and is launched on nothing else.
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"
+VARIABLES = {
+    "_C": "FASTST_BUILD_CUDA",
+    "_cpu_avx2": "FASTST_BUILD_CPU",
+    "_cpu_avx512": "FASTST_BUILD_CPU",
+}
+NEEDED = {
+    "FASTST_BUILD_CUDA": "nvcc of the CUDA toolkit 12.5 or newer, under CUDA_HOME, on PATH or in "
+    "/usr/local/cuda, and a C++ compiler that it takes",
+    "FASTST_BUILD_CPU": "g++ 12 or clang++ 15 or newer, on an x86-64 machine",
+}
+WITHOUT = {
+    "FASTST_BUILD_CUDA": "without its CUDA library: Triton's kernels run on GPUs in its place",
+    "FASTST_BUILD_CPU": "without its CPU library: PyTorch's own convolutions run on CPUs "
+    "in its place",
+}
 INSTRUCTIONS = {
     "_cpu_avx2": "-mavx2 -mfma",
     "_cpu_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -44,7 +62,14 @@ def find_cxx() -> str | None:
     """A C++ compiler for this machine's x86-64, else None."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return None
-    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    if named := os.environ.get("CXX"):
+        return named if shutil.which(named.split()[0]) else None
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def missing_cxx() -> str:
+    named = os.environ.get("CXX")
+    return f"CXX={named} was not found" if named else "no C++ compiler for x86-64 was found"
 
 
 def architecture_flags(listed: str) -> list[str]:
@@ -128,52 +153,119 @@ def ninja_file(name: str, output: Path) -> str:
     return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", ""])
 
 
+class BuildError(Exception):
+    """A library cannot be built here; says why in one line."""
+
+
 class Build(build_ext):
+    """Builds what it can. What cannot be built is left out in "auto", and an error under "1"."""
+
+    def run(self) -> None:
+        super().run()
+        folder = ROOT if self.inplace else Path(self.build_lib).resolve()
+        record(folder / "fastst")
+
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.split(".")[-1]
-        # Kept between builds of every kind, so that each compiles only what has changed.
-        folder = ROOT / "build" / name
-        folder.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(name, output))
-        ninja = shutil.which("ninja") or [sys.executable, "-m", "ninja"]
-        command = [ninja] if isinstance(ninja, str) else ninja
-        subprocess.run([*command, "-C", str(folder)], check=True)
+        try:
+            build(name, output)
+        except BuildError as why:
+            variable = VARIABLES[name]
+            if not ext.optional:
+                sys.exit(f"fastst: {variable}=1, but {why}. It takes {NEEDED[variable]}")
+            output.unlink(missing_ok=True)  # of an earlier build
+            left_out[name] = str(why)
 
 
-def wanted(variable: str, compiler: str | None, without: str, needed: str) -> bool:
-    """Whether to build what a compiler is there for; says so where it is left out.
+class Copy(build_py):
+    """Copies the package; the record with it where there is nothing to build."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.distribution.ext_modules:
+            record((ROOT if self.editable_mode else Path(self.build_lib).resolve()) / "fastst")
+
+
+def build(name: str, output: Path) -> None:
+    """Compile and link one library.
 
     Raises:
-        SystemExit: it must be built and the compiler is missing, or the setting is unknown.
+        BuildError: a tool is missing or fails.
     """
-    setting = os.environ.get(variable, "auto")
-    if setting not in ("auto", "0", "1"):
-        sys.exit(f"{variable} must be auto, 0 or 1, got {setting!r}")
-    if setting == "1" and compiler is None:
-        sys.exit(f"fastst: {variable}=1 requires {needed}")
-    if setting == "auto" and compiler is None:
-        print(f"fastst: {without}. To get it: {needed}; install fastst again.", file=sys.stderr)
-    return setting != "0" and compiler is not None
+    # Kept between builds of every kind, so that each compiles only what has changed.
+    folder = ROOT / "build" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "build.ninja").write_text(ninja_file(name, output))
+        ninja = shutil.which("ninja")
+        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+        process = subprocess.Popen(
+            [*command, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace",
+        )  # fmt: skip
+    except (ImportError, OSError) as error:
+        raise BuildError(f"the build of fastst.{name} failed: {error}") from error
+    said = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        said.append(line.strip())
+    if process.wait():
+        raise BuildError(f"the build of fastst.{name} failed: {first_error(said)}")
+
+
+def first_error(said: list[str]) -> str:
+    """The line of a failed build that tells most."""
+    telling = re.compile(r"\b(error|fatal|cannot|not found|no such file|no module)\b", re.I)
+    found = [line for line in said if telling.search(line) and not line.startswith("FAILED")]
+    return (found or said or ["it said nothing"])[0][:300]
+
+
+# Why libraries are not there, by name.
+left_out: dict[str, str] = {}
+
+
+def record(package: Path) -> None:
+    """Say what is left out, in one line for each kind of library, and write it down."""
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_left_out.json").write_text(json.dumps(left_out, indent=2) + "\n")
+    for variable, without in WITHOUT.items():
+        whys = {why for name, why in left_out.items() if VARIABLES[name] == variable}
+        if whys and os.environ.get(variable) != "0":
+            print(
+                f"fastst is installed {without}. Reason: {'; '.join(sorted(whys))}. To get it: "
+                f"{NEEDED[variable]}; then install fastst again. {variable}=1 makes this an error.",
+                file=sys.stderr,
+            )
 
 
 def extensions() -> list[Extension]:
-    names = []
-    if wanted(
-        "FASTST_BUILD_CUDA", find_nvcc(),
-        "nvcc was not found, so fastst is installed without its CUDA library",
-        "nvcc of the CUDA toolkit 12.5 or newer, under CUDA_HOME or on PATH",
-    ):  # fmt: skip
-        names.append("_C")
-    if wanted(
-        "FASTST_BUILD_CPU", find_cxx(),
-        "no C++ compiler for x86-64 was found, so fastst is installed without its CPU library; "
-        "PyTorch's own convolutions run in its place",
-        "g++ 12 or clang++ 15 or newer, on an x86-64 machine",
-    ):  # fmt: skip
-        names += INSTRUCTIONS
-    return [Extension(f"fastst.{name}", sources=[]) for name in names]
+    """The libraries to try; those that are not go to ``left_out``.
+
+    Raises:
+        SystemExit: one must be built and has no compiler, or a setting is unknown.
+    """
+    missing = {
+        "FASTST_BUILD_CUDA": None if find_nvcc() else "nvcc was not found",
+        "FASTST_BUILD_CPU": None if find_cxx() else missing_cxx(),
+    }
+    found = []
+    for name, variable in VARIABLES.items():
+        setting = os.environ.get(variable, "auto")
+        if setting not in ("auto", "0", "1"):
+            sys.exit(f"{variable} must be auto, 0 or 1, got {setting!r}")
+        if setting == "0":
+            left_out[name] = f"{variable}=0 was set"
+        elif missing[variable] is None:
+            found.append(Extension(f"fastst.{name}", sources=[], optional=setting == "auto"))
+        elif setting == "auto":
+            left_out[name] = missing[variable]
+        else:
+            needed = NEEDED[variable]
+            sys.exit(f"fastst: {variable}=1, but {missing[variable]}. It takes {needed}")
+    return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build, "build_py": Copy})

@@ -105,7 +105,8 @@ def _native() -> Iterator[str]:
     yield f"nvcc: {shutil.which('nvcc') or 'not on PATH'}"
     found = importlib.util.find_spec("fastst._C")
     if found is None:
-        yield "fastst._C was not built: FASTST_BUILD_CUDA=1 pip install . says what is missing"
+        missing = importlib.import_module("fastst.machine.left_out").not_built("_C")
+        yield f"fastst._C {missing}: FASTST_BUILD_CUDA=1 pip install . says what it takes"
         return
     yield f"fastst._C is {found.origin}"
     library = importlib.import_module("fastst._C")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...machine import left_out
 from ...problem.spec import PairSpec, PairTensors, Pass, Problem
 
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
@@ -36,8 +37,8 @@ def load() -> ModuleType | str:
         return f"needs a processor with AVX2 or AVX-512, PyTorch finds {capability}"
     if importlib.util.find_spec(f"fastst.{name}") is None:
         return (
-            f"needs the native library fastst.{name}, which was not built: with a C++ compiler on "
-            "PATH, install fastst from source with FASTST_BUILD_CPU=1"
+            f"needs the native library fastst.{name}, which {left_out.not_built(name)}: with a C++ "
+            "compiler on PATH, install fastst from source with FASTST_BUILD_CPU=1"
         )
     try:
         module = importlib.import_module(f"fastst.{name}")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...machine import left_out
 from ...problem.spec import PairSpec, PairTensors, Pass, Problem
 from ...ranks import collectives
 from ..contract import Part
@@ -62,8 +63,8 @@ def load() -> ModuleType | str:
     """``fastst._C``, or why it is not there."""
     if importlib.util.find_spec("fastst._C") is None:
         return (
-            "needs the native library fastst._C, which was not built: with the CUDA toolkit's nvcc "
-            "on PATH, install fastst from source with FASTST_BUILD_CUDA=1"
+            f"needs the native library fastst._C, which {left_out.not_built('_C')}: with the CUDA "
+            "toolkit's nvcc on PATH, install fastst from source with FASTST_BUILD_CUDA=1"
         )
     try:
         _C = importlib.import_module("fastst._C")

@@ -1,0 +1,23 @@
+"""Which native libraries the installation left out, and why: what setup.py wrote down."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def reasons() -> dict[str, str]:
+    """By name of the library; empty where nothing was left out or nobody wrote it down."""
+    try:
+        found = json.loads((Path(__file__).parents[1] / "_left_out.json").read_text())
+        return {str(name): str(why) for name, why in found.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def not_built(name: str) -> str:
+    """That a library was not built and, where it is known, why."""
+    why = reasons().get(name)
+    return "was not built" + (f" ({why})" if why else "")
