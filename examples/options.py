@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ import torch
 from fastst import models
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class OptionError(ValueError):
+    """A run that cannot be."""
 
 
 def option(default: Any, text: str, **kwargs: Any) -> Any:
@@ -32,32 +37,45 @@ class Options:
     val_list: Path | None = option(None, "videos to evaluate on", type=Path)
     classes: Path | None = option(None, "names (classInd.txt, labels.json)", type=Path)
     model: str = option("r2plus1d_18", "network of fastst.models", choices=sorted(models.NETWORKS))
-    width: int | None = option(None, "channels of the first stage, for networks that take it")
+    width: int | None = option(
+        None, "channels of the first stage, for networks that take it", least=1
+    )
     weights: Path | None = option(None, "checkpoint or state_dict to start from", type=Path)
     new_classifier: bool = option(False, "leave the last linear layer out of --weights")
     convert: bool = option(True, "run the conv pairs as single operations (fastst.convert)")
-    frames: int = option(16, "frames of a clip")
-    step: int = option(2, "every how many-th frame of the video is taken")
-    size: int = option(112, "height and width of a clip")
-    clips: int = option(10, "clips of each video in evaluation, whose probabilities are averaged")
+    frames: int = option(16, "frames of a clip", least=1)
+    step: int = option(2, "every how many-th frame of the video is taken", least=1)
+    size: int = option(112, "height and width of a clip", least=1)
+    clips: int = option(
+        10, "clips of each video in evaluation, whose probabilities are averaged", least=1
+    )
     flip: bool = option(True, "mirror at random (not for classes about left and right)")
-    epochs: int = option(30, "passes over the training videos")
-    batch: int = option(8, "clips at a time and device")
-    accumulate: int = option(1, "batches whose gradients make one step")
-    lr: float = option(0.01, "learning rate after the warm-up; decays to 0 along a cosine")
-    warmup: float = option(1.0, "epochs of rising learning rate")
-    momentum: float = option(0.9, "of SGD")
-    weight_decay: float = option(1e-4, "of SGD")
+    epochs: int = option(30, "passes over the training videos", least=1)
+    batch: int = option(8, "clips at a time and device", least=1)
+    accumulate: int = option(1, "batches whose gradients make one step", least=1)
+    lr: float = option(0.01, "learning rate after the warm-up; decays to 0 along a cosine", least=0)
+    warmup: float = option(1.0, "epochs of rising learning rate", least=0)
+    momentum: float = option(0.9, "of SGD", least=0)
+    weight_decay: float = option(1e-4, "of SGD", least=0)
     amp: str = option("none", "automatic mixed precision", choices=tuple(AMP))
     parallel: str = option("ddp", "under torchrun", choices=("ddp", "fsdp"))
     sync_bn: bool = option(False, "batch norm statistics over all processes")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-    workers: int = option(4, "decoding processes per device")
-    seed: int = option(0, "of everything random")
+    workers: int = option(4, "decoding processes per device", least=0)
+    seed: int = option(0, "of everything random", least=0)
     out: Path = option(Path("out/train"), "folder of checkpoints and TensorBoard logs", type=Path)
     resume: bool = option(False, "go on from OUT/last.pt")
-    save_every: int = option(0, "steps between checkpoints, beside those after every epoch")
-    log_every: int = option(10, "steps between entries in the log")
+    save_every: int = option(
+        0, "steps between checkpoints, beside those after every epoch", least=0
+    )
+    log_every: int = option(10, "steps between entries in the log", least=1)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            least, value = f.metadata.get("least"), getattr(self, f.name)
+            if least is not None and value is not None and not least <= value < math.inf:
+                name = f.name.replace("_", "-")
+                raise OptionError(f"--{name} requires a number from {least} on, got {value}")
 
     @classmethod
     def parse(cls, description: str | None, arguments: list[str] | None = None) -> Options:
@@ -65,7 +83,7 @@ class Options:
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         for f in fields(cls):
-            kwargs = dict(f.metadata)
+            kwargs = {k: v for k, v in f.metadata.items() if k != "least"}
             if isinstance(f.default, bool):
                 kwargs["action"] = argparse.BooleanOptionalAction
             elif "type" not in kwargs:
@@ -74,4 +92,7 @@ class Options:
                 kwargs["help"] += f" (default: {f.default})"
             name = f.name if "nargs" in kwargs else "--" + f.name.replace("_", "-")
             parser.add_argument(name, default=f.default, **kwargs)
-        return cls(**vars(parser.parse_args(arguments)))
+        try:
+            return cls(**vars(parser.parse_args(arguments)))
+        except OptionError as error:
+            parser.error(str(error))

@@ -10,6 +10,7 @@ A run that was stopped goes on with ``--resume`` as if it had not been: the same
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -398,7 +399,10 @@ class Trainer:
             pin_memory=device.type == "cuda",
         )  # fmt: skip
         for batch in loader:
-            self.unusable |= {line for text in batch["unusable"] for line in text.splitlines()}
+            found = {line for text in batch["unusable"] for line in text.splitlines()}
+            for line in sorted(found - self.unusable):
+                tqdm.write(f"skipped {line}", file=sys.stderr)
+            self.unusable |= found
             yield batch["clips"].to(device, non_blocking=True), batch["label"].to(device)
         self.unusable = self.world.gather(self.unusable)
 
@@ -423,6 +427,9 @@ def train(options: Options, data: Data | None = None) -> Trainer:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    for stream in (sys.stdout, sys.stderr):  # no name of a file or class ends a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         train(Options.parse(__doc__, arguments))
     except (videos.DataError, CheckpointError) as error:

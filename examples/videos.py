@@ -6,9 +6,13 @@ one takes their place, in evaluation they count for nothing, and either way the 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,14 +49,13 @@ class Listing(NamedTuple):
 
 
 def read_folder(root: Path) -> Listing:
-    """Videos in one folder per class: ``root/CLASS/FILE``.
-
-    Raises:
-        DataError: no such folder, or no videos in it.
-    """
-    if not root.is_dir():
+    """Videos in one folder per class: ``root/CLASS/FILE``; DataError if there are none."""
+    if not os.path.isdir(root):
         raise DataError(f"{root}: requires a folder with one folder of videos per class")
-    found = sorted(p for p in root.glob("*/*") if p.suffix.lower() in EXTENSIONS)
+    try:
+        found = sorted(p for p in root.glob("*/*") if p.suffix.lower() in EXTENSIONS)
+    except OSError as error:
+        raise DataError(f"{root}: cannot be read: {error}") from error
     if not found:
         raise DataError(f"{root}: found no videos in the form CLASS/FILE ({', '.join(EXTENSIONS)})")
     classes = sorted({p.parent.name for p in found})
@@ -64,11 +67,13 @@ def read_list(path: Path, root: Path, classes: Sequence[str] | None = None) -> L
 
     - ``*.json``, Something-Something V2: objects with ``id`` and ``template`` (or ``label``); files
       ``root/ID.webm``.
-    - ``*.csv`` with a header, Kinetics: ``label, youtube_id, time_start, time_end``; files
-      ``root/[LABEL/]ID_START_END.mp4`` or ``root/[LABEL/]ID.mp4``.
-    - anything else, UCF-101 and most others: a path per line, below root, and after a space or
-      comma a class index, counted from 0 or, as UCF-101's, from 1. The folder of the file is the
-      class where it is a known one, or goes one to one with the index.
+    - a table with a column ``youtube_id``, Kinetics: ``label, youtube_id, time_start, time_end``;
+      files ``root/[LABEL/]ID_START_END.mp4`` or ``root/[LABEL/]ID.mp4``.
+    - anything else, UCF-101 and most others: a path per line, below root, and after a space, tab,
+      comma or semicolon a class index, counted from 0 or, as UCF-101's, from 1. The folder of the
+      file is the class where it is a known one, or goes one to one with the index.
+
+    Bytes that are not UTF-8 are kept, as in the names of files.
 
     Args:
         classes: names in the order of the labels; None to take them from the list, sorted.
@@ -77,14 +82,12 @@ def read_list(path: Path, root: Path, classes: Sequence[str] | None = None) -> L
         DataError: no such file, an entry that does not parse or names an unknown class, or no
             entries.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    text = _text(path)
+    first = text.lstrip().partition("\n")[0]
     if path.suffix.lower() == ".json":
         named = _something(path, text, root)
-    elif text.lstrip().lower().startswith("label,"):
-        named = _kinetics(path, text, root)
+    elif "youtube_id" in first.lower():
+        named = _kinetics(path, text.lstrip(), root)
     else:
         named = _lines(path, text, root, classes)
     if not named:
@@ -106,33 +109,57 @@ def read_classes(path: Path) -> list[str]:
     Something-Something V2's ``labels.json`` (name to index), UCF-101's ``classInd.txt`` (index and
     name per line), or a name per line.
     """
-    try:
-        text = path.read_text()
-        if path.suffix.lower() == ".json":
-            table = json.loads(text)
-            return sorted(table, key=lambda name: int(table[name]))
-    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read as a list of classes: {error}") from error
-    names = [line.strip() for line in text.splitlines() if line.strip()]
-    numbered = [name.split(maxsplit=1) for name in names]
-    if names and all(len(n) == 2 and n[0].isdigit() for n in numbered):
-        names = [name for _, name in sorted(numbered, key=lambda n: int(n[0]))]
+    text = _text(path)
+    if path.suffix.lower() == ".json":
+        try:
+            names = [k for k, _ in sorted(json.loads(text).items(), key=lambda e: int(e[1]))]
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{path}: cannot be read as a list of classes: {error}") from error
+    else:
+        names = list(_filled_lines(text))
+        numbered = [re.fullmatch(rf"([0-9]+){_SEPARATOR}+(.+)", name) for name in names]
+        found = [m.groups() for m in numbered if m is not None]
+        if len(found) == len(names):
+            names = [name for _, name in sorted(found, key=lambda n: int(n[0]))]
     if not names:
         raise DataError(f"{path}: names no classes")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: names the class {twice!r} more than once")
     return names
 
 
-def _something(path: Path, text: str, root: Path) -> list[tuple[Path, str]]:
+_SEPARATOR = r"[ \t,;]"
+
+
+def _text(path: Path) -> str:
     try:
-        entries = json.loads(text)
-        return [
-            (root / f"{e['id']}.webm", str(e.get("template", e.get("label"))).translate(_BRACKETS))
-            for e in entries
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    # Names of files are bytes: those that are no UTF-8 come out as they are on the disk.
+    return data.decode("utf-16" if wide else "utf-8-sig", "replace" if wide else "surrogateescape")
+
+
+def _filled_lines(text: str) -> Iterator[str]:
+    # Not splitlines(), which takes characters for ends of lines that names may have.
+    return filter(None, (line.strip(" \t\r") for line in text.split("\n")))
+
+
+def _something(path: Path, text: str, root: Path) -> list[tuple[Path, str]]:
+    named = []
+    try:
+        for entry in json.loads(text):
+            label = entry.get("template", entry.get("label"))
+            if not isinstance(label, str) or not isinstance(entry["id"], (str, int)):
+                raise ValueError(f"got {entry}")
+            named.append((root / f"{entry['id']}.webm", label.translate(_BRACKETS)))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path}: requires a list of objects with 'id' and 'template': {error!r}"
         ) from error
+    return named
 
 
 _BRACKETS = str.maketrans("", "", "[]")  # "Holding [something]" is "Holding something" as a class
@@ -140,27 +167,48 @@ _BRACKETS = str.maketrans("", "", "[]")  # "Holding [something]" is "Holding som
 
 def _kinetics(path: Path, text: str, root: Path) -> list[tuple[Path, str]]:
     named = []
-    for row in csv.DictReader(text.splitlines()):
-        try:
-            label, name = row["label"], row["youtube_id"]
-            span = f"_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}: requires label, youtube_id, time_start and time_end in a row, got {row}"
-            ) from error
-        forms = [root / d / f"{name}{s}.mp4" for d in (label, "") for s in (span, "")]
-        named.append((next((p for p in forms if p.exists()), forms[0]), label))
+    header, *rows = text.split("\n")
+    delimiter = next((d for d in "\t;" if d in header), ",")
+    lines = [header.lower(), *rows]
+    try:
+        for row in csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True):
+            cells = {k.strip(): v.strip() for k, v in row.items() if k and isinstance(v, str)}
+            if not any(cells.values()):
+                continue
+            if not all(cells.get(k) for k in ("label", "youtube_id")):
+                raise ValueError(f"got {row}")
+            label, name = cells["label"], cells["youtube_id"]
+            span = f"_{int(cells['time_start']):06d}_{int(cells['time_end']):06d}"
+            forms = [root / d / f"{name}{s}.mp4" for d in (label, "") for s in (span, "")]
+            named.append((next((p for p in forms if os.path.exists(p)), forms[0]), label))
+    except (KeyError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"{path}: requires label, youtube_id, time_start and time_end in each row: {error!r}"
+        ) from error
     return named
+
+
+def _entry(path: Path, line: str, root: Path) -> tuple[str, int | None]:
+    """The name of the file and, where there is one, the index of its class."""
+    found = re.fullmatch(rf"(.*?){_SEPARATOR}+([0-9]+)", line)
+    name, label = (line, None) if found is None else (found[1], int(found[2]))
+    if len(name) > 1 and name[0] == name[-1] == '"':
+        name = name[1:-1].replace('""', '"')
+    after = re.search(rf"({_DOT_EXTENSIONS}){_SEPARATOR}", name, re.IGNORECASE)
+    if after is not None and not name.lower().endswith(EXTENSIONS):
+        raise DataError(f"{path}: requires a path and a class index in a line, got {line!r}")
+    if "\\" in name and not os.path.exists(root / name):  # written on Windows
+        name = name.replace("\\", "/")
+    return name, label
+
+
+_DOT_EXTENSIONS = "|".join(map(re.escape, EXTENSIONS))
 
 
 def _lines(
     path: Path, text: str, root: Path, classes: Sequence[str] | None
 ) -> list[tuple[Path, str]]:
-    entries: list[tuple[str, int | None]] = []
-    for line in filter(None, map(str.strip, text.splitlines())):
-        name, _, label = line.rpartition("," if "," in line else " ")
-        has_label = bool(name) and label.strip().isdigit()
-        entries.append((name.strip(), int(label)) if has_label else (line, None))
+    entries = [_entry(path, line, root) for line in _filled_lines(text)]
     folders = [Path(name).parent.name for name, _ in entries]
     labels = [label for _, label in entries]
     # Folders name the classes where they say the same as the indices do.
@@ -222,7 +270,8 @@ def decode(
 
     Args:
         choose: from the number of frames to the frame indices of each clip.
-        short_side: to which frames are scaled.
+        short_side: to which frames are scaled, upright. Where the resolution changes within the
+            video, all are cut in their centres to what the smallest of them has.
 
     Returns:
         Clips of (T, H, W, 3) bytes, RGB.
@@ -230,44 +279,110 @@ def decode(
     Raises:
         VideoError: cannot be read, has no video, or what ``choose`` raises.
     """
-    try:
+    with _readable():
         times = _times(path)
-        clips = choose(len(times))
-        wanted = {times[i] for clip in clips for i in clip}
-        images: dict[int, np.ndarray] = {}
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            if any(name in container.format.name for name in _SEEKABLE):
-                container.seek(min(wanted), stream=stream)  # the key frame at or before
-            for frame in container.decode(stream):
-                if frame.pts in wanted:
-                    images[frame.pts] = _scaled(frame, short_side)
-                if frame.pts >= max(wanted):
-                    break
-        missing = len(wanted) - len(images)
-        if missing:
-            raise VideoError(f"{missing} of the {len(wanted)} frames wanted do not decode")
-        return [np.stack([images[times[i]] for i in clip]) for clip in clips]
-    except (av.FFmpegError, OSError, TypeError) as error:
-        raise VideoError(f"cannot be read: {error}") from error
+    clips = choose(len(times))
+    with _readable():
+        images = _images(path, {times[i] for clip in clips for i in clip}, short_side)
+    least = [min(image.shape[axis] for image in images.values()) for axis in (0, 1)]
+    return [np.stack([_centre(images[times[i]], least) for i in clip]) for clip in clips]
 
 
 _SEEKABLE = ("mp4", "matroska")  # whose marks of key frames can be trusted: AVI's cannot
+_MOST_PIXELS = 1 << 26  # of a frame: 8192²
+_MOST_LONGER = 16  # than the short side
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Whatever is raised within it is about one file, and must not end a run."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except Exception as error:
+        raise VideoError(f"cannot be read: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its video."""
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise VideoError("cannot be read: is no file" if os.path.lexists(path) else "is missing")
+    # Not as a protocol, whatever the name, and nothing that a playlist leads to.
+    options = {"protocol_whitelist": "file"}
+    with av.open(str(path.absolute()), options=options, metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise VideoError("has no video")
+        _check_size(stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
+        yield container, stream
 
 
 def _times(path: Path) -> list[int]:
     """When the frames of a video are due: their exact number, without decoding them."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise VideoError("has no video")
-        packets = [p for p in container.demux(video=0) if p.size and not p.is_discard]
-        return sorted(p.dts if p.pts is None else p.pts for p in packets)
+    with _opened(path) as (container, stream):
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        times = [p.dts if p.pts is None else p.pts for p in packets]
+        if None in times:
+            raise VideoError("has frames that do not say when they are due")
+        return sorted(times)
+
+
+def _images(path: Path, wanted: set[int], short_side: int) -> dict[int, np.ndarray]:
+    images: dict[int, np.ndarray] = {}
+    with _opened(path) as (container, stream):
+        if any(name in container.format.name for name in _SEEKABLE):
+            container.seek(min(wanted), stream=stream)  # the key frame at or before
+        for frame in container.decode(stream):
+            if frame.pts in wanted:
+                images[frame.pts] = _scaled(frame, short_side)
+            if frame.pts is not None and frame.pts >= max(wanted):
+                break
+    missing = len(wanted) - len(images)
+    if missing:
+        raise VideoError(f"{missing} of the {len(wanted)} frames wanted do not decode")
+    return images
+
+
+def _check_size(width: int, height: int) -> None:
+    short, long = sorted((width, height))
+    if width * height > _MOST_PIXELS or (short and long > _MOST_LONGER * short):
+        raise VideoError(f"has frames of {width}×{height} pixels")
 
 
 def _scaled(frame: Any, short_side: int) -> np.ndarray:
+    _check_size(frame.width, frame.height)
     scale = short_side / min(frame.width, frame.height)
     size = [max(short_side, round(n * scale)) for n in (frame.width, frame.height)]
-    return frame.to_ndarray(width=size[0], height=size[1], format="rgb24", interpolation="BILINEAR")
+    image = frame.to_ndarray(
+        width=size[0], height=size[1], format="rgb24", interpolation="BILINEAR"
+    )
+    return _upright(image, frame.side_data.get("DISPLAYMATRIX"))
+
+
+def _upright(image: np.ndarray, matrix: Any) -> np.ndarray:
+    """The image (H, W, 3) as its display matrix shows it, to the next quarter of a turn."""
+    if matrix is None:
+        return image
+    # (x, y) is shown at (a·x + c·y, b·x + d·y).
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).astype(float)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _centre(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    top, left = ((n - m) // 2 for n, m in zip(image.shape[:2], size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def printable(text: str) -> str:
+    """One line that any terminal and file of UTF-8 takes: names of files may be any bytes."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 class Clips(Dataset[dict[str, Any]]):
@@ -319,7 +434,7 @@ class Clips(Dataset[dict[str, Any]]):
             try:
                 clips = self._load(path, generator)
             except VideoError as error:
-                skipped.append(f"{path}: {error}")
+                skipped.append(printable(f"{path}: {error}"))
                 if generator is None:
                     return self._nothing(skipped[0])
                 index = int(generator.integers(len(self.videos)))
