@@ -328,11 +328,22 @@ def _direct(*tensors: Tensor | None) -> bool:
     """Whether nobody but a profiler would see an op called now: then none holds its arguments."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or _batched(tensors[0]):
         return False
     # A view that is to be negated when it is read (z.conj().imag) is what a dispatcher resolves.
     plain = (Tensor, torch.nn.Parameter)
     return all(t is None or (type(t) in plain and not t.is_neg()) for t in tensors)
+
+
+def _batched(t: Tensor | None) -> bool:
+    """Whether a tensor stands for many: is_grads_batched maps backward over dy, by the older of
+    PyTorch's two vmaps."""
+    if t is None or torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(t)
+    )
 
 
 class _ParallelFunction(torch.autograd.Function):
@@ -363,11 +374,35 @@ def _backward(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    if torch.is_grad_enabled():  # create_graph
+    if _batched(dy):
+        grads = _composed_gradients(compose, spec, needs, dy, tensors)[0]
+    elif torch.is_grad_enabled():  # create_graph
         grads = _BackwardFunction.apply(op, compose, spec, backend, needs, kept, dy, *tensors)
     else:
         grads = op(dy, *kept, *tensors, *packed(spec), backend, list(needs))
     return _scatter(grads, needs)
+
+
+def _composed_gradients(
+    compose: Callable[..., Tensor],
+    spec: PairSpec | ParallelSpec,
+    needs: Sequence[bool],
+    dy: Tensor,
+    tensors: Sequence[Tensor | None],
+) -> tuple[Sequence[Tensor], Tensor, Any]:
+    """Gradients by PyTorch's own operators, differentiable where autograd is on, and the aliases
+    of dy and the tensors that they are functions of."""
+    create_graph = torch.is_grad_enabled()
+    kind: Any = PairTensors if isinstance(spec, PairSpec) else ParallelTensors
+    with torch.enable_grad():
+        # Aliases, so that nothing is differentiated through one argument into another.
+        aliases = kind(*(None if t is None else t.view_as(t) for t in tensors))
+        dy = dy.view_as(dy)
+        wanted = [t for t, n in zip(aliases, needs, strict=False) if n]
+        grads = torch.autograd.grad(
+            compose(aliases, spec), wanted, dy, create_graph=create_graph, allow_unused=True
+        )
+    return grads, dy, aliases
 
 
 class _BackwardFunction(torch.autograd.Function):
@@ -392,17 +427,9 @@ class _BackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor) -> Any:
         higher = torch.is_grad_enabled()
-        kind: Any = PairTensors if isinstance(ctx.spec, PairSpec) else ParallelTensors
+        dy, *tensors = ctx.saved_tensors
         with torch.enable_grad():
-            # Aliases, so that nothing is differentiated through one argument into another.
-            aliases: list[Any] = [
-                None if t is None else t.view_as(t) if needed else t.detach()
-                for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[6:], strict=True)
-            ]
-            dy, *tensors = aliases
-            y = ctx.compose(kind(*tensors), ctx.spec)
-            wanted = [t for t, n in zip(tensors, ctx.needs, strict=False) if n]
-            grads = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
+            grads, dy, tensors = _composed_gradients(ctx.compose, ctx.spec, ctx.needs, dy, tensors)
         sources = [t for t in (dy, *tensors) if t is not None and t.requires_grad]
         live = [
             (g, d) for g, d in zip(grads, ddgrads, strict=True) if g is not None and g.requires_grad
@@ -442,7 +469,7 @@ class _NormFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
         gamma = None if weight is None else weight.to(mean.dtype)
         grads = None
-        if ctx.own is not None and not torch.is_grad_enabled():  # else create_graph
+        if ctx.own is not None and not torch.is_grad_enabled() and not _batched(dy):
             grads = ctx.own(dy, y, mean, var, gamma, ctx.eps, needs)
         if grads is None:
             grads = torch.ops.aten.native_batch_norm_backward(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -230,6 +230,62 @@ def test_jacobian_and_hessian() -> None:
 
     torch.testing.assert_close(torch.func.hessian(ours)(x), torch.func.hessian(true)(x))
     torch.testing.assert_close(torch.func.jacrev(ours)(x), torch.func.jacfwd(true)(x))
+
+
+# ---- is_grads_batched: the older vmap, over dy
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten"])
+@pytest.mark.parametrize("mode", MODES)
+def test_batched_gradients(mode: str, backend: str) -> None:
+    """All vector-Jacobian products at once, and those of the double backward."""
+    call, inputs = closure(MODES[mode])
+
+    def products(function: Callable[..., Tensor], *, batched: bool) -> list[Tensor]:
+        y = function(*inputs)
+        dys = torch.linspace(-1, 2, 3 * y.numel(), dtype=y.dtype).view(3, *y.shape)
+        dys.requires_grad_()
+        found = list(derivatives(y, inputs, dys, batched=batched))
+        grads = torch.autograd.grad(y.square().sum(), inputs[:2], create_graph=True)
+        for g in grads:
+            found += derivatives(g, inputs[:2], g.detach().expand(2, *g.shape), batched=batched)
+        penalty = sum(g.square().sum() for g in found)
+        return [*found, *torch.autograd.grad(penalty, (*inputs[:2], dys))]
+
+    with fastst.use_backend(backend):
+        got = products(call, batched=True)
+    expected = products(composed(MODES[mode]), batched=False)
+    for ours, true in zip(got, expected, strict=True):
+        scale = max(1.0, true.abs().max().item())
+        torch.testing.assert_close(ours, true, rtol=0, atol=1e-10 * scale)
+
+
+def derivatives(
+    y: Tensor, inputs: list[Tensor], dys: Tensor, *, batched: bool
+) -> tuple[Tensor, ...]:
+    """J^T dy for several dy, which can be differentiated again."""
+    if batched:
+        return torch.autograd.grad(y, inputs, dys, is_grads_batched=True, create_graph=True)
+    each = [torch.autograd.grad(y, inputs, dy, create_graph=True) for dy in dys]
+    return tuple(map(torch.stack, zip(*each, strict=True)))
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_vectorised_jacobian_and_hessian(norm: str | None) -> None:
+    layer = fastst.Conv2Plus1d(2, 2, 3, padding=1, norm=norm, activation="silu").double()
+    parallel = fastst.ParallelConv2Plus1d(2, 2, 3, padding=1, activation="silu").double()
+    x = torch.randn(1, 2, 3, 3, 3, dtype=torch.float64)
+    for module in (layer, nn.Sequential(layer, nn.BatchNorm3d(2).double()), parallel):
+        for each, end in (
+            (torch.autograd.functional.jacobian, (1, 2, 3, 4)),
+            (torch.autograd.functional.hessian, (0, 1, 2, 3, 4)),
+        ):
+
+            def call(z: Tensor, m: nn.Module = module, end: tuple[int, ...] = end) -> Tensor:
+                return m(z).pow(3).mean(end)
+
+            got, expected = (each(call, x, vectorize=v) for v in (True, False))
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
 # ---- checkpointing, layouts, threads
