@@ -47,7 +47,9 @@ class Conv2Plus1d(nn.Module):
         activation: a name ("relu", "silu", "gelu", "gelu_tanh", "leaky_relu", "hardswish"), a
             module, or None.
         order: "spatial-first" or "temporal-first".
-        causal: see ``functional.conv2plus1d``; enables ``stream``.
+        causal: see ``functional.conv2plus1d``; enables ``stream``. Norms that look across frames,
+            as ``nn.GroupNorm`` does, are refused when it runs. A module of yours that sees each
+            frame by itself has an attribute ``frame_by_frame = True``; ``stream`` requires it.
         recompute: keep only the input for backward; None for what ``fastst.set_memory_budget`` has
             chosen or, if it has not, the environment variable ``FASTST_RECOMPUTE`` says, 1 or 0;
             where nobody says, only layers without a norm do.
@@ -150,8 +152,8 @@ class Conv2Plus1d(nn.Module):
             state: what the call for the previous chunk returned; None for the first.
 
         Raises:
-            TypeError, ValueError: the layer is not causal, normalises with statistics of the batch,
-                or a chunk or state does not fit.
+            TypeError, ValueError: the layer is not causal, normalises with statistics of the batch
+                or in a way that nobody knows, or a chunk or state does not fit.
         """
         return streaming.stream(self, x, state)
 
@@ -245,6 +247,10 @@ class ParallelConv2Plus1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x; shapes as ``nn.Conv3d``."""
+        if self.causal:
+            parts = self.spatial_norm, self.temporal_norm, self.branch_activation, self.norm
+            owner = "ParallelConv2Plus1d: causal=True"
+            streaming.check_frame_by_frame(owner, *parts, self.activation)
         why = self._why_composed()
         if why is not None:
             dispatch.fall_back("ParallelConv2Plus1d", why)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -194,6 +195,8 @@ def compose_modules(
     if x.dim() == 4:  # batch norms take no unbatched input
         y = compose_modules(x.unsqueeze(0), first, norm, activation, second, order, causal)
         return y.squeeze(0)
+    if causal:
+        streaming.check_frame_by_frame("causal=True", norm, activation)
     if order == "temporal-first":
         x = pad_causally(x, first, causal)
     x = first(x)
@@ -272,11 +275,39 @@ def why_foreign(
             or child._backward_pre_hooks
         ):
             return f"its {label} has hooks"
-        if "forward" in child.__dict__:
-            return f"the forward of its {label} was replaced"
+        name = _replaced_method(child)
+        if name is not None:
+            return f"the {name} of its {label} was replaced"
     if torch_module._has_any_global_hook():
         return "global module hooks are registered"
+    if _functions() != _FUNCTIONS:
+        return "a function of torch.nn.functional was replaced"
     return None
+
+
+def _replaced_method(module: nn.Module) -> str | None:
+    """The method of a module that somebody replaced, on the module or on its class."""
+    own, kind = vars(module), type(module)
+    for name in _METHODS:
+        if name in own or getattr(kind, name, None) not in _OWN_METHODS:
+            return name
+    return None
+
+
+def _functions() -> tuple[Any, ...]:
+    """What the forwards of the modules call, as it is now."""
+    return F.conv3d, F.batch_norm, F.relu, F.silu, F.gelu, F.leaky_relu, F.hardswish
+
+
+_FUNCTIONS = _functions()
+# Tools replace what convolutions and norms run: seamless tiling, LoRA, split-GPU loaders.
+_METHODS = "forward", "_conv_forward", "_check_input_dim", "_call_impl"
+_OWN_METHODS = {None} | {
+    method
+    for kind in (nn.Conv3d, *_BATCH_NORMS, *activations.MODULES)
+    for method in (getattr(kind, name, None) for name in _METHODS)
+    if getattr(method, "__globals__", {}).get("__name__", "").startswith(("torch.nn.", "fastst."))
+}
 
 
 def held(module: nn.Module, kind: str, *names: str) -> list[Any]:

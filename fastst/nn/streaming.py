@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import reference
 
@@ -22,6 +22,49 @@ if TYPE_CHECKING:
 def left_padding(kernel: int, stride: int, dilation: int, causal: bool | str) -> int:
     """Frames before the first that a causal temporal convolution reads."""
     return dilation * (kernel - 1) + (1 - stride if causal == "strided" else 0)
+
+
+def check_frame_by_frame(owner: str, *modules: nn.Module | None, strict: bool = False) -> None:
+    """Refuse norms and activations that make a frame of (N, M, T, H, W) depend on later ones.
+
+    Batch norms do so in training only, where clips are whole. Modules of other people are taken
+    for what a causal network needs; ``strict`` wants their word for it: ``frame_by_frame = True``,
+    which counts for all that they contain, too.
+
+    Raises:
+        ValueError: one that looks across frames, or does not say.
+    """
+    for module in modules:
+        why = None if module is None else _across_frames(module, strict)
+        if why is not None:
+            raise ValueError(
+                f"{owner}: requires a norm and an activation that see each frame by itself, got "
+                f"{why}; one that does sets frame_by_frame = True"
+            )
+
+
+def _across_frames(module: nn.Module, strict: bool) -> str | None:
+    kind = type(module)
+    if getattr(module, "frame_by_frame", False) is True:
+        return None
+    looks = False
+    if isinstance(module, nn.GroupNorm):
+        looks = True
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        clips = isinstance(module, nn.modules.batchnorm._BatchNorm) and not strict
+        looks = not clips and module.running_mean is None
+        if strict and module.training:
+            return f"a {kind.__name__} without fixed statistics (call layer.eval())"
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        looks = len(module.normalized_shape) > 2
+    elif isinstance(module, (nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU)):
+        looks = module.dim in (2, -3)
+    if looks:
+        return f"a {kind.__name__} that looks at all frames"
+    if not kind.__module__.startswith(("torch.nn.", "fastst.")):
+        return f"a {kind.__name__} that does not say what it does" if strict else None
+    found = (_across_frames(child, strict) for child in module.children())
+    return next((why for why in found if why is not None), None)
 
 
 def stream(
@@ -71,14 +114,7 @@ def _activate(layer: Conv2Plus1d, u: Tensor) -> Tensor:
 def _check_layer(layer: Conv2Plus1d) -> None:
     if not layer.causal:
         raise ValueError("stream: requires a layer with causal=True, got causal=False")
-    norm = layer.norm
-    if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm) and (
-        norm.training or norm.running_mean is None
-    ):
-        raise ValueError(
-            "stream: requires a norm with fixed statistics (call layer.eval()), got one that "
-            "takes them from each chunk"
-        )
+    check_frame_by_frame("stream", layer.norm, layer.activation, strict=True)
 
 
 def _check_state(state: tuple[Tensor, ...], fresh: Tensor, limit: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 aten = torch.ops.aten
+MODULES = nn.Identity, nn.ReLU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish
 
 
 def apply(name: str, v: Tensor, slope: float, inplace: bool = False) -> Tensor:

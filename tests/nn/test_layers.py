@@ -304,6 +304,12 @@ def foreign_cases() -> dict[str, tuple[Callable[[], Conv2Plus1d], str]]:
         layer.spatial.forward = lambda x: forward(x) + 1  # type: ignore[method-assign]
         return layer
 
+    def by_method() -> Conv2Plus1d:  # as seamless tiling and LoRA tools do
+        layer = base()
+        method = layer.spatial._conv_forward
+        layer.spatial._conv_forward = lambda x, w, b: method(x, 2 * w, b)  # type: ignore[method-assign]
+        return layer
+
     return {
         "forward hook": (hooked("temporal", "register_forward_hook"), "temporal convolution has"),
         "pre-hook": (hooked("spatial", "register_forward_pre_hook"), "spatial convolution has"),
@@ -314,6 +320,7 @@ def foreign_cases() -> dict[str, tuple[Callable[[], Conv2Plus1d], str]]:
         "pruning": (pruned, "temporal convolution has hooks"),
         "subclass": (subclassed, "temporal convolution is a Scaled"),
         "replaced forward": (replaced, "forward of its spatial convolution was replaced"),
+        "replaced _conv_forward": (by_method, "_conv_forward of its spatial convolution was repl"),
         "group norm": (lambda: base(norm=nn.GroupNorm(2, 6)), "norm is a GroupNorm"),
         "instance norm": (lambda: base(norm=nn.InstanceNorm3d(6)), "norm is a InstanceNorm3d"),
         "parameters": (lambda: base(activation=nn.PReLU(6)), "activation is a PReLU"),
@@ -331,6 +338,31 @@ def test_foreign_children_are_composed_with_the_reason(name: str) -> None:
     assert reason in str(found.why_composed), found.why_composed
     x = torch.randn(2, 4, 4, 5, 5)
     torch.testing.assert_close(layer(x), eager(layer, x), **FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (nn.Conv3d, "forward"), (nn.Conv3d, "_conv_forward"), (nn.BatchNorm3d, "forward"),
+        (nn.Module, "_call_impl"), (nn.functional, "conv3d"), (nn.functional, "batch_norm"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [Conv2Plus1d, ParallelConv2Plus1d])
+@pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")
+def test_a_layer_follows_what_was_replaced_on_classes(
+    kind: Any, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(norm="batch") if kind is Conv2Plus1d else dict(branch_norm="batch")
+    layer, calls = kind(4, 4, 3, padding=1, **settings).eval(), []
+    before, x = getattr(owner, name), torch.randn(1, 4, 3, 5, 5)
+    y = layer(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, lambda *args, **kw: (calls.append(0), before(*args, **kw))[1])
+        torch.testing.assert_close(layer(x), y)
+    seen = len(calls)
+    assert seen > 0
+    layer(x)
+    assert len(calls) == seen
 
 
 @pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")

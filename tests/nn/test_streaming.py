@@ -138,5 +138,78 @@ def test_refusals() -> None:
     with pytest.raises(TypeError, match=r"state must be torch.float64 on cpu, got torch.float32"):
         layer.stream(x, (state[0].float(),))
     batch = fastst.Conv2Plus1d(4, 4, 3, causal=True, norm="batch").double()
-    with pytest.raises(ValueError, match=r"norm with fixed statistics"):
+    with pytest.raises(ValueError, match=r"BatchNorm3d without fixed statistics"):
         batch.stream(x)
+
+
+class Shuffled(nn.Module):
+    """A group norm of each frame, as causal tokenizers have it."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__()
+        self.inner = nn.GroupNorm(groups, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.inner(x.transpose(1, 2).flatten(0, 1))
+        return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+class FrameByFrame(Shuffled):
+    frame_by_frame = True
+
+
+class OverFrames(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.std((1, 2, 3, 4), keepdim=True)
+
+
+SEES = {  # what looks across frames, and what does not
+    "group": (nn.GroupNorm(2, 6), False),
+    "instance": (nn.InstanceNorm3d(6), False),
+    "layer": (nn.LayerNorm((4, 5, 5)), False),
+    "rms": (nn.RMSNorm((6, 4, 5, 5)), False),
+    "within": (nn.Sequential(nn.Identity(), nn.GroupNorm(2, 6)), False),
+    "softmax": (nn.Softmax(2), False),
+    "tracked instance": (nn.InstanceNorm3d(6, track_running_stats=True), True),
+    "layer, of frames": (nn.LayerNorm((5, 5)), True),
+    "softmax of channels": (nn.Softmax(1), True),
+    "local response": (nn.LocalResponseNorm(3), True),
+    "says so": (FrameByFrame(2, 6), True),
+}
+
+
+@pytest.mark.parametrize("order", ["spatial-first", "temporal-first"])
+@pytest.mark.parametrize("name", SEES)
+@pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")
+def test_norms_across_frames_are_refused_and_others_stream(name: str, order: str) -> None:
+    norm, causal = SEES[name]
+    layer = build(order, "zeros", dict(norm=norm, mid_channels=6))
+    x = torch.randn(1, 4, 4, 5, 5, dtype=torch.float64)
+    if not causal:
+        for call in (layer, layer.stream):
+            with pytest.raises(ValueError, match="see each frame by itself, got a"):
+                call(x)
+        return
+    state, out = None, []
+    for piece in x.split(1, 2):
+        y, state = layer.stream(piece, state)
+        out.append(y)
+    torch.testing.assert_close(torch.cat(out, 2), layer(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", [Shuffled(2, 6), OverFrames()])
+@pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")
+def test_a_stream_wants_the_word_of_norms_that_nobody_knows(norm: nn.Module) -> None:
+    layer = build("spatial-first", "zeros", dict(norm=norm, mid_channels=6))
+    x = torch.randn(1, 4, 2, 5, 5, dtype=torch.float64)
+    layer(x)
+    with pytest.raises(ValueError, match=r"does not say what it does; .* frame_by_frame = True"):
+        layer.stream(x)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm3d(4)])
+@pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")
+def test_causal_branches_refuse_them_too(norm: nn.Module) -> None:
+    layer = fastst.ParallelConv2Plus1d(4, 4, 3, padding=(0, 1, 1), causal=True, norm=norm)
+    with pytest.raises(ValueError, match="see each frame by itself"):
+        layer(torch.randn(1, 4, 3, 5, 5))
