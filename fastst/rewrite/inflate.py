@@ -57,21 +57,30 @@ def inflate(
     checks.triple("inflate: temporal_kernel", temporal_kernel, 1)
     if temporal_kernel % 2 == 0:
         raise ValueError(f"inflate: temporal_kernel must be odd, got {temporal_kernel}")
-    inflated = copy.deepcopy(model)
+    inflated = _inflate(copy.deepcopy(model), temporal_kernel, depthwise)
+    frames = _frames(model, example)
+    _check(model, inflated, frames)
+    # Norms, gates and scales that start at 0 hide what comes before them.
+    drawn = _redrawn(model)
+    _check(drawn, _inflate(copy.deepcopy(drawn), temporal_kernel, depthwise), frames)
+    return inflated
+
+
+def _inflate(model: nn.Module, temporal_kernel: int, depthwise: bool) -> nn.Module:
+    """The model with its modules replaced."""
     replaced: dict[int, nn.Module] = {}  # by the 2D module, so that shared ones stay shared
-    for name, module in list(inflated.named_modules(remove_duplicate=False)):
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) not in replaced:
             replaced[id(module)] = _inflated(name, module, temporal_kernel, depthwise)
         new = replaced[id(module)]
         if new is module:
             continue
         if not name:
-            inflated = new
+            model = new
         else:
             above, _, last = name.rpartition(".")
-            setattr(inflated.get_submodule(above), last, new)
-    _check(model, inflated, example)
-    return inflated
+            setattr(model.get_submodule(above), last, new)
+    return model
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
@@ -177,10 +186,11 @@ def _space(v: Any, time: int) -> tuple[int, int, int]:
     return (time, *_pair(v))
 
 
-def _check(model: nn.Module, inflated: nn.Module, example: Tensor | None) -> None:
-    """
+def _frames(model: nn.Module, example: Tensor | None) -> Tensor:
+    """The frames to check with, (T, C, H, W) in float64.
+
     Raises:
-        ValueError: the inflated network is not equal to the 2D one frame by frame.
+        ValueError: the example does not fit, or there is none and nothing says how many channels.
     """
     if example is None:
         convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -191,8 +201,34 @@ def _check(model: nn.Module, inflated: nn.Module, example: Tensor | None) -> Non
         )
     if example.dim() != 4:
         raise ValueError(f"inflate: example must be (T, C, H, W), got {tuple(example.shape)}")
+    return example.detach().cpu().double()
+
+
+def _redrawn(model: nn.Module) -> nn.Module:
+    """A float64 copy with other parameters and statistics, none of which is 0."""
+    model = copy.deepcopy(model).cpu().double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point():
+                fan_in = p[0].numel() if p.dim() > 1 else 1
+                p.uniform_(0.5, 1.5, generator=generator).div_(fan_in**0.5)
+                if p.dim() > 1:  # of both signs, so that sums neither vanish nor grow
+                    p.mul_(torch.empty_like(p).bernoulli_(0.5, generator=generator).mul_(2).sub_(1))
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._NormBase):
+                for statistics, low in ((m.running_mean, -0.5), (m.running_var, 0.5)):
+                    if statistics is not None:
+                        statistics.uniform_(low, low + 1, generator=generator)
+    return model
+
+
+def _check(model: nn.Module, inflated: nn.Module, frames: Tensor) -> None:
+    """
+    Raises:
+        ValueError: the inflated network is not equal to the 2D one frame by frame.
+    """
     flat, deep = (copy.deepcopy(m).cpu().double().eval() for m in (model, inflated))
-    frames = example.detach().cpu().double()
     with torch.no_grad(), dispatch.use_backend("reference"):
         try:
             wanted = flat(frames)
@@ -211,7 +247,8 @@ def _check(model: nn.Module, inflated: nn.Module, example: Tensor | None) -> Non
         wanted = wanted.mean(0, keepdim=True)
     else:
         wanted = wanted.transpose(0, 1).unsqueeze(0)
-    if y.shape != wanted.shape or (y - wanted).abs().max() > _TOLERANCE * wanted.abs().max():
+    apart = (y - wanted).abs().max() if y.shape == wanted.shape else torch.inf
+    if not apart <= _TOLERANCE * wanted.abs().max():  # NaN is no proof
         raise ValueError(
             "inflate: the inflated network is not equal to the 2D one frame by frame: its forward "
             "does something of its own along height and width"

@@ -148,6 +148,48 @@ class MeansOverSpace(nn.Module):
         return self.conv(x).mean((2, 3))
 
 
+class Gated(nn.Module):
+    """Squeeze-and-excitation of a branch that starts at 0: by a norm, a scale or a convolution."""
+
+    def __init__(self, start, dims=(2, 3)):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.norm, self.scale = nn.BatchNorm2d(8), nn.Parameter(torch.ones(()))
+        nn.init.zeros_({"norm": self.norm, "conv": self.conv}.get(start, self.norm).weight)
+        if start == "scale":
+            nn.init.ones_(self.norm.weight)
+            nn.init.zeros_(self.scale)
+        if start == "statistics":
+            nn.init.ones_(self.norm.weight)
+            self.norm.running_var.fill_(1e30)
+        self.dims = dims
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return x + self.scale * y * torch.sigmoid(self.fc(y.mean(self.dims, keepdim=True)))
+
+
+@pytest.mark.parametrize("start", ["norm", "scale", "conv", "statistics"])
+def test_what_starts_at_zero_hides_nothing(start):
+    stem = nn.Conv2d(3, 8, 3, padding=1)
+    with pytest.raises(ValueError, match="not equal to the 2D one frame by frame"):
+        fastst.inflate(nn.Sequential(stem, Gated(start)))
+    model = nn.Sequential(stem, Gated(start, (-2, -1))).double().eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    inflated = fastst.inflate(model)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert torch.equal(inflated[1].conv.spatial.weight[:, :, 0], model[1].conv.weight)
+    clip = torch.randn(1, 3, 4, 12, 10, dtype=torch.float64)
+    torch.testing.assert_close(inflated(clip), frame_by_frame(model, clip), rtol=1e-9, atol=1e-9)
+
+
+def test_numbers_that_are_none_prove_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    nn.init.constant_(model[0].weight, float("nan"))
+    with pytest.raises(ValueError, match="not equal"):
+        fastst.inflate(model)
+
+
 class Own(nn.Conv2d):
     pass
 
