@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -50,8 +51,8 @@ def set_memory_budget(
     were not needed are given back. Pairs that recompute go through backward in parts of the batch
     where that keeps the peak of a step down, which counts among their operations. The choice counts
     for layers and converted pairs for which ``recompute`` was not given, and goes before
-    ``FASTST_RECOMPUTE``. It depends on the shapes of the inputs only, which are not computed: the
-    model runs on meta tensors, in the mode it is in.
+    ``FASTST_RECOMPUTE``. It depends on the shapes of the inputs only, and nothing is computed: the
+    model runs on fake tensors, in the mode it is in.
 
     Args:
         model: any module with ``Conv2Plus1d`` layers or converted pairs.
@@ -64,8 +65,9 @@ def set_memory_budget(
 
     Raises:
         TypeError: ``model`` is no module, or the budget no number.
-        ValueError: the budget is not within 0 and 1, or no pair of the model keeps anything on
-            these inputs, as where nothing needs a gradient.
+        ValueError: the budget is not within 0 and 1, the model does not run on these inputs or
+            wants to read values of them, or none of its pairs keeps anything, as where nothing
+            needs a gradient.
     """
     _check(model, budget)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv3d)}
@@ -129,18 +131,25 @@ def _mark(convs: dict[str, nn.Conv3d], value: bool | None) -> None:
 def _uses(model: nn.Module, inputs: Any, keywords: Any) -> dict[str, _Use]:
     """The pairs that a forward pass runs, by the names of their spatial convolutions."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    # Counters may be read, and are to stay as they are.
-    state = {n: t.clone() if t.dim() == 0 else _on_meta(t) for n, t in tensors.items()}
-    names = {id(t): n.rpartition(".")[0] for n, t in state.items()}
-    args, kwargs = tree_map_only(Tensor, _on_meta, (inputs, keywords))
-    with torch.enable_grad(), _listening(names) as found:
-        functional_call(model, state, args, kwargs)
+    counters = {n: t.item() for n, t in tensors.items() if t.dim() == 0 and not t.is_meta}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.enable_grad(), mode:
+        state: dict[str, Tensor] = {n: mode.from_tensor(t) for n, t in tensors.items()}
+        for name, value in counters.items():  # may be read: a constant has a value
+            t = state[name]
+            state[name] = torch.tensor(value, dtype=t.dtype, device=t.device)
+            state[name].requires_grad_(t.requires_grad)
+        names = {id(t): n.rpartition(".")[0] for n, t in state.items()}
+        args, kwargs = tree_map_only(Tensor, mode.from_tensor, (inputs, keywords))
+        try:
+            with _listening(names) as found:
+                functional_call(model, state, args, kwargs)
+        except RuntimeError as error:
+            raise ValueError(
+                "set_memory_budget: the model must run on tensors that have shapes but no values, "
+                f"whose values its forward must not read: {error}"
+            ) from error
     return found
-
-
-def _on_meta(t: Tensor) -> Tensor:
-    """Its shape, and whether it needs a gradient."""
-    return t.detach().to("meta").requires_grad_(t.requires_grad)
 
 
 def _flops_again(problem: Problem) -> int:

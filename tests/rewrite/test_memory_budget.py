@@ -176,6 +176,46 @@ def test_the_cheapest_pairs_recompute_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan.recomputed == ("plain.0",)
 
 
+class Makes(nn.Module):
+    """A forward that makes tensors, and may read one."""
+
+    def __init__(self, reads: Callable[[Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.pair = fastst.Conv2Plus1d(4, 4, 3, padding=1, norm="batch")
+        self.table = torch.linspace(0, 1, 4)  # no buffer
+        self.reads = reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = torch.arange(x.shape[2], dtype=x.dtype)[:, None, None]
+        mask = torch.ones(x.shape[0], 1, 1, 1, 1) * self.table[:, None, None, None]
+        if torch.tensor(3).item() == 3 and self.reads is not None:
+            self.reads(x)
+        return self.pair((x + frames) * mask + torch.zeros_like(x))
+
+
+def test_models_may_make_tensors() -> None:
+    model, x = Makes(), torch.randn(1, 4, 4, 6, 6)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    plan = fastst.set_memory_budget(model, 0.5, x)
+    assert plan is not None and plan.recomputed == ("pair.spatial",)
+    assert type(model.table) is Tensor
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: x.numpy(), lambda x: x[x > 0],
+        lambda x: 1 if x.mean() > 0 else 2,
+    ],
+)  # fmt: skip
+def test_models_that_read_values_are_refused(reads: Callable[[Tensor], Any]) -> None:
+    model = Makes(reads)
+    with pytest.raises(ValueError, match="shapes but no values, whose values its forward must"):
+        fastst.set_memory_budget(model, 0.5, torch.randn(1, 4, 4, 6, 6))
+
+
 def test_budgets_that_cannot_be() -> None:
     model, x = network()
     for wrong, kind, message in (
