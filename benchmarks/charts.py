@@ -1,134 +1,240 @@
-"""Charts of a record as PNG: speed-ups, memory, roofline."""
+"""Charts of a record as SVG: titles say what was found, bars carry their values."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .tables import MODES, OURS, Record, Row, find
+from .shapes import R2PLUS1D_18, Case
+from .svg import LINE, Bar, Card, bars, legend
+from .tables import EAGER, OURS, Record, Row, find
 
 MAIN_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
-FASTST, PEER, EAGER, GREY = "#0b6e99", "#e08e36", "#8a8f98", "#c9ccd1"
+FAMILY = "r2plus1d-18"
+PAIRS = (1, 4, 1, 3, 1, 3, 1, 3)  # how often each of the shapes stands in R(2+1)D-18
+WIDTH = 760
+HELD = {
+    "eager": ("PyTorch", "plain"),
+    "fastst auto": ("fastst", "ours"),
+    "fastst auto recompute": ("fastst, recompute=True", "ours"),
+}
+MODELS = {
+    "original": ("PyTorch, as it is", "plain"),
+    "original channels-last": ("PyTorch, channels-last", "plain"),
+    "original compiled": ("torch.compile", "plain"),
+    "onnxruntime": ("ONNX Runtime", "plain"),
+    "openvino": ("OpenVINO", "plain"),
+    "converted": ("fastst.convert", "ours"),
+    "converted channels-last": ("fastst.convert,\nchannels-last", "ours"),
+    "optimised": ("fastst.optimize_\nfor_inference", "ours"),
+}
+
+
+def cards(record: Record) -> dict[str, Card]:
+    """A chart for everything that the record has rows for, by the name of its file."""
+    drawn = {"speedup": speedup(record), "network": network(record), "memory": memory(record)}
+    place = record["place"]
+    return {f"benchmarks-{place}-{k}.svg": card for k, card in drawn.items() if card is not None}
 
 
 def draw(record: Record, folder: Path) -> list[Path]:
-    """Write what the record has rows for; nothing where matplotlib is missing."""
-    try:
-        import matplotlib
+    """Write the charts of a record."""
+    return [card.write(folder / name) for name, card in cards(record).items()]
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
+
+def machine(record: Record) -> str:
+    """Machine, threads and dtype in a line."""
+    m = record["machine"]
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[MAIN_DTYPE[m["device"]]]
+    where = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads"
+    return f"{where}, {dtype}, PyTorch {m['torch']}, {record['date'][:10]}"
+
+
+def pairs(record: Record, **wanted: str) -> list[Row]:
     dtype = MAIN_DTYPE[record["machine"]["device"]]
-    rows = find(record["layers"], dtype=dtype)
-    written = []
-    for name, chart in (("speedup", speedup), ("memory", memory), ("roofline", roofline)):
-        figure = chart(pyplot, record, rows)
-        if figure is None:
-            continue
-        caption = f"{_machine(record)}, {dtype}, {record['date'][:10]} at {record['commit']}"
-        figure.supxlabel(caption, x=0.99, ha="right", fontsize=7, color="#555")
-        path = folder / f"benchmarks-{record['place']}-{name}.png"
-        figure.savefig(path, dpi=120, metadata={"Software": None})
-        pyplot.close(figure)
-        written.append(path)
-    return written
+    return find(record["layers"], family=FAMILY, dtype=dtype, **wanted)
 
 
-def _machine(record: Record) -> str:
-    return str(record["machine"].get("gpu") or record["machine"]["cpu"])
+def fastest(rows: list[Row], names: Sequence[str]) -> float | None:
+    """Milliseconds of the fastest of these contenders."""
+    found = [r["ms"] for r in rows if r["contender"] in names]
+    return min(found) if found else None
 
 
-def _faster(rows: list[Row]) -> list[Row]:
-    """Of each case and mode, this library's faster layout."""
-    best: dict[tuple[str, str, str], Row] = {}
-    for name in OURS:
-        for r in find(rows, contender=name):
-            key = (r["family"], r["case"], r["mode"])
-            if r.get("vs_users") and (key not in best or r["ms"] < best[key]["ms"]):
-                best[key] = r
-    return list(best.values())
+def ratios(record: Record, mode: str) -> dict[str, float]:
+    """By case: time of PyTorch's faster memory format over ours in our faster one."""
+    found = {}
+    for case in R2PLUS1D_18:
+        rows = pairs(record, mode=mode, case=case.name)
+        theirs, ours = fastest(rows, EAGER), fastest(rows, tuple(OURS))
+        if theirs is not None and ours is not None:
+            found[case.name] = theirs / ours
+    return found
 
 
-def speedup(pyplot: Any, record: Record, rows: list[Row]) -> Any:
-    """Against what users have and against the best peer, by shape, one panel for each mode."""
-    ours = _faster(rows)
-    modes = [m for m in MODES if any(r["mode"] == m for r in ours)]
-    if not modes:
+def in_words(case: Case) -> str:
+    """Where a pair stands in the network, and what goes through it."""
+    c, _, k = case.channels
+    t, h, w = case.size
+    size = f"{c} → {k} channels, {t}×{h}×{w}"
+    stage = {64: 1, 128: 2, 256: 3, 512: 4}[k]
+    if case.name == "stem":
+        return f"stem\n{size}"
+    return f"{'stage' if c == k else 'into stage'} {stage}\n{size}"
+
+
+def speedup(record: Record) -> Card | None:
+    """Of each pair of the network: × PyTorch's faster layout, in inference and in training."""
+    inference, training = ratios(record, "eval"), ratios(record, "training-bn")
+    cases = [c for c in R2PLUS1D_18 if c.name in inference and c.name in training]
+    if not cases:
         return None
-    most = max(sum(r["mode"] == m for r in ours) for m in modes)
-    figure, axes = pyplot.subplots(
-        1, len(modes), figsize=(4.2 * len(modes) + 1, 0.42 * most + 1.6), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, mode in zip(axes[0], modes, strict=True):
-        part = [r for r in ours if r["mode"] == mode][::-1]
-        for i, r in enumerate(part):
-            for offset, key, colour in ((0.2, "vs_users", FASTST), (-0.2, "vs_best", PEER)):
-                q25, median, q75 = r[key]
-                error = [[max(median - q25, 0)], [max(q75 - median, 0)]]
-                axis.barh(i + offset, median, 0.38, color=colour, xerr=error, ecolor="#333")
-        axis.axvline(1, color="#333", linewidth=0.8)
-        axis.set_yticks(range(len(part)), [r["label"].rsplit(", ", 1)[0] for r in part], fontsize=8)
-        axis.set_title(MODES[mode], fontsize=9)
-        axis.set_xlabel("× faster (median, quartiles)", fontsize=8)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=c) for c in (FASTST, PEER)]
-    labels = ["against eager contiguous", "against the best peer"]
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
-    return figure
+    cases.sort(key=lambda c: -inference[c.name])
 
+    def spread(values: dict[str, float]) -> str:
+        return f"{min(values.values()):.1f} to {max(values.values()):.1f}"
 
-def memory(pyplot: Any, record: Record, rows: list[Row]) -> Any:
-    """Held for backward, of eager: plain and with recompute."""
-    base = [r for r in find(rows, mode="training-bn", contender="eager") if r.get("saved_bytes")]
-    if not base:
-        return None
-    figure, axis = pyplot.subplots(figsize=(7.5, 0.5 * len(base) + 1.6), layout="constrained")
-    entries = (("eager", EAGER), ("fastst auto", FASTST), ("fastst auto recompute", PEER))
-    for i, b in enumerate(base[::-1]):
-        for k, (name, colour) in enumerate(entries):
-            same = {key: b[key] for key in ("family", "case", "mode")}
-            for r in find(rows, contender=name, **same):
-                mib = r["saved_bytes"] / 2**20
-                axis.barh(i + 0.27 * (1 - k), mib, 0.25, color=colour)
-    axis.set_yticks(range(len(base)), [b["label"] for b in base[::-1]], fontsize=8)
-    axis.set_xlabel("MiB held for backward, training with batch norm", fontsize=8)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=c) for _, c in entries]
-    labels = ["eager", "fastst", "fastst, recompute=True"]
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    return figure
-
-
-def roofline(pyplot: Any, record: Record, rows: list[Row]) -> Any:
-    """Achieved arithmetic over the least intensity, under the ceilings of the same run."""
-    ceilings = record.get("ceilings")
-    rows = [r for r in rows if r.get("tflops") and r.get("gbs")]
-    if not rows or not ceilings:
-        return None
-    peak = ceilings["gemm_tflops"][rows[0]["dtype"]]
-    copy = ceilings["copy_gbs"]
-    figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    groups = (
-        ("other peers", GREY, lambda r: r["kind"] == "peer" and r["contender"] != "eager"),
-        ("eager contiguous", EAGER, lambda r: r["contender"] == "eager"),
-        ("fastst", FASTST, lambda r: r["kind"] == "fastst"),
+    card = Card(
+        WIDTH,
+        f"Pairs run {spread(inference)} and train {spread(training)} times as fast",
     )
-    intensities = [1e3 * r["tflops"] / r["gbs"] for r in rows]
-    for label, colour, belongs in groups:
-        points = [(1e3 * r["tflops"] / r["gbs"], r["tflops"]) for r in rows if belongs(r)]
-        if points:
-            axis.scatter(*zip(*points, strict=True), s=16, color=colour, label=label, alpha=0.85)
-    ridge = 1e3 * peak / copy
-    low, high = min(*intensities, ridge) / 2, 2 * max(*intensities, ridge)
-    axis.plot(
-        [low, ridge, high], [low * copy / 1e3, peak, peak], color="#333", linewidth=1,
-        label="measured ceilings",
-    )  # fmt: skip
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("FLOP per byte that must move", fontsize=8)
-    axis.set_ylabel("TFLOP/s", fontsize=8)
-    axis.legend(fontsize=8, frameon=False)
-    return figure
+    lines = [
+        "R(2+1)D-18 against PyTorch, both in their faster memory format. Longer is better.",
+        machine(record),
+    ]
+    top = card.heading(lines) + 4
+    top = legend(card, top, [("ours", "inference"), ("pale", "training step")]) + 10
+    groups = [
+        (in_words(c), [
+            Bar(inference[c.name], "ours", f"{inference[c.name]:.2f}"),
+            Bar(training[c.name], "pale", f"{training[c.name]:.2f}"),
+        ])
+        for c in cases
+    ]  # fmt: skip
+    end = bars(card, top, groups, 260, mark=1)
+    card.text(260, end + 12, "The vertical line is PyTorch: 1.", 14, "faint")
+    card.height = end + 32
+    return card
+
+
+def network(record: Record) -> Card | None:
+    """Clips per second of the whole network in every form that was measured."""
+    rows = [r for r in record["models"] if r["mode"] == "inference" and r["ms"]]
+    by_name = {r["contender"]: r for r in rows if r["contender"] in MODELS}
+    if "original" not in by_name or not any(r["kind"] == "fastst" for r in by_name.values()):
+        return None
+    base = by_name["original"]
+    best = max(by_name.values(), key=lambda r: r["clips_per_s"])
+    title = (
+        f"{base['model']}: {base['clips_per_s']:.1f} clips per second become "
+        f"{best['clips_per_s']:.1f}"
+    )
+    if best["kind"] != "fastst":
+        title = f"{base['model']}: {MODELS[best['contender']][0]} is the fastest"
+    card = Card(WIDTH, title)
+    lines = [
+        f"Inference, clips of {base['clip']}, clips per second. Longer is better.",
+        machine(record),
+    ]
+    top = card.heading(lines) + 14
+    groups = []
+    for name, (label, colour) in MODELS.items():
+        if name in by_name:
+            r = by_name[name]
+            ratio = "" if name == "original" else f"  ({r['vs_users'][1]:.1f} ×)"
+            text = f"{r['clips_per_s']:.2f}{ratio}"
+            groups.append((label, [Bar(r["clips_per_s"], colour, text)]))
+    card.height = bars(card, top, groups, 210, thick=28) + 12
+    return card
+
+
+def held(record: Record) -> dict[str, float]:
+    """MiB that all pairs of the network together keep for backward, by contender."""
+    found = {}
+    for name in HELD:
+        rows = {r["case"]: r for r in pairs(record, mode="training-bn", contender=name)}
+        if all(rows.get(c.name, {}).get("saved_bytes") for c in R2PLUS1D_18):
+            kept = [
+                n * rows[c.name]["saved_bytes"] for n, c in zip(PAIRS, R2PLUS1D_18, strict=True)
+            ]
+            found[name] = sum(kept) / 2**20
+    return found
+
+
+def memory(record: Record) -> Card | None:
+    """What the pairs keep for backward in a training step."""
+    found = held(record)
+    if "eager" not in found or "fastst auto" not in found:
+        return None
+    base = found["eager"]
+    card = Card(
+        WIDTH,
+        f"Training keeps {found['fastst auto'] / base:.0%} of the memory that PyTorch keeps",
+    )
+    lines = [
+        f"MiB that the {sum(PAIRS)} pairs of R(2+1)D-18 hold for backward. Shorter is better.",
+        machine(record),
+    ]
+    top = card.heading(lines) + 14
+    groups = []
+    for name, value in found.items():
+        label, colour = HELD[name]
+        ratio = "" if name == "eager" else f"  ({value / base:.2f} ×)"
+        groups.append((label, [Bar(value, colour, f"{value:.0f} MiB{ratio}")]))
+    card.height = bars(card, top, groups, 210, thick=28) + 12
+    return card
+
+
+CASE = "64-144-64"  # the pair of the picture: as wide as most of the network's memory
+
+
+def kept_tensors(record: Record) -> Card:
+    """What a training step keeps: three tensors, two, or one. Widths are channels."""
+    rows = pairs(record, mode="training-bn", case=CASE)
+    mib = {r["contender"]: r["saved_bytes"] / 2**20 for r in rows if r.get("saved_bytes")}
+    card = Card(WIDTH, "Three tensors kept for backward become two, or one")
+    card.description = (
+        "PyTorch keeps x, u and z of a spatial and a temporal convolution with a norm and an "
+        "activation between; fastst keeps x and u, or only x with recompute=True."
+    )
+    y = card.heading() + 16
+    for name, kept in (
+        ("eager", ("x", "u", "z")),
+        ("fastst auto", ("x", "u")),
+        ("fastst auto recompute", ("x",)),
+    ):
+        _row(card, y, HELD[name][0], kept, name != "eager")
+        card.box(590, y + 16, 100 * mib[name] / mib["eager"], 26, HELD[name][1])
+        card.text(590, y + 62, f"{mib[name]:.0f} MiB", 15, bold=True)
+        y += 96
+    entries = [("kept", "kept until backward"), ("-faint", "let go"), ("none", "one operation")]
+    y = legend(card, y, entries)
+    case = next(c for c in R2PLUS1D_18 if c.name == CASE)
+    size = "×".join(map(str, case.size))
+    card.text(24, y + 10, f"64 → 144 → 64 channels on a clip of {size}.", 14, "faint")
+    card.text(24, y + 10 + LINE, machine(record), 14, "faint")
+    card.height = y + 10 + LINE + 20
+    return card
+
+
+def _row(card: Card, y: float, label: str, kept: Sequence[str], fused: bool) -> None:
+    """x → conv → u → norm, activation → z → conv → y, as separate boxes or as one."""
+    card.text(24, y + 2, label, 15, bold=True)
+    middle = y + 36
+    if fused:
+        card.box(72, y + 10, 432, 52, "none", 6)
+    stations = {"x": (24, 40), "u": (172, 64), "z": (344, 64), "y": (510, 40)}
+    for before, after, what in (
+        ("x", "u", "1×3×3"),
+        ("u", "z", "norm, act"),
+        ("z", "y", "3×1×1"),
+    ):
+        start, end = stations[before][0] + stations[before][1] + 4, stations[after][0] - 4
+        card.arrow(start, middle, end)
+        card.text((start + end) / 2 - 3, middle - 7, what, 13, "faint", "middle")
+    for name, (x, width) in stations.items():
+        card.box(x, middle - 15, width, 30, "kept" if name in kept else "ground")
+        if name not in kept:
+            card.box(x, middle - 15, width, 30, "faint", outline=True)
+        colour = "onink" if name in kept else "faint"
+        card.text(x + width / 2, middle + 5, name, 16, colour, "middle", name in kept)

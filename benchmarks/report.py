@@ -1,4 +1,4 @@
-"""The README's tables and the charts, from the newest records.
+"""What README and docs say of the benchmarks, and their pictures, from the newest records.
 
 ``python -m benchmarks.report`` rewrites them, ``--check`` says whether they agree, and
 ``--record FILE`` prints the tables of one record and draws its charts beside it.
@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts, tables
+from . import charts, coverage, headline, tables
 from .record import RESULTS, ROOT, newest
+from .svg import Card
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "backends.md")
 IMAGES = ROOT / "docs" / "img"
 _BLOCK = re.compile(
     r"(<!-- benchmarks:begin (?P<name>[\w-]+) -->\n).*?(<!-- benchmarks:end (?P=name) -->)", re.S
@@ -25,26 +26,27 @@ _BLOCK = re.compile(
 
 
 def blocks(records: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Every block that the README can hold, by name."""
+    """Every block that a page can hold, by name."""
     gpus = {place: r for place, r in records.items() if place != "cpu"}
     return {
-        "cpu": _with_charts(tables.cpu_block(records.get("cpu")), records.get("cpu")),
+        "headline": headline.block(records.get("cpu"), gpus),
+        "cpu": tables.cpu_block(records.get("cpu")),
         "gpu": tables.gpu_block(gpus),
         "status": tables.status_block(gpus),
     }
 
 
-def _with_charts(text: str, record: dict[str, Any] | None) -> str:
-    if record is None:
-        return text
-    images = [
-        f"![{name}](docs/img/benchmarks-{record['place']}-{name}.png)"
-        for name in ("speedup", "memory")
-    ]
-    return text + "\n\n" + "\n".join(images)
+def pictures(records: dict[str, dict[str, Any]]) -> dict[str, Card]:
+    """Every picture of the pages, by the name of its file."""
+    found = {"coverage.svg": coverage.picture(records)}
+    if "cpu" in records:
+        found["kept-tensors.svg"] = charts.kept_tensors(records["cpu"])
+    for record in records.values():
+        found |= charts.cards(record)
+    return found
 
 
-def fill(text: str, found: dict[str, str]) -> str:
+def fill(text: str, found: dict[str, str], page: str = "README.md") -> str:
     """``text`` with every marked block replaced.
 
     Raises:
@@ -53,26 +55,35 @@ def fill(text: str, found: dict[str, str]) -> str:
     begun = re.findall(r"<!-- benchmarks:begin ([\w-]+) -->", text)
     whole = [m["name"] for m in _BLOCK.finditer(text)]
     if begun != whole:
-        raise ValueError(f"README: every benchmarks:begin needs its end, got {begun} and {whole}")
+        raise ValueError(f"{page}: every benchmarks:begin needs its end, got {begun} and {whole}")
     unknown = sorted(set(begun) - set(found))
     if unknown:
-        raise ValueError(f"README: no benchmark block {unknown}; there are {sorted(found)}")
+        raise ValueError(f"{page}: no benchmark block {unknown}; there are {sorted(found)}")
     return _BLOCK.sub(lambda m: f"{m[1]}{found[m['name']]}\n{m[3]}", text)
 
 
-def check(readme: Path = README, results: Path = RESULTS) -> bool:
-    """Whether the README says what the newest records say."""
-    text = readme.read_text()
-    return fill(text, blocks(newest(results))) == text
-
-
-def update(readme: Path = README, results: Path = RESULTS, images: Path = IMAGES) -> None:
-    """Rewrite the README's blocks and the charts of the newest records."""
+def differs(
+    pages: Sequence[Path] = PAGES, results: Path = RESULTS, images: Path = IMAGES
+) -> list[Path]:
+    """The pages and pictures that say something else than the newest records."""
     records = newest(results)
-    text = readme.read_text()
-    readme.write_text(fill(text, blocks(records)))
-    for record in records.values():
-        charts.draw(record, images)
+    found = blocks(records)
+    old = [p for p in pages if fill(text := p.read_text(), found, p.name) != text]
+    for name, card in pictures(records).items():
+        path = images / name
+        if not path.exists() or path.read_text() != card.svg():
+            old.append(path)
+    return old
+
+
+def update(pages: Sequence[Path] = PAGES, results: Path = RESULTS, images: Path = IMAGES) -> None:
+    """Rewrite the blocks of the pages, and the pictures, from the newest records."""
+    records = newest(results)
+    found = blocks(records)
+    for page in pages:
+        page.write_text(fill(page.read_text(), found, page.name))
+    for name, card in pictures(records).items():
+        card.write(images / name)
 
 
 def show(record: dict[str, Any]) -> str:
@@ -93,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         charts.draw(record, args.record.parent)
         return 0
     if args.check:
-        agrees = check()
-        print("README agrees" if agrees else "README differs: run python -m benchmarks.report")
-        return 0 if agrees else 1
+        old = [str(p.relative_to(ROOT)) for p in differs()]
+        print(f"{', '.join(old)}: run python -m benchmarks.report" if old else "all pages agree")
+        return 1 if old else 0
     update()
     return 0
 

@@ -4,7 +4,7 @@
 
 f-R2D-18 sees each frame by itself, R(2+1)D-18 sees their order. Both are trained by
 ``examples/train.py`` on digits that are pushed left or right, up or down, towards the viewer or
-away, and judged by how often they tell the direction of a movement whose axis is given.
+away, and judged by how often they tell the direction of a movement, given its axis.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _INK, _FAINT = "#1f2933", "#616e7c"
 _BEGIN, _END = "<!-- train-demo:begin -->", "<!-- train-demo:end -->"
 # Of a recorded run: the figures, and the pages and the chart that show them.
 ROOT = Path(__file__).parents[1]
-RECORD, CHART = ROOT / "docs/train-demo.json", ROOT / "docs/train-demo.png"
-PAGES = (ROOT / "README.md", ROOT / "docs/training.md")
+RECORD, CHART = ROOT / "docs/train-demo.json", ROOT / "docs/img/train-demo.png"
+PAGES = (ROOT / "docs/training.md",)
 
 
 class Result(NamedTuple):
@@ -91,7 +91,7 @@ def draw(path: Path, results: dict[str, Result]) -> None:
             axes.set_yticks([])
         row[0].set_ylabel(CLASSES[label], rotation=0, ha="right", va="center", color=_INK)
     panels: Any = bottom.subplots(1, 2)
-    _curves(panels[0], results, "direction", "direction told right", 100)
+    _curves(panels[0], results, "direction", "direction accuracy", 100)
     panels[0].axhline(50, color=_FAINT, linewidth=1, linestyle=":")
     panels[0].set_ylim(0, 105)
     panels[0].yaxis.set_major_formatter("{x:.0f}%")
@@ -135,7 +135,7 @@ def describe(results: dict[str, Result], epochs: int, clips: int, evaluated: int
 def table(run: dict[str, Any]) -> str:
     """The figures of a run as Markdown."""
     lines = [
-        "| network | parameters | direction told right | right of 6 classes |",
+        "| network | parameters | direction accuracy | 6-class accuracy |",
         "|---|---:|---:|---:|",
     ]
     for network in run["networks"]:
@@ -149,7 +149,8 @@ def table(run: dict[str, Any]) -> str:
         f"{run['epochs']} epochs of {run['clips']:,} clips of {FRAMES}×{SIZE}×{SIZE}, judged on "
         f"{run['evaluated']:,} others; first stages of {WIDTH} channels instead of 64; PyTorch "
         f"{run['torch']} on a CPU ({run['machine']}, threads: {run['threads']}). Chance is 50.0% "
-        "and 16.7%; what tells the axis but not the direction reaches 50.0% in both."
+        "and 16.7%; a network that sees the axis of a movement, but not its direction, reaches "
+        "50.0% in both."
     )
     return "\n".join(lines)
 

@@ -178,9 +178,9 @@ class ParallelConv2Plus1d(nn.Module):
     with ``spatial`` a (1, kh, kw) and ``temporal`` a (kt, 1, 1) ``nn.Conv3d``, each with the whole
     stride. Batch norms fold into the convolutions in eval mode.
 
+    All arguments that are not listed mean what they mean in ``Conv2Plus1d``.
+
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, causal, device, dtype: as in ``Conv2Plus1d``.
         combine: "add" or "cat".
         split: with "cat", the output channels of the spatial branch; default half, rounded up.
         branch_norm: None or "batch": one for each branch.

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import torch
 
-from benchmarks import charts, gpu_run, report, tables
+import fastst
+from benchmarks import charts, coverage, gpu_run, headline, report, tables
+from benchmarks.record import newest
+from benchmarks.shapes import R2PLUS1D_18
+from benchmarks.svg import Card
+from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 MEASURED = {"refused": None, "cannot": None, "slow_path": None, "kernels": []}
+
+
+TWO = ("64-144-64", "128-288-128")
+EVERY = tuple(c.name for c in R2PLUS1D_18)
 
 
 def row(case: str, mode: str, contender: str, ms: float, **changes: Any) -> dict[str, Any]:
@@ -30,14 +43,14 @@ def row(case: str, mode: str, contender: str, ms: float, **changes: Any) -> dict
     return found | MEASURED | changes
 
 
-def record(place: str = "cpu") -> dict[str, Any]:
+def record(place: str = "cpu", cases: tuple[str, ...] = TWO) -> dict[str, Any]:
     times = {
         "eager": 12.0, "eager again": 12.0, "eager channels-last": 10.0, "4D": 9.6,
         "fastst auto": 6.0, "fastst auto channels-last": 4.0, "fastst auto recompute": 8.0,
     }  # fmt: skip
     rows = [
         row(case, mode, contender, ms)
-        for case in ("64-144-64", "128-288-128")
+        for case in cases
         for mode in ("inference", "eval", "training-bn")
         for contender, ms in times.items()
     ]
@@ -54,52 +67,71 @@ def record(place: str = "cpu") -> dict[str, Any]:
             "cudnn": 91500,
         }
         rows = [r | {"dtype": "bf16", "ran_on": ["triton"]} for r in rows]
+    models = [
+        {
+            "model": "R(2+1)D-18", "clip": "1×16×112²", "mode": "inference", "contender": name,
+            "kind": kind, "ms": ms, "clips_per_s": 1000 / ms, "vs_users": [1000 / ms] * 3,
+            "refused": None, "peak_bytes": 2**20, "dtype": "fp32",
+        }
+        for name, kind, ms in (
+            ("original", "peer", 1000.0), ("original channels-last", "peer", 800.0),
+            ("converted", "fastst", 500.0), ("optimised", "fastst", 390.0),
+        )
+    ]  # fmt: skip
     return {
         "date": "2026-01-02T03:04:05+00:00", "commit": "abc123def", "place": place,
         "machine": machine,
         "ceilings": {"copy_gbs": 20.0, "gemm_tflops": {"fp32": 0.2, "bf16": 0.2}},
-        "layers": rows, "models": [], "training_batches": [], "overhead": [], "cold_start": [],
+        "layers": rows, "models": models, "training_batches": [], "overhead": [], "cold_start": [],
         "stages": [],
     }  # fmt: skip
 
 
-def test_readme_agrees_with_the_newest_records() -> None:
-    assert report.check(), "run python -m benchmarks.report"
+def test_pages_and_pictures_agree_with_the_newest_records() -> None:
+    assert not report.differs(), "run python -m benchmarks.report"
 
 
-def test_readme_holds_every_block() -> None:
-    text = report.README.read_text()
+def test_every_block_and_picture_is_shown_once() -> None:
+    text = "\n".join(page.read_text() for page in report.PAGES)
     for name in report.blocks({}):
-        assert f"<!-- benchmarks:begin {name} -->" in text, f"README has no block {name!r}"
+        assert text.count(f"<!-- benchmarks:begin {name} -->") == 1, name
+    for name in report.pictures(newest()):
+        assert f"img/{name}" in text, f"{name} is drawn and shown nowhere"
+    shown = {p.name for p in report.IMAGES.glob("*.svg")}
+    assert shown == set(report.pictures(newest())), "pictures that nothing draws"
 
 
-def readme(tmp_path: Path) -> tuple[Path, Path]:
+def pages(tmp_path: Path) -> tuple[Path, Path, Path]:
     path, results = tmp_path / "README.md", tmp_path / "results"
     (results / "cpu").mkdir(parents=True)
-    (results / "cpu" / "2026-01-02-abc.json").write_text(json.dumps(record()))
+    (results / "cpu" / "2026-01-02-abc.json").write_text(json.dumps(record(cases=EVERY)))
     blocks = "\n".join(
         f"<!-- benchmarks:begin {n} -->\nold\n<!-- benchmarks:end {n} -->"
         for n in report.blocks({})
     )
     path.write_text(f"before\n{blocks}\nafter\n")
-    return path, results
+    return path, results, tmp_path / "img"
 
 
-def test_check_notices_a_changed_figure_and_a_newer_record(tmp_path: Path) -> None:
-    path, results = readme(tmp_path)
-    assert not report.check(path, results)
-    report.update(path, results, tmp_path / "img")
-    assert report.check(path, results)
+def test_check_notices_a_changed_figure_picture_and_a_newer_record(tmp_path: Path) -> None:
+    path, results, images = pages(tmp_path)
+    assert path in report.differs([path], results, images)
+    report.update([path], results, images)
+    assert not report.differs([path], results, images)
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "\nold\n" not in text
     path.write_text(text.replace("2.00", "2.01", 1))
-    assert not report.check(path, results)
+    assert report.differs([path], results, images) == [path]
     path.write_text(text)
-    newer = record() | {"date": "2026-02-02T00:00:00+00:00", "commit": "fffffffff"}
+    picture = images / "benchmarks-cpu-speedup.svg"
+    picture.write_text(picture.read_text().replace("2.50", "9.50"))
+    assert report.differs([path], results, images) == [picture]
+    report.update([path], results, images)
+    newer = record(cases=EVERY) | {"date": "2026-02-02T00:00:00+00:00", "commit": "fffffffff"}
     (results / "cpu" / "2026-02-02-fff.json").write_text(json.dumps(newer))
-    assert not report.check(path, results)
+    assert path in report.differs([path], results, images)
 
 
 @pytest.mark.parametrize(
@@ -197,12 +229,102 @@ def test_gpu_block_and_summary_of_a_gpu_record() -> None:
     assert len(gpu_run.summary(gpu).splitlines()) <= gpu_run.SUMMARY_LINES
 
 
-def test_charts_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    written = charts.draw(record(), tmp_path)
-    assert sorted(p.name for p in written) == [
-        "benchmarks-cpu-memory.png", "benchmarks-cpu-roofline.png", "benchmarks-cpu-speedup.png",
-    ]  # fmt: skip
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
-    empty = record() | {"layers": []}
-    assert charts.draw(empty, tmp_path / "none") == []
+def texts(card: Card) -> list[str]:
+    """What a picture says; an error if it is no XML."""
+    root = ElementTree.fromstring(card.svg())
+    return [e.text or "" for e in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_charts_say_what_was_found(tmp_path: Path) -> None:
+    written = charts.draw(record(cases=EVERY), tmp_path)
+    names = ["memory", "network", "speedup"]
+    assert sorted(p.name for p in written) == [f"benchmarks-cpu-{n}.svg" for n in names]
+    drawn = charts.cards(record(cases=EVERY))
+    speedup = texts(drawn["benchmarks-cpu-speedup.svg"])
+    # The faster eager layout takes 10 ms, our faster one 4 ms.
+    assert speedup[0] == "Pairs run 2.5 to 2.5 and train 2.5 to 2.5 times as fast"
+    assert "Longer is better" in speedup[1]
+    assert speedup.count("2.50") == 16
+    memory = texts(drawn["benchmarks-cpu-memory.svg"])
+    assert memory[0] == "Training keeps 50% of the memory that PyTorch keeps"
+    assert "Shorter is better" in memory[1]
+    assert texts(drawn["benchmarks-cpu-network.svg"])[0].endswith("1.0 clips per second become 2.6")
+    assert charts.draw(record() | {"layers": [], "models": []}, tmp_path / "none") == []
+
+
+def test_charts_leave_out_what_was_refused() -> None:
+    found = record(cases=EVERY)
+    for r in found["layers"]:
+        if r["case"] == "stem" and r["contender"].startswith("fastst"):
+            r |= {"ms": None, "refused": "y: relative error 1"}
+    assert texts(charts.cards(found)["benchmarks-cpu-speedup.svg"]).count("2.50") == 14
+    assert "benchmarks-cpu-memory.svg" not in charts.cards(found)
+
+
+def test_no_text_leaves_a_picture() -> None:
+    """At 0.62 em a character, wider than the usual fonts."""
+    for name, card in report.pictures(newest()).items():
+        root = ElementTree.fromstring(card.svg())
+        for e in root.iter("{http://www.w3.org/2000/svg}text"):
+            width = 0.6 * float(e.get("font-size", 0)) * len(e.text or "")
+            x = float(e.get("x", 0)) - {"start": 0, "middle": 0.5, "end": 1}[
+                e.get("text-anchor", "start")
+            ] * width  # fmt: skip
+            assert x >= 0, (name, e.text)
+            assert x + width <= card.width + 4, (name, e.text)
+
+
+def test_headline_says_what_no_gpu_has_run() -> None:
+    text = headline.block(record(cases=EVERY), {})
+    assert "**2.6 ×** as fast" in text
+    assert "**0.50 ×** as much" in text
+    assert "**No GPU has run any of this yet.**" in text
+    gpu = headline.block(record(cases=EVERY), {"some-gpu": record("some-gpu", EVERY)})
+    assert "`triton` (2+1)D pair, inference" in gpu
+    assert re.search(r"\*\*No GPU has run\*\* .*`cuda` depthwise pair", gpu)
+
+
+def test_coverage_follows_the_records() -> None:
+    def state(records: dict[str, Any], backend: str, hardware: str) -> set[str]:
+        return {s[hardware] for line, s in coverage.states(records) if line.backend == backend}
+
+    cpu = record()
+    assert state({}, "cpu", "avx512") == {"tested"}
+    assert state({"cpu": cpu}, "cpu", "avx512") == {"tested"}  # its rows ran on aten
+    assert state({"cpu": cpu}, "aten", "avx512") == {"measured"}
+    for r in cpu["layers"]:
+        r["ran_on"] = ["cpu"]
+    assert state({"cpu": cpu}, "cpu", "avx512") == {"measured"}
+    assert state({"cpu": cpu}, "cpu", "avx2") == {"tested"}
+    cpu["layers"][4]["refused"] = "y: relative error 1"
+    assert state({"cpu": cpu}, "cpu", "avx512") == {"tested"}
+    gpu = record("some-gpu")
+    assert state({"gpu": gpu}, "triton", "9") == {"measured"}
+    assert state({"gpu": gpu}, "triton", "8") == {"emulated"}
+    assert state({"gpu": gpu}, "cuda", "9") == {"emulated"}
+    assert "measured" in " ".join(texts(coverage.picture({"gpu": gpu})))
+
+
+def test_coverage_is_what_the_backends_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "no" where ``why_not`` says so, as if the hardware were there; nothing else is "no"."""
+    library = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "")
+    monkeypatch.setattr(fastst.backends.cuda, "load", lambda: library)
+    monkeypatch.setattr(fastst.backends.cpu, "load", lambda: library)
+    monkeypatch.setattr(fastst.backends.triton.launch, "interpreted", lambda: False)
+    for line, known in coverage.states({}):
+        backend = fastst.dispatch.BACKENDS[line.backend]
+        for hardware in ("avx512", *coverage.NVIDIA):
+            capability = {"8": (8, 0), "9": (9, 0), "10": (10, 0)}.get(hardware)
+            monkeypatch.setattr(
+                fastst.backends.triton.launch, "capability", lambda device, c=capability: c
+            )
+            device = torch.device("cpu" if capability is None else "cuda")
+            x, ws, wt = (
+                torch.empty(size, dtype=torch.float32, device="meta")
+                for size in ((2, 16, 5, 9, 9), (16, 16, 1, 3, 3), (16, 16, 3, 1, 1))
+            )
+            problem = Problem.of(PairTensors(x, ws, wt), PairSpec(padding=(1, 1, 1, 1, 1, 1)))
+            why = backend.why_not(dataclasses.replace(problem, device=device), "forward")
+            if line.what == "dense pairs, Hopper" and hardware != "9":
+                continue  # these kernels are not all of the backend
+            assert (known[hardware] == "no") == (why is not None), (line, hardware, why)

@@ -19,7 +19,7 @@ from fastst.machine import choices
 from fastst.problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 from tests.support import ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#]+)")
 
@@ -67,11 +67,26 @@ def test_commands_exist(page: Path) -> None:
         assert importlib.util.find_spec(module) is not None, module
 
 
-def test_readme_shows_the_equivalence_first() -> None:
-    """The first screen executes a comparison with two convolutions."""
-    first, source = snippets(ROOT / "README.md")[0]
-    assert first < 30
-    assert "assert_close" in source
+def test_the_first_screen_says_what_decides() -> None:
+    """A picture, measured numbers, what no GPU has run, how to install, and a snippet to run."""
+    readme = (ROOT / "README.md").read_text()
+    screen = "\n".join(readme.splitlines()[:40])
+    order = [
+        "docs/img/kept-tensors.svg", "<!-- benchmarks:begin headline -->", "GPU",
+        "<!-- benchmarks:end headline -->", "pip install", "fastst.convert(", "assert_close",
+    ]  # fmt: skip
+    places = [screen.find(text) for text in order]
+    assert -1 not in places, dict(zip(order, places, strict=True))
+    assert places == sorted(places)
+
+
+def test_every_environment_variable_is_documented() -> None:
+    """What the package, its build and its tests read, against the table of variables."""
+    sources = [*(ROOT / "fastst").rglob("*.py"), ROOT / "setup.py", ROOT / "tests" / "conftest.py"]
+    name = re.compile(r"\bFASTST_[A-Z]+(?:_[A-Z]+)*\b")
+    read = set(name.findall("\n".join(p.read_text() for p in sources)))
+    text = (ROOT / "docs/environment.md").read_text()
+    assert read - {"FASTST_MODULE", "FASTST_EMULATED"} <= set(name.findall(text))
 
 
 def problem(**changes: Any) -> Problem:
@@ -90,12 +105,16 @@ def problem(**changes: Any) -> Problem:
     return dataclasses.replace(described, device=device)
 
 
+OTHER_DTYPES = (torch.float16, torch.bfloat16, torch.float64)
 FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
     "inference, batch norm folded": ("forward", {"norm": "frozen"}),
     "training forward, batch norm": ("forward", {"norm": "batch"}),
     "backward": ("backward", {"norm": "batch"}),
-    "float16, float32": ("forward", {"dtype": torch.float16}),
-    "float64": ("forward", {"dtype": torch.float64}),
+    "float32": ("forward", {"dtype": torch.float32}),
+    "float16, bfloat16, float64": (
+        "forward",
+        {"dtype": (torch.half, torch.bfloat16, torch.double)},
+    ),
     "depthwise and grouped": ("forward", {"groups": (16, 16)}),
     "temporal-first": ("forward", {"order": "temporal-first"}),
     "padding modes": ("forward", {"padding_mode": ("reflect", "replicate")}),
@@ -105,19 +124,29 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each cell of the README's table against ``why_not``, as if there were an H200 and AVX-512."""
+    """Each cell of the table against ``why_not``, as if there were an H200 and AVX-512."""
     library = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "")
     monkeypatch.setattr(cuda, "load", lambda: library)
     monkeypatch.setattr(cpu, "load", lambda: library)
     monkeypatch.setattr(triton.launch, "capability", lambda device: (9, 0))
     monkeypatch.setattr(triton.launch, "interpreted", lambda: False)
-    rows = re.findall(r"^\| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (.+) \|$", (ROOT / "docs/backends.md").read_text(), re.MULTILINE)
     table = {label: cells for label, *cells in (row.split(" | ") for row in rows)}
     names = [cell.strip("`") for cell in table["call"]]
     assert names == list(fastst.dispatch.BACKENDS)
     for feature, (phase, changes) in FEATURES.items():
-        found = [
-            backend.why_not(problem(**changes, device="cpu" if name == "cpu" else "cuda"), phase)
-            for name, backend in fastst.dispatch.BACKENDS.items()
-        ]
-        assert table[feature] == ["yes" if why is None else "no" for why in found], (feature, found)
+        for dtype in dtypes(changes):
+            given = changes | dtype
+            found = [
+                backend.why_not(problem(**given, device="cpu" if name == "cpu" else "cuda"), phase)
+                for name, backend in fastst.dispatch.BACKENDS.items()
+            ]
+            said = ["yes" if why is None else "no" for why in found]
+            assert table[feature] == said, (feature, dtype, found)
+
+
+def dtypes(changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """One change of the dtype for each that a row names."""
+    named = changes.get("dtype", ())
+    named = named if isinstance(named, tuple) else (named,)
+    return [{"dtype": d} for d in named] or [{}]

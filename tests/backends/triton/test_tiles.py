@@ -78,7 +78,7 @@ def test_padding_of_the_stem_in_one_kernel() -> None:
 
 
 def test_documented_floors_are_computed() -> None:
-    text = (ROOT / "docs/performance.md").read_text()
+    text = (ROOT / "docs/design/performance.md").read_text()
     told = text.split("<!-- floors:begin -->")[1].split("<!-- floors:end -->")[0].strip()
     assert told == floors.table()
     told = text.split("<!-- training-floors:begin -->")[1].split("<!-- training-floors:end -->")[0]

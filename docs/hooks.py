@@ -1,0 +1,58 @@
+"""Pages that the site takes from the repository, and links that lead out of ``docs``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# README and others stay where people look for them; the site has them under these names.
+TAKEN = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changes.md": "CHANGELOG.md",
+}
+_LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)#\s]+)(#[^)]*)?(\))")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that lie elsewhere."""
+    from mkdocs.structure.files import File
+
+    for page, source in TAKEN.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Turn paths of the repository into paths of the site, or into links to the source."""
+    source = TAKEN.get(page.file.src_uri)
+    here = Path() if source else Path("docs") / Path(page.file.src_uri).parent
+    back = "../" * (len(Path(page.file.src_uri).parts) - 1)
+    pages = {v: k for k, v in TAKEN.items()}
+
+    def lead(match: re.Match[str]) -> str:
+        path = _normal(here / match[2])
+        if not (ROOT / path).exists():
+            return match[0]  # mkdocs says so
+        if path in pages:
+            target = back + pages[path]
+        elif path.startswith("docs/"):
+            target = back + path.removeprefix("docs/")
+        else:
+            target = f"{config['repo_url']}/blob/main/{path}"
+        return match[1] + target + (match[3] or "") + match[4]
+
+    return _LINK.sub(lead, markdown)
+
+
+def _normal(path: Path) -> str:
+    parts: list[str] = []
+    for part in path.as_posix().split("/"):
+        if part == "..":
+            parts.pop()
+        elif part != ".":
+            parts.append(part)
+    return "/".join(parts)
