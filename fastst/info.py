@@ -1,4 +1,4 @@
-"""What is installed, built and able to run here: ``python -m fastst.info``.
+"""What is installed, built and able to run here: ``python -m fastst``.
 
 Imports nothing but the standard library itself, and survives whatever the rest does.
 """
@@ -193,8 +193,12 @@ def _environment() -> Iterator[str]:
         yield "no FASTST_ or TRITON_ variable is set"
 
 
-if __name__ == "__main__":
+def main() -> None:
     # A terminal of another encoding must not break the one command that is for broken set-ups.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     print(report())
+
+
+if __name__ == "__main__":
+    main()

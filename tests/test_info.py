@@ -17,11 +17,13 @@ from tests.support import ROOT
 SECTIONS = ("Versions", "Devices", "Native library", "Backends", "Cache", "Environment")
 
 
-def run(*shadows: Path, encoding: str = "utf-8", **variables: str) -> str:
+def run(
+    *shadows: Path, encoding: str = "utf-8", command: str = "fastst.info", **variables: str
+) -> str:
     """Output of the command in a process of its own, with folders put before all packages."""
     path = os.pathsep.join([*map(str, shadows), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-m", "fastst.info"],
+        [sys.executable, "-m", command],
         env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": encoding, **variables},
         cwd=ROOT.parent,
         capture_output=True,
@@ -52,9 +54,10 @@ def test_prints_on_an_ascii_terminal() -> None:
     run(encoding="ascii")
 
 
-def test_survives_a_broken_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["fastst", "fastst.info"])
+def test_survives_a_broken_torch(command: str, tmp_path: Path) -> None:
     message = "libcudart.so.13: cannot open shared object file"
-    text = run(shadow(tmp_path, "torch", f"raise OSError({message!r})"))
+    text = run(shadow(tmp_path, "torch", f"raise OSError({message!r})"), command=command)
     assert f"broken: OSError: {message}" in text
 
 

@@ -21,7 +21,8 @@ try:
 
     from . import chart, clip
 except ImportError as error:
-    print(f"fastst.demo: {error}; it needs: pip install 'fastst[demo]'", file=sys.stderr)
+    needed = "pip install 'av>=12' 'matplotlib>=3.8' numpy tqdm"  # the extra "demo"
+    print(f"fastst.demo: {error}; it needs: {needed}", file=sys.stderr)
     sys.exit(2)
 from . import measure
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import email
+import importlib.util
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +20,7 @@ from packaging.requirements import Requirement
 import fastst
 from tests.support import ROOT
 
+EXTRAS = ("demo", "bench", "engines", "train", "docs", "release", "dev")
 _NOT_SOURCES = shutil.ignore_patterns(
     ".*", "build", "dist", "out", "__pycache__", "*.so", "*.egg-info"
 )
@@ -70,7 +75,7 @@ def test_metadata_asks_for_ranges(wheel: Path) -> None:
     assert [str(r) for r in required if r.marker is None] == ["torch>=2.11"]
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "bench", "train", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == set(EXTRAS)
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     pinned = {r.name: r.specifier for r in map(Requirement, pins)}
     (torch,) = [r for r in required if r.name == "torch"]
@@ -107,5 +112,32 @@ def test_wheel_imports_without_optional_packages(wheel: Path, tmp_path: Path) ->
         check=False,
     )
     assert demo.returncode == 2
-    assert "pip install 'fastst[demo]'" in demo.stderr
+    told = shlex.split(demo.stderr.split("it needs: pip install ")[1])
+    text = (ROOT / "pyproject.toml").read_text()
+    (extra,) = re.findall(r"^demo = (\[.*\])$", text, re.MULTILINE)
+    assert told == ast.literal_eval(extra)
     assert "Traceback" not in demo.stderr
+
+
+def test_release_check_names_what_does_not_agree(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("check", ROOT / "release/check.py")
+    assert spec is not None and spec.loader is not None
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    for name in ("CHANGELOG.md", "CITATION.cff", "mkdocs.yml", "pyproject.toml"):
+        text = (ROOT / name).read_text().replace("fastst.example", "project.org")
+        text = re.sub(r"^## Unreleased\n.*?(?=^## )", "", text, flags=re.M | re.S)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "fastst").mkdir()
+    shutil.copy(ROOT / "fastst/__init__.py", tmp_path / "fastst")
+    tag = f"v{fastst.__version__}"
+    assert check.problems(tag, tmp_path) == []
+    found = "\n".join(check.problems("v99.0", tmp_path))
+    for part in ("must look like v1.2.3", "__init__.py", "CHANGELOG.md", "CITATION.cff"):
+        assert part in found
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    changes = (tmp_path / "CHANGELOG.md").read_text()
+    (tmp_path / "CHANGELOG.md").write_text(f"## Unreleased\n\n- news\n\n{changes}")
+    found = "\n".join(check.problems(tag, tmp_path))
+    assert "placeholder" in found
+    assert "Unreleased belongs" in found

@@ -41,3 +41,22 @@ def _import(name: str) -> ModuleType:
             return importlib.import_module(name)
         except ImportError as error:
             pytest.skip(f"{name.split('.')[0]} cannot be imported: {error}")
+
+
+def _complain() -> None:
+    """Say which of these packages a plain import cannot load, and why the tests still can."""
+    for name in ("torchvision", "pytorchvideo"):
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            first = str(error).splitlines()[0]
+            print(
+                f"{name} is here for the tests; `import {name}` fails ({first}): it was built "
+                f"for another torch than {torch.__version__}. The tests define what is missing "
+                "(tests/support/peers.py). To use it, install it and torch from one source, in an "
+                "environment of your own."
+            )
+
+
+if __name__ == "__main__":
+    _complain()
