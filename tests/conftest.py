@@ -31,7 +31,20 @@ def pytest_report_header() -> str:
     return f"fastst tests: FASTST_SEED={fuzz.SEED}, torch {torch.__version__}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="the first case of each test, and none marked slow"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        quick: dict[str, pytest.Item] = {}
+        for item in items:
+            if "slow" not in item.keywords:
+                quick.setdefault(item.nodeid.partition("[")[0], item)
+        config.hook.pytest_deselected(items=[i for i in items if i not in quick.values()])
+        items[:] = quick.values()
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

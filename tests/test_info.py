@@ -42,16 +42,12 @@ def shadow(folder: Path, name: str, source: str) -> Path:
     return folder
 
 
-def test_says_what_is_there() -> None:
-    text = run()
+def test_says_what_is_there_on_an_ascii_terminal() -> None:
+    text = run(encoding="ascii")
     assert f"fastst {fastst.__version__}" in text
     assert "broken" not in text
     for name in fastst.dispatch.BACKENDS:
         assert f"\n  {name}, on cpu in float32: " in text
-
-
-def test_prints_on_an_ascii_terminal() -> None:
-    run(encoding="ascii")
 
 
 @pytest.mark.parametrize("command", ["fastst", "fastst.info"])
@@ -61,19 +57,14 @@ def test_survives_a_broken_torch(command: str, tmp_path: Path) -> None:
     assert f"broken: OSError: {message}" in text
 
 
-def test_survives_a_broken_triton(tmp_path: Path) -> None:
-    text = run(shadow(tmp_path, "triton", "raise RuntimeError('half installed')"))
-    assert "broken: RuntimeError: half installed" in text
-
-
-def test_survives_a_package_that_exits(tmp_path: Path) -> None:
+def test_survives_much_else_at_once(tmp_path: Path) -> None:
+    """Packages that are half installed, that end the process, and an unknown backend."""
     pytest.importorskip("av")
-    text = run(shadow(tmp_path, "av", "raise SystemExit('no FFmpeg here')"))
-    assert "broken: SystemExit: no FFmpeg here" in text
-
-
-def test_survives_an_unknown_backend() -> None:
-    assert "unknown backend 'nonsense'" in run(FASTST_BACKEND="nonsense")
+    shadow(tmp_path, "triton", "raise RuntimeError('half installed')")
+    text = run(shadow(tmp_path, "av", "raise SystemExit('no FFmpeg')"), FASTST_BACKEND="nonsense")
+    assert "broken: RuntimeError: half installed" in text
+    assert "broken: SystemExit: no FFmpeg" in text
+    assert "unknown backend 'nonsense'" in text
 
 
 def test_the_package_itself_does_not_hide_a_broken_torch(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -32,20 +33,50 @@ def snippets(page: Path) -> list[tuple[int, str]]:
     return [(text[: m.start(1)].count("\n"), m[1]) for m in _BLOCK.finditer(text)]
 
 
+class Loops(ast.NodeTransformer):
+    """Lets the body of each loop say that it runs."""
+
+    def __init__(self) -> None:
+        self.lines: set[int] = set()
+
+    def visit_For(self, loop: ast.For) -> ast.For:
+        self.generic_visit(loop)
+        self.lines.add(loop.lineno)
+        loop.body.insert(0, ast.parse(f"_entered.add({loop.lineno})").body[0])
+        return loop
+
+
+def execute(page: Path, blocks: list[tuple[int, str]]) -> None:
+    """All blocks of a page, in order, in one namespace.
+
+    Raises:
+        AssertionError: a loop is over nothing: it shows nothing, and nobody tries what is in it.
+    """
+    loops, entered = Loops(), set[int]()
+    namespace: dict[str, object] = {"__name__": "__main__", "_entered": entered}
+    for line, source in blocks:
+        tree = loops.visit(ast.parse("\n" * line + source, str(page)))
+        exec(compile(ast.fix_missing_locations(tree), str(page), "exec"), namespace)
+    assert entered == loops.lines, f"{page}: no loop is run in lines {loops.lines - entered}"
+
+
+def test_a_loop_over_nothing_is_seen() -> None:
+    block = (3, "for a in [1]:\n    for b in []:\n        print(b)\n")
+    with pytest.raises(AssertionError, match=r"in lines \{5\}"):
+        execute(ROOT / "README.md", [block])
+
+
 @each_page
 def test_snippets_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All blocks of a page, in order, in one namespace; slow paths only where they are shown."""
+    """Slow paths only where they are shown."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fastst.dispatch.selection, "_warned", set())
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
-    namespace: dict[str, object] = {"__name__": "__main__"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", fastst.FallbackWarning)
-        for line, source in snippets(page):
-            code = compile("\n" * line + source, str(page), "exec")
-            exec(code, namespace)
+        execute(page, snippets(page))
     choices.forget()
 
 
