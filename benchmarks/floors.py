@@ -38,7 +38,7 @@ def _floor(case: shapes.Case) -> tuple[float, ...]:
     x = 2 * p.batch * p.passes[0].in_channels * math.prod(p.size)
     mid, y = p.bytes(1) - p.bytes(0), 2 * math.prod(p.out_shape)
     two = 0.0
-    for q, size, moved in zip(p.passes, (p.mid_size, p.out_size), (x + mid, mid + y), strict=True):
+    for q, size, moved in zip(p.passes, p.pass_sizes, (x + mid, mid + y), strict=True):
         two += max(q.flops(p.batch * math.prod(size)) / rate, moved / MEMORY)
     return p.flops() / 1e9, p.bytes(2) / 1e6, p.bytes(0) / 1e6, two * 1e6, one * 1e6
 
@@ -65,7 +65,7 @@ def _training_floor(case: shapes.Case) -> tuple[float, ...]:
     u, y = p.bytes(1) - p.bytes(0), 2 * math.prod(p.out_shape)
     first, second = (
         q.flops(p.batch * math.prod(size)) / rate
-        for q, size in zip(p.passes, (p.mid_size, p.out_size), strict=True)
+        for q, size in zip(p.passes, p.pass_sizes, strict=True)
     )
     if case.depthwise:  # one kernel for the gradients of a pass
         above = max(2 * second, (y + 2 * u) / MEMORY)

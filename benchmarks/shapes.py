@@ -17,6 +17,7 @@ from fastst.problem.spec import (
     Problem,
     Triple,
     default_mid_channels,
+    in_execution_order,
 )
 
 # inference: norm folded into the spatial weights of every contender. eval: batch norm on its
@@ -115,7 +116,7 @@ class Case:
         pair = PairSpec(
             stride, sides, one, groups, modes, self.activation, norm=norm, order=self.order
         )
-        return Problem.of(PairTensors(x, ws, wt), pair)
+        return Problem.of(PairTensors(x, *in_execution_order(self.order, ws, wt)), pair)
 
     def work(self, mode: str, dtype: torch.dtype = torch.float32) -> Work:
         """Operations and bytes that no implementation can do without.
@@ -134,7 +135,7 @@ class Case:
         weights = forward - x - y
         backward = 2 * flops
         if not self.x_grad:
-            backward -= p.passes[0].flops(self.batch * math.prod(p.mid_size))
+            backward -= p.passes[0].flops(self.batch * math.prod(p.pass_sizes[0]))
         moved = x + y + 2 * weights + (x if self.x_grad else 0)
         return Work(flops + backward, forward + moved)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import dispatch, ops
 from .backends import reference
 from .problem import activations, checks
-from .problem.spec import PairSpec, PairTensors, ParallelTensors, Problem
+from .problem.spec import PairSpec, PairTensors, ParallelTensors, Problem, in_execution_order
 from .ranks import collectives
 
 IntOrTriple = int | Sequence[int]
@@ -126,7 +126,9 @@ def conv2plus1d(
     x, batched = checks.batched("conv2plus1d", x)
     if isinstance(residual, Tensor) and not batched:
         residual = residual.unsqueeze(0)
-    main = (x, spatial_weight, temporal_weight, spatial_bias, temporal_bias)
+    weights = in_execution_order(order, spatial_weight, temporal_weight)
+    biases = in_execution_order(order, spatial_bias, temporal_bias)
+    main = (x, *weights, *biases)
     tensors = PairTensors(*main, residual=residual)
     cast = _autocast_dtype(x)
     spec, values = checks.pair(
@@ -152,12 +154,20 @@ def conv2plus1d(
 
 
 def _pair(
-    tensors: PairTensors, spec: PairSpec, values: int, norm: BatchNorm | None
+    tensors: PairTensors,
+    spec: PairSpec,
+    values: int,
+    norm: BatchNorm | None,
+    forward: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """y and its statistics, if asked for; updates those of the norm, of that many values."""
+    """y and its statistics, if asked for; updates those of the norm, of that many values.
+
+    Args:
+        forward: the backend of the forward pass, where that was decided already.
+    """
     if _composes(tensors.x):
         return reference.compose_pair(tensors, spec, _norm_function(norm)), None
-    y, statistics, outer = ops.conv2plus1d(tensors, spec, dispatch.requested())
+    y, statistics, outer = ops.conv2plus1d(tensors, spec, dispatch.requested(), forward)
     if statistics is not None and norm is not None:
         mean, var, count = statistics
         _update_running(norm, mean, var, count if spec.group else values)
@@ -176,21 +186,21 @@ def _normed_pair(
     The compiler needs none: it fuses a norm with what follows.
     """
     tensors, spec = tensors._replace(residual=None), spec._replace(outer_activation="none")
-    found: Any = None
+    asks, backend = spec._replace(output_statistics=True), None
     if outer_norm.training and not (
         outer_norm.group or torch.compiler.is_compiling() or _composes(tensors.x)
     ):
-        asks = spec._replace(output_statistics=True)
-        found = dispatch.giving_statistics(Problem.of(tensors, asks), dispatch.requested())
-        spec = spec if isinstance(found, str) else asks
-    y, statistics = _pair(tensors, spec, values, norm)
-    if statistics is None:
-        if found is not None:
-            dispatch.record_composed("BatchNorm3d after a pair", found)
+        backend = dispatch.choose_with_statistics(
+            Problem.of(tensors, spec), Problem.of(tensors, asks), dispatch.requested()
+        )
+    if backend is None:
+        y, _ = _pair(tensors, spec, values, norm)
         return _norm_function(outer_norm)(y)
+    y, statistics = _pair(tensors, asks, values, norm, backend.name)
+    assert statistics is not None
     _update_running(outer_norm, *statistics, y.numel() // y.shape[1])
     affine = outer_norm.weight, outer_norm.bias
-    return ops.batch_norm(y, *statistics, *affine, outer_norm.eps, found)
+    return ops.batch_norm(y, *statistics, *affine, outer_norm.eps, backend)
 
 
 def parallel_conv2plus1d(

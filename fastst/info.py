@@ -147,7 +147,7 @@ def _verdict(backend: Any, problem: Any, phase: str) -> str:
         why = backend.why_not(problem, phase)
         if why is not None:
             return f"does not run: it {why}"
-        avoid = getattr(backend, "avoid", lambda *_: None)(problem, phase)
+        avoid = backend.why_not_auto(problem, phase)
     except (Exception, SystemExit) as error:
         return f"is {_failure(error)}"
     return "runs" if avoid is None else f"runs by name, but not by auto: it {avoid}"

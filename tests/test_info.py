@@ -131,5 +131,5 @@ def test_a_backend_that_lacks_a_phase_shows_both(monkeypatch: pytest.MonkeyPatch
 
 def test_a_backend_that_auto_avoids_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = fastst.dispatch.BACKENDS["aten"]
-    monkeypatch.setattr(backend, "avoid", lambda *_: "is too slow", raising=False)
+    monkeypatch.setattr(backend, "why_not_auto", lambda *_: "is too slow")
     assert "aten, on cpu in float32: runs by name, but not by auto: it is too slow" in info.report()

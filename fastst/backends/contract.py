@@ -1,43 +1,37 @@
-"""Backends: each a module with the same functions, none of which validates or chooses.
+"""What a backend is: which functions it offers, what they take and what they leave.
 
-``why_not(problem, phase)``    why it cannot run this problem ("forward" | "backward"), or None
-``output_statistics(problem)``  whether it gives those of y without reading y again; optional
-``norm_backward(dv, y, mean, var, weight, eps, needs)``
-                              gradients of y, weight and bias of v, the batch norm of y by its own
-                              statistics, or None where PyTorch's are as good; optional
-``avoid(problem, phase)``     reason why "auto" passes it over although it could run it; optional
-``rehearse(problem)``         a small problem for the self-check, run by the same kernels; optional
-``conv2plus1d(problem, tensors, save)``                   -> ``PairResult``
-``mids(problem)``             how many tensors as large as u its backward makes at once where u was
-                              not kept; optional, without it the batch is never cut into parts
-``conv2plus1d_backward(problem, tensors, box, u, mean, var, needs, part=None)``
-                              -> one gradient per need; ``box`` is [dy], and is emptied once dy is
-                              read no more, so that its memory can serve what comes after
-``parallel_conv2plus1d(problem, tensors)``                -> y
-``parallel_conv2plus1d_backward(problem, tensors, dy, needs)``         -> one gradient per need
-
-``problem`` is a ``Problem``, ``tensors`` a ``PairTensors`` or ``ParallelTensors`` of any
-strides. y has the strides of ``problem.empty_output``; each gradient those of ``torch.empty_like``
-of its tensor; u is ``problem.mid_shape`` in the dtype of x (channels beyond M are zeros); mean and
-var are (M,) in ``problem.accumulate_dtype``. u is what leaves the first convolution, its bias
-included, before norm and activation. It is the same for all backends, so that forward and backward
-may run on different ones. Phases that a backend lacks are refused by ``why_not``. With
-``spec.group`` mean and var are those of all its ranks together (``collectives.pool_statistics``,
-``collectives.pool_means``); gradients are this rank's.
-
-y = outer_activation(pair + residual), where these are given: then nothing is saved, and the norm is
-none or frozen. A backend whose last kernel takes them in says so in its result; for the others
-``finished`` does it.
+``tensors`` may have any strides. y has the strides of ``problem.empty_output``; gradients may have
+any, and a wider dtype: ``ops`` gives them those of their tensors. u is ``problem.mid_shape`` in the
+dtype of x (channels beyond M are zeros); mean and var are (M,) in ``problem.accumulate_dtype``. u
+is what leaves the first convolution, its bias included, before norm and activation. The mid tensor
+is the same for all backends, so that forward and backward may run on different ones. With
+``spec.group`` mean and var are those of all its ranks together (``ranks.statistics``); gradients
+are this rank's.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..problem import activations
-from ..problem.spec import PairTensors, Problem
+from ..problem.examples import of_kind
+from ..problem.spec import (
+    PairProblem,
+    PairSpec,
+    PairTensors,
+    ParallelProblem,
+    ParallelSpec,
+    ParallelTensors,
+    Problem,
+)
+
+Phase = Literal["forward", "backward"]
+Gradients = Sequence[Tensor | None]
 
 
 class PairResult(NamedTuple):
@@ -53,21 +47,165 @@ class PairResult(NamedTuple):
     out_var: Tensor | None = None  # likewise, biased
 
 
-class Part(NamedTuple):
-    """What a backward call for a part of the batch knows of the whole.
-
-    Its gradients of parameters may be in the accumulation dtype: they are going to be added up.
-    """
+class BatchSlice(NamedTuple):
+    """What a backward call for some clips of a batch knows of the whole."""
 
     dx: Tensor | None  # where the gradient of x may be written, of any strides
     means: Tensor | None  # with norm="batch", (2, M): of dv and dv·(u − mean), over all ranks, too
 
 
-def finished(result: PairResult, problem: Problem, tensors: PairTensors) -> Tensor:
+@dataclass
+class PairBackward:
+    """The arguments of ``conv2plus1d_backward``."""
+
+    problem: PairProblem
+    tensors: PairTensors
+    dy_owner: list[Tensor]  # [dy]: emptied once dy is read no more, so that its memory can serve
+    u: Tensor | None  # None where it was not kept
+    mean: Tensor | None  # with norm="batch"
+    var: Tensor | None  # likewise, biased
+    needs: Sequence[bool]  # of each of ``tensors``, whether its gradient is asked for
+    slice: BatchSlice | None = None
+
+    @property
+    def need(self) -> Any:
+        """``needs`` by the names of the tensors."""
+        return PairTensors(*self.needs)  # type: ignore[arg-type]
+
+    @property
+    def means(self) -> Tensor | None:
+        """Those of the whole batch, where this is a slice of it and they are known."""
+        return None if self.slice is None else self.slice.means
+
+    def statistics(self) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and variance that the norm took, if there is one."""
+        if self.problem.spec.norm == "frozen":
+            return self.tensors.mean, self.tensors.var
+        return self.mean, self.var
+
+    def empty_dx(self) -> Tensor:
+        """Where the gradient of x is to be written."""
+        if self.slice is None or self.slice.dx is None:
+            return torch.empty_like(self.tensors.x)
+        return self.slice.dx
+
+
+class Example(NamedTuple):
+    """A call to check a backend by, against float64."""
+
+    spec: Any
+    tensors: Any  # on the CPU
+    run: Callable[[Any, Any], Sequence[Tensor]]  # of the problem and tensors where they are checked
+    dy: Tensor | None = None  # with it, gradients are compared
+
+
+def no_reason(problem: Problem, phase: Phase) -> str | None:
+    return None
+
+
+def _no(problem: PairProblem) -> bool:
+    return False
+
+
+def _no_candidates(problem: Problem, phase: Phase) -> Sequence[str]:
+    return ()
+
+
+def _no_candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object]:
+    raise LookupError(f"no candidate {name!r}")
+
+
+@dataclass(kw_only=True, eq=False)
+class Backend:
+    """One backend. None of its functions validates or chooses, and importing it fails nowhere.
+
+    A field of a specification that a backend does not list in ``pair_fields`` or
+    ``parallel_fields`` has its default value in every problem that it is given: dispatch refuses
+    all others.
+
+    Attributes:
+        name: what users ask for.
+        device: kind of device whose tensors "auto" offers to it; None for all.
+        pair_fields: fields of ``PairSpec`` that it honours.
+        parallel_fields: the same of ``ParallelSpec``.
+        why_not: why it cannot run a problem in a phase, as the end of "it …", or None.
+        conv2plus1d: forward pass; the last argument: whether what backward needs is kept. With a
+            residual or an outer activation nothing is, and the norm is none or frozen; a backend
+            whose last kernel does not take them in says so in its result.
+        conv2plus1d_backward: a gradient of each of the first seven tensors, None where it is not
+            needed; of a batch slice those of parameters are to be added up, and stay wide.
+        parallel_conv2plus1d: y.
+        parallel_conv2plus1d_backward: the same of all tensors, from (problem, tensors, dy, needs).
+        why_not_auto: why "auto" passes it over although it could run the problem, or None.
+        check_kind: the name of the self-check that must have passed before "auto" takes it for this
+            problem, or None where it needs none.
+        examples: the calls of a check, by its kind and dtype, and like which problem, where that is
+            known; None: ``usual_examples``.
+        gives_output_statistics: whether it gives those of y without reading y again.
+        norm_backward: gradients of y, weight and bias of v, the batch norm of y by its own
+            statistics, from (dv, y, mean, var, weight, eps, needs); None where PyTorch's are as
+            good.
+        mid_tensors_alive: how many tensors as large as u its backward makes at once where u was not
+            kept; None: the batch is never cut.
+        candidates: names of the ways to run a problem among which ``tune`` may choose.
+        candidate: a function that runs one of them once, to the end, on random tensors.
+    """
+
+    name: str
+    device: str | None = None
+    pair_fields: frozenset[str]
+    parallel_fields: frozenset[str] = field(default_factory=frozenset)
+    why_not: Callable[[Problem, Phase], str | None]
+    conv2plus1d: Callable[[PairProblem, PairTensors, bool], PairResult]
+    conv2plus1d_backward: Callable[[PairBackward], Gradients]
+    parallel_conv2plus1d: Callable[[ParallelProblem, ParallelTensors], Tensor] | None = None
+    parallel_conv2plus1d_backward: (
+        Callable[[ParallelProblem, ParallelTensors, Tensor, Sequence[bool]], Gradients] | None
+    ) = None
+    why_not_auto: Callable[[Problem, Phase], str | None] = no_reason
+    check_kind: Callable[[Problem, Phase], str | None] = no_reason
+    examples: Callable[[str, torch.dtype, Problem | None], list[Example]] | None = None
+    gives_output_statistics: Callable[[PairProblem], bool] = _no
+    norm_backward: Callable[..., list[Tensor | None] | None] | None = None
+    mid_tensors_alive: Callable[[PairProblem], int] | None = None
+    candidates: Callable[[Problem, Phase], Sequence[str]] = _no_candidates
+    candidate: Callable[[Problem, Phase, str], Callable[[], object]] = _no_candidate
+
+    def __post_init__(self) -> None:
+        for spec, fields in ((PairSpec, self.pair_fields), (ParallelSpec, self.parallel_fields)):
+            if unknown := fields - set(spec._fields):
+                raise TypeError(
+                    f"backend {self.name!r} honours {', '.join(sorted(unknown))}, which are no "
+                    f"fields of {spec.__name__}"
+                )
+
+    def usual_examples(
+        self, kind: str, dtype: torch.dtype, like: Problem | None = None
+    ) -> list[Example]:
+        """One call of a kind of ``problem.examples``, forward."""
+        spec, tensors = of_kind(kind, dtype)
+        if kind == "parallel":
+            assert self.parallel_conv2plus1d is not None
+            parallel = self.parallel_conv2plus1d
+            return [Example(spec, tensors, lambda p, t: [parallel(p, t)])]
+        return [Example(spec, tensors, lambda p, t: [self.conv2plus1d(p, t, False).y])]
+
+    def why_unhonoured(self, spec: PairSpec | ParallelSpec) -> str | None:
+        """Which setting of a specification it does not know, as the end of "it …", or None."""
+        if isinstance(spec, ParallelSpec) and self.parallel_conv2plus1d is None:
+            return "has no parallel_conv2plus1d"
+        honoured = self.pair_fields if isinstance(spec, PairSpec) else self.parallel_fields
+        for name, value in spec._asdict().items():
+            if name not in honoured and value != spec._field_defaults[name]:
+                return f"does not know {name}={value!r}"
+        return None
+
+
+def apply_ending(result: PairResult, problem: PairProblem, tensors: PairTensors) -> Tensor:
     """y with the residual and the outer activation, in place where the backend has not done it."""
     y, spec = result.y, problem.spec
     if result.outer:
         return y
     if tensors.residual is not None:
         y = y.add_(tensors.residual)
-    return activations.apply(spec.outer_activation, y, spec.slope, inplace=True)  # type: ignore[union-attr]
+    return activations.apply(spec.outer_activation, y, spec.slope, inplace=True)

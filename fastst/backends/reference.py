@@ -14,11 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import activations
-from ..problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
+from ..problem.spec import (
+    PairProblem,
+    PairSpec,
+    PairTensors,
+    ParallelProblem,
+    ParallelSpec,
+    ParallelTensors,
+    Pass,
+    Problem,
+)
 from ..ranks import collectives
-from .contract import PairResult, Part
+from .contract import Backend, Gradients, PairBackward, PairResult, Phase
 
 _PAD_MODE = {"zeros": "constant"}
+_DIFFERENTIABLE = PairTensors._fields.index("norm_bias") + 1  # tensors that have a gradient
 
 
 def pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
@@ -62,14 +72,10 @@ def compose_pair(
     ``norm`` replaces the spec's normalisation, for callers that own running statistics.
     """
     first, second = Problem.of(t, spec).passes
-    weights = {
-        "spatial": (t.spatial_weight, t.spatial_bias),
-        "temporal": (t.temporal_weight, t.temporal_bias),
-    }
-    u = conv_pass(t.x, *weights[first.kind], first)
+    u = conv_pass(t.x, t.first_weight, t.first_bias, first)
     v = (norm or batch_norm(t, spec))(u)
     z = activations.apply(spec.activation, v, spec.slope)
-    y = conv_pass(z, *weights[second.kind], second)
+    y = conv_pass(z, t.second_weight, t.second_bias, second)
     y = y if t.residual is None else y + t.residual
     return activations.apply(spec.outer_activation, y, spec.slope)
 
@@ -85,14 +91,14 @@ def compose_parallel(t: ParallelTensors, spec: ParallelSpec) -> Tensor:
     return activations.apply(spec.activation, y, spec.slope)
 
 
-def why_not(problem: Problem, phase: str) -> str | None:
+def _why_not(problem: Problem, phase: Phase) -> str | None:
     if problem.device.type == "mps":
         return "needs float64, which MPS devices lack"
     return None
 
 
-def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
+    spec = problem.spec
     mids: list[Tensor] = []
     norm = batch_norm(_double(tensors), spec)
 
@@ -117,28 +123,25 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
     return PairResult(y, saved, mean, var, count, outer=True)
 
 
-def conv2plus1d_backward(
-    problem: Problem,
-    tensors: PairTensors,
-    box: list[Tensor],
-    u: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    needs: Sequence[bool],
-    part: Part | None = None,
-) -> list[Tensor]:
-    return gradients(compose_pair, tensors, problem.spec, box[0], needs)
+def conv2plus1d_backward(call: PairBackward) -> Gradients:
+    return gradients(
+        compose_pair,
+        call.tensors,
+        call.problem.spec,
+        call.dy_owner[0],
+        call.needs[:_DIFFERENTIABLE],
+    )
 
 
-def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
-    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+def parallel_conv2plus1d(problem: ParallelProblem, tensors: ParallelTensors) -> Tensor:
+    spec = problem.spec
     with torch.no_grad():
         return problem.empty_output(tensors.x).copy_(compose_parallel(_double(tensors), spec))
 
 
 def parallel_conv2plus1d_backward(
-    problem: Problem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
+    problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
+) -> Gradients:
     return gradients(compose_parallel, tensors, problem.spec, dy, needs)
 
 
@@ -148,12 +151,23 @@ def _double(tensors: Any) -> Any:
 
 def gradients(
     compose: Callable[..., Tensor], tensors: Any, spec: Any, dy: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
-    """Gradients of the tensors that need one, through the float64 composition."""
+) -> Gradients:
+    """A gradient for each need, through the float64 composition; None where there is no need."""
     leaves = _double(tensors)
     wanted = [t.requires_grad_() for t, n in zip(leaves, needs, strict=False) if n]
     with torch.enable_grad():
         y = compose(leaves, spec)
-    grads = torch.autograd.grad(y, wanted, dy.double())
-    likes = [t for t, n in zip(tensors, needs, strict=False) if n]
-    return [torch.empty_like(t).copy_(g) for t, g in zip(likes, grads, strict=True)]
+    found = iter(torch.autograd.grad(y, wanted, dy.double()))
+    return [next(found) if n else None for n in needs]
+
+
+BACKEND = Backend(
+    name="reference",
+    pair_fields=frozenset(PairSpec._fields),
+    parallel_fields=frozenset(ParallelSpec._fields),
+    why_not=_why_not,
+    conv2plus1d=conv2plus1d,
+    conv2plus1d_backward=conv2plus1d_backward,
+    parallel_conv2plus1d=parallel_conv2plus1d,
+    parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
+)

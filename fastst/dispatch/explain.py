@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..problem.spec import PairSpec
+from ..backends.contract import Phase
+from ..problem.spec import PairProblem
 from . import selection
-from .selection import Call
+from .selection import Decision
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Explanation:
         calls: all calls, in order.
     """
 
-    calls: tuple[Call, ...]
+    calls: tuple[Decision, ...]
 
     @property
     def backend(self) -> str:
@@ -66,7 +67,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     return Explanation(tuple(calls))
 
 
-def _reasons(call: Call, phase: str) -> dict[str, str]:
+def _reasons(call: Decision, phase: Phase) -> dict[str, str]:
     if call.problem is None:
         return {}
     requested = selection.requested()
@@ -77,13 +78,13 @@ def _reasons(call: Call, phase: str) -> dict[str, str]:
     return {n: other if why is None else why for n, why in found.items() if n != call.chosen}
 
 
-def _text(call: Call) -> str:
+def _text(call: Decision) -> str:
     if call.problem is None:
         return f"{call.what}: composed of separate PyTorch operators, because {call.why}"
     p = call.problem
     shapes = [(p.batch, p.passes[0].in_channels, *p.size), p.out_shape]
     lines = [f"{p.op} {shapes[0]} → {shapes[1]}, {p.dtype}, {p.device}"]
-    if isinstance(p.spec, PairSpec):
+    if isinstance(p, PairProblem):
         lines[0] += f", {p.mid_channels} mid channels, {p.spec.order}"
         after = ["residual"] * p.residual + [p.spec.outer_activation] * (
             p.spec.outer_activation != "none"

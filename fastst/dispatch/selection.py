@@ -9,27 +9,28 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType, TracebackType
+from functools import lru_cache
+from types import TracebackType
 from typing import NamedTuple
 
 from ..backends import aten, cpu, cuda, reference, triton
-from ..problem.spec import Problem
+from ..backends.contract import Backend, Phase
+from ..problem.spec import PairProblem, Problem
+from . import selfcheck
 
 # In the order of preference of "auto"; reference is only ever chosen by name.
-BACKENDS: dict[str, ModuleType] = {
-    "cuda": cuda, "triton": triton, "cpu": cpu, "aten": aten, "reference": reference,
-}  # fmt: skip
+BACKENDS: dict[str, Backend] = {
+    module.BACKEND.name: module.BACKEND for module in (cuda, triton, cpu, aten, reference)
+}
 AUTO = ("cuda", "triton", "cpu", "aten")
-# Tensors elsewhere they take at most in an emulation, for who names them: "auto" need not ask.
-_KERNELS_FOR = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 
 
-class Call(NamedTuple):
+class Decision(NamedTuple):
     """One decision of ``choose`` or ``fall_back``, as ``recording`` keeps it."""
 
     what: str  # the op, or the module that was composed
     problem: Problem | None  # None where a module was composed
-    phase: str  # "forward" | "backward"
+    phase: Phase
     chosen: str  # name of the backend, or "composed"
     why: str | None  # why it was composed
 
@@ -51,7 +52,7 @@ def _known(name: str) -> str:
 
 _requested = _known(os.environ.get("FASTST_BACKEND", "auto"))
 _warned: set[str] = set()
-_recorders: list[list[Call]] = []
+_recorders: list[list[Decision]] = []
 
 
 def requested() -> str:
@@ -90,9 +91,9 @@ class use_backend:
 
 
 @contextmanager
-def recording() -> Iterator[list[Call]]:
+def recording() -> Iterator[list[Decision]]:
     """Collect the decisions that are made within the block, process-wide."""
-    calls: list[Call] = []
+    calls: list[Decision] = []
     _recorders.append(calls)
     try:
         yield calls
@@ -102,63 +103,88 @@ def recording() -> Iterator[list[Call]]:
 
 def _record(*call: object) -> None:
     for calls in _recorders:
-        calls.append(Call(*call))  # type: ignore[arg-type]
+        calls.append(Decision(*call))  # type: ignore[arg-type]
 
 
-def reasons(problem: Problem, phase: str = "forward") -> dict[str, str | None]:
+def reasons(problem: Problem, phase: Phase = "forward") -> dict[str, str | None]:
     """For every backend the reason why it cannot run the problem, or None where it can."""
-    return {name: _why_not(name, problem, phase, _requested) for name in BACKENDS}
+    auto = _requested == "auto"
+    return {
+        name: _why_not_auto(backend, problem, phase) if auto else _why_not(backend, problem, phase)
+        for name, backend in BACKENDS.items()
+    }
 
 
-def _why_not(candidate: str, problem: Problem, phase: str, name: str) -> str | None:
-    """Why a backend cannot run it or, under "auto", is passed over."""
-    backend = BACKENDS[candidate]
-    why = backend.why_not(problem, phase)
-    if why is None and name == "auto" and hasattr(backend, "avoid"):
-        why = backend.avoid(problem, phase)
-    return why
+def _why_not(backend: Backend, problem: Problem, phase: Phase) -> str | None:
+    """Why a backend cannot run a problem."""
+    return _why_unhonoured(backend, problem) or backend.why_not(problem, phase)
 
 
-def choose(problem: Problem, phase: str, name: str) -> ModuleType:
-    """The module that runs the problem.
+@lru_cache(maxsize=4096)
+def _why_unhonoured(backend: Backend, problem: Problem) -> str | None:
+    why = backend.why_unhonoured(problem.spec)
+    if why is not None or not isinstance(problem, PairProblem):
+        return why
+    if problem.spec.output_statistics and not backend.gives_output_statistics(problem):
+        return "would have to read the output again for its statistics"
+    return None
+
+
+def _why_not_auto(backend: Backend, problem: Problem, phase: Phase) -> str | None:
+    """Why "auto" does not take a backend: it cannot, need not, or has been seen to be wrong."""
+    why = _why_not(backend, problem, phase) or backend.why_not_auto(problem, phase)
+    if why is not None:
+        return why
+    kind = backend.check_kind(problem, phase)
+    return None if kind is None else selfcheck.why_broken(backend, problem, kind)
+
+
+def choose(problem: Problem, phase: Phase, name: str) -> Backend:
+    """The backend that runs the problem.
 
     Raises:
         BackendError: a named backend cannot run it, with its reason; or none can.
     """
     chosen = _choose(problem, phase, name)
     if _recorders:
-        _record(problem.op, problem, phase, chosen, None)
-    return BACKENDS[chosen]
+        _record(problem.op, problem, phase, chosen.name, None)
+    return chosen
 
 
-def _choose(problem: Problem, phase: str, name: str) -> str:
+def _choose(problem: Problem, phase: Phase, name: str) -> Backend:
     if name != "auto":
-        why = BACKENDS[name].why_not(problem, phase)
+        why = _why_not(BACKENDS[name], problem, phase)
         if why is not None:
             raise BackendError(f"{problem.op}: backend {name!r} cannot run the {phase}: it {why}")
-        return name
+        return BACKENDS[name]
     refusals: list[str] = []
     device = problem.device.type
     for candidate in AUTO:
-        if _KERNELS_FOR.get(candidate, device) != device:
+        backend = BACKENDS[candidate]
+        # Tensors elsewhere it takes at most in an emulation, for who names it.
+        if backend.device not in (None, device):
             continue
-        why = _why_not(candidate, problem, phase, name)
+        why = _why_not_auto(backend, problem, phase)
         if why is None:
             if candidate == AUTO[-1] and device == "cuda":
                 # On a CPU the last is the fast one; on a GPU it means that no kernel runs.
                 _say_slow(f"{problem.op} runs its {phase} on {candidate!r}: {'; '.join(refusals)}")
-            return candidate
+            return backend
         refusals.append(f"{candidate!r} {why}")
     raise BackendError(f"{problem.op}: no backend can run the {phase}: {'; '.join(refusals)}")
 
 
-def giving_statistics(problem: Problem, name: str) -> ModuleType | str:
-    """The backend that runs it if it gives mean and variance of y as well, or why it does not."""
-    chosen = _choose(problem, "forward", name)
-    backend = BACKENDS[chosen]
-    if hasattr(backend, "output_statistics") and backend.output_statistics(problem):
-        return backend
-    return f"backend {chosen!r} would have to read the output again for its statistics"
+def choose_with_statistics(problem: PairProblem, asking: PairProblem, name: str) -> Backend | None:
+    """The backend that runs a problem forward, if it gives mean and variance of y as well.
+
+    Args:
+        asking: the same problem with ``spec.output_statistics``.
+    """
+    backend = _choose(problem, "forward", name)
+    why = _why_unhonoured(backend, asking)
+    if why is not None:
+        record_composed("BatchNorm3d after a pair", f"backend {backend.name!r} {why}")
+    return backend if why is None else None
 
 
 def strict() -> bool:

@@ -8,25 +8,23 @@ kernel source.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.cuda.hopper import gradient_tiles
-from ..backends.cuda.hopper import tiles as configs_hopper
+from ..backends import reference
+from ..backends.contract import Backend
 from ..machine import cache
-from ..problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
+from ..problem.spec import Problem
 
 # Largest error allowed, in units of the rounding of the dtype and of the largest output: the
 # roundings of a right result stay under 2 of these, a wrong tap is off by tens of percent.
 _ULPS = 8
-_PADDING = (1,) * 6
 _verdicts: dict[str, str] = {}  # by key; empty: passed
 _lock = RLock()
 
@@ -35,25 +33,14 @@ class SelfCheckWarning(UserWarning):
     """A kernel family computes wrong numbers here and is no longer chosen by ``auto``."""
 
 
-def problem_of(problem: Problem) -> str:
-    """Name of the check that stands for a problem."""
-    if problem.op != "conv2plus1d":
-        return "parallel"
-    groups = [p.groups for p in problem.passes]
-    if all(p.groups == p.in_channels == p.out_channels > 1 for p in problem.passes):
-        return "depthwise"
-    return "grouped" if max(groups) > 1 else "dense"
-
-
-def why_broken(backend: str, problem: Problem, kind: str | None = None) -> str | None:
+def why_broken(backend: Backend, problem: Problem, kind: str) -> str | None:
     """What was wrong when the backend's kernels for such problems were checked here, or None.
 
     Checks on first use and warns once if that fails. Inside a CUDA graph capture nothing can be
-    checked. ``kind`` names the check, where the problem alone does not say which kernels will run.
+    checked.
     """
     device, dtype = problem.device, problem.dtype
-    kind = kind or problem_of(problem)
-    key = _key(backend, kind, device, dtype)
+    key = _key(backend.name, kind, device, dtype)
     with _lock:
         if key not in _verdicts:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -67,8 +54,8 @@ def why_broken(backend: str, problem: Problem, kind: str | None = None) -> str |
             cache.add(_file(), {key: verdict})
             if verdict:
                 warnings.warn(
-                    f"fastst no longer chooses backend {backend!r} for {kind} layers in {dtype}: "
-                    f"it {verdict}",
+                    f"fastst no longer chooses backend {backend.name!r} for {kind} layers in "
+                    f"{dtype}: it {verdict}",
                     SelfCheckWarning,
                     stacklevel=2,
                 )
@@ -76,7 +63,7 @@ def why_broken(backend: str, problem: Problem, kind: str | None = None) -> str |
 
 
 def check(
-    backend: str,
+    backend: Backend,
     kind: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -85,9 +72,8 @@ def check(
     """Compare a backend with float64 on small random data.
 
     Args:
-        backend: name, "aten" for PyTorch's own convolutions.
-        kind: "dense", "grouped", "depthwise", "parallel"; "hopper" and "hopper backward" for every
-            instance of the CUDA library's Hopper kernels.
+        backend: whose kernels; ``aten``'s for PyTorch's own convolutions.
+        kind: as ``Backend.check_kind`` names it.
         device, dtype: what to run on.
         like: a problem whose kernels are checked, where the backend has a rehearsal of it; what is
             compiled for the check then serves the call.
@@ -95,11 +81,10 @@ def check(
     Returns:
         None, or what is wrong, as the end of a sentence about the backend.
     """
-    from ..backends import reference
-
     compose: Any = reference.compose_parallel if kind == "parallel" else reference.compose_pair
+    found = (backend.examples or backend.usual_examples)(kind, dtype, like)
     allowed = _ULPS * _rounding(dtype, device)
-    for spec, tensors, run, dy in _examples(backend, kind, dtype, like):
+    for spec, tensors, run, dy in found:
         there = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
         try:
             with torch.no_grad():
@@ -139,143 +124,6 @@ def verdicts() -> dict[str, str]:
 def forget() -> None:
     """Drop what this process knows, not the file."""
     _verdicts.clear()
-
-
-class _Example(NamedTuple):
-    spec: Any
-    tensors: Any  # on the CPU
-    run: Callable[[Problem, Any], Sequence[Tensor]]
-    dy: Tensor | None = None  # with it, gradients are compared
-
-
-def _examples(
-    backend: str, kind: str, dtype: torch.dtype, like: Problem | None = None
-) -> list[_Example]:
-    if kind == "hopper":
-        return _hopper_examples(dtype)
-    if kind == "hopper backward":
-        return _hopper_backward_examples(dtype)
-    from . import selection
-
-    module = selection.BACKENDS[backend]
-    if like is not None and hasattr(module, "rehearse"):
-        spec, shapes, run = module.rehearse(like)
-        return [_Example(spec, _filled(shapes), lambda p, t: [run(p, t)])]
-    spec, tensors = _example(kind, dtype)
-    if kind == "parallel":
-        return [_Example(spec, tensors, lambda p, t: [module.parallel_conv2plus1d(p, t)])]
-    return [_Example(spec, tensors, lambda p, t: [module.conv2plus1d(p, t, False).y])]
-
-
-def _example(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A problem whose sizes are no multiples of any tile."""
-    c = 18
-    g = {"grouped": 3, "depthwise": c}.get(kind, 1)
-    tensors = _tensors(dtype, (2, c, 5, 9, 7), (c, c // g, 1, 3, 3), (c, c // g, 3, 1, 1))
-    common: dict[str, Any] = {"padding": _PADDING, "groups": (g, g)}
-    if kind == "parallel":
-        return ParallelSpec(**common, activation="relu"), ParallelTensors(*tensors[:5])
-    return PairSpec(**common, norm="frozen", activation="relu"), tensors
-
-
-def _filled(shapes: Any) -> Any:
-    """Random tensors on the CPU like those that are given."""
-    generator = torch.Generator().manual_seed(0)
-
-    def filled(name: str, t: Tensor) -> Tensor:
-        drawn = torch.randn(t.shape, generator=generator)
-        if name.endswith("_weight") and t.dim() == 5:
-            drawn /= math.prod(t.shape[1:]) ** 0.5
-        if name == "var":
-            drawn = drawn.abs() + 0.5
-        return torch.empty_like(t, device="cpu").copy_(drawn)
-
-    return type(shapes)(
-        **{n: None if t is None else filled(n, t) for n, t in shapes._asdict().items()}
-    )
-
-
-def _hopper_examples(dtype: torch.dtype) -> list[_Example]:
-    """Every instance of the spatial, the temporal and the stem's kernel."""
-    from ..backends.cuda import hopper
-
-    examples = []
-    tiles = configs_hopper.trials()
-    for i, (spatial, temporal, stride) in enumerate(tiles):
-
-        def run(problem: Problem, t: Any, pair: Any = (spatial, temporal)) -> list[Tensor]:
-            return [hopper.forward(problem, t, False, pair).y]
-
-        # Half of them with statistics, and a norm and an activation between the two kernels.
-        batch = 2 * i < len(tiles)
-        m, k = spatial.columns + 8, temporal.columns + 8
-        tensors = _tensors(dtype, (1, 72, 2, 5, 7), (m, 72, 1, 3, 3), (k, m, 3, 1, 1))
-        spec = PairSpec(
-            stride=(stride, 1, 1), padding=_PADDING, norm="batch" if batch else "frozen",
-            activation="silu" if batch else "relu",
-        )  # fmt: skip
-        if batch:
-            tensors = tensors._replace(mean=None, var=None)
-        examples.append(_Example(spec, tensors, run))
-    stem = *_stem(dtype, 21, 20), lambda p, t: [hopper.forward(p, t, False).y]
-    return [*examples, _Example(*stem)]
-
-
-def _hopper_backward_examples(dtype: torch.dtype) -> list[_Example]:
-    """Every instance of the kernels of gradients, and the stem."""
-    from ..backends.cuda import hopper
-
-    def example(spec: PairSpec, tensors: PairTensors, tiles: Any = None) -> _Example:
-        dy = Problem.of(tensors, spec).empty_output(tensors.x)
-        dy.copy_(torch.randn(dy.shape, generator=torch.Generator().manual_seed(1)))
-        needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
-
-        def run(problem: Problem, t: Any) -> list[Tensor]:
-            _, u, mean, var, *_ = hopper.forward(problem, t, True)
-            box = [dy.to(t.x.device)]
-            return hopper.backward(problem, t, box, u, mean, var, needs, None, tiles)
-
-        return _Example(spec, tensors, run, dy)
-
-    examples = []
-    for spatial, temporal, (stride, plane) in gradient_tiles.trials():
-        c, m = spatial.columns - 8, temporal.columns - 8
-        tensors = _tensors(dtype, (1, c, 3, 5, 6), (m, c, 1, 3, 3), (24, m, 3, 1, 1))
-        spec = PairSpec(
-            stride=(stride, plane, plane), padding=_PADDING, norm="batch", activation="silu"
-        )
-        # Statistics take a bias away again: its gradient is 0.
-        tensors = tensors._replace(mean=None, var=None, spatial_bias=None)
-        examples.append(example(spec, tensors, (spatial, temporal)))
-    tensors = _tensors(dtype, (1, 40, 3, 5, 6), (56, 40, 1, 3, 3), (24, 56, 3, 1, 1))
-    examples.append(example(PairSpec(padding=_PADDING, norm="frozen", activation="silu"), tensors))
-    spec, tensors = _stem(dtype, 9, 10)
-    spec = spec._replace(activation="silu", recompute=True)
-    return [*examples, example(spec, tensors._replace(spatial_bias=None))]
-
-
-def _stem(dtype: torch.dtype, height: int, width: int) -> tuple[PairSpec, PairTensors]:
-    tensors = _tensors(dtype, (1, 3, 3, height, width), (45, 3, 1, 7, 7), (64, 45, 3, 1, 1))
-    spec = PairSpec(stride=(1, 2, 2), padding=(1, 1, 3, 3, 3, 3), norm="batch")
-    return spec, tensors._replace(mean=None, var=None)
-
-
-def _tensors(
-    dtype: torch.dtype, x: Sequence[int], first: Sequence[int], second: Sequence[int]
-) -> PairTensors:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def weight(shape: Sequence[int]) -> Tensor:
-        return normal(*shape) / math.prod(shape[1:]) ** 0.5
-
-    m, k = first[0], second[0]
-    there = normal(*x).to(memory_format=torch.channels_last_3d)
-    main = there, weight(first), weight(second), normal(m), normal(k)
-    gamma, beta, mean, var = (normal(m).float() for _ in range(4))
-    return PairTensors(*main, gamma, beta, mean, var.abs() + 0.5)
 
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:

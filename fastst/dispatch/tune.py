@@ -76,13 +76,13 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
     found: dict[choices.Key, Measurement] = {}
     for call in calls:
         backend = selection.BACKENDS.get(call.chosen)
-        if call.problem is None or not hasattr(backend, "ways"):
+        if call.problem is None or backend is None:
             continue
         key = (call.chosen, call.problem, call.phase, torch.get_num_threads())
-        names = backend.ways(call.problem, call.phase)  # type: ignore[union-attr]
+        names = backend.candidates(call.problem, call.phase)
         if len(names) < 2 or key in found:
             continue
-        trials = {n: backend.trial(call.problem, call.phase, n) for n in names}  # type: ignore[union-attr]
+        trials = {n: backend.candidate(call.problem, call.phase, n) for n in names}
         times = race(trials, seconds)
         found[key] = Measurement(call.chosen, call.problem, call.phase, times)
     choices.remember({key: m.way for key, m in found.items()})

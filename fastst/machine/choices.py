@@ -51,7 +51,7 @@ def _name(key: Key) -> str:
     parts: Sequence[object] = (
         cache.machine(problem.device), cache.versions(), threads, backend, phase, problem.op,
         tuple(problem.spec), [tuple(p) for p in problem.passes], problem.batch, problem.size,
-        problem.dtype, layout, problem.residual,
+        problem.dtype, layout, getattr(problem, "residual", False),
     )  # fmt: skip
     return " | ".join(map(str, parts))
 

@@ -1,4 +1,4 @@
-"""What tiles must know of a GPU: its limits by compute capability."""
+"""What an architecture of GPUs allows, without asking one."""
 
 from __future__ import annotations
 

@@ -1,92 +1,105 @@
-"""Backward of ``conv2plus1d`` over parts of the batch: nothing as large as u is made at once.
+"""Backward of ``conv2plus1d`` over slices of the batch: nothing as large as u is made at once.
 
-Each part computes its u again, and what it makes is gone before the next one begins. Without a norm
-or with a frozen one, parts know nothing of each other. The gradient of a batch norm needs two sums
-over all of dv, and so two sweeps: the first is the backward pass of a frozen norm with the same
-statistics, whose gradients of γ and β are these sums; the second makes u and dv once more. That is
-the price: one more first convolution, and one more input gradient of the second.
+Each slice computes its u again, and what it makes is gone before the next one begins. Without a
+norm or with a frozen one, slices know nothing of each other. The gradient of a batch norm needs two
+sums over all of dv, and so two sweeps: the first is the backward pass of a frozen norm with the
+same statistics, whose gradients of γ and β are these sums; the second makes u and dv once more. The
+price is one more first convolution, and one more input gradient of the second.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import Part
-from ..problem.spec import PairSpec, PairTensors, Problem
+from ..backends.contract import Backend, BatchSlice, Gradients, PairBackward
+from ..problem.spec import PairProblem, PairSpec, PairTensors, Problem
 from ..ranks import collectives
+
+_BELOW = ("x", "first_weight", "first_bias")  # whose gradients need du
+_NORM = ("norm_weight", "norm_bias")
 
 
 def gradients(
-    choose: Callable[[Problem], Any],
-    parts: int,
-    problem: Problem,
-    tensors: PairTensors,
-    dy: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """One gradient per need, of one part after the other.
+    choose: Callable[[PairProblem], Backend], count: int, call: PairBackward
+) -> Gradients:
+    """``conv2plus1d_backward`` of one slice after the other.
 
-    Those of parameters are added up in the accumulation dtype, in the order of the batch.
+    Gradients of parameters are added up in the accumulation dtype, in the order of the batch.
 
     Args:
-        choose: the backend of a part's problem.
+        choose: the backend of a slice's problem.
+        count: into how many slices the batch is cut.
     """
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
-    fields = PairTensors._fields
-    wanted = {name for name, n in zip(fields, needs, strict=False) if n}
-    dx = torch.empty_like(tensors.x) if "x" in wanted else None
-    cuts = [problem.batch * i // parts for i in range(parts + 1)]
-    sums: dict[str, Tensor] = {}
-
-    def sweep(spec: PairSpec, t: PairTensors, names: set[str], means: Tensor | None = None) -> None:
-        statistics = (mean, var) if spec.norm == "batch" else (None, None)
-        for start, end in pairwise(cuts) if names else ():
-            share = t._replace(x=t.x[start:end])
-            part = Part(dx[start:end] if dx is not None and "x" in names else None, means)
-            own = Problem.of(share, spec)
-            grads = choose(own).conv2plus1d_backward(
-                own, share, [dy[start:end]], None, *statistics, [n in names for n in fields], part
-            )
-            for name, g in zip([n for n in fields if n in names], grads, strict=True):
-                if name != "x":
-                    g = g.to(problem.accumulate_dtype)
-                    sums[name] = sums[name].add_(g) if name in sums else g.clone()
-                elif part.dx is not None and g is not part.dx:
-                    part.dx.copy_(g)
-
+    sums = _Sums(choose, count, call)
+    problem, spec, mean, var = call.problem, call.problem.spec, call.mean, call.var
+    wanted = {n for n, needed in zip(PairTensors._fields, call.needs, strict=False) if needed}
     if spec.norm != "batch":
-        sweep(spec, tensors, wanted)
-    else:
-        assert mean is not None and var is not None
-        kind = problem.passes[0].kind
-        weight, bias, norm = f"{kind}_weight", f"{kind}_bias", {"norm_weight", "norm_bias"}
-        below = wanted & {"x", weight, bias}
-        frozen = spec._replace(norm="frozen", group="")
-        summed = bool(below or wanted & norm)  # then other ranks wait for the sums
-        sweep(frozen, _frozen(tensors, mean, var), wanted - below | (norm if summed else set()))
-        if summed:
-            table = torch.stack((sums["norm_bias"], sums["norm_weight"] * (var + spec.eps).sqrt()))
-            values = problem.batch * math.prod(problem.mid_size)
-            if spec.group:
-                means = collectives.pool_means(table, values, collectives.resolve(spec.group))
-            else:
-                means = table / values
-                # The mean of u takes the bias away, that of all ranks only for all of them.
-                if bias in below:
-                    sums[bias] = torch.zeros_like(mean)
-            sweep(spec, tensors, below - sums.keys(), means)
-    named = {n: t for n, t in tensors._asdict().items() if n in wanted and n != "x"}
-    return ([] if dx is None else [dx]) + [
-        torch.empty_like(t).copy_(sums[name]) for name, t in named.items()
-    ]
+        sums.sweep(spec, call.tensors, wanted)
+        return sums.results()
+    assert mean is not None and var is not None
+    below = wanted.intersection(_BELOW)
+    summed = bool(below or wanted.intersection(_NORM))  # then other ranks wait for the sums
+    frozen = spec._replace(norm="frozen", group="")
+    rest = wanted - below | (set(_NORM) if summed else set())
+    sums.sweep(frozen, _frozen(call.tensors, mean, var), rest)
+    if summed:
+        table = torch.stack((sums["norm_bias"], sums["norm_weight"] * (var + spec.eps).sqrt()))
+        values = problem.batch * math.prod(problem.mid_size)
+        if spec.group:
+            means = collectives.pool_means(table, values, collectives.resolve(spec.group))
+        else:
+            means = table / values
+            # The mean of u takes the bias away, that of all ranks only for all of them.
+            if "first_bias" in below:
+                sums["first_bias"] = torch.zeros_like(mean)
+        sums.sweep(spec, call.tensors, below - sums.keys(), means)
+    return sums.results()
+
+
+class _Sums(dict[str, Tensor]):
+    """Gradients by name, added up over slices; that of x is written slice by slice."""
+
+    def __init__(
+        self, choose: Callable[[PairProblem], Backend], count: int, call: PairBackward
+    ) -> None:
+        super().__init__()
+        self.choose, self.call, self.dy = choose, call, call.dy_owner[0]
+        batch = call.problem.batch
+        self.cuts = [batch * i // count for i in range(count + 1)]
+        self.dx = torch.empty_like(call.tensors.x) if call.need.x else None
+
+    def sweep(
+        self, spec: PairSpec, tensors: PairTensors, names: set[str], means: Tensor | None = None
+    ) -> None:
+        call = self.call
+        statistics = (call.mean, call.var) if spec.norm == "batch" else (None, None)
+        needs = [n in names for n in PairTensors._fields]
+        for start, end in pairwise(self.cuts) if names else ():
+            share = tensors._replace(x=tensors.x[start:end])
+            dx = self.dx[start:end] if self.dx is not None and "x" in names else None
+            own = Problem.of(share, spec)
+            grads = self.choose(own).conv2plus1d_backward(
+                PairBackward(
+                    own, share, [self.dy[start:end]], None, *statistics, needs,
+                    BatchSlice(dx, means),
+                )
+            )  # fmt: skip
+            for name, grad in zip(PairTensors._fields, grads, strict=False):
+                if grad is None or name not in names:
+                    continue
+                if name != "x":
+                    grad = grad.to(call.problem.accumulate_dtype)
+                    self[name] = self[name].add_(grad) if name in self else grad.clone()
+                elif dx is not None and grad is not dx:
+                    dx.copy_(grad)
+
+    def results(self) -> Gradients:
+        return [self.dx if n == "x" else self.get(n) for n in PairTensors._fields]
 
 
 def _frozen(t: PairTensors, mean: Tensor, var: Tensor) -> PairTensors:

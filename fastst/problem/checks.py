@@ -23,6 +23,7 @@ from .spec import (
     Pass,
     Problem,
     Triple,
+    in_execution_order,
 )
 
 if TYPE_CHECKING:
@@ -165,7 +166,11 @@ def batched(op: str, x: Tensor) -> tuple[Tensor, bool]:
 
 
 def _same_dtype(
-    op: str, tensors: Sequence[Tensor | None], cast: torch.dtype | None, residual: Any = None
+    op: str,
+    labels: Sequence[str],
+    tensors: Sequence[Tensor | None],
+    cast: torch.dtype | None,
+    residual: Any = None,
 ) -> None:
     """
     Raises:
@@ -177,7 +182,6 @@ def _same_dtype(
         return t.dtype if cast is None or t.dtype == torch.float64 else cast
 
     dtype = after(tensors[0])  # type: ignore[arg-type]
-    labels = PairTensors._fields[: len(tensors)]
     came = {n: after(t) for n, t in zip(labels, tensors, strict=True) if t is not None}
     if residual is not None:
         came["residual"] = residual.dtype
@@ -250,7 +254,9 @@ def pair(
     """
     op = "conv2plus1d"
     name(f"{op}: order", order, ORDERS)
-    geometry = _geometry(op, tensors, stride, padding, dilation, groups, padding_mode, causal)
+    _, w1, w2, b1, b2, *_ = tensors
+    ws, wt = in_execution_order(order, w1, w2)  # swapping twice is no swap
+    geometry = _geometry(op, ws, wt, stride, padding, dilation, groups, padding_mode, causal)
     act = activation_name(f"{op}: activation", activation)
     kind, eps = "none", 0.0
     if norm is not None:
@@ -262,7 +268,8 @@ def pair(
     )  # fmt: skip
     problem = Problem.of(tensors, spec)
     first, second = problem.passes
-    _weights_fit(op, tensors)
+    names = ("x", *(f"{p.kind}_{what}" for what in ("weight", "bias") for p in problem.passes))
+    _weights_fit(op, names, tensors)
     if first.in_channels != tensors.x.shape[1] or second.in_channels != first.out_channels:
         raise ValueError(
             f"{op}: channels must chain: x has {tensors.x.shape[1]}; the {first.kind} weight takes "
@@ -284,7 +291,7 @@ def pair(
             f"{op}: batch norm in training requires more than 1 value per channel, got the mid "
             f"tensor {(tensors.x.shape[0], first.out_channels, *problem.mid_size)}"
         )
-    _same_dtype(op, tensors[:5], cast, tensors.residual)
+    _same_dtype(op, names, tensors[:5], cast, tensors.residual)
     return spec, values
 
 
@@ -347,12 +354,13 @@ def parallel(
     """
     op = "parallel_conv2plus1d"
     name(f"{op}: combine", combine, COMBINES)
-    geometry = _geometry(op, tensors, stride, padding, dilation, groups, padding_mode, causal)
+    _, ws, wt, _, _ = tensors
+    geometry = _geometry(op, ws, wt, stride, padding, dilation, groups, padding_mode, causal)
     spec = ParallelSpec(
         *geometry, activation_name(f"{op}: branch_activation", branch_activation),
         activation_name(f"{op}: activation", activation), float(negative_slope), combine,
     )  # fmt: skip
-    _weights_fit(op, tensors)
+    _weights_fit(op, ParallelTensors._fields, tensors)
     problem = Problem.of(tensors, spec)
     spatial, temporal = problem.passes
     for p in problem.passes:
@@ -373,13 +381,14 @@ def parallel(
             f"{op}: combine='add' requires branches of equal channels, got "
             f"{spatial.out_channels} (spatial) and {temporal.out_channels} (temporal)"
         )
-    _same_dtype(op, tensors, cast)
+    _same_dtype(op, ParallelTensors._fields, tensors, cast)
     return spec
 
 
 def _geometry(
     op: str,
-    tensors: PairTensors | ParallelTensors,
+    spatial_weight: Any,
+    temporal_weight: Any,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -388,11 +397,10 @@ def _geometry(
     causal: Any,
 ) -> tuple[Triple, Padding, Triple, tuple[int, int], tuple[str, str]]:
     """The first five fields of both specs."""
-    for label in ("spatial_weight", "temporal_weight"):
-        w = getattr(tensors, label)
+    for label, w in (("spatial_weight", spatial_weight), ("temporal_weight", temporal_weight)):
         if not isinstance(w, Tensor):
             raise TypeError(f"{op}: {label} must be a tensor, got {type(w).__name__}")
-    ws, wt = tensors.spatial_weight.shape, tensors.temporal_weight.shape
+    ws, wt = spatial_weight.shape, temporal_weight.shape
     if len(ws) != 5 or ws[2] != 1 or 0 in ws:
         raise ValueError(
             f"{op}: spatial_weight must be (out, in/groups, 1, kh, kw), got {tuple(ws)}"
@@ -416,17 +424,16 @@ def _geometry(
     return stride, pads, dilation, pair_of_groups, modes
 
 
-def _weights_fit(op: str, tensors: PairTensors | ParallelTensors) -> None:
+def _weights_fit(op: str, labels: Sequence[str], tensors: PairTensors | ParallelTensors) -> None:
     """Devices of weights, and shapes and devices of biases."""
-    x = tensors.x
-    for label in ("spatial_weight", "temporal_weight"):
-        w = getattr(tensors, label)
+    x, *weights = tensors[:3]
+    for label, w in zip(labels[1:3], weights, strict=True):
         if w.device != x.device:
             raise ValueError(
                 f"{op}: {label} must be on the device of x, {x.device}, got {w.device}"
             )
-    _vector(op, "spatial_bias", tensors.spatial_bias, tensors.spatial_weight.shape[0], x.device)
-    _vector(op, "temporal_bias", tensors.temporal_bias, tensors.temporal_weight.shape[0], x.device)
+    for label, w, bias in zip(labels[3:5], weights, tensors[3:5], strict=True):
+        _vector(op, label, bias, w.shape[0], x.device)
 
 
 def _vector(op: str, label: str, t: Tensor | None, channels: int, device: torch.device) -> None:

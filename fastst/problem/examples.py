@@ -1,31 +1,115 @@
-"""Tensors of a problem, to measure it or to check it."""
+"""Random tensors of a problem: to measure it with, and to check a backend by."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from .spec import PairSpec, PairTensors, ParallelTensors, Problem
+from .spec import (
+    PairProblem,
+    PairSpec,
+    PairTensors,
+    ParallelProblem,
+    ParallelSpec,
+    ParallelTensors,
+    Problem,
+)
+
+
+@overload
+def example(problem: PairProblem) -> PairTensors: ...
+
+
+@overload
+def example(problem: ParallelProblem) -> ParallelTensors: ...
 
 
 def example(problem: Problem) -> PairTensors | ParallelTensors:
-    """Random tensors of a problem, of magnitudes as in a network."""
+    """Random tensors of a problem, of magnitudes as in a network, without biases."""
     layout = torch.channels_last_3d if problem.channels_last else torch.contiguous_format
 
     def normal(*shape: int) -> Tensor:
         drawn = torch.randn(shape, dtype=problem.dtype, device=problem.device)
         return drawn.contiguous(memory_format=layout)
 
-    named = {}
-    for p in problem.passes:
-        fan = p.in_channels // p.groups
-        weight = normal(p.out_channels, fan, *p.kernel)
-        named[f"{p.kind}_weight"] = weight / (weight[0].numel() ** 0.5)
+    def weight(*shape: int) -> Tensor:
+        drawn = normal(*shape)
+        return drawn / (drawn[0].numel() ** 0.5)
+
+    shapes = ((p.out_channels, p.in_channels // p.groups, *p.kernel) for p in problem.passes)
+    weights = [weight(*shape) for shape in shapes]
     x = normal(problem.batch, problem.passes[0].in_channels, *problem.size)
-    if not isinstance(problem.spec, PairSpec):
-        return ParallelTensors(x, **named)
+    if not isinstance(problem, PairProblem):
+        return ParallelTensors(x, *weights)
+    norm: dict[str, Any] = {}
     if problem.spec.norm == "frozen":
         one = torch.ones(problem.mid_channels, dtype=problem.accumulate_dtype, device=x.device)
-        named.update(norm_weight=one, norm_bias=one * 0, mean=one * 0, var=one)
+        norm = dict(norm_weight=one, norm_bias=one * 0, mean=one * 0, var=one)
     residual = normal(*problem.out_shape) if problem.residual else None
-    return PairTensors(x, **named, residual=residual)
+    one_weight, other_weight = weights
+    return PairTensors(x, one_weight, other_weight, **norm, residual=residual)
+
+
+def pair_tensors(
+    dtype: torch.dtype, x: Sequence[int], first: Sequence[int], second: Sequence[int]
+) -> PairTensors:
+    """Channels-last tensors of these shapes on the CPU, the same in every process."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+
+    def weight(shape: Sequence[int]) -> Tensor:
+        return normal(*shape) / math.prod(shape[1:]) ** 0.5
+
+    m, k = first[0], second[0]
+    there = normal(*x).to(memory_format=torch.channels_last_3d)
+    main = there, weight(first), weight(second), normal(m), normal(k)
+    gamma, beta, mean, var = (normal(m).float() for _ in range(4))
+    return PairTensors(*main, gamma, beta, mean, var.abs() + 0.5)
+
+
+def filled(shapes: Any) -> Any:
+    """Random tensors on the CPU like those that are given."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def fill(name: str, t: Tensor) -> Tensor:
+        drawn = torch.randn(t.shape, generator=generator, device="cpu")
+        if name.endswith("_weight") and t.dim() == 5:
+            drawn /= math.prod(t.shape[1:]) ** 0.5
+        if name == "var":
+            drawn = drawn.abs() + 0.5
+        return torch.empty_like(t, device="cpu").copy_(drawn)
+
+    return type(shapes)(
+        **{n: None if t is None else fill(n, t) for n, t in shapes._asdict().items()}
+    )
+
+
+def of_kind(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Specification and tensors of a problem whose sizes are no multiples of any tile.
+
+    Args:
+        kind: "dense", "grouped", "depthwise" or "parallel".
+    """
+    c = 18
+    g = {"grouped": 3, "depthwise": c}.get(kind, 1)
+    tensors = pair_tensors(dtype, (2, c, 5, 9, 7), (c, c // g, 1, 3, 3), (c, c // g, 3, 1, 1))
+    common: dict[str, Any] = {"padding": (1,) * 6, "groups": (g, g)}
+    if kind == "parallel":
+        return ParallelSpec(**common, activation="relu"), ParallelTensors(*tensors[:5])
+    return PairSpec(**common, norm="frozen", activation="relu"), tensors
+
+
+def kind_of(problem: Problem) -> str:
+    """The kind of ``of_kind`` that stands for a problem."""
+    if not isinstance(problem, PairProblem):
+        return "parallel"
+    groups = [p.groups for p in problem.passes]
+    if all(p.groups == p.in_channels == p.out_channels > 1 for p in problem.passes):
+        return "depthwise"
+    return "grouped" if max(groups) > 1 else "dense"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from .spec import Problem
+from .spec import PairProblem
 
 # Less than this is not cut: its parts would no longer fill a large GPU several times over.
 _LEAST_BYTES = 64 << 20
 
 
-def count(problem: Problem, mids: int) -> int:
+def count(problem: PairProblem, mids: int) -> int:
     """Into how many parts of the batch backward is cut where u is not kept; one clip never is.
 
     As many as make what a part writes at once no larger than x.

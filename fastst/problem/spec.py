@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ ORDERS = ("spatial-first", "temporal-first")
 NORMS = ("none", "batch", "frozen")
 COMBINES = ("add", "cat")
 
+T = TypeVar("T")
 Triple = tuple[int, int, int]
 Padding = tuple[int, int, int, int, int, int]
 
@@ -42,13 +43,17 @@ def remembered(function: Callable[..., Any]) -> Any:
 
 
 class PairTensors(NamedTuple):
-    """Tensor arguments of ``conv2plus1d`` in the order of the op's schema."""
+    """Tensor arguments of ``conv2plus1d`` in the order of the op's schema.
+
+    The two passes are in the order of execution from here on: ``functional`` alone turns
+    (spatial, temporal) into (first, second), by ``in_execution_order``.
+    """
 
     x: Tensor  # (N, C, T, H, W)
-    spatial_weight: Tensor  # (M, C/g, 1, kh, kw), or (K, M/g, 1, kh, kw) when temporal-first
-    temporal_weight: Tensor  # (K, M/g, kt, 1, 1), or (M, C/g, kt, 1, 1) when temporal-first
-    spatial_bias: Tensor | None = None
-    temporal_bias: Tensor | None = None
+    first_weight: Tensor  # (M, C/g, 1, kh, kw), or (M, C/g, kt, 1, 1) when temporal-first
+    second_weight: Tensor  # (K, M/g, kt, 1, 1), or (K, M/g, 1, kh, kw) when temporal-first
+    first_bias: Tensor | None = None
+    second_bias: Tensor | None = None
     norm_weight: Tensor | None = None  # (M,) gamma
     norm_bias: Tensor | None = None  # (M,) beta
     mean: Tensor | None = None  # (M,) only with norm="frozen"
@@ -145,27 +150,32 @@ class Pass(NamedTuple):
 
 
 def _passes(
-    stride: Triple,
-    padding: Padding,
-    dilation: Triple,
-    groups: tuple[int, int],
-    padding_mode: tuple[str, str],
-    ws: Sequence[int],
-    wt: Sequence[int],
+    spec: PairSpec | ParallelSpec, ws: Sequence[int], wt: Sequence[int]
 ) -> tuple[Pass, Pass]:
     """The spatial and the temporal pass, each with its own dimensions of stride and padding."""
+    stride, padding, groups, padding_mode = (
+        spec.stride,
+        spec.padding,
+        spec.groups,
+        spec.padding_mode,
+    )
     # A single tap has no dilation; PyTorch's bfloat16 input gradient on CPUs is wrong if told one.
     kernel = (wt[2], ws[3], ws[4])
-    dilation = tuple(d if k > 1 else 1 for d, k in zip(dilation, kernel, strict=True))  # type: ignore[assignment]
+    dt, dh, dw = (d if k > 1 else 1 for d, k in zip(spec.dilation, kernel, strict=True))
     spatial = Pass(
         "spatial", ws[1] * groups[0], ws[0], (1, ws[3], ws[4]), (1, *stride[1:]),
-        (0, 0, *padding[2:]), (1, *dilation[1:]), groups[0], padding_mode[0],
+        (0, 0, *padding[2:]), (1, dh, dw), groups[0], padding_mode[0],
     )  # fmt: skip
     temporal = Pass(
         "temporal", wt[1] * groups[1], wt[0], (wt[2], 1, 1), (stride[0], 1, 1),
-        (*padding[:2], 0, 0, 0, 0), (dilation[0], 1, 1), groups[1], padding_mode[1],
+        (*padding[:2], 0, 0, 0, 0), (dt, 1, 1), groups[1], padding_mode[1],
     )  # fmt: skip
     return spatial, temporal
+
+
+def in_execution_order(order: str, spatial: T, temporal: T) -> tuple[T, T]:
+    """What belongs to the first and to the second pass."""
+    return (temporal, spatial) if order == "temporal-first" else (spatial, temporal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,44 +183,93 @@ class Problem:
     """One call of an op: specification, sizes, dtype, device and layout; what dispatch decides on.
 
     Hashed by identity, which costs nothing: ``of`` gives the same object for the same call.
-    ``passes`` are in the order of execution for ``conv2plus1d`` and (spatial, temporal) for
-    ``parallel_conv2plus1d``.
     """
 
-    op: str  # "conv2plus1d" | "parallel_conv2plus1d"
+    op: ClassVar[str]
+
     spec: PairSpec | ParallelSpec
     passes: tuple[Pass, Pass]
     batch: int
     size: Triple  # (T, H, W) of x
-    mid_size: Triple  # (T, H, W) after the first pass; of the output for the parallel op
     out_size: Triple
     out_channels: int
     dtype: torch.dtype
     device: torch.device
     channels_last: bool  # memory format of the output
     x_stride: tuple[int, ...]  # of x, in elements
-    x_offset: int = 0  # bytes from an address that is a multiple of 16 to x
-    residual: bool = False  # whether one is added to y
+    x_offset: int  # bytes from an address that is a multiple of 16 to x
 
-    @classmethod
-    def of(cls, tensors: PairTensors | ParallelTensors, spec: PairSpec | ParallelSpec) -> Problem:
+    @overload
+    @staticmethod
+    def of(tensors: PairTensors, spec: PairSpec) -> PairProblem: ...
+
+    @overload
+    @staticmethod
+    def of(tensors: ParallelTensors, spec: ParallelSpec) -> ParallelProblem: ...
+
+    @staticmethod
+    def of(tensors: PairTensors | ParallelTensors, spec: PairSpec | ParallelSpec) -> Problem:
         """Describe a validated call. Remembered by sizes, so that it costs little on every one."""
-        x = tensors.x
+        x, one, other = tensors[:3]
         found: Problem = _describe(
             spec, x.shape, x.stride(), _offset(x), x.dtype, x.device,
-            tensors.spatial_weight.shape, tensors.spatial_weight.stride(),
-            tensors.temporal_weight.shape, tensors.temporal_weight.stride(),
+            one.shape, one.stride(), other.shape, other.stride(),
             isinstance(tensors, PairTensors) and tensors.residual is not None,
         )  # fmt: skip
         return found
 
     @property
-    def mid_channels(self) -> int:
-        return self.passes[0].out_channels
-
-    @property
     def out_shape(self) -> tuple[int, int, int, int, int]:
         return (self.batch, self.out_channels, *self.out_size)
+
+    @property
+    def pass_sizes(self) -> tuple[Triple, Triple]:
+        """(T, H, W) of what each pass writes."""
+        return self.out_size, self.out_size
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """dtype of statistics and of accumulation."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def flops(self) -> int:
+        """Multiplications and additions of both convolutions, forward."""
+        return sum(
+            p.flops(self.batch * math.prod(size))
+            for p, size in zip(self.passes, self.pass_sizes, strict=True)
+        )
+
+    def bytes(self, mid_transfers: int) -> int:
+        """Bytes moved: x, weights and y once each."""
+        weights = sum(
+            p.out_channels * p.in_channels // p.groups * math.prod(p.kernel) for p in self.passes
+        )
+        x = self.batch * self.passes[0].in_channels * math.prod(self.size)
+        return (x + weights + math.prod(self.out_shape)) * self.dtype.itemsize
+
+    def empty_output(self, x: Tensor) -> Tensor:
+        """Uninitialised y with the strides that ``nn.Conv3d`` would give it."""
+        fmt = torch.channels_last_3d if self.channels_last else torch.contiguous_format
+        return torch.empty(self.out_shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+
+
+@dataclass(frozen=True, eq=False)
+class PairProblem(Problem):
+    """A call of ``conv2plus1d``; ``passes`` are in the order of execution."""
+
+    op = "conv2plus1d"
+
+    spec: PairSpec
+    mid_size: Triple  # (T, H, W) after the first pass
+    residual: bool  # whether one is added to y
+
+    @property
+    def pass_sizes(self) -> tuple[Triple, Triple]:
+        return self.mid_size, self.out_size
+
+    @property
+    def mid_channels(self) -> int:
+        return self.passes[0].out_channels
 
     @property
     def mid_shape(self) -> tuple[int, int, int, int, int]:
@@ -220,35 +279,21 @@ class Problem:
         """
         return (self.batch, *self.mid_size, -(-self.mid_channels // 8) * 8)
 
-    @property
-    def accumulate_dtype(self) -> torch.dtype:
-        """dtype of statistics and of accumulation."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    def flops(self) -> int:
-        """Multiplications and additions of both convolutions, forward."""
-        sizes = (self.mid_size, self.out_size)
-        return sum(
-            p.flops(self.batch * math.prod(s)) for p, s in zip(self.passes, sizes, strict=True)
-        )
-
     def bytes(self, mid_transfers: int) -> int:
         """Bytes moved: x, weights, residual and y once each, u ``mid_transfers`` times."""
-        weights = sum(
-            p.out_channels * p.in_channels // p.groups * math.prod(p.kernel) for p in self.passes
-        )
-        x = self.batch * self.passes[0].in_channels * math.prod(self.size)
-        mid = 0
-        if self.op == "conv2plus1d":
-            mid = self.batch * self.mid_channels * math.prod(self.mid_size)
-        y = math.prod(self.out_shape) * (2 if self.residual else 1)
-        elements = x + weights + y + mid_transfers * mid
-        return elements * self.dtype.itemsize
+        mid = self.batch * self.mid_channels * math.prod(self.mid_size)
+        residual = math.prod(self.out_shape) if self.residual else 0
+        more = (residual + mid_transfers * mid) * self.dtype.itemsize
+        return super().bytes(mid_transfers) + more
 
-    def empty_output(self, x: Tensor) -> Tensor:
-        """Uninitialised y with the strides that ``nn.Conv3d`` would give it."""
-        fmt = torch.channels_last_3d if self.channels_last else torch.contiguous_format
-        return torch.empty(self.out_shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+
+@dataclass(frozen=True, eq=False)
+class ParallelProblem(Problem):
+    """A call of ``parallel_conv2plus1d``; ``passes`` are (spatial, temporal)."""
+
+    op = "parallel_conv2plus1d"
+
+    spec: ParallelSpec
 
 
 @remembered
@@ -259,34 +304,32 @@ def _describe(
     x_offset: int,
     dtype: torch.dtype,
     device: torch.device,
-    ws: Sequence[int],
-    ws_stride: Sequence[int],
-    wt: Sequence[int],
-    wt_stride: Sequence[int],
+    one: Sequence[int],
+    one_stride: Sequence[int],
+    other: Sequence[int],
+    other_stride: Sequence[int],
     residual: bool,
 ) -> Problem:
-    """The problem of tensors with these shapes and strides."""
-    spatial, temporal = _passes(*spec[:5], ws, wt)
+    """The problem of tensors with these shapes and strides; weights in the order of the tensors."""
     size: Triple = tuple(x[2:])  # type: ignore[assignment]
-    if isinstance(spec, PairSpec):
-        op = "conv2plus1d"
-        passes = (spatial, temporal) if spec.order == "spatial-first" else (temporal, spatial)
-        mid_size = passes[0].out_size(size)
-        out_size = passes[1].out_size(mid_size)
-        out_channels = passes[1].out_channels
-    else:
-        op = "parallel_conv2plus1d"
-        # Both branches stride in all three dimensions; each pads only its own.
-        passes = (spatial._replace(stride=spec.stride), temporal._replace(stride=spec.stride))
-        mid_size = out_size = passes[0].out_size(size)
-        a, b = spatial.out_channels, temporal.out_channels
-        out_channels = a + b if spec.combine == "cat" else a
-    layouts = ((x, x_stride), (ws, ws_stride), (wt, wt_stride))
+    layouts = ((x, x_stride), (one, one_stride), (other, other_stride))
     channels_last = any(is_channels_last(shape, stride) for shape, stride in layouts)
-    return Problem(
-        op, spec, passes, x[0], size, mid_size, out_size, out_channels, dtype, device,
-        channels_last, tuple(x_stride), x_offset, residual,
-    )  # fmt: skip
+    layout = (dtype, device, channels_last, tuple(x_stride), x_offset)
+    if isinstance(spec, PairSpec):
+        ws, wt = in_execution_order(spec.order, one, other)  # swapping twice is no swap
+        first, second = in_execution_order(spec.order, *_passes(spec, ws, wt))
+        mid_size = first.out_size(size)
+        return PairProblem(
+            spec, (first, second), x[0], size, second.out_size(mid_size), second.out_channels,
+            *layout, mid_size, residual,
+        )  # fmt: skip
+    # Both branches stride in all three dimensions; each pads only its own.
+    spatial, temporal = (p._replace(stride=spec.stride) for p in _passes(spec, one, other))
+    a, b = spatial.out_channels, temporal.out_channels
+    out_channels = a + b if spec.combine == "cat" else a
+    return ParallelProblem(
+        spec, (spatial, temporal), x[0], size, spatial.out_size(size), out_channels, *layout
+    )
 
 
 def _offset(x: Tensor) -> int:

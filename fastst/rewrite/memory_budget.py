@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..nn.pair_of_modules import RECOMPUTE
-from ..ops import autograd
+from ..ops.schema import pair_arguments
 from ..problem import slicing
-from ..problem.spec import Problem
+from ..problem.spec import PairProblem, in_execution_order
 
 
 class MemoryPlan(NamedTuple):
@@ -152,11 +152,11 @@ def _uses(model: nn.Module, inputs: Any, keywords: Any) -> dict[str, _Use]:
     return found
 
 
-def _flops_again(problem: Problem) -> int:
+def _flops_again(problem: PairProblem) -> int:
     """What backward computes more where u is not kept: u, and in a second sweep u and dv."""
     first, second = problem.passes
     again = first.flops(problem.batch * math.prod(problem.mid_size))
-    batch_norm = problem.spec.norm == "batch"  # type: ignore[union-attr]
+    batch_norm = problem.spec.norm == "batch"
     if batch_norm and slicing.count(problem, 2) > 1:  # u and dv, on most backends
         again += again + second.flops(problem.batch * math.prod(problem.out_size))
     return again
@@ -171,8 +171,9 @@ def _listening(names: dict[int, str]) -> Iterator[dict[str, _Use]]:
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             if func is torch.ops.fastst.conv2plus1d_train.default:
-                tensors, spec, problem, _ = autograd.pair_arguments(args)
-                name = names.get(id(tensors.spatial_weight))
+                tensors, spec, problem, _ = pair_arguments(args)
+                weights = tensors.first_weight, tensors.second_weight
+                name = names.get(id(in_execution_order(spec.order, *weights)[0]))
                 if name is not None:
                     size = math.prod(problem.mid_shape) * problem.dtype.itemsize
                     flops = _flops_again(problem)

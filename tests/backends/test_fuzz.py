@@ -124,16 +124,12 @@ def _pads_before_norm(patch: pytest.MonkeyPatch) -> None:
 
     def compose(t: Any, spec: Any, norm: Any = None) -> torch.Tensor:
         first, second = reference.Problem.of(t, spec).passes
-        weights = {
-            "spatial": (t.spatial_weight, t.spatial_bias),
-            "temporal": (t.temporal_weight, t.temporal_bias),
-        }
-        u = reference.conv_pass(t.x, *weights[first.kind], first)
+        u = reference.conv_pass(t.x, t.first_weight, t.first_bias, first)
         u = reference.pad(u, second.padding, second.padding_mode)
         v = (norm or reference.batch_norm(t, spec))(u)
         z = reference.activations.apply(spec.activation, v, spec.slope)
         bare = second._replace(padding=(0,) * 6)
-        return reference.conv_pass(z, *weights[second.kind], bare)
+        return reference.conv_pass(z, t.second_weight, t.second_bias, bare)
 
     patch.setattr(reference, "compose_pair", compose)
 
@@ -252,9 +248,9 @@ def test_reports_what_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_refusal_is_not_a_pass() -> None:
     limits = Limits(fixed=dict(op="conv2plus1d"))
     refuse = pytest.MonkeyPatch()
-    refuse.setattr(aten, "why_not", lambda problem, phase: "is made to refuse")
+    refuse.setattr(aten.BACKEND, "why_not", lambda problem, phase: "is made to refuse")
     with refuse.context() as patch:
-        patch.setattr(aten, "why_not", lambda problem, phase: "is made to refuse")
+        patch.setattr(aten.BACKEND, "why_not", lambda problem, phase: "is made to refuse")
         assert "made to refuse" in str(fuzz.check(Config(), "aten"))
         with pytest.raises(AssertionError, match="refused 3 of 3"):
             fuzz.fuzz("aten", 3, limits)

@@ -146,9 +146,9 @@ def test_a_wrong_kernel_gets_no_number(monkeypatch: pytest.MonkeyPatch, wrong: s
         return grads
 
     if wrong == "gradient":
-        monkeypatch.setattr(aten, "conv2plus1d_backward", broken_backward)
+        monkeypatch.setattr(aten.BACKEND, "conv2plus1d_backward", broken_backward)
     else:
-        monkeypatch.setattr(aten, "conv2plus1d", broken_forward)
+        monkeypatch.setattr(aten.BACKEND, "conv2plus1d", broken_forward)
     rows = _rows(backends=("aten",))
     for name, row in rows.items():
         if row["kind"] == "fastst":
@@ -166,7 +166,7 @@ def test_a_broken_kernel_is_a_fault_and_an_unsupported_call_is_not(
     def broken(*args: Any) -> Any:
         raise RuntimeError("illegal address")
 
-    monkeypatch.setattr(aten, "conv2plus1d", broken)
+    monkeypatch.setattr(aten.BACKEND, "conv2plus1d", broken)
     row = _rows(backends=("aten",), timed=False)["fastst aten"]
     assert row["refused"] == "RuntimeError: illegal address"
     row = _rows(backends=("cuda",), timed=False)["fastst cuda"]
@@ -184,7 +184,7 @@ def test_refused_rows_make_the_run_fail(monkeypatch: pytest.MonkeyPatch, tmp_pat
     arguments = ["--dry", "--device", "cpu", "--families", "64-144-64", "--modes", "inference"]
     arguments += ["--peers", "short", "--out"]
     assert layers.main([*arguments, str(tmp_path / "right.json")]) == 0
-    monkeypatch.setattr(aten, "conv2plus1d", nothing)
+    monkeypatch.setattr(aten.BACKEND, "conv2plus1d", nothing)
     assert layers.main([*arguments, str(tmp_path / "wrong.json")]) == 1
 
 

@@ -42,7 +42,7 @@ def foreign() -> fastst.Conv2Plus1d:
 
 @pytest.fixture(autouse=True)
 def _unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch.selection, "_warned", set())
 
 
 def test_use_backend_within_a_block() -> None:
@@ -91,15 +91,15 @@ def test_unknown_backend(name: str) -> None:
 
 
 def test_a_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aten, "why_not", lambda problem, phase: "lacks a limb")
+    monkeypatch.setattr(aten.BACKEND, "why_not", lambda problem, phase: "lacks a limb")
     told = "'aten' cannot run the forward: it lacks a limb"
     with fastst.use_backend("aten"), pytest.raises(fastst.BackendError, match=told):
         call()
 
 
 def test_named_backend_refuses_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aten, "why_not", lambda problem, phase: "lacks a limb")
-    monkeypatch.setattr(aten, "conv2plus1d", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(aten.BACKEND, "why_not", lambda problem, phase: "lacks a limb")
+    monkeypatch.setattr(aten.BACKEND, "conv2plus1d", lambda *_: pytest.fail("it ran"))
     mean, var = torch.zeros(3), torch.ones(3)
     norm = fastst.functional.BatchNorm(mean, var, training=True)
     with fastst.use_backend("aten"), pytest.raises(fastst.BackendError):

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from fastst import dispatch
+from fastst.backends import aten
 from fastst.backends import triton as backend
-from fastst.backends.triton import tiles
-from fastst.dispatch import selfcheck
+from fastst.backends.contract import Backend
+from fastst.dispatch import selection, selfcheck
+from fastst.machine import gpu
+from fastst.problem.examples import of_kind
 from fastst.problem.spec import Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -26,26 +29,26 @@ KINDS = ("dense", "grouped", "depthwise", "parallel")
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
     monkeypatch.setattr(selfcheck, "_verdicts", {})
-    monkeypatch.setattr(tiles, "processors", lambda capability: 1)
+    monkeypatch.setattr(gpu, "processors", lambda capability: 1)
 
 
 def dense() -> Problem:
-    spec, tensors = selfcheck._example("dense", torch.float32)
+    spec, tensors = of_kind("dense", torch.float32)
     return Problem.of(tensors, spec)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_kernels_pass(kind: str, dtype: torch.dtype) -> None:
-    assert selfcheck.check("triton", kind, DEVICE, dtype) is None
-    assert selfcheck.check("aten", kind, DEVICE, dtype) is None
+    assert selfcheck.check(backend.BACKEND, kind, DEVICE, dtype) is None
+    assert selfcheck.check(aten.BACKEND, kind, DEVICE, dtype) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_tap_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taps = backend.arguments.taps
     monkeypatch.setattr(backend.arguments, "taps", lambda p: taps(p)._replace(before=(1, 1, 0)))
-    why = selfcheck.check("triton", kind, DEVICE, torch.bfloat16)
+    why = selfcheck.check(backend.BACKEND, kind, DEVICE, torch.bfloat16)
     assert why is not None and "is off by" in why
 
 
@@ -53,18 +56,18 @@ def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = dense()
     runs: list[str] = []
 
-    def check(name: str, kind: str, *rest: Any) -> str:
+    def check(backend: Backend, kind: str, *rest: Any) -> str:
         runs.append(kind)
         return "is off by 1"
 
     monkeypatch.setattr(selfcheck, "check", check)
     with pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'triton'"):
-        assert selfcheck.why_broken("triton", problem) == "is off by 1"
+        assert selfcheck.why_broken(backend.BACKEND, problem, "dense") == "is off by 1"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert selfcheck.why_broken("triton", problem) == "is off by 1"
+        assert selfcheck.why_broken(backend.BACKEND, problem, "dense") == "is off by 1"
         selfcheck.forget()  # another process
-        assert selfcheck.why_broken("triton", problem) == "is off by 1"
+        assert selfcheck.why_broken(backend.BACKEND, problem, "dense") == "is off by 1"
     assert runs == ["dense"]
     assert list(selfcheck.verdicts().values()) == ["is off by 1"]
 
@@ -73,21 +76,21 @@ def test_a_broken_file_is_checked_again(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "selfcheck.json").write_text("{")
     problem = dense()
     monkeypatch.setattr(selfcheck, "check", lambda *a: None)
-    assert selfcheck.why_broken("triton", problem) is None
+    assert selfcheck.why_broken(backend.BACKEND, problem, "dense") is None
     assert list(selfcheck.verdicts().values()) == [""]
 
 
 def test_auto_avoids_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = dense()
     problem = replace(problem, device=torch.device("cuda", 0))
-    monkeypatch.setattr(backend, "why_not", lambda problem, phase: None)
-    monkeypatch.setattr(selfcheck, "why_broken", lambda name, problem: "is off by 1")
-    monkeypatch.setattr(dispatch, "AUTO", ("triton", "aten"))
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(backend.BACKEND, "why_not", lambda problem, phase: None)
+    monkeypatch.setattr(selfcheck, "why_broken", lambda backend, problem, kind: "is off by 1")
+    monkeypatch.setattr(selection, "AUTO", ("triton", "aten"))
+    monkeypatch.setattr(selection, "_warned", set())
     with pytest.warns(dispatch.FallbackWarning, match="is off by 1"):
-        assert dispatch.choose(problem, "forward", "auto").__name__.endswith("aten")
+        assert dispatch.choose(problem, "forward", "auto") is aten.BACKEND
     assert dispatch.reasons(problem)["triton"] == "is off by 1"
-    assert dispatch.choose(problem, "forward", "triton") is backend
+    assert dispatch.choose(problem, "forward", "triton") is backend.BACKEND
 
 
 def test_failing_to_run_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,5 +98,5 @@ def test_failing_to_run_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no ptxas")
 
     monkeypatch.setattr(backend.launch, "run", broken)
-    why = selfcheck.check("triton", "dense", DEVICE, torch.float32)
+    why = selfcheck.check(backend.BACKEND, "dense", DEVICE, torch.float32)
     assert why is not None and "no ptxas" in why

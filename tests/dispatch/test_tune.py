@@ -89,8 +89,9 @@ def test_strided_input_and_strides(way: str) -> None:
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 2, 2), (4, 9, 7)])
 def test_temporal_first_and_narrow(way: str, size: tuple[int, int, int]) -> None:
     t = tensors(c=6, m=6, k=6, size=size)
-    agrees(way, t, spec(order="temporal-first", stride=(2, 2, 2)))
     agrees(way, t, spec(stride=(2, 2, 2)))
+    swapped = t._replace(first_weight=t.second_weight, second_weight=t.first_weight)
+    agrees(way, swapped, spec(order="temporal-first", stride=(2, 2, 2)))
 
 
 @needs_onednn
@@ -111,12 +112,12 @@ def test_nan_and_infinity_propagate(way: str, bad: float) -> None:
 def test_fused_where_finite_matters() -> None:
     """The shape of the test above is one that fuses relu: without the guard it would fail."""
     t = tensors(c=2, m=32, size=(5, 16, 16))
-    assert onednn._stays_finite(t.x, t.spatial_weight, t.spatial_bias)
+    assert onednn._stays_finite(t.x, t.first_weight, t.first_bias)
     for i, bad in enumerate((float("nan"), float("inf"), 1e38)):
         t.x.view(-1)[i] = bad
-        assert not onednn._stays_finite(t.x, t.spatial_weight, t.spatial_bias)
+        assert not onednn._stays_finite(t.x, t.first_weight, t.first_bias)
         t.x.view(-1)[i] = 0.0
-    assert onednn._mid_elements(Problem.of(t, spec())) > t.x.numel() + t.spatial_weight.numel()
+    assert onednn._mid_elements(Problem.of(t, spec())) > t.x.numel() + t.first_weight.numel()
 
 
 def test_refusals_have_reasons() -> None:
@@ -128,9 +129,9 @@ def test_refusals_have_reasons() -> None:
     ]:  # fmt: skip
         why = onednn.why_not(Problem.of(t, spec()._replace(**changes)))
         assert why is not None and word in why
-        assert aten.ways(Problem.of(t, spec()._replace(**changes)), "forward") == ()
+        assert aten.BACKEND.candidates(Problem.of(t, spec()._replace(**changes)), "forward") == ()
     assert onednn.why_not(Problem.of(t._replace(x=t.x.double()), spec())) is not None
-    assert aten.ways(Problem.of(t, spec()), "backward") == ()
+    assert aten.BACKEND.candidates(Problem.of(t, spec()), "backward") == ()
 
 
 def test_rule_is_about_the_problem() -> None:
@@ -227,8 +228,8 @@ def test_unwritable_folder_warns(tmp_path: Path) -> None:
 
 
 def test_training_is_tuned_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aten, "ways", lambda problem, phase: ("one", "another"))
-    monkeypatch.setattr(aten, "trial", lambda problem, phase, way: lambda: None)
+    monkeypatch.setattr(aten.BACKEND, "candidates", lambda problem, phase: ("one", "another"))
+    monkeypatch.setattr(aten.BACKEND, "candidate", lambda problem, phase, way: lambda: None)
     model, x = _model()
     found = fastst.tune(model.train(), x, seconds=0.001)
     # Of two equal layers the first one's input needs no gradient: the same problem all the same.

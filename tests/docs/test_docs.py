@@ -169,7 +169,9 @@ def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
         for dtype in dtypes(changes):
             given = changes | dtype
             found = [
-                backend.why_not(problem(**given, device="cpu" if name == "cpu" else "cuda"), phase)
+                fastst.dispatch.selection._why_not(
+                    backend, problem(**given, device="cpu" if name == "cpu" else "cuda"), phase
+                )
                 for name, backend in fastst.dispatch.BACKENDS.items()
             ]
             said = ["yes" if why is None else "no" for why in found]

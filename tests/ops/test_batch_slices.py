@@ -12,7 +12,7 @@ import torch
 
 import fastst
 from fastst.backends import aten
-from fastst.backends.contract import Part
+from fastst.backends.contract import BatchSlice, PairBackward
 from fastst.backends.cpu import library
 from fastst.backends.cuda import depthwise, hopper
 from fastst.ops import batch_slices
@@ -33,9 +33,9 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every batch is cut, however small; how many parts each call had."""
     real, seen = batch_slices.gradients, []
 
-    def gradients(choose: Any, count: int, *rest: Any) -> Any:
+    def gradients(choose: Any, count: int, call: PairBackward) -> Any:
         seen.append(count)
-        return real(choose, count, *rest)
+        return real(choose, count, call)
 
     monkeypatch.setattr(slicing, "count", lambda problem, mids: min(3, problem.batch))
     monkeypatch.setattr(batch_slices, "gradients", gradients)
@@ -132,16 +132,14 @@ def test_parameters_are_added_up_in_the_accumulation_dtype(monkeypatch: pytest.M
     """In bfloat16 a sum of ones stops at 256."""
     dtype = torch.bfloat16
     ones = torch.ones(1, 1, 1, 1, 1, dtype=dtype)
-    monkeypatch.setattr(aten, "conv2plus1d_backward", lambda *args: [ones])
-    tensors = PairTensors(
-        torch.zeros(300, 1, 1, 1, 1, dtype=dtype), ones, ones,
-    )  # fmt: skip
-    found = batch_slices.gradients(
-        lambda problem: aten, 300, Problem.of(tensors, PairSpec(recompute=True)), tensors,
-        tensors.x, None, None, [False, True, False],
-    )  # fmt: skip
-    assert found[0].dtype == dtype
-    assert found[0].item() == 300
+    monkeypatch.setattr(aten.BACKEND, "conv2plus1d_backward", lambda call: [None, ones])
+    tensors = PairTensors(torch.zeros(300, 1, 1, 1, 1, dtype=dtype), ones, ones)
+    problem = Problem.of(tensors, PairSpec(recompute=True))
+    needs = [n == "first_weight" for n in PairTensors._fields]
+    call = PairBackward(problem, tensors, [tensors.x], None, None, None, needs)
+    found = batch_slices.gradients(lambda problem: aten.BACKEND, 300, call)[1]
+    assert found is not None and found.dtype == torch.float32
+    assert found.item() == 300
 
 
 @pytest.mark.parametrize("kind", ["generic", "hopper", "depthwise"])
@@ -175,26 +173,25 @@ def test_triton_rounds_no_part(groups: int, monkeypatch: pytest.MonkeyPatch) -> 
     pair = PairTensors(*(tensors.get(n) for n in fuzz.NAMES))  # type: ignore[arg-type]
     mean = torch.zeros(6)
     needs = [t is not None for t in pair]
-    grads = triton.conv2plus1d_backward(
-        problem, pair, [dy], None, mean, mean, needs, Part(None, torch.zeros(2, 6))
-    )
-    assert [g.dtype for g in grads[1:]] == [torch.float32] * (sum(needs) - 1)
+    whole = BatchSlice(None, torch.zeros(2, 6))
+    call = PairBackward(problem, pair, [dy], None, mean, mean, needs, whole)
+    grads = [g for g in triton.BACKEND.conv2plus1d_backward(call)[1:] if g is not None]
+    assert [g.dtype for g in grads] == [torch.float32] * (sum(needs) - 1)
 
 
 def own_means(real: Callable[..., Any]) -> Callable[..., Any]:
-    def run(problem: Any, tensors: Any, box: Any, u: Any, mean: Any, var: Any, needs: Any,
-            part: Any = None) -> Any:  # fmt: skip
-        alone = None if part is None else part._replace(means=None)
-        return real(problem, tensors, box, u, mean, var, needs, alone)
+    def run(call: PairBackward) -> Any:
+        alone = None if call.slice is None else call.slice._replace(means=None)
+        return real(replace(call, slice=alone))
 
     return run
 
 
 def lost_part(real: Callable[..., Any]) -> Callable[..., Any]:
-    def run(problem: Any, tensors: Any, *rest: Any) -> Any:
-        grads = real(problem, tensors, *rest)
-        first = tensors.x.storage_offset() == 0
-        return grads if first else [torch.zeros_like(g) for g in grads]
+    def run(call: PairBackward) -> Any:
+        grads = real(call)
+        first = call.tensors.x.storage_offset() == 0
+        return grads if first else [None if g is None else torch.zeros_like(g) for g in grads]
 
     return run
 

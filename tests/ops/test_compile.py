@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastst
+from fastst import dispatch
 from fastst.functional import conv2plus1d, parallel_conv2plus1d
-from fastst.ops.autograd import packed, pair_arguments, parallel_arguments
+from fastst.ops.schema import packed, pair_arguments, parallel_arguments
 from fastst.problem import checks
-from fastst.problem.spec import PairTensors, ParallelTensors
+from fastst.problem.spec import PairTensors, ParallelTensors, Problem, in_execution_order
 from tests.support import fuzz
 from tests.support.fuzz import Config
 
@@ -46,6 +47,9 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
             t["running_mean"], t["running_var"], t.get("norm_weight"), t.get("norm_bias"),
             config.norm == "batch", 0.1, config.eps,
         )  # fmt: skip
+    _, ws, wt, bs, bt = main
+    weights, biases = (in_execution_order(config.order, *both) for both in ((ws, wt), (bs, bt)))
+    main = (t["x"], *weights, *biases)
     spec, _ = checks.pair(
         PairTensors(*main), None, norm, *geometry, config.activation, config.slope, config.order,
         config.causal, config.recompute,
@@ -59,9 +63,13 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     needs = [t is not None for t in tensors[:7]] + [False] * 3
     calls = [
         (OPS.conv2plus1d_train, args),
-        (OPS.conv2plus1d_train, (*tensors, *packed(spec._replace(output_statistics=True)), "auto")),
         (OPS.conv2plus1d_backward, (dy, u, mean, var, *args, needs)),
     ]
+    asking = spec._replace(output_statistics=True)
+    if dispatch.choose_with_statistics(
+        Problem.of(tensors, spec), Problem.of(tensors, asking), "auto"
+    ):
+        calls.append((OPS.conv2plus1d_train, (*tensors, *packed(asking), "auto")))
     if config.norm == "batch":
         return calls
     tensors = tensors._replace(residual=t.get("residual"))
@@ -288,7 +296,7 @@ def test_problem_is_the_config() -> None:
         _, spec, problem, backend = arguments(args)
         assert (backend, packed(spec)) == ("auto", args[-1 - len(packed(spec)) : -1])
         assert problem.out_size == config.sizes()[1], (op, config)
-        assert problem.mid_size == config.sizes()[0]
+        assert problem.pass_sizes[0] == config.sizes()[0]
         dense = replace(config, groups=(1, 1))
         if config.groups == dense.groups and not config.parallel:
             assert problem.flops() == 2 * config.work()

@@ -14,11 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastst
-from fastst import ops
 from fastst.backends import triton
+from fastst.backends.contract import PairBackward
 from fastst.backends.cpu import library
 from fastst.backends.cuda import hopper as cuda_hopper
 from fastst.backends.cuda import library as native
+from fastst.ops import autograd
 from fastst.problem import slicing
 
 EAGER = 4 * 144  # channels per position: u, z, dz and dv
@@ -150,7 +151,7 @@ def test_the_environment_and_a_budget_do_the_same(
 
 def test_a_dy_that_stays_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant: autograd keeps it, as PyTorch before 2.13 does."""
-    monkeypatch.setattr(ops._PairFunction, "boxed_grads_call", False)
+    monkeypatch.setattr(autograd._PairFunction, "boxed_grads_call", False)
     monkeypatch.setattr(triton.launch, "run", lambda *args, **meta: None)
     assert 0.70 < share("triton") < 0.75
 
@@ -160,9 +161,9 @@ def test_a_dv_that_stays_is_seen(backend: str, monkeypatch: pytest.MonkeyPatch) 
     module = fastst.dispatch.BACKENDS[backend.partition(" ")[0]]
     real = module.conv2plus1d_backward
 
-    def keeps(*args: Any) -> Any:
-        kept.append(args[1].x.new_empty(args[0].mid_shape))
-        return real(*args)
+    def keeps(call: PairBackward) -> Any:
+        kept.append(call.tensors.x.new_empty(call.problem.mid_shape))
+        return real(call)
 
     monkeypatch.setattr(module, "conv2plus1d_backward", keeps)
     assert share(backend) > 0.65

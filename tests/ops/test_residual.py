@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastst
-from fastst import ops
 from fastst.backends.contract import PairResult
 from fastst.functional import BatchNorm, conv2plus1d
-from fastst.ops.autograd import packed
+from fastst.ops import registered
+from fastst.ops.schema import packed
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import fuzz
 
@@ -146,6 +146,6 @@ PLANTED: dict[str, Callable[[PairResult, Problem, PairTensors], Tensor]] = {
 def test_fuzz_sees_a_planted_bug(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = fuzz.Config(residual=True, outer_activation="relu", dtype=torch.float64)
     fuzz.check(config, "aten", backward=False)
-    monkeypatch.setattr(ops, "finished", PLANTED[bug])
+    monkeypatch.setattr(registered, "apply_ending", PLANTED[bug])
     with pytest.raises(AssertionError, match=r"y: error|residual was overwritten"):
         fuzz.check(config, "aten", backward=False)

@@ -33,9 +33,17 @@ sys.path[0] = str(Path(__file__).parents[2])  # this file's own name would hide 
 import torch
 
 from fastst.backends import triton as backend
+from fastst.backends.contract import PairBackward
 from fastst.backends.triton import tiles
-from fastst.machine.gpu import shared_memory_limit
-from fastst.problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
+from fastst.machine import gpu
+from fastst.problem.spec import (
+    PairSpec,
+    PairTensors,
+    ParallelSpec,
+    ParallelTensors,
+    Problem,
+    in_execution_order,
+)
 from tests.static.sass import local_accesses
 
 ARCHITECTURES = (80, 90, 100)
@@ -100,13 +108,11 @@ class Case:
             y = backend.parallel_conv2plus1d(problem, tensors)
             backend.parallel_conv2plus1d_backward(problem, tensors, y, [True] * 5)
             return
-        spatial, temporal = (m, c), (k, m)
-        if self.order == "temporal-first":
-            spatial, temporal = temporal, spatial
-        weights = (
-            empty(spatial[0], spatial[1] // self.groups, 1, kh, kw),
-            empty(temporal[0], temporal[1] // self.groups, kt, 1, 1),
-        )
+        taps = in_execution_order(self.order, (1, kh, kw), (kt, 1, 1))
+        weights = [
+            empty(out, into // self.groups, *kernel)
+            for (out, into), kernel in zip(((m, c), (k, m)), taps, strict=True)
+        ]
         vectors = [empty(m, dtype=torch.float32) for _ in range(4)]
         if self.norm != "frozen":
             vectors[2:] = [None, None]
@@ -122,8 +128,8 @@ class Case:
         if self.save:
             dy = torch.empty_like(result.y)
             needs = [t is not None for t in tensors]
-            backend.conv2plus1d_backward(
-                problem, tensors, [dy], result.u, result.mean, result.var, needs
+            backend.BACKEND.conv2plus1d_backward(
+                PairBackward(problem, tensors, [dy], result.u, result.mean, result.var, needs)
             )
 
 
@@ -307,7 +313,7 @@ def inspect(kernel: Kernel, case: Case, architecture: int) -> Row:
     binary = kernel.binary
     code = read(binary.asm["cubin"])
     shared = binary.metadata.shared
-    limit = shared_memory_limit(divmod(architecture, 10))
+    limit = gpu.shared_memory_limit(divmod(architecture, 10))
     name = binary.metadata.name
     wrong = []
     if code.spills:

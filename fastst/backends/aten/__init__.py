@@ -18,8 +18,10 @@ from torch import Tensor
 from ...problem import activations
 from ...problem.examples import example
 from ...problem.spec import (
+    PairProblem,
     PairSpec,
     PairTensors,
+    ParallelProblem,
     ParallelSpec,
     ParallelTensors,
     Pass,
@@ -27,35 +29,33 @@ from ...problem.spec import (
     pad_index,
 )
 from ...ranks import collectives
-from ..contract import PairResult, Part
+from ..contract import Backend, Gradients, PairBackward, PairResult, Phase, no_reason
 from . import onednn
 
 aten = torch.ops.aten
 
 
-def why_not(problem: Problem, phase: str) -> str | None:
-    return None
-
-
-def ways(problem: Problem, phase: str) -> tuple[str, ...]:
-    """What ``tune`` may choose from: inference on the CPU only."""
-    return onednn.ways(problem) if phase == "forward" and onednn.why_not(problem) is None else ()
-
-
-def trial(problem: Problem, phase: str, way: str) -> Callable[[], object]:
-    """One way on random tensors."""
-    tensors: PairTensors = example(problem)  # type: ignore[assignment]
-    return lambda: onednn.run(way, problem, tensors)
-
-
-def mids(problem: Problem) -> int:
+def _mid_tensors_alive(problem: PairProblem) -> int:
     return 4  # u, z, dz and what PyTorch's convolutions copy
 
 
-def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+def _candidates(problem: Problem, phase: Phase) -> Sequence[str]:
+    """Inference on the CPU only."""
+    if phase == "backward" or not isinstance(problem, PairProblem):
+        return ()
+    return onednn.ways(problem) if onednn.why_not(problem) is None else ()
+
+
+def _candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object]:
+    assert isinstance(problem, PairProblem)
+    tensors = example(problem)
+    return lambda: onednn.run(name, problem, tensors)
+
+
+def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
     if not save and onednn.why_not(problem) is None:
         return PairResult(onednn.conv2plus1d(problem, tensors))
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     weights = _Weights(problem, tensors)
     u = weights.clear(_conv(_rows(tensors.x), *weights.first, problem.passes[0]))
     v, mean, var, total = u, None, None, None
@@ -74,33 +74,18 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
     return PairResult(_leave(y, problem.empty_output(tensors.x)), saved, mean, var, total)
 
 
-def conv2plus1d_backward(
-    problem: Problem,
-    tensors: PairTensors,
-    box: list[Tensor],
-    u: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    needs: Sequence[bool],
-    part: Part | None = None,
-) -> list[Tensor]:
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+def conv2plus1d_backward(call: PairBackward) -> Gradients:
+    problem, tensors, u, need = call.problem, call.tensors, call.u, call.need
+    spec = problem.spec
     first, second = problem.passes
-    need: Any = PairTensors(*needs)  # type: ignore[arg-type]
-    spatial_first = first.kind == "spatial"
-    need_first = (need.spatial_weight, need.spatial_bias)
-    need_second = (need.temporal_weight, need.temporal_bias)
-    if not spatial_first:
-        need_first, need_second = need_second, need_first
-
+    need_first = (need.first_weight, need.first_bias)
     weights = _Weights(problem, tensors)
     x = _rows(tensors.x)
     if u is None:
         u = weights.clear(_conv(x, *weights.first, first))
     elif u.shape[-1] != weights.mid:
         u = u[..., : weights.mid].contiguous()
-    if spec.norm == "frozen":
-        mean, var = tensors.mean, tensors.var
+    mean, var = call.statistics()
     v = u
     if spec.norm != "none":
         assert mean is not None and var is not None
@@ -108,10 +93,9 @@ def conv2plus1d_backward(
     # The sign of relu(v) is all that its gradient asks of v, so z may take v's place.
     z = activations.apply(spec.activation, v, spec.slope, spec.activation == "relu" and v is not u)
     below = need.x or any(need_first) or need.norm_weight or need.norm_bias
-    dz, dw2, db2 = _conv_backward(
-        _rows(box[0]), z, weights.second[0], second, (below, *need_second)
-    )
-    box.clear()
+    needed = (bool(below), need.second_weight, need.second_bias)
+    dz, dw2, db2 = _conv_backward(_rows(call.dy_owner[0]), z, weights.second[0], second, needed)
+    call.dy_owner.clear()
     dgamma = dbeta = dx = dw1 = db1 = None
     if below:
         assert dz is not None
@@ -123,23 +107,19 @@ def conv2plus1d_backward(
         du = dv
         if spec.norm != "none":
             assert mean is not None and var is not None
-            means = None if part is None else part.means
-            du, dgamma, dbeta = _normalise_backward(problem, tensors, dv, u, mean, var, means)
+            du, dgamma, dbeta = _normalise_backward(problem, tensors, dv, u, mean, var, call.means)
             del dv
         dx, dw1, db1 = _conv_backward(du, x, weights.first[0], first, (need.x, *need_first))
+        dx = None if dx is None else dx.permute(0, 4, 1, 2, 3)
     m = problem.mid_channels
-    trim = [None if g is None else g[:m] for g in (dw1, db1, dgamma, dbeta)]
-    dw1, db1, dgamma, dbeta = trim
+    dw1, db1, dgamma, dbeta = (None if g is None else g[:m] for g in (dw1, db1, dgamma, dbeta))
     if dw2 is not None and second.groups == 1:
         dw2 = dw2[:, :m]
-    if not spatial_first:
-        dw1, db1, dw2, db2 = dw2, db2, dw1, db1
-    grads = (dx, dw1, dw2, db1, db2, dgamma, dbeta)
-    return _finish(grads, tensors, needs)
+    return dx, dw1, dw2, db1, db2, dgamma, dbeta
 
 
-def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
-    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+def parallel_conv2plus1d(problem: ParallelProblem, tensors: ParallelTensors) -> Tensor:
+    spec = problem.spec
     a, b = _branches(problem, tensors, _rows(tensors.x))
     a = activations.apply(spec.branch_activation, a, spec.slope, inplace=True)
     b = activations.apply(spec.branch_activation, b, spec.slope, inplace=True)
@@ -149,9 +129,9 @@ def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
 
 
 def parallel_conv2plus1d_backward(
-    problem: Problem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
-    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+    problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    spec = problem.spec
     need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
     spatial, temporal = problem.passes
     x, g = _rows(tensors.x), _rows(dy)
@@ -177,11 +157,11 @@ def parallel_conv2plus1d_backward(
     dxb, dwt, dbt = _conv_backward(
         gb, x, tensors.temporal_weight, temporal, (need.x, need.temporal_weight, need.temporal_bias)
     )
-    dx = None if dxa is None or dxb is None else dxa.add_(dxb)
-    return _finish((dx, dws, dwt, dbs, dbt), tensors, needs)
+    dx = None if dxa is None or dxb is None else dxa.add_(dxb).permute(0, 4, 1, 2, 3)
+    return dx, dws, dwt, dbs, dbt
 
 
-def _branches(problem: Problem, t: ParallelTensors, x: Tensor) -> tuple[Tensor, Tensor]:
+def _branches(problem: ParallelProblem, t: ParallelTensors, x: Tensor) -> tuple[Tensor, Tensor]:
     spatial, temporal = problem.passes
     a = _conv(x, t.spatial_weight, t.spatial_bias, spatial)
     b = _conv(x, t.temporal_weight, t.temporal_bias, temporal)
@@ -198,11 +178,9 @@ class _Weights:
     On CPUs it pays only while the weights that it copies are smaller than what they are used on.
     """
 
-    def __init__(self, problem: Problem, t: PairTensors) -> None:
+    def __init__(self, problem: PairProblem, t: PairTensors) -> None:
         first, second = problem.passes
-        w1, b1, w2, b2 = t.spatial_weight, t.spatial_bias, t.temporal_weight, t.temporal_bias
-        if first.kind == "temporal":
-            w1, b1, w2, b2 = w2, b2, w1, b1
+        _, w1, w2, b1, b2, *_ = t
         extra = problem.mid_shape[-1] - problem.mid_channels
         self.mid = problem.mid_channels
         pays = problem.device.type != "cpu" or w1.numel() < math.prod(problem.mid_shape)
@@ -221,12 +199,14 @@ class _Weights:
         return u
 
 
-def _widen(u: Tensor, problem: Problem) -> Tensor:
+def _widen(u: Tensor, problem: PairProblem) -> Tensor:
     """u with the channel count of ``problem.mid_shape``."""
     return F.pad(u, (0, problem.mid_shape[-1] - u.shape[-1])) if u.shape[-1] % 8 else u
 
 
-def _per_channel(t: Tensor | None, problem: Problem, channels: int, fill: float) -> Tensor | None:
+def _per_channel(
+    t: Tensor | None, problem: PairProblem, channels: int, fill: float
+) -> Tensor | None:
     """A per-channel parameter in the accumulation dtype, padded to the channels of u."""
     if t is None:
         return None
@@ -234,7 +214,9 @@ def _per_channel(t: Tensor | None, problem: Problem, channels: int, fill: float)
     return F.pad(t, (0, channels - t.shape[0]), value=fill)
 
 
-def _affine_parameters(problem: Problem, t: PairTensors, channels: int) -> tuple[Tensor, Tensor]:
+def _affine_parameters(
+    problem: PairProblem, t: PairTensors, channels: int
+) -> tuple[Tensor, Tensor]:
     """gamma and beta, ones and zeros without affine; 0 on padded channels."""
     like = t.x.new_ones(problem.mid_channels, dtype=problem.accumulate_dtype)
     gamma = _per_channel(like if t.norm_weight is None else t.norm_weight, problem, channels, 0.0)
@@ -244,10 +226,10 @@ def _affine_parameters(problem: Problem, t: PairTensors, channels: int) -> tuple
 
 
 def _normalise(
-    problem: Problem, t: PairTensors, u: Tensor
+    problem: PairProblem, t: PairTensors, u: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """v; over the batch, its mean and biased variance, too; over ranks, their number of values."""
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     if spec.norm == "frozen":
         assert t.mean is not None and t.var is not None
         return _affine(problem, t, u, t.mean, t.var), None, None, None
@@ -266,19 +248,19 @@ def _normalise(
     return _unframe(v, u.shape), mean, var.mul_((n - 1) / n), None
 
 
-def _affine(problem: Problem, t: PairTensors, u: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+def _affine(problem: PairProblem, t: PairTensors, u: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """v = gamma·(u − mean)/sqrt(var + eps) + beta for given statistics."""
     channels = u.shape[-1]
     gamma, beta = _affine_parameters(problem, t, channels)
     mean_ = _per_channel(mean, problem, channels, 0.0)
     var_ = _per_channel(var, problem, channels, 1.0)
-    eps = problem.spec.eps  # type: ignore[union-attr]
+    eps = problem.spec.eps
     v, _, _ = aten.native_batch_norm(_frames(u), gamma, beta, mean_, var_, False, 0.0, eps)
     return _unframe(v, u.shape)
 
 
 def _normalise_backward(
-    problem: Problem,
+    problem: PairProblem,
     t: PairTensors,
     dv: Tensor,
     u: Tensor,
@@ -286,8 +268,8 @@ def _normalise_backward(
     var: Tensor,
     means: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du, dgamma, dbeta; means as of ``Part``, where they are known."""
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    """du, dgamma, dbeta; means as of ``BatchSlice``, where they are known."""
+    spec = problem.spec
     channels = u.shape[-1]
     gamma, _ = _affine_parameters(problem, t, channels)
     mean_ = _per_channel(mean, problem, channels, 0.0)
@@ -516,15 +498,16 @@ def _conv_backward(
     return dx if needs[0] else None, dw if needs[1] else None, db
 
 
-def _finish(
-    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor]:
-    """The gradients that are needed, each in dtype and strides of its tensor."""
-    out = []
-    for i, (g, t, needed) in enumerate(zip(grads, tensors, needs, strict=False)):
-        if needed:
-            assert g is not None and t is not None
-            g = g.permute(0, 4, 1, 2, 3) if i == 0 else g
-            like = torch.empty_like(t)
-            out.append(g if g.stride() == like.stride() and g.dtype == t.dtype else like.copy_(g))
-    return out
+BACKEND = Backend(
+    name="aten",
+    pair_fields=frozenset(PairSpec._fields),
+    parallel_fields=frozenset(ParallelSpec._fields),
+    why_not=no_reason,
+    conv2plus1d=conv2plus1d,
+    conv2plus1d_backward=conv2plus1d_backward,
+    parallel_conv2plus1d=parallel_conv2plus1d,
+    parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
+    mid_tensors_alive=_mid_tensors_alive,
+    candidates=_candidates,
+    candidate=_candidate,
+)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...machine import choices
 from ...problem import activations
-from ...problem.spec import PairTensors, Pass, Problem
+from ...problem.spec import PairProblem, PairTensors, Pass
 
 # Stages of oneDNN's convolutions with what comes after them; Inductor's own, so they may move.
 _pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
@@ -35,7 +35,7 @@ class _Weights(NamedTuple):
     shift: Tensor | None
 
 
-def why_not(problem: Problem) -> str | None:
+def why_not(problem: PairProblem) -> str | None:
     """Why this module cannot run the problem forward, or None."""
     if problem.device.type != "cpu" or problem.dtype != torch.float32:
         return "runs float32 on the CPU only"
@@ -43,8 +43,8 @@ def why_not(problem: Problem) -> str | None:
         return "needs a PyTorch with oneDNN"
     if not torch.backends.mkldnn.enabled:
         return "is off with torch.backends.mkldnn.enabled"
-    if problem.op != "conv2plus1d" or problem.spec.norm == "batch":  # type: ignore[union-attr]
-        return "runs conv2plus1d without statistics of the batch only"
+    if problem.spec.norm == "batch":
+        return "runs without statistics of the batch only"
     for p in problem.passes:
         if p.groups != 1 or max(p.dilation) > 1 or max(p.stride) > 2:
             # oneDNN's channels-last convolutions read out of bounds in some of these.
@@ -54,12 +54,12 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def ways(problem: Problem) -> tuple[str, ...]:
+def ways(problem: PairProblem) -> tuple[str, ...]:
     """Names of the ways that can run the problem."""
     return ("blocked", "rows", *(["winograd"] if _winograd_fits(problem) else []))
 
 
-def rule(problem: Problem) -> str:
+def rule(problem: PairProblem) -> str:
     """The way that is taken without a measurement.
 
     oneDNN's blocked layout for contiguous tensors: it reads and writes them as fast as it copies,
@@ -74,13 +74,13 @@ def rule(problem: Problem) -> str:
     return "rows" if problem.channels_last else "blocked"
 
 
-def conv2plus1d(problem: Problem, tensors: PairTensors) -> Tensor:
+def conv2plus1d(problem: PairProblem, tensors: PairTensors) -> Tensor:
     """y of a problem that ``why_not`` lets through."""
     way = choices.choice("aten", problem, "forward")
     return run(way if way in ways(problem) else rule(problem), problem, tensors)
 
 
-def run(way: str, problem: Problem, tensors: PairTensors) -> Tensor:
+def run(way: str, problem: PairProblem, tensors: PairTensors) -> Tensor:
     weights = _prepare(problem, tensors)
     # relu comes with the convolution only if no NaN can arise, because oneDNN's makes 0 of it, and
     # where the passes that this saves are longer than those that find it out.
@@ -96,7 +96,7 @@ def run(way: str, problem: Problem, tensors: PairTensors) -> Tensor:
     return y if y.stride() == out.stride() else out.copy_(y)
 
 
-def _blocked(problem: Problem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
+def _blocked(problem: PairProblem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
     """3D convolutions of contiguous tensors; u stays in oneDNN's layout unless it is activated."""
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor | None, p: Pass, fused: str) -> Tensor:
@@ -114,7 +114,7 @@ def _blocked(problem: Problem, x: Tensor, weights: _Weights, fused: str) -> Tens
     return y.to_dense() if y.is_mkldnn else y
 
 
-def _rows(problem: Problem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
+def _rows(problem: PairProblem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
     """2D convolutions of (N, T, H, W, C), seen as frames and as pixels."""
     first, second = problem.passes
     u = _conv_rows(x.permute(0, 2, 3, 4, 1).contiguous(), *weights.first, first, fused)
@@ -122,7 +122,7 @@ def _rows(problem: Problem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
     return _conv_rows(z, *weights.second, second).permute(0, 4, 1, 2, 3)
 
 
-def _winograd(problem: Problem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
+def _winograd(problem: PairProblem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
     """Rows with F(2, 3) along the height of the spatial pass (Winograd; arXiv 1509.09308).
 
     Two output rows come from four products of 1×kw convolutions instead of six::
@@ -167,7 +167,7 @@ def _winograd(problem: Problem, x: Tensor, weights: _Weights, fused: str) -> Ten
     return out
 
 
-def _winograd_fits(problem: Problem) -> bool:
+def _winograd_fits(problem: PairProblem) -> bool:
     p = problem.passes[0]
     return (
         p.kind == "spatial"
@@ -184,19 +184,17 @@ def _winograd_weights(w: Tensor) -> list[Tensor]:
     return [g.unsqueeze(1).permute(0, 3, 1, 2) for g in (w0, mean + half, mean - half, w2)]
 
 
-_WAYS: dict[str, Callable[[Problem, Tensor, _Weights, str], Tensor]] = {
+_WAYS: dict[str, Callable[[PairProblem, Tensor, _Weights, str], Tensor]] = {
     "blocked": _blocked, "rows": _rows, "winograd": _winograd,
 }  # fmt: skip
 
 
-def _prepare(problem: Problem, t: PairTensors) -> _Weights:
+def _prepare(problem: PairProblem, t: PairTensors) -> _Weights:
     """Weights in the order of the passes, the norm folded in where that is the shorter pass."""
-    w1, b1, w2, b2 = t.spatial_weight, t.spatial_bias, t.temporal_weight, t.temporal_bias
-    if problem.passes[0].kind == "temporal":
-        w1, b1, w2, b2 = w2, b2, w1, b1
+    _, w1, w2, b1, b2, *_ = t
     scale = shift = None
     if t.mean is not None and t.var is not None:
-        scale = (t.var.float() + problem.spec.eps).rsqrt()  # type: ignore[union-attr]
+        scale = (t.var.float() + problem.spec.eps).rsqrt()
         if t.norm_weight is not None:
             scale = scale * t.norm_weight
         shift = -t.mean * scale
@@ -222,7 +220,7 @@ def _pad(weights: _Weights) -> _Weights:
     return _Weights((w1, b1), (F.pad(w2, (0, 0) * 3 + (0, extra)), b2), None, None)
 
 
-def _mid_elements(problem: Problem) -> int:
+def _mid_elements(problem: PairProblem) -> int:
     return problem.batch * problem.mid_channels * math.prod(problem.mid_size)
 
 
@@ -237,7 +235,7 @@ def _largest(t: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
-def _activate(problem: Problem, u: Tensor, weights: _Weights, dim: int) -> Tensor:
+def _activate(problem: PairProblem, u: Tensor, weights: _Weights, dim: int) -> Tensor:
     """act(norm(u)) in place where it can be; channels along ``dim``."""
     if weights.scale is not None and weights.shift is not None:
         shape = [-1 if d == dim % 5 else 1 for d in range(5)]

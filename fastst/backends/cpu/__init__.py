@@ -9,36 +9,22 @@ from __future__ import annotations
 import torch
 
 from ...problem import slicing
-from ...problem.spec import PairSpec, PairTensors, Problem
-from ..contract import PairResult
+from ...problem.spec import PairProblem, PairSpec, PairTensors, Problem
+from ..contract import Backend, PairResult, Phase
 from . import backward
 from .backward import conv2plus1d_backward
-from .library import Call, PairPass, floats, load, norm_coefficients
+from .library import Launcher, floats, load, norm_coefficients
 from .norm import norm_backward
-
-__all__ = [
-    "avoid",
-    "conv2plus1d",
-    "conv2plus1d_backward",
-    "mids",
-    "norm_backward",
-    "output_statistics",
-    "why_not",
-]
 
 # Fewer output channels of a group than this leave most lanes of a vector empty.
 _LEAST_PER_GROUP = 8
 
 
-def why_not(problem: Problem, phase: str) -> str | None:
+def _why_not(problem: Problem, phase: Phase) -> str | None:
     if problem.device.type != "cpu":
         return f"runs on the CPU, the tensors are on {problem.device}"
     if problem.dtype != torch.float32:
         return f"computes in float32 only, not in {str(problem.dtype).removeprefix('torch.')}"
-    if problem.op != "conv2plus1d":
-        return f"has no {problem.op}"
-    if problem.spec.group:  # type: ignore[union-attr]
-        return "has no statistics over several ranks"
     why = backward.why_not(problem) if phase == "backward" else None
     if why is not None:
         return why
@@ -46,12 +32,11 @@ def why_not(problem: Problem, phase: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def mids(problem: Problem) -> int:
+def _mid_tensors_alive(problem: PairProblem) -> int:
     return 2  # u and dv
 
 
-def avoid(problem: Problem, phase: str) -> str | None:
-    """Why "auto" leaves to the next backend what this one could run."""
+def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
     for p in problem.passes:
         if p.groups > 1 and p.out_channels // p.groups < _LEAST_PER_GROUP:
             return (
@@ -61,31 +46,14 @@ def avoid(problem: Problem, phase: str) -> str | None:
     return None
 
 
-def output_statistics(problem: Problem) -> bool:
-    """Whether y comes with its statistics; always, from the epilogue that writes it."""
-    return problem.op == "conv2plus1d"
-
-
-def in_order(problem: Problem, tensors: PairTensors) -> tuple[PairPass, PairPass]:
-    """Each pass with its weight and its bias, in the order of execution."""
-    t = tensors
-    found = {
-        "spatial": (t.spatial_weight, t.spatial_bias),
-        "temporal": (t.temporal_weight, t.temporal_bias),
-    }
-    first, second = problem.passes
-    return (first, *found[first.kind]), (second, *found[second.kind])
-
-
-def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
-    both = in_order(problem, tensors)
-    k = Call(problem)
+def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
+    spec = problem.spec
+    k = Launcher(problem)
     if not (save or spec.norm == "batch"):
         y = problem.empty_output(tensors.x)
-        k.pair(tensors, *both, y)
+        k.pair(tensors, y)
         return PairResult(y, outer=True)
-    (first, w1, b1), (second, w2, b2) = both
+    (first, second), (_, w1, w2, b1, b2, *_) = problem.passes, tensors
     m = problem.mid_channels
     mean, var, coefficients = tensors.mean, tensors.var, None
     if spec.norm == "frozen":
@@ -93,7 +61,7 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         coefficients = norm_coefficients(k, tensors, mean, var)
     kept = save and not spec.recompute
     # Where backward is cut into parts, no buffer as large as u is to stay behind.
-    mid = k.rows(kept or (save and slicing.count(problem, mids(problem)) > 1))
+    mid = k.rows(kept or (save and slicing.count(problem, _mid_tensors_alive(problem)) > 1))
     if kept or spec.norm == "batch":  # u itself is stored
         statistics = floats(2, m) if spec.norm == "batch" else None
         epilogue = k.epilogue(bias=b1, reductions=statistics)
@@ -117,3 +85,17 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
         y, mid.permute(0, 2, 3, 4, 1) if kept else None, mean if batch else None,
         var if batch else None, None, True, *(() if out is None else out),
     )  # fmt: skip
+
+
+BACKEND = Backend(
+    name="cpu",
+    device="cpu",
+    pair_fields=frozenset(PairSpec._fields) - {"group"},
+    why_not=_why_not,
+    conv2plus1d=conv2plus1d,
+    conv2plus1d_backward=conv2plus1d_backward,
+    why_not_auto=_why_not_auto,
+    gives_output_statistics=lambda problem: True,  # from the epilogue that writes y
+    norm_backward=norm_backward,
+    mid_tensors_alive=_mid_tensors_alive,
+)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...machine import left_out
-from ...problem.spec import PairSpec, PairTensors, Pass, Problem
+from ...problem.spec import PairProblem, PairTensors, Pass
 
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
@@ -88,17 +88,14 @@ def _loaded_runtimes() -> Iterator[str]:
     yield from sorted(found, key=lambda f: (not f.startswith(home), f))
 
 
-PairPass = tuple[Pass, Tensor, Tensor | None]  # with its weight and its bias
-
-
-class Call:
+class Launcher:
     """Launches of one call: a thin layer of tensors over the library's functions."""
 
     sums = "best"  # or "direct", "winograd": how convolutions sum their products
     strip = 192 << 10  # floats of a mid tensor that stay in a second-level cache of 1 MiB
     large = 1 << 20  # floats of a tensor that other layers push out of the last-level one
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: PairProblem) -> None:
         self.problem = problem
         self.lib = library()
         self.threads = torch.get_num_threads()
@@ -156,20 +153,21 @@ class Call:
         array, none = self.array(coefficients), lib.Activation.none
         return lib.Source(self.view(dv), self.view(u), array, lib.Read.norm_gradient, none, 0.0)
 
-    def pair(self, tensors: PairTensors, first: PairPass, second: PairPass, y: Tensor) -> int:
+    def pair(self, tensors: PairTensors, y: Tensor) -> int:
         """y = a pair without norm or with a frozen one; in how many strips of its mid tensor."""
-        lib, t = self.lib, tensors
-        spec: PairSpec = self.problem.spec  # type: ignore[assignment]
+        lib, t, spec = self.lib, tensors, self.problem.spec
+        first, second = self.problem.passes
         frozen = spec.norm == "frozen"
         norm = (t.mean, t.var, t.norm_weight, t.norm_bias) if frozen else (None,) * 4
 
-        def of(p: PairPass) -> Any:
-            return lib.PairPass(self.view(p[1]), self.array(p[2]), self.conv(p[0]))
+        def of(p: Pass, weight: Tensor, bias: Tensor | None) -> Any:
+            return lib.PairPass(self.view(weight), self.array(bias), self.conv(p))
 
         residual = None if t.residual is None else self.view(t.residual)
         strips: int = lib.pair(
             lib.Pair(
-                self.view(t.x), of(first), of(second), *map(self.array, norm), spec.eps,
+                self.view(t.x), of(first, t.first_weight, t.first_bias),
+                of(second, t.second_weight, t.second_bias), *map(self.array, norm), spec.eps,
                 self.act(spec.activation), self.act(spec.outer_activation), self.slope,
                 self.problem.mid_shape, self.strip, self.large, residual, self.view(y),
             ),
@@ -232,10 +230,9 @@ def floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def norm_coefficients(k: Call, tensors: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
+def norm_coefficients(k: Launcher, tensors: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
     """(5, M): mean, scale and shift of v = (u − mean)·scale + shift, and two rows of zeros."""
-    spec: PairSpec = k.problem.spec  # type: ignore[assignment]
     table = floats(5, mean.shape[0])
     norm = (mean, var, tensors.norm_weight, tensors.norm_bias)
-    k.lib.norm_coefficients(*map(k.array, norm), spec.eps, k.array(table))
+    k.lib.norm_coefficients(*map(k.array, norm), k.problem.spec.eps, k.array(table))
     return table

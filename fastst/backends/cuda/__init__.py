@@ -14,13 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
-from ..contract import PairResult, Part
+from ...problem.spec import (
+    PairProblem,
+    PairSpec,
+    PairTensors,
+    ParallelProblem,
+    ParallelSpec,
+    ParallelTensors,
+    Problem,
+)
+from ..contract import Backend, Gradients, PairBackward, PairResult, Phase
 from . import depthwise, hopper
-from .library import Call, call, emulated, emulating, finish, load
+from .hopper.examples import examples
+from .library import Launcher, emulated, emulating, launching, load
 
 
-def why_not(problem: Problem, phase: str) -> str | None:
+def _why_not(problem: Problem, phase: Phase) -> str | None:
     if emulating():
         if problem.device.type != "cpu":
             return f"is emulated (FASTST_CUDA_EMULATE) and needs CPU tensors, not {problem.device}"
@@ -36,38 +45,40 @@ def why_not(problem: Problem, phase: str) -> str | None:
     return None
 
 
-def mids(problem: Problem) -> int:
-    if depthwise.why_not(problem) is None:
-        return 0
-    return 2  # u and dv
+def _mid_tensors_alive(problem: PairProblem) -> int:
+    return 0 if depthwise.why_not(problem) is None else 2  # u and dv
 
 
-def avoid(problem: Problem, phase: str) -> str | None:
-    """Why "auto" leaves to the next backend what this one could run."""
+def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
     if emulating():
         return "is emulated"
-    if depthwise.why_not(problem) is None:
+    if not isinstance(problem, PairProblem):
+        return "has only its generic kernels: the others are for conv2plus1d"
+    depthwise_lacks = depthwise.why_not(problem)
+    hopper_lacks = _hopper_lacks(problem, phase)
+    if depthwise_lacks is None or hopper_lacks is None:
         return None
-    forward = phase == "forward"
-    why = hopper.why_not(problem) if forward else hopper.backward_why_not(problem)
-    if why is None:
-        from ...dispatch import selfcheck
-
-        return selfcheck.why_broken("cuda", problem, "hopper" if forward else "hopper backward")
     return (
-        f"has only its generic kernels: its depthwise ones {depthwise.why_not(problem)}; "
-        f"its Hopper ones {why}"
+        f"has only its generic kernels: its depthwise ones {depthwise_lacks}; its Hopper ones "
+        f"{hopper_lacks}"
     )
 
 
-def output_statistics(problem: Problem) -> bool:
-    """Whether y comes with its statistics: only the Hopper kernels form them as they write it."""
+def _hopper_lacks(problem: PairProblem, phase: Phase) -> str | None:
+    return hopper.why_not(problem) if phase == "forward" else hopper.backward_why_not(problem)
+
+
+def _check_kind(problem: Problem, phase: Phase) -> str | None:
+    """Only of the Hopper kernels: "auto" never comes to the generic ones."""
+    assert isinstance(problem, PairProblem)
+    if depthwise.why_not(problem) is None:
+        return None
+    return "hopper" if phase == "forward" else "hopper backward"
+
+
+def _gives_output_statistics(problem: PairProblem) -> bool:
+    """Only the Hopper kernels form them as they write y."""
     return depthwise.why_not(problem) is not None and hopper.output_statistics(problem)
-
-
-def _in_order(problem: Problem, t: Any) -> tuple[Any, Any]:
-    """What belongs to the first and to the second pass, of (spatial, temporal)."""
-    return t if problem.passes[0].kind == "spatial" else t[::-1]
 
 
 def _mid(u: Tensor) -> Tensor:
@@ -75,17 +86,15 @@ def _mid(u: Tensor) -> Tensor:
     return u.permute(0, 4, 1, 2, 3)
 
 
-def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
     if depthwise.why_not(problem) is None:
         return depthwise.forward(problem, tensors, save)
     if hopper.why_not(problem) is None:
         return hopper.forward(problem, tensors, save)
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     first, second = problem.passes
-    w1, w2 = _in_order(problem, (tensors.spatial_weight, tensors.temporal_weight))
-    b1, b2 = _in_order(problem, (tensors.spatial_bias, tensors.temporal_bias))
-    x = tensors.x
-    with call(problem) as k:
+    x, w1, w2, b1, b2, *_ = tensors
+    with launching(problem) as k:
         u = x.new_empty(problem.mid_shape)
         k.tap_conv([k.branch(k.plain(x), w1, b1, first)], [_mid(u)])
         mean, var = tensors.mean, tensors.var
@@ -102,72 +111,62 @@ def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResul
     return PairResult(y, kept, mean if batch else None, var if batch else None, k.total)
 
 
-def conv2plus1d_backward(
-    problem: Problem,
-    tensors: PairTensors,
-    box: list[Tensor],
-    u: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    needs: Sequence[bool],
-    part: Part | None = None,
-) -> list[Tensor]:
+def conv2plus1d_backward(call: PairBackward) -> Gradients:
+    problem, tensors, need = call.problem, call.tensors, call.need
     if depthwise.why_not(problem) is None:
-        return depthwise.backward(problem, tensors, box[0], mean, var, needs)
+        return depthwise.backward(call)
     if hopper.backward_why_not(problem) is None:
-        return hopper.backward(problem, tensors, box, u, mean, var, needs, part)
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+        return hopper.backward(call)
+    spec = problem.spec
     first, second = problem.passes
-    need = PairTensors(*needs)  # type: ignore[arg-type]
-    w1, w2 = _in_order(problem, (tensors.spatial_weight, tensors.temporal_weight))
-    need_w1, need_w2 = _in_order(problem, (need.spatial_weight, need.temporal_weight))
-    need_b1, need_b2 = _in_order(problem, (need.spatial_bias, need.temporal_bias))
-    x = tensors.x
+    x, w1, w2, b1, *_ = tensors
     positions = [problem.batch * math.prod(s) for s in (problem.mid_size, problem.out_size)]
     dx = dw1 = dw2 = db1 = db2 = dgamma = dbeta = None
-    with call(problem) as k:
+    with launching(problem) as k:
+        u = call.u
         if u is None:
             u = x.new_empty(problem.mid_shape)
-            b1, _ = _in_order(problem, (tensors.spatial_bias, tensors.temporal_bias))
             k.tap_conv([k.branch(k.plain(x), w1, b1, first)], [_mid(u)])
         u = _mid(u)[:, : problem.mid_channels]
-        if spec.norm == "frozen":
-            mean, var = tensors.mean, tensors.var
+        mean, var = call.statistics()
         coefficients = None
         if mean is not None and var is not None:
             coefficients = k.norm_coefficients(tensors, mean, var)
-        if need_w2:
+        (dy,) = call.dy_owner
+        if need.second_weight:
             z = k.norm_act(u, coefficients, spec.activation)
-            dw2 = k.weight_gradient(z, k.plain(box[0]), second, w2, positions[1])
-        if need_b2:
-            db2 = k.sums(k.plain(box[0]), box[0].shape)[0]
-        if need.x or need_w1 or need_b1 or need.norm_weight or need.norm_bias:
+            dw2 = k.weight_gradient(z, k.plain(dy), second, w2, positions[1])
+        if need.second_bias:
+            db2 = k.sums(k.plain(dy), dy.shape)[0]
+        if need.x or need.first_weight or need.first_bias or need.norm_weight or need.norm_bias:
             dv = k.rows(problem.mid_size, problem.mid_channels)
             k.tap_conv(
-                [k.branch(k.plain(box[0]), w2, None, second)], [dv], "norm_gradient",
+                [k.branch(k.plain(dy), w2, None, second)], [dv], "norm_gradient",
                 spec.activation, u, coefficients, transposed=True,
             )  # fmt: skip
-            box.clear()
+            call.dy_owner.clear()
+            del dy
             if coefficients is not None and var is not None:
                 sums = k.sums(k.plain(dv, coefficients), dv.shape, u)
-                means = None if part is None else part.means
-                dgamma = k.norm_gradient_coefficients(sums, var, coefficients, means)
+                dgamma = k.norm_gradient_coefficients(sums, var, coefficients, call.means)
                 dbeta = sums[0]
             du = k.norm_gradient(dv, u, coefficients)
-            if need_w1:
+            if need.first_weight:
                 dw1 = k.weight_gradient(k.plain(x), du, first, w1, positions[0])
-            if need_b1:
+            if need.first_bias:
                 db1 = k.sums(du, dv.shape)[0]
             if need.x:
-                dx = torch.empty_like(x) if part is None or part.dx is None else part.dx
+                dx = call.empty_dx()
                 k.tap_conv([k.branch(du, w1, None, first)], [dx], transposed=True)
-    dws, dwt = _in_order(problem, (dw1, dw2))
-    dbs, dbt = _in_order(problem, (db1, db2))
-    return finish((dx, dws, dwt, dbs, dbt, dgamma, dbeta), tensors, needs, part)
+    return dx, dw1, dw2, db1, db2, dgamma, dbeta
 
 
 def _branches(
-    k: Call, tensors: ParallelTensors, sources: Sequence[Any], activation: str, biased: bool = True
+    k: Launcher,
+    tensors: ParallelTensors,
+    sources: Sequence[Any],
+    activation: str,
+    biased: bool = True,
 ) -> list[Any]:
     """The spatial and the temporal branch of the parallel op."""
     t = tensors
@@ -179,17 +178,17 @@ def _branches(
     ]
 
 
-def _outputs(problem: Problem, y: Tensor) -> list[Tensor]:
+def _outputs(problem: ParallelProblem, y: Tensor) -> list[Tensor]:
     """The channels of y, or of a gradient like it, that each tap convolution writes."""
-    if problem.spec.combine == "add":  # type: ignore[union-attr]
+    if problem.spec.combine == "add":
         return [y]
     return list(y.split([p.out_channels for p in problem.passes], 1))
 
 
-def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
-    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+def parallel_conv2plus1d(problem: ParallelProblem, tensors: ParallelTensors) -> Tensor:
+    spec = problem.spec
     y = problem.empty_output(tensors.x)
-    with call(problem) as k:
+    with launching(problem) as k:
         branches = _branches(k, tensors, [k.plain(tensors.x)] * 2, spec.branch_activation)
         if spec.combine == "add":
             k.tap_conv(branches, [y], "forward", spec.activation)
@@ -200,15 +199,15 @@ def parallel_conv2plus1d(problem: Problem, tensors: ParallelTensors) -> Tensor:
 
 
 def parallel_conv2plus1d_backward(
-    problem: Problem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
-    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
-    need = ParallelTensors(*needs)  # type: ignore[arg-type]
+    problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    spec = problem.spec
+    need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
     x = tensors.x
     parts = _outputs(problem, dy)
     gradients = [parts[0], parts[-1]]  # of the two branches before their activation
     dx = None
-    with call(problem) as k:
+    with launching(problem) as k:
         if spec.activation != "none" or spec.branch_activation != "none":
             branches = _branches(k, tensors, [k.plain(x)] * 2, spec.branch_activation)
             gradients = [k.rows(problem.out_size, p.out_channels) for p in problem.passes]
@@ -236,4 +235,22 @@ def parallel_conv2plus1d_backward(
             dx = torch.empty_like(x)
             branches = _branches(k, tensors, sources, "none", biased=False)
             k.tap_conv(branches, [dx], transposed=True)
-    return finish((dx, dws, dwt, dbs, dbt), tensors, needs)
+    return dx, dws, dwt, dbs, dbt
+
+
+BACKEND = Backend(
+    name="cuda",
+    device="cuda",
+    pair_fields=frozenset(PairSpec._fields),
+    parallel_fields=frozenset(ParallelSpec._fields),
+    why_not=_why_not,
+    conv2plus1d=conv2plus1d,
+    conv2plus1d_backward=conv2plus1d_backward,
+    parallel_conv2plus1d=parallel_conv2plus1d,
+    parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
+    why_not_auto=_why_not_auto,
+    check_kind=_check_kind,
+    examples=examples,
+    gives_output_statistics=_gives_output_statistics,
+    mid_tensors_alive=_mid_tensors_alive,
+)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.spec import PairSpec, PairTensors, Problem
-from ..contract import PairResult
-from .library import Call, call, emulating, finish, library
+from ...problem.spec import PairProblem, PairTensors
+from ..contract import Gradients, PairBackward, PairResult
+from .library import Launcher, emulating, launching, library
 
 KERNELS = (3, 5)
 STRIDES = (1, 2)
@@ -27,9 +27,8 @@ _FILLING_BLOCKS = 512
 _LEAST_FRAMES = 8
 
 
-def why_not(problem: Problem) -> str | None:
-    spec = problem.spec
-    if not isinstance(spec, PairSpec) or spec.order != "spatial-first":
+def why_not(problem: PairProblem) -> str | None:
+    if problem.spec.order != "spatial-first":
         return "run a spatial and then a temporal convolution"
     spatial, temporal = problem.passes
     channels = spatial.in_channels
@@ -65,7 +64,7 @@ def _doubled(kernel: Sequence[int]) -> list[int]:
     return [k for k in kernel for _ in range(2)]
 
 
-def _stages(problem: Problem, backward: bool) -> int:
+def _stages(problem: PairProblem, backward: bool) -> int:
     """Frames of x in shared memory: 2 overlap loads with work, 1 where that is too much; or 0."""
     spatial, temporal = problem.passes
     index = problem.device.index or 0
@@ -95,8 +94,8 @@ def frames_per_block(frames: int, blocks: int) -> int:
 class _Launches:
     """Forward and backward launches for one call."""
 
-    def __init__(self, k: Call, tensors: PairTensors) -> None:
-        self.k, self.problem, self.tensors = k, k.problem, tensors
+    def __init__(self, k: Launcher, problem: PairProblem, tensors: PairTensors) -> None:
+        self.k, self.problem, self.tensors = k, problem, tensors
         self.x = channels_last(tensors.x)
 
     def _argument(
@@ -107,8 +106,8 @@ class _Launches:
         x, out = k.view(self.x), self.problem.out_size
         per_block = frames_per_block(frames, k.lib.depthwise_blocks(x, out, frames, backward))
         argument = k.lib.Depthwise(
-            x, k.view(t.spatial_weight), k.view(t.temporal_weight), k.array(t.spatial_bias),
-            k.array(t.temporal_bias), k.array(coefficients), spec.stride, spec.padding,
+            x, k.view(t.first_weight), k.view(t.second_weight), k.array(t.first_bias),
+            k.array(t.second_bias), k.array(coefficients), spec.stride, spec.padding,
             k.act(spec.activation), k.slope, per_block, _stages(self.problem, backward),
         )  # fmt: skip
         return argument, k.lib.depthwise_blocks(x, out, per_block, backward)
@@ -151,11 +150,11 @@ def channels_last(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.channels_last_3d)
 
 
-def forward(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+def forward(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
+    spec = problem.spec
     x = tensors.x
-    with call(problem) as k:
-        launches = _Launches(k, tensors)
+    with launching(problem) as k:
+        launches = _Launches(k, problem, tensors)
         u = x.new_empty(problem.mid_shape) if save and not spec.recompute else None
         mean, var, coefficients = tensors.mean, tensors.var, None
         if spec.norm == "batch":
@@ -176,28 +175,19 @@ def forward(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
     return PairResult(y, u, mean, var, k.total)
 
 
-def backward(
-    problem: Problem,
-    tensors: PairTensors,
-    dy: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
-    need = PairTensors(*needs)  # type: ignore[arg-type]
-    if spec.norm == "frozen":
-        mean, var = tensors.mean, tensors.var
+def backward(call: PairBackward) -> Gradients:
+    problem, tensors, need, spec = call.problem, call.tensors, call.need, call.problem.spec
+    mean, var = call.statistics()
     taps, kt = math.prod(problem.passes[0].kernel), problem.passes[1].kernel[0]
     dx = dgamma = dbeta = None
-    with call(problem) as k:
-        launches = _Launches(k, tensors)
-        dy = channels_last(dy)
+    with launching(problem) as k:
+        launches = _Launches(k, problem, tensors)
+        dy = channels_last(call.dy_owner[0])
         coefficients = None
         if mean is not None and var is not None:
             coefficients = k.norm_coefficients(tensors, mean, var)
         if need.x:
-            dx = torch.empty_like(tensors.x)
+            dx = call.empty_dx()
         rows = dx
         if dx is not None and channels_last(dx) is not dx:
             rows = torch.empty_like(dx, memory_format=torch.channels_last_3d)
@@ -208,10 +198,11 @@ def backward(
         if coefficients is not None and var is not None:
             dbeta = sums[-2]
             dgamma = k.norm_gradient_coefficients(sums[-2:], var, coefficients)
-            if batch and (need.x or need.spatial_weight or need.spatial_bias):
+            if batch and (need.x or need.first_weight or need.first_bias):
                 sums = launches.backward(coefficients, dy, rows)
         if dx is not None and rows is not dx and rows is not None:
             dx.copy_(rows)
-    dws, dbs = sums[:taps], sums[taps + kt]
-    grads = (dx, dws.t().contiguous(), dwt.t().contiguous(), dbs, dbt, dgamma, dbeta)
-    return finish(grads, tensors, needs)
+    dws, dbs = sums[:taps].t().contiguous(), sums[taps + kt]
+    dwt = dwt.t().contiguous()
+    weights = dws.view_as(tensors.first_weight), dwt.view_as(tensors.second_weight)
+    return dx, *weights, dbs, dbt, dgamma, dbeta

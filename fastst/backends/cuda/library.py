@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from ...machine import left_out
-from ...problem.spec import PairSpec, PairTensors, Pass, Problem
+from ...problem.spec import PairProblem, PairSpec, PairTensors, Pass, Problem
 from ...ranks import collectives
-from ..contract import Part
 
 _DTYPES = {
     torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64",
@@ -88,7 +87,7 @@ def library() -> ModuleType:
     return found
 
 
-class Call:
+class Launcher:
     """Launches of one call: a thin layer of tensors over the library's functions."""
 
     def __init__(self, problem: Problem) -> None:
@@ -97,9 +96,11 @@ class Call:
         self.dtype = getattr(self.lib.Dtype, _DTYPES[problem.dtype])
         self.accumulate = problem.accumulate_dtype
         self.slope = float(problem.spec.slope)
-        pair = problem.spec if isinstance(problem.spec, PairSpec) else PairSpec()
+        pair, size = PairSpec(), problem.out_size
+        if isinstance(problem, PairProblem):
+            pair, size = problem.spec, problem.mid_size
         self.eps, self.batch_norm, self.group = pair.eps, pair.norm == "batch", pair.group
-        self.count = problem.batch * math.prod(problem.mid_size)
+        self.count = problem.batch * math.prod(size)
         self.total: Tensor | None = None  # count of all ranks of the group, once it is known
         on_gpu = problem.device.type == "cuda"
         self.stream: int = torch.cuda.current_stream(problem.device).cuda_stream if on_gpu else 0
@@ -242,7 +243,7 @@ class Call:
     def norm_gradient_coefficients(
         self, sums: Tensor, var: Tensor, coefficients: Tensor, means: Tensor | None = None
     ) -> Tensor:
-        """dgamma; fills rows p and q of the coefficients. Means as of ``Part``."""
+        """dgamma; fills rows p and q of the coefficients. Means as of ``BatchSlice``."""
         dgamma, count = self.empty(var.shape[0]), self.count
         if self.group and means is None:
             means = collectives.pool_means(sums, count, collectives.resolve(self.group))
@@ -257,10 +258,10 @@ class Call:
 
 
 @contextlib.contextmanager
-def call(problem: Problem) -> Iterator[Call]:
+def launching(problem: Problem) -> Iterator[Launcher]:
     guard = torch.cuda.device(problem.device) if problem.device.type == "cuda" else None
     with guard or contextlib.nullcontext():
-        yield Call(problem)
+        yield Launcher(problem)
 
 
 def _splits(positions: int, blocks: int) -> int:
@@ -269,26 +270,3 @@ def _splits(positions: int, blocks: int) -> int:
     No part has fewer than 256 terms: the second stage reads one partial per part.
     """
     return min(-(-_REDUCTION_BLOCKS // blocks), max(1, positions // 256), _LARGEST_GRID_YZ)
-
-
-def finish(
-    grads: Sequence[Tensor | None],
-    tensors: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    part: Part | None = None,
-) -> list[Tensor]:
-    """The gradients that are needed, each in dtype and strides of its tensor but those of a part.
-
-    The first, of x, comes so already; the others as dense results in the accumulation dtype.
-    """
-    dx, *others = grads
-    out = []
-    if needs[0]:
-        assert dx is not None
-        out.append(dx)
-    for g, t, needed in zip(others, tensors[1:], needs[1:], strict=False):
-        if needed:
-            assert g is not None and t is not None
-            g = g.view(t.shape)
-            out.append(torch.empty_like(t).copy_(g) if part is None else g)
-    return out

@@ -8,36 +8,22 @@ Under ``TRITON_INTERPRET=1`` the same code runs on CPU tensors, when asked for b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ...problem.spec import Problem
+from ...problem.examples import kind_of
+from ...problem.spec import PairProblem, PairSpec, ParallelSpec, Problem
+from ..contract import Backend, Phase
 from . import backward, launch, pair, tiles
-from .backward import conv2plus1d_backward
-from .pair import conv2plus1d
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
-from .rehearsal import rehearse
-
-__all__ = [
-    "avoid",
-    "conv2plus1d",
-    "conv2plus1d_backward",
-    "mids",
-    "output_statistics",
-    "parallel_conv2plus1d",
-    "parallel_conv2plus1d_backward",
-    "rehearse",
-    "trial",
-    "ways",
-    "why_not",
-]
+from .rehearsal import examples
 
 _ON_CPU = "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set at start"
 
 
-def why_not(problem: Problem, phase: str) -> str | None:
+def _why_not(problem: Problem, phase: Phase) -> str | None:
     device = problem.device
     if device.type not in ("cuda", "cpu") or torch.version.hip is not None:
         return f"runs on NVIDIA GPUs, not on {device.type} tensors"
@@ -59,28 +45,46 @@ def why_not(problem: Problem, phase: str) -> str | None:
     return None
 
 
-def mids(problem: Problem) -> int:
+def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
+    if problem.device.type == "cpu":
+        return "interprets its kernels on CPU tensors, when asked for by name"
+    return None
+
+
+def _check_kind(problem: Problem, phase: Phase) -> str | None:
+    return kind_of(problem)
+
+
+def _mid_tensors_alive(problem: PairProblem) -> int:
     return 2  # u and dv
 
 
-def output_statistics(problem: Problem) -> bool:
-    """Whether y comes with its statistics; always, from the epilogue that writes it."""
-    return problem.op == "conv2plus1d"
+def _candidates(problem: Problem, phase: Phase) -> Sequence[str]:
+    if not isinstance(problem, PairProblem):
+        return ()
+    return pair.ways(problem) if phase == "forward" else backward.ways(problem)
 
 
-def ways(problem: Problem, phase: str) -> list[str]:
-    """What ``tune`` may choose from."""
-    return pair.ways(problem, phase) if phase == "forward" else backward.ways(problem)
+def _candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object]:
+    assert isinstance(problem, PairProblem)
+    return pair.trial(problem, name) if phase == "forward" else backward.trial(problem, name)
 
 
-def trial(problem: Problem, phase: str, way: str) -> Callable[[], None]:
-    """Run the problem once in one of its ways, on random tensors, to the end."""
-    return pair.trial(problem, phase, way) if phase == "forward" else backward.trial(problem, way)
-
-
-def avoid(problem: Problem, phase: str) -> str | None:
-    if problem.device.type == "cpu":
-        return "interprets its kernels on CPU tensors, when asked for by name"
-    from ...dispatch import selfcheck
-
-    return selfcheck.why_broken("triton", problem)
+BACKEND = Backend(
+    name="triton",
+    device="cuda",
+    pair_fields=frozenset(PairSpec._fields),
+    parallel_fields=frozenset(ParallelSpec._fields),
+    why_not=_why_not,
+    conv2plus1d=pair.conv2plus1d,
+    conv2plus1d_backward=backward.conv2plus1d_backward,
+    parallel_conv2plus1d=parallel_conv2plus1d,
+    parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
+    why_not_auto=_why_not_auto,
+    check_kind=_check_kind,
+    examples=examples,
+    gives_output_statistics=lambda problem: True,  # from the epilogue that writes y
+    mid_tensors_alive=_mid_tensors_alive,
+    candidates=_candidates,
+    candidate=_candidate,
+)

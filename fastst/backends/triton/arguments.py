@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...machine.gpu import round_up
-from ...problem.spec import PairTensors, Pass, Problem
+from ...machine import gpu
+from ...problem.spec import Pass
 from . import launch, tiles
 
 
@@ -20,9 +20,9 @@ def pack(
 
     ``width`` is that of whole tiles unless it is given.
     """
-    width = width or round_up(weight.shape[0] // groups, config.columns)
-    depth = channels if config.flat else round_up(channels, config.block_k)
-    rows = round_up(depth * math.prod(weight.shape[2:]), config.block_k)
+    width = width or gpu.round_up(weight.shape[0] // groups, config.columns)
+    depth = channels if config.flat else gpu.round_up(channels, config.block_k)
+    rows = gpu.round_up(depth * math.prod(weight.shape[2:]), config.block_k)
     return packed(weight, groups, depth, rows, width)
 
 
@@ -47,16 +47,6 @@ def packed(weight: Tensor, groups: int, depth: int, rows: int, width: int) -> Te
         KERNEL=tuple(weight.shape[2:]), BLOCK_R=block_r, BLOCK_N=block_n,
     )  # fmt: skip
     return out
-
-
-def in_order(
-    problem: Problem, t: PairTensors
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Weight and bias of the first, then of the second pass."""
-    spatial, temporal = (t.spatial_weight, t.spatial_bias), (t.temporal_weight, t.temporal_bias)
-    if problem.passes[0].kind == "spatial":
-        return *spatial, *temporal
-    return *temporal, *spatial
 
 
 def sizes(

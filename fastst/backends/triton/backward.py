@@ -11,7 +11,7 @@ so dz, v, z and du never exist in memory. Wt here is the weight of the second pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ...machine import choices
 from ...problem.examples import example
-from ...problem.spec import PairSpec, PairTensors, Pass, Problem
+from ...problem.spec import PairProblem, Pass
 from ...ranks import collectives
-from ..contract import Part
+from ..contract import Gradients, PairBackward
 from . import tiles
 from .direct import direct_gradients
 from .gradients import channel_sums, input_gradient, norm_gradient, sum_rows, weight_gradient
@@ -30,10 +30,8 @@ from .passes import conv_pass, finish_norm
 _WAYS = 8  # of the tiles of both kernels, each in its own order, that ``tune`` may try together
 
 
-def ways(problem: Problem) -> list[str]:
+def ways(problem: PairProblem) -> list[str]:
     """What ``tune`` may choose from: tiles."""
-    if problem.op != "conv2plus1d":
-        return []
     return [f"tiles {i}" for i in range(max(_choices(p) for p in problem.passes))]
 
 
@@ -41,93 +39,68 @@ def _choices(p: Pass) -> int:
     return 1 if tiles.thin(p.in_channels // p.groups, p.groups) else _WAYS
 
 
-def trial(problem: Problem, way: str) -> Callable[[], None]:
+def trial(problem: PairProblem, way: str) -> Callable[[], None]:
     """Run the problem once in one of its ways, on random tensors, to the end."""
-    tensors: PairTensors = example(problem)  # type: ignore[assignment]
+    tensors = example(problem)
     u = tensors.x.new_zeros(problem.mid_shape).normal_()
     one = u.new_ones(problem.mid_channels, dtype=problem.accumulate_dtype)
     dy = problem.empty_output(tensors.x).normal_()
-    needs = [t is not None for t in tensors[:7]] + [False] * len(tensors[7:])
+    needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
 
     def run() -> None:
-        _backward(problem, tensors, [dy], u, one * 0, one, needs, int(way.removeprefix("tiles ")))
+        call = PairBackward(problem, tensors, [dy], u, one * 0, one, needs)
+        _backward(call, int(way.removeprefix("tiles ")))
         if problem.device.type == "cuda":
             torch.cuda.synchronize(problem.device)
 
     return run
 
 
-def conv2plus1d_backward(
-    problem: Problem,
-    tensors: PairTensors,
-    box: list[Tensor],
-    u: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    needs: Sequence[bool],
-    part: Part | None = None,
-) -> list[Tensor]:
-    way = choices.choice("triton", problem, "backward")
-    rank = int(way.removeprefix("tiles ")) if way and way in ways(problem) else 0
-    return _backward(problem, tensors, box, u, mean, var, needs, rank, part)
+def conv2plus1d_backward(call: PairBackward) -> Gradients:
+    way = choices.choice("triton", call.problem, "backward")
+    known = way is not None and way in ways(call.problem)
+    return _backward(call, int(way.removeprefix("tiles ")) if way and known else 0)
 
 
-def _backward(
-    problem: Problem,
-    tensors: PairTensors,
-    box: list[Tensor],
-    u: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    needs: Sequence[bool],
-    rank: int,
-    part: Part | None = None,
-) -> list[Tensor]:
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+def _backward(call: PairBackward, rank: int) -> Gradients:
+    problem, tensors, need, spec = call.problem, call.tensors, call.need, call.problem.spec
     first, second = problem.passes
-    need: Any = PairTensors(*needs)  # type: ignore[arg-type]
-    (w1, w2), (b1, b2) = tensors[1:3], tensors[3:5]
-    (need_w1, need_w2), (need_b1, need_b2) = need[1:3], need[3:5]
-    if first.kind == "temporal":
-        w1, w2, b1, b2 = w2, w1, b2, b1
-        need_w1, need_w2, need_b1, need_b2 = need_w2, need_w1, need_b2, need_b1
-    below = need.x or need_w1 or need_b1 or need.norm_weight or need.norm_bias
+    x, w1, w2, b1, b2, *_ = tensors
+    below = need.x or need.first_weight or need.first_bias or need.norm_weight or need.norm_bias
 
-    if u is None and (need_w2 or spec.norm != "none" or spec.activation != "none"):
-        u = tensors.x.new_empty(problem.mid_shape)
-        conv_pass(first, tensors.x, w1, _video(u), shift=b1)
+    u = call.u
+    if u is None and (need.second_weight or spec.norm != "none" or spec.activation != "none"):
+        u = x.new_empty(problem.mid_shape)
+        conv_pass(first, x, w1, _video(u), shift=b1)
     mid = None if u is None else _video(u)
-    if spec.norm == "frozen":
-        mean, var = tensors.mean, tensors.var
+    mean, var = call.statistics()
     scale = shift = None
     if spec.norm != "none":
         scale, shift = finish_norm(problem, tensors._replace(mean=mean, var=var))
 
-    def empty_dx() -> Tensor:
-        return torch.empty_like(tensors.x) if part is None or part.dx is None else part.dx
-
     def empty_dv() -> Tensor:
-        dv = tensors.x.new_empty(problem.mid_shape)
+        dv = x.new_empty(problem.mid_shape)
         if second.groups > 1 and first.groups == 1:
             dv[..., problem.mid_channels :].zero_()  # channels that belong to no group
         return _video(dv)
 
     dx = dw1 = db1 = db2 = dgamma = sums = None
-    (dy,) = box
-    # Parameters of a part of the batch: in the dtype that they are added up in.
-    wide = None if part is None else problem.accumulate_dtype
-    if need_b2:
+    (dy,) = call.dy_owner
+    # Parameters of a slice of the batch: in the dtype that they are added up in.
+    wide = None if call.slice is None else problem.accumulate_dtype
+    if need.second_bias:
         assert b2 is not None
         db2 = channel_sums(dy, b2, dtype=wide)
-    means = None if part is None else part.means
+    means = call.means
     own = spec.norm == "batch" and means is None
     dv, partial, dw2 = _late(
-        second, mid, dy, w2, empty_dv if below else None, need_w2, x_scale=scale, x_shift=shift,
-        activation=spec.activation, slope=spec.slope, mean=None if spec.norm == "none" else mean,
-        sums=below and (own or need_b1 or need.norm_weight or need.norm_bias), rank=rank,
+        second, mid, dy, w2, empty_dv if below else None, need.second_weight, x_scale=scale,
+        x_shift=shift, activation=spec.activation, slope=spec.slope,
+        mean=None if spec.norm == "none" else mean,
+        sums=below and (own or need.first_bias or need.norm_weight or need.norm_bias), rank=rank,
         dtype=wide,
     )  # fmt: skip
-    box.clear()
+    call.dy_owner.clear()
     del dy
     if dv is not None:
         above: dict[str, Any] = {}
@@ -152,20 +125,16 @@ def _backward(
             )
             if spec.norm == "batch":
                 above.update(shift=offset, other=mid, rate=rate)
-            if b1 is not None and need_b1 and spec.group:
+            if b1 is not None and need.first_bias and spec.group:
                 # No longer 0: only all ranks together take their mean away.
                 db1 = channel_sums(dv, b1, dtype=wide, **above)
-        if need.x or need_w1:
+        if need.x or need.first_weight:
             dx, _, dw1 = _late(
-                first, tensors.x, dv, w1, empty_dx if need.x else None, need_w1, rank=rank,
+                first, x, dv, w1, call.empty_dx if need.x else None, need.first_weight, rank=rank,
                 dtype=wide, **above,
             )  # fmt: skip
     dbeta = None if sums is None else sums[0]
-    if first.kind == "temporal":
-        dw1, dw2, db1, db2 = dw2, dw1, db2, db1
-    grads = (dx, dw1, dw2, db1, db2, dgamma, dbeta)
-    found = [(g, t) for g, t, n in zip(grads, tensors, needs, strict=False) if n]
-    return [_like(g, t) if part is None else g for g, t in found]  # type: ignore[misc]
+    return dx, dw1, dw2, db1, db2, dgamma, dbeta
 
 
 def _late(
@@ -234,8 +203,3 @@ def pass_gradients(
 def _video(rows: Tensor) -> Tensor:
     """(N, M', T, H, W) view of rows."""
     return rows.permute(0, 4, 1, 2, 3)
-
-
-def _like(g: Any, t: Any) -> Tensor:
-    """A gradient in the dtype of its tensor; those of statistics are in the accumulation dtype."""
-    return g if g.dtype == t.dtype else g.to(t.dtype)

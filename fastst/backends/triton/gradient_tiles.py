@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ...machine.gpu import Capability
+from ...machine import gpu
 from . import tiles as configs
-from .tiles import MatrixConfig, Sizes, StreamConfig, TapConfig
+from .tiles import Capability, MatrixConfig, Sizes, StreamConfig, TapConfig
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def weight_gradient(sizes: Sizes, limit: int = 12) -> list[WeightConfig]:
                     continue
                 # 128 × 128 sums and both operands on their way through registers: no room for more.
                 if sum(block) <= widest and height * sum(block) <= 128 * 128:
-                    padded = configs.round_up(rows, height) * configs.round_up(columns, sum(block))
+                    padded = gpu.round_up(rows, height) * gpu.round_up(columns, sum(block))
                     # Each block of rows reads all columns again, and the other way round.
                     reads = 1 + 32 / height + 32 / sum(block)
                     costs[swap, height, block] = padded * reads
@@ -92,7 +92,7 @@ def weight_gradient(sizes: Sizes, limit: int = 12) -> list[WeightConfig]:
         for depth in depths[::-1] if capability[0] == 8 and dtype.itemsize == 2 else depths:
             stages = 3
             tile = depth * (2 * height + 2 * (block_n + rest_n)) * dtype.itemsize
-            while stages > 2 and stages * tile > configs.shared_memory_limit(capability) // 2:
+            while stages > 2 and stages * tile > gpu.shared_memory_limit(capability) // 2:
                 stages -= 1
             config = WeightConfig(depth, block_n, rest_n, flat, warps, stages, height, swap)
             if config not in found:
@@ -122,7 +122,7 @@ def positions_per_split(
     Two programs for every multiprocessor, but no partial of fewer than 8 steps, which would cost
     more to write and to add than to compute.
     """
-    splits = math.ceil(2 * configs.processors(capability) / blocks)
+    splits = math.ceil(2 * gpu.processors(capability) / blocks)
     steps = math.ceil(positions / config.block_p)
     return max(8, math.ceil(steps / splits)) * config.block_p
 
@@ -143,7 +143,7 @@ def direct_gradients(
     # and the product live at once.
     block_c = min(64, configs.power(channels)) if channels_last else 1
     block_p = min(2048 // block_c, max(16, configs.power(positions)))
-    while block_p > 32 and positions * channels < block_p * block_c * 2 * configs.processors(
+    while block_p > 32 and positions * channels < block_p * block_c * 2 * gpu.processors(
         capability
     ):
         block_p //= 2

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...problem.spec import PairTensors, Pass, Problem
+from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, gradient_tiles, launch
 from . import tiles as configs
 
@@ -197,7 +197,7 @@ def sum_rows(partial: Tensor, out: Tensor) -> Tensor:
 
 
 def norm_gradient(
-    problem: Problem,
+    problem: PairProblem,
     t: PairTensors,
     sums: Tensor,
     pooled: Tensor | None,
@@ -220,7 +220,7 @@ def norm_gradient(
     launch.run(
         launch.kernels().statistics.norm_gradient, (-(-padded // block_c),), None,
         sums, pooled, mean, var, scale, problem.batch * math.prod(problem.mid_size), dgamma, dbias,
-        rate, shift, m, padded, EPS=problem.spec.eps, BLOCK_C=block_c,  # type: ignore[union-attr]
+        rate, shift, m, padded, EPS=problem.spec.eps, BLOCK_C=block_c,
         ACCUMULATE=arguments.dot_type(problem.dtype),
     )  # fmt: skip
     return dgamma, dbias, rate, shift

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...machine.gpu import Capability
+from ...machine import gpu
 from . import tiles
 
 
@@ -54,7 +54,7 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def capability(device: torch.device) -> Capability:
+def capability(device: torch.device) -> gpu.Capability:
     """Compute capability; that of the data-centre Hopper where the interpreter stands in."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 

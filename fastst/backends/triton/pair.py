@@ -11,28 +11,26 @@ from torch import Tensor
 
 from ...machine import choices
 from ...problem.examples import example
-from ...problem.spec import PairSpec, PairTensors, Problem
+from ...problem.spec import PairProblem, PairTensors
 from ...ranks import collectives
 from ..contract import PairResult
-from . import arguments, single
+from . import single
 from .passes import PassConfig, candidates, conv_pass, finish_norm, moments
 
 
-def conv2plus1d(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
     return run(problem, tensors, save, choices.choice("triton", problem, "forward"))
 
 
-def ways(problem: Problem, phase: str) -> list[str]:
+def ways(problem: PairProblem) -> list[str]:
     """What ``tune`` may choose from: single kernels, and tiles for two passes."""
-    if phase != "forward" or problem.op != "conv2plus1d":
-        return []
     tiles = max(len(_pass_candidates(problem, i, True)) for i in (0, 1))
     return (single.available(problem) + [f"tiles {i}" for i in range(tiles)])[:12]
 
 
-def trial(problem: Problem, phase: str, way: str) -> Callable[[], None]:
+def trial(problem: PairProblem, way: str) -> Callable[[], None]:
     """Run the problem once in one of its ways, on random tensors, to the end."""
-    tensors: PairTensors = example(problem)  # type: ignore[assignment]
+    tensors = example(problem)
 
     def once() -> None:
         run(problem, tensors, False, way)
@@ -43,15 +41,15 @@ def trial(problem: Problem, phase: str, way: str) -> Callable[[], None]:
 
 
 def run(
-    problem: Problem,
+    problem: PairProblem,
     tensors: PairTensors,
     save: bool,
     way: str | None = None,
-    like: Problem | None = None,
+    like: PairProblem | None = None,
 ) -> PairResult:
     """The pair in one of its ``ways`` (None: the best guess), as a problem ``like`` it is run."""
     like = like or problem
-    spec: PairSpec = like.spec  # type: ignore[assignment]
+    spec = like.spec
     if not (save and not spec.recompute) and not spec.output_statistics:
         kernel = way if way in single.available(like) else None if way else single.expected(like)
         if kernel is not None:
@@ -60,7 +58,7 @@ def run(
     return _two_passes(problem, tensors, save, rank, like)
 
 
-def _pass_candidates(problem: Problem, index: int, channels_last: bool) -> Sequence[PassConfig]:
+def _pass_candidates(problem: PairProblem, index: int, channels_last: bool) -> Sequence[PassConfig]:
     channels = (problem.passes[0].in_channels, problem.mid_shape[-1])[index]
     count = problem.batch * math.prod((problem.mid_size, problem.out_size)[index])
     return candidates(
@@ -68,12 +66,14 @@ def _pass_candidates(problem: Problem, index: int, channels_last: bool) -> Seque
     )
 
 
-def _one_kernel(kernel: str, problem: Problem, tensors: PairTensors, like: Problem) -> PairResult:
+def _one_kernel(
+    kernel: str, problem: PairProblem, tensors: PairTensors, like: PairProblem
+) -> PairResult:
     """Where the norm is one of this batch, a pass before it finds the statistics of u."""
     first, x, y = problem.passes[0], tensors.x, problem.empty_output(tensors.x)
-    weight, bias, *_ = arguments.in_order(problem, tensors)
+    weight, bias = tensors.first_weight, tensors.first_bias
     scale, shift, mean, var, count = None, bias, None, None, None
-    norm: str = problem.spec.norm  # type: ignore[union-attr]
+    norm = problem.spec.norm
     if norm == "frozen":
         scale, shift = finish_norm(problem, tensors, bias=bias)
     elif norm == "batch":
@@ -88,7 +88,7 @@ def _one_kernel(kernel: str, problem: Problem, tensors: PairTensors, like: Probl
 
 
 def _batch_norm(
-    problem: Problem,
+    problem: PairProblem,
     tensors: PairTensors,
     partial: Tensor | None,
     rows: int,
@@ -98,7 +98,7 @@ def _batch_norm(
     assert partial is not None
     mean, var = (partial.new_empty(problem.mid_channels) for _ in range(2))
     norm = finish_norm(problem, tensors, mean, var, partial, rows, bias)
-    group: str = problem.spec.group  # type: ignore[union-attr]
+    group = problem.spec.group
     if not group:
         return *norm, mean, var, None
     count = problem.batch * math.prod(problem.mid_size)
@@ -108,13 +108,13 @@ def _batch_norm(
 
 
 def _two_passes(
-    problem: Problem, tensors: PairTensors, save: bool, rank: int, like: Problem
+    problem: PairProblem, tensors: PairTensors, save: bool, rank: int, like: PairProblem
 ) -> PairResult:
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     first, second = problem.passes
-    w1, b1, w2, b2 = arguments.in_order(problem, tensors)
+    x, w1, w2, b1, b2, *_ = tensors
     m, padded = problem.mid_channels, problem.mid_shape[-1]
-    x, y = tensors.x, problem.empty_output(tensors.x)
+    y = problem.empty_output(x)
     mid_rows = x.new_empty(problem.mid_shape)
     mid = mid_rows.permute(0, 4, 1, 2, 3)
     if first.groups > 1 and padded > m:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...problem.spec import ParallelSpec, ParallelTensors, Pass, Problem
+from ...machine import gpu
+from ...problem.spec import ParallelProblem, ParallelSpec, ParallelTensors, Pass
 from . import arguments, launch
 from . import tiles as configs
 from .gradients import accumulate_dtype
@@ -43,7 +44,7 @@ class Cut(NamedTuple):
     def width(self, p: Pass) -> int:
         """Columns of a group of packed weights: tiles of its last part may reach beyond them."""
         before = (self.parts // p.groups - 1) * self.per_part
-        return configs.round_up(before + self.tiles * self.columns, 16)
+        return gpu.round_up(before + self.tiles * self.columns, 16)
 
 
 def direct(p: Pass) -> bool:
@@ -51,7 +52,7 @@ def direct(p: Pass) -> bool:
     return configs.thin(p.in_channels // p.groups, p.groups)
 
 
-def branches(problem: Problem, tensors: ParallelTensors) -> list[Branch]:
+def branches(problem: ParallelProblem, tensors: ParallelTensors) -> list[Branch]:
     spatial, temporal = problem.passes
     return [
         Branch(spatial, tensors.spatial_weight, tensors.spatial_bias),
@@ -60,11 +61,11 @@ def branches(problem: Problem, tensors: ParallelTensors) -> list[Branch]:
 
 
 def parallel_conv2plus1d(
-    problem: Problem, tensors: ParallelTensors, like: Problem | None = None
+    problem: ParallelProblem, tensors: ParallelTensors, like: ParallelProblem | None = None
 ) -> Tensor:
     """``like``: a problem as which it is run, in its configurations."""
     like = like or problem
-    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     x = tensors.x
     y = problem.empty_output(x)
     both = branches(problem, tensors)

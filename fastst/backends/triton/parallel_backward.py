@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.spec import ParallelSpec, ParallelTensors, Problem
+from ...problem.spec import ParallelProblem, ParallelTensors
+from ..contract import Gradients
 from . import arguments, gradient_tiles, launch, parallel
 from .backward import pass_gradients
 from .direct import finish_direct, pack_direct
@@ -30,8 +31,8 @@ from .gradients import (
 
 
 def parallel_conv2plus1d_backward(
-    problem: Problem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
+    problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
+) -> Gradients:
     x, *weights, _, _ = tensors
     need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
     wanted = need[1:3]
@@ -51,14 +52,14 @@ def parallel_conv2plus1d_backward(
             for i, p in enumerate(problem.passes):
                 if wanted[i]:
                     _, dw[i] = pass_gradients(p, x, above[i], weights[i], None, True)
-    return [g for g in (dx, *dw, *db) if g is not None]
+    return dx, *dw, *db
 
 
 def _branch_gradients(
-    problem: Problem, tensors: ParallelTensors, dy: Tensor, need_bias: Sequence[bool]
+    problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, need_bias: Sequence[bool]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Gradients of what leaves the two convolutions, and of those biases that need one."""
-    spec: ParallelSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     x, both = tensors.x, parallel.branches(problem, tensors)
     add = spec.combine == "add"
     same = add and spec.branch_activation == "none"
@@ -89,7 +90,7 @@ def _branch_gradients(
     return above * 2 if same else above, bias
 
 
-def _rows(problem: Problem, x: Tensor, channels: int) -> Tensor:
+def _rows(problem: ParallelProblem, x: Tensor, channels: int) -> Tensor:
     """An uninitialised (N, channels, T', H', W') whose channels are neighbours."""
     return x.new_empty((problem.batch, *problem.out_size, channels)).permute(0, 4, 1, 2, 3)
 
@@ -105,7 +106,7 @@ def _operands(above: Sequence[Tensor], groups: Sequence[int]) -> tuple[tuple[Any
 
 
 def _input_gradient(
-    problem: Problem, above: Sequence[Tensor], weights: Sequence[Tensor], dx: Tensor
+    problem: ParallelProblem, above: Sequence[Tensor], weights: Sequence[Tensor], dx: Tensor
 ) -> None:
     passes = problem.passes
     channels = tuple(p.out_channels // p.groups for p in passes)
@@ -144,7 +145,7 @@ def _input_gradient(
 
 
 def _weight_gradients(
-    problem: Problem, x: Tensor, above: Sequence[Tensor], weights: Sequence[Tensor]
+    problem: ParallelProblem, x: Tensor, above: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
     passes = problem.passes
     groups = tuple(p.groups for p in passes)
@@ -185,7 +186,7 @@ def _weight_gradients(
 
 
 def _direct_gradients(
-    problem: Problem,
+    problem: ParallelProblem,
     x: Tensor,
     above: Sequence[Tensor],
     weights: Sequence[Tensor],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.spec import PairTensors, Pass, Problem
+from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, launch
 from . import tiles as configs
 
@@ -155,7 +155,7 @@ def _blocks(partial: Tensor) -> dict[str, Any]:
 
 
 def finish_norm(
-    problem: Problem,
+    problem: PairProblem,
     t: PairTensors,
     mean: Tensor | None = None,
     var: Tensor | None = None,
@@ -178,6 +178,6 @@ def finish_norm(
     launch.run(
         launch.kernels().statistics.finish_norm, (-(-padded // configs.combine(m)[1]),), None,
         partial, tiles, rows, total, mean, var, t.norm_weight, t.norm_bias, bias, scale, shift,
-        m, padded, EPS=problem.spec.eps, **_blocks(scale[:m]),  # type: ignore[union-attr]
+        m, padded, EPS=problem.spec.eps, **_blocks(scale[:m]),
     )  # fmt: skip
     return scale, shift

@@ -8,29 +8,40 @@ would double what a first call compiles; one on this problem compiles what the c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Pass, Problem
-from ..contract import finished
-from . import arguments, pair, parallel
+from ...problem.examples import filled, of_kind
+from ...problem.spec import (
+    PairProblem,
+    PairTensors,
+    ParallelProblem,
+    ParallelSpec,
+    ParallelTensors,
+    Pass,
+    Problem,
+)
+from ..contract import Example, apply_ending
+from . import arguments, pair
+from .parallel import parallel_conv2plus1d
 
 _FEW, _SAME = 256, 128  # channels up to which all are kept; beyond, the same modulo 128
 
 
-class Rehearsal(NamedTuple):
-    """What to compute, with tensors of these shapes, and how."""
+def examples(kind: str, dtype: torch.dtype, like: Problem | None = None) -> list[Example]:
+    """Of a problem its rehearsal; where none is known, a call of the kind."""
+    if like is None:
+        spec, tensors = of_kind(kind, dtype)
+        if isinstance(spec, ParallelSpec):
+            return [Example(spec, tensors, lambda p, t: [parallel_conv2plus1d(p, t)])]
+        return [Example(spec, tensors, lambda p, t: [pair.conv2plus1d(p, t, False).y])]
+    return [rehearse(like)]
 
-    spec: PairSpec | ParallelSpec
-    tensors: PairTensors | ParallelTensors  # on the meta device
-    run: Callable[[Problem, Any], Tensor]
 
-
-def rehearse(problem: Problem) -> Rehearsal:
+def rehearse(problem: Problem) -> Example:
     """Run by the kernels of ``problem`` in its configurations, in a small part of its time.
 
     Of what a problem does not tell, a bias before a norm is taken to be absent, as in most
@@ -47,16 +58,18 @@ def rehearse(problem: Problem) -> Rehearsal:
             ):
                 size = trial  # type: ignore[assignment]
                 break
-    tensors, spec = _tensors(problem, (first, second), batch, size)
-    if isinstance(spec, ParallelSpec):
-        return Rehearsal(spec, tensors, lambda p, t: parallel.parallel_conv2plus1d(p, t, problem))
+    shapes, spec = _tensors(problem, (first, second), batch, size)
+    tensors = filled(shapes)
+    if isinstance(problem, ParallelProblem):
+        return Example(spec, tensors, lambda p, t: [parallel_conv2plus1d(p, t, problem)])
+    assert isinstance(problem, PairProblem)
     save = spec.norm == "batch" and not spec.recompute
     like = replace(problem, spec=spec)
 
-    def run(small: Problem, t: PairTensors) -> Tensor:
-        return finished(pair.run(small, t, save, like=like), small, t)
+    def run(small: PairProblem, t: PairTensors) -> list[Tensor]:
+        return [apply_ending(pair.run(small, t, save, like=like), small, t)]
 
-    return Rehearsal(spec, tensors, run)
+    return Example(spec, tensors, run)
 
 
 def _few_channels(problem: Problem) -> tuple[Pass, Pass]:
@@ -68,7 +81,7 @@ def _few_channels(problem: Problem) -> tuple[Pass, Pass]:
 
     if first.groups == second.groups == 1:
         c, m, k = few(first.in_channels), few(first.out_channels), few(second.out_channels)
-        if problem.op != "conv2plus1d":
+        if not isinstance(problem, PairProblem):
             return first._replace(in_channels=c, out_channels=m), second._replace(
                 in_channels=c, out_channels=k
             )
@@ -105,21 +118,20 @@ def _tensors(
     x = torch.empty(batch, passes[0].in_channels, *size, dtype=problem.dtype, device="meta")
     if problem.x_stride[1] == 1:
         x = x.contiguous(memory_format=torch.channels_last_3d)
-    parts: dict[str, Any] = {}
-    for i, p in enumerate(passes):
-        parts[f"{p.kind}_weight"] = empty(p.out_channels, p.in_channels // p.groups, *p.kernel)
-        if i == 1 or getattr(problem.spec, "norm", "none") == "none":
-            parts[f"{p.kind}_bias"] = empty(p.out_channels)
+    weights = [empty(p.out_channels, p.in_channels // p.groups, *p.kernel) for p in passes]
+    normed = isinstance(problem, PairProblem) and problem.spec.norm != "none"
+    biases = [None if normed and i == 0 else empty(p.out_channels) for i, p in enumerate(passes)]
     groups = {p.kind: p.groups for p in passes}
     spec: Any = problem.spec._replace(groups=(groups["spatial"], groups["temporal"]))
-    if isinstance(spec, ParallelSpec):
-        return ParallelTensors(x, **parts), spec
+    if not isinstance(problem, PairProblem):
+        return ParallelTensors(x, *weights, *biases), spec
     spec = spec._replace(group="")
-    if spec.norm != "none":
+    norm: dict[str, Tensor] = {}
+    if normed:
         names = ("norm_weight", "norm_bias", "mean", "var")[: 4 if spec.norm == "frozen" else 2]
         m = passes[0].out_channels
-        parts |= {name: empty(m, like=problem.accumulate_dtype) for name in names}
-    tensors = PairTensors(x, **parts)
+        norm = {name: empty(m, like=problem.accumulate_dtype) for name in names}
+    tensors = PairTensors(x, *weights, *biases, **norm)
     if problem.residual:
         small = Problem.of(tensors, spec)
         tensors = tensors._replace(residual=empty(*small.out_shape))
@@ -131,9 +143,11 @@ def _known(made: tuple[Any, Any]) -> list[Any]:
     tensors, spec = made
     small = Problem.of(tensors, spec)
     y = small.empty_output(tensors.x)
-    mid = torch.empty(small.mid_shape, device="meta").permute(0, 4, 1, 2, 3)
+    seen = [tensors.x, y]
+    if isinstance(small, PairProblem):
+        seen.append(torch.empty(small.mid_shape, device="meta").permute(0, 4, 1, 2, 3))
     found: list[Any] = [arguments.run_length(tensors.x, y)]
-    for t in (tensors.x, mid, y):
+    for t in seen:
         align = arguments.alignment(t, t.shape[1])
         found.append((align, [(s == 1, s % 16 == 0) for s in arguments.strides(t, align)]))
     return found

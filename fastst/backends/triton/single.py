@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...problem.spec import PairSpec, PairTensors, Pass, Problem
+from ...machine import gpu
+from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, launch
 from . import tiles as configs
 
 
-def available(problem: Problem) -> list[str]:
+def available(problem: PairProblem) -> list[str]:
     """Kernels that can run the pair where nobody asks for the mid tensor."""
     first, second = problem.passes
     sums = second.kernel[_axis(problem)]
@@ -29,9 +30,9 @@ def available(problem: Problem) -> list[str]:
     return found
 
 
-def expected(problem: Problem) -> str | None:
+def expected(problem: PairProblem) -> str | None:
     """The one of ``available`` that is expected to be faster than two passes, if any."""
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     size, dtype = problem.dtype.itemsize, problem.dtype
     cores = arguments.uses_tensor_cores(dtype)
     x = problem.batch * problem.passes[0].in_channels * math.prod(problem.size) * size
@@ -61,17 +62,17 @@ def expected(problem: Problem) -> str | None:
 
 def _padding(channels: int) -> float:
     """Products that tiles of 16 compute for each that so many channels need."""
-    return configs.round_up(channels, 16) / channels
+    return gpu.round_up(channels, 16) / channels
 
 
-def _evaluations(problem: Problem) -> int:
+def _evaluations(problem: PairProblem) -> int:
     """Mid positions that a single kernel computes: each column tap computes its own."""
     axis, out = _axis(problem), list(problem.out_size)
     out[axis] = problem.mid_size[axis]
     return problem.batch * math.prod(out) * problem.passes[1].kernel[2]
 
 
-def _direct_flops(problem: Problem) -> float:
+def _direct_flops(problem: PairProblem) -> float:
     first, second = problem.passes
     mids = second.out_channels * _per_group(
         second
@@ -80,18 +81,18 @@ def _direct_flops(problem: Problem) -> float:
     return 2.0 * _evaluations(problem) * mids * taps
 
 
-def _pair_flops(problem: Problem) -> float:
+def _pair_flops(problem: PairProblem) -> float:
     first, second = problem.passes
     c = _pair_config(problem)
     width = c.mid_width(first.out_channels // first.groups)
     reduction = math.prod(first.kernel) * _per_group(first)
     if not c.flat:
-        reduction = math.prod(first.kernel) * configs.round_up(_per_group(first), c.block_k)
+        reduction = math.prod(first.kernel) * gpu.round_up(_per_group(first), c.block_k)
     taps = reduction + second.kernel[_axis(problem)] * c.block_n
     return 2.0 * _evaluations(problem) * first.groups * width * taps
 
 
-def _pair_config(problem: Problem) -> configs.PairConfig:
+def _pair_config(problem: PairProblem) -> configs.PairConfig:
     first, second = problem.passes
     return configs.pair_conv(
         _per_group(first), first.out_channels // first.groups, second.out_channels // second.groups,
@@ -102,19 +103,19 @@ def _pair_config(problem: Problem) -> configs.PairConfig:
 
 def run(
     kernel: str,
-    problem: Problem,
+    problem: PairProblem,
     tensors: PairTensors,
     y: Tensor,
     scale: Tensor | None,  # (M,) of the norm, or None
     shift: Tensor | None,  # (M,) with the bias of the first pass folded in, or None
-    like: Problem,  # whose configuration is used
+    like: PairProblem,  # whose configuration is used
 ) -> None:
     """Both passes into y, with residual and outer activation."""
     kernels = launch.kernels()
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     first, second = problem.passes
-    w1, _, w2, b2 = arguments.in_order(problem, tensors)
-    x, axis = tensors.x, _axis(problem)
+    x, w1, w2, _, b2, *_ = tensors
+    axis = _axis(problem)
     count, tall = (p.batch * _across(p) for p in (problem, like))
     channels, m, k = _per_group(first), first.out_channels, second.out_channels
     if kernel == "direct_pair":
@@ -138,8 +139,8 @@ def run(
         x_args, x_align = arguments.operand(x, channels)
         end, y_align = arguments.results(y, tensors.residual, k)
         width = pair.mid_width(m)
-        depth = channels if pair.flat else configs.round_up(channels, pair.block_k)
-        reduction = configs.round_up(depth * math.prod(first.kernel), pair.block_k)
+        depth = channels if pair.flat else gpu.round_up(channels, pair.block_k)
+        reduction = gpu.round_up(depth * math.prod(first.kernel), pair.block_k)
         weights = (
             channels, m, k, tiles, arguments.packed(w1, tiles, depth, reduction, width), width,
             arguments.packed(w2, tiles, width, width * math.prod(second.kernel), pair.block_n),
@@ -160,12 +161,12 @@ def run(
     )  # fmt: skip
 
 
-def _axis(problem: Problem) -> int:
+def _axis(problem: PairProblem) -> int:
     """The axis (of t, h, w) along which a single kernel walks: that of the second pass."""
     return 0 if problem.passes[1].kind == "temporal" else 1
 
 
-def _across(problem: Problem) -> int:
+def _across(problem: PairProblem) -> int:
     """Positions of one clip of y across that axis."""
     return math.prod(n for i, n in enumerate(problem.out_size) if i != _axis(problem))
 
@@ -175,7 +176,7 @@ def _per_group(p: Pass) -> int:
     return p.in_channels // p.groups
 
 
-def _programs(problem: Problem, tiles: int) -> tuple[int, int]:
+def _programs(problem: PairProblem, tiles: int) -> tuple[int, int]:
     """Programs for so many tiles, and how many of them share one walk."""
     axis, second = _axis(problem), problem.passes[1]
     walks = second.dilation[axis]  # each through one residue class

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...machine.gpu import Capability, processors, round_up, shared_memory_limit
+from ...machine import gpu
+from ...machine.gpu import Capability, round_up
 
 # Below this there are no bfloat16 tensor cores and no asynchronous copies to shared memory.
 LEAST_CAPABILITY: Capability = (8, 0)
@@ -167,7 +168,7 @@ def candidates(sizes: Sizes, limit: int = 12) -> list[TapConfig]:
     found: list[TapConfig] = []
     for block_n, rest_n in columns[:2]:
         programs = sizes.groups * math.ceil(out_channels / (block_n + rest_n))
-        tall = math.ceil(sizes.positions / rows[0]) * programs >= processors(capability)
+        tall = math.ceil(sizes.positions / rows[0]) * programs >= gpu.processors(capability)
         for block_p in rows if tall else rows[::-1]:
             for block_k in depths[:2]:
                 # 128 × 96 accumulators over 4 warps are 96 registers of each thread, beside
@@ -178,7 +179,7 @@ def candidates(sizes: Sizes, limit: int = 12) -> list[TapConfig]:
                     many = True  # 4 warps at 128 rows of tensor memory were held to 128 registers
                 warps = 8 if many else 4
                 config = TapConfig(block_p, block_n, rest_n, flat, warps, 4, block_k)
-                while shared_memory(config, itemsize) > shared_memory_limit(capability) // 2:
+                while shared_memory(config, itemsize) > gpu.shared_memory_limit(capability) // 2:
                     # Half of it, so that two blocks fit on a multiprocessor.
                     if config.num_stages == 2:
                         break
@@ -272,7 +273,7 @@ def pieces(programs: int, outputs: int, taps: int, capability: Capability) -> in
     Enough for two programs on each multiprocessor; but each computes ``taps − 1`` mid positions of
     its neighbour, too, which must not be more than half of its own.
     """
-    wanted = -(-2 * processors(capability) // max(1, programs))
+    wanted = -(-2 * gpu.processors(capability) // max(1, programs))
     return max(1, min(wanted, outputs // max(1, 2 * (taps - 1))))
 
 
@@ -321,7 +322,7 @@ def direct(
     # flight filled all 255 registers; with 8, those of 5 frames spilled on 8.0.
     tile = 1024 if sums < 5 else 512
     block_p = min(tile // block_c, max(16, power(positions)))
-    while block_p > 16 and positions * out_channels < block_p * block_c * 2 * processors(
+    while block_p > 16 and positions * out_channels < block_p * block_c * 2 * gpu.processors(
         capability
     ):
         block_p //= 2

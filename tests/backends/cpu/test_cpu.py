@@ -82,7 +82,7 @@ def test_any_number_of_threads_gives_the_same(
     stride: tuple[int, int, int], sums: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last bit, statistics and their running averages included."""
-    monkeypatch.setattr(library.Call, "sums", sums)
+    monkeypatch.setattr(library.Launcher, "sums", sums)
     torch.manual_seed(1)
     layer = fastst.Conv2Plus1d(15, 40, 3, stride, 1, norm="batch")
     x = torch.randn(2, 15, 6, 21, 19, requires_grad=True)
@@ -156,15 +156,15 @@ def test_nan_and_infinity_reach_what_pytorch_lets_them(bad: float, norm: bool) -
 def strips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Cuts mid tensors that are small, too; in how many strips each call did."""
     counts: list[int] = []
-    pair = library.Call.pair
+    pair = library.Launcher.pair
 
-    def counted(self: library.Call, *args: Any) -> int:
+    def counted(self: library.Launcher, *args: Any) -> int:
         counts.append(pair(self, *args))
         return counts[-1]
 
-    monkeypatch.setattr(library.Call, "pair", counted)
-    monkeypatch.setattr(library.Call, "strip", 2000)
-    monkeypatch.setattr(library.Call, "large", 0)
+    monkeypatch.setattr(library.Launcher, "pair", counted)
+    monkeypatch.setattr(library.Launcher, "strip", 2000)
+    monkeypatch.setattr(library.Launcher, "large", 0)
     return counts
 
 
@@ -183,7 +183,7 @@ def test_strips_change_nothing(
     channels_last: bool, order: str, strips: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last bit, on any number of threads, in whole lines of y and beside; NaN included."""
-    monkeypatch.setattr(library.Call, "sums", "direct")
+    monkeypatch.setattr(library.Launcher, "sums", "direct")
     torch.manual_seed(7)
     x = torch.randn(2, 3, 6, 32, 24)
     x[1, 2, 3, 17, 5], x[0, 1, 0, 0, 9] = math.nan, math.inf
@@ -194,7 +194,7 @@ def test_strips_change_nothing(
         x = x.contiguous(memory_format=torch.channels_last_3d)
     found = []
     for strip, threads in ((0, 1), (24_000, 1), (24_000, 2)):
-        monkeypatch.setattr(library.Call, "strip", strip)
+        monkeypatch.setattr(library.Launcher, "strip", strip)
         torch.set_num_threads(threads)
         try:
             with fastst.use_backend("cpu"):
@@ -230,7 +230,7 @@ def winograd_fuzz(cases: int) -> None:
 
 @built
 def test_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library.Call, "sums", "winograd")
+    monkeypatch.setattr(library.Launcher, "sums", "winograd")
     winograd_fuzz(15)
 
 
@@ -242,7 +242,7 @@ class Spatial:
         self.x, self.weight = torch.randn(1, 40, 3, 23, 18), torch.randn(50, 40, 1, 3, 3) / 20
         t = PairTensors(self.x, self.weight, torch.empty(41, 50, 1, 1, 1))
         spec = PairSpec(stride=(1, stride, stride), padding=(0, 0, 1, 1, 1, 1))
-        self.call = library.Call(Problem.of(t, spec))
+        self.call = library.Launcher(Problem.of(t, spec))
         self.call.way = self.call.lib.Sums.winograd
         self.taps = self.call.problem.passes[0]
 
@@ -311,7 +311,7 @@ def test_winograd_is_chosen_where_it_pays() -> None:
         weight = torch.zeros(m, x[1], 1, 3, 3)
         t = PairTensors(torch.zeros(x), weight, torch.empty(1, m, 1, 1, 1))
         spec = PairSpec(stride=(1, stride, stride), padding=(0, 0, 1, 1, 1, 1))
-        call = library.Call(Problem.of(t, spec))
+        call = library.Launcher(Problem.of(t, spec))
         (taps, _), u = call.problem.passes, call.rows()
         return call.tap_conv(call.plain(t.x), weight, taps, u, call.epilogue())
 
@@ -335,10 +335,10 @@ def test_auto_takes_it_and_explain_says_so() -> None:
 
 def test_refusals_have_reasons() -> None:
     assert "float32 only, not in float64" in str(
-        cpu.why_not(problem(dtype=torch.float64), "forward")
+        cpu.BACKEND.why_not(problem(dtype=torch.float64), "forward")
     )
     mirrored = problem(padding_mode=("reflect", "zeros"))
-    assert "reflect" in str(cpu.why_not(mirrored, "backward"))
+    assert "reflect" in str(cpu.BACKEND.why_not(mirrored, "backward"))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_avx2_library_gives_the_same_numbers() -> None:
         "fuzz.fuzz('cpu', 15, limits, least=1.0)\n"
         "import test_cpu\n"
         "from fastst.backends.cpu import library\n"
-        "library.Call.sums = 'winograd'\n"
+        "library.Launcher.sums = 'winograd'\n"
         "test_cpu.winograd_fuzz(6)\n"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}

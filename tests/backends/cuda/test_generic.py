@@ -137,8 +137,8 @@ def test_depthwise_says_what_it_does_not_take(case: Problem, why: str) -> None:
 
 def test_auto_passes_over_what_would_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "emulating", lambda: False)
-    assert cuda.avoid(problem(), "forward") is None
-    assert "generic" in str(cuda.avoid(problem(channels=12), "forward"))
+    assert cuda.BACKEND.why_not_auto(problem(), "forward") is None
+    assert "generic" in str(cuda.BACKEND.why_not_auto(problem(channels=12), "forward"))
 
 
 @pytest.mark.parametrize(("frames", "blocks"), [(16, 1), (16, 100), (300, 49), (8, 4000), (1, 1)])

@@ -95,7 +95,7 @@ def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     library.load.cache_clear()
     try:
-        assert "FASTST_BUILD_CUDA=1" in str(cuda.why_not(on_gpu(), "forward"))
+        assert "FASTST_BUILD_CUDA=1" in str(cuda.BACKEND.why_not(on_gpu(), "forward"))
         with pytest.raises(ImportError, match="was not built"):
             library.library()
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fastst.backends import triton as backend
-from fastst.backends.triton import tiles
+from fastst.machine import gpu
 from tests.support.triton import DEVICE
 
 
@@ -22,7 +22,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large tiles: the interpreter pays by the program, not by the element."""
     if DEVICE == "cpu":
         assert backend.launch.interpreted()
-        monkeypatch.setattr(tiles, "processors", lambda capability: 1)
+        monkeypatch.setattr(gpu, "processors", lambda capability: 1)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastst
 from fastst.backends import triton as backend
+from fastst.backends.contract import PairBackward
 from fastst.backends.triton import gradient_tiles, tiles
 from fastst.functional import BatchNorm, conv2plus1d
 from fastst.machine import choices
@@ -157,8 +158,9 @@ def test_same_bits_every_time() -> None:
 
 def test_nothing_is_needed() -> None:
     problem, tensors = problem_of(Config())
-    y = backend.conv2plus1d(problem, tensors, True)
-    assert backend.conv2plus1d_backward(problem, tensors, [y.y], y.u, None, None, [False] * 9) == []
+    y = backend.BACKEND.conv2plus1d(problem, tensors, True)
+    call = PairBackward(problem, tensors, [y.y], y.u, None, None, [False] * 10)
+    assert not any(g is not None for g in backend.BACKEND.conv2plus1d_backward(call))
 
 
 @pytest.mark.parametrize("config", [
@@ -166,9 +168,9 @@ def test_nothing_is_needed() -> None:
 ])  # fmt: skip
 def test_every_way_is_right(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, _ = problem_of(config)
-    names = backend.ways(problem, "backward")
+    names = backend.BACKEND.candidates(problem, "backward")
     assert 2 <= len(names) <= 12
-    backend.trial(problem, "backward", names[-1])()
+    backend.BACKEND.candidate(problem, "backward", names[-1])()
     for way in names[:: len(names) - 1]:
         monkeypatch.setattr(
             choices, "choice", lambda b, p, phase, way=way: way if phase == "backward" else None
@@ -224,11 +226,11 @@ def step(config: Config, *, recompute: bool = False) -> list[tuple[list[str], Al
     problem, tensors = problem_of(config, recompute)
     dy = torch.empty_like(problem.empty_output(tensors.x))
     with watched() as forward:
-        result = backend.conv2plus1d(problem, tensors, save=True)
+        result = backend.BACKEND.conv2plus1d(problem, tensors, save=True)
     needs = [t is not None for t in tensors[:7]] + [False] * (len(tensors) - 7)
     with watched() as backward:
-        backend.conv2plus1d_backward(
-            problem, tensors, [dy], result.u, result.mean, result.var, needs
+        backend.BACKEND.conv2plus1d_backward(
+            PairBackward(problem, tensors, [dy], result.u, result.mean, result.var, needs)
         )
     return [forward, backward]
 

@@ -21,7 +21,7 @@ from fastst.backends import triton as backend
 from fastst.backends.triton import single, tiles
 from fastst.functional import conv2plus1d
 from fastst.machine import choices
-from fastst.problem.spec import PairSpec, PairTensors, Problem
+from fastst.problem.spec import PairSpec, PairTensors, Problem, in_execution_order
 from tests.support import fuzz
 from tests.support.fuzz import Config, Limits
 from tests.support.triton import DEVICE, forward, problem_of
@@ -90,12 +90,11 @@ def described(
 ) -> Problem:  # fmt: skip
     """A call on 8 clips, without its tensors."""
     c, m, k = channels
-    first, second = (m, c // groups), (k, m // groups)
-    if spec.get("order") == "temporal-first":
-        first, second = second, first
+    order = spec.get("order", "spatial-first")
+    first, second = in_execution_order(order, (1, *kernel[1:]), (kernel[0], 1, 1))
     tensors = PairTensors(*(
         torch.empty(shape, dtype=dtype, device="meta")
-        for shape in ((8, c, *size), (*first, 1, *kernel[1:]), (*second, kernel[0], 1, 1))
+        for shape in ((8, c, *size), (m, c // groups, *first), (k, m // groups, *second))
     ))  # fmt: skip
     padding = tuple(k // 2 for k in kernel for _ in range(2))
     return Problem.of(tensors, PairSpec(padding=padding, groups=(groups, groups), **spec))  # type: ignore[arg-type]
@@ -164,7 +163,7 @@ def test_one_kernel_only_where_nothing_of_the_mid_tensor_is_kept(launched: Count
     for recompute in (False, True):
         launched.clear()
         config = Config(dtype=torch.float16, norm="frozen", channels=3, out=4)
-        backend.conv2plus1d(*problem_of(config, recompute), save=True)
+        backend.BACKEND.conv2plus1d(*problem_of(config, recompute), save=True)
         assert launched["pair_conv"] == recompute
         assert launched["tap_conv"] == 2 * (not recompute)
 
@@ -196,7 +195,7 @@ def test_saved_tensors(norm: str, groups: tuple[int, int], order: str) -> None:
                dtype=torch.float64, size=(3, 4, 4), x_layout="channels_last")
     )  # fmt: skip
     with fuzz.poisoned():
-        ours = backend.conv2plus1d(problem, tensors, save=True)
+        ours = backend.BACKEND.conv2plus1d(problem, tensors, save=True)
     truth = reference.conv2plus1d(problem, tensors, save=True)
     for got, true in zip(ours[:4], truth[:4], strict=True):
         if true is None:
@@ -206,7 +205,7 @@ def test_saved_tensors(norm: str, groups: tuple[int, int], order: str) -> None:
         assert (got.shape, got.dtype, got.stride()) == (true.shape, true.dtype, true.stride())
         torch.testing.assert_close(got, true, rtol=1e-10, atol=1e-10)
     assert ours.u is not None and not ours.u[..., problem.mid_channels :].any()
-    again = backend.conv2plus1d(
+    again = backend.BACKEND.conv2plus1d(
         *problem_of(Config(mid=9, norm=norm, size=(2, 3, 3)), recompute=True), save=True
     )
     assert again.u is None
@@ -223,7 +222,7 @@ def test_training_mixes_with_another_backward() -> None:
         mock.patch.object(backend, "avoid", lambda problem, phase: None),
         mock.patch.object(backend, "why_not", refusing),
     ):
-        assert backend.why_not(problem_of(config)[0], "forward") is None
+        assert backend.BACKEND.why_not(problem_of(config)[0], "forward") is None
         got = fuzz.results(fuzz.call, config, tensors, dy)
     for name, true in truth.items():
         torch.testing.assert_close(got[name], true, rtol=1e-9, atol=1e-9, msg=name)
@@ -236,7 +235,7 @@ def test_statistics_do_not_cancel() -> None:
     assert t.spatial_bias is not None
     t = t._replace(spatial_bias=t.spatial_bias + 1e4)
     u = reference.conv_pass(t.x.double(), t.spatial_weight.double(), None, problem.passes[0])
-    ours = backend.conv2plus1d(problem, t, save=False)
+    ours = backend.BACKEND.conv2plus1d(problem, t, save=False)
     assert ours.var is not None
     true = u.var((0, 2, 3, 4), correction=0)
     # Adding 1e4 in float32 rounds each value by up to 1e4·2⁻²⁴; the mean does not enter.
@@ -246,7 +245,7 @@ def test_statistics_do_not_cancel() -> None:
 def test_many_partials_are_combined_in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "combine", lambda channels: (2, 4, 3))
     problem, t = problem_of(Config(norm="batch", dtype=torch.float64))
-    ours = backend.conv2plus1d(problem, t, save=False)
+    ours = backend.BACKEND.conv2plus1d(problem, t, save=False)
     truth = reference.conv2plus1d(problem, t, save=False)
     for got, true in zip(ours[:4], truth[:4], strict=True):
         if true is not None:
@@ -327,7 +326,7 @@ def test_nothing_is_written_outside(groups: int) -> None:
         mock.patch.object(Problem, "empty_output", lambda p, x: guarded(p.out_shape, x.dtype)),
         mock.patch.object(Tensor, "new_empty", new_empty),
     ):
-        result = backend.conv2plus1d(problem, tensors, save=True)
+        result = backend.BACKEND.conv2plus1d(problem, tensors, save=True)
     assert len(made) >= 6
     for flat in made:
         assert (flat[:band] == held).all() and (flat[-band:] == held).all()
@@ -355,12 +354,12 @@ def test_no_number_passes_through(bad: float, activation: str, groups: int) -> N
 def test_two_threads() -> None:
     config = Config(channels=5)
     problem, t = problem_of(config)
-    true = backend.conv2plus1d(problem, t, save=False).y
+    true = backend.BACKEND.conv2plus1d(problem, t, save=False).y
     wrong = []
 
     def run() -> None:
         for _ in range(3):
-            if not torch.equal(backend.conv2plus1d(problem, t, save=False).y, true):
+            if not torch.equal(backend.BACKEND.conv2plus1d(problem, t, save=False).y, true):
                 wrong.append(1)
 
     threads = [threading.Thread(target=run) for _ in range(2)]
@@ -377,7 +376,7 @@ def test_two_threads() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="about CPU tensors")
 def test_auto_never_interprets() -> None:
     problem, _ = problem_of(Config())
-    assert backend.why_not(problem, "forward") is None
+    assert backend.BACKEND.why_not(problem, "forward") is None
     assert dispatch.choose(problem, "forward", "auto") is not backend
     assert "by name" in (dispatch.reasons(problem)["triton"] or "")
 
@@ -385,16 +384,16 @@ def test_auto_never_interprets() -> None:
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, _ = problem_of(Config())
     assert "meta" in (
-        backend.why_not(replace(problem, device=torch.device("meta")), "forward") or ""
+        backend.BACKEND.why_not(replace(problem, device=torch.device("meta")), "forward") or ""
     )
     monkeypatch.setattr(backend.launch, "interpreted", lambda: False)
     monkeypatch.setattr(backend.launch, "capability", lambda device: (7, 5))
     on_gpu = replace(problem, device=torch.device("cuda", 0))
-    assert "8.0" in (backend.why_not(on_gpu, "forward") or "")
+    assert "8.0" in (backend.BACKEND.why_not(on_gpu, "forward") or "")
     if DEVICE == "cpu":
-        assert "TRITON_INTERPRET" in (backend.why_not(problem, "forward") or "")
+        assert "TRITON_INTERPRET" in (backend.BACKEND.why_not(problem, "forward") or "")
     monkeypatch.setattr(backend.launch, "found", lambda: (None, "needs a working Triton: …"))
-    assert "needs a working Triton" in (backend.why_not(on_gpu, "forward") or "")
+    assert "needs a working Triton" in (backend.BACKEND.why_not(on_gpu, "forward") or "")
 
 
 @pytest.mark.parametrize("config", [
@@ -405,9 +404,9 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 ])  # fmt: skip
 def test_every_way_is_right(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, _ = problem_of(config)
-    names = backend.ways(problem, "forward")
+    names = backend.BACKEND.candidates(problem, "forward")
     assert 1 <= len(names) <= 12
-    backend.trial(problem, "forward", names[-1])()
+    backend.BACKEND.candidate(problem, "forward", names[-1])()
     for way in names:
         monkeypatch.setattr(choices, "choice", lambda *key, way=way: way)
         forward(config)

@@ -55,6 +55,6 @@ def test_nothing_is_copied(
     problem = Problem.of(tensors, spec)
     with Operators() as operators:
         for save in (False, True):
-            backend.conv2plus1d(problem, tensors, save)
+            backend.BACKEND.conv2plus1d(problem, tensors, save)
     assert "new_empty" in operators.seen  # or nothing was seen
     assert operators.seen <= ALLOWED, operators.seen - ALLOWED

@@ -15,9 +15,11 @@ import torch
 from benchmarks import shapes
 from fastst import dispatch
 from fastst.backends import triton as backend
-from fastst.backends.triton import rehearsal, tiles
+from fastst.backends.triton import rehearsal
 from fastst.dispatch import selfcheck
-from fastst.problem.spec import Problem
+from fastst.machine import gpu
+from fastst.problem.examples import kind_of
+from fastst.problem.spec import PairProblem, Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,13 +67,13 @@ def test_compiles_what_the_call_compiles(
     problem = of(name, norm, layout)
     if problem is None:
         pytest.skip("no norm in this layer")
-    small = backend.rehearse(problem)
+    small = rehearsal.rehearse(problem)
     small.run(Problem.of(small.tensors, small.spec), small.tensors)
     check = Counter(launched)
     launched.clear()
     tensors, spec = rehearsal._tensors(problem, problem.passes, problem.batch, problem.size)
-    if problem.op == "conv2plus1d":
-        backend.conv2plus1d(problem, tensors, spec.norm == "batch")
+    if isinstance(problem, PairProblem):
+        backend.BACKEND.conv2plus1d(problem, tensors, spec.norm == "batch")
     else:
         backend.parallel_conv2plus1d(problem, tensors)
     assert set(check) <= set(launched), "the self-check compiles what the call does not need"
@@ -84,7 +86,7 @@ def test_is_little_work(name: str, layout: str, launched: Counter[Any]) -> None:
     """Under 50 ms on a GPU: launches of microseconds, and float64 on one core of a CPU."""
     problem = of(name, "batch", layout) or of(name, "frozen", layout)
     assert problem is not None
-    small = backend.rehearse(problem)
+    small = rehearsal.rehearse(problem)
     described = Problem.of(small.tensors, small.spec)
     small.run(described, small.tensors)
     assert sum(launched.values()) <= 7
@@ -95,10 +97,10 @@ def test_is_little_work(name: str, layout: str, launched: Counter[Any]) -> None:
 def of(name: str, norm: str, layout: str) -> Problem | None:
     case = CASES[name]
     problem = case.problem(torch.bfloat16)
-    if problem.op == "conv2plus1d":
-        if norm == "batch" and problem.spec.norm == "none":  # type: ignore[union-attr]
+    if isinstance(problem, PairProblem):
+        if norm == "batch" and problem.spec.norm == "none":
             return None
-        if problem.spec.norm != "none":  # type: ignore[union-attr]
+        if problem.spec.norm != "none":
             problem = replace(problem, spec=problem.spec._replace(norm=norm))
     elif norm == "batch":
         return None
@@ -118,7 +120,7 @@ def of(name: str, norm: str, layout: str) -> Problem | None:
 def test_finds_right_kernels_right_and_wrong_ones_wrong(
     order: str, norm: str, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "processors", lambda capability: 1)
+    monkeypatch.setattr(gpu, "processors", lambda capability: 1)
     case = replace(CASES["odd mid-45"], channels=(6, 12, 6), size=(3, 4, 4), order=order)
     problem = case.problem(torch.float16)
     spec = problem.spec._replace(
@@ -128,11 +130,11 @@ def test_finds_right_kernels_right_and_wrong_ones_wrong(
     problem = replace(
         problem, spec=spec, passes=passes, batch=1, channels_last=True, x_stride=(288, 1, 96, 24, 6)
     )
-    kind = selfcheck.problem_of(problem)
-    assert selfcheck.check("triton", kind, DEVICE, torch.float16, problem) is None
+    kind = kind_of(problem)
+    assert selfcheck.check(backend.BACKEND, kind, DEVICE, torch.float16, problem) is None
     taps = backend.arguments.taps
     monkeypatch.setattr(backend.arguments, "taps", lambda p: taps(p)._replace(before=(1, 1, 0)))
-    why = selfcheck.check("triton", kind, DEVICE, torch.float16, problem)
+    why = selfcheck.check(backend.BACKEND, kind, DEVICE, torch.float16, problem)
     assert why is not None and "is off by" in why
 
 
@@ -141,8 +143,8 @@ def test_auto_checks_the_problem_itself(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(selfcheck, "_verdicts", {})
     problem = CASES["odd mid-45"].problem(torch.float16)
     seen = []
-    monkeypatch.setattr(backend, "rehearse", lambda p: seen.append(p) or 1 / 0)
+    monkeypatch.setattr(rehearsal, "rehearse", lambda p: seen.append(p) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        selfcheck.why_broken("triton", problem)
+        selfcheck.why_broken(backend.BACKEND, problem, kind_of(problem))
     assert seen == [problem]
-    assert math.prod(problem.size) > 1000 and dispatch.BACKENDS["triton"] is backend
+    assert math.prod(problem.size) > 1000 and dispatch.BACKENDS["triton"] is backend.BACKEND

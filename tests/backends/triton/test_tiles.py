@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import floors, shapes
 from fastst.backends.triton import tiles
-from fastst.machine.gpu import round_up, shared_memory_limit
+from fastst.machine import gpu
 from tests.support import ROOT
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -35,7 +35,7 @@ def sure(channels: int, dtype: torch.dtype = torch.bfloat16) -> tiles.TapConfig:
 def test_columns_fit(channels: int, computed: int) -> None:
     """144 channels are computed as 128 + 16, not as 192 or 256; never more than 12% in vain."""
     config = sure(channels)
-    assert round_up(channels, config.columns) == computed
+    assert gpu.round_up(channels, config.columns) == computed
     assert computed <= 1.12 * channels
 
 
@@ -49,16 +49,15 @@ def test_padding_of_named_shapes(case: shapes.Case, capability: tuple[int, int])
         p.passes[0].in_channels,
         p.mid_shape[-1] if case.combine is None else case.channels[0],
     )
-    sizes = (p.mid_size, p.out_size)
-    for c, one, size in zip(channels, p.passes, sizes, strict=True):
+    for c, one, size in zip(channels, p.passes, p.pass_sizes, strict=True):
         positions, taps = p.batch * math.prod(size), math.prod(one.kernel)
         k = one.out_channels
         config = tiles.tap_conv(tiles.Sizes(positions, c, k, 1, taps, p.dtype, True, capability))
-        rows = round_up(positions, config.block_p)
-        columns = round_up(k, config.columns)
-        reduction = taps * round_up(c, config.block_k)
+        rows = gpu.round_up(positions, config.block_p)
+        columns = gpu.round_up(k, config.columns)
+        reduction = taps * gpu.round_up(c, config.block_k)
         if config.flat:
-            reduction = round_up(taps * c, config.block_k)
+            reduction = gpu.round_up(taps * c, config.block_k)
         padded = 2 * rows * columns * reduction
         assert padded <= 1.17 * one.flops(positions)
         assert columns <= 1.12 * k
@@ -71,7 +70,7 @@ def test_padding_of_the_stem_in_one_kernel() -> None:
     for capability in ((8, 0), (9, 0), (10, 0)):
         config = tiles.pair_conv(3, 45, 64, 49, torch.bfloat16, True, capability)
         assert config.mid_width(45) == 48
-        assert config.block_n == 64 and round_up(147, config.block_k) == 160
+        assert config.block_n == 64 and gpu.round_up(147, config.block_k) == 160
         assert (
             tiles.pair_conv(64, 144, 64, 9, torch.bfloat16, True, capability).mid_width(144) <= 160
         )
@@ -99,7 +98,7 @@ def test_candidates_are_few_and_fit(
         assert len(set(found)) == len(found)
         assert found[0] == tiles.tap_conv(sizes)
         for c in found:
-            assert tiles.shared_memory(c, dtype.itemsize) <= shared_memory_limit(capability)
+            assert tiles.shared_memory(c, dtype.itemsize) <= gpu.shared_memory_limit(capability)
             assert min(c.block_p, c.block_n, c.block_k) >= 16
             for block in (c.block_p, c.block_n, c.block_k, c.rest_n or 16):
                 assert block & (block - 1) == 0

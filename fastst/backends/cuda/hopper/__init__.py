@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....problem.spec import PairSpec, PairTensors, Problem
+from ....problem.spec import PairProblem, PairSpec, PairTensors
 from ...contract import PairResult
-from ..library import call, emulating
+from ..library import emulating, launching
 from . import weights
 from .backward import backward
 from .launches import (
@@ -36,18 +36,18 @@ EPILOGUES = ("none", "relu", "leaky_relu")
 DERIVATIVES = (*EPILOGUES, "silu")  # those that the epilogue of a gradient knows
 
 
-def why_not(problem: Problem) -> str | None:
+def why_not(problem: PairProblem) -> str | None:
     found = _why_neither(problem)
     if found is None and stem_why_not(problem) is not None:
         found = _why_not_dense(problem)
     return found
 
 
-def backward_why_not(problem: Problem) -> str | None:
+def backward_why_not(problem: PairProblem) -> str | None:
     found = why_not(problem)
     if found is not None:
         return found
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     spatial, temporal = problem.passes
     if spec.activation not in DERIVATIVES:
         return f"have the derivatives of {', '.join(DERIVATIVES)}, not of {spec.activation}"
@@ -62,10 +62,10 @@ def backward_why_not(problem: Problem) -> str | None:
     return found
 
 
-def _why_neither(problem: Problem) -> str | None:
+def _why_neither(problem: PairProblem) -> str | None:
     """What both the stem's and the other kernels need."""
     spec = problem.spec
-    if not isinstance(spec, PairSpec) or spec.order != "spatial-first":
+    if spec.order != "spatial-first":
         return "run a spatial and then a temporal convolution"
     device = problem.device
     if not emulating():
@@ -93,7 +93,7 @@ def _why_neither(problem: Problem) -> str | None:
     return None
 
 
-def _why_not_dense(problem: Problem) -> str | None:
+def _why_not_dense(problem: PairProblem) -> str | None:
     spatial, temporal = problem.passes
     if spatial.in_channels % ROW:
         return (
@@ -106,7 +106,7 @@ def _why_not_dense(problem: Problem) -> str | None:
     return _why_no_boxes(problem)
 
 
-def _why_no_boxes(problem: Problem) -> str | None:
+def _why_no_boxes(problem: PairProblem) -> str | None:
     """Why the copy engine cannot cut boxes out of x as it lies, or None: x is never copied."""
     n, c, *others = problem.x_stride
     t = others[0]
@@ -122,25 +122,26 @@ def _why_no_boxes(problem: Problem) -> str | None:
     return None
 
 
-def output_statistics(problem: Problem) -> bool:
+def output_statistics(problem: PairProblem) -> bool:
     """Whether y comes with its statistics: from the temporal kernel, not from that of the stem."""
     return why_not(problem) is None and stem_why_not(problem) is not None
 
 
 def _outer(spec: PairSpec, tensors: PairTensors) -> tuple[bool, dict[str, Any]]:
     """Whether the last epilogue takes in what ends a residual block, and its arguments."""
-    r, arguments = tensors.residual, {"shift": tensors.temporal_bias}
+    r = tensors.residual
+    arguments: dict[str, Any] = {"shift": tensors.second_bias}
     fits = spec.outer_activation in EPILOGUES
     if r is not None:  # read in pairs of channels, from pixels evenly apart
         even = all(s % 2 == 0 for s in (*r.stride()[2:], r.stride(0))) and r.data_ptr() % 4 == 0
         fits = fits and even and r.stride(1) == 1 and r.stride(3) == r.stride(4) * r.shape[4]
     if fits:
-        arguments |= {"residual": r, "activation": spec.outer_activation}  # type: ignore[dict-item]
+        arguments |= {"residual": r, "activation": spec.outer_activation}
     return fits, arguments
 
 
 def forward(
-    problem: Problem,
+    problem: PairProblem,
     tensors: PairTensors,
     save: bool,
     tiles: tuple[HopperTile, HopperTile] | None = None,
@@ -149,12 +150,12 @@ def forward(
     if stem_why_not(problem) is None:
         return _stem(problem, tensors, save)
     tile, temporal = tiles or (spatial_tile(problem), temporal_tile(problem))
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     keep = save and not spec.recompute
     m = problem.mid_channels
-    bs = tensors.spatial_bias
-    with call(problem) as k:
-        launches = Launches(k)
+    bs = tensors.first_bias
+    with launching(problem) as k:
+        launches = Launches(k, problem)
         x = rows_of(tensors.x)
         rows = x.new_empty(problem.mid_shape)
         u = rows.permute(0, 4, 1, 2, 3)
@@ -174,7 +175,7 @@ def forward(
             if prologue in EPILOGUES:
                 epilogue["activation"], prologue = prologue, "none"
         partials = launches.spatial(
-            x, tensors.spatial_weight, u, tile, statistics=spec.norm == "batch", **epilogue
+            x, tensors.first_weight, u, tile, statistics=spec.norm == "batch", **epilogue
         )
         if partials is not None:
             mean, var = k.combine_statistics(partials)
@@ -184,7 +185,7 @@ def forward(
         y = problem.empty_output(x)
         outer, epilogue = _outer(spec, tensors)
         partials = launches.temporal(
-            u[:, :m], tensors.temporal_weight, y, temporal, affine, prologue,
+            u[:, :m], tensors.second_weight, y, temporal, affine, prologue,
             statistics=spec.output_statistics, **epilogue,
         )  # fmt: skip
         last = (None, None) if partials is None else k.moments(partials)
@@ -193,14 +194,14 @@ def forward(
     return PairResult(y, rows if keep else None, mean, var, k.total, outer, *last)
 
 
-def _stem(problem: Problem, tensors: PairTensors, save: bool) -> PairResult:
+def _stem(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
     """u stays in registers; where it is kept, or counted, another launch computes it first."""
-    spec: PairSpec = problem.spec  # type: ignore[assignment]
+    spec = problem.spec
     keep, batch = save and not spec.recompute, spec.norm == "batch"
     mean, var, rows = tensors.mean, tensors.var, None
-    bias = tensors.spatial_bias
-    with call(problem) as k:
-        launches = Launches(k)
+    bias = tensors.first_bias
+    with launching(problem) as k:
+        launches = Launches(k, problem)
         if keep or batch:
             rows = tensors.x.new_empty(problem.mid_shape)
             u = rows.permute(0, 4, 1, 2, 3)

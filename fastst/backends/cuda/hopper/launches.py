@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....machine.gpu import round_up
-from ....problem.spec import PairTensors, Problem
+from ....problem.spec import PairProblem, PairTensors
 from ..depthwise import channels_last
-from ..library import Call, emulating
+from ..library import Launcher, emulating
 from . import gradient_tiles
 from . import tiles as configs_hopper
 from .gradient_tiles import Axis, GradientTile
@@ -44,7 +44,7 @@ class Gradient(NamedTuple):
     affine: Tensor | None = None  # (2, ⌈M/64⌉·64): p, q
 
 
-def stem_why_not(problem: Problem) -> str | None:
+def stem_why_not(problem: PairProblem) -> str | None:
     """Why the single kernel of the stem cannot run what the family can, or None."""
     spatial, temporal = problem.passes
     channels = spatial.in_channels, spatial.out_channels, temporal.out_channels
@@ -62,7 +62,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def spatial_tile(problem: Problem) -> HopperTile:
+def spatial_tile(problem: PairProblem) -> HopperTile:
     """Tile of the spatial pass."""
     p = problem.passes[0]
     return configs_hopper.spatial(
@@ -72,7 +72,7 @@ def spatial_tile(problem: Problem) -> HopperTile:
     )  # fmt: skip
 
 
-def temporal_tile(problem: Problem) -> HopperTile:
+def temporal_tile(problem: PairProblem) -> HopperTile:
     """Tile of the temporal pass."""
     p = problem.passes[1]
     return configs_hopper.temporal(
@@ -81,7 +81,7 @@ def temporal_tile(problem: Problem) -> HopperTile:
     )  # fmt: skip
 
 
-def spatial_gradient_tile(problem: Problem) -> GradientTile | None:
+def spatial_gradient_tile(problem: PairProblem) -> GradientTile | None:
     """Tile of the input gradient of the spatial pass; None where its taps lie too far apart."""
     p = problem.passes[0]
     h, w = (
@@ -91,12 +91,12 @@ def spatial_gradient_tile(problem: Problem) -> GradientTile | None:
     )  # fmt: skip
     return gradient_tiles.spatial_gradient(
         problem.batch * problem.size[0], h, w, problem.mid_shape[-1],
-        round_up(p.in_channels, ROW), 2 if problem.spec.norm == "batch" else 1,  # type: ignore[union-attr]
+        round_up(p.in_channels, ROW), 2 if problem.spec.norm == "batch" else 1,
         _processors(problem.device),
     )  # fmt: skip
 
 
-def temporal_gradient_tile(problem: Problem) -> HopperTile:
+def temporal_gradient_tile(problem: PairProblem) -> HopperTile:
     """Tile of the input gradient of the temporal pass."""
     p = problem.passes[1]
     return configs_hopper.temporal(
@@ -146,8 +146,8 @@ def affine_of(coefficients: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Launches:
-    def __init__(self, k: Call) -> None:
-        self.k, self.problem = k, k.problem
+    def __init__(self, k: Launcher, problem: PairProblem) -> None:
+        self.k, self.problem = k, problem
 
     def coefficients(self, scale: Tensor | None, shift: Tensor | None, columns: int) -> Tensor:
         """(2, columns): scale and shift, 1 and 0 where there is none; 0 for columns of padding."""
@@ -240,7 +240,7 @@ class Launches:
         g: Tensor,
         tile: HopperTile,
         u: Tensor | None,
-        coefficients: Tensor | None,  # (5, M), as of Call.norm_coefficients
+        coefficients: Tensor | None,  # (5, M), as of Launcher.norm_coefficients
         statistics: bool,
     ) -> Tensor | None:
         """Fills g, dv times the norm's scale; (2, M), Σdv and Σdv·(u − mean), where asked for."""
@@ -287,7 +287,7 @@ class Launches:
         """Fills u, or y where ``affine`` says what goes through the activation."""
         k, problem, spec = self.k, self.problem, self.problem.spec
         _, mid, most = STEM
-        ws, wt = tensors.spatial_weight[:, :, 0], tensors.temporal_weight.flatten(3)
+        ws, wt = tensors.first_weight[:, :, 0], tensors.second_weight.flatten(3)
         # (M, C, 7, 7) as (M, kh, kw, c) of 8 × 8 × 4
         rows = F.pad(ws, (0, 1, 0, 1, 0, 4 - ws.shape[1])).permute(0, 2, 3, 1)
         spatial = self._packed(rows.reshape(len(rows), -1, 1, 1), mid)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....machine.gpu import round_up
-from ....problem.spec import Pass, Problem
+from ....problem.spec import PairProblem, Pass
 from ..depthwise import channels_last
-from ..library import Call
+from ..library import Launcher
 from .launches import ROW, Gradient, Mid, _processors, evenly_framed, rows_of
 from .weight_tiles import Reach, WeightTile, weight_gradient
 
@@ -20,7 +20,7 @@ TAPS = 49  # most, of a kernel
 NARROW = 8  # channels of x, and taps of a row of its kernel, that make the 64 rows of a product
 
 
-def why_not(problem: Problem) -> str | None:
+def why_not(problem: PairProblem) -> str | None:
     """Why a problem that the forward kernels take has no weight gradients here."""
     spatial = problem.passes[0]
     if math.prod(spatial.kernel) > TAPS:
@@ -36,7 +36,7 @@ def is_narrow(p: Pass) -> bool:
     return p.in_channels <= NARROW and p.kernel[2] <= NARROW
 
 
-def spatial_tile(problem: Problem, sources: int) -> WeightTile | None:
+def spatial_tile(problem: PairProblem, sources: int) -> WeightTile | None:
     """Tile of dWs, with du made of so many tensors (0: stored)."""
     p = problem.passes[0]
     _, kh, kw = p.kernel
@@ -53,7 +53,7 @@ def spatial_tile(problem: Problem, sources: int) -> WeightTile | None:
     )  # fmt: skip
 
 
-def temporal_tile(problem: Problem, sources: int) -> WeightTile | None:
+def temporal_tile(problem: PairProblem, sources: int) -> WeightTile | None:
     """Tile of dWt, with z made of one tensor, or stored."""
     p = problem.passes[1]
     taps, stride = p.kernel[0], p.stride[0]
@@ -66,9 +66,9 @@ def temporal_tile(problem: Problem, sources: int) -> WeightTile | None:
     )  # fmt: skip
 
 
-def spatial(k: Call, x: Tensor, du: Gradient, weight: Tensor) -> Tensor:
+def spatial(k: Launcher, problem: PairProblem, x: Tensor, du: Gradient, weight: Tensor) -> Tensor:
     """dWs (M, C, 1, kh, kw) in the accumulation dtype, from x (N, C, T, H, W)."""
-    p = k.problem.passes[0]
+    p = problem.passes[0]
     m, c, _, kh, kw = weight.shape
     narrow = is_narrow(p)
     if narrow and c < NARROW:  # rows of 16 bytes
@@ -77,7 +77,7 @@ def spatial(k: Call, x: Tensor, du: Gradient, weight: Tensor) -> Tensor:
     coefficients = None
     if du.affine is not None:
         coefficients = torch.stack((torch.ones_like(du.affine[0]), du.affine[1], du.affine[0]))
-    tile = spatial_tile(k.problem, 0 if du.u is None else 2)
+    tile = spatial_tile(problem, 0 if du.u is None else 2)
     sums = _sums(k, du.g, du.u, x, p, tile, coefficients, "none", narrow)
     if narrow:
         taps = sums.view(kh, NARROW, NARROW, -1)[:, :kw, :c, :m]
@@ -87,17 +87,17 @@ def spatial(k: Call, x: Tensor, du: Gradient, weight: Tensor) -> Tensor:
 
 
 def temporal(
-    k: Call, z: Mid, dy: Tensor, weight: Tensor, biased: bool
+    k: Launcher, problem: PairProblem, z: Mid, dy: Tensor, weight: Tensor, biased: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dWt (K, M, kt, 1, 1) and, where asked for, Σdy (K,), in the accumulation dtype.
 
     dy (N, K, T', H, W) is channels-last.
     """
-    m, p = weight.shape[1], k.problem.passes[1]
+    m, p = weight.shape[1], problem.passes[1]
     coefficients = None
     if z.affine is not None:
         coefficients = torch.cat((z.affine, torch.zeros_like(z.affine[:1])))
-    tile = temporal_tile(k.problem, 0 if coefficients is None else 1)
+    tile = temporal_tile(problem, 0 if coefficients is None else 1)
     assert tile is not None
     sums, tap = None, _through(p)
     if biased and tap is not None:
@@ -118,7 +118,7 @@ def _through(p: Pass) -> int | None:
 
 
 def _sums(
-    k: Call,
+    k: Launcher,
     mid: Tensor,
     u: Tensor | None,
     other: Tensor,

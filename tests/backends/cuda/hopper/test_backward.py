@@ -17,15 +17,18 @@ import pytest
 import torch
 
 import fastst
+from fastst import dispatch
 from fastst.backends import cuda
+from fastst.backends.contract import Backend, PairBackward
 from fastst.backends.cuda import hopper as cuda_hopper
 from fastst.backends.cuda import library as native
-from fastst.backends.cuda.hopper import gradient_tiles, tiles
+from fastst.backends.cuda.hopper import examples, gradient_tiles, tiles
 from fastst.backends.cuda.hopper.gradient_tiles import Axis, GradientTile
 from fastst.backends.cuda.hopper.launches import Gradient, Launches
 from fastst.backends.cuda.hopper.tiles import HopperTile
+from fastst.backends.triton.tiles import round_up
 from fastst.dispatch import selfcheck
-from fastst.machine.gpu import round_up
+from fastst.problem.examples import pair_tensors
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from fastst.ranks import collectives
 from tests.support import fuzz, hopper, planted
@@ -48,11 +51,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     found: list[Problem] = []
     backward: Callable[..., object] = cuda_hopper.backward
 
-    def recorded(problem: Problem, *arguments: object) -> object:
-        found.append(problem)
-        return backward(problem, *arguments)
+    def recorded(call: PairBackward, *arguments: object) -> object:
+        found.append(call.problem)
+        return backward(call, *arguments)
 
-    monkeypatch.setattr(cuda_hopper, "backward", recorded)
+    for module in (cuda_hopper, examples):
+        monkeypatch.setattr(module, "backward", recorded)
     return found
 
 
@@ -176,9 +180,9 @@ def test_u_is_computed_again(
     kept: list[object] = []
     backward: Callable[..., object] = cuda_hopper.backward
 
-    def recorded(problem: Problem, tensors: object, dy: object, u: object, *rest: object) -> object:
-        kept.append(u)
-        return backward(problem, tensors, dy, u, *rest)
+    def recorded(call: PairBackward) -> object:
+        kept.append(call.u)
+        return backward(call)
 
     monkeypatch.setattr(cuda_hopper, "backward", recorded)
     config = Config(
@@ -203,7 +207,7 @@ def test_gradients_are_the_same_bits_on_every_run() -> None:
 def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the generic kernels, which other tests hold to float64; no bias is taken away here."""
     dtype = torch.float16
-    tensors = selfcheck._tensors(dtype, (1, 8, 2, 4, 5), (24, 8, 1, 3, 3), (8, 24, 3, 1, 1))
+    tensors = pair_tensors(dtype, (1, 8, 2, 4, 5), (24, 8, 1, 3, 3), (8, 24, 3, 1, 1))
     tensors = tensors._replace(mean=None, var=None)
     spec = PairSpec(padding=(1,) * 6, norm="batch", activation="silu")
     alone, together = (Problem.of(tensors, spec._replace(group=g)) for g in ("", "both"))
@@ -213,10 +217,11 @@ def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     # The other rank has as many values, and gradients of 0.
     monkeypatch.setattr(collectives, "pool_means", lambda sums, n, group: sums / (2 * n))
     rest = u, mean, var, [True] * 7 + [False] * 3
-    ours = cuda.conv2plus1d_backward(together, tensors, [dy], *rest)
+    ours = cuda.conv2plus1d_backward(PairBackward(together, tensors, [dy], *rest))
     monkeypatch.setattr(cuda_hopper, "backward_why_not", lambda problem: "are not asked")
-    truth = cuda.conv2plus1d_backward(together, tensors, [dy], *rest)
+    truth = cuda.conv2plus1d_backward(PairBackward(together, tensors, [dy], *rest))
     for got, true in zip(ours, truth, strict=True):
+        assert got is not None and true is not None
         error = (got.double() - true.double()).abs().max() / true.double().abs().max()
         assert error < 8 * torch.finfo(dtype).eps
 
@@ -232,7 +237,7 @@ def test_self_check_runs_the_backward(monkeypatch: pytest.MonkeyPatch, ran: list
     assert {(a.columns, a.blocks) for a, _, _ in trials} == set(gradient_tiles.TILES)
     monkeypatch.setattr(gradient_tiles, "trials", lambda: trials[2:3])
     cpu, half = torch.device("cpu"), torch.float16
-    assert selfcheck.check("cuda", "hopper backward", cpu, half) is None
+    assert selfcheck.check(cuda.BACKEND, "hopper backward", cpu, half) is None
     assert [p.spec.norm for p in ran] == ["batch", "frozen", "batch"]  # type: ignore[union-attr]
 
 
@@ -246,14 +251,14 @@ def test_self_check_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> N
     trial = GradientTile(64, 2, (1, 5, 7), 2, 2)
     trials = [(trial, HopperTile(64, 2, 4, (1, 4, 30), 1, 2, 2), (1, 1))]
     monkeypatch.setattr(gradient_tiles, "trials", lambda: trials)
-    found = selfcheck.check("cuda", "hopper backward", torch.device("cpu"), torch.float16)
+    found = selfcheck.check(cuda.BACKEND, "hopper backward", torch.device("cpu"), torch.float16)
     assert "of the largest gradient of x in its self-check" in str(found)
 
 
 def test_auto_waits_for_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    def broken(backend: str, problem: Problem, kind: str | None = None) -> str:
+    def broken(backend: Backend, problem: Problem, kind: str) -> str:
         asked.append(kind)
         return "is off by 1"
 
@@ -261,8 +266,10 @@ def test_auto_waits_for_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_hopper, "emulating", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(selfcheck, "why_broken", broken)
-    assert cuda.avoid(problem(), "backward") == "is off by 1"
-    assert "not of gelu" in str(cuda.avoid(problem(activation="gelu"), "backward"))
+    monkeypatch.setattr(cuda.BACKEND, "why_not", lambda *arguments: None)
+    assert dispatch.reasons(problem(), "backward")["cuda"] == "is off by 1"
+    gelu = problem(activation="gelu")
+    assert "not of gelu" in str(dispatch.reasons(gelu, "backward")["cuda"])
     assert asked == ["hopper backward"]
 
 
@@ -272,6 +279,8 @@ def test_auto_waits_for_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
 def problem(**spec: object) -> Problem:
     shapes = (1, 8, 3, 5, 5), (16, 8, 1, 3, 3), (8, 16, 3, 1, 1)
     last = torch.channels_last_3d
+    if spec.get("order") == "temporal-first":
+        shapes = shapes[0], (16, 8, 3, 1, 1), (8, 16, 1, 3, 3)
     tensors = PairTensors(*(torch.empty(s).half().to(memory_format=last) for s in shapes))
     fixed: dict[str, object] = {"padding": (1,) * 6}
     return Problem.of(tensors, PairSpec(**(fixed | spec)))  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import fastst
 from fastst import dispatch
 from fastst.backends import cuda
+from fastst.backends.contract import Backend
 from fastst.backends.cuda import hopper as cuda_hopper
 from fastst.backends.cuda import library
 from fastst.backends.cuda.hopper import tiles
@@ -26,7 +27,7 @@ from fastst.backends.cuda.hopper.tiles import SPATIAL_TILES, TEMPORAL_TILES, Hop
 from fastst.dispatch import selfcheck
 from fastst.functional import conv2plus1d
 from fastst.problem import activations
-from fastst.problem.spec import PairSpec, PairTensors, Problem
+from fastst.problem.spec import PairSpec, PairTensors, Problem, in_execution_order
 from tests.nn.test_outer_norm import reads_of_statistics
 from tests.support import fuzz, hopper
 from tests.support.fuzz import Config
@@ -162,7 +163,7 @@ def test_what_is_saved(norm: str, kind: str, ran: list[Problem]) -> None:
     pt, ph, pw = (1, 3, 3) if kind == "stem" else (1, 1, 1)
     spec = PairSpec(config.stride, (pt, pt, ph, ph, pw, pw), activation="silu", norm=norm)
     spec = spec._replace(output_statistics=kind == "dense")
-    assert cuda.output_statistics(Problem.of(arguments, spec)) == (kind == "dense")
+    assert cuda.BACKEND.gives_output_statistics(Problem.of(arguments, spec)) == (kind == "dense")
     with fuzz.poisoned():
         found = cuda.conv2plus1d(Problem.of(arguments, spec), arguments, True)
     assert len(ran) == 1 and found.u is not None
@@ -305,7 +306,7 @@ def test_activations_in_registers(ran: list[Problem], activation: str) -> None:
 
 
 def test_self_check_runs_every_instance(ran: list[Problem]) -> None:
-    assert selfcheck.check("cuda", "hopper", torch.device("cpu"), torch.float16) is None
+    assert selfcheck.check(cuda.BACKEND, "hopper", torch.device("cpu"), torch.float16) is None
     trials = tiles.trials()
     spatial = {(a.columns, a.groups, a.blocks) for a, _, _ in trials}
     temporal = {(b.columns, b.box[1], s) for _, b, s in trials}
@@ -323,18 +324,19 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the emulated kernels ran on a GPU, for whoever chooses among backends."""
     for module in (cuda, cuda_hopper):
         monkeypatch.setattr(module, "emulating", lambda: False)
+    monkeypatch.setattr(cuda.BACKEND, "why_not", lambda *arguments: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
 def test_auto_waits_for_the_self_check(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    def broken(backend: str, problem: Problem, kind: str | None = None) -> str:
+    def broken(backend: Backend, problem: Problem, kind: str) -> str:
         asked.append(kind)
         return "is off by 1"
 
     monkeypatch.setattr(selfcheck, "why_broken", broken)
-    assert cuda.avoid(problem(), "forward") == "is off by 1"
+    assert dispatch.reasons(problem())["cuda"] == "is off by 1"
     assert asked == ["hopper"]
 
 
@@ -349,9 +351,9 @@ def test_auto_takes_no_unchecked_kernel_into_a_graph(
     monkeypatch.setattr(selfcheck, "_key", lambda *arguments: "key")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     case = replace(problem(), device=torch.device("cuda", 0))
-    assert "has not been checked before this graph capture" in str(cuda.avoid(case, "forward"))
+    assert "has not been checked before this graph capture" in str(dispatch.reasons(case)["cuda"])
     monkeypatch.setattr(selfcheck, "_verdicts", {"key": ""})
-    assert cuda.avoid(case, "forward") is None
+    assert dispatch.reasons(case)["cuda"] is None
 
 
 # ---- refusals
@@ -367,7 +369,8 @@ def problem(
 ) -> Problem:
     kt, kh, kw = kernel
     g1, g2 = spec.get("groups", (1, 1))  # type: ignore[misc]
-    shapes = (1, channels, 3, 5, 5), (16, channels // g1, 1, kh, kw), (out, 16 // g2, kt, 1, 1)
+    taps = in_execution_order(str(spec.get("order", "")), (1, kh, kw), (kt, 1, 1))
+    shapes = (1, channels, 3, 5, 5), (16, channels // g1, *taps[0]), (out, 16 // g2, *taps[1])
     tensors = PairTensors(*(torch.empty(s, dtype=dtype).to(memory_format=layout) for s in shapes))
     return Problem.of(tensors, PairSpec(**({"padding": (1,) * 6} | spec)))  # type: ignore[arg-type]
 
@@ -421,7 +424,6 @@ def test_copies_nothing(
     found = cuda_hopper.why_not(laid_out(cut))
     assert found is None if why is None else why in str(found)
     monkeypatch.setattr(selfcheck, "why_broken", lambda *arguments: None)
-    monkeypatch.setattr(cuda, "why_not", lambda *arguments: None)
     told = dispatch.reasons(laid_out(cut))["cuda"]
     assert told is None if why is None else why in str(told)
 
@@ -433,7 +435,7 @@ def test_needs_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPat
     why = f"need compute capability 9.0 (Hopper), but cpu has {capability[0]}.{capability[1]}"
     assert cuda_hopper.why_not(problem()) == why
     monkeypatch.setattr(cuda, "emulating", lambda: False)
-    monkeypatch.setattr(cuda, "why_not", lambda *arguments: None)
+    monkeypatch.setattr(cuda.BACKEND, "why_not", lambda *arguments: None)
     assert why in str(dispatch.reasons(problem())["cuda"])  # which is what explain prints
 
 

@@ -9,10 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from fastst import dispatch
 from fastst.backends import cuda
 from fastst.backends.cuda import hopper as cuda_hopper
 from fastst.backends.cuda import library as native
 from fastst.backends.cuda.hopper import tiles
+from fastst.backends.cuda.hopper.examples import examples
 from fastst.dispatch import selfcheck
 from fastst.problem.spec import Problem
 from tests.support import fuzz, hopper, planted
@@ -135,10 +137,11 @@ def test_auto_passes_over_a_wrong_kernel(
     monkeypatch.setattr(native, "emulated", lambda: library)
     for module in (cuda, cuda_hopper):
         monkeypatch.setattr(module, "emulating", lambda: False)
+    monkeypatch.setattr(cuda.BACKEND, "why_not", lambda *arguments: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    spec, tensors, *_ = selfcheck._hopper_examples(torch.float16)[0]
+    spec, tensors, *_ = examples("hopper", torch.float16)[0]
     problem = Problem.of(tensors, spec)
     with pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'cuda'"):
-        why = cuda.avoid(problem, "forward")
+        why = dispatch.reasons(problem)["cuda"]
     assert why is not None and "in its self-check" in why
-    assert cuda.avoid(problem, "forward") == why
+    assert dispatch.reasons(problem)["cuda"] == why

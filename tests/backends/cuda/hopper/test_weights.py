@@ -108,14 +108,14 @@ def check(case: Case) -> None:
     affine[:, : case.mid] = torch.stack((p, q))
     g, u = case.rows(problem, 1), case.rows(problem, 2)
     dy = case.numbers((case.batch, case.out, *problem.out_size))
-    with library.call(problem) as k:
+    with library.launching(problem) as k:
         if case.made:
             du, z = Gradient(g, u, affine), Mid(u, affine, case.activation)
         else:
             du, z = Gradient(g), Mid(u, None, "none")
         found = (
-            weights.spatial(k, t.x, du, t.spatial_weight),
-            *weights.temporal(k, z, dy, t.temporal_weight, biased=True),
+            weights.spatial(k, problem, t.x, du, t.first_weight),
+            *weights.temporal(k, problem, z, dy, t.second_weight, biased=True),
         )
     g, u = (rows[:, : case.mid].double() for rows in (g, u))
     if case.made:
@@ -123,10 +123,8 @@ def check(case: Case) -> None:
         g, u = g + affine_u, affine_u.relu() if case.activation == "relu" else affine_u
     (st, sh, sw), (pt, ph, pw), (dt, dh, dw) = case.stride, case.padding, case.dilation
     truth = (
-        conv3d_weight(
-            t.x.double(), t.spatial_weight.shape, g, (1, sh, sw), (0, ph, pw), (1, dh, dw)
-        ),
-        conv3d_weight(u, t.temporal_weight.shape, dy.double(), (st, 1, 1), (pt, 0, 0), (dt, 1, 1)),
+        conv3d_weight(t.x.double(), t.first_weight.shape, g, (1, sh, sw), (0, ph, pw), (1, dh, dw)),
+        conv3d_weight(u, t.second_weight.shape, dy.double(), (st, 1, 1), (pt, 0, 0), (dt, 1, 1)),
         dy.double().sum((0, 2, 3, 4)),
     )
     for name, got, true in zip(("spatial", "temporal", "bias"), found, truth, strict=True):

@@ -1,0 +1,222 @@
+"""The ``fastst::`` operators: schema, fake, implementation.
+
+Each public function has one op that only computes (inference), one that also returns what backward
+needs, and a backward op; all opaque to the compiler and all of them pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..backends.contract import Gradients, PairBackward, apply_ending
+from ..problem import slicing
+from ..problem.spec import PairProblem, PairSpec, PairTensors
+from . import batch_slices
+from .schema import (
+    PAIR,
+    PAIR_SPEC,
+    PAIR_TENSORS,
+    PARALLEL,
+    PARALLEL_SPEC,
+    PARALLEL_TENSORS,
+    pair_arguments,
+    parallel_arguments,
+)
+
+_library = torch.library.Library("fastst", "DEF")
+
+
+def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args: Any) -> Any:
+        return without_autocast(args[0].device.type, implementation, *args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastst::{name}", fake, lib=_library)
+
+
+def without_autocast(device: str, implementation: Callable[..., Any], *args: Any) -> Any:
+    """Kernels see the dtypes that functional decided on, and nothing records their insides."""
+    if torch.is_autocast_enabled(device):
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return implementation(*args)
+    if not torch.is_grad_enabled():
+        return implementation(*args)
+    with torch.no_grad():
+        return implementation(*args)
+
+
+def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, PairProblem, str]:
+    """
+    Raises:
+        ValueError: a residual or an outer activation, which have no backward here.
+    """
+    tensors, spec, problem, backend = pair_arguments(args)
+    if problem.residual or spec.outer_activation != "none":
+        raise ValueError("conv2plus1d_train: requires no residual and no outer activation")
+    return tensors, spec, problem, backend
+
+
+def _apart(results: Sequence[Tensor]) -> list[Tensor]:
+    """What an op returns must share no memory: rows that a kernel wrote to one table do."""
+    seen: set[int] = set()
+    apart = []
+    for t in results:
+        storage = t.untyped_storage()._cdata
+        apart.append(t.clone() if storage in seen else t)
+        seen.add(storage)
+    return apart
+
+
+def _as_laid_out(
+    grads: Gradients, tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients that are needed, each in the shape, dtype and strides of its tensor."""
+    out = []
+    for grad, t, needed in zip(grads, tensors, needs, strict=False):
+        if not needed:
+            continue
+        assert grad is not None and t is not None
+        if grad.dtype != t.dtype or grad.stride() != t.stride():
+            like = torch.empty_like(t, device="meta")  # whose strides differ where t is not dense
+            if grad.dtype != like.dtype or grad.stride() != like.stride():
+                grad = torch.empty_like(t).copy_(grad)
+        out.append(grad)
+    return _apart(out)
+
+
+# ---- conv2plus1d
+
+
+def _conv2plus1d(*args: Any) -> Tensor:
+    tensors, _, problem, backend = pair_arguments(args)
+    result = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, False)
+    return apply_ending(result, problem, tensors)
+
+
+def _conv2plus1d_fake(*args: Any) -> Tensor:
+    return pair_arguments(args)[2].empty_output(args[0])
+
+
+def results_of(spec: PairSpec) -> tuple[bool, ...]:
+    """Which of y, u, batch_mean, batch_var, batch_count, out_mean and out_var there are."""
+    batch, out = spec.norm == "batch", spec.output_statistics
+    return True, not spec.recompute, batch, batch, spec.group != "", out, out
+
+
+def _conv2plus1d_train(*args: Any) -> list[Tensor]:
+    tensors, spec, problem, backend = _trained_pair(args)
+    r = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
+    results = (r.y, r.u, r.mean, r.var, r.total, r.out_mean, r.out_var)
+    asked = [t for t, there in zip(results, results_of(spec), strict=True) if there]
+    return _apart(asked)  # type: ignore[arg-type]  # as the contract says
+
+
+def _conv2plus1d_train_fake(*args: Any) -> list[Tensor]:
+    _, spec, problem, _ = _trained_pair(args)
+    x: Tensor = args[0]
+
+    def statistics(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=problem.accumulate_dtype)
+
+    m, k = problem.mid_channels, problem.out_channels
+    _, kept, batch, _, several, out, _ = results_of(spec)
+    return [
+        problem.empty_output(x), *([x.new_empty(problem.mid_shape)] if kept else []),
+        *([statistics(m), statistics(m)] if batch else []), *([statistics()] if several else []),
+        *([statistics(k), statistics(k)] if out else []),
+    ]  # fmt: skip
+
+
+def _conv2plus1d_backward(
+    dy: Tensor, u: Tensor | None, batch_mean: Tensor | None, batch_var: Tensor | None, *args: Any
+) -> list[Tensor]:
+    return pair_gradients([dy], u, batch_mean, batch_var, *args)
+
+
+def pair_gradients(
+    dy_owner: list[Tensor], u: Tensor | None, mean: Tensor | None, var: Tensor | None, *args: Any
+) -> list[Tensor]:
+    """``conv2plus1d_backward`` of the dy in a list, which is emptied once nothing reads dy."""
+    *args, needs = args  # type: ignore[assignment]
+    tensors, spec, problem, backend = _trained_pair(args)
+    chosen = dispatch.choose(problem, "backward", backend)
+    call = PairBackward(problem, tensors, dy_owner, u, mean, var, needs)
+    if spec.recompute and chosen.mid_tensors_alive is not None:
+        count = slicing.count(problem, chosen.mid_tensors_alive(problem))
+        if count > 1:
+            grads = batch_slices.gradients(
+                lambda p: dispatch.choose(p, "backward", backend), count, call
+            )
+            return _as_laid_out(grads, tensors, needs)
+    return _as_laid_out(chosen.conv2plus1d_backward(call), tensors, needs)
+
+
+def _conv2plus1d_backward_fake(
+    dy: Tensor, u: Tensor | None, batch_mean: Tensor | None, batch_var: Tensor | None, *args: Any
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t, n in zip(args[:PAIR], args[-1], strict=False) if n]
+
+
+_register(
+    f"conv2plus1d({PAIR_TENSORS}, {PAIR_SPEC}, str backend) -> Tensor",
+    _conv2plus1d,
+    _conv2plus1d_fake,
+)
+_register(
+    f"conv2plus1d_train({PAIR_TENSORS}, {PAIR_SPEC}, str backend) -> Tensor[]",
+    _conv2plus1d_train,
+    _conv2plus1d_train_fake,
+)
+_register(
+    "conv2plus1d_backward(Tensor dy, Tensor? u, Tensor? batch_mean, Tensor? batch_var, "
+    f"{PAIR_TENSORS}, {PAIR_SPEC}, str backend, bool[] needs) -> Tensor[]",
+    _conv2plus1d_backward,
+    _conv2plus1d_backward_fake,
+)
+
+
+# ---- parallel_conv2plus1d
+
+
+def _parallel_conv2plus1d(*args: Any) -> Tensor:
+    tensors, _, problem, backend = parallel_arguments(args)
+    run = dispatch.choose(problem, "forward", backend).parallel_conv2plus1d
+    assert run is not None  # else it had been refused
+    return run(problem, tensors)
+
+
+def _parallel_conv2plus1d_fake(*args: Any) -> Tensor:
+    return parallel_arguments(args)[2].empty_output(args[0])
+
+
+def _parallel_conv2plus1d_backward(dy: Tensor, *args: Any) -> list[Tensor]:
+    *args, needs = args  # type: ignore[assignment]
+    tensors, _, problem, backend = parallel_arguments(args)
+    run = dispatch.choose(problem, "backward", backend).parallel_conv2plus1d_backward
+    assert run is not None  # else it had been refused
+    return _as_laid_out(run(problem, tensors, dy, needs), tensors, needs)
+
+
+def _parallel_conv2plus1d_backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
+    return [torch.empty_like(t) for t, n in zip(args[:PARALLEL], args[-1], strict=False) if n]
+
+
+_register(
+    f"parallel_conv2plus1d({PARALLEL_TENSORS}, {PARALLEL_SPEC}, str backend) -> Tensor",
+    _parallel_conv2plus1d,
+    _parallel_conv2plus1d_fake,
+)
+_register(
+    f"parallel_conv2plus1d_backward(Tensor dy, {PARALLEL_TENSORS}, {PARALLEL_SPEC}, "
+    "str backend, bool[] needs) -> Tensor[]",
+    _parallel_conv2plus1d_backward,
+    _parallel_conv2plus1d_backward_fake,
+)
