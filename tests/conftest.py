@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 import fastst
 from fastst.backends.cuda import library
 from tests.support import fuzz
+from tests.support.ranks import Ranks
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,6 +61,13 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     return library.library()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(autouse=True)

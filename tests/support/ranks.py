@@ -1,4 +1,4 @@
-"""Two processes that talk over gloo, started once and handed functions to run."""
+"""Two processes that talk over gloo, handed functions to run; and a network for them to share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastst
 
 SIZE = 2
+DTYPE = torch.float64
+TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 _TIMEOUT = 60  # seconds: a test in which ranks wait for each other in vain must end
 
 
@@ -77,3 +83,57 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
         except Exception:
             pipe.send((True, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+class Network(nn.Module):
+    """A residual network with every kind of layer that reaches across time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pair = {"norm": "batch", "bias": False}
+        self.stem = nn.Conv3d(3, 6, (3, 3, 3), (1, 2, 2), 1, bias=False)
+        self.norm = nn.BatchNorm3d(6)
+        self.pool = nn.MaxPool3d(3, (2, 1, 1), 1)
+        self.body = fastst.Conv2Plus1d(6, 8, 3, 2, 1, **pair)
+        self.shortcut = nn.Conv3d(6, 8, 1, 2, bias=False)
+        self.cross = fastst.ParallelConv2Plus1d(8, 8, 3, 1, 1, branch_norm="batch", norm="batch")
+        self.head = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.norm(self.stem(x)).relu())
+        x = F.relu(self.body(x) + self.shortcut(x))
+        return self.head(self.cross(x))
+
+
+def batch(n: int = 4, frames: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 3, frames, 8, 7, generator=generator, dtype=DTYPE)
+    return x, torch.randint(5, (n,), generator=generator)
+
+
+def network() -> Network:
+    torch.manual_seed(2)
+    return Network().to(DTYPE)
+
+
+def step(model: nn.Module, x: Tensor, target: Tensor) -> None:
+    F.cross_entropy(model(x), target).backward()
+
+
+def whole_run(x: Tensor, target: Tensor) -> Network:
+    """One process on everything: gradients and running statistics to compare with."""
+    model = network()
+    step(model, x, target)
+    return model
+
+
+def assert_same_step(model: nn.Module, whole: nn.Module) -> None:
+    got, want = dict(model.named_parameters()), dict(whole.named_parameters())
+    assert got.keys() == want.keys()
+    for name, p in want.items():
+        grad = got[name].grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        torch.testing.assert_close(grad, p.grad, **TIGHT, msg=lambda m, n=name: f"{n}: {m}")
+    for name, b in whole.named_buffers():
+        got_b = dict(model.named_buffers())[name]
+        torch.testing.assert_close(got_b, b, **TIGHT, msg=lambda m, n=name: f"{n}: {m}")
