@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +54,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     Raises:
         ValueError: nothing in the module is an operation of fastst.
     """
-    with selection.recording() as calls, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", selection.FallbackWarning)
+    with selection.recording(quietly=True) as calls, torch.no_grad():
         buffers = {n: b.clone() for n, b in module.named_buffers()}
         torch.func.functional_call(module, buffers, (x,))
     if not calls:
@@ -91,6 +89,7 @@ def _text(call: Decision) -> str:
         )
         after += ["statistics for the batch norm after it"] * p.spec.output_statistics
         lines[0] += f", then {' and '.join(after)}" if after else ""
-    lines.append(f"  {call.phase}: {call.chosen}")
+    own = ", PyTorch's own convolutions" if call.chosen == "aten" else ""
+    lines.append(f"  {call.phase}: {call.chosen}{own}")
     lines += [f"    not {name}: {why}" for name, why in _reasons(call, call.phase).items()]
     return "\n".join(lines)

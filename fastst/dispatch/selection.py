@@ -53,6 +53,7 @@ def _known(name: str) -> str:
 _requested = _known(os.environ.get("FASTST_BACKEND", "auto"))
 _warned: set[str] = set()
 _recorders: list[list[Decision]] = []
+_quiet = 0  # how many recordings want no warning
 
 
 def requested() -> str:
@@ -91,14 +92,20 @@ class use_backend:
 
 
 @contextmanager
-def recording() -> Iterator[list[Decision]]:
-    """Collect the decisions that are made within the block, process-wide."""
+def recording(quietly: bool = False) -> Iterator[list[Decision]]:
+    """Collect the decisions that are made within the block, process-wide.
+
+    ``quietly``: what is slow neither warns nor is an error meanwhile.
+    """
+    global _quiet
     calls: list[Decision] = []
     _recorders.append(calls)
+    _quiet += quietly
     try:
         yield calls
     finally:
         _recorders[:] = [r for r in _recorders if r is not calls]
+        _quiet -= quietly
 
 
 def _record(*call: object) -> None:
@@ -159,6 +166,7 @@ def _choose(problem: Problem, phase: Phase, name: str) -> Backend:
         return BACKENDS[name]
     refusals: list[str] = []
     device = problem.device.type
+    slow = device == "cuda"
     for candidate in AUTO:
         backend = BACKENDS[candidate]
         # Tensors elsewhere it takes at most in an emulation, for who names it.
@@ -166,10 +174,15 @@ def _choose(problem: Problem, phase: Phase, name: str) -> Backend:
             continue
         why = _why_not_auto(backend, problem, phase)
         if why is None:
-            if candidate == AUTO[-1] and device == "cuda":
-                # On a CPU the last is the fast one; on a GPU it means that no kernel runs.
-                _say_slow(f"{problem.op} runs its {phase} on {candidate!r}: {'; '.join(refusals)}")
+            if candidate == AUTO[-1] and slow and refusals:
+                _say_slow(
+                    f"{problem.op} runs its {phase} on PyTorch's own convolutions ({candidate!r})",
+                    "; ".join(refusals),
+                )
             return backend
+        # On a CPU they are the fast ones where kernels are passed over, or where an op has none.
+        offered = getattr(backend, problem.op) is not None
+        slow = slow or (offered and _why_not(backend, problem, phase) is not None)
         refusals.append(f"{candidate!r} {why}")
     raise BackendError(f"{problem.op}: no backend can run the {phase}: {'; '.join(refusals)}")
 
@@ -198,17 +211,20 @@ def fall_back(what: str, why: str) -> None:
     Raises:
         BackendError: under ``FASTST_STRICT=1``, or where a backend was asked for by name.
     """
-    message = f"{what} runs as separate PyTorch operators: {why}"
+    composed = f"{what} runs as separate PyTorch operators"
     record_composed(what, why)
     if _requested != "auto":
-        raise BackendError(f"{message} (refused, as backend {_requested!r} was asked for)")
-    _say_slow(message)
+        raise BackendError(f"{composed}: {why} (refused, as backend {_requested!r} was asked for)")
+    _say_slow(composed, why)
 
 
-def _say_slow(message: str) -> None:
+def _say_slow(what: str, why: str) -> None:
+    """Warn once of each reason."""
+    if _quiet:
+        return
     if strict():
-        raise BackendError(f"{message} (refused under FASTST_STRICT=1)")
-    _warn_once(message)
+        raise BackendError(f"{what}: {why} (refused under FASTST_STRICT=1)")
+    _warn_once(f"{what}: {why}", why)
 
 
 def record_composed(what: str, why: str) -> None:
@@ -216,9 +232,9 @@ def record_composed(what: str, why: str) -> None:
     _record(what, None, "forward", "composed", why)
 
 
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
+def _warn_once(message: str, reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
         warnings.warn(message, FallbackWarning, stacklevel=5)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastst
 from fastst import dispatch
 from fastst.backends import aten, cpu
+from fastst.dispatch import selection
 from fastst.functional import conv2plus1d
 
 
@@ -42,7 +43,7 @@ def foreign() -> fastst.Conv2Plus1d:
 
 @pytest.fixture(autouse=True)
 def _unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.selection, "_warned", set())
+    monkeypatch.setattr(selection, "_warned", set())
 
 
 def test_use_backend_within_a_block() -> None:
@@ -173,6 +174,100 @@ def test_what_works_does_not_warn() -> None:
             layer = fastst.Conv2Plus1d(2, 4, 3, padding=1, norm=norm)
             layer(torch.randn(2, 2, 3, 4, 4)).sum().backward()
             layer.eval()(torch.randn(2, 2, 3, 4, 4))
+
+
+# ---- PyTorch's own convolutions on a CPU
+
+NOT_BUILT = "needs the native library, which was not built (no compiler was found)"
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "load", lambda: NOT_BUILT)
+
+
+@pytest.mark.usefixtures("no_library")
+def test_a_cpu_without_its_library_says_so_once() -> None:
+    layer = fastst.Conv2Plus1d(2, 4, 3, padding=1, norm="batch")
+    x = torch.randn(2, 2, 3, 4, 4, requires_grad=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer(x).sum().backward()
+        layer.eval()(x)
+        fastst.Conv2Plus1d(2, 2, 3, padding=1)(x)
+    (warning,) = caught
+    assert warning.category is fastst.FallbackWarning
+    assert str(warning.message) == (
+        "conv2plus1d runs its forward on PyTorch's own convolutions ('aten'): 'cpu' " + NOT_BUILT
+    )
+
+
+@pytest.mark.usefixtures("no_library")
+def test_strict_refuses_them_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTST_STRICT", "1")
+    with pytest.raises(fastst.BackendError, match=r"no compiler was found.*FASTST_STRICT=1"):
+        call()
+    with fastst.use_backend("aten"):  # who asks for them gets them
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_without_kernels_for_the_cpu_say_so(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = fastst.Conv2Plus1d(2, 4, 3, padding=1).to(dtype)
+    x = torch.randn(1, 2, 3, 4, 4, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    if FIRST == "cpu":
+        told = f"'cpu' computes in float32 only, not in {name}"
+        with pytest.warns(fastst.FallbackWarning, match=told):
+            layer(x)
+        assert f"not in {name}" in fastst.explain(layer, x).reasons["cpu"]
+    monkeypatch.setenv("FASTST_STRICT", "1")
+    with pytest.raises(fastst.BackendError, match="FASTST_STRICT=1"):
+        layer(x)
+
+
+def test_an_op_without_kernels_for_the_cpu_is_not_slow_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch's convolutions, seen as 4D ones, are what this library has for it."""
+    monkeypatch.setenv("FASTST_STRICT", "1")
+    layer, x = fastst.ParallelConv2Plus1d(2, 4, 3, padding=1), torch.randn(1, 2, 3, 4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+    assert fastst.explain(layer, x).reasons["cpu"] == "has no parallel_conv2plus1d"
+
+
+def test_what_is_left_to_them_because_they_are_faster_is_not_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "load", lambda: cpu)
+    monkeypatch.setenv("FASTST_STRICT", "1")
+    layer = fastst.Conv2Plus1d(4, 4, 3, padding=1, mid_channels=4, groups=(2, 2))
+    x = torch.randn(1, 4, 3, 4, 4)
+    found = fastst.explain(layer, x)
+    assert found.backend == "aten" and "slow with fewer than" in found.reasons["cpu"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+
+
+@pytest.mark.usefixtures("no_library")
+def test_explain_explains_what_strict_refuses_and_keeps_the_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, x = fastst.Conv2Plus1d(2, 4, 3, padding=1), torch.randn(1, 2, 3, 4, 4)
+    monkeypatch.setenv("FASTST_STRICT", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fastst.explain(layer, x)
+    assert found.backend == "aten" and found.reasons["cpu"] == NOT_BUILT
+    assert "forward: aten, PyTorch's own convolutions" in str(found)
+    monkeypatch.setenv("FASTST_STRICT", "0")
+    with pytest.warns(fastst.FallbackWarning, match="no compiler was found"):
+        layer(x)
 
 
 # ---- explain

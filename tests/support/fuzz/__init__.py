@@ -24,11 +24,12 @@ from .rule import (
     results,
     scales,
 )
-from .truth import act, compose
+from .truth import act, compose, first_pass
 from .values import clear_of_kinks, lay_out, make
 
 __all__ = [
     "ACTIVATIONS", "CASES", "Config", "DTYPES", "KINKS", "LAYOUTS", "Limits", "NAMES", "SEED",
-    "SMALL", "act", "call", "check", "clear_of_kinks", "complaints", "compose", "error", "fuzz",
+    "SMALL", "act", "call", "check", "clear_of_kinks", "complaints", "compose", "error",
+    "first_pass", "fuzz",
     "hold", "lay_out", "make", "no_rounding", "poisoned", "random_config", "results", "scales",
 ]  # fmt: skip
