@@ -9,12 +9,13 @@ SETUP := $(VENV)/.setup
 DEMO := $(VENV)/.demo
 NATIVE := $(shell find csrc emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo train-demo test lint format static soak bench gpu wheel docs clean
+.PHONY: help setup demo train-demo check test lint format static soak bench gpu wheel docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    a real network on a real clip, before and after conversion (ARGS="--help")'
 	@echo 'make train-demo  two networks on clips that only the order of frames tells apart'
+	@echo 'make check   lint and the first case of every quick test: a minute'
 	@echo 'make test    all tests (ARGS passes options to pytest)'
 	@echo 'make lint    ruff, mypy, the import contract, clang-format;  make format  rewrites'
 	@echo 'make static  compiles every kernel without a GPU and inspects the machine code'
@@ -58,6 +59,9 @@ train-demo: $(SETUP)
 # One thread per worker: two workers share two cores without oversubscription.
 test: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: lint $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --quick $(ARGS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

@@ -57,11 +57,13 @@ def without_synchronised_norms(rank: int) -> None:
         assert_same_step(model, whole_run(x, target))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convert", [False, True])
 def test_ddp_gradients_and_statistics_equal_one_process(ranks: Ranks, convert: bool) -> None:
     ranks.run(ddp, convert)
 
 
+@pytest.mark.slow
 def test_fsdp_gradients_and_statistics_equal_one_process(ranks: Ranks) -> None:
     ranks.run(fsdp)
 

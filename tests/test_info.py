@@ -57,6 +57,7 @@ def test_survives_a_broken_torch(command: str, tmp_path: Path) -> None:
     assert f"broken: OSError: {message}" in text
 
 
+@pytest.mark.slow
 def test_survives_much_else_at_once(tmp_path: Path) -> None:
     """Packages that are half installed, that end the process, and an unknown backend."""
     pytest.importorskip("av")

@@ -29,6 +29,7 @@ def weights(
 # ---- 64 bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("axis", range(5))
 def test_strides_beyond_2_31(backend: str, axis: int) -> None:
@@ -67,6 +68,7 @@ def test_sizes_and_work_beyond_2_31_are_python_integers() -> None:
     assert math.prod(problem.mid_shape) == 2**32
 
 
+@pytest.mark.slow
 def test_more_than_65535_channels_and_frames() -> None:
     """Grid limits of GPUs in y and z; sizes that are cheap when depthwise."""
     channels = 2**16 + 3

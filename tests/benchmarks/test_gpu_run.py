@@ -23,6 +23,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.slow
 def test_dry_run_goes_through_every_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +63,7 @@ def run(
     return status, json.loads((out / "record.json").read_text())
 
 
+@pytest.mark.slow
 def test_one_wrong_stage_makes_the_run_wrong_and_the_rest_still_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -75,6 +77,7 @@ def test_one_wrong_stage_makes_the_run_wrong_and_the_rest_still_runs(
     assert "WRONG" in (tmp_path / "summary.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_ended_with_its_children(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_every_peer_and_this_library_agree_with_float64(case: Case, mode: str) -
         assert {"eager mid/8", "4D mid/64", "eager channels-last mid/64"} <= names
 
 
+@pytest.mark.slow
 def test_a_compiled_peer_is_compiled() -> None:
     rows = layers.unit(LAYER1.tiny(), "inference", ["fp32"], options(level="compiled", timed=False))
     compiled = [r for r in rows if "compiled default" in r["contender"]]
@@ -174,6 +175,7 @@ def test_a_broken_kernel_is_a_fault_and_an_unsupported_call_is_not(
     assert row["cannot"].startswith("BackendError")
 
 
+@pytest.mark.slow
 def test_refused_rows_make_the_run_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def nothing(problem: Any, tensors: Any, save: bool) -> Any:
         from fastst.backends.contract import PairResult
@@ -293,6 +295,7 @@ def test_training_holds_what_the_library_promises() -> None:
     assert held["fastst auto recompute"] <= 0.2 * held["eager"]
 
 
+@pytest.mark.slow
 def test_ceilings_are_measured() -> None:
     found = measure.ceilings(CPU, ["fp32"], dry=True)
     assert found["copy_gbs"] > 0
@@ -314,6 +317,7 @@ def test_largest_finds_the_last_that_fits(limit: int) -> None:
     assert max(tried) <= 50
 
 
+@pytest.mark.slow
 def test_a_wrong_model_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     convert, optimise = models.convert, models.optimize_for_inference
 
@@ -331,6 +335,7 @@ def test_a_wrong_model_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (row["refused"] is not None) == (row["kind"] == "fastst")
 
 
+@pytest.mark.slow
 def test_overhead_compares_the_layer_with_eager() -> None:
     rows = overhead.per_call(CPU, 1)
     what = ("forward", "forward and backward")

@@ -21,6 +21,7 @@ from fastst.demo import clip, measure
 SMALL = ["--frames", "4", "--size", "32", "--repeats", "1", "--quiet"]
 
 
+@pytest.mark.slow
 def test_runs_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "chart.png"
     assert demo.main([*SMALL, "--output", str(output)]) == 0
@@ -34,6 +35,7 @@ def test_runs_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert min(height, width) > 500
 
 
+@pytest.mark.slow
 def test_notices_a_network_that_computes_something_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_a_loop_over_nothing_is_seen() -> None:
         execute(ROOT / "README.md", [block])
 
 
+@pytest.mark.slow
 @each_page
 def test_snippets_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

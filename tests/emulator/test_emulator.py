@@ -88,6 +88,7 @@ def swizzled(span: int) -> str:
     return " ".join(str(10 * r + (p ^ int(changes[r % 8]))) for r in range(16) for p in pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -154,6 +155,7 @@ def clusters(build: ModuleType) -> Path:
     return build.program(HERE / "cluster_cases.cpp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "told"),
     [

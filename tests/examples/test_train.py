@@ -253,6 +253,7 @@ def test_shares_cover_everything_once(ranks: int) -> None:
 # ---- runs
 
 
+@pytest.mark.slow
 def test_trains_counts_and_writes(folder: Path, tmp_path: Path) -> None:
     run = train.train(options(tmp_path, folder, accumulate=2, amp="bf16"))
     assert len(run.history) == 2
@@ -274,6 +275,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["none", "fp16"])
 def test_resuming_gives_the_same_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str
@@ -328,6 +330,7 @@ def losses(seed: int, convert: bool, dtype: torch.dtype, steps: int = 4) -> list
     return found
 
 
+@pytest.mark.slow
 def test_the_same_losses_as_separate_modules() -> None:
     """Rounding grows a hundredfold with each step: float64 shows that nothing else does."""
     ours, eager = (losses(0, convert, torch.float64) for convert in (True, False))
@@ -335,6 +338,7 @@ def test_the_same_losses_as_separate_modules() -> None:
     assert ours != losses(1, True, torch.float64)
 
 
+@pytest.mark.slow
 def test_losses_within_those_of_seeds() -> None:
     seeds = range(3)
     ours, eager = (
@@ -372,6 +376,7 @@ def test_runs_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         train.train(options(tmp_path / "half", folder, train_list=folder))
 
 
+@pytest.mark.slow
 def test_starts_from_weights_of_other_classes(folder: Path, tmp_path: Path) -> None:
     data = train.load_data(options(tmp_path, folder))
     source = train.build_model(options(tmp_path), ["a", "b", "c"])
@@ -386,6 +391,7 @@ def test_starts_from_weights_of_other_classes(folder: Path, tmp_path: Path) -> N
         train.build_model(options(tmp_path, weights=path, width=8, new_classifier=True), ["a"])
 
 
+@pytest.mark.slow
 def test_an_interrupted_write_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,12 +419,14 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.slow
 def test_command_line() -> None:
     parsed = Options.parse(None, ["videos", "--no-flip", "--amp", "bf16", "--lr", "0.5"])
     assert (parsed.data, parsed.flip, parsed.amp, parsed.lr) == (Path("videos"), False, "bf16", 0.5)
     assert Options.parse(None, []) == Options()
 
 
+@pytest.mark.slow
 def test_torchrun(folder: Path, tmp_path: Path) -> None:
     """Two processes; replicas first, then resumed as shards."""
 
@@ -456,6 +464,7 @@ def test_reversed_clips_differ_in_nothing_else() -> None:
     assert not torch.equal(data[0]["clips"], data[6]["clips"])
 
 
+@pytest.mark.slow
 def test_train_demo_in_short(tmp_path: Path) -> None:
     """f-R2D tells no direction, R(2+1)D does, and what is shown is written."""
     sizes = {"epochs": 2, "clips": 480, "evaluated": 60}

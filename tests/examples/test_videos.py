@@ -214,6 +214,7 @@ def test_whatever_the_decoder_raises(
     assert "bad.mp4: cannot be read: " in samples[0]["unusable"]
 
 
+@pytest.mark.slow
 def test_every_cut_and_every_flipped_byte(tmp_path: Path) -> None:
     """Damage anywhere is a sample or one line."""
     seed = torch.initial_seed() % 2**32
@@ -344,6 +345,7 @@ def test_options_of_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> No
             options.Options(**{name: int(value)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
 def test_a_run_prints_any_name(tmp_path: Path, encoding: str) -> None:
     for part in ("train", "val"):

@@ -107,11 +107,13 @@ def test_the_4d_path_takes_four_and_two_ninths_of_the_parameters() -> None:
     assert clip_parameters("cat") * 27 == three * (9 + 3) / 2
 
 
+@pytest.mark.slow
 def test_page_of_the_documentation_is_up_to_date() -> None:
     written = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     assert written == page(), "run python -m fastst.models > docs/models.md"
 
 
+@pytest.mark.slow
 def test_docstrings_state_the_size() -> None:
     first = {row.name: row for row in reversed(ROWS)}
     assert first.keys() == {*models.NETWORKS, "causal_autoencoder"}
@@ -151,6 +153,7 @@ def test_converts(name: str) -> None:
         torch.testing.assert_close(model(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")
 @pytest.mark.parametrize("name", KINDS)
 def test_exports(name: str) -> None:
@@ -161,6 +164,7 @@ def test_exports(name: str) -> None:
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_compiles_without_breaks(name: str) -> None:
     model, x = small(name)
@@ -218,6 +222,7 @@ def clips_of_full_size() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return models.c3d(5), (torch.randn(1, 3, 16, 112, 112),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [two_streams, causal_pair, clips_of_full_size])
 def test_the_rest_converts_exports_and_compiles(
     make: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]],

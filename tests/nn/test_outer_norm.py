@@ -242,6 +242,7 @@ def test_the_function_on_every_backend(backend: str, training: bool) -> None:
     torch.testing.assert_close(list(norm[:2]), kept)
 
 
+@pytest.mark.slow
 def test_compiled_and_transformed() -> None:
     tensors, norm = arguments()
 

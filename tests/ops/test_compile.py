@@ -117,6 +117,7 @@ def test_results_are_new_tensors(backend: str) -> None:
     assert ran > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -190,6 +191,7 @@ def test_compile_fullgraph(dynamic: bool, training: bool, channels_last: bool) -
                 torch.testing.assert_close(value, after[name], msg=name)
 
 
+@pytest.mark.slow
 def test_compile_inductor() -> None:
     """The default compiler, forward and backward, on a dense permuted layout as well."""
     torch._dynamo.reset()
@@ -205,6 +207,7 @@ def test_compile_inductor() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_autocast_and_checkpoint() -> None:
     torch._dynamo.reset()
     net = fastst.Conv2Plus1d(4, 4, 3, padding=1)
@@ -245,6 +248,7 @@ def test_export(strict: bool, dynamic: bool) -> None:
     assert not any("aten.conv" in n for n in names)
 
 
+@pytest.mark.slow
 def test_export_in_training_mode() -> None:
     """Running statistics are mutated buffers of the exported program."""
     net = Net()
@@ -255,6 +259,7 @@ def test_export_in_training_mode() -> None:
     torch.testing.assert_close(program.module()(x), expected(x))
 
 
+@pytest.mark.slow
 def test_aot_inductor(tmp_path: Path) -> None:
     net = fastst.Conv2Plus1d(3, 4, 3, padding=1, norm="batch").eval()
     x = torch.randn(1, 3, 4, 8, 8)
@@ -266,6 +271,7 @@ def test_aot_inductor(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(x), net(x))
 
 
+@pytest.mark.slow
 def test_functions_compile_too() -> None:
     torch._dynamo.reset()
     ws, wt = torch.randn(4, 3, 1, 3, 3), torch.randn(4, 3, 3, 1, 1)

@@ -69,6 +69,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("fastst")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compilers", "settings", "reason"),
     [
@@ -97,6 +98,7 @@ def test_without_a_cxx_that_works(
     assert line.startswith("fastst: FASTST_BUILD_CPU=1, but ") and reason in line
 
 
+@pytest.mark.slow
 def test_nvcc_without_a_host_compiler(source: Path) -> None:
     done, left_out = build(source, {"nvcc": NO_HOST_COMPILER})
     assert done.returncode == 0, done.stderr
@@ -112,6 +114,7 @@ def test_nvcc_without_a_host_compiler(source: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_can_be_built_is_built_beside_what_cannot(source: Path) -> None:
     done, left_out = build(source, {"g++": WORKING, "nvcc": NO_HOST_COMPILER})
     assert done.returncode == 0, done.stderr
@@ -120,6 +123,7 @@ def test_what_can_be_built_is_built_beside_what_cannot(source: Path) -> None:
     assert made == {"_cpu_avx2", "_cpu_avx512"}
 
 
+@pytest.mark.slow
 def test_a_failed_build_leaves_no_older_library(source: Path) -> None:
     build(source, {"g++": WORKING})
     for file in (source / "csrc").rglob("*.cpp"):

@@ -51,6 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_wheel_is_pure_and_complete(wheel: Path) -> None:
     assert wheel.name == f"fastst-{fastst.__version__}-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
@@ -67,6 +68,7 @@ def test_wheel_is_pure_and_complete(wheel: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_metadata_asks_for_ranges(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (path,) = [name for name in archive.namelist() if name.endswith("dist-info/METADATA")]
@@ -82,6 +84,7 @@ def test_metadata_asks_for_ranges(wheel: Path) -> None:
     assert torch.specifier.contains(str(pinned["torch"]).removeprefix("=="))
 
 
+@pytest.mark.slow
 def test_wheel_imports_without_optional_packages(wheel: Path, tmp_path: Path) -> None:
     """Neither Triton nor the native library nor what the demo needs; the demo says so."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")

@@ -22,6 +22,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return soak.build_guard(tmp_path_factory.mktemp("guard"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "dtype", "isa"),
     [
@@ -38,6 +39,7 @@ def test_nothing_is_touched_out_of_bounds(path: str, dtype: str, isa: str, guard
     assert found.counts["right"] >= 35
 
 
+@pytest.mark.slow
 def test_a_planted_write_is_seen_and_named(guard: Path) -> None:
     found = soak.soak(soak.PLANTED, "float32", "", fuzz.SEED, 4, guard)
     assert found.counts == {"crash": 4}

@@ -370,6 +370,7 @@ def test_a_missing_or_broken_library_says_how_to_get_it(monkeypatch: pytest.Monk
     assert "cannot be loaded (file too short): install fastst again" in library.load.__wrapped__()
 
 
+@pytest.mark.slow
 @built
 def test_avx2_library_gives_the_same_numbers() -> None:
     """In a process of its own, which is told to be an older processor."""
@@ -420,6 +421,7 @@ def test_without_openmp_it_starts_threads(monkeypatch: pytest.MonkeyPatch) -> No
 # ---- build
 
 
+@pytest.mark.slow
 def test_build_may_be_required_or_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
         library.load.cache_clear()
 
 
+@pytest.mark.slow
 def test_corrupt_library_gives_one_clear_reason(tmp_path: Path) -> None:
     """A copy of the package whose library is no library still imports and computes."""
     shutil.copytree(
@@ -128,6 +129,7 @@ def test_corrupt_library_gives_one_clear_reason(tmp_path: Path) -> None:
     assert "install fastst again" in told[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_static_inspection_finds_a_spill(tmp_path: Path) -> None:
     """With 24 registers the reductions must spill, and that must be seen."""
@@ -167,6 +169,7 @@ template __global__ void product<__half, 24>(float*);
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("touch", ["", "d[k] += 1;"])
 def test_static_inspection_finds_products_that_wait(touch: str, tmp_path: Path) -> None:
@@ -187,6 +190,7 @@ def test_static_inspection_finds_products_that_wait(touch: str, tmp_path: Path) 
     assert "no TMA loads" in static.hopper_faults("product<__half, 24>", resources)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -241,6 +245,7 @@ def test_without_nvcc_it_installs_and_says_what_is_missing(
     assert "nvcc was not found" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_build_may_be_required_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="requires nvcc"):
         script(monkeypatch, None, FASTST_BUILD_CUDA="1")

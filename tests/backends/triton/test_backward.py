@@ -39,6 +39,7 @@ TINY = Limits(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(6))
 def test_random_gradients_are_right(part: int) -> None:
     fuzz.fuzz("triton", 4, TINY, first=fuzz.SEED + 1000 * part, device=DEVICE, least=1.0)
@@ -57,6 +58,7 @@ def test_residue_classes(stride: fuzz.Triple, dilation: fuzz.Triple) -> None:
     ))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["replicate", "reflect", "circular"])
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 1, 2)])
 def test_images_in_the_padding(mode: str, stride: fuzz.Triple) -> None:
@@ -128,6 +130,7 @@ def call(norm: str, *tensors: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_gradcheck(norm: str) -> None:
     with fastst.use_backend("triton"):
@@ -136,6 +139,7 @@ def test_gradcheck(norm: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_second_derivatives_compose() -> None:
     found = {}
     for name in ("triton", "reference"):
@@ -148,6 +152,7 @@ def test_second_derivatives_compose() -> None:
         torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_same_bits_every_time() -> None:
     config = Config(norm="batch", channels=5, size=(3, 9, 9))
     tensors, dy = fuzz.make(config, DEVICE)
@@ -163,6 +168,7 @@ def test_nothing_is_needed() -> None:
     assert not any(g is not None for g in backend.BACKEND.conv2plus1d_backward(call))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [
     Config(mid=40, dtype=torch.float16, norm="batch"), Config(groups=(2, 1), channels=10, mid=12),
 ])  # fmt: skip
@@ -328,11 +334,13 @@ def all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     check(replace(base, padding_mode=("reflect", "reflect"), mid=3, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
 def test_nothing_is_seen_without_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     all_checks(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_seen(

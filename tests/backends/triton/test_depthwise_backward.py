@@ -35,6 +35,7 @@ TINY = Limits(
 DEPTHWISE = Config(channels=4, mid=4, out=4, groups=(4, 4), size=(3, 5, 4), norm="batch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(2))
 def test_random_gradients_are_right(part: int) -> None:
     fuzz.fuzz("triton", 3, TINY, first=fuzz.SEED + 1000 * part, device=DEVICE, least=1.0)
@@ -76,6 +77,7 @@ def test_one_kernel_gives_both_gradients_of_a_pass(launched: Counter[str]) -> No
     assert launched["input_gradient"] == launched["weight_gradient"] == 0
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     generator = torch.Generator().manual_seed(3)
     shapes = [(1, 4, 2, 2, 2), (4, 2, 1, 2, 2), (4, 2, 2, 1, 1), (4,), (4,)]
@@ -100,6 +102,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_seen(

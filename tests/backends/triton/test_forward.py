@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("few_programs")
 TINY = Limits(batch=2, channels=20, frames=5, space=7, work=40_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 def test_random_calls_are_right(part: int) -> None:
     fuzz.fuzz(
@@ -39,6 +40,7 @@ def test_random_calls_are_right(part: int) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["spatial-first", "temporal-first"])
 @pytest.mark.parametrize("kind", ["depthwise", "grouped", "dense"])
 def test_random_pairs_take_one_kernel(
@@ -64,6 +66,7 @@ def test_random_pairs_take_one_kernel(
     assert launched["direct_conv"] + launched["tap_conv"] <= 4  # the statistics of batch norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "groups",
     [(1, 8), (2, 2), (2, 4)],  # the first as in X3D's stem: dense, then depthwise
@@ -287,6 +290,7 @@ def test_positions_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     forward(Config(channels=6, groups=(6, 6), out=6))
 
 
+@pytest.mark.slow
 def test_offsets_past_2_to_31() -> None:
     """Strides that no small tensor has: only the offsets are computed."""
     from tests.support.offsets import offsets_kernel
@@ -351,6 +355,7 @@ def test_no_number_passes_through(bad: float, activation: str, groups: int) -> N
     assert torch.equal(y["triton"].isnan(), y["reference"].isnan())
 
 
+@pytest.mark.slow
 def test_two_threads() -> None:
     config = Config(channels=5)
     problem, t = problem_of(config)
@@ -396,6 +401,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs a working Triton" in (backend.BACKEND.why_not(on_gpu, "forward") or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [
     Config(mid=40, dtype=torch.float16, norm="frozen", batch=1, size=(2, 4, 3)),
     Config(mid=40, norm="batch", batch=1, size=(2, 3, 4)),
@@ -479,6 +485,7 @@ def check_walks(monkeypatch: pytest.MonkeyPatch) -> None:
             forward(replace(one, order=order, groups=(groups,) * 2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
 @pytest.mark.parametrize("checks", [check_passes, check_walks])
 def test_nothing_is_seen_without_a_bug(
@@ -487,6 +494,7 @@ def test_nothing_is_seen_without_a_bug(
     checks(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_seen(

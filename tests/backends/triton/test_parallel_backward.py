@@ -30,6 +30,7 @@ TINY = Limits(
 ADD = Config(op="parallel_conv2plus1d", channels=5, mid=6, out=6, size=(3, 5, 4), activation="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(2))
 def test_random_gradients_are_right(part: int) -> None:
     fuzz.fuzz("triton", 4, TINY, first=fuzz.SEED + 1000 * part, device=DEVICE, least=1.0)
@@ -79,6 +80,7 @@ def test_gradients(name: str) -> None:
     check(CASES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_gradcheck(activation: str) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -163,6 +165,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_seen(

@@ -110,6 +110,7 @@ def of(name: str, norm: str, layout: str) -> Problem | None:
     return replace(problem, channels_last=False, x_stride=strides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "norm", "groups"),
     [

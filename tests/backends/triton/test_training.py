@@ -214,6 +214,7 @@ def train(
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("norm", NORMS)
 def test_losses_and_running_statistics(norm: str) -> None:
@@ -229,6 +230,7 @@ def test_losses_and_running_statistics(norm: str) -> None:
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mixed_precision_with_a_gradient_scaler(dtype: torch.dtype) -> None:

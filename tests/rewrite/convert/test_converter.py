@@ -215,6 +215,7 @@ def test_slices_of_a_converted_sequential_are_plain():
     torch.testing.assert_close(part(x), model[0][1](model[0][0](x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(training, dynamic):
@@ -230,6 +231,7 @@ def test_compile_fullgraph(training, dynamic):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
     model = small().eval()

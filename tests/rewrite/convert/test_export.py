@@ -22,6 +22,7 @@ def pair(form: str):
     return model, original
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_compile_fullgraph(form):
     if form == "untraceable":
@@ -39,6 +40,7 @@ def test_compile_fullgraph(form):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("form", ["flat", "factorized", "causal", "pseudo"])
 def test_export(form, strict):
@@ -48,6 +50,7 @@ def test_export(form, strict):
     torch.testing.assert_close(program.module()(x), original(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_of_the_optimised_model(strict):
     """A residual block is one op, the shortcut and the last activation with it."""
@@ -68,6 +71,7 @@ def test_export_with_a_dynamic_batch():
     torch.testing.assert_close(program.module()(x), original(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_inductor_and_aot_inductor(tmp_path):
     model, original = pair("flat")
     x = torch.randn(2, 4, 5, 8, 7)
@@ -83,6 +87,7 @@ def test_inductor_and_aot_inductor(tmp_path):
         torch.testing.assert_close(loaded(x), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_onnx_of_the_reverted_model(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

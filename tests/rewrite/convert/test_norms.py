@@ -282,6 +282,7 @@ def test_copies() -> None:
     assert model[1].num_batches_tracked == 0
 
 
+@pytest.mark.slow
 def test_compile_fullgraph() -> None:
     torch.manual_seed(0)
     layer = fastst.Conv2Plus1d(8, 8, 3, padding=1)
@@ -295,6 +296,7 @@ def test_compile_fullgraph() -> None:
     torch.testing.assert_close(model.state_dict(), original.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool) -> None:
     model = NESTED["grandchild"]().eval()

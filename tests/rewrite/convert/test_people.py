@@ -314,6 +314,7 @@ def network(name: str) -> nn.Module:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_pytorchvideo_network(name: str) -> None:
     count, first = NETWORKS[name]
@@ -337,6 +338,7 @@ def test_pytorchvideo_network(name: str) -> None:
         assert (run(m) - wanted).norm() <= 1e-10 * wanted.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("r2plus1d_18", 17), ("s3d", 20), ("mc3_18", 0)])
 def test_torchvision_network(name: str, count: int) -> None:
     torch.manual_seed(0)
@@ -357,6 +359,7 @@ def test_torchvision_network(name: str, count: int) -> None:
             assert (m(x) - wanted).norm() <= 1e-9 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_torchvision_training() -> None:
     """A step of R(2+1)D-18: the loss, all gradients, all statistics."""
     torch.manual_seed(0)

@@ -307,6 +307,7 @@ def test_convert_revert_copy_and_pickle() -> None:
     assert endings(again, x) == fused
 
 
+@pytest.mark.slow
 def test_compile_is_one_graph() -> None:
     model = settle(Block(FUSED["out += x"][0]))
     optimised = fastst.optimize_for_inference(model)
