@@ -43,6 +43,13 @@ def machine(device: torch.device) -> str:
     return f"{model} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def sources() -> list[Path]:
+    """The files that kernels are made of, and what calls them."""
+    package = Path(__file__).parents[1]
+    patterns = ("backends/**/*.py", "problem/*.py", "_C*")
+    return sorted(path for pattern in patterns for path in package.glob(pattern))
+
+
 @lru_cache(maxsize=1)
 def versions() -> str:
     """PyTorch, Triton, and the source of the kernels and of what calls them."""
@@ -50,9 +57,7 @@ def versions() -> str:
     with suppress(metadata.PackageNotFoundError):
         triton = metadata.version("triton")
     digest = hashlib.sha256()
-    package = Path(__file__).parent
-    patterns = ("kernels/*.py", "backends/**/*.py", "configs*.py", "*_C*")
-    for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
+    for path in sources():
         digest.update(path.read_bytes())
     return f"torch {torch.__version__} triton {triton} kernels {digest.hexdigest()[:12]}"
 
