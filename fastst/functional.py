@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,42 +11,22 @@ from torch import Tensor
 
 from . import dispatch, ops
 from .backends import reference
+from .machine import settings
 from .problem import activations, checks
-from .problem.spec import PairSpec, PairTensors, ParallelTensors, Problem, in_execution_order
-from .ranks import collectives
+from .problem.spec import (
+    BatchNorm,
+    PairSpec,
+    PairTensors,
+    ParallelTensors,
+    Problem,
+    in_execution_order,
+)
+from .ranks import groups, statistics
 
 IntOrTriple = int | Sequence[int]
 PaddingArg = int | Sequence[int | tuple[int, int]] | str
 Pair = str | tuple[str, str]
 Causal = bool | Literal["strided"]
-
-
-class BatchNorm(NamedTuple):
-    """Batch norm between the two passes: the arguments of ``torch.nn.functional.batch_norm``.
-
-    In training the statistics of the batch normalise, and running_mean and running_var, where
-    given, are updated in place (with the unbiased variance). Otherwise the running ones normalise.
-
-    Attributes:
-        running_mean: (M,) or None.
-        running_var: (M,) or None.
-        weight: (M,) gamma, or None for ones.
-        bias: (M,) beta, or None for zeros.
-        training: normalise with the statistics of this batch.
-        momentum: weight of this batch in the running statistics.
-        eps: added to the variance.
-        group: name of a process group (``ProcessGroup.group_name``) over whose ranks the statistics
-            of the batch are taken in training, as by ``nn.SyncBatchNorm``; "" for this rank alone.
-    """
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    training: bool = False
-    momentum: float = 0.1
-    eps: float = 1e-5
-    group: str = ""
 
 
 def conv2plus1d(
@@ -134,7 +113,7 @@ def conv2plus1d(
     spec, values = checks.pair(
         tensors, cast, norm, stride, padding, dilation, groups, padding_mode, activation,
         negative_slope, order, causal, _recomputes(norm) if recompute is None else recompute,
-        outer_activation,
+        outer_activation, batched,
     )  # fmt: skip
     if cast is not None:
         main = _cast(main, cast)
@@ -271,7 +250,7 @@ def parallel_conv2plus1d(
 
 def _recomputes(norm: BatchNorm | None) -> bool:
     """What holds where nobody says: without a norm u serves nothing but backward."""
-    said = os.environ.get("FASTST_RECOMPUTE", "")
+    said = settings.value("FASTST_RECOMPUTE")
     return norm is None if said == "" else said != "0"
 
 
@@ -305,8 +284,8 @@ def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
         return lambda u: F.batch_norm(u, *norm[:-1])
 
     def pooled(u: Tensor) -> Tensor:
-        group = collectives.resolve(norm.group)
-        v, mean, var, count = collectives.SyncedNorm.apply(
+        group = groups.resolve(norm.group)
+        v, mean, var, count = statistics.SyncedNorm.apply(
             u, norm.weight, norm.bias, norm.eps, group
         )  # fmt: skip
         _update_running(norm, mean, var, count)

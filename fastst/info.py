@@ -189,8 +189,10 @@ def _environment() -> Iterator[str]:
     found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTST_", "TRITON_"))}
     for name, value in found.items():
         yield f"{name}={value}"
-    if not found:
-        yield "no FASTST_ or TRITON_ variable is set"
+    settings = importlib.import_module("fastst.machine.settings")
+    for variable in settings.VARIABLES:
+        if variable.name not in found:
+            yield f"{variable.name} is not set: {variable.meaning}"
 
 
 def main() -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from ..backends import aten, cpu, cuda, reference, triton
 from ..backends.contract import Backend, Phase
+from ..machine import settings
 from ..problem.spec import PairProblem, Problem
 from . import selfcheck
 
@@ -50,7 +50,7 @@ def _known(name: str) -> str:
     return name
 
 
-_requested = _known(os.environ.get("FASTST_BACKEND", "auto"))
+_requested = _known(settings.value("FASTST_BACKEND"))
 _warned: set[str] = set()
 _recorders: list[list[Decision]] = []
 _quiet = 0  # how many recordings want no warning
@@ -202,7 +202,7 @@ def choose_with_statistics(problem: PairProblem, asking: PairProblem, name: str)
 
 def strict() -> bool:
     """Whether falling back to something slow is an error (``FASTST_STRICT=1``)."""
-    return os.environ.get("FASTST_STRICT", "0") not in ("", "0")
+    return settings.flag("FASTST_STRICT")
 
 
 def fall_back(what: str, why: str) -> None:

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
+from . import settings
+
 
 def folder() -> Path:
     """Where the files lie."""
-    named = os.environ.get("FASTST_CACHE")
-    if named:
-        return Path(named)
+    if settings.flag("FASTST_CACHE"):
+        return Path(settings.value("FASTST_CACHE"))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastst"
 
 

@@ -21,6 +21,10 @@ from ..problem.spec import COMBINES, ORDERS, Padding, Triple, default_mid_channe
 from . import streaming
 from .pair_of_modules import by_kind, held, pad_causally, pair_forward, sides, why_foreign
 
+# A class is called: a norm with its number of channels, an activation without arguments.
+NormArg = str | nn.Module | type[nn.Module] | None
+ActivationArg = str | nn.Module | type[nn.Module] | None
+
 
 class Conv2Plus1d(nn.Module):
     r"""(2+1)D convolution: spatial conv, norm, activation and temporal conv as one operation.
@@ -75,8 +79,8 @@ class Conv2Plus1d(nn.Module):
         padding_mode: Pair = "zeros",
         *,
         mid_channels: int | None = None,
-        norm: str | nn.Module | None = None,
-        activation: str | nn.Module | None = "relu",
+        norm: NormArg = None,
+        activation: ActivationArg = "relu",
         order: str = "spatial-first",
         causal: Causal = False,
         recompute: bool | None = None,
@@ -128,6 +132,7 @@ class Conv2Plus1d(nn.Module):
         return self._run(x, norm)
 
     def _run(self, x: Tensor, outer_norm: nn.Module | None) -> Tensor:
+        checks.layer_input("Conv2Plus1d", x, self.in_channels)
         spatial, norm, activation, temporal = held(
             self, "_modules", "spatial", "norm", "activation", "temporal"
         )
@@ -207,9 +212,9 @@ class ParallelConv2Plus1d(nn.Module):
         combine: str = "add",
         split: int | None = None,
         branch_norm: str | None = None,
-        branch_activation: str | nn.Module | None = None,
-        norm: str | nn.Module | None = None,
-        activation: str | nn.Module | None = None,
+        branch_activation: ActivationArg = None,
+        norm: NormArg = None,
+        activation: ActivationArg = None,
         causal: Causal = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -247,6 +252,7 @@ class ParallelConv2Plus1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x; shapes as ``nn.Conv3d``."""
+        checks.layer_input("ParallelConv2Plus1d", x, self.in_channels)
         if self.causal:
             parts = self.spatial_norm, self.temporal_norm, self.branch_activation, self.norm
             owner = "ParallelConv2Plus1d: causal=True"
@@ -421,16 +427,41 @@ def _divides(op: str, groups: Sequence[int], *passes: tuple[int, int]) -> None:
 
 
 def _norm_module(
-    op: str, norm: str | nn.Module | None, channels: int, device: Any, dtype: Any
+    op: str, norm: NormArg, channels: int, device: Any, dtype: Any
 ) -> nn.Module | None:
-    if norm is None or isinstance(norm, nn.Module):
-        return norm
-    if norm != "batch":
-        raise ValueError(f"{op}: norm must be None, 'batch' or a module, got {norm!r}")
-    return nn.BatchNorm3d(channels, device=device, dtype=dtype)
+    """
+    Args:
+        norm: a class is called with the number of channels, as torchvision calls its norm layers.
+
+    Raises:
+        TypeError, ValueError: no norm, or one of another number of channels.
+    """
+    if norm == "batch":
+        return nn.BatchNorm3d(channels, device=device, dtype=dtype)
+    if isinstance(norm, type):
+        norm = norm(channels)
+        if isinstance(norm, nn.Module):
+            norm = norm.to(device, dtype)
+    if norm is None:
+        return None
+    if not isinstance(norm, nn.Module):
+        kind = ValueError if isinstance(norm, str) else TypeError
+        raise kind(
+            f"{op}: norm must be None, 'batch', a module or a class of modules, got {norm!r}"
+        )
+    for label in ("num_features", "num_channels"):  # of batch and instance norms, of group norms
+        width = getattr(norm, label, channels)
+        if isinstance(width, int) and width not in (0, channels):  # a lazy norm has 0
+            raise ValueError(
+                f"{op}: norm must have {label}={channels}, the channels that it reads, got "
+                f"{label}={width}"
+            )
+    return norm
 
 
-def _activation_module(op: str, activation: str | nn.Module | None) -> nn.Module:
+def _activation_module(op: str, activation: ActivationArg) -> nn.Module:
+    if isinstance(activation, type) and issubclass(activation, nn.Module):
+        activation = activation()
     if isinstance(activation, nn.Module):
         return activation
     return activations.to_module(checks.activation_name(f"{op}: activation", activation))

@@ -19,11 +19,12 @@ from .. import dispatch, functional
 from ..backends import reference
 from ..functional import BatchNorm, Causal
 from ..problem import activations
-from ..ranks import collectives
+from ..problem.checks import left_padding
+from ..ranks import sync_batch_norm
 from . import streaming
 
 RECOMPUTE = "_fastst_recompute"  # on spatial convolutions, by ``memory.set_memory_budget``
-_BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm, collectives.SyncBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm, sync_batch_norm.SyncBatchNorm)
 
 
 class Ending(NamedTuple):
@@ -346,7 +347,7 @@ def batch_norm_arguments(norm: Any) -> BatchNorm | None:
     if norm.training and not norm.track_running_stats:
         mean = var = None
     weight, bias = held(norm, "_parameters", "weight", "bias")
-    group = collectives.group_name(norm)
+    group = sync_batch_norm.group_name(norm)
     return BatchNorm(mean, var, weight, bias, training, momentum, norm.eps, group)
 
 
@@ -354,7 +355,7 @@ def pad_causally(x: Tensor, conv: Any, causal: Causal) -> Tensor:
     """x with the frames before the first that a causal temporal convolution reads."""
     if not causal:
         return x
-    left = streaming.left_padding(conv.kernel_size[0], conv.stride[0], conv.dilation[0], causal)
+    left = left_padding(conv.kernel_size[0], conv.stride[0], conv.dilation[0], causal)
     batched = x if x.dim() == 5 else x.unsqueeze(0)
     padded = reference.pad(batched, (left, 0, 0, 0, 0, 0), str(conv.padding_mode))
     return padded if x.dim() == 5 else padded.squeeze(0)

@@ -8,20 +8,25 @@ stream stands.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import reference
-
-if TYPE_CHECKING:
-    from .layers import Conv2Plus1d
+from ..problem.checks import left_padding
 
 
-def left_padding(kernel: int, stride: int, dilation: int, causal: bool | str) -> int:
-    """Frames before the first that a causal temporal convolution reads."""
-    return dilation * (kernel - 1) + (1 - stride if causal == "strided" else 0)
+class CausalPair(Protocol):
+    """What is read of a layer, most of all of ``Conv2Plus1d``."""
+
+    in_channels: int
+    order: str
+    causal: Any
+    spatial: Any
+    norm: Any
+    activation: Any
+    temporal: Any
 
 
 def check_frame_by_frame(owner: str, *modules: nn.Module | None, strict: bool = False) -> None:
@@ -68,7 +73,7 @@ def _across_frames(module: nn.Module, strict: bool) -> str | None:
 
 
 def stream(
-    layer: Conv2Plus1d, x: Tensor, state: tuple[Tensor, ...] | None
+    layer: CausalPair, x: Tensor, state: tuple[Tensor, ...] | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See ``Conv2Plus1d.stream``."""
     _check_layer(layer)
@@ -107,11 +112,11 @@ def _one(frames: Tensor, reach: int) -> tuple[int, ...]:
     return (*frames.shape[:2], reach, *frames.shape[3:])
 
 
-def _activate(layer: Conv2Plus1d, u: Tensor) -> Tensor:
+def _activate(layer: CausalPair, u: Tensor) -> Tensor:
     return layer.activation(u if layer.norm is None else layer.norm(u))
 
 
-def _check_layer(layer: Conv2Plus1d) -> None:
+def _check_layer(layer: CausalPair) -> None:
     if not layer.causal:
         raise ValueError("stream: requires a layer with causal=True, got causal=False")
     check_frame_by_frame("stream", layer.norm, layer.activation, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import marshal
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .spec import (
     COMBINES,
     ORDERS,
     PADDING_MODES,
+    BatchNorm,
     Padding,
     PairSpec,
     PairTensors,
@@ -25,9 +26,6 @@ from .spec import (
     Triple,
     in_execution_order,
 )
-
-if TYPE_CHECKING:
-    from ..functional import BatchNorm
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AXES = ("time", "height", "width")
@@ -126,7 +124,7 @@ def resolve_padding(
                 f"{op}: causal requires a temporal padding_mode of 'zeros' or 'replicate' "
                 f"({temporal_mode!r} would show it later frames)"
             )
-        left = extent[0] + (1 - stride[0] if causal == "strided" else 0)
+        left = left_padding(kernel[0], stride[0], dilation[0], causal)
         if left < 0:
             raise ValueError(
                 f"{op}: causal='strided' requires a temporal stride of at most "
@@ -134,6 +132,11 @@ def resolve_padding(
             )
         each[0] = (left, 0)
     return tuple(p for pair in each for p in pair)  # type: ignore[return-value]
+
+
+def left_padding(kernel: int, stride: int, dilation: int, causal: bool | str) -> int:
+    """Frames before the first that a causal temporal convolution reads."""
+    return dilation * (kernel - 1) + (1 - stride if causal == "strided" else 0)
 
 
 def _each_side(op: str, padding: Any) -> list[tuple[int, int]]:
@@ -165,6 +168,32 @@ def batched(op: str, x: Tensor) -> tuple[Tensor, bool]:
     return (x, True) if x.dim() == 5 else (x.unsqueeze(0), False)
 
 
+def layer_input(layer: str, x: Tensor, in_channels: int) -> None:
+    """
+    Raises:
+        TypeError: x is no tensor.
+        ValueError: it has not the dimensions or the channels that a layer takes.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{layer}: x must be a tensor, got {type(x).__name__}")
+    if x.dim() not in (4, 5):
+        raise ValueError(
+            f"{layer}: x must be (N, C, T, H, W) or (C, T, H, W), got {tuple(x.shape)}"
+        )
+    if x.shape[-4] != in_channels:
+        raise ValueError(f"{layer}: {_as_read(x)}; this layer has in_channels={in_channels}")
+
+
+def _as_read(x: Tensor) -> str:
+    """Which channels x has, and how that is read where it may surprise."""
+    shape, channels = tuple(x.shape), x.shape[-4]
+    if x.dim() == 5:
+        return f"x of shape {shape} has {channels} channels"
+    return (
+        f"x of shape {shape} is taken as one unbatched clip (C, T, H, W) with {channels} channels"
+    )
+
+
 def _same_dtype(
     op: str,
     labels: Sequence[str],
@@ -187,7 +216,10 @@ def _same_dtype(
         came["residual"] = residual.dtype
     for label, found in came.items():
         if found != dtype:
-            raise TypeError(f"{op}: {label} must have the dtype of x, {dtype}, got {found}")
+            raise TypeError(
+                f"{op}: {label} must have the dtype of x, {dtype}, got {found}: convert one of "
+                f"them with .to(), or run under torch.autocast"
+            )
 
 
 def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -242,12 +274,14 @@ def pair(
     causal: Any,
     recompute: bool,
     outer_activation: str | None = None,
+    batched: bool = True,
 ) -> tuple[PairSpec, int]:
     """Validated arguments of ``conv2plus1d``, and the values per channel of its mid tensor.
 
     Args:
         tensors: without those of the norm.
         cast: what autocast will make of them, or None.
+        batched: whether x came as a batch.
 
     Raises:
         TypeError, ValueError: what does not fit.
@@ -271,8 +305,9 @@ def pair(
     names = ("x", *(f"{p.kind}_{what}" for what in ("weight", "bias") for p in problem.passes))
     _weights_fit(op, names, tensors)
     if first.in_channels != tensors.x.shape[1] or second.in_channels != first.out_channels:
+        read = _as_read(tensors.x if batched else tensors.x[0])
         raise ValueError(
-            f"{op}: channels must chain: x has {tensors.x.shape[1]}; the {first.kind} weight takes "
+            f"{op}: channels must chain: {read}; the {first.kind} weight takes "
             f"{first.in_channels} (groups {first.groups}) and gives {first.out_channels}; the "
             f"{second.kind} weight takes {second.in_channels} (groups {second.groups})"
         )
@@ -448,8 +483,6 @@ def _vector(op: str, label: str, t: Tensor | None, channels: int, device: torch.
 
 
 def _norm(op: str, norm: Any, label: str = "norm") -> tuple[str, float]:
-    from ..functional import BatchNorm
-
     if not isinstance(norm, BatchNorm):
         raise TypeError(
             f"{op}: {label} must be a fastst.functional.BatchNorm or None, got "

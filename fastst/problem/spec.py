@@ -61,6 +61,34 @@ class PairTensors(NamedTuple):
     residual: Tensor | None = None  # (N, K, T', H', W'), any strides; may be x; inference only
 
 
+class BatchNorm(NamedTuple):
+    """Batch norm between the two passes: the arguments of ``torch.nn.functional.batch_norm``.
+
+    In training the statistics of the batch normalise, and running_mean and running_var, where
+    given, are updated in place (with the unbiased variance). Otherwise the running ones normalise.
+
+    Attributes:
+        running_mean: (M,) or None.
+        running_var: (M,) or None.
+        weight: (M,) gamma, or None for ones.
+        bias: (M,) beta, or None for zeros.
+        training: normalise with the statistics of this batch.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+        group: name of a process group (``ProcessGroup.group_name``) over whose ranks the statistics
+            of the batch are taken in training, as by ``nn.SyncBatchNorm``; "" for this rank alone.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+    group: str = ""
+
+
 class PairSpec(NamedTuple):
     """Everything about ``conv2plus1d`` that is no tensor, in the order of the op's schema."""
 

@@ -19,8 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import reference
 from ..nn.layers import Conv2Plus1d, ParallelConv2Plus1d
-from ..nn.streaming import left_padding
-from ..ranks.collectives import Sum, SyncBatchNorm, Window, ranks_of, read, sync_batch_norm
+from ..problem.checks import left_padding
+from ..ranks.frames import Window, read
+from ..ranks.groups import ranks_of
+from ..ranks.statistics import Sum
+from ..ranks.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 
 __all__ = [
     "SyncBatchNorm",

@@ -565,3 +565,42 @@ def test_parallel_as_its_children(settings: dict[str, Any], training: bool) -> N
     x = torch.randn(2, 4, 5, 6, 6).double()
     for a, b in zip(step(layer, layer, x), step(peer, twin, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+# ---- norms and activations as classes, and errors in the words of the layer
+
+
+def test_classes_are_called_as_torchvision_calls_them() -> None:
+    layer = Conv2Plus1d(4, 4, 3, mid_channels=6, norm=nn.BatchNorm3d, activation=nn.SiLU)
+    assert isinstance(layer.norm, nn.BatchNorm3d) and layer.norm.num_features == 6
+    assert isinstance(layer.activation, nn.SiLU)
+    half = Conv2Plus1d(4, 4, 3, norm=nn.BatchNorm3d, dtype=torch.float64)
+    assert half.norm is not None and half.norm.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("norm", "told"),
+    [
+        (nn.BatchNorm3d(3), "norm must have num_features=18, the channels that it reads, got"),
+        (nn.GroupNorm(2, 4), "norm must have num_channels=18"),
+    ],
+)
+def test_a_norm_of_another_width_is_refused_at_construction(norm: nn.Module, told: str) -> None:
+    with pytest.raises(ValueError, match=f"Conv2Plus1d: {told}"):
+        Conv2Plus1d(8, 8, 3, norm=norm, mid_channels=18)
+
+
+def test_what_is_no_norm_is_refused() -> None:
+    with pytest.raises(TypeError, match="norm must be None, 'batch', a module or a class of modu"):
+        Conv2Plus1d(8, 8, 3, norm=lambda channels: channels)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layer", [Conv2Plus1d, ParallelConv2Plus1d])
+def test_errors_name_the_layer_and_its_argument(layer: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{layer.__name__}: x of shape .* this layer has in_ch"):
+        layer(8, 8, 3, padding=1)(torch.randn(1, 2, 3, 9, 9))
+    images = r"is taken as one unbatched clip \(C, T, H, W\) with 2 channels; this layer has in_ch"
+    with pytest.raises(ValueError, match=images):
+        layer(8, 8, 3, padding=1)(torch.randn(2, 8, 10, 10))
+    with pytest.raises(TypeError, match=rf"{layer.__name__}: x must be a tensor, got list"):
+        layer(8, 8, 3, padding=1)([1.0])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from fastst.ranks.collectives import Window, _needs
+from fastst.ranks.frames import Window, _needs
 from fastst.rewrite import shard_time
 from tests.support.ranks import (
     SIZE,

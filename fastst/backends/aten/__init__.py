@@ -28,7 +28,7 @@ from ...problem.spec import (
     Problem,
     pad_index,
 )
-from ...ranks import collectives
+from ...ranks import groups, statistics
 from ..contract import Backend, Gradients, PairBackward, PairResult, Phase, no_reason
 from . import onednn
 
@@ -237,8 +237,8 @@ def _normalise(
     if spec.group:
         wide = u.flatten(0, 3).to(problem.accumulate_dtype)
         var, mean = torch.var_mean(wide, 0, correction=0)
-        group, m = collectives.resolve(spec.group), problem.mid_channels
-        mean, var, total = collectives.pool_statistics(mean[:m], var[:m], wide.shape[0], group)
+        group, m = groups.resolve(spec.group), problem.mid_channels
+        mean, var, total = statistics.pool_statistics(mean[:m], var[:m], wide.shape[0], group)
         return _affine(problem, t, u, mean, var), mean, var, total
     gamma, beta = _affine_parameters(problem, t, channels)
     # With momentum 1 the running statistics are the batch's: no cancellation through 1/std².
@@ -282,8 +282,8 @@ def _normalise_backward(
         sums = torch.stack((wide.sum(0), (wide * away).sum(0)))
         m = problem.mid_channels
         if means is None:
-            group = collectives.resolve(spec.group)
-            means = collectives.pool_means(sums[:, :m], wide.shape[0], group)
+            group = groups.resolve(spec.group)
+            means = statistics.pool_means(sums[:, :m], wide.shape[0], group)
         means = F.pad(means, (0, channels - m))
         du = wide.sub(means[0]).addcmul_(away, means[1] * rstd**2, value=-1).mul_(gamma * rstd)
         return du.to(dv.dtype).view(u.shape), sums[1] * rstd, sums[0]

@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...machine import left_out
+from ...machine import left_out, settings
 from ...problem.spec import PairProblem, PairSpec, PairTensors, Pass, Problem
-from ...ranks import collectives
+from ...ranks import groups, statistics
 
 _DTYPES = {
     torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64",
@@ -34,7 +33,7 @@ _EMULATOR = Path(__file__).parents[3] / "emulator" / "build.py"
 
 
 def emulating() -> bool:
-    return os.environ.get("FASTST_CUDA_EMULATE", "0") not in ("", "0")
+    return settings.flag("FASTST_CUDA_EMULATE")
 
 
 @functools.cache
@@ -216,8 +215,8 @@ class Launcher:
         """The same for u, of all ranks of the group."""
         mean, var = self.moments(partials)
         if self.group:
-            group = collectives.resolve(self.group)
-            mean, var, self.total = collectives.pool_statistics(mean, var, self.count, group)
+            group = groups.resolve(self.group)
+            mean, var, self.total = statistics.pool_statistics(mean, var, self.count, group)
         return mean, var
 
     def sums(self, source: Any, shape: Sequence[int], u: Tensor | None = None) -> Tensor:
@@ -246,7 +245,7 @@ class Launcher:
         """dgamma; fills rows p and q of the coefficients. Means as of ``BatchSlice``."""
         dgamma, count = self.empty(var.shape[0]), self.count
         if self.group and means is None:
-            means = collectives.pool_means(sums, count, collectives.resolve(self.group))
+            means = statistics.pool_means(sums, count, groups.resolve(self.group))
         local = None if means is None else sums[1] * (var + self.eps).rsqrt()
         if means is not None:
             sums = means * count

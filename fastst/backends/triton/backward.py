@@ -20,7 +20,7 @@ from torch import Tensor
 from ...machine import choices
 from ...problem.examples import example
 from ...problem.spec import PairProblem, Pass
-from ...ranks import collectives
+from ...ranks import groups, statistics
 from ..contract import Gradients, PairBackward
 from . import tiles
 from .direct import direct_gradients
@@ -115,7 +115,7 @@ def _backward(call: PairBackward, rank: int) -> Gradients:
             count = dv[:, 0].numel()
             if spec.group and means is None:
                 assert sums is not None
-                means = collectives.pool_means(sums, count, collectives.resolve(spec.group))
+                means = statistics.pool_means(sums, count, groups.resolve(spec.group))
             if means is not None:
                 pooled = means * count
             local = pooled if sums is None else sums

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...machine import choices
 from ...problem.examples import example
 from ...problem.spec import PairProblem, PairTensors
-from ...ranks import collectives
+from ...ranks import groups, statistics
 from ..contract import PairResult
 from . import single
 from .passes import PassConfig, candidates, conv_pass, finish_norm, moments
@@ -102,7 +102,7 @@ def _batch_norm(
     if not group:
         return *norm, mean, var, None
     count = problem.batch * math.prod(problem.mid_size)
-    pooled = collectives.pool_statistics(mean, var, count, collectives.resolve(group))
+    pooled = statistics.pool_statistics(mean, var, count, groups.resolve(group))
     mean, var, _ = pooled
     return *finish_norm(problem, tensors._replace(mean=mean, var=var), bias=bias), *pooled
 

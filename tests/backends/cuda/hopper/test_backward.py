@@ -30,7 +30,7 @@ from fastst.backends.triton.tiles import round_up
 from fastst.dispatch import selfcheck
 from fastst.problem.examples import pair_tensors
 from fastst.problem.spec import PairSpec, PairTensors, Problem
-from fastst.ranks import collectives
+from fastst.ranks import groups, statistics
 from tests.support import fuzz, hopper, planted
 from tests.support.fuzz import Config
 
@@ -213,9 +213,9 @@ def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     alone, together = (Problem.of(tensors, spec._replace(group=g)) for g in ("", "both"))
     y, u, mean, var, *_ = cuda_hopper.forward(alone, tensors, True)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    monkeypatch.setattr(collectives, "resolve", lambda name: name)
+    monkeypatch.setattr(groups, "resolve", lambda name: name)
     # The other rank has as many values, and gradients of 0.
-    monkeypatch.setattr(collectives, "pool_means", lambda sums, n, group: sums / (2 * n))
+    monkeypatch.setattr(statistics, "pool_means", lambda sums, n, group: sums / (2 * n))
     rest = u, mean, var, [True] * 7 + [False] * 3
     ours = cuda.conv2plus1d_backward(PairBackward(together, tensors, [dy], *rest))
     monkeypatch.setattr(cuda_hopper, "backward_why_not", lambda problem: "are not asked")

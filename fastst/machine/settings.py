@@ -1,0 +1,41 @@
+"""Every environment variable that the library reads.
+
+Each is read where it counts, at every call, except ``FASTST_BACKEND``, which is read at import.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class Variable(NamedTuple):
+    """One variable, as ``python -m fastst.info`` and the documentation list it."""
+
+    name: str
+    default: str  # what holds where it is not set
+    meaning: str
+
+
+VARIABLES = (
+    Variable("FASTST_BACKEND", "auto", "the backend that calls ask for, as use_backend"),
+    Variable("FASTST_STRICT", "0", "1: falling back to something slow is an error"),
+    Variable("FASTST_RECOMPUTE", "", "1 or 0: whether pairs keep only x for backward"),
+    Variable("FASTST_CACHE", "", "folder of what was measured and checked here"),
+    Variable("FASTST_CUDA_EMULATE", "0", "1: run the CUDA kernels on the host, from a checkout"),
+)
+_DEFAULTS = {v.name: v.default for v in VARIABLES}
+
+
+def value(name: str) -> str:
+    """What a variable of ``VARIABLES`` says.
+
+    Raises:
+        KeyError: no such variable.
+    """
+    return os.environ.get(name, _DEFAULTS[name])
+
+
+def flag(name: str) -> bool:
+    """Whether a variable is set to anything but 0."""
+    return value(name) not in ("", "0")
