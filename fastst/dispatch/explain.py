@@ -69,9 +69,12 @@ def _reasons(call: Decision, phase: Phase) -> dict[str, str]:
     if call.problem is None:
         return {}
     requested = selection.requested()
-    other = (
-        f"{call.chosen!r} comes first" if requested == "auto" else f"{requested!r} was asked for"
-    )
+    if requested != "auto":
+        other = f"{requested!r} was asked for"
+    elif selection.measured(call.problem, phase) is not None:
+        other = f"{call.chosen!r} was measured to be faster by fastst.tune"
+    else:
+        other = f"{call.chosen!r} comes first"
     found = selection.reasons(call.problem, phase)
     return {n: other if why is None else why for n, why in found.items() if n != call.chosen}
 

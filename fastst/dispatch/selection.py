@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..backends import aten, cpu, cuda, reference, triton
 from ..backends.contract import Backend, Phase
-from ..machine import settings
+from ..machine import choices, settings
 from ..problem.spec import PairProblem, Problem
 from . import selfcheck
 
@@ -158,12 +158,32 @@ def choose(problem: Problem, phase: Phase, name: str) -> Backend:
     return chosen
 
 
+def able(problem: Problem, phase: Phase) -> list[str]:
+    """Names of the backends that "auto" may take, the one that it prefers first."""
+    return [
+        name
+        for name in AUTO
+        if BACKENDS[name].device in (None, problem.device.type)
+        and _why_not_auto(BACKENDS[name], problem, phase) is None
+    ]
+
+
+def measured(problem: Problem, phase: Phase) -> Backend | None:
+    """The backend that ``tune`` has found to be the fastest for a problem, if it can run here."""
+    name = choices.choice("auto", problem, phase)
+    if name not in AUTO or _why_not_auto(BACKENDS[name], problem, phase) is not None:
+        return None
+    return BACKENDS[name]
+
+
 def _choose(problem: Problem, phase: Phase, name: str) -> Backend:
     if name != "auto":
         why = _why_not(BACKENDS[name], problem, phase)
         if why is not None:
             raise BackendError(f"{problem.op}: backend {name!r} cannot run the {phase}: it {why}")
         return BACKENDS[name]
+    if (fastest := measured(problem, phase)) is not None:
+        return fastest
     refusals: list[str] = []
     device = problem.device.type
     slow = device == "cuda"

@@ -1,29 +1,30 @@
 """``tune``: measure the ways of computing a model's calls once, and remember the fastest on disk.
 
-A backend with more than one way offers two functions and asks ``choice`` before its own rule:
-
-``ways(problem, phase)``          names of those that can run it; fewer than two: nothing to measure
-``trial(problem, phase, way)``    a function without arguments that runs it once, to the end
-
-Names are kept in ``$FASTST_CACHE/tuning.json`` (``$XDG_CACHE_HOME/fastst``, ``~/.cache/fastst``),
-by machine, versions, threads, backend, phase and problem.
+Two things are chosen: on the CPU which backend "auto" takes, and which of its own ways a backend
+takes that offers ``candidates``. Names are kept in ``$FASTST_CACHE/tuning.json``
+(``$XDG_CACHE_HOME/fastst``, ``~/.cache/fastst``), by machine, versions, threads, backend, phase and
+problem.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..backends.contract import PairBackward, Phase
 from ..machine import choices
-from ..problem.spec import Problem
+from ..problem.examples import example
+from ..problem.spec import PairProblem, Problem
 from . import selection
+from .selection import Decision
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -33,7 +34,7 @@ class Measurement:
     """What ``tune`` found for one problem.
 
     Attributes:
-        backend: whose ways were measured.
+        backend: whose ways were measured; of "auto" these are backends.
         problem: what was computed.
         phase: "forward" or "backward".
         seconds: median time of each way.
@@ -55,19 +56,19 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
 
     Runs the model once, in the modes that its modules are in, to see its calls: in training mode
     with gradients, which leave no trace, in eval mode without. Then it times every distinct call on
-    random tensors, in turns. Calls with one way only, and on backends without a choice, cost
-    nothing.
+    random tensors, in turns: on the CPU the backends that "auto" may take, and the ways of those
+    that have several.
 
     Args:
         model: a layer of fastst, or a model that contains some.
         sample: what it is called with; its sizes, dtype, device and memory format count.
-        seconds: time for each distinct call.
+        seconds: time for each distinct call and each choice.
 
     Returns:
-        One measurement for every distinct call with a choice.
+        One measurement for every distinct call and each of its choices; at least one.
 
     Raises:
-        ValueError: seconds is not positive.
+        ValueError: seconds is not positive, or no call has a choice.
     """
     if not seconds > 0:
         raise ValueError(f"tune: seconds must be positive, got {seconds}")
@@ -75,18 +76,57 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
         _run(model, sample)
     found: dict[choices.Key, Measurement] = {}
     for call in calls:
-        backend = selection.BACKENDS.get(call.chosen)
-        if call.problem is None or backend is None:
+        if call.problem is None:
             continue
-        key = (call.chosen, call.problem, call.phase, torch.get_num_threads())
-        names = backend.candidates(call.problem, call.phase)
-        if len(names) < 2 or key in found:
-            continue
-        trials = {n: backend.candidate(call.problem, call.phase, n) for n in names}
-        times = race(trials, seconds)
-        found[key] = Measurement(call.chosen, call.problem, call.phase, times)
-    choices.remember({key: m.way for key, m in found.items()})
+        for name, makers in _choices(call, model.training):
+            key = (name, call.problem, call.phase, torch.get_num_threads())
+            if len(makers) < 2 or key in found:
+                continue
+            times = race({way: make() for way, make in makers.items()}, seconds)
+            found[key] = Measurement(name, call.problem, call.phase, times)
+            choices.remember({key: found[key].way})  # what is measured next uses it
+    if not found:
+        made = sorted({f"{c.what} {c.phase} on {c.chosen!r}" for c in calls})
+        raise ValueError(
+            "tune: requires a model whose calls of fastst can run in more than one way here, got "
+            f"{type(model).__name__}, which made {'; '.join(made) or 'none'}"
+        )
     return list(found.values())
+
+
+Maker = Callable[[], Callable[[], object]]  # of what runs a call once, to the end
+
+
+def _choices(call: Decision, training: bool) -> Iterator[tuple[str, dict[str, Maker]]]:
+    """Whose ways a call may take, and how each is made: those of backends, and then backends."""
+    p, phase = call.problem, call.phase
+    assert p is not None
+    able = selection.able(p, phase) if selection.requested() == "auto" else [call.chosen]
+    for name in able:
+        backend = selection.BACKENDS[name]
+        ways = backend.candidates(p, phase)
+        yield name, {way: partial(backend.candidate, p, phase, way) for way in ways}
+    if isinstance(p, PairProblem) and p.device.type == "cpu":
+        yield "auto", {name: partial(_trial, name, p, phase, training) for name in able}
+
+
+def _trial(
+    name: str, problem: PairProblem, phase: Phase, training: bool
+) -> Callable[[], Sequence[Tensor | None]]:
+    """A backend's whole call on random tensors."""
+    backend, tensors = selection.BACKENDS[name], example(problem)
+    keeps = training and not problem.residual and problem.spec.outer_activation == "none"
+    if phase == "forward":
+        return lambda: [backend.conv2plus1d(problem, tensors, keeps).y]
+    _, u, mean, var, *_ = backend.conv2plus1d(problem, tensors, True)
+    dy = problem.empty_output(tensors.x).normal_()
+    needs = [t is not None for t in tensors[:7]]
+
+    def run() -> Sequence[Tensor | None]:
+        call = PairBackward(problem, tensors, [dy], u, mean, var, needs)
+        return backend.conv2plus1d_backward(call)
+
+    return run
 
 
 def _run(model: nn.Module, sample: Tensor) -> None:

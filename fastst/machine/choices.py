@@ -23,6 +23,8 @@ _lock = Lock()
 
 def choice(backend: str, problem: Problem, phase: str) -> str | None:
     """The way that was measured to be the fastest on this machine, or None."""
+    if not _load():
+        return None
     key = (backend, problem, phase, torch.get_num_threads())
     try:
         return _chosen[key]
@@ -59,6 +61,8 @@ def _name(key: Key) -> str:
 def _load() -> dict[str, str]:
     """What the file says, read once; nothing if there is none or it is broken."""
     global _stored
+    if _stored is not None:
+        return _stored
     with _lock:
         if _stored is None:
             _stored = cache.read(cache_file())

@@ -13,7 +13,7 @@ import torch
 
 import fastst
 from fastst import dispatch
-from fastst.backends import aten, reference
+from fastst.backends import aten, cpu, reference
 from fastst.backends.aten import onednn
 from fastst.machine import choices
 from fastst.problem.spec import PairSpec, PairTensors, Problem
@@ -235,6 +235,49 @@ def test_training_is_tuned_forward_and_backward(monkeypatch: pytest.MonkeyPatch)
     # Of two equal layers the first one's input needs no gradient: the same problem all the same.
     assert [m.phase for m in found] == ["forward", "backward"]
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.skipif(isinstance(cpu.load(), str), reason="the cpu library was not built")
+def test_backends_are_measured_and_the_faster_one_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = _model()
+    fastst.use_backend("auto")
+    found = fastst.tune(model.train(), x, seconds=0.001)
+    both = [m for m in found if m.backend == "auto"]
+    assert [m.phase for m in both] == ["forward", "backward"]
+    assert all(set(m.seconds) == {"cpu", "aten"} for m in both)
+    model.eval()
+    with dispatch.recording() as calls, torch.no_grad():
+        model(x)
+    problem = calls[0].problem
+    assert problem is not None
+    for fastest, other in (("aten", "cpu"), ("cpu", "aten")):
+        key = ("auto", problem, "forward", torch.get_num_threads())
+        choices.remember({key: fastest})
+        with dispatch.recording() as calls, torch.no_grad():
+            model(x)
+        assert {c.chosen for c in calls} == {fastest}
+        told = fastst.explain(model, x).reasons[other]
+        assert told == f"{fastest!r} was measured to be faster by fastst.tune"
+    # What was measured is not taken where it cannot run, and does not bind who asks by name.
+    monkeypatch.setattr(cpu.BACKEND, "why_not", lambda problem, phase: "is ill")
+    with dispatch.recording() as calls, torch.no_grad():
+        model(x)
+        fastst.use_backend("reference")
+        model(x)
+    assert [c.chosen for c in calls] == ["aten", "aten", "reference", "reference"]
+
+
+def test_a_model_without_a_choice_is_refused() -> None:
+    model, x = _model()
+    fastst.use_backend("reference")
+    with pytest.raises(
+        ValueError, match=r"more than one way .* conv2plus1d forward on 'reference'"
+    ):
+        fastst.tune(model, x)
+    with pytest.raises(ValueError, match="got Linear, which made none"):
+        fastst.tune(torch.nn.Linear(2, 2), torch.randn(1, 2))
 
 
 def test_bad_seconds() -> None:
