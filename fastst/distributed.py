@@ -1,4 +1,4 @@
-"""Long clips over several ranks, and batch norms over all of them; see ``docs/distributed.md``."""
+"""Long clips over several ranks, and batch norms over all of them."""
 
 from .rewrite.shard_time import (
     SyncBatchNorm,

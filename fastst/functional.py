@@ -1,4 +1,4 @@
-"""Typed public functions: what they compute, in which shapes, and what they refuse."""
+"""Typed public functions: what they compute, in which shapes, what they refuse."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Who can compute a problem: one module or package each; ``contract`` says what each offers."""
+"""Who can compute a problem: one module or package each, as ``contract`` asks."""

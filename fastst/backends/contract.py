@@ -34,6 +34,18 @@ Phase = Literal["forward", "backward"]
 Gradients = Sequence[Tensor | None]
 
 
+# What every backend honours, by name: a field that is added to a specification is in none of these,
+# and so refused by all backends until each says that it knows it.
+COMMON_PAIR_FIELDS = frozenset({
+    "stride", "padding", "dilation", "groups", "padding_mode", "activation", "slope", "norm", "eps",
+    "order", "recompute", "outer_activation",
+})  # fmt: skip
+COMMON_PARALLEL_FIELDS = frozenset({
+    "stride", "padding", "dilation", "groups", "padding_mode", "branch_activation", "activation",
+    "slope", "combine",
+})  # fmt: skip
+
+
 class PairResult(NamedTuple):
     """What the forward pass of ``conv2plus1d`` leaves; the last three only where asked for."""
 

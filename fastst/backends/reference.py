@@ -25,7 +25,15 @@ from ..problem.spec import (
     Problem,
 )
 from ..ranks import groups, statistics
-from .contract import Backend, Gradients, PairBackward, PairResult, Phase
+from .contract import (
+    COMMON_PAIR_FIELDS,
+    COMMON_PARALLEL_FIELDS,
+    Backend,
+    Gradients,
+    PairBackward,
+    PairResult,
+    Phase,
+)
 
 _PAD_MODE = {"zeros": "constant"}
 _DIFFERENTIABLE = PairTensors._fields.index("norm_bias") + 1  # tensors that have a gradient
@@ -163,8 +171,8 @@ def gradients(
 
 BACKEND = Backend(
     name="reference",
-    pair_fields=frozenset(PairSpec._fields),
-    parallel_fields=frozenset(ParallelSpec._fields),
+    pair_fields=COMMON_PAIR_FIELDS | {"group"},
+    parallel_fields=COMMON_PARALLEL_FIELDS,
     why_not=_why_not,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,

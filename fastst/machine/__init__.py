@@ -1,1 +1,1 @@
-"""What is remembered of this machine: settings, files that outlive a process, measured choices."""
+"""What is known of this machine: settings, files that outlive a process, choices."""

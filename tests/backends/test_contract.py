@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -66,6 +66,17 @@ def test_dispatch_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     parallel = fastst.ParallelConv2Plus1d(2, 2, 3, padding=1)
     with fastst.use_backend("aten"), pytest.raises(fastst.BackendError, match="has no parallel"):
         parallel(x)
+
+
+def test_a_field_that_is_added_is_known_to_no_backend() -> None:
+    """Each names what it honours: none takes all fields that there are, whatever they become."""
+
+    class Wider(NamedTuple):
+        stride: tuple[int, int, int] = (1, 1, 1)
+        tomorrow: bool = False
+
+    for backend in dispatch.BACKENDS.values():
+        assert "tomorrow=True" in str(backend.why_unhonoured(Wider(tomorrow=True)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", list(dispatch.BACKENDS))

@@ -19,17 +19,24 @@ from ...problem import activations
 from ...problem.examples import example
 from ...problem.spec import (
     PairProblem,
-    PairSpec,
     PairTensors,
     ParallelProblem,
-    ParallelSpec,
     ParallelTensors,
     Pass,
     Problem,
     pad_index,
 )
 from ...ranks import groups, statistics
-from ..contract import Backend, Gradients, PairBackward, PairResult, Phase, no_reason
+from ..contract import (
+    COMMON_PAIR_FIELDS,
+    COMMON_PARALLEL_FIELDS,
+    Backend,
+    Gradients,
+    PairBackward,
+    PairResult,
+    Phase,
+    no_reason,
+)
 from . import onednn
 
 aten = torch.ops.aten
@@ -500,8 +507,8 @@ def _conv_backward(
 
 BACKEND = Backend(
     name="aten",
-    pair_fields=frozenset(PairSpec._fields),
-    parallel_fields=frozenset(ParallelSpec._fields),
+    pair_fields=COMMON_PAIR_FIELDS | {"group"},
+    parallel_fields=COMMON_PARALLEL_FIELDS,
     why_not=no_reason,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,

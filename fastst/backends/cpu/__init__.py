@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from ...problem import slicing
-from ...problem.spec import PairProblem, PairSpec, PairTensors, Problem
-from ..contract import Backend, PairResult, Phase
+from ...problem.spec import PairProblem, PairTensors, Problem
+from ..contract import COMMON_PAIR_FIELDS, Backend, PairResult, Phase
 from . import backward
 from .backward import conv2plus1d_backward
 from .library import Launcher, floats, load, norm_coefficients
@@ -90,7 +90,7 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
 BACKEND = Backend(
     name="cpu",
     device="cpu",
-    pair_fields=frozenset(PairSpec._fields) - {"group"},
+    pair_fields=COMMON_PAIR_FIELDS | {"output_statistics"},
     why_not=_why_not,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,

@@ -16,14 +16,20 @@ from torch import Tensor
 
 from ...problem.spec import (
     PairProblem,
-    PairSpec,
     PairTensors,
     ParallelProblem,
-    ParallelSpec,
     ParallelTensors,
     Problem,
 )
-from ..contract import Backend, Gradients, PairBackward, PairResult, Phase
+from ..contract import (
+    COMMON_PAIR_FIELDS,
+    COMMON_PARALLEL_FIELDS,
+    Backend,
+    Gradients,
+    PairBackward,
+    PairResult,
+    Phase,
+)
 from . import depthwise, hopper
 from .hopper.examples import examples
 from .library import Launcher, emulated, emulating, launching, load
@@ -241,8 +247,8 @@ def parallel_conv2plus1d_backward(
 BACKEND = Backend(
     name="cuda",
     device="cuda",
-    pair_fields=frozenset(PairSpec._fields),
-    parallel_fields=frozenset(ParallelSpec._fields),
+    pair_fields=COMMON_PAIR_FIELDS | {"group", "output_statistics"},
+    parallel_fields=COMMON_PARALLEL_FIELDS,
     why_not=_why_not,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,

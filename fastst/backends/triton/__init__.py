@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ...problem.examples import kind_of
-from ...problem.spec import PairProblem, PairSpec, ParallelSpec, Problem
-from ..contract import Backend, Phase
+from ...problem.spec import PairProblem, Problem
+from ..contract import COMMON_PAIR_FIELDS, COMMON_PARALLEL_FIELDS, Backend, Phase
 from . import backward, launch, pair, tiles
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
@@ -73,8 +73,8 @@ def _candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object
 BACKEND = Backend(
     name="triton",
     device="cuda",
-    pair_fields=frozenset(PairSpec._fields),
-    parallel_fields=frozenset(ParallelSpec._fields),
+    pair_fields=COMMON_PAIR_FIELDS | {"group", "output_statistics"},
+    parallel_fields=COMMON_PARALLEL_FIELDS,
     why_not=_why_not,
     conv2plus1d=pair.conv2plus1d,
     conv2plus1d_backward=backward.conv2plus1d_backward,
