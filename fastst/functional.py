@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch, ops
 from .backends import reference
+from .backends.contract import Begun
 from .machine import settings
 from .problem import activations, checks
 from .problem.spec import (
@@ -50,6 +51,7 @@ def conv2plus1d(
     residual: Tensor | None = None,
     outer_activation: str | None = None,
     outer_norm: BatchNorm | None = None,
+    begun: Begun | None = None,
 ) -> Tensor:
     """A spatial and a temporal convolution with norm and activation between them, as one operation.
 
@@ -93,6 +95,7 @@ def conv2plus1d(
         residual: of exactly the shape and the dtype of y, or None; any strides.
         outer_activation: of y, after the residual; names as for ``activation``.
         outer_norm: of y, before the residual; a ``BatchNorm`` over K channels, or None.
+        begun: what ``begin`` has returned for this call: only the rest of it is computed.
 
     Returns:
         (N, K, T', H', W'), or (K, T', H', W'), in the memory format ``nn.Conv3d`` would give.
@@ -124,12 +127,51 @@ def conv2plus1d(
         tensors = PairTensors(*main, residual=residual)
     if outer_norm is not None:
         checks.outer_norm("conv2plus1d", outer_norm, Problem.of(tensors, spec))
-        y = _normed_pair(tensors, spec, values, norm, outer_norm)
+        y = _normed_pair(tensors, spec, values, norm, outer_norm, begun)
         y = y if residual is None else y + residual
         y = activations.apply(spec.outer_activation, y, spec.slope)
     else:
-        y, _ = _pair(tensors, spec, values, norm)
+        y, _ = _pair(tensors, spec, values, norm, begun=begun)
     return y if batched else y.squeeze(0)
+
+
+def begin(
+    x: Tensor,
+    spatial_weight: Tensor,
+    temporal_weight: Tensor,
+    spatial_bias: Tensor | None,
+    temporal_bias: Tensor | None,
+    *,
+    norm: BatchNorm,
+    order: str,
+    **settings: Any,
+) -> Begun | None:
+    """The first convolution of a ``conv2plus1d`` whose norm is in training, and its statistics.
+
+    The running statistics of the norm are updated. ``conv2plus1d(..., begun=...)`` does the rest;
+    what is given of the second convolution here is a guess, by which the kernels are chosen.
+
+    Returns:
+        None where the backend computes both convolutions in one call only: nothing has been done.
+    """
+    weights = in_execution_order(order, spatial_weight, temporal_weight)
+    main = (x, *weights, *in_execution_order(order, spatial_bias, temporal_bias))
+    cast = _autocast_dtype(x)
+    spec, values = checks.pair(
+        PairTensors(*main), cast, norm, settings["stride"], settings["padding"],
+        settings["dilation"], settings["groups"], settings["padding_mode"], "none", 0.01, order,
+        False, False, None,
+    )  # fmt: skip
+    if cast is not None:
+        main = _cast(main, cast)
+    tensors = PairTensors(*main, norm.weight, norm.bias)
+    try:
+        begun = ops.first_pass(tensors, spec, dispatch.requested())
+    except dispatch.BackendError:  # of the guess
+        return None
+    if begun is not None:
+        _update_running(norm, begun.mean, begun.var, values)
+    return begun
 
 
 def _pair(
@@ -138,16 +180,18 @@ def _pair(
     values: int,
     norm: BatchNorm | None,
     forward: str | None = None,
+    begun: Begun | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """y and its statistics, if asked for; updates those of the norm, of that many values.
 
     Args:
         forward: the backend of the forward pass, where that was decided already.
+        begun: what ``begin`` has left, which has updated them.
     """
     if _composes(tensors.x):
         return reference.compose_pair(tensors, spec, _norm_function(norm)), None
-    y, statistics, outer = ops.conv2plus1d(tensors, spec, dispatch.requested(), forward)
-    if statistics is not None and norm is not None:
+    y, statistics, outer = ops.conv2plus1d(tensors, spec, dispatch.requested(), forward, begun)
+    if statistics is not None and norm is not None and begun is None:
         mean, var, count = statistics
         _update_running(norm, mean, var, count if spec.group else values)
     return y, outer
@@ -159,6 +203,7 @@ def _normed_pair(
     values: int,
     norm: BatchNorm | None,
     outer_norm: BatchNorm,
+    begun: Begun | None,
 ) -> Tensor:
     """outer_norm of the pair alone, with statistics from the pair's own kernel if there are some.
 
@@ -173,9 +218,9 @@ def _normed_pair(
             Problem.of(tensors, spec), Problem.of(tensors, asks), dispatch.requested()
         )
     if backend is None:
-        y, _ = _pair(tensors, spec, values, norm)
+        y, _ = _pair(tensors, spec, values, norm, begun=begun)
         return _norm_function(outer_norm)(y)
-    y, statistics = _pair(tensors, asks, values, norm, backend.name)
+    y, statistics = _pair(tensors, asks, values, norm, backend.name, begun)
     assert statistics is not None
     _update_running(outer_norm, *statistics, y.numel() // y.shape[1])
     affine = outer_norm.weight, outer_norm.bias

@@ -59,6 +59,15 @@ class PairResult(NamedTuple):
     out_var: Tensor | None = None  # likewise, biased
 
 
+class Begun(NamedTuple):
+    """What the first pass leaves with norm="batch": fields as of ``PairResult``."""
+
+    u: Tensor
+    mean: Tensor
+    var: Tensor
+    total: Tensor | None = None
+
+
 class BatchSlice(NamedTuple):
     """What a backward call for some clips of a batch knows of the whole."""
 
@@ -144,6 +153,8 @@ class Backend:
         conv2plus1d: forward pass; the last argument: whether what backward needs is kept. With a
             residual or an outer activation nothing is, and the norm is none or frozen; a backend
             whose last kernel does not take them in says so in its result.
+        first_pass, second_pass: ``conv2plus1d`` with norm="batch" in two calls. The first knows no
+            more of the second convolution than a guess; u is kept. Both or none.
         conv2plus1d_backward: a gradient of each of the first seven tensors, None where it is not
             needed; of a batch slice those of parameters are to be added up, and stay wide.
         parallel_conv2plus1d: y.
@@ -170,6 +181,8 @@ class Backend:
     why_not: Callable[[Problem, Phase], str | None]
     conv2plus1d: Callable[[PairProblem, PairTensors, bool], PairResult]
     conv2plus1d_backward: Callable[[PairBackward], Gradients]
+    first_pass: Callable[[PairProblem, PairTensors], Begun] | None = None
+    second_pass: Callable[[PairProblem, PairTensors, Begun], PairResult] | None = None
     parallel_conv2plus1d: Callable[[ParallelProblem, ParallelTensors], Tensor] | None = None
     parallel_conv2plus1d_backward: (
         Callable[[ParallelProblem, ParallelTensors, Tensor, Sequence[bool]], Gradients] | None

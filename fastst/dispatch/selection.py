@@ -146,16 +146,21 @@ def _why_not_auto(backend: Backend, problem: Problem, phase: Phase) -> str | Non
     return None if kind is None else selfcheck.why_broken(backend, problem, kind)
 
 
+def chosen(problem: Problem, phase: Phase, name: str) -> Backend:
+    """As ``choose``, for a call that no recording is to know of."""
+    return _choose(problem, phase, name)
+
+
 def choose(problem: Problem, phase: Phase, name: str) -> Backend:
     """The backend that runs the problem.
 
     Raises:
         BackendError: a named backend cannot run it, with its reason; or none can.
     """
-    chosen = _choose(problem, phase, name)
+    backend = _choose(problem, phase, name)
     if _recorders:
-        _record(problem.op, problem, phase, chosen.name, None)
-    return chosen
+        _record(problem.op, problem, phase, backend.name, None)
+    return backend
 
 
 def able(problem: Problem, phase: Phase) -> list[str]:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.contract import Backend
+from ..backends.contract import Backend, Begun
 from ..problem import activations
 from ..problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors
-from .registered import pair_gradients, results_of, without_autocast
+from .registered import pair_gradients, results_of, second_pass, without_autocast
 from .schema import packed
 
 
@@ -33,9 +33,18 @@ class _PairFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, spec: PairSpec, backend: str, backward_backend: str, *tensors: Tensor | None
+        ctx: Any,
+        spec: PairSpec,
+        backend: str,
+        backward_backend: str,
+        begun: Begun | None,
+        *tensors: Tensor | None,
     ) -> Any:
-        results = torch.ops.fastst.conv2plus1d_train(*tensors, *packed(spec), backend)
+        args: Any = tensors
+        if begun is None:
+            results = torch.ops.fastst.conv2plus1d_train(*tensors, *packed(spec), backend)
+        else:
+            results = second_pass(PairTensors(*args), spec, backend, begun)
         y, u, mean, var, *_ = _scatter(results, results_of(spec))
         ctx.save_for_backward(u, mean, var, *tensors)
         statistics = results[1 if u is None else 2 :]
@@ -56,7 +65,7 @@ class _PairFunction(torch.autograd.Function):
         if owner[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         u, mean, var, *tensors = ctx.saved_tensors  # read once: a checkpoint unpacks them
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if _direct(owner[0], *tensors):
             seen: Any = nullcontext()
             if torch.autograd._profiler_enabled():
@@ -66,12 +75,12 @@ class _PairFunction(torch.autograd.Function):
                     owner[0].device.type, pair_gradients, owner, u, mean, var, *tensors,
                     *packed(ctx.spec), ctx.backend, needs,
                 )  # fmt: skip
-            return None, None, None, *_scatter(found, needs)
+            return None, None, None, None, *_scatter(found, needs)
         grads = _backward(
             torch.ops.fastst.conv2plus1d_backward, reference.compose_pair, owner[0], (u, mean, var),
             PairTensors(*tensors), ctx.spec, ctx.backend, needs,
         )  # fmt: skip
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _direct(*tensors: Tensor | None) -> bool:
@@ -239,7 +248,11 @@ def batch_norm(
 
 
 def conv2plus1d(
-    tensors: PairTensors, spec: PairSpec, backend: str, forward: str | None = None
+    tensors: PairTensors,
+    spec: PairSpec,
+    backend: str,
+    forward: str | None = None,
+    begun: Begun | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
     """y; mean and biased variance of the norm over the batch with, over ranks, its count; and
     those of y with ``spec.output_statistics``.
@@ -250,11 +263,12 @@ def conv2plus1d(
     Args:
         backend: what was asked for: "auto" or a name.
         forward: what runs the forward pass, where that was decided already.
+        begun: what ``first_pass`` has left of it.
     """
     outer = tensors.residual is not None or spec.outer_activation != "none"
     if outer and (spec.norm == "batch" or _needs_grad(tensors)):
         bare = tensors._replace(residual=None), spec._replace(outer_activation="none")
-        y, inner, last = conv2plus1d(*bare, backend, forward)
+        y, inner, last = conv2plus1d(*bare, backend, forward, begun)
         y = y if tensors.residual is None else y + tensors.residual
         return activations.apply(spec.outer_activation, y, spec.slope), inner, last
     gradients = _needs_grad(tensors)
@@ -263,7 +277,9 @@ def conv2plus1d(
         return torch.ops.fastst.conv2plus1d(*tensors, *packed(spec), runs), None, None
     without_u = spec._replace(recompute=True)  # outside of autograd nobody sees or needs it
     if gradients:
-        results = _PairFunction.apply(spec, runs, backend, *tensors)
+        results = _PairFunction.apply(spec, runs, backend, begun, *tensors)
+    elif begun is not None:
+        results = second_pass(tensors, without_u, runs, begun)
     else:
         results = torch.ops.fastst.conv2plus1d_train(*tensors, *packed(without_u), runs)
     found: list[Any] = _scatter(results, results_of(without_u))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends.contract import Gradients, PairBackward, apply_ending
+from ..backends.contract import Begun, Gradients, PairBackward, PairResult, apply_ending
 from ..problem import slicing
-from ..problem.spec import PairProblem, PairSpec, PairTensors
+from ..problem.spec import PairProblem, PairSpec, PairTensors, Problem
 from . import batch_slices
 from .schema import (
     PAIR,
@@ -114,6 +114,36 @@ def results_of(spec: PairSpec) -> tuple[bool, ...]:
 def _conv2plus1d_train(*args: Any) -> list[Tensor]:
     tensors, spec, problem, backend = _trained_pair(args)
     r = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
+    return _asked(r, spec)
+
+
+def first_pass(tensors: PairTensors, spec: PairSpec, backend: str) -> Begun | None:
+    """The first convolution of a pair with norm="batch", whose second weight is a guess.
+
+    None where the backend that would run the pair computes both in one call only.
+    """
+    problem = Problem.of(tensors, spec)
+    run = dispatch.chosen(problem, "forward", backend).first_pass
+    if run is None:
+        return None
+    found: Begun = without_autocast(problem.device.type, run, problem, tensors)
+    return found
+
+
+def second_pass(tensors: PairTensors, spec: PairSpec, backend: str, begun: Begun) -> list[Tensor]:
+    """What ``conv2plus1d_train`` returns, of a pair that ``first_pass`` has begun."""
+    problem = Problem.of(tensors, spec)
+    chosen = dispatch.choose(problem, "forward", backend)
+    device = problem.device.type
+    if chosen.second_pass is None:  # not the backend that was guessed
+        r = without_autocast(device, chosen.conv2plus1d, problem, tensors, True)
+    else:
+        r = without_autocast(device, chosen.second_pass, problem, tensors, begun)
+    return _asked(r, spec)
+
+
+def _asked(r: PairResult, spec: PairSpec) -> list[Tensor]:
+    """The results that an op of training returns."""
     results = (r.y, r.u, r.mean, r.var, r.total, r.out_mean, r.out_var)
     asked = [t for t, there in zip(results, results_of(spec), strict=True) if there]
     return _apart(asked)  # type: ignore[arg-type]  # as the contract says

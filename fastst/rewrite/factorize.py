@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..nn.layers import Conv2Plus1d
 from ..problem import checks
 from ..problem.spec import ORDERS
-from .convert.match import why_altered
-from .convert.trace import is_watched
+from .altered import is_watched, why_altered
 
 
 @dataclass(frozen=True)

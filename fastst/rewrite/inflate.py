@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..nn.layers import Conv2Plus1d
 from ..problem import checks
-from .convert.match import why_altered
-from .convert.trace import is_watched
+from .altered import is_watched, why_altered
 
 _TOLERANCE = 1e-9  # of float64 outputs, relative to the largest
 

@@ -31,6 +31,7 @@ from ..contract import (
     COMMON_PAIR_FIELDS,
     COMMON_PARALLEL_FIELDS,
     Backend,
+    Begun,
     Gradients,
     PairBackward,
     PairResult,
@@ -79,6 +80,29 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
     else:
         mean = var = None
     return PairResult(_leave(y, problem.empty_output(tensors.x)), saved, mean, var, total)
+
+
+def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
+    weights, m, total = _Weights(problem, tensors), problem.mid_channels, None
+    u = weights.clear(_conv(_rows(tensors.x), *weights.first, problem.passes[0]))
+    if problem.dtype == problem.accumulate_dtype and not problem.spec.group:
+        var, mean = torch.var_mean(u.flatten(0, 3)[:, :m], 0, correction=0)
+    else:
+        _, found, biased, total = _normalise(problem, tensors, u)
+        assert found is not None and biased is not None
+        mean, var = found[:m], biased[:m]
+    return Begun(_widen(u, problem), mean, var, total)
+
+
+def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
+    spec = problem.spec
+    weights, u = _Weights(problem, tensors), begun.u
+    if u.shape[-1] != weights.mid:
+        u = u[..., : weights.mid].contiguous()
+    v = _affine(problem, tensors, u, begun.mean, begun.var)
+    z = activations.apply(spec.activation, v, spec.slope, inplace=True)
+    y = _conv(z, *weights.second, problem.passes[1])
+    return PairResult(_leave(y, problem.empty_output(tensors.x)), *begun)
 
 
 def conv2plus1d_backward(call: PairBackward) -> Gradients:
@@ -512,6 +536,8 @@ BACKEND = Backend(
     why_not=no_reason,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,
+    first_pass=first_pass,
+    second_pass=second_pass,
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     mid_tensors_alive=_mid_tensors_alive,

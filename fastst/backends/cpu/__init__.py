@@ -6,11 +6,14 @@ where the first stores and the second loads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ...problem import slicing
 from ...problem.spec import PairProblem, PairTensors, Problem
-from ..contract import COMMON_PAIR_FIELDS, Backend, PairResult, Phase
+from ..contract import COMMON_PAIR_FIELDS, Backend, Begun, PairResult, Phase
 from . import backward
 from .backward import conv2plus1d_backward
 from .library import Launcher, floats, load, norm_coefficients
@@ -53,7 +56,7 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
         y = problem.empty_output(tensors.x)
         k.pair(tensors, y)
         return PairResult(y, outer=True)
-    (first, second), (_, w1, w2, b1, b2, *_) = problem.passes, tensors
+    first, w1, b1 = problem.passes[0], tensors.first_weight, tensors.first_bias
     m = problem.mid_channels
     mean, var, coefficients = tensors.mean, tensors.var, None
     if spec.norm == "frozen":
@@ -74,17 +77,42 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
         epilogue = k.epilogue(bias=b1, coefficients=coefficients, act=spec.activation)
         k.tap_conv(k.plain(tensors.x), w1, first, mid, epilogue)
         source = k.plain(mid[:, :m])
-    y = problem.empty_output(tensors.x)
-    out = floats(2, problem.out_channels) if spec.output_statistics else None
-    epilogue = k.epilogue(
-        bias=b2, outer=spec.outer_activation, aux=tensors.residual, reductions=out
-    )
-    k.tap_conv(source, w2, second, y, epilogue)
+    y, out = _second_pass(k, problem, tensors, source)
     batch = spec.norm == "batch"
     return PairResult(
         y, mid.permute(0, 2, 3, 4, 1) if kept else None, mean if batch else None,
         var if batch else None, None, True, *(() if out is None else out),
     )  # fmt: skip
+
+
+def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
+    k, statistics = Launcher(problem), floats(2, problem.mid_channels)
+    mid, epilogue = k.rows(), k.epilogue(bias=tensors.first_bias, reductions=statistics)
+    k.tap_conv(k.plain(tensors.x), tensors.first_weight, problem.passes[0], mid, epilogue)
+    return Begun(mid.permute(0, 2, 3, 4, 1), *statistics)
+
+
+def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
+    k = Launcher(problem)
+    u = begun.u.permute(0, 4, 1, 2, 3)[:, : problem.mid_channels]
+    coefficients = norm_coefficients(k, tensors, begun.mean, begun.var)
+    source = k.norm_act(u, coefficients, problem.spec.activation)
+    y, out = _second_pass(k, problem, tensors, source)
+    return PairResult(y, *begun, True, *(() if out is None else out))
+
+
+def _second_pass(
+    k: Launcher, problem: PairProblem, tensors: PairTensors, source: Any
+) -> tuple[Tensor, Tensor | None]:
+    """y and, if asked for, its statistics."""
+    spec = problem.spec
+    y = problem.empty_output(tensors.x)
+    out = floats(2, problem.out_channels) if spec.output_statistics else None
+    epilogue = k.epilogue(
+        bias=tensors.second_bias, outer=spec.outer_activation, aux=tensors.residual, reductions=out
+    )
+    k.tap_conv(source, tensors.second_weight, problem.passes[1], y, epilogue)
+    return y, out
 
 
 BACKEND = Backend(
@@ -94,6 +122,8 @@ BACKEND = Backend(
     why_not=_why_not,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,
+    first_pass=first_pass,
+    second_pass=second_pass,
     why_not_auto=_why_not_auto,
     gives_output_statistics=lambda problem: True,  # from the epilogue that writes y
     norm_backward=norm_backward,

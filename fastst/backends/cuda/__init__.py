@@ -25,6 +25,7 @@ from ..contract import (
     COMMON_PAIR_FIELDS,
     COMMON_PARALLEL_FIELDS,
     Backend,
+    Begun,
     Gradients,
     PairBackward,
     PairResult,
@@ -115,6 +116,34 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
     batch = spec.norm == "batch"
     kept = u if save and not spec.recompute else None
     return PairResult(y, kept, mean if batch else None, var if batch else None, k.total)
+
+
+def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
+    if depthwise.why_not(problem) is None:
+        return depthwise.first_pass(problem, tensors)
+    if hopper.why_not(problem) is None:
+        return hopper.first_pass(problem, tensors)
+    x, weight, bias = tensors.x, tensors.first_weight, tensors.first_bias
+    with launching(problem) as k:
+        u = x.new_empty(problem.mid_shape)
+        k.tap_conv([k.branch(k.plain(x), weight, bias, problem.passes[0])], [_mid(u)])
+        mean, var = k.statistics(_mid(u)[:, : problem.mid_channels])
+    return Begun(u, mean, var, k.total)
+
+
+def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
+    if depthwise.why_not(problem) is None:
+        return depthwise.second_pass(problem, tensors, begun)
+    if hopper.why_not(problem) is None:
+        return hopper.second_pass(problem, tensors, begun)
+    weight, bias = tensors.second_weight, tensors.second_bias
+    with launching(problem) as k:
+        coefficients = k.norm_coefficients(tensors, begun.mean, begun.var)
+        u = _mid(begun.u)[:, : problem.mid_channels]
+        z = k.norm_act(u, coefficients, problem.spec.activation)
+        y = problem.empty_output(tensors.x)
+        k.tap_conv([k.branch(z, weight, bias, problem.passes[1])], [y])
+    return PairResult(y, *begun)
 
 
 def conv2plus1d_backward(call: PairBackward) -> Gradients:
@@ -252,6 +281,8 @@ BACKEND = Backend(
     why_not=_why_not,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,
+    first_pass=first_pass,
+    second_pass=second_pass,
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     why_not_auto=_why_not_auto,

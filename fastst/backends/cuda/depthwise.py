@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...problem.spec import PairProblem, PairTensors
-from ..contract import Gradients, PairBackward, PairResult
+from ..contract import Begun, Gradients, PairBackward, PairResult
 from .library import Launcher, emulating, launching, library
 
 KERNELS = (3, 5)
@@ -173,6 +173,29 @@ def forward(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResul
     if spec.norm != "batch":
         mean = var = None
     return PairResult(y, u, mean, var, k.total)
+
+
+def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
+    """u, which autograd keeps, and its statistics; the kernels compute u again from x."""
+    u = tensors.x.new_empty(problem.mid_shape)
+    with launching(problem) as k:
+        partials = _Launches(k, problem, tensors).forward(None, None, u, True)
+        assert partials is not None
+        mean, var = k.combine_statistics(partials)
+    return Begun(u, mean, var, k.total)
+
+
+def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
+    with launching(problem) as k:
+        coefficients = k.norm_coefficients(tensors, begun.mean, begun.var)
+        y = problem.empty_output(tensors.x)
+        rows = y
+        if y.stride(1) != 1:
+            rows = torch.empty_like(y, memory_format=torch.channels_last_3d)
+        _Launches(k, problem, tensors).forward(coefficients, rows, None, False)
+        if rows is not y:
+            y.copy_(rows)
+    return PairResult(y, *begun)
 
 
 def backward(call: PairBackward) -> Gradients:

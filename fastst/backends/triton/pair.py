@@ -13,7 +13,7 @@ from ...machine import choices
 from ...problem.examples import example
 from ...problem.spec import PairProblem, PairTensors
 from ...ranks import groups, statistics
-from ..contract import PairResult
+from ..contract import Begun, PairResult
 from . import single
 from .passes import PassConfig, candidates, conv_pass, finish_norm, moments
 
@@ -105,6 +105,36 @@ def _batch_norm(
     pooled = statistics.pool_statistics(mean, var, count, groups.resolve(group))
     mean, var, _ = pooled
     return *finish_norm(problem, tensors._replace(mean=mean, var=var), bias=bias), *pooled
+
+
+def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
+    """u and its statistics, of a norm over the batch."""
+    first, x, m = problem.passes[0], tensors.x, problem.mid_channels
+    mid_rows = x.new_empty(problem.mid_shape)
+    if first.groups > 1 and problem.mid_shape[-1] > m:
+        mid_rows[..., m:].zero_()  # channels that belong to no group
+    partial, rows = conv_pass(
+        first, x, tensors.first_weight, mid_rows.permute(0, 4, 1, 2, 3), shift=tensors.first_bias,
+        statistics=True, config=_pass_candidates(problem, 0, x.stride(1) == 1)[0],
+    )  # fmt: skip
+    return Begun(mid_rows, *_batch_norm(problem, tensors, partial, rows)[2:])
+
+
+def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
+    """y of a pair that ``first_pass`` has begun."""
+    spec = problem.spec
+    y = problem.empty_output(tensors.x)
+    scale, shift = finish_norm(problem, tensors._replace(mean=begun.mean, var=begun.var))
+    partial, rows = conv_pass(
+        problem.passes[1], begun.u.permute(0, 4, 1, 2, 3), tensors.second_weight, y,
+        shift=tensors.second_bias, in_scale=scale, in_shift=shift, in_activation=spec.activation,
+        slope=spec.slope, residual=tensors.residual, activation=spec.outer_activation,
+        statistics=spec.output_statistics, config=_pass_candidates(problem, 1, True)[0],
+    )  # fmt: skip
+    last: tuple[Any, ...] = ()
+    if partial is not None:
+        last = moments(partial, rows, problem.batch * math.prod(problem.out_size))
+    return PairResult(y, *begun, True, *last)
 
 
 def _two_passes(

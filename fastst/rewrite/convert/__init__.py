@@ -1,4 +1,4 @@
-"""Replacement of conv pairs in models that somebody else wrote, in place and reversibly."""
+"""Pairs in models that somebody else wrote, run as one operation: in place and reversibly."""
 
 from __future__ import annotations
 

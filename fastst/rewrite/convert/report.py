@@ -7,25 +7,28 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Replaced:
-    """A pair that now runs as one op; names are those of ``model.named_modules()``."""
+    """A pair that runs as one operation; names are those of ``model.named_modules()``.
 
-    name: str  # of the module whose forward runs it; "" for the model itself
+    Without a sample these are neighbours that fit, and only a call shows what lies between them.
+    """
+
     first: str
     second: str
-    norm: str | None
-    activation: str  # "relu", "none", ...
-    order: str
+    order: str  # "spatial-first" | "temporal-first"
+    norm: str | None = None
+    activation: str | None = None  # "relu", "none", ...; None without a sample
     residual: bool = False  # whether the op adds the block's shortcut
     outer: str = "none"  # the activation of its output that is part of it
-    outer_norm: str | None = None  # the batch norm of its output that takes its statistics
-    apart: str | None = None  # why that norm does not, as things stand
+    outer_norm: str | None = None  # the batch norm of its output that is part of it
 
     def __str__(self) -> str:
+        if self.activation is None:
+            return f"{self.first} → {self.second}, {self.order}, where one follows the other"
         between = [] if self.norm is None else [self.norm]
         if self.activation != "none":
             between.append(self.activation)
         told = f", with {' and '.join(between)} between" if between else ""
-        ending = [] if self.outer_norm is None else [norm_told(self.outer_norm, self.apart)]
+        ending = [] if self.outer_norm is None else [self.outer_norm]
         ending += ["the residual"] * self.residual
         if self.outer != "none":
             ending.append(self.outer)
@@ -33,22 +36,15 @@ class Replaced:
         return f"{self.first} → {self.second}, {self.order}{told}"
 
 
-def norm_told(norm: str, apart: str | None) -> str:
-    """A norm after a pair, and why it takes no statistics of the pair."""
-    return norm if apart is None else f"{norm} by itself ({apart})"
-
-
 @dataclass(frozen=True)
 class Left:
-    """A separable convolution, two of them, or a layer of this library, that stays as it was."""
+    """A separable convolution, or a layer of this library, that runs as it did."""
 
-    name: str  # of the first convolution, or of the layer
-    second: str | None
+    name: str
     reason: str
 
     def __str__(self) -> str:
-        to = "" if self.second is None else f" → {self.second}"
-        return f"{self.name or 'the model'}{to}: {self.reason}"
+        return f"{self.name or 'the model'}: {self.reason}"
 
 
 @dataclass
@@ -56,9 +52,9 @@ class Report:
     """What ``fastst.convert`` did. Printing it tells all.
 
     Attributes:
-        replaced: pairs that this call replaced.
-        already: pairs that an earlier call had replaced.
-        left: separable convolutions without a partner and pairs that cannot run as one op.
+        replaced: pairs whose convolutions this call has prepared.
+        already: pairs that an earlier call had.
+        left: convolutions without a partner and layers, with the reason.
     """
 
     replaced: list[Replaced] = field(default_factory=list)

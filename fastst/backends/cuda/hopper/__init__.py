@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ....problem.spec import PairProblem, PairSpec, PairTensors
-from ...contract import PairResult
+from ...contract import Begun, PairResult
 from ..library import emulating, launching
 from . import weights
 from .backward import backward
@@ -27,7 +27,9 @@ from .launches import (
 )
 from .tiles import HopperTile
 
-__all__ = ["backward", "backward_why_not", "forward", "why_not"]
+__all__ = [
+    "backward", "backward_why_not", "first_pass", "forward", "second_pass", "why_not",
+]  # fmt: skip
 
 STRIDES = (1, 2)
 TAPS = 3  # temporal ones, unrolled
@@ -192,6 +194,46 @@ def forward(
     if spec.norm != "batch":
         mean = var = None
     return PairResult(y, rows if keep else None, mean, var, k.total, outer, *last)
+
+
+def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
+    """u and its statistics, of a norm over the batch."""
+    rows = tensors.x.new_empty(problem.mid_shape)
+    u, bias = rows.permute(0, 4, 1, 2, 3), tensors.first_bias
+    with launching(problem) as k:
+        launches = Launches(k, problem)
+        if stem_why_not(problem) is None:
+            partials = launches.stem(tensors, u, None, shift=bias, statistics=True)
+        else:
+            partials = launches.spatial(
+                rows_of(tensors.x), tensors.first_weight, u, spatial_tile(problem),
+                statistics=True, scale=None, shift=bias,
+            )  # fmt: skip
+        assert partials is not None
+        mean, var = k.combine_statistics(partials)
+    return Begun(rows, mean, var, k.total)
+
+
+def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
+    """y of a pair that ``first_pass`` has begun."""
+    spec, bias, partials = problem.spec, tensors.first_bias, None
+    with launching(problem) as k:
+        launches = Launches(k, problem)
+        scale, shift = affine_of(k.norm_coefficients(tensors, begun.mean, begun.var))
+        y = problem.empty_output(tensors.x)
+        outer, epilogue = _outer(spec, tensors)
+        if stem_why_not(problem) is None:  # which computes u again
+            assert scale is not None and shift is not None
+            shift = shift if bias is None else shift + bias * scale
+            launches.stem(tensors, y, (scale, shift), **epilogue)
+        else:
+            u = begun.u.permute(0, 4, 1, 2, 3)[:, : problem.mid_channels]
+            partials = launches.temporal(
+                u, tensors.second_weight, y, temporal_tile(problem), (scale, shift),
+                spec.activation, statistics=spec.output_statistics, **epilogue,
+            )  # fmt: skip
+        last = () if partials is None else k.moments(partials)
+    return PairResult(y, *begun, outer, *last)
 
 
 def _stem(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:

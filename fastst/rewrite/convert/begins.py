@@ -1,0 +1,125 @@
+"""What ``convert`` puts on a convolution: an object in the place of its ``_conv_forward``.
+
+``type(m)``, ``m.forward``, parameters, hooks and keys stay what they were. Whatever a forward does
+before and after it calls the convolution itself happens as it stands, subclasses included. Copies
+and pickles carry the object with them; a tool that replaces ``_conv_forward`` takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ...nn.pair_of_modules import RECOMPUTE
+from . import rules
+from .promise import Promise, real
+
+ATTRIBUTE = "_conv_forward"
+_FORWARDS = {kind: kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_LONGEST = 64  # calls between two promises of a convolution that never pairs
+_PATIENCE = 4  # chains in a row that end nowhere, before the convolution is asked less often
+
+
+class Event(NamedTuple):
+    """What became of a promise."""
+
+    plan: Any
+    why: str | None  # it was computed as it stood; None for a pair
+
+
+_listeners: list[list[Event]] = []
+
+
+@contextmanager
+def listening() -> Iterator[list[Event]]:
+    """Collect what becomes of promises within the block, process-wide."""
+    events: list[Event] = []
+    _listeners.append(events)
+    try:
+        yield events
+    finally:
+        _listeners[:] = [one for one in _listeners if one is not events]
+
+
+def _tell(plan: Any, why: str | None) -> None:
+    for events in _listeners:
+        events.append(Event(plan, why))
+
+
+class Begins:
+    """The convolution itself, answered with a promise where it may be the first of a pair."""
+
+    def __init__(self, conv: Any, name: str, wanted: bool, barred: bool) -> None:
+        self.conv = conv
+        self.name = name  # in the model that was converted
+        self.wanted = wanted  # by only=
+        self.barred = barred  # by skip=
+        self.misses = self.waits = 0
+        self.guess: Any = None  # the second convolution of its last pair: shape and settings
+
+    def __call__(self, x: Any, weight: Any, bias: Any) -> Tensor:
+        conv = self.conv
+        if not torch.compiler.is_compiling():
+            if type(x) is Promise:
+                if self.barred or _watched(conv):
+                    x = real(x)
+                else:
+                    x.link.plan = x.link.plan._replace(ends=self)
+            elif not self.barred and self._defers():
+                made = rules.begin(
+                    self, self.name, x, weight, bias,
+                    (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode,
+                     None if conv.padding_mode == "zeros"
+                     else tuple(conv._reversed_padding_repeated_twice)),
+                )  # fmt: skip
+                if made is not None:
+                    return made
+        return type(conv)._conv_forward(conv, x, weight, bias)
+
+    @property
+    def selection(self) -> tuple[bool, bool]:
+        return self.wanted, self.barred
+
+    @property
+    def recompute(self) -> bool | None:
+        found: bool | None = vars(self.conv).get(RECOMPUTE)
+        return found
+
+    def _defers(self) -> bool:
+        """Whether to promise now: not where calling it may do more than its class says."""
+        conv = self.conv
+        if _watched(conv) or torch._C._are_functorch_transforms_active():
+            return False
+        if torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state():
+            return False
+        if type(conv)._conv_forward is not _FORWARDS[nn.Conv3d]:
+            return False
+        if self.waits:
+            self.waits -= 1
+            return False
+        return True
+
+    def took(self, plan: Any, second: Any) -> None:
+        """A pair runs as one operation."""
+        self.misses, self.guess = 0, second
+        _tell(plan, None)
+
+    def missed(self, plan: Any, why: str) -> None:
+        """A promise was computed as it stands. After some in a row, fewer and fewer are made."""
+        _tell(plan, why)
+        self.misses += 1
+        if self.misses >= _PATIENCE:
+            self.waits = min(2 ** (self.misses - _PATIENCE + 2), _LONGEST)
+
+
+def _watched(m: Any) -> bool:
+    """Whether somebody sees a module's call, or moves what it needs when it returns."""
+    return (
+        bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        or torch_module._has_any_global_hook()
+    )

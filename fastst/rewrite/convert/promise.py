@@ -1,0 +1,344 @@
+"""A promise: what a convolution answers with instead of computing its output at once.
+
+``Promise`` is a tensor that knows its shape, dtype and device, and how to compute itself. Whatever
+``rules`` can put into one operation extends it; everything else that touches it gets the tensor
+that the separate modules would have made, computed in the state in which it was promised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
+
+_unseen = torch._C.DisableTorchFunctionSubclass
+_autograd: Any = torch._C._autograd
+_make: Callable[..., Any] = Tensor._make_wrapper_subclass
+
+
+class State:
+    """What besides tensors decides about a result: modes of the thread, and the stream."""
+
+    __slots__ = ("autocast", "device", "grad", "hooks", "inference", "stream")
+
+    def __init__(self, device: torch.device) -> None:
+        kind = device.type
+        self.device = device
+        self.grad = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+        on = kind != "meta" and torch.is_autocast_enabled(kind)
+        self.autocast = torch.get_autocast_dtype(kind) if on else None
+        self.stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+        self.hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, State) and all(
+            getattr(self, name) == getattr(other, name) for name in State.__slots__
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """The state as it was, within the block."""
+        now = State(self.device)
+        with contextlib.ExitStack() as stack:
+            if now.inference != self.inference:
+                stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            if now.autocast != self.autocast:
+                on = self.autocast is not None
+                kind = self.device.type
+                stack.enter_context(torch.autocast(kind, self.autocast, on, cache_enabled=False))
+            if now.stream != self.stream:
+                stack.enter_context(torch.cuda.stream(self.stream))
+            if now.hooks != self.hooks:
+                stack.enter_context(_saved_under(self.hooks))
+            yield
+        if now.stream is not None and self.stream is not None and now.stream != self.stream:
+            now.stream.wait_stream(self.stream)
+
+
+@contextlib.contextmanager
+def _saved_under(hooks: Any) -> Iterator[None]:
+    """Within the block tensors for backward are saved by these hooks: later ones see none."""
+    later = []
+    while (top := _autograd._top_saved_tensors_default_hooks(True)) not in (None, hooks):
+        later.append(top)
+        _autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for top in reversed(later):
+            _autograd._push_saved_tensors_default_hooks(*top)
+
+
+class Kept:
+    """A tensor as it is now, whatever is written to it later.
+
+    A copy-on-write clone: it costs no memory unless somebody writes. Memory that cannot be cloned
+    so is watched by its version counter and address instead.
+    """
+
+    __slots__ = ("address", "clone", "needs_grad", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.needs_grad = tensor, tensor.requires_grad
+        self.version = None if tensor.is_inference() else tensor._version
+        self.address = 0
+        self.clone: Tensor | None = None
+        if valueless(tensor):
+            return
+        if not (isinstance(tensor, nn.Parameter) and "torch.distributed.fsdp" in sys.modules):
+            self.hold()
+        if self.clone is None:
+            if self.version is None:
+                raise CannotDefer
+            self.address = tensor.data_ptr()
+
+    def hold(self) -> None:
+        """Take a clone. FSDP resizes the memory of parameters, which cannot be with clones."""
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            self.clone = torch._lazy_clone(self.tensor)
+        except RuntimeError:  # memory that PyTorch has not allocated
+            self.clone = None
+        finally:
+            torch._C._set_grad_enabled(grad)
+
+    def release(self) -> None:
+        """Give the memory back to the tensor alone, so that reading it by address copies nothing.
+
+        From now on it is watched by its version counter, if it has one.
+        """
+        if self.clone is not None:
+            self.clone = None
+            self.address = self.tensor.data_ptr()
+
+    def held_again(self) -> None:
+        """After ``release``, where there is no version counter."""
+        if self.version is None and not valueless(self.tensor):
+            self.hold()
+
+    @property
+    def written(self) -> bool:
+        """Whether the values may be others, or were given memory of their own."""
+        t = self.tensor
+        if self.version is not None and t._version != self.version:
+            return True
+        if valueless(t):
+            return False
+        if self.clone is None:
+            return bool(t.data_ptr() != self.address)
+        return bool(_address(t) != _address(self.clone))
+
+    @property
+    def same(self) -> bool:
+        """Whether the tensor still is what it was."""
+        return self.tensor.requires_grad == self.needs_grad and not self.written
+
+    def get(self, what: str, grad: bool) -> Tensor:
+        """The tensor, or its clone where the tensor has been written to.
+
+        Raises:
+            RuntimeError: it is another one now, and the clone would not do.
+        """
+        if self.same:
+            return self.tensor
+        if self.clone is not None and not (grad and (self.needs_grad or self.tensor.requires_grad)):
+            return self.clone
+        raise RuntimeError(
+            f"fastst: {what} changed after the call that read it and before its result was "
+            "computed; leave the convolution out with fastst.convert(..., skip=...), or read its "
+            "output before that"
+        )
+
+
+def _address(t: Tensor) -> int:
+    """Without making memory of its own of a clone."""
+    return int(torch._C._data_address(t))  # type: ignore[attr-defined]
+
+
+def valueless(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape only."""
+    return tensor.is_meta or type(tensor) is FakeTensor
+
+
+class CannotDefer(Exception):
+    """Nothing would tell whether a tensor is written to: its reader runs at once."""
+
+
+class Link:
+    """One call in a chain: how to compute it, and what all calls up to it are as one operation.
+
+    Attributes:
+        before: the link whose value is the first argument; None for a convolution.
+        run: computes the value from that of ``before``.
+        plan: what ``rules`` know of the chain up to here.
+        kept: the other tensors that the call reads.
+        state: in which it was called.
+        value: the result, once somebody wanted it.
+        readers: how many links have this one before them.
+        taken: whether an operation has this link in it.
+    """
+
+    __slots__ = (
+        "before", "kept", "plan", "readers", "run", "shape", "state", "taken", "value", "version",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        before: Link | None,
+        run: Callable[..., Tensor],
+        plan: Any,
+        kept: tuple[tuple[str, Kept], ...],
+        state: State,
+        shape: Any,
+    ) -> None:
+        self.before, self.run, self.plan, self.kept, self.state = before, run, plan, kept, state
+        self.shape = shape
+        self.value: Tensor | None = None
+        self.version: int | None = None
+        self.readers, self.taken = 0, False
+        if before is not None:
+            before.readers += 1
+
+    def all_kept(self) -> list[tuple[str, Kept]]:
+        """All that the chain reads."""
+        above = [] if self.before is None else self.before.all_kept()
+        return [*above, *self.kept]
+
+    def tensors(self) -> list[Tensor]:
+        return [kept.tensor for _, kept in self.all_kept()]
+
+    def unchanged(self) -> bool:
+        """Whether all that the chain reads is what it was."""
+        return all(kept.same for _, kept in self.all_kept())
+
+    def compute(self, reader: Any = "C++") -> Tensor:
+        """The value, as separate calls make it, for whoever reads it."""
+        if self.value is not None:
+            return self.value
+        self.plan.told(f"its output goes to {getattr(reader, '__name__', reader)}")
+        self.value = self._fresh()
+        self.version = None if self.value.is_inference() else self.value._version
+        return self.value
+
+    def _fresh(self) -> Tensor:
+        what, grad = self.plan.name or "the model", self.state.grad
+        tensors = {name: kept.get(f"{name} of {what}", grad) for name, kept in self.kept}
+        source = None if self.before is None else self.before.current()
+        with self.state.restored():
+            return self.run(source, **tensors)
+
+    def current(self) -> Tensor:
+        """The value for the link after this one: kept, if anybody else may want it too."""
+        if self.value is None:
+            return self.compute() if self.readers > 1 else self._fresh()
+        written = not self.value.is_inference() and self.value._version != self.version
+        return self._fresh() if written or self.version is None else self.value
+
+
+class _Node(torch.autograd.Function):
+    """Lets autograd see a promise where C++ reads it without asking: a custom Function's input."""
+
+    @staticmethod
+    def forward(ctx: Any, link: Link, dtype: torch.dtype, *tensors: Tensor) -> Any:
+        ctx.link, ctx.tensors = link, tensors
+        return _wrap(link, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        wanted = [t for t in ctx.tensors if t.requires_grad]
+        grads = iter(torch.autograd.grad(
+            ctx.link.compute(), wanted, grad, retain_graph=True, allow_unused=True,
+            create_graph=torch.is_grad_enabled(),
+        ))  # fmt: skip
+        return None, None, *(next(grads) if t.requires_grad else None for t in ctx.tensors)
+
+
+def _wrap(link: Link, dtype: torch.dtype) -> Promise:
+    made: Promise = _make(Promise, link.shape, dtype=dtype, device=link.state.device)
+    return made
+
+
+def promise(link: Link, dtype: torch.dtype) -> Promise:
+    """The promise of what a link computes."""
+    if link.state.grad:
+        tensors = link.tensors()
+        if any(t.requires_grad for t in tensors):
+            made: Promise = _Node.apply(link, dtype, *tensors)
+            made.link = link
+            return made
+    made = _wrap(link, dtype)
+    made.link = link
+    return made
+
+
+class Promise(Tensor):
+    """A tensor that is computed when somebody reads it."""
+
+    link: Link
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SHAPE_ONLY:
+            with _unseen():
+                return func(*args, **(kwargs or {}))
+        rule = RULES.get(func)
+        if rule is not None:
+            made = rule(*args, **(kwargs or {}))
+            if made is not NotImplemented:
+                return made
+        args, kwargs = tree_map(lambda t: real(t, func), (args, kwargs or {}))
+        with _unseen():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Below autograd, which has seen ``_Node``."""
+        args, kwargs = tree_map(lambda t: real(t, func, detached=True), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
+    """The tensor of a promise, for whoever reads it; anything else as it is."""
+    if type(value) is not Promise:
+        return value
+    tensor = value.link.compute(reader)
+    return tensor.detach() if detached else tensor
+
+
+def replace(old: Promise, link: Link, dtype: torch.dtype) -> Promise:
+    """Write to a promise in place: the same object now is what a link computes."""
+    new = promise(link, dtype)
+    torch._C._swap_tensor_impl(old, new)
+    old.link = link
+    return old
+
+
+_PROPERTIES = (
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse",
+    "is_quantized", "is_mkldnn", "is_mps", "is_xpu", "itemsize",
+)  # fmt: skip
+_METHODS = (
+    "size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex",
+    "element_size", "__len__", "get_device",
+)  # fmt: skip
+# What shape, dtype and device alone say.
+_SHAPE_ONLY: set[Any] = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)),
+    *(getattr(Tensor, name) for name in _METHODS), torch.numel, torch.is_floating_point,
+    torch.is_complex,
+}  # fmt: skip
+# By function: takes the call's arguments, the first a promise; a promise or NotImplemented.
+RULES: dict[Any, Callable[..., Any]] = {}

@@ -1,0 +1,520 @@
+"""What a call makes of a promise: a longer promise, a pair run as one operation, or nothing.
+
+Only values decide: shapes, strides and functions as they arrive, never names or classes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ... import functional
+from ...functional import BatchNorm
+from .padding import Pad, merge
+from .promise import (
+    RULES,
+    CannotDefer,
+    Kept,
+    Link,
+    Promise,
+    State,
+    promise,
+    replace,
+    valueless,
+)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+
+class Pass(NamedTuple):
+    """A separable convolution as a function call describes it."""
+
+    kind: str  # "spatial" | "temporal"
+    stride: tuple[int, int, int]
+    padding: Pad
+    dilation: tuple[int, int, int]
+    groups: int
+
+
+class Plan(NamedTuple):
+    """What a chain of calls is, as one operation."""
+
+    begun: Any  # the ``Begins`` of the first convolution
+    name: str  # what messages call it
+    first: Pass
+    convolution: Link
+    norm: BatchNorm | None = None
+    activation: tuple[str, float] | None = None
+    pads: tuple[Pad, ...] = ()  # before the second convolution
+    ends: Any = None  # the ``Begins`` of the second one, where it has one
+    half: Any = None  # what the first pass has left, where a norm in training asked for it
+
+    def told(self, why: str) -> None:
+        """The chain is computed as separate calls."""
+        self.begun.missed(self, why)
+
+
+# ---- the first convolution
+
+
+def begin(
+    begun: Any, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any
+) -> Promise | None:
+    """The promise of a convolution; None for what must run at once.
+
+    That is also all that the convolution would refuse.
+    """
+    if not (_plain(x.device, x, weight, bias) and x.dim() == 5 and _settled(weight, bias)):
+        return None
+    state = State(x.device)
+    dtype = _result_dtype(state, x, weight, bias)
+    try:
+        found = _first(x.shape, weight.shape, bias is not None and bias.shape, *settings)
+    except TypeError:  # settings that do not hash
+        return None
+    if found is None or dtype is None:
+        return None
+    first, shape, padded, (stride, padding, dilation, groups) = found
+    mode = "constant" if first.padding.mode == "zeros" else first.padding.mode
+
+    def run(_: None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if padded is not None:
+            input = F.pad(input, padded, mode)
+        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+    try:
+        kept = [("input", Kept(x)), ("weight", Kept(weight))]
+        if bias is not None:
+            kept.append(("bias", Kept(bias)))
+    except CannotDefer:
+        return None
+    link = Link(None, run, None, tuple(kept), state, shape)
+    link.plan = Plan(begun, name, first, link)
+    return promise(link, dtype)
+
+
+def _plain(device: torch.device, *tensors: Tensor | None) -> bool:
+    """Whether tensors are PyTorch's own, of values in strides, all on one device."""
+    return all(
+        t is None
+        or (
+            type(t) in _PLAIN and t.layout is torch.strided and t.device == device
+            and not t.is_neg() and not t.is_conj()
+        )
+        for t in tensors
+    )  # fmt: skip
+
+
+def _settled(*weights: Tensor | None) -> bool:
+    """Whether weights are nobody's views: such ones are freed when a module's call ends (FSDP)."""
+    return all(w is None or type(w) is nn.Parameter or not w._is_view() for w in weights)
+
+
+def _result_dtype(state: State, *tensors: Tensor | None) -> torch.dtype | None:
+    """Of a convolution of these tensors, or None where it may refuse them."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if not dtypes.issubset(_FLOATS):
+        return None
+    if state.autocast is not None and torch.float64 not in dtypes:
+        return state.autocast if state.autocast in _FLOATS else None
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+@lru_cache(maxsize=4096)
+def _first(
+    x: Sequence[int],
+    w: Sequence[int],
+    b: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    mode: str,
+    widths: Any,
+) -> Any:
+    """A first convolution: its pass, the shape of its output, and how to compute it."""
+    read = _read(w, stride, padding, dilation, groups)
+    if read is None or mode not in ("zeros", "replicate", "reflect", "circular"):
+        return None
+    triples, groups = read[:3], read[3]
+    if mode != "zeros":
+        w0, w1, h0, h1, t0, t1 = widths
+        sides = ((t0, t1), (h0, h1), (w0, w1))
+    else:
+        sides = triples[1]
+    kind = _kind(w, triples[0], sides)
+    if kind is None or x[1] != w[1] * groups or w[0] % groups or (b and tuple(b) != (w[0],)):
+        return None
+    limit = {"reflect": 1, "circular": 0}.get(mode)
+    size = []
+    for n, k, s, d, p in zip(x[2:], w[2:], triples[0], triples[2], sides, strict=True):
+        if limit is not None and max(p) > n - limit:
+            return None
+        size.append((n + sum(p) - d * (k - 1) - 1) // s + 1)
+    if min(*size, x[0]) < 1 or min(x[2:]) < 1:
+        return None
+    first = Pass(kind, triples[0], Pad(sides, mode), triples[2], groups)
+    padded = tuple(widths) if mode != "zeros" else None
+    how = triples[0], (0, 0, 0) if padded else padding, triples[2], groups
+    return first, torch.Size((x[0], w[0], *size)), padded, how
+
+
+def _read(w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: Any) -> Any:
+    """(stride, padding as pairs, dilation, groups) of ``conv3d``, or None where they are odd."""
+    try:
+        strides, dilations = _triple(stride), _triple(dilation)
+        extent = [d * (k - 1) for d, k in zip(dilations, w[2:], strict=True)]
+        if padding == "valid":
+            sides = ((0, 0),) * 3
+        elif padding == "same":
+            if strides != (1, 1, 1):
+                return None
+            sides = tuple((e // 2, e - e // 2) for e in extent)  # type: ignore[assignment]
+        else:
+            sides = tuple((p, p) for p in _triple(padding))  # type: ignore[assignment]
+        groups = operator.index(groups)
+    except (TypeError, ValueError):
+        return None
+    if groups < 1 or min(strides) < 1 or min(dilations) < 1 or min(map(min, sides)) < 0:
+        return None
+    return strides, sides, dilations, groups
+
+
+def _triple(value: Any) -> tuple[int, int, int]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    a, b, c = map(operator.index, values * 3 if len(values) == 1 else values)
+    return a, b, c
+
+
+def _kind(w: Sequence[int], stride: Sequence[int], sides: Any) -> str | None:
+    """Along which axes a convolution does something, if they are those of one pass."""
+    acts = [
+        k != 1 or s != 1 or tuple(p) != (0, 0) for k, s, p in zip(w[2:], stride, sides, strict=True)
+    ]
+    if acts[0] and not any(acts[1:]):
+        return "temporal"
+    return "spatial" if any(acts[1:]) and not acts[0] else None
+
+
+# ---- what may stand between
+
+
+def _extended(
+    p: Promise,
+    run: Callable[..., Tensor],
+    kept: tuple[tuple[str, Kept], ...] = (),
+    shape: Any = None,
+    in_place: bool = False,
+    **plan: Any,
+) -> Promise:
+    link = p.link
+    state = State(link.state.device)
+    longer = Link(link, run, link.plan._replace(**plan), kept, state, shape or link.shape)
+    dtype = _dtype(p)
+    return replace(p, longer, dtype) if in_place else promise(longer, dtype)
+
+
+def _dtype(p: Promise) -> torch.dtype:
+    with torch._C.DisableTorchFunctionSubclass():
+        return p.dtype
+
+
+def _open(p: Any) -> bool:
+    """Whether nobody has computed a promise yet, and its state is still the current one."""
+    if type(p) is not Promise or p.link.value is not None:
+        return False
+    return bool(p.link.state == State(p.link.state.device))
+
+
+def _batch_norm(
+    input: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """A norm in training runs the first convolution now: its statistics are counted at its call."""
+    if not _open(input) or not (training or (running_mean is not None and running_var is not None)):
+        return NotImplemented
+    plan, shape = input.link.plan, input.link.shape
+    if plan.norm is not None or plan.activation is not None or plan.pads:
+        return NotImplemented
+    if type(momentum) not in (int, float) or type(eps) not in (int, float):
+        return NotImplemented
+    norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
+    tensors = {n: t for n, t in zip(norm._fields, norm[:4], strict=False) if t is not None}
+    device, dtype = input.link.state.device, _dtype(input)
+    for t in tensors.values():
+        if not _plain(device, t) or t.shape != shape[1:2]:
+            return NotImplemented
+        if t.dtype != dtype and not (t.dtype is torch.float32 and dtype.itemsize == 2):
+            return NotImplemented
+    if len({t.dtype for t in tensors.values()}) > 1:
+        return NotImplemented
+    run = None
+    if training:
+        if shape.numel() == shape[1]:  # which PyTorch refuses
+            return NotImplemented
+        x = plan.convolution.kept[0][1].tensor
+        if not valueless(x):
+            run = _begin(input.link, norm)
+            if run is None:
+                return NotImplemented
+            # Counted by now.
+            tensors.pop("running_mean", None)
+            tensors.pop("running_var", None)
+    try:
+        kept = tuple((n, Kept(t)) for n, t in tensors.items())
+    except CannotDefer:
+        return NotImplemented
+
+    def separately(
+        u: Tensor, running_mean: Any = None, running_var: Any = None, **affine: Tensor
+    ) -> Tensor:
+        return F.batch_norm(
+            u, running_mean, running_var, **affine, training=training, momentum=momentum, eps=eps
+        )
+
+    return _extended(input, separately, kept, norm=norm, half=run)
+
+
+def _begin(link: Link, norm: BatchNorm) -> Any:
+    """Run the first convolution, for the pair that it was last in or a likely one."""
+    plan: Plan = link.plan
+    m = link.shape[1]
+    likely = ((m, m, 3, 1, 1), 1, (1, 0, 0), 1, 1)
+    if plan.first.kind == "temporal":
+        likely = ((m, m, 1, 3, 3), 1, (0, 1, 1), 1, 1)
+    for shape, *how in filter(None, (plan.begun.guess, likely)):
+        settings = _second(plan.first, (), link.shape, tuple(shape), False, *how)
+        if settings is None:
+            continue
+        x, weight, bias = _convolved(plan)
+        if not link.unchanged():
+            return None
+        guess = torch.empty(tuple(shape), dtype=weight.dtype, device=weight.device)
+        for _, kept in link.kept:
+            kept.release()
+        pairs: list[Any] = [[weight, bias], [guess, None]]
+        if plan.first.kind == "temporal":
+            pairs.reverse()
+        (ws, bs), (wt, bt) = pairs
+        half = functional.begin(x, ws, wt, bs, bt, norm=norm, **settings)
+        for _, kept in link.kept:
+            kept.hold()
+        return half
+    return None
+
+
+def _convolved(plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and bias of the first convolution."""
+    sources = dict(plan.convolution.kept)
+    bias = sources.get("bias")
+    return sources["input"].tensor, sources["weight"].tensor, None if bias is None else bias.tensor
+
+
+def _activation(
+    name: str, function: Callable[..., Any], written: bool = False
+) -> Callable[..., Any]:
+    """The rule of an activation; ``written``: it is the in-place form."""
+
+    def rule(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _open(input):
+            return NotImplemented
+        plan = input.link.plan
+        if plan.activation is not None or plan.pads:
+            return NotImplemented
+        named = _named(name, args, kwargs)
+        if named is None:
+            return NotImplemented
+        kind, slope, in_place = named
+        in_place = in_place or written
+
+        def run(v: Tensor) -> Tensor:
+            return _APPLY[kind](v, slope)
+
+        return _extended(input, run, in_place=in_place, activation=(kind, slope))
+
+    return rule
+
+
+def _named(name: str, args: Any, kwargs: Any) -> tuple[str, float, bool] | None:
+    """An activation's name, slope, and whether it is in place, of a call's other arguments."""
+    if name == "gelu":
+        how = kwargs.get("approximate", args[0] if args else "none")
+        kind = {"none": "gelu", "tanh": "gelu_tanh"}.get(how)
+        return None if kind is None else (kind, 0.01, False)
+    names = ("negative_slope", "inplace") if name == "leaky_relu" else ("inplace",)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    slope, in_place = given.pop("negative_slope", 0.01), given.pop("inplace", False)
+    if given.keys() - set(names) or len(args) > len(names) or type(slope) not in (int, float):
+        return None
+    return name, float(slope), bool(in_place)
+
+
+_APPLY: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda v, _: F.relu(v),
+    "silu": lambda v, _: F.silu(v),
+    "hardswish": lambda v, _: F.hardswish(v),
+    "gelu": lambda v, _: F.gelu(v),
+    "gelu_tanh": lambda v, _: F.gelu(v, approximate="tanh"),
+    "leaky_relu": lambda v, slope: F.leaky_relu(v, slope),
+}
+
+
+def _pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    if not _open(input) or value not in (None, 0) or mode not in _MODES:
+        return NotImplemented
+    if not isinstance(pad, (tuple, list)) or len(pad) not in (2, 4, 6):
+        return NotImplemented
+    if not all(type(w) is int and w >= 0 for w in pad) or (mode != "constant" and len(pad) != 6):
+        return NotImplemented
+    w = [*pad, *(0,) * (6 - len(pad))]
+    sides = ((w[4], w[5]), (w[2], w[3]), (w[0], w[1]))
+    n, c, *size = input.link.shape
+    limit = {"reflect": 1, "circular": 0}.get(mode)
+    if limit is not None and any(max(s) > n - limit for s, n in zip(sides, size, strict=True)):
+        return NotImplemented
+    shape = torch.Size((n, c, *(n + sum(s) for s, n in zip(sides, size, strict=True))))
+    widths = tuple(pad)
+    return _extended(
+        input, lambda z: F.pad(z, widths, mode), shape=shape,
+        pads=(*input.link.plan.pads, Pad(sides, _MODES[mode])),
+    )  # fmt: skip
+
+
+_MODES = {"constant": "zeros", "replicate": "replicate", "reflect": "reflect",
+          "circular": "circular"}  # fmt: skip
+
+
+# ---- the second convolution
+
+
+def _conv3d(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: Any = 1,
+) -> Any:
+    if not _open(input) or type(weight) is Promise or type(bias) is Promise:
+        return NotImplemented
+    link = input.link
+    plan: Plan = link.plan
+    if not _plain(link.state.device, weight, bias) or weight.dim() != 5:
+        return NotImplemented
+    if not _selected(plan):
+        return NotImplemented
+    try:
+        stride, padding, dilation = (
+            tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)
+        )
+        settings = _second(
+            plan.first, plan.pads, link.shape, weight.shape, bias is not None and bias.shape,
+            stride, padding, dilation, groups,
+        )  # fmt: skip
+    except TypeError:
+        settings = None
+    if settings is None or not link.unchanged():
+        return NotImplemented
+    x, *first = _convolved(plan)
+    if _result_dtype(link.state, x, first[0], first[1], weight, bias) is None:
+        return NotImplemented
+    for _, kept in link.all_kept():
+        kept.release()
+    pairs: list[Any] = [first, [weight, bias]]
+    if plan.first.kind == "temporal":
+        pairs.reverse()
+    (ws, bs), (wt, bt) = pairs
+    name, slope = plan.activation or ("none", 0.01)
+    plan.begun.took(plan, (weight.shape, stride, padding, dilation, groups))
+    y = functional.conv2plus1d(
+        x, ws, wt, bs, bt, **settings, activation=name, negative_slope=slope, norm=plan.norm,
+        recompute=_recompute(plan), begun=plan.half,
+    )  # fmt: skip
+    for _, kept in link.all_kept():
+        kept.held_again()
+    return y
+
+
+def _selected(plan: Plan) -> bool:
+    """Whether the filters of ``convert`` want the pair."""
+    ends = plan.ends
+    return bool(plan.begun.wanted or (ends is not None and ends.wanted))
+
+
+def _recompute(plan: Plan) -> bool | None:
+    owner = plan.begun if plan.first.kind == "spatial" else plan.ends
+    return None if owner is None else owner.recompute
+
+
+@lru_cache(maxsize=4096)
+def _second(
+    first: Pass,
+    pads: tuple[Pad, ...],
+    z: Sequence[int],
+    w: Sequence[int],
+    b: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+) -> dict[str, Any] | None:
+    """The settings of ``conv2plus1d`` for a second convolution of z, or None where it is none."""
+    read = _read(w, stride, padding, dilation, groups)
+    if read is None:
+        return None
+    stride, sides, dilation, groups = read
+    other = "temporal" if first.kind == "spatial" else "spatial"
+    if _kind(w, stride, sides) != other:
+        return None
+    around = merge([*pads, Pad(tuple(map(tuple, sides)), "zeros")], other)
+    if isinstance(around, str) or z[1] != w[1] * groups or w[0] % groups:
+        return None
+    if b and tuple(b) != (w[0],):
+        return None
+    size = [
+        (n + sum(p) - d * (k - 1) - 1) // s + 1
+        for n, k, s, d, p in zip(z[2:], w[2:], stride, dilation, sides, strict=True)
+    ]
+    if min(size) < 1:
+        return None
+    second = Pass(other, stride, around, dilation, groups)
+    spatial, temporal = (first, second) if other == "temporal" else (second, first)
+    return {
+        "stride": (temporal.stride[0], *spatial.stride[1:]),
+        "padding": (temporal.padding.sides[0], *spatial.padding.sides[1:]),
+        "dilation": (temporal.dilation[0], *spatial.dilation[1:]),
+        "groups": (spatial.groups, temporal.groups),
+        "padding_mode": (spatial.padding.mode, temporal.padding.mode),
+        "order": f"{first.kind}-first",
+    }
+
+
+RULES.update({
+    F.batch_norm: _batch_norm,
+    F.pad: _pad,
+    F.conv3d: _conv3d,
+    F.relu: _activation("relu", F.relu),
+    torch.relu: _activation("relu", torch.relu),
+    Tensor.relu: _activation("relu", torch.relu),
+    torch.relu_: _activation("relu", torch.relu_, True),
+    Tensor.relu_: _activation("relu", torch.relu_, True),
+    F.silu: _activation("silu", F.silu),
+    F.hardswish: _activation("hardswish", F.hardswish),
+    F.leaky_relu: _activation("leaky_relu", F.leaky_relu),
+    F.gelu: _activation("gelu", F.gelu),
+})  # fmt: skip
