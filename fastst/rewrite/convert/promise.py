@@ -264,6 +264,18 @@ class _Node(torch.autograd.Function):
         return None, None, *(next(grads) if t.requires_grad else None for t in ctx.tensors)
 
 
+class _Read(torch.autograd.Function):
+    """The value of a promise to which autograd has given a node of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, promise: Promise) -> Tensor:
+        return promise.link.compute().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 def _wrap(link: Link, dtype: torch.dtype) -> Promise:
     made: Promise = _make(Promise, link.shape, dtype=dtype, device=link.state.device)
     return made
@@ -315,6 +327,10 @@ def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
     if type(value) is not Promise:
         return value
     tensor = value.link.compute(reader)
+    with _unseen():
+        seen = value.requires_grad and not tensor.requires_grad
+    if seen:  # it left a custom Function's forward, which autograd has given a gradient
+        tensor = _Read.apply(value)
     return tensor.detach() if detached else tensor
 
 

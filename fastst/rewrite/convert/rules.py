@@ -72,7 +72,9 @@ def begin(
 
     That is also all that the convolution would refuse.
     """
-    if not (_plain(x.device, x, weight, bias) and x.dim() == 5 and _settled(weight, bias)):
+    if type(x) not in _PLAIN or x.dim() != 5:
+        return None
+    if not (_plain(x.device, x, weight, bias) and _settled(weight, bias)):
         return None
     state = State(x.device)
     dtype = _result_dtype(state, x, weight, bias)
