@@ -95,7 +95,7 @@ class Kept:
         self.clone: Tensor | None = None
         if valueless(tensor):
             return
-        if not (isinstance(tensor, nn.Parameter) and "torch.distributed.fsdp" in sys.modules):
+        if not (isinstance(tensor, nn.Parameter) and _sharded_models()):
             self.hold()
         if self.clone is None:
             if self.version is None:
@@ -169,6 +169,12 @@ def _address(t: Tensor) -> int:
 def valueless(tensor: Tensor) -> bool:
     """Whether a tensor has a shape only."""
     return tensor.is_meta or type(tensor) is FakeTensor
+
+
+def _sharded_models() -> bool:
+    """Whether the process has models under ``fully_shard``, which resizes parameters' memory."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    return bool(getattr(states, "_module_state_mapping", None))
 
 
 class CannotDefer(Exception):

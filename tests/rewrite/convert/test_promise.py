@@ -1,0 +1,271 @@
+"""What a promise must get right: each case compares a converted module with the plain one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastst
+
+
+class Block(nn.Module):
+    """A pair whose forward is a function of the test's."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.s = nn.Conv3d(4, 6, (1, 3, 3), padding=(0, 1, 1))
+        self.n = nn.BatchNorm3d(6)
+        self.t = nn.Conv3d(6, 4, (3, 1, 1), padding=(1, 0, 0))
+        self.body, self.kept = body, []
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -g
+
+
+def hooked(m: Any, x: Tensor) -> Tensor:
+    u = m.s(x)
+    if u.requires_grad:
+        u.register_hook(lambda g: 3 * g)
+    return m.t(F.relu(m.n(u)))
+
+
+def twice(m: Any, x: Tensor) -> Tensor:
+    z = F.relu(m.n(m.s(x)))
+    return m.t(z) + m.t(z).sin() + z.mean()
+
+
+def in_place(m: Any, x: Tensor) -> Tensor:
+    u = m.n(m.s(x))
+    alias = u
+    F.relu(u, inplace=True)
+    return m.t(alias) + u.mean()
+
+
+def written(m: Any, x: Tensor) -> Tensor:
+    x = x * 1
+    u = m.n(m.s(x))
+    x.add_(100)
+    return m.t(F.relu(u))
+
+
+def viewed_then_written(m: Any, x: Tensor) -> Tensor:
+    u = m.s(x)
+    v = u.view(-1)
+    w = F.silu(u)
+    v.mul_(2)
+    return m.t(w) + m.t(u)
+
+
+def kept(m: Any, x: Tensor) -> Tensor:
+    u = m.n(m.s(x))
+    m.kept.append(u)
+    return m.t(F.relu(u)) + m.kept.pop()[:, :4]
+
+
+def no_grad_first(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        u = m.s(x)
+    return m.t(F.relu(u))
+
+
+def no_grad_second(m: Any, x: Tensor) -> Tensor:
+    u = m.n(m.s(x))
+    with torch.no_grad():
+        y = m.t(F.relu(u))
+    return y + u.mean()
+
+
+def frozen(m: Any, x: Tensor) -> Tensor:
+    m.n.eval()
+    return m.t(F.relu(m.n(m.s(x))))
+
+
+def dropped(m: Any, x: Tensor) -> Tensor:
+    m.n(m.s(x))
+    return m.t(m.s(x))
+
+
+def statistics_read(m: Any, x: Tensor) -> Tensor:
+    u = m.n(m.s(x))
+    return m.t(F.relu(u)) * m.n.running_mean.sum()
+
+
+def other_stride(m: Any, x: Tensor) -> Tensor:
+    return F.conv3d(F.relu(m.s(x)), m.t.weight, m.t.bias, (1, 2, 2), (1, 1, 0))
+
+
+def autocast_first(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        u = m.s(x)
+    return m.t(u.float())
+
+
+def autocast_second(m: Any, x: Tensor) -> Tensor:
+    u = m.s(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.t(u).float()
+
+
+def swish(m: Any, x: Tensor) -> Tensor:
+    u = m.n(m.s(x))
+    return m.t(u * torch.sigmoid(u))
+
+
+BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {  # with how many pairs
+    "pair": (lambda m, x: m.t(F.relu(m.n(m.s(x)))), 1),
+    "bare": (lambda m, x: m.t(m.s(x)), 1),
+    "act first": (lambda m, x: m.t(m.n(F.relu(m.s(x)))), 0),
+    "relu6": (lambda m, x: m.t(F.relu6(m.s(x))), 0),
+    "detach": (lambda m, x: m.t(m.s(x).detach()), 0),
+    "reverse": (lambda m, x: m.t(Reverse.apply(m.n(m.s(x)))), 0),
+    "hook": (hooked, 0),
+    "twice": (twice, 2),
+    "in place": (in_place, 1),
+    "written": (written, 0),
+    "viewed": (viewed_then_written, 0),
+    "kept": (kept, 1),
+    "no grad first": (no_grad_first, 0),
+    "no grad second": (no_grad_second, 0),
+    "frozen": (frozen, 1),
+    "dropped": (dropped, 1),
+    "statistics read": (statistics_read, 1),
+    "other stride": (other_stride, 0),
+    "autocast first": (autocast_first, 0),
+    "autocast second": (autocast_second, 0),
+    "swish": (swish, 0),
+    "split": (lambda m, x: m.t(torch.cat(m.s(x).chunk(2, 1), 1)), 0),
+    "compared": (lambda m, x: m.t(torch.where(m.s(x) > 0, m.s(x), -m.s(x))), 0),
+    "checkpoint": (
+        lambda m, x: checkpoint(lambda y: m.t(F.relu(m.n(m.s(y)))), x, use_reentrant=False), 1,
+    ),
+    "reentrant": (lambda m, x: m.t(checkpoint(m.s, x, use_reentrant=True)), 0),
+    "checkpoint between": (
+        lambda m, x: m.t(checkpoint(lambda z: F.relu(z), m.s(x), use_reentrant=False)), 0,
+    ),
+    "pad": (lambda m, x: m.t(F.pad(m.n(m.s(x)), (0, 0, 0, 0, 1, 0))), 1),
+    "pad in space": (lambda m, x: m.t(F.pad(m.s(x), (1, 1))), 0),
+}  # fmt: skip
+
+
+def results(m: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    y = m(x)
+    y.square().sum().backward()
+    grads = [torch.zeros(()) if p.grad is None else p.grad for p in (x, *m.parameters())]
+    return [y.detach(), *grads, *(b.clone() for b in m.buffers())]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", BODIES)
+def test_as_the_plain_module(name: str, training: bool) -> None:
+    body, pairs = BODIES[name]
+    torch.manual_seed(0)
+    plain = Block(body).double().train(training)
+    if "autocast" in name:
+        plain.float()
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    x = torch.randn(2, 4, 5, 6, 6, dtype=plain.s.weight.dtype)
+    try:
+        wanted = results(plain, x)
+    except RuntimeError:  # x was written before backward could read it: the forward still counts
+        plain = copy.deepcopy(converted)
+        fastst.revert(plain)
+        with torch.no_grad():
+            wanted = [plain(x.clone()), *plain.buffers()]
+            for a, b in zip([converted(x.clone()), *converted.buffers()], wanted, strict=True):
+                torch.testing.assert_close(a, b)
+        return
+    with fastst.dispatch.recording() as calls, warnings.catch_warnings():
+        warnings.simplefilter("ignore", fastst.FallbackWarning)  # float64 has no kernels here
+        found = results(converted, x)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9 if a.dtype == torch.float64 else 1e-2,
+                                   atol=1e-9 if a.dtype == torch.float64 else 1e-2)  # fmt: skip
+    assert sum(call.phase == "forward" for call in calls) >= pairs
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_in_inference_mode(name: str) -> None:
+    if name in ("hook", "checkpoint", "reentrant", "checkpoint between"):
+        pytest.skip("needs gradients")
+    plain = Block(BODIES[name][0]).eval()
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    with torch.inference_mode():
+        x = torch.randn(2, 4, 5, 6, 6)
+        y, z = plain(x * 1), converted(x * 1)
+        torch.testing.assert_close(z, y, rtol=1e-2, atol=1e-2)
+        assert torch.is_inference(z) == torch.is_inference(y)
+
+
+def test_leaves_in_other_ways() -> None:
+    """Pickled, copied, sent to another thread, shown, and asked for its sizes only."""
+    conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
+    x = torch.randn(1, 4, 3, 6, 6)
+    with torch.no_grad():
+        wanted = conv[0](x)
+        fastst.convert(conv)
+        promised = [conv[0](x) for _ in range(4)]
+        assert (promised[0].shape, promised[0].dtype) == (wanted.shape, wanted.dtype)
+        assert torch.equal(pickle.loads(pickle.dumps(promised[0])), wanted)
+        assert torch.equal(copy.deepcopy(promised[1]), wanted)
+        found: list[Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(promised[2] * 1))
+        thread.start(), thread.join()
+        assert torch.equal(found[0], wanted)
+        assert repr(promised[3]) == repr(wanted)
+
+
+def test_written_where_gradients_would_have_to_go() -> None:
+    conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
+    fastst.convert(conv)
+    u = conv[0](torch.randn(1, 4, 3, 6, 6))
+    conv[0].weight.data.mul_(2)
+    with pytest.raises(RuntimeError, match="fastst: weight of 0 changed after the call"):
+        u.sum()
+
+
+def test_a_convolution_that_never_pairs_is_asked_less_often() -> None:
+    conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
+    fastst.convert(conv)
+    x = torch.randn(1, 4, 3, 6, 6)
+    kinds = []
+    for _ in range(100):
+        u = conv[0](x)
+        kinds.append(type(u) is Tensor)
+        u.sum()
+    assert sum(kinds) > 80
+    with fastst.dispatch.recording() as calls:
+        for _ in range(130):
+            conv(x)
+    assert calls
+
+
+def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A promise that does not look whether x was written to."""
+    from fastst.rewrite.convert.promise import Kept
+
+    monkeypatch.setattr(Kept, "same", property(lambda self: True))
+    with pytest.raises(AssertionError):
+        test_in_inference_mode("written")

@@ -1,0 +1,121 @@
+"""Inference copies: same outputs, the original untouched, one memory format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastst
+from fastst.dispatch import tune
+from fastst.models import r2plus1d_18
+from tests.rewrite.convert.test_converter import small
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Norms as after training: no statistic or parameter is 0 or 1."""
+    generator = torch.Generator().manual_seed(1)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            for t in (m.running_mean, m.running_var, m.weight, m.bias):
+                if t is not None:
+                    t.data.copy_(torch.rand(t.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_same_outputs(converted):
+    model = settle(small().double()).train()
+    if converted:
+        fastst.convert(model)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    x = torch.randn(2, 3, 5, 8, 7, dtype=torch.float64)
+    optimised = fastst.optimize_for_inference(model)
+    assert model.training
+    assert not optimised.training
+    assert not any(p.requires_grad for p in optimised.parameters())
+    with torch.inference_mode(), fastst.dispatch.recording() as calls:
+        found = optimised(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(found, model.eval()(x), rtol=1e-10, atol=1e-10)
+    for k, t in model.state_dict().items():
+        assert torch.equal(t, before[k])
+
+
+def test_r2plus1d_18():
+    model = settle(r2plus1d_18(5, width=16))
+    optimised = fastst.optimize_for_inference(model)
+    x = torch.randn(1, 3, 4, 24, 24)
+    report = fastst.convert(optimised, x)
+    assert (len(report.already), report.replaced, report.left) == (17, [], [])
+    with torch.no_grad():
+        torch.testing.assert_close(optimised(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_bad_argument():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
+        fastst.optimize_for_inference(3)
+    with pytest.raises(ValueError, match=r"0\.weight is lazy: it has no values"):
+        fastst.optimize_for_inference(nn.Sequential(nn.LazyConv3d(4, 3)))
+
+
+def formats(model: nn.Module) -> set[torch.memory_format]:
+    """In which the 5-D weights with more than one tap and channel are."""
+    last = torch.channels_last_3d
+    return {
+        last if p.is_contiguous(memory_format=last) else torch.contiguous_format
+        for p in model.parameters()
+        if p.dim() == 5 and min(p.shape[1], p[0, 0].numel()) > 1
+    }
+
+
+@pytest.mark.parametrize("fmt", [torch.channels_last_3d, torch.contiguous_format])
+def test_memory_format(fmt, monkeypatch):
+    """The one that is given, or that is faster on the sample."""
+    model = settle(small())
+    x = torch.randn(2, 3, 5, 8, 7)
+    assert formats(fastst.optimize_for_inference(model, memory_format=fmt)) == {fmt}
+    raced = []
+
+    def race(trials, seconds):
+        for trial in trials.values():
+            trial()
+        raced.append(seconds)
+        return {f: 1.0 if f is fmt else 2.0 for f in trials}
+
+    monkeypatch.setattr(tune, "race", race)
+    optimised = fastst.optimize_for_inference(model, sample=x, seconds=0.1)
+    assert formats(optimised) == {fmt}
+    assert raced == [0.1]
+    torch.testing.assert_close(optimised(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_measured_memory_format():
+    model = settle(small())
+    x = torch.randn(2, 3, 5, 8, 7)
+    assert len(formats(fastst.optimize_for_inference(model, sample=x, seconds=0.01))) == 1
+
+
+def test_memory_format_by_rule():
+    for dtype, fmt in (
+        (torch.float32, torch.channels_last_3d),
+        (torch.bfloat16, torch.channels_last_3d),
+        (torch.float64, torch.contiguous_format),
+    ):
+        model = settle(small()).to(dtype)
+        assert formats(fastst.optimize_for_inference(model)) == {fmt}
+    assert fastst.optimize_for_inference(nn.ReLU())(torch.ones(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "told"),
+    [
+        ({"memory_format": torch.channels_last}, ValueError, r"one of torch\.channels_last_3d"),
+        ({"sample": (2, 3)}, TypeError, "sample must be a tensor, got tuple"),
+        ({"sample": torch.ones(1), "seconds": 0.0}, ValueError, "seconds must be positive, got 0"),
+        ({"sample": torch.ones(1), "memory_format": torch.contiguous_format}, ValueError, "not bo"),
+    ],
+)  # fmt: skip
+def test_bad_choices(arguments, error, told):
+    with pytest.raises(error, match=told):
+        fastst.optimize_for_inference(nn.ReLU(), **arguments)
