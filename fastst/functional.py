@@ -167,8 +167,10 @@ def begin(
     tensors = PairTensors(*main, norm.weight, norm.bias)
     try:
         begun = ops.first_pass(tensors, spec, dispatch.requested())
-    except dispatch.BackendError:  # of the guess
-        return None
+    except dispatch.BackendError:
+        if dispatch.strict():
+            raise
+        return None  # the backend that was asked for refuses the guess
     if begun is not None:
         _update_running(norm, begun.mean, begun.var, values)
     return begun
