@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastst.problem.spec import PairSpec, PairTensors, Problem
+from fastst.problem.spec import PairSpec, PairTensors, Problem, in_execution_order
 from tests.support import fuzz
 from tests.support.fuzz import Config
 
@@ -29,10 +29,9 @@ def problem_of(config: Config, recompute: bool = False) -> tuple[Problem, PairTe
     }  # fmt: skip
     if config.norm == "batch":
         norm["mean"] = norm["var"] = None
-    tensors = PairTensors(
-        t["x"], t["spatial_weight"], t["temporal_weight"], t.get("spatial_bias"),
-        t.get("temporal_bias"), **(norm if config.norm != "none" else {}),
-    )  # fmt: skip
+    weights = in_execution_order(config.order, t["spatial_weight"], t["temporal_weight"])
+    biases = in_execution_order(config.order, t.get("spatial_bias"), t.get("temporal_bias"))
+    tensors = PairTensors(t["x"], *weights, *biases, **(norm if config.norm != "none" else {}))
     padding = tuple(p for pair in config.pads for p in pair)
     spec = PairSpec(
         config.stride, padding, config.dilation, config.groups, config.padding_mode,  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def test_random_gradients_are_right(part: int) -> None:
 
 @pytest.mark.parametrize("stride", [(2, 2, 2), (3, 2, 3)])
 @pytest.mark.parametrize("dilation", [(1, 1, 1), (2, 3, 2)])
-def test_residue_classes(stride: fuzz.Triple, dilation: fuzz.Triple) -> None:
+def test_residue_classes(stride: fuzz.config.Triple, dilation: fuzz.config.Triple) -> None:
     """Also those that no tap reads: of dilation 2 under stride 2 half of the positions."""
     check(Config(
         stride=stride, dilation=dilation, size=(7, 11, 9), padding=(2, 3, 1), batch=1,
@@ -61,7 +61,7 @@ def test_residue_classes(stride: fuzz.Triple, dilation: fuzz.Triple) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["replicate", "reflect", "circular"])
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 1, 2)])
-def test_images_in_the_padding(mode: str, stride: fuzz.Triple) -> None:
+def test_images_in_the_padding(mode: str, stride: fuzz.config.Triple) -> None:
     check(Config(
         padding_mode=(mode, mode), stride=stride, size=(3, 4, 3), kernel=(3, 5, 3),
         padding=(2, 3, 2), batch=1, norm="frozen",

@@ -18,6 +18,7 @@ import fastst
 from fastst import dispatch
 from fastst.backends import reference
 from fastst.backends import triton as backend
+from fastst.backends.contract import no_reason
 from fastst.backends.triton import single, tiles
 from fastst.functional import conv2plus1d
 from fastst.machine import choices
@@ -216,17 +217,23 @@ def test_saved_tensors(norm: str, groups: tuple[int, int], order: str) -> None:
 
 def test_training_mixes_with_another_backward() -> None:
     """Forward here, backward on PyTorch's operators: u is the same for all."""
-    why_not = backend.why_not
+    why_not = backend.BACKEND.why_not
     refusing = lambda problem, phase: why_not(problem, phase) if phase == "forward" else "…"  # noqa: E731
     config = Config(channels=5, mid=9, out=6, norm="batch", dtype=torch.float64)
     tensors, dy = fuzz.make(config, DEVICE)
     truth = fuzz.results(fuzz.call, config, tensors, dy)
     with (
-        mock.patch.object(backend, "avoid", lambda problem, phase: None),
-        mock.patch.object(backend, "why_not", refusing),
+        mock.patch.multiple(
+            backend.BACKEND,
+            device=None,
+            why_not=refusing,
+            why_not_auto=no_reason,
+            check_kind=no_reason,
+        ),
+        dispatch.recording() as calls,
     ):
-        assert backend.BACKEND.why_not(problem_of(config)[0], "forward") is None
         got = fuzz.results(fuzz.call, config, tensors, dy)
+    assert [call.chosen == "triton" for call in calls] == [True, False]
     for name, true in truth.items():
         torch.testing.assert_close(got[name], true, rtol=1e-9, atol=1e-9, msg=name)
 
@@ -235,9 +242,9 @@ def test_statistics_do_not_cancel() -> None:
     """A mean 10,000 times the deviation leaves the variance its digits."""
     config = Config(channels=3, mid=4, out=4, kernel=(1, 1, 1), padding=0, norm="batch", batch=1)
     problem, t = problem_of(replace(config, size=(4, 9, 9)))
-    assert t.spatial_bias is not None
-    t = t._replace(spatial_bias=t.spatial_bias + 1e4)
-    u = reference.conv_pass(t.x.double(), t.spatial_weight.double(), None, problem.passes[0])
+    assert t.first_bias is not None
+    t = t._replace(first_bias=t.first_bias + 1e4)
+    u = reference.conv_pass(t.x.double(), t.first_weight.double(), None, problem.passes[0])
     ours = backend.BACKEND.conv2plus1d(problem, t, save=False)
     assert ours.var is not None
     true = u.var((0, 2, 3, 4), correction=0)
