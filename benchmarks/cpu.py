@@ -1,6 +1,7 @@
 """The CPU part: a record, tables and charts in under five minutes on two cores.
 
 ``--long`` adds training and torch.compile of every form of the model, and every peer of the layers.
+``--engines`` adds OpenVINO and ONNX Runtime where they are installed (``pip install .[engines]``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from . import charts, layers, measure, models, overhead, report
+from .engines import ENGINES, version
 from .shapes import R2PLUS1D_18
 
 MODES = ("inference", "eval", "training-bn")
@@ -23,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers.arguments(parser)
     parser.set_defaults(device="cpu", threads=2)
     parser.add_argument("--long", action="store_true", help="with torch.compile and all peers")
+    parser.add_argument("--engines", action="store_true", help="with OpenVINO and ONNX Runtime")
     args = parser.parse_args(argv)
+    engines = [name for name in ENGINES if version(name)] if args.engines else []
+    if args.engines and not engines:
+        parser.error(f"--engines requires one of {', '.join(ENGINES)}: pip install '.[engines]'")
     start = time.monotonic()
     record, device, _ = layers.opened(args)
     cases = [c.at_batch(1) for c in R2PLUS1D_18]
@@ -39,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = ("inference", "training") if args.long else ("inference",)
     model_seconds = 0.0 if args.dry else 15.0
     compiled = "all" if args.long else "original"
-    wrong += models.run(record, clip, device, ["fp32"], what, compiled, model_seconds, rounds)
+    wrong += models.run(
+        record, clip, device, ["fp32"], what, compiled, model_seconds, rounds, engines=engines
+    )
     overhead.run(record, device, *((3, 1) if args.dry else (30, 3)))
     record.set(seconds=time.monotonic() - start)
     if args.out is None:

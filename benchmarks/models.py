@@ -26,6 +26,7 @@ from fastst.models.resnet import Stage, VideoResNet
 from fastst.rewrite.convert import convert
 
 from . import measure
+from .engines import ENGINES, version
 from .layers import arguments, opened
 from .measure import Spread
 from .record import Record, progress
@@ -62,7 +63,7 @@ class Clip:
 class Variant:
     """One way to run the model."""
 
-    model: str = "original"  # or "converted", or "optimised" for inference
+    model: str = "original"  # or "converted", or "optimised" for inference, or one of ENGINES
     channels_last: bool = False
     compiled: bool = False
 
@@ -72,19 +73,27 @@ class Variant:
 
     @property
     def kind(self) -> str:
-        return "peer" if self.model == "original" else "fastst"
+        return "fastst" if self.model in ("converted", "optimised") else "peer"
+
+    @property
+    def engine(self) -> bool:
+        """Whether it runs outside of PyTorch."""
+        return self.model in ENGINES
 
 
-def variants(training: bool, compiled: str) -> Iterator[Variant]:
+def variants(training: bool, compiled: str, engines: Sequence[str] = ()) -> Iterator[Variant]:
     """The first one is what users have.
 
     Args:
         compiled: "none" of them by torch.compile, the "original" as well, or "all".
+        engines: names in ENGINES, for inference.
     """
     each = [Variant(m, last) for m in ("original", "converted") for last in (False, True)]
     if not training:
         each.append(Variant("optimised"))  # chooses the layout of its weights itself
     yield from each
+    if not training:
+        yield from map(Variant, engines)
     if compiled != "none":
         of = each if compiled == "all" else each[:1]
         yield from (replace(v, compiled=True) for v in of)
@@ -108,11 +117,17 @@ class ModelStep:
             fmt = torch.channels_last_3d
             self.model = self.model.to(memory_format=fmt)  # type: ignore[call-overload]
         self.clips = [x.contiguous(memory_format=fmt) for x in clips]
+        self.engine = None
+        if variant.engine:
+            self.engine = ENGINES[variant.model](self.model, self.clips[0])
 
     def __call__(self, i: int = 0) -> Tensor:
         return self.step(self.clips[i], self.targets)
 
     def step(self, clip: Tensor, targets: Tensor) -> Tensor:
+        if self.engine is not None:
+            self.logits = self.engine(clip)
+            return self.logits
         device = clip.device.type
         with (
             torch.set_grad_enabled(self.training),
@@ -166,7 +181,7 @@ def _disagreement(found: Errors, yardsticks: Sequence[Errors], dtype: str) -> st
 
 def compare(
     clip: Clip, device: torch.device, dtype: str, training: bool, compiled: str, seconds: float,
-    rounds: int, seed: int = 0,
+    rounds: int, seed: int = 0, engines: Sequence[str] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of every variant of the model in one mode."""
     torch.manual_seed(seed)
@@ -185,12 +200,14 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, ModelStep] = {}
     yardsticks: list[Errors] = []
-    for v in variants(training, compiled):
+    for v in variants(training, compiled, engines):
         row: dict[str, Any] = {
             "model": MODEL, "clip": clip.label, "batch": clip.batch, "dtype": dtype,
             "mode": "training" if training else "inference", "contender": v.name, "kind": v.kind,
-            "ms": None, "refused": None,
+            "ms": None, "refused": None, "peak_bytes": None,
         }  # fmt: skip
+        if v.engine:
+            row["version"] = version(v.model)
         rows[v.name] = row
         try:
             step = ModelStep(base, v, clips, targets, training, amp)
@@ -198,15 +215,16 @@ def compare(
                 clip.compile(step.model)
             found = _errors(step, truth)
             row["error"] = {name: statistics.median(e) for name, e in found.items()}
-            if v.kind == "peer" and not v.compiled:
+            if v.kind == "peer" and not v.compiled and not v.engine:
                 yardsticks.append(found)
             row["refused"] = _disagreement(found, yardsticks, dtype)
             if row["refused"] is None:
-                row["peak_bytes"] = measure.observe(lambda s=step: s(0), device).peak_bytes  # type: ignore[misc]
+                if not v.engine:  # whose memory PyTorch's allocator does not see
+                    row["peak_bytes"] = measure.observe(lambda s=step: s(0), device).peak_bytes  # type: ignore[misc]
                 row["replaced"] = step.replaced
                 step.clear()
                 steps[v.name] = step
-        except (RuntimeError, ValueError) as e:
+        except (RuntimeError, ValueError, ImportError) as e:
             row["refused"] = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
     timed = {name: measure.Timed(s, s.clear) for name, s in steps.items()}
     samples = measure.interleave(measure.Clock(device), timed, seconds, len(clips), seed, rounds)
@@ -299,6 +317,7 @@ def training_batches(
 def run(
     record: Record, clip: Clip, device: torch.device, dtypes: Sequence[str], modes: Sequence[str],
     compiled: str, seconds: float, rounds: int, deadline: float | None = None,
+    engines: Sequence[str] = (),
 ) -> int:  # fmt: skip
     """Compare in each dtype and mode until the deadline; how many rows were refused."""
     wrong = 0
@@ -308,7 +327,9 @@ def run(
             record.set(not_run=[*record.data.get("not_run", []), f"models/{mode}/{dtype}"])
             continue
         with measure.precision(dtype):
-            rows = compare(clip, device, dtype, mode == "training", compiled, seconds, rounds)
+            rows = compare(
+                clip, device, dtype, mode == "training", compiled, seconds, rounds, engines=engines
+            )
         done = [rows[0][k] for k in ("clip", "mode", "dtype")]
         kept = [
             r for r in record.data["models"] if [r[k] for k in ("clip", "mode", "dtype")] != done

@@ -143,8 +143,10 @@ def memory(rows: list[Row], family: str, case: str, dtype: str) -> str:
 def models(record: Record) -> str:
     body = [
         [
-            f"{r['model']} {r['mode']}, {r['clip']} {r['dtype']}", r["contender"],
-            f"{r['clips_per_s']:.3g}", times(r["vs_users"]), f"{r['peak_bytes'] / 2**20:.0f} MiB",
+            f"{r['model']} {r['mode']}, {r['clip']} {r['dtype']}",
+            " ".join(filter(None, (r["contender"], r.get("version")))),
+            f"{r['clips_per_s']:.3g}", times(r["vs_users"]),
+            f"{r['peak_bytes'] / 2**20:.0f} MiB" if r["peak_bytes"] else "not seen",
         ]
         for r in record["models"] if r["ms"] is not None
     ]  # fmt: skip

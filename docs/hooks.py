@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ TAKEN = {
     "contributing.md": "CONTRIBUTING.md",
     "changes.md": "CHANGELOG.md",
 }
+NOTEBOOK = "examples/convert.ipynb"
 _LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)#\s]+)(#[^)]*)?(\))")
 
 
@@ -23,7 +25,21 @@ def on_files(files: Any, config: Any) -> Any:
     for page, source in TAKEN.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
+    files.append(File.generated(config, "notebook.md", content=_notebook()))
     return files
+
+
+def _notebook() -> str:
+    """The notebook as a page: its texts and its code."""
+    cells = json.loads((ROOT / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
+    parts = [
+        source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+        for cell in cells
+        for source in ["".join(cell["source"])]
+    ]
+    title, *rest = parts
+    where = f"[The notebook](../{NOTEBOOK}) itself lies in the repository."
+    return "\n\n".join([title, where, *rest])
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import json
 import re
 import warnings
 from pathlib import Path
@@ -79,6 +80,24 @@ def test_snippets_run(
         warnings.simplefilter("error", fastst.FallbackWarning)
         execute(page, snippets(page))
     choices.forget()
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=str)
+def test_notebook_runs(
+    notebook: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its code cells, in order, as a kernel would; it is kept without outputs, which go stale."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    notebook = json.loads((ROOT / "examples/convert.ipynb").read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
+    assert "pairs replaced" in capsys.readouterr().out
 
 
 @each_page
