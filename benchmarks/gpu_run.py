@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from . import charts, tables
-from .record import ROOT, Record
+from .record import FAULTED, ROOT, Record
 
 LOG_BYTES = 400_000  # of each stage's output, the end of it
 SUMMARY_LINES = 60
@@ -44,7 +44,7 @@ class Stage:
     why_not: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
     judge: Callable[[int, str], dict[str, Any]] | None = None
-    may_be_cut: bool = False  # what it did until then is worth having, and nothing is wrong
+    needed: bool = False  # nothing after it is worth its time where it fails
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def execute(command: Sequence[str], limit_s: float, environment: dict[str, str])
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-            env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
+            env=inherited | {"PYTHONPATH": _paths(inherited)} | environment,
         )  # fmt: skip
         cut_off = False
         try:
@@ -77,12 +77,24 @@ def execute(command: Sequence[str], limit_s: float, environment: dict[str, str])
     return Outcome(process.returncode, output, time.monotonic() - start, cut_off)
 
 
+def _paths(environment: dict[str, str]) -> str:
+    """This checkout before what was on the path: packages may have been brought there."""
+    return os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+
+
 def module(name: str, *args: str) -> list[str]:
     return [sys.executable, "-m", name, *args]
 
 
-def stages(dry: bool, out: Path, scratch: Path) -> list[Stage]:
-    """Every stage in the order of its value, with its share of the time."""
+PLANTS = {"hang": "hang", "fault": "fault", "wrong": "wrong", "oom": "oom"}
+
+
+def stages(dry: bool, out: Path, scratch: Path, plant: str | None = None) -> list[Stage]:
+    """Every stage in the order of its value, with its share of the time.
+
+    Args:
+        plant: what goes wrong in one of the instances, in a dry run.
+    """
     record, junit = str(out / "record.json"), scratch / "tests.xml"
     device = "cpu" if dry else "cuda"
 
@@ -90,24 +102,26 @@ def stages(dry: bool, out: Path, scratch: Path) -> list[Stage]:
         common = ("--device", device, "--out", record, "--seconds", "1", "--minutes", "{minutes}")
         small = ("--dry", "--peers", "core", "--families", dry_case)
         command = module("benchmarks.layers", *common, *(small if dry else args))
-        return Stage(name, share, command, may_be_cut=True)
+        return Stage(name, share, command)
 
-    tests = module("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}")
+    tests = module("pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}")
     if dry:
         tests.append("--collect-only")
     else:
         tests.append("--continue-on-collection-errors")
+        if importlib.util.find_spec("pytest_timeout"):
+            tests += ["--timeout=60", "--timeout-method=thread"]
         if importlib.util.find_spec("xdist"):
             tests += ["-n", "4"]
     probe = module("benchmarks.probe", "--device", device)
-    tool = shutil.which("compute-sanitizer")
-    missing = None if tool or dry else "compute-sanitizer is not on the PATH"
+    tool = found_in_toolkit("compute-sanitizer")
+    missing = None if tool or dry else "compute-sanitizer is not in the CUDA toolkit"
     uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     sanitizers = []
     for check in ("memcheck", "racecheck"):
         watched = [tool or "", "--tool", check, "--error-exitcode", str(SANITIZED), *probe]
         command = probe if dry else watched
-        sanitizers.append(Stage(check, 7, command, missing, uncached, judge_sanitizer, True))
+        sanitizers.append(Stage(check, 7, command, missing, uncached, judge_sanitizer))
     whole = ["--device", device, "--out", record] + ["--dry"] * dry
     networks = [*whole, "--no-compile", *([] if dry else ["--minutes", "{minutes}"])]
     compiled = [*whole, "--minutes", "{minutes}", "--memory", ""]
@@ -116,28 +130,71 @@ def stages(dry: bool, out: Path, scratch: Path) -> list[Stage]:
     return [
         Stage(
             "build", 14, [sys.executable, "setup.py", "build_ext", "--inplace"], why_no_build(),
-            (("TORCH_CUDA_ARCH_LIST", architecture()), ("FASTST_BUILD_CUDA", "1")),
+            (("TORCH_CUDA_ARCH_LIST", architecture()), ("FASTST_BUILD_CUDA", "1")), needed=True,
         ),
-        Stage("tests", 18, tests, None, (), lambda status, _: judge_tests(status, junit, dry)),
+        instances(dry, out, device, plant),
+        *sanitizers,
+        Stage("overhead", 4, module("benchmarks.overhead", *whole)),
         layers(
             "layers", 24, "128-230-128", "--dtypes", "bf16", "--modes", "inference,training-bn",
             "--families", "r2plus1d-18,depthwise",
         ),
-        *sanitizers,
-        Stage("tune", 6, module("benchmarks.probe", "--device", device, "--tune"), may_be_cut=True),
+        Stage("tests", 18, tests, None, (), lambda s, text: judge_tests(s, junit, dry, text)),
+        Stage("tune", 6, module("benchmarks.probe", "--device", device, "--tune")),
         layers(
             "layers compiled", 10, "mid-45", "--dtypes", "bf16", "--peers", "compiled",
             "--modes", "inference,training-bn", "--families", some,
         ),
-        Stage("models", 10, module("benchmarks.models", *networks), may_be_cut=True),
-        Stage("overhead", 4, module("benchmarks.overhead", *whole), may_be_cut=True),
+        Stage("models", 10, module("benchmarks.models", *networks)),
         layers(
             "layers dtypes", 10, "parallel-add-64", "--dtypes", "tf32,fp16,fp32",
             "--modes", "inference,training-bn", "--families", "r2plus1d-18",
         ),
         layers("layers rest", 8, "tokenizer-128", "--dtypes", "bf16", "--families", rest),
-        Stage("models compiled", 8, module("benchmarks.models", *compiled), may_be_cut=True),
+        Stage("models compiled", 8, module("benchmarks.models", *compiled)),
     ]  # fmt: skip
+
+
+def instances(dry: bool, out: Path, device: str, plant: str | None) -> Stage:
+    """Each instance of each kernel by itself, a hang of a few seconds being one."""
+    results = out / "instances.json"
+    command = module("benchmarks.instances", "--device", device, "--out", str(results))
+    command += ["--minutes", "{minutes}"]
+    environment: tuple[tuple[str, str], ...] = ()
+    if dry:
+        command += ["--dry", "--unit-seconds", "60"]
+        environment = (("TRITON_INTERPRET", "1"),)
+    if plant:
+        plants = os.pathsep.join((str(ROOT / "tests" / "support" / "plants"), str(ROOT)))
+        environment += (
+            ("FASTST_TEST_PLANT", PLANTS[plant]), ("FASTST_TEST_PLANT_KIND", "grouped forward"),
+            ("PYTHONPATH", plants),
+        )  # fmt: skip
+    return Stage("instances", 14, command, None, environment,
+                 lambda status, _: judge_instances(status, results))  # fmt: skip
+
+
+def judge_instances(status: int, results: Path) -> dict[str, Any]:
+    """Counts, and the name of each unit that did not pass; also where the stage did not end."""
+    if not results.exists():
+        return {"ok": False, "told": f"ended with {status} and left no results"}
+    rows = json.loads(results.read_text())
+    states = [r["state"] for r in rows]
+    bad = [r for r in rows if r["state"] not in ("passed", "not run")]
+    told = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    failures = [f"{r['backend']} {r['dtype']} {r['name']}: {r['state']} {r['why']}" for r in bad]
+    return {
+        "ok": status == 0 and not bad, "told": told, "failures": failures,
+        "instances": [{k: r[k] for k in ("backend", "dtype", "name", "state")} for r in rows],
+    }  # fmt: skip
+
+
+def found_in_toolkit(name: str) -> str | None:
+    """A program on the PATH or in the CUDA toolkit, where setup.py looks for nvcc, too."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or ""
+    places = [str(Path(home) / "bin")] if home else []
+    places += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return next((f for p in places if (f := shutil.which(name, path=p))), None)
 
 
 def architecture() -> str:
@@ -152,17 +209,22 @@ def why_no_build() -> str | None:
     """Why the native library is not built in place, or None."""
     if not (ROOT / "setup.py").exists() or not list((ROOT / "csrc").glob("**/*.cu")):
         return "there is no native library in this checkout"
-    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
-        return "nvcc is not on the PATH and CUDA_HOME is not set"
+    if found_in_toolkit("nvcc") is None:
+        return "nvcc is not in CUDA_HOME, on the PATH or in /usr/local/cuda"
     return None
 
 
-def judge_tests(status: int, junit: Path, dry: bool) -> dict[str, Any]:
+def judge_tests(status: int, junit: Path, dry: bool, text: str = "") -> dict[str, Any]:
     """Counts and names of failures. No GPU test at all is as wrong as one that fails."""
     if dry:
         return {"ok": status in (0, 5)}  # 5: nothing carries the marker
     if not junit.exists():
-        return {"ok": False, "told": f"pytest ended with {status} and left no report"}
+        words = text.split()
+        counts = ", ".join(f"{words.count(w)} {w.lower()}" for w in ("PASSED", "FAILED", "ERROR"))
+        started = [line.split()[0] for line in text.splitlines() if "::" in line]
+        last = f"; the last to start: {started[-1]}" if started else ""
+        told = f"pytest ended with {status} and left no report: {counts}{last}"
+        return {"ok": False, "told": told}
     cases = list(ElementTree.parse(junit).iter("testcase"))
     bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = [c for c in cases if c.find("skipped") is not None]
@@ -199,12 +261,23 @@ def run_stage(stage: Stage, limit_s: float, log: Path) -> dict[str, Any]:
     # The measuring stages stop by themselves a little before they would be ended.
     minutes = f"{max(limit_s - 25, 0.6 * limit_s) / 60:.3f}"
     command = [a.replace("{minutes}", minutes) for a in stage.command]
-    done = execute(command, limit_s, dict(stage.environment))
-    found: dict[str, Any] = {"ok": done.status == 0}
-    if done.cut_off:
-        found = {"ok": stage.may_be_cut, "told": f"cut off after {done.seconds:.0f} s"}
-    elif stage.judge is not None:
+    done, faults = execute(command, limit_s, dict(stage.environment)), []
+    spent, output = done.seconds, done.output
+    while done.status == FAULTED and limit_s - spent > 30:  # the next unit, in a new process
+        faults += [line for line in done.output.splitlines() if line.startswith("FAULT ")]
+        left = f"{max(limit_s - spent - 25, 0.6 * (limit_s - spent)) / 60:.3f}"
+        again = [a.replace("{minutes}", left) for a in stage.command] + ["--resume"]
+        done = execute(again, limit_s - spent, dict(stage.environment))
+        spent, output = spent + done.seconds, output + done.output
+    done = Outcome(done.status, output, spent, done.cut_off)
+    found: dict[str, Any] = {"ok": done.status == 0 and not faults}
+    if stage.judge is not None:
         found = stage.judge(done.status, done.output)
+    if done.cut_off:  # stages end by themselves before: something in it waits for ever
+        told = f"cut off after {done.seconds:.0f} s"
+        found |= {"ok": False, "told": "; ".join(filter(None, (told, found.get("told"))))}
+    if faults:
+        found |= {"ok": False, "told": f"{len(faults)} units faulted", "failures": faults}
     if not found["ok"] and "told" not in found:
         last = (done.output.strip().splitlines() or ["no output"])[-1]
         found["told"] = f"exit status {done.status}: {last[:200]}"
@@ -246,8 +319,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu_run")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--dry", action="store_true", help="every stage on the CPU, tiny")
+    parser.add_argument("--plant", choices=sorted(PLANTS), help="in a dry run: goes wrong so")
     parser.add_argument("--commit", help="of this checkout, where git is not there to ask")
     args = parser.parse_args(argv)
+    if args.plant and not args.dry:
+        parser.error("--plant is for --dry")
     if not args.dry and not torch.cuda.is_available():
         print(
             "gpu_run requires a CUDA device that PyTorch sees; --dry goes without", file=sys.stderr
@@ -262,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Record(path, device, fresh=True, dry=args.dry)
     log.write_text("")
     with tempfile.TemporaryDirectory() as scratch:
-        todo = stages(args.dry, args.out, Path(scratch))
+        todo = stages(args.dry, args.out, Path(scratch), args.plant)
         while todo:
             stage, left = todo[0], end - time.monotonic() - 10
             shares = sum(s.share for s in todo if s.why_not is None or s is stage)
@@ -273,6 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             (args.out / "summary.txt").write_text(summary(record.data))
             word = "ok" if found["ok"] else "WRONG"
             print(f"{stage.name}: {word}, {found['seconds']:.0f} s", flush=True)
+            if stage.needed and not found["ok"]:
+                print(f"stopped: {stage.name} failed", flush=True)
+                break
     data = json.loads(path.read_text())
     charts.draw(data, args.out)
     print(summary(data))

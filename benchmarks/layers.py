@@ -25,7 +25,7 @@ from fastst import dispatch
 
 from . import measure, peers
 from .measure import Error, Spread
-from .record import Record, default_path, progress
+from .record import FAULTED, Record, default_path, progress
 from .shapes import ALL, MODES, Case
 
 
@@ -40,6 +40,7 @@ class Options:
     rounds: int = 50  # at most
     ceilings: dict[str, Any] | None = None
     timed: bool = True  # False: only compared with float64
+    resume: bool = False  # leaves out what the record has
 
 
 class Inputs:
@@ -123,6 +124,12 @@ def collect(y: Tensor, x: Tensor, module: nn.Module, mid: int) -> dict[str, Tens
             if "running" in name:
                 found[name] = b[:mid]
     return found
+
+
+def lost_device(error: BaseException) -> bool:
+    """Whether CUDA runs nothing any more in this process."""
+    sticky = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+    return sticky and "out of memory" not in str(error)
 
 
 def representable(t: Tensor) -> Tensor:
@@ -213,10 +220,15 @@ def draw(case: Case, generator: torch.Generator, count: int) -> tuple[list[Tenso
     """Input clips and gradients of the output."""
     problem = case.problem()
     x = (case.batch, case.channels[0], *case.size)
-    return (
-        [representable(torch.randn(x, generator=generator)) for _ in range(count)],
-        [representable(torch.randn(problem.out_shape, generator=generator)) for _ in range(count)],
-    )
+
+    def some(shape: Sequence[int]) -> list[Tensor]:
+        device = generator.device
+        return [
+            representable(torch.randn(tuple(shape), generator=generator, device=device))
+            for _ in range(count)
+        ]
+
+    return some(x), some(problem.out_shape)
 
 
 def unit(
@@ -226,7 +238,8 @@ def unit(
     seed = random.SystemRandom().getrandbits(31) if seed is None else seed
     generator = torch.Generator().manual_seed(seed)
     model = model_of(case, mode, generator)
-    clips, seeds = draw(case, generator, 3)
+    # Billions of numbers: where they are needed.
+    clips, seeds = draw(case, torch.Generator(options.device).manual_seed(seed), 3)
     if mode.startswith("training"):
         move_off_kinks(model, clips[0], options.device)
     truth = reference(model, mode, clips[0], seeds[0], options.device)
@@ -285,6 +298,8 @@ def _contest(
                 if row["refused"] is None:
                     steps[c.name] = step
         except (RuntimeError, ValueError, NotImplementedError, TypeError) as e:
+            if lost_device(e):
+                raise
             # That a call is not supported is no fault; that ours breaks on one it accepts is.
             broke = c.kind == "fastst" and not isinstance(e, dispatch.BackendError)
             told = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
@@ -368,6 +383,8 @@ def run(
     wrong, skipped = 0, []
     bar = progress(units, desc=label, unit="unit")
     for case, mode in bar:
+        if options.resume and _reached(record, case, mode):
+            continue
         if deadline is not None and time.monotonic() > deadline:
             skipped.append(f"{case.family}/{case.name}/{mode}")
             continue
@@ -376,6 +393,13 @@ def run(
         except torch.OutOfMemoryError as e:
             skipped.append(f"{case.family}/{case.name}/{mode}: {str(e).splitlines()[0][:120]}")
             continue
+        except RuntimeError as e:
+            if not lost_device(e):
+                raise
+            name = f"{case.family}/{case.name}/{mode}"
+            record.set(faults=[*record.data.get("faults", []), name])
+            print(f"FAULT {name}: {str(e).splitlines()[0][:200]}", flush=True)
+            raise SystemExit(FAULTED) from e
         unit_of = ("case", "family", "mode", "dtype")
         done = {tuple(r[k] for k in unit_of) for r in rows}
         # A unit measured again, with more peers say, takes the place of the earlier one.
@@ -395,9 +419,22 @@ def run(
     return wrong
 
 
-def available_backends() -> tuple[str, ...]:
-    """Every backend to try; one that cannot run a call says so in its row."""
-    return ("auto", *(name for name in dispatch.BACKENDS if name != "reference"))
+def _reached(record: Record, case: Case, mode: str) -> bool:
+    """Whether an earlier process of the same run measured it, or was ended by it."""
+    if f"{case.family}/{case.name}/{mode}" in record.data.get("faults", []):
+        return True
+    rows = record.data["layers"]
+    return any((r["case"], r["family"], r["mode"]) == (case.name, case.family, mode) for r in rows)
+
+
+def available_backends(device: str = "cpu") -> tuple[str, ...]:
+    """Every backend to try; one that cannot run a call says so in its row.
+
+    On a GPU "auto" takes the CUDA kernels that are worth their time; by name the generic ones would
+    run, too, for seconds a call.
+    """
+    out = {"reference"} | ({"cuda"} if device.startswith("cuda") else set())
+    return ("auto", *(name for name in dispatch.BACKENDS if name not in out))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -428,6 +465,7 @@ def main(argv: Sequence[str] | None = None, before: Callable[[], None] | None = 
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--families", default="", help="families or case names, comma-separated")
     parser.add_argument("--peers", default="core", choices=peers.LEVELS)
+    parser.add_argument("--resume", action="store_true", help="leave out what the record has")
     parser.add_argument("--batch", type=int, help="instead of each case's own")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing, per unit")
     args = parser.parse_args(argv)
@@ -443,7 +481,10 @@ def main(argv: Sequence[str] | None = None, before: Callable[[], None] | None = 
         cases, seconds, rounds = [c.tiny() for c in cases], 0.0, 2
     ceilings = measure.ceilings(device, dtypes, args.dry)
     record.set(ceilings=record.data.get("ceilings") or ceilings)
-    options = Options(device, args.peers, available_backends(), seconds, rounds, ceilings)
+    options = Options(
+        device, args.peers, available_backends(args.device), seconds, rounds, ceilings,
+        resume=args.resume,
+    )  # fmt: skip
     wrong = run(record, cases, args.modes.split(","), dtypes, options, deadline)
     print(f"{len(record.data['layers'])} rows, {wrong} refused: {record.path.name}")
     return 1 if wrong else 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+FAULTED = 70  # exit status after an error of the GPU: a new process can go on
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SECTIONS = ("layers", "models", "training_batches", "overhead", "cold_start", "stages")

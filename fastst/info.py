@@ -178,11 +178,14 @@ def _tuning() -> Iterator[str]:
 
 
 def _self_checks() -> Iterator[str]:
-    verdicts = importlib.import_module("fastst.dispatch.selfcheck").verdicts()
+    checks = importlib.import_module("fastst.dispatch.selfcheck")
+    verdicts = checks.verdicts()
     failed = {what: why for what, why in verdicts.items() if why}
     yield f"self-checks of kernels: {len(verdicts) - len(failed)} passed, {len(failed)} failed"
     for what, why in failed.items():
         yield f"not chosen, {what}: it {why}"
+    for what, why in checks.postponed().items():
+        yield f"left out for now, {what}: it {why}"
 
 
 def _environment() -> Iterator[str]:

@@ -118,6 +118,7 @@ class Example(NamedTuple):
     tensors: Any  # on the CPU
     run: Callable[[Any, Any], Sequence[Tensor]]  # of the problem and tensors where they are checked
     dy: Tensor | None = None  # with it, gradients are compared
+    name: str = ""  # of the kernels and configurations that it runs
 
 
 def no_reason(problem: Problem, phase: Phase) -> str | None:
@@ -126,6 +127,10 @@ def no_reason(problem: Problem, phase: Phase) -> str | None:
 
 def _no(problem: PairProblem) -> bool:
     return False
+
+
+def _no_kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
+    return ()
 
 
 def _no_candidates(problem: Problem, phase: Phase) -> Sequence[str]:
@@ -164,6 +169,7 @@ class Backend:
             problem, or None where it needs none.
         examples: the calls of a check, by its kind and dtype, and like which problem, where that is
             known; None: ``usual_examples``.
+        kinds: of self-checks that can be made on a device in a dtype, for ``fastst.check``.
         gives_output_statistics: whether it gives those of y without reading y again.
         norm_backward: gradients of y, weight and bias of v, the batch norm of y by its own
             statistics, from (dv, y, mean, var, weight, eps, needs); None where PyTorch's are as
@@ -190,6 +196,7 @@ class Backend:
     why_not_auto: Callable[[Problem, Phase], str | None] = no_reason
     check_kind: Callable[[Problem, Phase], str | None] = no_reason
     examples: Callable[[str, torch.dtype, Problem | None], list[Example]] | None = None
+    kinds: Callable[[torch.device, torch.dtype], Sequence[str]] = _no_kinds
     gives_output_statistics: Callable[[PairProblem], bool] = _no
     norm_backward: Callable[..., list[Tensor | None] | None] | None = None
     mid_tensors_alive: Callable[[PairProblem], int] | None = None

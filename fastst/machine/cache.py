@@ -7,14 +7,16 @@ all that an entry holds for: ``machine`` and ``versions``.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import re
 import tempfile
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -26,7 +28,10 @@ def folder() -> Path:
     """Where the files lie."""
     if settings.flag("FASTST_CACHE"):
         return Path(settings.value("FASTST_CACHE"))
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastst"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):  # no HOME, and a user that the system does not know
+        base = os.devnull  # in which no file can be
+    return Path(base) / "fastst"
 
 
 @lru_cache(maxsize=16)
@@ -53,14 +58,26 @@ def sources() -> list[Path]:
 
 @lru_cache(maxsize=1)
 def versions() -> str:
-    """PyTorch, Triton, and the source of the kernels and of what calls them."""
-    triton = "none"
-    with suppress(metadata.PackageNotFoundError):
-        triton = metadata.version("triton")
+    """PyTorch, Triton and its assembler, and the source of the kernels and of what calls them."""
     digest = hashlib.sha256()
     for path in sources():
         digest.update(path.read_bytes())
-    return f"torch {torch.__version__} triton {triton} kernels {digest.hexdigest()[:12]}"
+    return f"torch {torch.__version__} {_triton()} kernels {digest.hexdigest()[:12]}"
+
+
+def _triton() -> str:
+    """Version of the Triton that is imported, whatever its package is called, and its ptxas."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return "triton none"
+    source = Path(found.origin)
+    version = re.search(r"__version__ = ['\"]([^'\"]+)", source.read_text(encoding="utf-8"))
+    parts = [f"triton {version[1] if version else source}"]
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        if named := os.environ.get(name):
+            digest = hashlib.sha256(Path(named).read_bytes() if Path(named).exists() else b"")
+            parts.append(f"{name} {named} {digest.hexdigest()[:12]}")
+    return " ".join(parts)
 
 
 def read(path: Path) -> dict[str, str]:
@@ -70,7 +87,7 @@ def read(path: Path) -> dict[str, str]:
         if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
             raise ValueError("expected an object of strings")
         return data
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(f"fastst ignores the cache {path}: {error}", stacklevel=2)
@@ -82,14 +99,39 @@ def add(path: Path, found: dict[str, str]) -> dict[str, str]:
 
     Atomic. Where the file cannot be written, a warning says that they last for this process.
     """
-    merged = {**read(path), **found}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False
-        ) as file:
-            json.dump(merged, file, indent=1)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(f"fastst keeps what it found for this process only: {error}", stacklevel=3)
+    with locked(path.with_name(path.name + ".add")):
+        merged = {**read(path), **found}
+        partial = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False
+            ) as file:
+                partial = file.name
+                json.dump(merged, file, indent=1)
+            os.replace(partial, path)
+        except OSError as error:
+            with suppress(OSError, TypeError):
+                os.unlink(partial)  # type: ignore[arg-type]
+            message = f"fastst keeps what it found for this process only: {error}"
+            warnings.warn(message, stacklevel=3)
     return merged
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it no other process of this machine is within it; where files can be locked."""
+    file = None
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(path.name + ".lock"), "a")  # noqa: SIM115 -- closed below
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (OSError, ImportError):
+        pass  # then each does what is to be done by itself
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()

@@ -90,11 +90,14 @@ def filled(shapes: Any) -> Any:
     )
 
 
+KINDS = ("dense", "grouped", "depthwise", "parallel")
+
+
 def of_kind(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Specification and tensors of a problem whose sizes are no multiples of any tile.
 
     Args:
-        kind: "dense", "grouped", "depthwise" or "parallel".
+        kind: one of ``KINDS``.
     """
     c = 18
     g = {"grouped": 3, "depthwise": c}.get(kind, 1)

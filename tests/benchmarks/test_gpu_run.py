@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from benchmarks import gpu_run
 from benchmarks.gpu_run import Stage
 
 ORDER = [
-    "build", "tests", "layers", "memcheck", "racecheck", "tune", "layers compiled", "models",
-    "overhead", "layers dtypes", "layers rest", "models compiled",
+    "build", "instances", "memcheck", "racecheck", "overhead", "layers", "tests", "tune",
+    "layers compiled", "models", "layers dtypes", "layers rest", "models compiled",
 ]  # fmt: skip
 
 
@@ -48,7 +49,8 @@ def test_dry_run_goes_through_every_stage(
     assert data["cold_start"]
     files = list(tmp_path.iterdir())
     assert {"summary.txt", "record.json", "log.txt"} <= {f.name for f in files}
-    assert len(files) <= 8
+    assert len(files) <= 9
+    assert {r["state"] for r in json.loads((tmp_path / "instances.json").read_text())} == {"passed"}
     assert sum(f.stat().st_size for f in files) < 16 << 20
     summary = (tmp_path / "summary.txt").read_text()
     assert len(summary.splitlines()) <= 60
@@ -103,6 +105,75 @@ def test_stages_are_written_as_they_end(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert status == 0, data["stages"]
 
 
+@pytest.mark.parametrize(
+    ("plant", "state", "told"),
+    [
+        ("hang", "hang", "did not end within"), ("fault", "fault", "illegal memory access"),
+        ("wrong", "wrong", "is off by"), ("oom", "unknown", "out of memory"),
+    ],
+)  # fmt: skip
+def test_planted_instances_are_named_and_survived(
+    plant: str, state: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stage = gpu_run.instances(True, tmp_path, "cpu", plant)
+    command = [a.replace("60", "20") if a == "60" else a for a in stage.command]
+    after = Stage("after", 1, python("print('fine')"))
+    status, data = run(monkeypatch, tmp_path, [replace(stage, command=command), after], minutes=60)
+    assert status == 1
+    assert [s["ok"] for s in data["stages"]] == [False, True]
+    (failure,) = data["stages"][0]["failures"]
+    assert "grouped forward" in failure and state in failure and told in failure
+    states = [i["state"] for i in data["stages"][0]["instances"]]
+    assert sorted(set(states)) == sorted({"passed", state})
+    assert states.index(state) < len(states) - 1  # the next ones ran, and passed
+    assert failure.split(":")[0] in (tmp_path / "summary.txt").read_text()
+
+
+def test_nothing_runs_after_a_build_that_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = Stage("build", 1, python("raise SystemExit('no g++')"), needed=True)
+    status, data = run(monkeypatch, tmp_path, [broken, Stage("layers", 1, python(""))])
+    assert (status, [s["stage"] for s in data["stages"]]) == (1, ["build"])
+
+
+def test_a_stage_goes_on_in_a_new_process_after_a_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code = (
+        "import sys\nif '--resume' in sys.argv: print('rest'); sys.exit(0)\n"
+        f"print('FAULT layers/64/eval: CUDA error'); sys.exit({gpu_run.FAULTED})"
+    )
+    status, data = run(monkeypatch, tmp_path, [Stage("layers", 1, python(code))])
+    assert status == 1
+    (stage,) = data["stages"]
+    assert stage["told"] == "1 units faulted"
+    assert stage["failures"] == ["FAULT layers/64/eval: CUDA error"]
+    assert "rest" in (tmp_path / "log.txt").read_text()
+
+
+def test_plants_are_for_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--plant", "hang"])
+    assert "--plant is for --dry" in capsys.readouterr().err
+
+
+def test_tools_are_found_where_setup_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "bin" / "nvcc"
+    tool.parent.mkdir()
+    tool.write_text("")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_run.found_in_toolkit("nvcc") == str(tool)
+
+
+def test_stages_keep_the_paths_that_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/carried")
+    code = "import sys; raise SystemExit('/carried' not in sys.path)"
+    assert gpu_run.execute(python(code), 60, {}).status == 0
+
+
 def test_stages_never_interpret_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     code = "import os; raise SystemExit('TRITON_INTERPRET' in os.environ)"
@@ -147,6 +218,13 @@ def test_tests_are_counted_and_failures_named(tmp_path: Path) -> None:
     assert not found["ok"]
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
     assert found["failures"] == ["tests.test_a::two"]
+
+
+def test_tests_that_were_ended_are_told(tmp_path: Path) -> None:
+    text = "tests/a.py::one PASSED [ 33%]\ntests/a.py::two FAILED [ 66%]\ntests/a.py::three"
+    found = gpu_run.judge_tests(-9, tmp_path / "tests.xml", False, text)
+    assert not found["ok"]
+    assert "1 passed, 1 failed" in found["told"] and found["told"].endswith("tests/a.py::three")
 
 
 def test_a_run_in_which_every_gpu_test_was_skipped_is_wrong(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_refused_rows_make_the_run_fail(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
         return PairResult(problem.empty_output(tensors.x).zero_())
 
-    monkeypatch.setattr(layers, "available_backends", lambda: ("aten",))
+    monkeypatch.setattr(layers, "available_backends", lambda *_: ("aten",))
     arguments = ["--dry", "--device", "cpu", "--families", "64-144-64", "--modes", "inference"]
     arguments += ["--peers", "short", "--out"]
     assert layers.main([*arguments, str(tmp_path / "right.json")]) == 0

@@ -13,8 +13,7 @@ import torch
 from fastst import dispatch
 from fastst.backends import aten
 from fastst.backends import triton as backend
-from fastst.backends.contract import Backend
-from fastst.dispatch import selection, selfcheck
+from fastst.dispatch import quarantine, selection, selfcheck
 from fastst.machine import gpu
 from fastst.problem.examples import of_kind
 from fastst.problem.spec import Problem
@@ -56,11 +55,11 @@ def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = dense()
     runs: list[str] = []
 
-    def check(backend: Backend, kind: str, *rest: Any) -> str:
-        runs.append(kind)
+    def checked(request: quarantine.Request) -> str:
+        runs.append(request.kind)
         return "is off by 1"
 
-    monkeypatch.setattr(selfcheck, "check", check)
+    monkeypatch.setattr(quarantine, "checked", checked)
     with pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'triton'"):
         assert selfcheck.why_broken(backend.BACKEND, problem, "dense") == "is off by 1"
     with warnings.catch_warnings():
@@ -75,7 +74,7 @@ def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_file_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "selfcheck.json").write_text("{")
     problem = dense()
-    monkeypatch.setattr(selfcheck, "check", lambda *a: None)
+    monkeypatch.setattr(quarantine, "checked", lambda request: "")
     assert selfcheck.why_broken(backend.BACKEND, problem, "dense") is None
     assert list(selfcheck.verdicts().values()) == [""]
 

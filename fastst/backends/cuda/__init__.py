@@ -32,7 +32,7 @@ from ..contract import (
     Phase,
 )
 from . import depthwise, hopper
-from .hopper.examples import examples
+from .examples import examples, kinds
 from .library import Launcher, emulated, emulating, launching, load
 
 
@@ -76,11 +76,10 @@ def _hopper_lacks(problem: PairProblem, phase: Phase) -> str | None:
 
 
 def _check_kind(problem: Problem, phase: Phase) -> str | None:
-    """Only of the Hopper kernels: "auto" never comes to the generic ones."""
+    """None of the generic kernels: "auto" never comes to them."""
     assert isinstance(problem, PairProblem)
-    if depthwise.why_not(problem) is None:
-        return None
-    return "hopper" if phase == "forward" else "hopper backward"
+    family = "depthwise" if depthwise.why_not(problem) is None else "hopper"
+    return family if phase == "forward" else f"{family} backward"
 
 
 def _gives_output_statistics(problem: PairProblem) -> bool:
@@ -288,6 +287,7 @@ BACKEND = Backend(
     why_not_auto=_why_not_auto,
     check_kind=_check_kind,
     examples=examples,
+    kinds=kinds,
     gives_output_statistics=_gives_output_statistics,
     mid_tensors_alive=_mid_tensors_alive,
 )

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...problem.examples import kind_of
 from ...problem.spec import PairProblem, Problem
 from ..contract import COMMON_PAIR_FIELDS, COMMON_PARALLEL_FIELDS, Backend, Phase
 from . import backward, launch, pair, tiles
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
-from .rehearsal import examples
+from .rehearsal import check_kind, examples, kinds
 
 _ON_CPU = "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set at start"
 
@@ -51,10 +50,6 @@ def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
     return None
 
 
-def _check_kind(problem: Problem, phase: Phase) -> str | None:
-    return kind_of(problem)
-
-
 def _mid_tensors_alive(problem: PairProblem) -> int:
     return 2  # u and dv
 
@@ -83,8 +78,9 @@ BACKEND = Backend(
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     why_not_auto=_why_not_auto,
-    check_kind=_check_kind,
+    check_kind=check_kind,
     examples=examples,
+    kinds=kinds,
     gives_output_statistics=lambda problem: True,  # from the epilogue that writes y
     mid_tensors_alive=_mid_tensors_alive,
     candidates=_candidates,

@@ -7,16 +7,20 @@ would double what a first call compiles; one on this problem compiles what the c
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...problem.examples import filled, of_kind
+from ...problem.examples import KINDS, filled, kind_of, of_kind
 from ...problem.spec import (
     PairProblem,
+    PairSpec,
     PairTensors,
     ParallelProblem,
     ParallelSpec,
@@ -24,21 +28,105 @@ from ...problem.spec import (
     Pass,
     Problem,
 )
-from ..contract import Example, apply_ending
-from . import arguments, pair
+from ..contract import Example, PairBackward, Phase, apply_ending
+from . import arguments, backward, launch, pair, tiles
 from .parallel import parallel_conv2plus1d
+from .parallel_backward import parallel_conv2plus1d_backward
 
+_POSITIONS = 1 << 17  # of a rehearsal on a GPU
 _FEW, _SAME = 256, 128  # channels up to which all are kept; beyond, the same modulo 128
+
+
+def check_kind(problem: Problem, phase: Phase) -> str:
+    """All that a call's kernels and their configurations depend on, as one name."""
+    return f"{kind_of(problem)} {phase} {_digest(problem)}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(problem: Problem) -> str:
+    spec: Any = problem.spec
+    if isinstance(problem, PairProblem):
+        spec = problem.spec._replace(group=""), problem.residual
+    known = (
+        spec, problem.passes, problem.batch, problem.size, problem.x_stride, problem.x_offset,
+        problem.channels_last,
+    )  # fmt: skip
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:10]
+
+
+def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
+    """Of the checks that can be made without a call."""
+    if device.type == "cuda" and launch.capability(device) < tiles.LEAST_CAPABILITY:
+        return ()
+    return [f"{kind} {phase}" for kind in KINDS for phase in ("forward", "backward")]
 
 
 def examples(kind: str, dtype: torch.dtype, like: Problem | None = None) -> list[Example]:
     """Of a problem its rehearsal; where none is known, a call of the kind."""
-    if like is None:
-        spec, tensors = of_kind(kind, dtype)
-        if isinstance(spec, ParallelSpec):
-            return [Example(spec, tensors, lambda p, t: [parallel_conv2plus1d(p, t)])]
-        return [Example(spec, tensors, lambda p, t: [pair.conv2plus1d(p, t, False).y])]
-    return [rehearse(like)]
+    gradients = "backward" in kind.split()
+    if like is not None:
+        example = rehearse(like)
+        found = [example._replace(name=f"{kind} of {like.spec} on {(like.batch, *like.size)}")]
+    else:
+        spec, tensors = of_kind(kind.split()[0], dtype)
+        parallel = isinstance(spec, ParallelSpec)
+        run = _parallel if parallel else _pair
+        found = [Example(spec, tensors, run, name=f"{kind} in {dtype}")]
+    return [_gradients(e) if gradients else e for e in found]
+
+
+def _parallel(problem: ParallelProblem, t: ParallelTensors) -> list[Tensor]:
+    return [parallel_conv2plus1d(problem, t)]
+
+
+def _pair(problem: PairProblem, t: PairTensors) -> list[Tensor]:
+    return [pair.conv2plus1d(problem, t, False).y]
+
+
+def _gradients(example: Example) -> Example:
+    """The same tensors, forward and backward."""
+    spec, tensors = example.spec, example.tensors
+    if isinstance(spec, PairSpec):  # what an op with gradients never has
+        spec = spec._replace(outer_activation="none", output_statistics=False)
+        tensors = tensors._replace(residual=None)
+        if spec.norm == "batch":  # which takes a bias away again: its gradient is 0
+            tensors = tensors._replace(first_bias=None)
+    tensors = _off_kinks(spec, tensors)
+    dy = Problem.of(tensors, spec).empty_output(tensors.x)
+    dy.copy_(torch.randn(dy.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
+    needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
+
+    def run(problem: Any, t: Any) -> list[Tensor]:
+        there = dy.to(t.x.device)
+        if isinstance(problem, ParallelProblem):
+            found = parallel_conv2plus1d_backward(problem, t, there, needs)
+        else:
+            _, u, mean, var, *_ = pair.conv2plus1d(problem, t, True)
+            found = backward.conv2plus1d_backward(
+                PairBackward(problem, t, [there], u, mean, var, needs)
+            )
+        return [g for g, n in zip(found, needs, strict=False) if n and g is not None]
+
+    return Example(spec, tensors, run, dy, example.name)
+
+
+def _off_kinks(spec: Any, tensors: Any) -> Any:
+    """With values so far from the kinks of activations that no rounding leads to another side."""
+
+    def places(t: Tensor) -> Tensor:
+        return torch.tensor([-4.5, -1.5, 1.5, 4.5]).repeat(len(t))[: len(t)].to(t)
+
+    if getattr(spec, "norm", "none") != "none":
+        near = torch.full_like(tensors.norm_weight, 0.1)
+        return tensors._replace(norm_weight=near, norm_bias=places(tensors.norm_bias))
+    one, other, bias, second = tensors._fields[1:5]
+    found = tensors._replace(
+        **{one: getattr(tensors, one) * 0.1, bias: places(getattr(tensors, bias))}
+    )
+    if isinstance(tensors, PairTensors):
+        return found
+    above = torch.full_like(getattr(tensors, second), 0.7)
+    return found._replace(**{other: getattr(tensors, other) * 0.1, second: above})
 
 
 def rehearse(problem: Problem) -> Example:
@@ -48,17 +136,17 @@ def rehearse(problem: Problem) -> Example:
     networks, every other one to be there.
     """
     first, second = _few_channels(problem)
-    size, batch = problem.size, min(problem.batch, 2)
+    size = problem.size
     for axis in (2, 1, 0):  # strides along an axis depend on the sizes of those behind it
         least = max(3, *(p.dilation[axis] * (p.kernel[axis] - 1) + 1 for p in problem.passes))
         for n in range(min(least, size[axis]), size[axis] + 1):
             trial = tuple(n if i == axis else s for i, s in enumerate(size))
-            if _known(_tensors(problem, (first, second), batch, trial)) == _known(
+            if _known(_tensors(problem, (first, second), 2, trial)) == _known(
                 _tensors(problem, problem.passes, problem.batch, problem.size)
             ):
                 size = trial  # type: ignore[assignment]
                 break
-    shapes, spec = _tensors(problem, (first, second), batch, size)
+    shapes, spec = _tensors(problem, (first, second), _clips(problem, size), size)
     tensors = filled(shapes)
     if isinstance(problem, ParallelProblem):
         return Example(spec, tensors, lambda p, t: [parallel_conv2plus1d(p, t, problem)])
@@ -70,6 +158,16 @@ def rehearse(problem: Problem) -> Example:
         return [apply_ending(pair.run(small, t, save, like=like), small, t)]
 
     return Example(spec, tensors, run)
+
+
+def _clips(problem: Problem, size: tuple[int, int, int]) -> int:
+    """On a GPU so many that its multiprocessors go through several waves of tiles."""
+    if problem.device.type != "cuda":
+        return min(problem.batch, 2)
+    some = min(_POSITIONS, problem.batch * math.prod(problem.size))
+    few = min(problem.batch, max(2, some // math.prod(size)))
+    alike = few % 16 if problem.batch % 16 == 0 else 0  # as the compiler sees it
+    return few - alike if few > 16 else min(problem.batch, 2 if alike == 0 else 16)
 
 
 def _few_channels(problem: Problem) -> tuple[Pass, Pass]:

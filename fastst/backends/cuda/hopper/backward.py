@@ -37,8 +37,17 @@ from .launches import (
 from .tiles import HopperTile
 
 
-def backward(call: PairBackward, tiles: tuple[GradientTile, HopperTile] | None = None) -> Gradients:
-    """Gradients; tiles: of the spatial and the temporal kernel, in place of the chosen ones."""
+def backward(
+    call: PairBackward,
+    tiles: tuple[GradientTile, HopperTile] | None = None,
+    instances: weights.Instances = weights.TILES,
+) -> Gradients:
+    """Gradients.
+
+    Args:
+        tiles: of the spatial and the temporal kernel, in place of the chosen ones.
+        instances: of the weight gradient's kernel, among which its tiles are chosen.
+    """
     problem, tensors, need, spec = call.problem, call.tensors, call.need, call.problem.spec
     m = problem.mid_channels
     counted = need.first_bias or need.norm_weight or need.norm_bias
@@ -63,7 +72,7 @@ def backward(call: PairBackward, tiles: tuple[GradientTile, HopperTile] | None =
             affine = None if straight else launches.coefficients(scale, shift, round_up(m, 64))
             z = Mid(mid[:, :m], affine, spec.activation)
             dwt, dbt = weights.temporal(
-                k, problem, z, dy, tensors.second_weight, bool(need.second_bias)
+                k, problem, z, dy, tensors.second_weight, bool(need.second_bias), instances
             )
         if below:
             g = tensors.x.new_empty(problem.mid_shape).permute(0, 4, 1, 2, 3)
@@ -92,7 +101,7 @@ def backward(call: PairBackward, tiles: tuple[GradientTile, HopperTile] | None =
                     source = k.norm_gradient(g[:, :m], mid[:, :m], coefficients)
                     dbs = k.sums(source, g[:, :m].shape)[0]
             if need.first_weight:
-                dws = weights.spatial(k, problem, tensors.x, du, tensors.first_weight)
+                dws = weights.spatial(k, problem, tensors.x, du, tensors.first_weight, instances)
             if need.x:
                 tile = tiles[0] if tiles else spatial_gradient_tile(problem)
                 assert tile is not None  # as why_not says

@@ -11,7 +11,17 @@ from torch import Tensor
 from ....problem.examples import pair_tensors
 from ....problem.spec import PairProblem, PairSpec, PairTensors, Problem
 from ...contract import Example, PairBackward
-from . import backward, forward, gradient_tiles, tiles
+from ..library import emulating
+from . import backward, forward, gradient_tiles, tiles, weight_tiles
+
+# (C, M, K), (T, H, W), stride: pairs of R(2+1)D-18 and of torchvision's, by which every processor
+# of a GPU walks over several tiles, with the stages and the shared boxes that real calls have.
+_LAYERS = (
+    ((64, 144, 64), (16, 56, 56), 1), ((64, 230, 128), (16, 56, 56), 2),
+    ((128, 288, 128), (16, 28, 28), 1), ((256, 576, 256), (16, 28, 28), 1),
+    ((512, 1152, 512), (16, 14, 14), 1), ((64, 320, 96), (16, 28, 28), 1),
+)  # fmt: skip
+_CLIPS = 8
 
 
 def examples(kind: str, dtype: torch.dtype, like: Problem | None = None) -> list[Example]:
@@ -19,7 +29,9 @@ def examples(kind: str, dtype: torch.dtype, like: Problem | None = None) -> list
     Args:
         kind: "hopper" or "hopper backward".
     """
-    return _forward(dtype) if kind == "hopper" else _backward(dtype)
+    found = _forward(dtype) if kind == "hopper" else _backward(dtype)
+    # On the host they would take hours.
+    return found if emulating() else [*found, *_real(kind == "hopper backward", dtype)]
 
 
 def _forward(dtype: torch.dtype) -> list[Example]:
@@ -41,29 +53,41 @@ def _forward(dtype: torch.dtype) -> list[Example]:
         )  # fmt: skip
         if batch:
             tensors = tensors._replace(mean=None, var=None)
-        examples.append(Example(spec, tensors, run))
+        name = f"spatial {_of(spatial)}, temporal {_of(temporal)} stride {stride}"
+        examples.append(Example(spec, tensors, run, name=name))
     stem = *_stem(dtype, 21, 20), lambda p, t: [forward(p, t, False).y]
-    return [*examples, Example(*stem)]
+    return [*examples, Example(*stem, name="stem")]
+
+
+def _of(tile: Any) -> str:
+    return f"{tile.columns} columns of {tile.blocks} blocks in clusters of {tile.cluster}"
+
+
+def _gradients(
+    spec: PairSpec,
+    tensors: PairTensors,
+    name: str,
+    forced: Any = None,
+    instances: Any = weight_tiles.TILES,
+) -> Example:
+    dy = Problem.of(tensors, spec).empty_output(tensors.x)
+    dy.copy_(torch.randn(dy.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
+    needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
+
+    def run(problem: PairProblem, t: Any) -> Sequence[Tensor]:
+        _, u, mean, var, *_ = forward(problem, t, True)
+        call = PairBackward(problem, t, [dy.to(t.x.device)], u, mean, var, needs)
+        return [
+            g
+            for g, n in zip(backward(call, forced, instances), needs, strict=False)
+            if n and g is not None
+        ]
+
+    return Example(spec, tensors, run, dy, name)
 
 
 def _backward(dtype: torch.dtype) -> list[Example]:
     """Every instance of the kernels of gradients, and the stem."""
-
-    def example(spec: PairSpec, tensors: PairTensors, forced: Any = None) -> Example:
-        dy = Problem.of(tensors, spec).empty_output(tensors.x)
-        dy.copy_(
-            torch.randn(dy.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
-        )
-        needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
-
-        def run(problem: PairProblem, t: Any) -> Sequence[Tensor]:
-            _, u, mean, var, *_ = forward(problem, t, True)
-            call = PairBackward(problem, t, [dy.to(t.x.device)], u, mean, var, needs)
-            found = backward(call, forced)
-            return [g for g in found if g is not None]
-
-        return Example(spec, tensors, run, dy)
-
     examples = []
     for spatial, temporal, (stride, plane) in gradient_tiles.trials():
         c, m = spatial.columns - 8, temporal.columns - 8
@@ -73,12 +97,40 @@ def _backward(dtype: torch.dtype) -> list[Example]:
         )
         # Statistics take a bias away again: its gradient is 0.
         tensors = tensors._replace(mean=None, var=None, first_bias=None)
-        examples.append(example(spec, tensors, (spatial, temporal)))
-    tensors = pair_tensors(dtype, (1, 40, 3, 5, 6), (56, 40, 1, 3, 3), (24, 56, 3, 1, 1))
-    examples.append(example(PairSpec(padding=(1,) * 6, norm="frozen", activation="silu"), tensors))
+        name = f"gradients: spatial {_of(spatial)}, temporal {_of(temporal)} stride {stride}"
+        examples.append(_gradients(spec, tensors, name, (spatial, temporal)))
+    for i, instance in enumerate(weight_tiles.TILES):
+        m = instance[0] + 8 * (i % 2)  # whole tiles, and one that is cut
+        tensors = pair_tensors(dtype, (1, 72, 3, 5, 6), (m, 72, 1, 3, 3), (72, m, 3, 1, 1))
+        spec = PairSpec(padding=(1,) * 6, norm="frozen" if i % 2 else "batch", activation="silu")
+        if spec.norm == "batch":
+            tensors = tensors._replace(mean=None, var=None, first_bias=None)
+        name = "weight gradients {} × {}".format(*instance)
+        examples.append(_gradients(spec, tensors, name, instances=(instance,)))
     spec, tensors = _stem(dtype, 9, 10)
     spec = spec._replace(activation="silu", recompute=True)
-    return [*examples, example(spec, tensors._replace(first_bias=None))]
+    stem = _gradients(spec, tensors._replace(first_bias=None), "gradients of the stem")
+    return [*examples, stem]
+
+
+def _real(gradients: bool, dtype: torch.dtype) -> list[Example]:
+    """Layers of networks as they are: many tiles a block, all stages that the memory has."""
+    examples = []
+    for (c, m, k), size, stride in _LAYERS:
+        shapes = (_CLIPS, c, *size), (m, c, 1, 3, 3), (k, m, 3, 1, 1)
+        tensors = pair_tensors(dtype, *shapes)._replace(mean=None, var=None, first_bias=None)
+        spec = PairSpec(stride=(stride,) * 3, padding=(1,) * 6, norm="batch", activation="relu")
+        name = f"{c}-{m}-{k} on {_CLIPS}×{size}" + " with stride 2" * (stride == 2)
+        if gradients:
+            # A kink of relu makes gradients depend on the last bit of u.
+            examples.append(
+                _gradients(spec._replace(activation="silu"), tensors, f"gradients of {name}")
+            )
+        else:
+            examples.append(
+                Example(spec, tensors, lambda p, t: [forward(p, t, False).y], name=name)
+            )
+    return examples
 
 
 def _stem(dtype: torch.dtype, height: int, width: int) -> tuple[PairSpec, PairTensors]:

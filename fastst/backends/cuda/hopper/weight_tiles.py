@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....machine.gpu import round_up, shared_memory_limit
@@ -62,6 +63,7 @@ def weight_gradient(
     sources: int,
     narrow: bool,
     processors: int,
+    instances: Sequence[tuple[int, int]] = TILES,
 ) -> WeightTile | None:
     """Tile of a weight gradient; None where taps lie too far apart for the shared memory.
 
@@ -71,9 +73,10 @@ def weight_gradient(
         sources: tensors that mid is made of: 1 or 2; 0 if nothing is made.
         narrow: a row of a box of the other tensor has 8 channels and not 64.
         processors: multiprocessors, each of which runs one block.
+        instances: of the kernel, among which it chooses.
     """
     best: tuple[float, int, WeightTile] | None = None
-    for n, units in TILES:
+    for n, units in instances:
         spans = math.ceil(n / _SPAN) * max(1, sources)
         for blocks in range(1, GROUPS * units + 1):
             if 64 * (blocks - 1) >= rows or (reach.residues > 1 and blocks % units):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from ....problem.spec import PairProblem, Pass
 from ..depthwise import channels_last
 from ..library import Launcher
 from .launches import ROW, Gradient, Mid, _processors, evenly_framed, rows_of
-from .weight_tiles import Reach, WeightTile, weight_gradient
+from .weight_tiles import TILES, Reach, WeightTile, weight_gradient
 
 TAPS = 49  # most, of a kernel
 NARROW = 8  # channels of x, and taps of a row of its kernel, that make the 64 rows of a product
+
+Instances = Sequence[tuple[int, int]]  # of the kernel, among which a tile is chosen
 
 
 def why_not(problem: PairProblem) -> str | None:
@@ -36,7 +39,9 @@ def is_narrow(p: Pass) -> bool:
     return p.in_channels <= NARROW and p.kernel[2] <= NARROW
 
 
-def spatial_tile(problem: PairProblem, sources: int) -> WeightTile | None:
+def spatial_tile(
+    problem: PairProblem, sources: int, instances: Instances = TILES
+) -> WeightTile | None:
     """Tile of dWs, with du made of so many tensors (0: stored)."""
     p = problem.passes[0]
     _, kh, kw = p.kernel
@@ -49,11 +54,13 @@ def spatial_tile(problem: PairProblem, sources: int) -> WeightTile | None:
     return weight_gradient(
         (width, height, problem.batch * frames), reach, kh if narrow else kh * kw,
         64 if narrow else p.in_channels, round_up(p.out_channels, ROW), sources, narrow,
-        _processors(problem.device),
+        _processors(problem.device), instances,
     )  # fmt: skip
 
 
-def temporal_tile(problem: PairProblem, sources: int) -> WeightTile | None:
+def temporal_tile(
+    problem: PairProblem, sources: int, instances: Instances = TILES
+) -> WeightTile | None:
     """Tile of dWt, with z made of one tensor, or stored."""
     p = problem.passes[1]
     taps, stride = p.kernel[0], p.stride[0]
@@ -66,7 +73,14 @@ def temporal_tile(problem: PairProblem, sources: int) -> WeightTile | None:
     )  # fmt: skip
 
 
-def spatial(k: Launcher, problem: PairProblem, x: Tensor, du: Gradient, weight: Tensor) -> Tensor:
+def spatial(
+    k: Launcher,
+    problem: PairProblem,
+    x: Tensor,
+    du: Gradient,
+    weight: Tensor,
+    instances: Instances = TILES,
+) -> Tensor:
     """dWs (M, C, 1, kh, kw) in the accumulation dtype, from x (N, C, T, H, W)."""
     p = problem.passes[0]
     m, c, _, kh, kw = weight.shape
@@ -77,7 +91,7 @@ def spatial(k: Launcher, problem: PairProblem, x: Tensor, du: Gradient, weight: 
     coefficients = None
     if du.affine is not None:
         coefficients = torch.stack((torch.ones_like(du.affine[0]), du.affine[1], du.affine[0]))
-    tile = spatial_tile(problem, 0 if du.u is None else 2)
+    tile = spatial_tile(problem, 0 if du.u is None else 2, instances)
     sums = _sums(k, du.g, du.u, x, p, tile, coefficients, "none", narrow)
     if narrow:
         taps = sums.view(kh, NARROW, NARROW, -1)[:, :kw, :c, :m]
@@ -87,7 +101,13 @@ def spatial(k: Launcher, problem: PairProblem, x: Tensor, du: Gradient, weight: 
 
 
 def temporal(
-    k: Launcher, problem: PairProblem, z: Mid, dy: Tensor, weight: Tensor, biased: bool
+    k: Launcher,
+    problem: PairProblem,
+    z: Mid,
+    dy: Tensor,
+    weight: Tensor,
+    biased: bool,
+    instances: Instances = TILES,
 ) -> tuple[Tensor, Tensor | None]:
     """dWt (K, M, kt, 1, 1) and, where asked for, Σdy (K,), in the accumulation dtype.
 
@@ -97,7 +117,7 @@ def temporal(
     coefficients = None
     if z.affine is not None:
         coefficients = torch.cat((z.affine, torch.zeros_like(z.affine[:1])))
-    tile = temporal_tile(problem, 0 if coefficients is None else 1)
+    tile = temporal_tile(problem, 0 if coefficients is None else 1, instances)
     assert tile is not None
     sums, tap = None, _through(p)
     if biased and tap is not None:

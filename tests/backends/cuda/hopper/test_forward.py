@@ -24,7 +24,7 @@ from fastst.backends.cuda import hopper as cuda_hopper
 from fastst.backends.cuda import library
 from fastst.backends.cuda.hopper import tiles
 from fastst.backends.cuda.hopper.tiles import SPATIAL_TILES, TEMPORAL_TILES, HopperTile
-from fastst.dispatch import selfcheck
+from fastst.dispatch import quarantine, selfcheck
 from fastst.functional import conv2plus1d
 from fastst.problem import activations
 from fastst.problem.spec import PairSpec, PairTensors, Problem, in_execution_order
@@ -346,7 +346,7 @@ def test_auto_takes_no_unchecked_kernel_into_a_graph(
     def never(*arguments: object) -> None:
         raise AssertionError("checked during a capture")
 
-    monkeypatch.setattr(selfcheck, "check", never)
+    monkeypatch.setattr(quarantine, "checked", never)
     monkeypatch.setattr(selfcheck, "_verdicts", {})
     monkeypatch.setattr(selfcheck, "_key", lambda *arguments: "key")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

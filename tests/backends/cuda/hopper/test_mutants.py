@@ -15,7 +15,7 @@ from fastst.backends.cuda import hopper as cuda_hopper
 from fastst.backends.cuda import library as native
 from fastst.backends.cuda.hopper import tiles
 from fastst.backends.cuda.hopper.examples import examples
-from fastst.dispatch import selfcheck
+from fastst.dispatch import quarantine, selfcheck
 from fastst.problem.spec import Problem
 from tests.support import fuzz, hopper, planted
 from tests.support.fuzz import Config
@@ -135,6 +135,12 @@ def test_auto_passes_over_a_wrong_kernel(
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
     monkeypatch.setattr(selfcheck, "_verdicts", {})
     monkeypatch.setattr(native, "emulated", lambda: library)
+
+    def here(request: quarantine.Request) -> str:  # where the planted library is
+        found = selfcheck.check(cuda.BACKEND, request.kind, request.device, request.dtype)
+        return found or ""
+
+    monkeypatch.setattr(quarantine, "checked", here)
     for module in (cuda, cuda_hopper):
         monkeypatch.setattr(module, "emulating", lambda: False)
     monkeypatch.setattr(cuda.BACKEND, "why_not", lambda *arguments: None)

@@ -1,0 +1,96 @@
+"""Every instance of every GPU kernel, one at a time, in a process that may fault or hang.
+
+Each unit is one example of the self-check: its name is printed before anything of it is launched,
+its result when it ends. After a fault or a hang the next unit runs in a new process. Results are
+written as they come. Ends with 1 where a kernel was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastst import check
+from fastst.dispatch import quarantine, selfcheck
+
+_DRY = ("dense forward", "grouped forward", "parallel forward")  # seconds each, interpreted
+
+
+class Unit(NamedTuple):
+    """One example of one check."""
+
+    backend: str
+    kind: str
+    dtype: torch.dtype
+    number: int
+    name: str
+
+
+def units(device: torch.device, dtypes: Sequence[torch.dtype], dry: bool) -> Iterator[Unit]:
+    """All that can be checked on a device; few of them in a dry run."""
+    for backend, kind, dtype in check.checks(device, dtypes):
+        if dry and kind not in _DRY:
+            continue
+        examples = (backend.examples or backend.usual_examples)(kind, dtype, None)
+        for index, example in enumerate(examples):
+            yield Unit(backend.name, kind, dtype, index, example.name or f"{kind} {index}")
+
+
+def run(
+    device: torch.device, todo: Sequence[Unit], deadline: float, write: Any
+) -> list[dict[str, Any]]:
+    """Results of the units, each with its state; those not reached are "not run"."""
+    results: list[dict[str, Any]] = []
+    for unit in todo:
+        row: dict[str, Any] = unit._asdict() | {"dtype": str(unit.dtype), "seconds": 0.0}
+        if time.monotonic() > deadline:
+            row |= {"state": "not run", "why": "no time left"}
+        else:
+            print(f"{unit.backend} {unit.dtype} {unit.name} ...", flush=True)
+            start = time.monotonic()
+            request = quarantine.Request(
+                unit.backend, unit.kind, device, unit.dtype, None, False, unit.number
+            )
+            try:
+                why = quarantine.checked(request)
+                row |= {"state": selfcheck.state(why), "why": why}
+            except quarantine.Postponed as reason:
+                row |= {"state": "unknown", "why": str(reason)}
+            row["seconds"] = round(time.monotonic() - start, 2)
+            print(f"  {row['state']} {row['why']}".rstrip(), flush=True)
+        results.append(row)
+        write(results)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.instances", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, required=True, help="JSON of the results")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--unit-seconds", default="30", help="after which a unit hangs")
+    parser.add_argument("--dry", action="store_true")
+    args = parser.parse_args(argv)
+    deadline = time.monotonic() + 60 * args.minutes
+    os.environ["FASTST_CHECK_SECONDS"] = args.unit_seconds
+    device = torch.device(args.device)
+    dtypes = [torch.float16] if args.dry else [torch.bfloat16, torch.float16, torch.float32]
+    results = run(
+        device, list(units(device, dtypes, args.dry)), deadline,
+        lambda rows: args.out.write_text(json.dumps(rows, indent=1)),
+    )  # fmt: skip
+    states = [row["state"] for row in results]
+    print(", ".join(f"{states.count(s)} {s}" for s in sorted(set(states))) or "no units")
+    return 0 if states and set(states) <= {"passed", "not run"} and "passed" in states else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Calls of every kind of the CUDA kernels that "auto" may choose, for the self-check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ...problem.examples import pair_tensors
+from ...problem.spec import PairProblem, PairSpec, PairTensors, Problem
+from ..contract import Example, PairBackward
+from . import depthwise
+from .hopper import examples as hopper_examples
+from .library import emulating
+
+
+def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
+    """Of the checks that can be made on a device in a dtype."""
+    found = []
+    if dtype != torch.float64:
+        found += ["depthwise", "depthwise backward"]
+    hopper = emulating() or torch.cuda.get_device_capability(device)[0] == 9
+    if hopper and dtype in (torch.float16, torch.bfloat16):
+        found += ["hopper", "hopper backward"]
+    return found
+
+
+def examples(kind: str, dtype: torch.dtype, like: Problem | None = None) -> list[Example]:
+    """
+    Args:
+        kind: one of ``kinds``.
+    """
+    if kind.startswith("depthwise"):
+        return _depthwise(kind.endswith("backward"), dtype)
+    return hopper_examples.examples(kind, dtype, like)
+
+
+def _depthwise(gradients: bool, dtype: torch.dtype) -> list[Example]:
+    """Every instance, with borders that no tile ends at and, on a GPU, of several waves."""
+    c, found = 24, []
+    for k, kt, stride in product(depthwise.KERNELS, depthwise.KERNELS, depthwise.STRIDES):
+        for batch, x in ((True, (1, c, 5, 9, 10)), (False, (8, 8 * c, 16, 28, 28))):
+            if emulating() and not batch:
+                continue
+            m = x[1]
+            tensors = pair_tensors(dtype, x, (m, 1, 1, k, k), (m, 1, kt, 1, 1))
+            pads = (kt // 2,) * 2 + (k // 2,) * 4
+            spec = PairSpec((1, stride, stride), pads, groups=(m, m), activation="silu")
+            if batch:
+                tensors = tensors._replace(mean=None, var=None, first_bias=None)
+            spec = spec._replace(norm="batch" if batch else "frozen")
+            name = f"depthwise {kt} × {k}² stride {stride} on {x}"
+            found.append(_example(spec, tensors, name, gradients))
+    return found
+
+
+def _example(spec: PairSpec, tensors: PairTensors, name: str, gradients: bool) -> Example:
+    if not gradients:
+        return Example(spec, tensors, lambda p, t: [depthwise.forward(p, t, False).y], name=name)
+    dy = Problem.of(tensors, spec).empty_output(tensors.x)
+    dy.copy_(torch.randn(dy.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
+    needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
+
+    def run(problem: PairProblem, t: PairTensors) -> Sequence[Tensor]:
+        _, u, mean, var, *_ = depthwise.forward(problem, t, True)
+        call = PairBackward(problem, t, [dy.to(t.x.device)], u, mean, var, needs)
+        return [
+            g for g, n in zip(depthwise.backward(call), needs, strict=False) if n and g is not None
+        ]
+
+    return Example(spec, tensors, run, dy, f"gradients of {name}")

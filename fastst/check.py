@@ -1,0 +1,134 @@
+"""Check the GPU kernels on this machine before they are used: ``python -m fastst.check [--all]``.
+
+Images and clusters run it once; verdicts are kept where docs/first-contact.md says. Ends with 0
+where all kernels passed, with 1 where one did not, with 2 where nothing could be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import pickle
+import queue
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from .backends.contract import Backend
+from .dispatch import quarantine, selfcheck
+from .dispatch.selection import BACKENDS
+from .machine import settings
+from .problem.examples import of_kind
+from .problem.spec import Problem
+
+
+class Check(NamedTuple):
+    backend: Backend
+    kind: str
+    dtype: torch.dtype
+
+
+_IDLE_SECONDS = 60.0  # after which the process that checks for another ends
+_USUAL = (torch.bfloat16, torch.float16)
+_ALL = (*_USUAL, torch.float32, torch.float64)
+
+
+def devices() -> list[torch.device]:
+    """One GPU of each model here; the CPU where it stands in for one."""
+    if settings.flag("FASTST_CUDA_EMULATE"):
+        return [torch.device("cpu")]
+    found = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return list({torch.cuda.get_device_name(d): d for d in reversed(found)}.values())
+
+
+def checks(device: torch.device, dtypes: Sequence[torch.dtype]) -> Iterator[Check]:
+    """Everything that can be checked on a device without a call."""
+    for backend in BACKENDS.values():
+        if backend.device != "cuda" or backend.why_not(_problem(device), "forward") is not None:
+            continue
+        for dtype in dtypes:
+            for kind in backend.kinds(device, dtype):
+                yield Check(backend, kind, dtype)
+
+
+def _problem(device: torch.device) -> Problem:
+    """One that every backend with kernels takes, if it takes any."""
+    spec, tensors = of_kind("dense", torch.float16)
+    return replace(Problem.of(tensors, spec), device=device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m fastst.check", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="float32 and float64 as well")
+    parser.add_argument("--again", action="store_true", help="what has a verdict, too")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.serve:
+        _serve()
+    states = set()
+    print(_row("device", "backend", "kernels", "dtype", "state"))
+    for device in devices():
+        for backend, kind, dtype in checks(device, _ALL if options.all else _USUAL):
+            state, why = selfcheck.verdict(backend, kind, device, dtype, again=options.again)
+            name = str(dtype).removeprefix("torch.")
+            print(_row(str(device), backend.name, kind, name, state, why), flush=True)
+            states.add(state)
+    if not states:
+        print("nothing to check: no GPU, or no kernels for it (python -m fastst.info says why)")
+    return 1 if states - {"passed", "unknown"} else 2 if states != {"passed"} else 0
+
+
+def _row(*cells: str) -> str:
+    widths = (8, 8, 24, 9, 8, 0)
+    return "  ".join(f"{c:{w}}" for c, w in zip(cells, widths, strict=False)).rstrip()
+
+
+def _serve() -> NoReturn:
+    """Check what is asked for on stdin, a line each, until nothing is."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints, the answers stay clean
+    asked: queue.Queue[bytes] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin.buffer:
+            asked.put(line)
+        os._exit(0)  # the parent is gone
+
+    def say(**what: Any) -> None:
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+
+    threading.Thread(target=read, daemon=True).start()
+    say(ready=True)
+    while True:
+        try:
+            line = asked.get(timeout=_IDLE_SECONDS)
+        except queue.Empty:
+            os._exit(0)
+        request: quarantine.Request = pickle.loads(base64.b64decode(line))
+        if request.device.type == "cuda":
+            torch.cuda.set_device(request.device)
+            precision = "tf32" if request.tf32 else "ieee"
+            torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        try:
+            verdict = selfcheck.check(
+                BACKENDS[request.backend], request.kind, request.device, request.dtype,
+                request.like, begin=lambda name: say(doing=name), only=request.only,
+            )  # fmt: skip
+        except quarantine.Postponed as why:
+            say(postponed=str(why))
+            continue
+        last = verdict is not None and selfcheck.state(verdict) == "fault"
+        say(verdict=verdict or "", last=last)
+        if last:
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Planted faults of kernels: each ends in the right verdict, with the process that asked alive."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastst import check
+from fastst.backends import cuda, triton
+from fastst.backends.cuda import library
+from fastst.dispatch import quarantine, selfcheck
+from fastst.machine import cache
+from fastst.problem.examples import of_kind
+from fastst.problem.spec import Problem
+from tests.support import ROOT
+
+CPU = torch.device("cpu")
+PLANTS = str(ROOT / "tests" / "support" / "plants")
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", PLANTS)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("FASTST_CHECK_SECONDS", "300")
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+    monkeypatch.setattr(selfcheck, "_postponed", {})
+    yield
+    if quarantine._process is not None:
+        quarantine._process.end()
+
+
+def problem(kind: str = "dense") -> Problem:
+    spec, tensors = of_kind(kind, torch.float16)
+    return Problem.of(tensors, spec)
+
+
+# plant, what the verdict or the reason says, the state that is kept
+KINDS = [
+    ("wrong", "is off by 0.5 of the largest output", "wrong"),
+    ("nan", "is off by nan", "wrong"),
+    ("unequal", "gave another output when it ran again|is off by", "wrong"),
+    ("hang", "hangs: .* did not end within 12 s", "hang"),
+    ("SIGSEGV", "ended the process of its self-check with SIGSEGV in ", "fault"),
+    ("fault", "faulted in .* with RuntimeError: CUDA error: an illegal memory access", "fault"),
+    ("compile", "failed its self-check with ValueError: PTXAS error", "failed"),
+    ("oom", "could not be checked: OutOfMemoryError: CUDA out of memory", None),
+    ("disk", "could not be checked: OSError: .*No space left", None),
+    ("busy", "could not be checked: RuntimeError: .*busy or unavailable", None),
+    ("SIGTERM", "could not be checked: its check was ended .SIGTERM.", None),
+    ("SIGKILL", "could not be checked: its check was ended .SIGKILL.", None),
+    ("exit", "could not be checked: its check was ended .status 3.", None),
+]
+
+
+def planted(backend: Any, kind: str, plant: str, text: str, state: str | None, mp: Any) -> None:
+    mp.setenv("FASTST_TEST_PLANT", plant)
+    if plant == "hang":  # time to start, and then to hang
+        process = quarantine._current()
+        mp.setenv("FASTST_CHECK_SECONDS", "12")
+        assert process.alive()
+    call = problem("depthwise" if backend is cuda.BACKEND else "dense")
+    with pytest.warns(selfcheck.SelfCheckWarning, match=text):
+        why = selfcheck.why_broken(backend, call, kind)
+    assert why is not None
+    kept = cache.read(selfcheck._file())
+    if state is None:
+        assert kept == {} and list(selfcheck.postponed().values()) == [why]
+        with warnings.catch_warnings():  # not at once again, and said once
+            warnings.simplefilter("error")
+            assert selfcheck.why_broken(backend, call, kind) == why
+        return
+    assert list(kept.values()) == [why]
+    assert selfcheck.state(why) == state
+    # Another process reads it and starts nothing.
+    selfcheck.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mp.setattr(quarantine, "checked", lambda request: pytest.fail("checked again"))
+        assert selfcheck.why_broken(backend, call, kind) == why
+
+
+@pytest.mark.parametrize(("plant", "text", "state"), KINDS)
+def test_planted_in_triton(
+    plant: str, text: str, state: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(triton.BACKEND, "dense forward", plant, text, state, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("plant", "text", "state"),
+    [k for k in KINDS if k[0] in ("wrong", "hang", "SIGSEGV", "fault", "oom")],
+)
+def test_planted_in_emulated_cuda(
+    plant: str, text: str, state: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
+    if isinstance(found := library.emulated(), str):
+        pytest.skip(found)
+    planted(cuda.BACKEND, "depthwise", plant, text, state, monkeypatch)
+
+
+def test_right_kernels_pass_whatever_the_modes_of_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    modes = [
+        torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode(),
+        FakeTensorMode(), torch.no_grad(),
+    ]  # fmt: skip
+    call = problem()
+    for i, mode in enumerate(modes):
+        with mode:
+            assert selfcheck.why_broken(triton.BACKEND, call, f"dense forward {i}") is None
+            # In this process, as for PyTorch's own convolutions.
+            from fastst.backends import aten
+
+            assert selfcheck.check(aten.BACKEND, "dense", CPU, torch.float32) is None
+    one = quarantine._process
+    assert one is not None and one.alive()  # that served all of them
+
+    found: list[str | None] = []  # in a thread of the autograd engine
+    thread = threading.Thread(
+        target=lambda: found.append(selfcheck.why_broken(triton.BACKEND, call, "dense backward"))
+    )
+    thread.start()
+    thread.join()
+    assert found == [None]
+    assert quarantine._process is one
+    one.end()  # as after a minute without a question
+    assert selfcheck.why_broken(triton.BACKEND, call, "grouped forward") is None
+
+
+def test_ranks_share_one_check(tmp_path: Path) -> None:
+    """Several processes at once: one check, one verdict."""
+    code = (
+        "from fastst.backends import triton\n"
+        "from fastst.dispatch import quarantine, selfcheck\n"
+        "from tests.dispatch.test_quarantine import problem\n"
+        "first = quarantine.checked\n"
+        f"def checked(r): open({str(tmp_path / 'asked')!r}, 'a').write('x'); return first(r)\n"
+        "quarantine.checked = checked\n"
+        "print(selfcheck.why_broken(triton.BACKEND, problem(), 'dense forward'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    assert {rank.communicate(timeout=550)[0].strip() for rank in ranks} == {b"None"}
+    assert (tmp_path / "asked").read_text() == "x"
+
+
+def test_many_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    threads = [
+        threading.Thread(target=lambda i=i: cache.add(path, {str(i): "x"})) for i in range(24)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(json.loads(path.read_text())) == 24
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".json" and p != path]
+
+
+@pytest.mark.parametrize("home", [None, "/proc"])
+def test_without_a_place_for_files(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HOME and no such user, or a disk that takes nothing: verdicts are of this process."""
+    for name in ("FASTST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is not None:
+        monkeypatch.setenv("FASTST_CACHE", home)
+    else:
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(quarantine, "checked", lambda request: "")
+    call = problem()
+    with pytest.warns(UserWarning, match="for this process only"):
+        assert selfcheck.why_broken(triton.BACKEND, call, "dense forward") is None
+    assert selfcheck.why_broken(triton.BACKEND, call, "dense forward") is None
+
+
+def test_a_user_who_interrupts_leaves_no_verdict_and_no_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = quarantine._current()
+
+    def interrupt(seconds: float) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "_next", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        selfcheck.why_broken(triton.BACKEND, problem(), "dense forward")
+    assert not process.alive()
+    assert cache.read(selfcheck._file()) == {} and selfcheck.postponed() == {}
+
+
+def test_what_cannot_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "_process", None)
+    for executable in ("", "/nowhere/python", "/bin/true"):
+        monkeypatch.setattr(sys, "executable", executable)
+        monkeypatch.setattr(selfcheck, "_postponed", {})
+        with pytest.warns(selfcheck.SelfCheckWarning, match="could not be checked"):
+            assert selfcheck.why_broken(triton.BACKEND, problem(), "dense forward")
+    assert cache.read(selfcheck._file()) == {}
+
+
+def test_it_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = selfcheck._key("triton", "dense forward", CPU, torch.float16)
+    selfcheck._postponed[key] = time.monotonic() - 61, "could not be checked: memory"
+    monkeypatch.setattr(quarantine, "checked", lambda request: "")
+    assert selfcheck.why_broken(triton.BACKEND, problem(), "dense forward") is None
+
+
+# ---- python -m fastst.check
+
+
+def test_the_command_prints_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[quarantine.Request] = []
+    answers = {"hopper": "is off by 1", "depthwise backward": "hangs: x"}
+
+    def checked(request: quarantine.Request) -> str:
+        asked.append(request)
+        if request.kind == "depthwise":
+            raise quarantine.Postponed("OutOfMemoryError")
+        return answers.get(request.kind, "")
+
+    monkeypatch.setattr(quarantine, "checked", checked)
+    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
+    if isinstance(found := library.emulated(), str):
+        pytest.skip(found)
+    assert check.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["device", "backend", "kernels", "dtype", "state"]
+    assert any("hopper " in s and "wrong" in s and "is off by 1" in s for s in lines)
+    assert any("depthwise backward" in s and "hang" in s for s in lines)
+    assert any("depthwise " in s and "unknown" in s and "OutOfMemory" in s for s in lines)
+    count = len(asked)
+    assert check.main([]) == 1
+    assert all(r.kind == "depthwise" for r in asked[count:])  # all others are on the disk
+    answers.clear()
+    assert check.main(["--again"]) == 2  # depthwise is unknown, nothing is wrong
+
+
+def test_the_command_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "devices", list)
+    assert check.main(["--all"]) == 2
+    assert "nothing to check" in capsys.readouterr().out
