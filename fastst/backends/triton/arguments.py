@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ def sizes(
     """What configurations depend on; see ``configs.Sizes``."""
     return tiles.Sizes(
         positions, channels, out_channels, groups, taps, dtype, uses_tensor_cores(dtype),
-        launch.capability(device),
+        launch.capability(device), launch.processors(device),
     )  # fmt: skip
 
 
@@ -77,22 +79,30 @@ def tiling(config: tiles.TapConfig | tiles.StreamConfig) -> dict[str, int]:
 
 def wide(count: int) -> bool:
     """Whether coordinates of that many positions must be int64."""
-    return count >= 1 << 31
+    return count >= (1 << 31) - 4096  # the last tile reaches beyond them
 
 
+@functools.lru_cache(4096)
 def taps(p: Pass) -> Any:
     """Geometry of a pass as the kernels take it."""
     from .kernels.common import Taps
 
-    return Taps(p.kernel, p.stride, p.dilation, p.padding[::2], p.padding_mode)
+    apart = p.padding_mode == "zeros" and max(p.kernel) < 32
+    return Taps(
+        p.kernel, p.stride, p.dilation, p.padding[::2], p.padding_mode, apart=apart,
+        move=p.dilation,
+    )  # fmt: skip
 
 
-def transposed_taps(p: Pass) -> Any:
-    """Geometry of the input gradient of a pass."""
-    steps = (s // math.gcd(s, d) for s, d in zip(p.stride, p.dilation, strict=True))
+@functools.lru_cache(4096)
+def transposed_taps(p: Pass, classes: Sequence[int] = (1, 1, 1)) -> Any:
+    """Geometry of the input gradient of a pass, of positions in so many residue classes."""
+    steps = tuple(s // math.gcd(s, d) for s, d in zip(p.stride, p.dilation, strict=True))
+    move = tuple(-n * d // s for n, d, s in zip(steps, p.dilation, p.stride, strict=True))
     return taps(p)._replace(
-        mode="transposed", step=tuple(steps), images=images(p), padding=p.padding_mode
-    )
+        mode="transposed", step=steps, images=images(p), padding=p.padding_mode, move=move,
+        apart=taps(p).apart and tuple(classes) == p.stride,
+    )  # fmt: skip
 
 
 def images(p: Pass) -> tuple[int, ...]:
@@ -107,7 +117,16 @@ def images(p: Pass) -> tuple[int, ...]:
 def operand(t: Tensor, channels: int) -> tuple[tuple[Any, ...], int]:
     """(pointer, strides, (T, H, W)) of a video with that many channels in use, and its ALIGN."""
     align = alignment(t, channels)
-    return (t, strides(t, align), tuple(t.shape[2:])), align
+    return (t, strides(t, align), hidden(*t.shape[2:])), align
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """The same values with channels as neighbours, copied where they are not.
+
+    A tile of a product is many positions × 64 channels. Read from contiguous video it takes loads
+    of 2 bytes by way of registers, in every tap again; a copy reads and writes the video once.
+    """
+    return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last_3d)
 
 
 def results(
@@ -119,26 +138,44 @@ def results(
     if residual is not None:
         align = math.gcd(align, alignment(residual, channels))
         added = (residual, strides(residual, align))
-    return (*added, y if store else None, strides(y, align), tuple(y.shape[2:])), align
+    return (*added, y if store else None, strides(y, align)), align
 
 
 def alignment(t: Tensor, channels: int) -> int:
     """Largest divisor up to 8 of row offsets and channel count, where channels are contiguous."""
     if t.stride(1) != 1:
         return 1
-    used = (s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 and s != 1)
+    used = (s for i, (s, n) in enumerate(zip(t.stride(), t.shape, strict=True)) if n > 1 and i != 1)
     return math.gcd(8, channels, *used)
 
 
+def hidden(*numbers: int) -> tuple[int, ...]:
+    """Numbers that a kernel is not compiled anew for, which takes back this 2n + 3.
+
+    Triton knows those of a tuple that are 1 or multiples of 16, whatever is not to be specialised.
+    Sizes of a video change from call to call, and a kernel of its own gains nothing from them.
+    """
+    return tuple(2 * n + 3 for n in numbers)
+
+
 def strides(t: Tensor, align: int) -> tuple[int, ...]:
-    """Strides as the kernels take them: of positions in units of ``align``."""
+    """Strides as the kernels take them: of positions in units of ``align``, and hidden."""
     n, c, *thw = t.stride()
-    return (n // align, c, *(s // align for s in thw))
+    n, *thw = hidden(n // align, *(s // align for s in thw))
+    return (n, c, *thw)
 
 
-def layout(x: Tensor, y: Tensor, count: int) -> dict[str, Any]:
-    """What the kernels must know at compile time about ``count`` positions of y, read from x."""
-    return {"RUN": run_length(x, y), "WIDE": wide(count)}
+@functools.lru_cache(4096)
+def grid(size: tuple[int, ...], run: int) -> tuple[int, ...]:
+    """(T, H, W) and what positions are divided by, for ``common.positions``; hidden."""
+    t, h, w = size
+    return hidden(t, h, w, *divisor(w // run), *divisor(h), *divisor(t))
+
+
+def divisor(d: int) -> tuple[int, int]:
+    """(m, s): n // d = n·m >> (31 + s) for every 0 ≤ n < 2^31."""
+    s = (d - 1).bit_length()
+    return -(-(1 << (31 + s)) // d), s
 
 
 def run_length(x: Tensor, y: Tensor) -> int:

@@ -22,10 +22,10 @@ from ...problem.examples import example
 from ...problem.spec import PairProblem, Pass
 from ...ranks import groups, statistics
 from ..contract import Gradients, PairBackward
-from . import tiles
+from . import arguments, tiles
 from .direct import direct_gradients
 from .gradients import channel_sums, input_gradient, norm_gradient, sum_rows, weight_gradient
-from .passes import conv_pass, finish_norm
+from .passes import affine, conv_pass, finish_norm
 
 _WAYS = 8  # of the tiles of both kernels, each in its own order, that ``tune`` may try together
 
@@ -78,14 +78,20 @@ def _backward(call: PairBackward, rank: int) -> Gradients:
     if spec.norm != "none":
         scale, shift = finish_norm(problem, tensors._replace(mean=mean, var=var))
 
+    processed = spec.norm != "none" or spec.activation != "none"
+    dense = [not tiles.thin(p.in_channels // p.groups, p.groups) for p in (first, second)]
+    z: Tensor | None = None  # and then, in the same memory, dv
+
     def empty_dv() -> Tensor:
-        dv = x.new_empty(problem.mid_shape)
+        dv = x.new_empty(problem.mid_shape) if z is None else z
         if second.groups > 1 and first.groups == 1:
             dv[..., problem.mid_channels :].zero_()  # channels that belong to no group
         return _video(dv)
 
-    dx = dw1 = db1 = db2 = dgamma = sums = None
+    dx = dw1 = dw2 = db1 = db2 = dgamma = sums = None
     (dy,) = call.dy_owner
+    if dense[1]:
+        dy = arguments.channels_last(dy)  # read in all taps
     # Parameters of a slice of the batch: in the dtype that they are added up in.
     wide = None if call.slice is None else problem.accumulate_dtype
     if need.second_bias:
@@ -93,13 +99,25 @@ def _backward(call: PairBackward, rank: int) -> Gradients:
         db2 = channel_sums(dy, b2, dtype=wide)
     means = call.means
     own = spec.norm == "batch" and means is None
-    dv, partial, dw2 = _late(
-        second, mid, dy, w2, empty_dv if below else None, need.second_weight, x_scale=scale,
-        x_shift=shift, activation=spec.activation, slope=spec.slope,
+    if need.second_weight and dense[1]:
+        assert u is not None
+        read = u
+        if processed:
+            read = z = affine(
+                u, torch.empty_like(u), scale=scale, shift=shift, activation=spec.activation,
+                slope=spec.slope,
+            )  # fmt: skip
+        dw2 = weight_gradient(second, _video(read), dy, w2, rank=rank, dtype=wide)
+        del read
+    scaled = spec.norm == "frozen" and dense[0] and dense[1]
+    dv, partial, found_w2 = _late(
+        second, mid, dy, w2, empty_dv if below else None, need.second_weight and not dense[1],
+        x_scale=scale, x_shift=shift, activation=spec.activation, slope=spec.slope,
         mean=None if spec.norm == "none" else mean,
         sums=below and (own or need.first_bias or need.norm_weight or need.norm_bias), rank=rank,
-        dtype=wide,
+        dtype=wide, scaled=scaled,
     )  # fmt: skip
+    dw2 = found_w2 if dw2 is None else dw2
     call.dy_owner.clear()
     del dy
     if dv is not None:
@@ -107,7 +125,7 @@ def _backward(call: PairBackward, rank: int) -> Gradients:
         if partial is not None:
             sums = sum_rows(partial, partial.new_empty(partial.shape[1:]))
             db1 = sums[0]
-        if spec.norm != "none":
+        if spec.norm != "none" and not scaled:
             above["scale"] = scale
         if spec.norm == "batch" or (spec.norm == "frozen" and sums is not None):
             assert mean is not None and var is not None and scale is not None
@@ -125,9 +143,16 @@ def _backward(call: PairBackward, rank: int) -> Gradients:
             )
             if spec.norm == "batch":
                 above.update(shift=offset, other=mid, rate=rate)
-            if b1 is not None and need.first_bias and spec.group:
-                # No longer 0: only all ranks together take their mean away.
-                db1 = channel_sums(dv, b1, dtype=wide, **above)
+        bias_of_ranks = b1 if need.first_bias and spec.norm == "batch" and spec.group else None
+        if above and dense[0] and (need.x or need.first_weight or bias_of_ranks is not None):
+            rows = dv.permute(0, 2, 3, 4, 1)  # du, where dv was
+            if "other" in above:
+                above["other"] = u
+            affine(rows, rows, **above)
+            above = {}
+        if bias_of_ranks is not None:
+            # No longer 0: only all ranks together take their mean away.
+            db1 = channel_sums(dv, bias_of_ranks, dtype=wide, **above)
         if need.x or need.first_weight:
             dx, _, dw1 = _late(
                 first, x, dv, w1, call.empty_dx if need.x else None, need.first_weight, rank=rank,
@@ -169,13 +194,16 @@ def pass_gradients(
     slope: float = 0.01,
     mean: Tensor | None = None,
     sums: bool = False,
+    scaled: bool = False,
     rank: int = 0,
     dtype: torch.dtype | None = None,
     **above: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the input of a pass, into dx, and of its weight, each where it is wanted.
 
-    Arguments and results as of ``direct_gradients``; x is None where only its shape would be read.
+    Arguments and results as of ``direct_gradients`` and ``input_gradient``; x is None where only
+    its shape would be read. For a dense pass x is what it has read where its weight is asked for,
+    and there is nothing ``above``.
     """
     if tiles.thin(p.in_channels // p.groups, p.groups):
         x = dx if x is None else x
@@ -184,18 +212,16 @@ def pass_gradients(
             p, x, dy, weight, dx, needs_weight, x_scale=x_scale, x_shift=x_shift,
             activation=activation, slope=slope, mean=mean, sums=sums, dtype=dtype, **above,
         )  # fmt: skip
+    assert not above
     dw = partial = None
     if needs_weight:
         assert x is not None
-        dw = weight_gradient(
-            p, x, dy, weight, x_scale=x_scale, x_shift=x_shift, x_activation=activation,
-            slope=slope, rank=rank, dtype=dtype, **above,
-        )  # fmt: skip
+        dw = weight_gradient(p, x, dy, weight, rank=rank, dtype=dtype)
     if dx is not None:
         u = None if activation == "none" and mean is None else x
         partial = input_gradient(
             p, dy, weight, dx, u=u, u_scale=x_scale, u_shift=x_shift, mean=mean,
-            activation=activation, slope=slope, sums=sums, rank=rank, **above,
+            activation=activation, slope=slope, sums=sums, scaled=scaled, rank=rank,
         )  # fmt: skip
     return partial, dw
 

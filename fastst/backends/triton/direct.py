@@ -60,15 +60,17 @@ def direct_gradients(
     x_args, x_align = arguments.operand(x, channels)
     dy_args, dy_align = arguments.operand(dy, p.out_channels)
     dx_align = 1 if dx is None else arguments.alignment(dx, math.gcd(channels, stored))
+    run = arguments.run_length(dy, x)
     launch.run(
         launch.kernels().depthwise_backward.direct_gradients,
         (tiles * -(-stored // c.block_c),), c,
-        *x_args, channels, stored, per_group, out_per_group, x_scale, x_shift,
+        *x_args, arguments.grid(x.shape[2:], run), channels, stored, per_group, out_per_group,
+        x_scale, x_shift,
         *dy_args, scale, shift, other, rate, pack_direct(p, weight),
         dx, None if dx is None else arguments.strides(dx, dx_align),
         x if activation != "none" or mean is not None else None, mean, partial, parts, count,
         TAPS=arguments.transposed_taps(p), X_ALIGN=x_align, Y_ALIGN=dy_align, DX_ALIGN=dx_align,
-        **arguments.layout(dy, x, count), ACTIVATION=activation, SLOPE=slope,
+        RUN=run, WIDE=arguments.wide(count), ACTIVATION=activation, SLOPE=slope,
         BLOCK_P=c.block_p, BLOCK_C=c.block_c, **arguments.arithmetic(x.dtype, dot=False),
     )  # fmt: skip
     return partial, None if parts is None else finish_direct(p, parts, weight, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -18,11 +19,12 @@ class WeightConfig(MatrixConfig):
     swap: bool  # rows are output channels
 
 
-def input_gradient(sizes: Sizes, reads_two: bool, masks: bool, classes: int) -> list[TapConfig]:
+@functools.lru_cache(4096)
+def input_gradient(sizes: Sizes, masks: bool, classes: int) -> tuple[TapConfig, ...]:
     """Configurations of an input gradient worth measuring, best guess first.
 
     Args:
-        reads_two: whether it forms what it reads from two tensors.
+        sizes: of the gradient.
         masks: whether it reads u to multiply by the gradient of an activation.
         classes: residue classes of positions.
     """
@@ -30,33 +32,26 @@ def input_gradient(sizes: Sizes, reads_two: bool, masks: bool, classes: int) -> 
     # u beside sums of 192 columns spilled.
     tiles = [c for c in configs.candidates(sizes) if not masks or c.columns <= 160]
     for config in tiles:
-        p, k, warps = config.block_p, config.block_k, config.num_warps
-        # Two operands of 128 × 64 were 64 values of each of 128 threads, and spilled.
-        if reads_two and p * k > 32 * 32 * warps:
-            warps = 8
+        p, warps = config.block_p, config.num_warps
         # So did u beside 72 sums of a thread, and the addresses of a class beside more than 48.
         if masks and p * config.columns > (64 if classes == 1 else 48) * 32 * warps:
             p, warps = min(p, 64), 8
-        # With 16 columns the compiler gives a thread 128 registers, which held 64 rows.
-        if reads_two and config.columns == 16:
-            p = min(p, 64)
-        # What is loaded twice fills shared memory twice.
-        stages = max(2, config.num_stages - 1) if reads_two else config.num_stages
-        config = replace(config, block_p=p, num_warps=warps, num_stages=stages)
+        config = replace(config, block_p=p, num_warps=warps)
         if config not in found:
             found.append(config)
-    return found
+    return tuple(found)
 
 
 def parallel_input_gradient(sizes: Sizes, classes: int, mixed: bool = False) -> TapConfig:
     """Configuration of the input gradient of both branches; see ``configs.parallel_conv``."""
-    found = input_gradient(sizes, reads_two=False, masks=False, classes=classes)[0]
+    found = input_gradient(sizes, masks=False, classes=classes)[0]
     # With the addresses of a class, too, 128 rows took all 255 registers.
     rows = min(found.block_p, 128 if classes == 1 else 64)
     return configs.two_branches(replace(found, block_p=rows), mixed)
 
 
-def weight_gradient(sizes: Sizes, limit: int = 12) -> list[WeightConfig]:
+@functools.lru_cache(4096)
+def weight_gradient(sizes: Sizes, limit: int = 12) -> tuple[WeightConfig, ...]:
     """Configurations of a weight gradient, best guess first; sizes of the convolution itself."""
     dtype, tensor_cores, capability = sizes.dtype, sizes.tensor_cores, sizes.capability
     flat, out_channels = sizes.flat, sizes.out_channels
@@ -88,8 +83,9 @@ def weight_gradient(sizes: Sizes, limit: int = 12) -> list[WeightConfig]:
         many = flat or height == 128 or (rest_n > 0 and block_p == 64)
         warps = 8 if many or height * (block_n + rest_n) >= 64 * 128 else 4
         depths = (block_p, max(16, block_p // 2))
-        # mma.sync takes its operands from registers, where 64 positions of both spilled.
-        for depth in depths[::-1] if capability[0] == 8 and dtype.itemsize == 2 else depths:
+        # 64 positions of both operands in registers spilled.
+        thinner = configs.through_registers(capability) and dtype.itemsize == 2
+        for depth in depths[::-1] if thinner else depths:
             stages = 3
             tile = depth * (2 * height + 2 * (block_n + rest_n)) * dtype.itemsize
             while stages > 2 and stages * tile > gpu.shared_memory_limit(capability) // 2:
@@ -97,7 +93,7 @@ def weight_gradient(sizes: Sizes, limit: int = 12) -> list[WeightConfig]:
             config = WeightConfig(depth, block_n, rest_n, flat, warps, stages, height, swap)
             if config not in found:
                 found.append(config)
-    return found[:limit]
+    return tuple(found[:limit])
 
 
 def weight_blocks(
@@ -114,17 +110,27 @@ def weight_blocks(
     return (plain, tapped) if config.swap else (tapped, plain)
 
 
-def positions_per_split(
-    config: WeightConfig, positions: int, blocks: int, capability: Capability
-) -> int:
-    """Positions that one program of a weight gradient adds up: whole steps of it.
+@functools.lru_cache(4096)
+def box(positions: int, size: tuple[int, ...]) -> tuple[int, ...]:
+    """log2 of the sides (n, t, h, w) of a box of so many positions that pads least of a video."""
+    power = positions.bit_length() - 1
+    sides = (
+        (n, t, h, power - n - t - h)
+        for n in range(power + 1) for t in range(power + 1 - n) for h in range(power + 1 - n - t)
+    )  # fmt: skip
+    padded = lambda b: math.prod(-(-s >> k) << k for s, k in zip(size, b, strict=True))  # noqa: E731
+    return min(sides, key=lambda b: (padded(b), b))  # of equals one of few samples and frames
 
-    Two programs for every multiprocessor, but no partial of fewer than 8 steps, which would cost
-    more to write and to add than to compute.
+
+def boxes_per_split(boxes: int, blocks: int, processors: int) -> int:
+    """Boxes that one program of a weight gradient adds up.
+
+    As many programs as two for every multiprocessor hold, rounded down: one more would run alone
+    after all others. But no partial of fewer than 8 boxes, which would cost more to write and to
+    add than to compute.
     """
-    splits = math.ceil(2 * gpu.processors(capability) / blocks)
-    steps = math.ceil(positions / config.block_p)
-    return max(8, math.ceil(steps / splits)) * config.block_p
+    splits = max(1, 2 * processors // blocks)
+    return max(8, math.ceil(boxes / splits))
 
 
 def direct_gradients(

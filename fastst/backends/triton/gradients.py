@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, gradient_tiles, launch
+from . import rows as rows_of
 from . import tiles as configs
 
 
@@ -18,10 +19,6 @@ def input_gradient(
     weight: Tensor,
     dx: Tensor,
     *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    other: Tensor | None = None,
-    rate: Tensor | None = None,
     u: Tensor | None = None,
     u_scale: Tensor | None = None,
     u_shift: Tensor | None = None,
@@ -29,16 +26,17 @@ def input_gradient(
     activation: str = "none",
     slope: float = 0.01,
     sums: bool = False,
+    scaled: bool = False,
     rank: int = 0,
 ) -> Tensor | None:
     """Gradient of the input of a pass into dx (N, C, T, H, W), any strides.
 
-    What comes from above is scale·dy + rate·other + shift, per channel, with ``other`` of the
-    strides of dy. What is written is multiplied by act'(u_scale·u + u_shift), u of the strides of
-    dx. dy and dx may have padding channels.
+    What is written is multiplied by act'(u_scale·u + u_shift), u of the strides of dx, and, where
+    it is to be ``scaled``, by u_scale. dy and dx may have padding channels.
 
     Returns:
-        With ``sums``, partials (tiles, 2, C) of Σdx and, where there is a mean, Σdx·(u − mean).
+        With ``sums``, partials (tiles, 2, C) of Σdx before it is scaled and, where there is a
+        mean, Σdx·(u − mean).
     """
     groups = p.groups
     channels = dy.shape[1] if groups == 1 else p.out_channels // groups
@@ -51,9 +49,11 @@ def input_gradient(
         arguments.sizes(
             count, channels, in_channels, groups, math.prod(p.kernel), dy.dtype, dy.device
         ),
-        reads_two=other is not None, masks=u is not None, classes=math.prod(classes),
+        masks=u is not None, classes=math.prod(classes),
     )  # fmt: skip
     config = found[min(rank, len(found) - 1)]
+    if not config.flat:
+        dy = arguments.channels_last(dy)
     packed = arguments.pack(transposed(weight, groups), groups, channels, config)
     dy_args, dy_align = arguments.operand(dy, channels)
     dx_args, dx_align = arguments.operand(dx, stored)
@@ -61,15 +61,17 @@ def input_gradient(
     partial = None
     if sums:
         partial = dy.new_empty((tiles, 2, p.in_channels), dtype=accumulate_dtype(dy.dtype))
+    run = arguments.run_length(dy, dx) if classes[2] == 1 else 1
     launch.run(
         launch.kernels().input_gradient.input_gradient,
         (tiles * groups * (packed.shape[-1] // config.columns),), config,
-        *dy_args, channels, groups, packed, packed.shape[-1], scale, shift, other, rate,
-        *dx_args, in_channels, stored, u, u_scale, u_shift, mean, partial, grid, count,
-        TAPS=arguments.transposed_taps(p), FLAT=channels if config.flat else 0, CLASSES=classes,
-        Y_ALIGN=dy_align, X_ALIGN=dx_align,
-        RUN=arguments.run_length(dy, dx) if classes[2] == 1 else 1, WIDE=arguments.wide(count),
-        ACTIVATION=activation, SLOPE=slope, **arguments.tiling(config),
+        *dy_args, channels, groups, packed, packed.shape[-1],
+        *dx_args, in_channels, stored, u, u_scale, u_shift, mean, partial,
+        arguments.grid(grid, run), count,
+        TAPS=arguments.transposed_taps(p, classes), FLAT=channels if config.flat else 0,
+        CLASSES=classes, Y_ALIGN=dy_align, X_ALIGN=dx_align,
+        RUN=run, WIDE=arguments.wide(count), SCALED=scaled, ACTIVATION=activation, SLOPE=slope,
+        **arguments.tiling(config),
         **arguments.arithmetic(dy.dtype),
     )  # fmt: skip
     return partial
@@ -98,22 +100,17 @@ def weight_gradient(
     dy: Tensor,
     weight: Tensor,
     *,
-    x_scale: Tensor | None = None,
-    x_shift: Tensor | None = None,
-    x_activation: str = "none",
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    other: Tensor | None = None,
-    rate: Tensor | None = None,
-    slope: float = 0.01,
     rank: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient of the weight of a pass, in its dtype or another, strides of ``torch.empty_like``.
 
-    The input is act(x_scale·x + x_shift), what comes from above scale·dy + rate·other + shift,
-    with ``other`` of the strides of dy. Both may have padding channels, which are not read.
+    x and dy may have padding channels, which are not read.
     """
+    if (by_rows := rows_of.of(p)) is not None:
+        x, wide = rows_of.video(p, by_rows, x), rows_of.weight(p, by_rows, weight)
+        dw = weight_gradient(by_rows, x, dy, wide, rank=rank, dtype=dtype)
+        return rows_of.gradient(p, by_rows, dw, weight)
     groups, taps = p.groups, math.prod(p.kernel)
     channels, out_channels = p.in_channels // groups, p.out_channels // groups
     count = dy.shape[0] * math.prod(dy.shape[2:])
@@ -121,23 +118,36 @@ def weight_gradient(
     found = gradient_tiles.weight_gradient(sizes)
     c = found[min(rank, len(found) - 1)]
     rows, widths = gradient_tiles.weight_blocks(c, channels, out_channels, taps)
-    per_split = gradient_tiles.positions_per_split(
-        c, count, rows * widths * groups, sizes.capability
-    )
-    splits = max(1, -(-count // per_split))
+    box, boxes, per_split, splits = boxed(c, dy, rows * widths * groups, sizes.processors)
     partial = x.new_empty((splits, weight.numel()), dtype=accumulate_dtype(x.dtype))
+    x, dy = (x if c.flat else arguments.channels_last(x)), arguments.channels_last(dy)
     x_args, x_align = arguments.operand(x, x.shape[1] if groups == 1 else channels)
     dy_args, dy_align = arguments.operand(dy, dy.shape[1] if groups == 1 else out_channels)
     launch.run(
         launch.kernels().weight_gradient.weight_gradient, (splits * groups * rows * widths,), c,
-        *x_args, channels, x_scale, x_shift, *dy_args, out_channels, scale, shift, other, rate,
-        partial, groups, rows, widths, count, per_split,
+        *x_args, channels, *dy_args, out_channels, partial, groups, rows, widths,
+        x.shape[0], box, boxes, per_split,
         TAPS=arguments.taps(p), FLAT=channels if c.flat else 0, SWAP=c.swap, X_ALIGN=x_align,
-        Y_ALIGN=dy_align, **arguments.layout(x, dy, count), ACTIVATION=x_activation, SLOPE=slope,
-        BLOCK_P=c.block_p, BLOCK_R=c.block_r, BLOCK_N=c.block_n, REST_N=c.rest_n,
-        **arguments.arithmetic(x.dtype),
+        Y_ALIGN=dy_align, BLOCK_P=c.block_p, BLOCK_R=c.block_r, BLOCK_N=c.block_n,
+        REST_N=c.rest_n, **arguments.arithmetic(x.dtype),
     )  # fmt: skip
     return finish_weight(p, partial, weight, c.swap, dtype)
+
+
+def boxed(
+    c: gradient_tiles.WeightConfig, dy: Tensor, blocks: int, processors: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+    """Boxes of positions as ``weight_gradient`` takes them, how many a program has, and splits.
+
+    ``blocks``: programs that each part of the positions has.
+    """
+    size = (dy.shape[0], *dy.shape[2:])
+    box = gradient_tiles.box(c.block_p, size)
+    n, *thw = (-(-s >> b) for s, b in zip(size, box, strict=True))
+    total = n * math.prod(thw)
+    per_split = gradient_tiles.boxes_per_split(total, blocks, processors)
+    splits = max(1, -(-total // per_split))
+    return arguments.hidden(*box), arguments.hidden(*thw, n), per_split, splits
 
 
 def finish_weight(
@@ -171,11 +181,13 @@ def channel_sums(
     block_p, block_c, per_tile = gradient_tiles.sums(count, channels)
     tiles = -(-count // per_tile)
     partial = dy.new_empty((tiles, channels), dtype=accumulate_dtype(dy.dtype))
-    dy_args, align = arguments.operand(dy, dy.shape[1])
+    align = arguments.alignment(dy, dy.shape[1])
+    run = arguments.run_length(dy, dy)
     launch.run(
         launch.kernels().weight_gradient.channel_sums, (tiles * -(-channels // block_c),), None,
-        *dy_args, channels, scale, shift, other, rate, partial, count, per_tile,
-        ALIGN=align, **arguments.layout(dy, dy, count), BLOCK_P=block_p, BLOCK_C=block_c,
+        dy, arguments.strides(dy, align), arguments.grid(dy.shape[2:], run), channels,
+        scale, shift, other, rate, partial, count, per_tile,
+        ALIGN=align, RUN=run, WIDE=arguments.wide(count), BLOCK_P=block_p, BLOCK_C=block_c,
         **arguments.arithmetic(dy.dtype, dot=False),
     )  # fmt: skip
     return sum_rows(partial, torch.empty_like(bias, dtype=dtype))

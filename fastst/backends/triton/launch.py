@@ -59,6 +59,16 @@ def capability(device: torch.device) -> gpu.Capability:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a usual number where the interpreter stands in."""
+    return counted(device) if device.type == "cuda" else gpu.processors(capability(device))
+
+
+@functools.cache
+def counted(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def tf32_allowed() -> bool:
     """Whether float32 convolutions may round their operands to TF32, by PyTorch's own switch."""
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]

@@ -15,7 +15,8 @@ from ...problem.spec import PairProblem, PairTensors
 from ...ranks import groups, statistics
 from ..contract import Begun, PairResult
 from . import single
-from .passes import PassConfig, candidates, conv_pass, finish_norm, moments
+from . import tiles as configs
+from .passes import PassConfig, affine, candidates, conv_pass, finish_norm, moments
 
 
 def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
@@ -174,8 +175,22 @@ def _two_passes(
         after.update(in_scale=scale, in_shift=shift)
     else:
         conv_pass(first, x, w1, mid, **before)
+    if isinstance(two, configs.TapConfig):
+        mid = _activated(mid_rows, after, spec.slope, mid_rows.new_empty if keep else None)
     partial, rows = conv_pass(second, mid, w2, y, statistics=spec.output_statistics, **after)
     out_mean = out_var = None
     if partial is not None:
         out_mean, out_var = moments(partial, rows, problem.batch * math.prod(problem.out_size))
     return PairResult(y, mid_rows if keep else None, mean, var, count, True, out_mean, out_var)
+
+
+def _activated(
+    u: Tensor, after: dict[str, Any], slope: float, empty: Callable[..., Tensor] | None
+) -> Tensor:
+    """What a dense second pass reads, for what ``after`` asks of it; into u without ``empty``."""
+    scale, shift = after.pop("in_scale", None), after.pop("in_shift", None)
+    activation = after.pop("in_activation", "none")
+    if scale is not None or activation != "none":
+        z = u if empty is None else empty(u.shape)
+        u = affine(u, z, scale=scale, shift=shift, activation=activation, slope=slope)
+    return u.permute(0, 4, 1, 2, 3)

@@ -117,6 +117,9 @@ def parallel_conv(
         for b, n, width in zip(chosen, channels, widths, strict=True)
     ]  # fmt: skip
     flat = isinstance(config, configs.TapConfig) and config.flat
+    if isinstance(config, configs.TapConfig) and not flat:
+        x = arguments.channels_last(x)
+    run = arguments.run_length(x, y)
     x_args, x_align = arguments.operand(
         x, math.gcd(x.shape[1], *(n for p, n in zip(convs, channels, strict=True) if not direct(p)))
     )
@@ -134,10 +137,10 @@ def parallel_conv(
         *x_args, channels, tuple(p.out_channels // p.groups for p in convs), widths,
         *packed, *absent, *(b.bias for b in chosen), *absent, cut.tiles, cut.parts, cut.per_part,
         dy, None if dy is None else arguments.strides(dy, dy_align),
-        y, db, arguments.strides(y, y_align), tuple(y.shape[2:]), partial, count,
+        y, db, arguments.strides(y, y_align), arguments.grid(y.shape[2:], run), partial, count,
         SPATIAL=spatial, TEMPORAL=temporal, SPATIAL_FLAT=channels[0] if flat else 0,
         TEMPORAL_FLAT=channels[-1] if flat else 0, DIRECT=tuple(direct(p) for p in convs),
-        X_ALIGN=x_align, DY_ALIGN=dy_align, Y_ALIGN=y_align, **arguments.layout(x, y, count),
+        X_ALIGN=x_align, DY_ALIGN=dy_align, Y_ALIGN=y_align, RUN=run, WIDE=arguments.wide(count),
         BRANCH=spec.branch_activation, ACTIVATION=spec.activation, SLOPE=spec.slope, **tiling,
         UNROLL=config.unroll if isinstance(config, configs.StreamConfig) else 1,
         **arguments.arithmetic(x.dtype),
@@ -153,9 +156,7 @@ def _config(convs: Sequence[Pass], x: Tensor, out_channels: int, count: int) -> 
         return configs.direct(count, out_channels, taps, x.stride(1) == 1, capability)
     cut = Cut.of(convs, out_channels, 1)
     channels = max(p.in_channels // p.groups for p in dense)
-    config = configs.parallel_conv(
+    return configs.parallel_conv(
         arguments.sizes(count, channels, cut.per_part, cut.parts, taps, x.dtype, x.device),
         mixed=len(dense) < len(convs),
     )
-    scattered = x.stride(1) != 1 and convs[0].stride[2] > 1
-    return configs.scattered([config])[0] if scattered else config

@@ -22,6 +22,7 @@ from .backward import pass_gradients
 from .direct import finish_direct, pack_direct
 from .gradients import (
     accumulate_dtype,
+    boxed,
     channel_sums,
     finish_weight,
     residue_classes,
@@ -101,8 +102,15 @@ def _operands(above: Sequence[Tensor], groups: Sequence[int]) -> tuple[tuple[Any
         *(arguments.alignment(t, t.shape[1] // g) for t, g in zip(above, groups, strict=True))
     )
     a, b = above
-    size = tuple(a.shape[2:])
+    size = arguments.hidden(*a.shape[2:])
     return (a, arguments.strides(a, align), b, arguments.strides(b, align), size), align
+
+
+def _channels_last(above: Sequence[Tensor]) -> list[Tensor]:
+    """Those of both branches, of which one tensor stays one."""
+    a, b = above
+    first = arguments.channels_last(a)
+    return [first, first if b is a else arguments.channels_last(b)]
 
 
 def _input_gradient(
@@ -127,20 +135,23 @@ def _input_gradient(
         pack_direct(p, w) if d else arguments.pack(transposed(w, p.groups), p.groups, n, c, width)
         for p, w, n, width, d in zip(passes, weights, channels, widths, direct, strict=True)
     ]
+    above = _channels_last(above)
     dy_args, dy_align = _operands(
         above, [1 if d else p.groups for p, d in zip(passes, direct, strict=True)]
     )
     dx_args, dx_align = arguments.operand(dx, cut.per_part)
     tiles = -(-count // c.block_p) * math.prod(classes)
+    run = arguments.run_length(above[0], dx) if classes[2] == 1 else 1
     launch.run(
         launch.kernels().parallel.parallel_input_gradient, (tiles * cut.tiles * cut.parts,), c,
         *dy_args, channels, tuple(p.in_channels // p.groups for p in passes), widths, *packed,
-        cut.tiles, cut.parts, cut.per_part, *dx_args, grid, count,
-        SPATIAL=arguments.transposed_taps(passes[0]), TEMPORAL=arguments.transposed_taps(passes[1]),
+        cut.tiles, cut.parts, cut.per_part, *dx_args, arguments.grid(grid, run), count,
+        SPATIAL=arguments.transposed_taps(passes[0], classes),
+        TEMPORAL=arguments.transposed_taps(passes[1], classes),
         CLASSES=classes, Y_ALIGN=dy_align, X_ALIGN=dx_align, DIRECT=direct,
         SPATIAL_FLAT=channels[0] if c.flat else 0, TEMPORAL_FLAT=channels[1] if c.flat else 0,
-        RUN=arguments.run_length(above[0], dx) if classes[2] == 1 else 1,
-        WIDE=arguments.wide(count), **arguments.tiling(c), **arguments.arithmetic(dx.dtype),
+        RUN=run, WIDE=arguments.wide(count), **arguments.tiling(c),
+        **arguments.arithmetic(dx.dtype),
     )  # fmt: skip
 
 
@@ -165,17 +176,18 @@ def _weight_gradients(
         strict=True,
     )
     blocks = sum(math.prod(n) for n in zip(groups, rows, widths, strict=True))
-    per_split = gradient_tiles.positions_per_split(c, count, blocks, sizes.capability)
-    splits = max(1, -(-count // per_split))
+    box, boxes, per_split, splits = boxed(c, above[0], blocks, sizes.processors)
     partials = [x.new_empty((splits, w.numel()), dtype=accumulate_dtype(x.dtype)) for w in weights]
+    x = x if c.flat else arguments.channels_last(x)
     x_args, x_align = arguments.operand(x, math.gcd(*channels))
-    dy_args, dy_align = _operands(above, groups)
+    dy_args, dy_align = _operands(_channels_last(above), groups)
     launch.run(
         launch.kernels().parallel.parallel_weight_gradient, (splits * blocks,), c,
-        *x_args, *dy_args, *partials, channels, out_channels, groups, rows, widths, count,
-        per_split, SPATIAL=arguments.taps(passes[0]), TEMPORAL=arguments.taps(passes[1]),
+        *x_args, *dy_args, *partials, channels, out_channels, groups, rows, widths, x.shape[0],
+        box, boxes, per_split,
+        SPATIAL=arguments.taps(passes[0]), TEMPORAL=arguments.taps(passes[1]),
         SPATIAL_FLAT=channels[0] if c.flat else 0, TEMPORAL_FLAT=channels[1] if c.flat else 0,
-        SWAP=c.swap, X_ALIGN=x_align, Y_ALIGN=dy_align, **arguments.layout(x, above[0], count),
+        SWAP=c.swap, X_ALIGN=x_align, Y_ALIGN=dy_align,
         BLOCK_P=c.block_p, BLOCK_R=c.block_r, BLOCK_N=c.block_n, REST_N=c.rest_n,
         **arguments.arithmetic(x.dtype),
     )  # fmt: skip
@@ -211,14 +223,15 @@ def _direct_gradients(
     x_args, x_align = arguments.operand(x, channels)
     dy_args, dy_align = _operands(above, (1, 1))
     dx_align = 1 if dx is None else arguments.alignment(dx, channels)
+    run = arguments.run_length(above[0], x)
     launch.run(
         launch.kernels().parallel.parallel_direct_gradients, (tiles * -(-channels // c.block_c),),
-        c, *x_args, channels, per_group, out_per_group, *dy_args,
+        c, *x_args, arguments.grid(x.shape[2:], run), channels, per_group, out_per_group, *dy_args,
         *(pack_direct(p, w) for p, w in zip(passes, weights, strict=True)),
         dx, None if dx is None else arguments.strides(dx, dx_align), *parts, count,
         SPATIAL=arguments.transposed_taps(passes[0]), TEMPORAL=arguments.transposed_taps(passes[1]),
         X_ALIGN=x_align, Y_ALIGN=dy_align, DX_ALIGN=dx_align,
-        **arguments.layout(above[0], x, count), BLOCK_P=c.block_p, BLOCK_C=c.block_c,
+        RUN=run, WIDE=arguments.wide(count), BLOCK_P=c.block_p, BLOCK_C=c.block_c,
         **arguments.arithmetic(x.dtype, dot=False),
     )  # fmt: skip
     return [

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, launch
+from . import rows as rows_of
 from . import tiles as configs
 
 PassConfig = configs.TapConfig | configs.StreamConfig
@@ -30,22 +31,17 @@ def candidates(
     """
     if p.groups > 1:
         channels = p.in_channels // p.groups
+    if (by_rows := rows_of.of(p)) is not None:
+        p, channels = by_rows, by_rows.in_channels
     if configs.thin(channels, p.groups):
         capability = launch.capability(device)
         taps = math.prod(p.kernel)
         return [configs.direct(count, p.out_channels, taps, channels_last, capability)]
-    found = configs.candidates(
-        arguments.sizes(
-            count,
-            channels,
-            p.out_channels // p.groups,
-            p.groups,
-            math.prod(p.kernel),
-            dtype,
-            device,
-        )
+    out_channels = p.out_channels // p.groups
+    taps = math.prod(p.kernel)
+    return configs.candidates(
+        arguments.sizes(count, channels, out_channels, p.groups, taps, dtype, device)
     )
-    return found if channels_last or p.stride[2] == 1 else configs.scattered(found)
 
 
 def conv_pass(
@@ -54,8 +50,8 @@ def conv_pass(
     weight: Tensor,
     y: Tensor,
     *,
-    in_scale: Tensor | None = None,
-    in_shift: Tensor | None = None,
+    in_scale: Tensor | None = None,  # x is read as in_activation(in_scale·x + in_shift); of
+    in_shift: Tensor | None = None,  # thin passes only
     in_activation: str = "none",
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -73,14 +69,17 @@ def conv_pass(
         Partials (tiles, 2, K) of the statistics of y, if asked for, and positions per tile.
     """
     kernels = launch.kernels()
+    if (by_rows := rows_of.of(p)) is not None:
+        x, weight = rows_of.video(p, by_rows, x), rows_of.weight(p, by_rows, weight)
+        p = by_rows
     groups = p.groups
     # Padding channels of u are zeros and cost nothing where the tile has room for them.
     channels = x.shape[1] if groups == 1 else p.in_channels // groups
     out_channels = p.out_channels // groups
     count = y.shape[0] * math.prod(y.shape[2:])
     common = {
-        "TAPS": arguments.taps(p), "IN_ACTIVATION": in_activation, "INNER": inner,
-        "ACTIVATION": activation, "SLOPE": slope, **arguments.layout(x, y, count),
+        "TAPS": arguments.taps(p), "INNER": inner, "ACTIVATION": activation, "SLOPE": slope,
+        "WIDE": arguments.wide(count),
     }  # fmt: skip
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -95,29 +94,58 @@ def conv_pass(
         tiles, partial = partials(config.block_p)
         x_args, x_align = arguments.operand(x, p.in_channels)
         end, y_align = arguments.results(y, residual, p.out_channels, store)
+        run = arguments.run_length(x, y)
         launch.run(
             kernels.depthwise.direct_conv, (tiles * -(-p.out_channels // config.block_c),), config,
             *x_args, channels, out_channels, arguments.pack_direct(weight),
-            in_scale, in_shift, scale, shift, partial, *end, p.out_channels, count,
-            X_ALIGN=x_align, Y_ALIGN=y_align, **common,
+            in_scale, in_shift, scale, shift, partial, *end, arguments.grid(y.shape[2:], run),
+            p.out_channels, count, X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run,
+            IN_ACTIVATION=in_activation, **common,
             BLOCK_P=config.block_p, BLOCK_C=config.block_c, UNROLL=config.unroll,
             **arguments.arithmetic(x.dtype, dot=False),
         )  # fmt: skip
         return partial, config.block_p
 
+    assert in_scale is None and in_shift is None and in_activation == "none"
+    if not config.flat:
+        x = arguments.channels_last(x)
     stored = y.shape[1] if groups == 1 else out_channels
     packed = arguments.pack(weight, groups, channels, config)
     x_args, x_align = arguments.operand(x, channels)
     end, y_align = arguments.results(y, residual, stored, store)
     tiles, partial = partials(config.block_p)
+    run = arguments.run_length(x, y)
     launch.run(
         kernels.tap_conv.tap_conv, (tiles * groups * (packed.shape[-1] // config.columns),), config,
         *x_args, channels, groups, packed, packed.shape[-1],
-        in_scale, in_shift, scale, shift, partial, *end, out_channels, stored, count,
-        FLAT=channels if config.flat else 0, X_ALIGN=x_align, Y_ALIGN=y_align,
+        scale, shift, partial, *end, arguments.grid(y.shape[2:], run), out_channels, stored, count,
+        FLAT=channels if config.flat else 0, X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run,
         **common, **arguments.tiling(config), **arguments.arithmetic(x.dtype),
     )  # fmt: skip
     return partial, config.block_p
+
+
+def affine(
+    v: Tensor,
+    out: Tensor,
+    *,
+    scale: Tensor | None = None,
+    other: Tensor | None = None,
+    rate: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.01,
+) -> Tensor:
+    """act(scale·v + rate·other + shift), written to out, which may be v; rows of channels."""
+    channels = v.shape[-1]
+    rows = v.numel() // channels
+    block_p, block_c = configs.affine(channels)
+    launch.run(
+        launch.kernels().statistics.affine, (-(-rows // block_p) * -(-channels // block_c),), None,
+        v, other, out, rows, channels, scale, rate, shift, ACTIVATION=activation, SLOPE=slope,
+        BLOCK_P=block_p, BLOCK_C=block_c, **arguments.arithmetic(v.dtype, dot=False),
+    )  # fmt: skip
+    return out
 
 
 def moments(partial: Tensor, rows: int, total: int) -> tuple[Tensor, Tensor]:

@@ -150,12 +150,15 @@ def run(
             "BLOCK_N": pair.block_n, "BLOCK_K": pair.block_k,
         }  # fmt: skip
         jit = kernels.pair.pair_conv
+    run = arguments.run_length(x, y)
     programs, pieces = _programs(problem, -(-count // c.block_p) * tiles)
     launch.run(
-        jit, (programs,), c, *x_args, *weights, scale, shift, b2, *end, problem.mid_size,
+        jit, (programs,), c, *x_args, *weights, scale, shift, b2, *end,
+        arguments.hidden(*y.shape[2:]), arguments.hidden(*problem.mid_size),
+        arguments.grid(tuple(1 if i == axis else n for i, n in enumerate(y.shape[2:])), run),
         count, pieces,
         FIRST=arguments.taps(first), SECOND=arguments.taps(second), AXIS=axis,
-        X_ALIGN=x_align, Y_ALIGN=y_align, **arguments.layout(x, y, count),
+        X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run, WIDE=arguments.wide(count),
         ACTIVATION=spec.activation, OUTER=spec.outer_activation, SLOPE=spec.slope,
         BLOCK_P=c.block_p, **meta, **arguments.arithmetic(x.dtype, dot=kernel == "pair_conv"),
     )  # fmt: skip

@@ -9,6 +9,7 @@ block lets 144 channels run as 128 + 16 instead of 256.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ COLUMNS = (
     (16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32),
     (128, 0), (128, 16), (128, 32), (128, 64),
 )  # fmt: skip
-_LEAST_K = 16  # of tl.dot
+LEAST_K = 16  # of tl.dot
 THIN = 4  # channels of a group up to which products run on ordinary cores
 
 
@@ -41,11 +42,12 @@ class Sizes:
     dtype: torch.dtype  # of x and of the weights
     tensor_cores: bool  # whether products run on them: float32 only where TF32 is allowed
     capability: Capability
+    processors: int = 132  # multiprocessors of the GPU
 
     @property
     def flat(self) -> bool:
         """Whether (tap, channel) is one index: channels alone are too few for a product."""
-        return self.channels < _LEAST_K and self.taps > 1
+        return self.channels < LEAST_K and self.taps > 1
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,32 @@ def launch_options(config: Config) -> dict[str, int]:
     return options
 
 
-def shared_memory(config: TapConfig, itemsize: int) -> int:
-    """Bytes that the pipelined operand tiles take."""
-    return config.num_stages * config.block_k * (config.block_p + config.columns) * itemsize
+def through_registers(capability: Capability) -> bool:
+    """Whether matrix products take their operands from registers (mma.sync), not shared memory.
+
+    GeForce parts of Blackwell (12.x) do, other than its data-centre parts (10.x).
+    """
+    return capability[0] not in (9, 10, 11)
+
+
+def shared_memory(config: TapConfig, itemsize: int, capability: Capability) -> int:
+    """Bytes that the pipelined operand tiles take.
+
+    Through registers the tile of a step is gone before that of the last stage is asked for.
+    """
+    buffers = config.num_stages - through_registers(capability)
+    return buffers * config.block_k * (config.block_p + config.columns) * itemsize
+
+
+def stages(config: TapConfig, itemsize: int, capability: Capability) -> int:
+    """As many as let two blocks share a multiprocessor; three for one where that leaves fewer."""
+    limit = gpu.shared_memory_limit(capability)
+    for part, most, least in ((limit // 2, 4, 3), (limit, 3, 2)):
+        for n in range(most, least - 1, -1):
+            staged = replace(config, num_stages=n)
+            if shared_memory(staged, itemsize, capability) <= part:
+                return n
+    return 2
 
 
 def tap_conv(sizes: Sizes) -> TapConfig:
@@ -142,7 +167,8 @@ def two_branches(config: TapConfig, mixed: bool) -> TapConfig:
     )  # fmt: skip
 
 
-def candidates(sizes: Sizes, limit: int = 12) -> list[TapConfig]:
+@functools.lru_cache(4096)
+def candidates(sizes: Sizes, limit: int = 12) -> tuple[TapConfig, ...]:
     """Configurations worth measuring, best guess first; at most ``limit``."""
     itemsize, tensor_cores, capability = sizes.dtype.itemsize, sizes.tensor_cores, sizes.capability
     flat, out_channels = sizes.flat, sizes.out_channels
@@ -163,40 +189,28 @@ def candidates(sizes: Sizes, limit: int = 12) -> list[TapConfig]:
         (k for k in (16, 32, 64) if k <= most_k),
         key=lambda k: (round_up(reduction, k) * (1 + 8 / k), k),
     )
-    if capability[0] == 8 and itemsize == 2:
-        depths = [min(d, 32) for d in depths[:1]] + depths  # mma.sync: more stages, thinner
+    if through_registers(capability) and itemsize == 2:
+        depths = [min(d, 32) for d in depths[:1]] + depths  # more stages, thinner
     found: list[TapConfig] = []
     for block_n, rest_n in columns[:2]:
         programs = sizes.groups * math.ceil(out_channels / (block_n + rest_n))
-        tall = math.ceil(sizes.positions / rows[0]) * programs >= gpu.processors(capability)
+        tall = math.ceil(sizes.positions / rows[0]) * programs >= sizes.processors
         for block_p in rows if tall else rows[::-1]:
             for block_k in depths[:2]:
                 # 128 × 96 accumulators over 4 warps are 96 registers of each thread, beside
                 # operands that take as many again: 8 warps from there, sooner for wide types.
                 tile = block_p * (block_n + rest_n)
                 many = tile * itemsize >= 128 * 96 * 2 or (tile >= 64 * 64 and not tensor_cores)
-                if capability[0] >= 10 and block_p == 128 and not flat:
+                if capability[0] in (10, 11) and block_p == 128 and not flat:
                     many = True  # 4 warps at 128 rows of tensor memory were held to 128 registers
                 warps = 8 if many else 4
                 config = TapConfig(block_p, block_n, rest_n, flat, warps, 4, block_k)
-                while shared_memory(config, itemsize) > gpu.shared_memory_limit(capability) // 2:
-                    # Half of it, so that two blocks fit on a multiprocessor.
-                    if config.num_stages == 2:
-                        break
-                    config = replace(config, num_stages=config.num_stages - 1)
-                for stages in (config.num_stages, max(2, config.num_stages - 1)):
-                    candidate = replace(config, num_stages=stages)
+                most = stages(config, itemsize, capability)
+                for n in (most, max(2, most - 1)):
+                    candidate = replace(config, num_stages=n)
                     if candidate not in found:
                         found.append(candidate)
-    return found[:limit]
-
-
-def scattered(found: list[TapConfig]) -> list[TapConfig]:
-    """Those for an x of which no two elements that a tile reads are neighbours.
-
-    Each of them has an address of its own: with 128 × 64 of them, 112 to 248 bytes were spilled.
-    """
-    return list(dict.fromkeys(replace(c, block_k=min(c.block_k, 32)) for c in found))
+    return tuple(found[:limit])
 
 
 def pair_fits(out_channels: int, sums: int, dtype: torch.dtype, tensor_cores: bool) -> bool:
@@ -218,6 +232,7 @@ def pair_fits(out_channels: int, sums: int, dtype: torch.dtype, tensor_cores: bo
     return sums * max(16, power(out_channels)) <= most
 
 
+@functools.lru_cache(4096)
 def pair_conv(
     channels: int,
     mid_channels: int,
@@ -236,11 +251,11 @@ def pair_conv(
         tensor_cores: whether products run on them.
         capability: of the GPU.
     """
-    flat = channels < _LEAST_K and taps > 1
+    flat = channels < LEAST_K and taps > 1
     wide = dtype.itemsize > 2
     # Before Hopper the products take all operands from registers: smaller tiles of them. So do the
     # addresses of (tap, channel) as one index, one for each element of a tile.
-    hopper = capability[0] >= 9
+    hopper = not through_registers(capability)
     widest = (64 if hopper else 32) if tensor_cores and not (wide and flat) else 16
     # Padded mid channels cost products; each chunk reads x again, here counted as 8 of them.
     _, block_m, rest_m = min(
@@ -263,8 +278,8 @@ def pair_conv(
     # Addresses in flight for a third stage spilled: of TF32 by (tap, channel), and beside
     # few columns, where the compiler gives a thread 64 or 128 registers.
     few = (wide and flat) or block_n <= (16 if tensor_cores else 32)
-    stages = 2 if few and (capability[0] != 9 or not tensor_cores) else 3
-    return PairConfig(block_p, block_m, rest_m, block_n, 16 if thin else 32, flat, warps, stages)
+    deep = 2 if few and (capability[0] != 9 or not tensor_cores) else 3
+    return PairConfig(block_p, block_m, rest_m, block_n, 16 if thin else 32, flat, warps, deep)
 
 
 def pieces(programs: int, outputs: int, taps: int, capability: Capability) -> int:
@@ -343,6 +358,12 @@ def pack(width: int) -> tuple[int, int]:
     """(rows, columns) of a tile of ``pack``: 8 of 1,024 elements for a thread, as 16 spilled."""
     columns = min(64, power(width))
     return 1024 // columns, columns
+
+
+def affine(channels: int) -> tuple[int, int]:
+    """(rows, channels) of a tile of ``affine``: two loads of 16 bytes for each of 128 threads."""
+    columns = min(64, power(channels))
+    return 2048 // columns, columns
 
 
 def combine(channels: int) -> tuple[int, int, int]:

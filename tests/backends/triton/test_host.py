@@ -1,4 +1,4 @@
-"""What the Triton backend does besides launching: no copies of x, whatever its layout."""
+"""What the Triton backend does besides launching: no copies of x, but for dense contiguous ones."""
 
 from __future__ import annotations
 
@@ -57,4 +57,6 @@ def test_nothing_is_copied(
         for save in (False, True):
             backend.BACKEND.conv2plus1d(problem, tensors, save)
     assert "new_empty" in operators.seen  # or nothing was seen
-    assert operators.seen <= ALLOWED, operators.seen - ALLOWED
+    # What dense passes read in every tap has channels as neighbours: else it is copied, once.
+    copies = {"clone"} if groups == 1 and x.stride(1) != 1 else set()
+    assert operators.seen - ALLOWED == copies

@@ -131,8 +131,7 @@ MUTANTS = {
         "side by side", "parallel", "acc, rest, db_ptr, db_strides",
         "acc, rest, da_ptr, da_strides"),
     "the second weight from the first branch": (
-        "side by side", "parallel", "db_ptr, db_strides, dy_size, dy_channels[1]",
-        "da_ptr, da_strides, dy_size, dy_channels[1]"),
+        "side by side", "parallel", "x_size, channels[1], db_ptr", "x_size, channels[1], da_ptr"),
     "no outer activation": (
         "added, one activation", "parallel", "dv = activate_gradient(dv, v, ACTIVATION, SLOPE)",
         "dv = activate_gradient(dv, v, BRANCH, SLOPE)"),

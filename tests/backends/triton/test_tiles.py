@@ -98,7 +98,8 @@ def test_candidates_are_few_and_fit(
         assert len(set(found)) == len(found)
         assert found[0] == tiles.tap_conv(sizes)
         for c in found:
-            assert tiles.shared_memory(c, dtype.itemsize) <= gpu.shared_memory_limit(capability)
+            taken = tiles.shared_memory(c, dtype.itemsize, capability)
+            assert taken <= gpu.shared_memory_limit(capability)
             assert min(c.block_p, c.block_n, c.block_k) >= 16
             for block in (c.block_p, c.block_n, c.block_k, c.rest_n or 16):
                 assert block & (block - 1) == 0

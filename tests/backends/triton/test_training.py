@@ -28,21 +28,21 @@ pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 DENSE = ["weight_gradient", "input_gradient"]
+BOTH = ["affine", *DENSE, "norm_gradient", "affine", *DENSE]  # of z, and of du
 WIDE = replace(STEP, channels=32, mid=32, out=32, size=(4, 20, 20))
 FAMILIES = {
-    "dense": (STEP, False, 1, ["finish_norm", *DENSE, "norm_gradient", *DENSE]),
+    "dense": (STEP, False, 1, ["finish_norm", *BOTH]),
     "temporal first": (
         replace(STEP, order="temporal-first"), False, 1,
-        ["finish_norm", *DENSE, "norm_gradient", *DENSE]),
+        ["finish_norm", *BOTH]),
     "frozen norm": (
-        replace(STEP, norm="frozen"), False, 1, ["finish_norm", *DENSE, "norm_gradient", *DENSE]),
-    "no norm": (replace(STEP, norm="none"), False, 1, [*DENSE, *DENSE]),
-    "recompute": (
-        STEP, True, 2, ["tap_conv", "finish_norm", *DENSE, "norm_gradient", *DENSE]),
+        replace(STEP, norm="frozen"), False, 1,
+        ["finish_norm", "affine", *DENSE, "norm_gradient", *DENSE]),
+    "no norm": (replace(STEP, norm="none"), False, 1, ["affine", *DENSE, *DENSE]),
+    "recompute": (STEP, True, 2, ["tap_conv", "finish_norm", *BOTH]),
     "no norm, recompute": (
-        replace(STEP, norm="none"), True, 2, ["tap_conv", *DENSE, *DENSE]),
-    "grouped": (
-        replace(WIDE, groups=(4, 4)), False, 1, ["finish_norm", *DENSE, "norm_gradient", *DENSE]),
+        replace(STEP, norm="none"), True, 2, ["tap_conv", "affine", *DENSE, *DENSE]),
+    "grouped": (replace(WIDE, groups=(4, 4)), False, 1, ["finish_norm", *BOTH]),
     "depthwise": (
         replace(WIDE, groups=(32, 32)), False, 1,
         ["finish_norm", "direct_gradients", "norm_gradient", "direct_gradients"]),
@@ -66,8 +66,8 @@ def test_launches_and_bytes_of_a_step(family: str) -> None:
     # Sums of a tile are a small part of it; those of a depthwise tile have a row for each tap.
     small = 0.15 * (u + x) if "depthwise" not in family else 0.6 * (u + x)
     assert sum(size for _, size in backward.made.values()) <= mids * u + x + small
-    kept = 0 if recompute and config.norm == "none" else 1
-    assert sum(size for _, size in forward.made.values()) <= max(1, kept) * u + y + small
+    made = 1 if recompute or "depthwise" in family else 2  # u, and z by itself where u is kept
+    assert sum(size for _, size in forward.made.values()) <= made * u + y + small
 
 
 def parallel_step(config: Config) -> tuple[list[str], float]:
@@ -91,7 +91,8 @@ def parallel_step(config: Config) -> tuple[list[str], float]:
 
 PARALLEL = Config(
     op="parallel_conv2plus1d", channels=32, mid=32, out=32, size=(4, 20, 20), activation="none",
-    dtype=torch.bfloat16, branch_activation="silu",
+    dtype=torch.bfloat16, branch_activation="silu", x_layout="channels_last",
+    grad_layout="channels_last",
 )  # fmt: skip
 AGAIN, INPUT, WEIGHT = "parallel_conv", "parallel_input_gradient", "parallel_weight_gradient"
 BIAS = "channel_sums"
@@ -149,7 +150,7 @@ def test_memory_of_a_step() -> None:
 
 def test_deterministic_and_still_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients in many parts, which are added up in one order."""
-    monkeypatch.setattr(gradient_tiles, "positions_per_split", lambda config, *rest: config.block_p)
+    monkeypatch.setattr(gradient_tiles, "boxes_per_split", lambda *sizes: 1)
     splits: list[int] = []
     finish = backend.gradients.finish_weight
 

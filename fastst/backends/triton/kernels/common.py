@@ -30,6 +30,10 @@ class Taps(NamedTuple):
     step: tuple[int, int, int] = (1, 1, 1)  # between the taps that read from one residue class
     images: tuple[int, int, int] = (1, 1, 1)  # padded indices that hold a copy of an index
     padding: str = "zeros"  # the mode that made them
+    # Zeros around what is read, and less than 32 taps along each axis: what the taps of a position
+    # read lies at the same distances for all positions, in indices along each axis.
+    apart: bool = False
+    move: tuple[int, int, int] = (1, 1, 1)
 
 
 @triton.jit
@@ -79,19 +83,69 @@ def activate_gradient(dz, v, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def positions(p, size, RUN: tl.constexpr):
-    """(n, t, h, w) of flat positions p in a grid of ``size`` (T, H, W).
+def shown(hidden):
+    """n as it was; hosts pass 2n + 3, which is nothing that Triton compiles a kernel anew for."""
+    return (hidden - 3) >> 1
+
+
+@triton.jit
+def size_of(hidden):
+    """(T, H, W) as they were."""
+    return shown(hidden[0]), shown(hidden[1]), shown(hidden[2])
+
+
+@triton.jit
+def four_of(hidden):
+    return shown(hidden[0]), shown(hidden[1]), shown(hidden[2]), shown(hidden[3])
+
+
+@triton.jit
+def grid_of(hidden):
+    """What ``positions`` takes."""
+    return (
+        shown(hidden[0]), shown(hidden[1]), shown(hidden[2]), shown(hidden[3]), shown(hidden[4]),
+        shown(hidden[5]), shown(hidden[6]), shown(hidden[7]), shown(hidden[8]),
+    )  # fmt: skip
+
+
+@triton.jit
+def strides_of(hidden):
+    """Strides, of which that of the channels is not hidden: 1 is worth a kernel of its own."""
+    return shown(hidden[0]), hidden[1], shown(hidden[2]), shown(hidden[3]), shown(hidden[4])
+
+
+@triton.jit
+def quotient(n, magic, shift):
+    """n // d of 0 ≤ n < 2^31, with d's multiplier and shift as of ``arguments.divisor``."""
+    doubled = (n * 2).to(tl.uint32, bitcast=True)
+    return (tl.umulhi(doubled, magic.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def positions(p, grid, RUN: tl.constexpr):
+    """(n, t, h, w) of flat positions p in a ``grid``: (T, H, W) and their divisors.
 
     RUN divides W and the start of every tile. Split off, it shows the compiler runs of neighbours
     along w, so that loads and stores of contiguous video are coalesced.
     """
-    runs = size[2] // RUN
     q = p // RUN
-    w = q % runs * RUN + p % RUN
-    rows = q // runs
-    h = rows % size[1]
-    frames = rows // size[1]
-    return frames // size[0], frames % size[0], h, w
+    w = p % RUN
+    if p.dtype == tl.int64:
+        rows = q // (grid[2] // RUN)
+        w = (q - rows * (grid[2] // RUN)).to(tl.int32) * RUN + w.to(tl.int32)
+        frames = rows // grid[1]
+        h = (rows - frames * grid[1]).to(tl.int32)
+        n = frames // grid[0]
+        t = (frames - n * grid[0]).to(tl.int32)
+        n = n.to(tl.int32)
+    else:  # the compiler's division by an integer that it does not know takes 20 instructions
+        rows = quotient(q, grid[3], grid[4])
+        frames = quotient(rows, grid[5], grid[6])
+        n = quotient(frames, grid[7], grid[8])
+        t = frames - n * grid[0]
+        h = rows - frames * grid[1]
+        w += (q - rows * (grid[2] // RUN)) * RUN
+    return n, t, h, w
 
 
 @triton.jit
@@ -169,6 +223,27 @@ def tap_index(i, tap, size, AXIS: tl.constexpr, TAPS: tl.constexpr):
         MODE: tl.constexpr = TAPS.mode  # Triton 3.6 takes no string of a tuple as an argument
         i, ok = source(i * STRIDE + shift, size, MODE)
     return i, ok
+
+
+@triton.jit
+def tap_start(i, first, AXIS: tl.constexpr, TAPS: tl.constexpr):
+    """The index along one axis that the first of the taps reads for output index i.
+
+    The next reads ``TAPS.move`` further. Only where taps are ``apart``.
+    """
+    if TAPS.mode == "transposed":
+        start = i + TAPS.before[AXIS] - first * TAPS.dilation[AXIS]
+        if TAPS.stride[AXIS] > 1:
+            start = start // TAPS.stride[AXIS]  # comes out even in a residue class
+    else:
+        start = i * TAPS.stride[AXIS] - TAPS.before[AXIS]
+    return start
+
+
+@triton.jit
+def below(i, size):
+    """0 ≤ i < size, in one comparison."""
+    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
 
 
 @triton.jit

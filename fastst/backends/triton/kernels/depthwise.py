@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, columns, positions, tap_offsets
+from .common import activate, columns, grid_of, positions, size_of, strides_of, tap_offsets
 from .tap_conv import finish, tile_positions
 from .walk import beside, walk_source, walk_start, walk_steps, walked
 
@@ -51,7 +51,7 @@ def direct_sum(
     return acc
 
 
-@triton.jit(do_not_specialize=["x_size", "y_size", "count"])
+@triton.jit(do_not_specialize=["count"])
 def direct_conv(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
     per_group, out_per_group,
@@ -60,7 +60,7 @@ def direct_conv(
     out_scale_ptr, out_shift_ptr,  # (K,) epilogue, or None
     partial_ptr,  # (tiles of positions, 2, K), or None
     residual_ptr, residual_strides,  # like y, or None; may be y itself
-    y_ptr, y_strides, y_size, out_channels,  # (N, K, T', H', W')
+    y_ptr, y_strides, grid, out_channels,  # (N, K, T', H', W')
     count,  # N·T'·H'·W'
     TAPS: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
     RUN: tl.constexpr, WIDE: tl.constexpr,
@@ -69,13 +69,16 @@ def direct_conv(
     EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """One pass with the prologue and epilogue of ``tap_conv``."""
+    x_strides, x_size, y_strides = strides_of(x_strides), size_of(x_size), strides_of(y_strides)
+    if residual_ptr is not None:
+        residual_strides = strides_of(residual_strides)
     out_channels = out_channels // Y_ALIGN * Y_ALIGN  # the same number: a mask of whole vectors
     tiles_n = (out_channels + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     tile_p = pid // tiles_n
     start, p = tile_positions(tile_p, BLOCK_P, WIDE)
     row_ok = p < count
-    position = positions(p, y_size, RUN)
+    position = positions(p, grid_of(grid), RUN)
     n = pid % tiles_n * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = direct_sum(
         tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE), x_ptr, x_strides, x_size, w_ptr, n,
@@ -91,7 +94,7 @@ def direct_conv(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["x_size", "mid_size", "y_size", "count", "pieces"])
+@triton.jit(do_not_specialize=["count", "pieces"])
 def direct_pair(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
     per_group, mid_out_per_group, mid_channels,  # of the first pass
@@ -101,7 +104,7 @@ def direct_pair(
     bias_ptr,  # (K,) of the second pass, or None
     residual_ptr, residual_strides,  # like y, or None
     y_ptr, y_strides, y_size,  # (N, K, T', H', W')
-    mid_size,
+    mid_size, grid,  # grid: of y, 1 along the axis
     count, pieces,  # positions of y across the axis, and programs that share one walk
     FIRST: tl.constexpr, SECOND: tl.constexpr, AXIS: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
@@ -114,6 +117,10 @@ def direct_pair(
     A program has some output channels and, of each mid frame (or row), the mid channels of theirs,
     one of each group at a time.
     """
+    x_strides, x_size, mid_size = strides_of(x_strides), size_of(x_size), size_of(mid_size)
+    y_strides, y_size = strides_of(y_strides), size_of(y_size)
+    if residual_ptr is not None:
+        residual_strides = strides_of(residual_strides)
     TAPS: tl.constexpr = SECOND.kernel[AXIS]
     ACROSS: tl.constexpr = SECOND.kernel[2]
     out_channels = out_channels // Y_ALIGN * Y_ALIGN  # the same number: a mask of whole vectors
@@ -122,7 +129,7 @@ def direct_pair(
     n = pid % tiles_n * BLOCK_C + tl.arange(0, BLOCK_C)
     n_ok = n < out_channels
     position, row_ok, residue, first, end = walk_start(
-        pid // tiles_n, y_size, count, pieces, SECOND, AXIS, BLOCK_P, RUN, WIDE
+        pid // tiles_n, y_size, grid_of(grid), count, pieces, SECOND, AXIS, BLOCK_P, RUN, WIDE
     )
 
     zero = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
@@ -135,7 +142,10 @@ def direct_pair(
         row, there = walk_source(index, mid_size, SECOND, AXIS)
         for turn in range(mid_per_group * ACROSS if there else 0):
             across = turn % ACROSS
-            m = n // out_per_group * mid_per_group + turn // ACROSS
+            lane = turn // ACROSS
+            if mid_per_group == 1:
+                lane = 0  # known to be: channels stay neighbours
+            m = n // out_per_group * mid_per_group + lane
             at, ok = beside(position, row, across, mid_size, SECOND, AXIS)
             ok = (ok & row_ok)[:, None]
             z = direct_sum(

@@ -14,14 +14,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, image_positions, operand, positions, row_offsets, tap_offsets
+from .common import (
+    activate,
+    grid_of,
+    image_positions,
+    operand,
+    positions,
+    row_offsets,
+    size_of,
+    strides_of,
+    tap_offsets,
+)
 from .input_gradient import finish_gradient
 from .tap_conv import tile_positions
 
 
 @triton.jit
 def direct_tile(
-    channels, size, count, RUN: tl.constexpr, WIDE: tl.constexpr, BLOCK_P: tl.constexpr,
+    channels, grid, count, RUN: tl.constexpr, WIDE: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program's tile of positions, those and which of them exist, and its channels."""
@@ -30,7 +40,7 @@ def direct_tile(
     tile = pid // tiles_c
     _, p = tile_positions(tile, BLOCK_P, WIDE)
     c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    return tile, positions(p, size, RUN), p < count, c
+    return tile, positions(p, grid_of(grid), RUN), p < count, c
 
 
 @triton.jit
@@ -48,6 +58,7 @@ def gather_direct(
     KH: tl.constexpr = TAPS.kernel[1]
     KW: tl.constexpr = TAPS.kernel[2]
     TAP_COUNT: tl.constexpr = TAPS.kernel[0] * KH * KW
+    IMAGES: tl.constexpr = TAPS.images[0] * TAPS.images[1] * TAPS.images[2]
     if dw_ptr is not None:
         dw_ptr += tile.to(tl.int64) * TAP_COUNT * out_per_group * channels + c
     for tap in range(TAP_COUNT):
@@ -57,11 +68,14 @@ def gather_direct(
             row = tap * out_per_group + r
             weight = tl.load(w_ptr + row * channels + c, mask=c_ok, other=0.0).to(ACCUMULATE)
             total = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
-            for m in range(TAPS.images[0] * TAPS.images[1] * TAPS.images[2]):
+            for m in range(IMAGES):
                 at, exists = image_positions(position, m, size, TAPS)
                 offsets, inside = tap_offsets(at, taps, dy_size, dy_strides, ALIGN, TAPS)
                 inside = inside & exists & row_ok
-                if tl.max(inside.to(tl.int32), 0) > 0:  # few tiles have more than the first image
+                some = True
+                if IMAGES > 1:  # few tiles have more than the first, which all have
+                    some = tl.max(inside.to(tl.int32), 0) > 0
+                if some:
                     read = inside[:, None] & c_ok[None, :]
                     dy = operand(
                         dy_ptr, offsets[:, None] + k.to(tl.int64) * dy_strides[1], read, k,
@@ -85,9 +99,9 @@ def read_tile(x_ptr, x_strides, position, ok, c, ALIGN: tl.constexpr, ACCUMULATE
     return tl.load(x_ptr + offsets, mask=ok, other=0.0).to(ACCUMULATE)
 
 
-@triton.jit(do_not_specialize=["x_size", "dy_size", "count"])
+@triton.jit(do_not_specialize=["count"])
 def direct_gradients(
-    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
+    x_ptr, x_strides, x_size, grid,  # (N, C, T, H, W); size (T, H, W)
     channels, stored,  # C; channels of dx that are written: zeros beyond C
     per_group, out_per_group,  # channels of a group of x and of dy
     scale_ptr, shift_ptr,  # (C,): the pass has read act(scale·x + shift); or None
@@ -104,7 +118,11 @@ def direct_gradients(
     EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx, or dv with its sums, and the tile's part of dw."""
-    tile, position, row_ok, c = direct_tile(stored, x_size, count, RUN, WIDE, BLOCK_P, BLOCK_C)
+    x_strides, x_size = strides_of(x_strides), size_of(x_size)
+    dy_strides, dy_size = strides_of(dy_strides), size_of(dy_size)
+    if dx_ptr is not None:
+        dx_strides = strides_of(dx_strides)
+    tile, position, row_ok, c = direct_tile(stored, grid, count, RUN, WIDE, BLOCK_P, BLOCK_C)
     c_ok = c < channels
     acc = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
     x = acc
@@ -125,6 +143,6 @@ def direct_gradients(
             partial_ptr += tile.to(tl.int64) * 2 * channels
         finish_gradient(
             acc, c, 0, channels, channels, stored, u_ptr, scale_ptr, shift_ptr, mean_ptr,
-            partial_ptr, dx_ptr, dx_strides, position, row_ok, ACTIVATION, SLOPE, DX_ALIGN,
+            partial_ptr, dx_ptr, dx_strides, position, row_ok, False, ACTIVATION, SLOPE, DX_ALIGN,
             EMULATE,
         )  # fmt: skip

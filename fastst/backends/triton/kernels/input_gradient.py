@@ -1,6 +1,6 @@
 """Input gradient: the tap convolution the other way round, with mirrored taps.
 
-    dx[p, c] = Σ_tap Σ_n prologue(dy[(p − tap)/stride, n]) · w[tap, n, c]
+    dx[p, c] = Σ_tap Σ_n dy[(p − tap)/stride, n] · w[tap, n, c]
 
 where the division comes out even. For a stride s, positions of dx fall into s residue classes per
 axis, and each is read by its own taps only: a program has one class, so no product is in vain.
@@ -15,20 +15,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate_gradient, image_positions, positions, row_offsets
+from .common import (
+    activate_gradient,
+    grid_of,
+    image_positions,
+    positions,
+    row_offsets,
+    size_of,
+    strides_of,
+)
 from .tap_conv import accumulate, reduction_rows, store, tile_positions
 
 
 @triton.jit
 def class_tile(
-    tile, grid_size, size, count,
+    tile, grid, size, count,
     CLASSES: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Positions of a tile of one residue class, which of them exist, and the residues."""
     tiles = (count + BLOCK_P - 1) // BLOCK_P
     _, p = tile_positions(tile % tiles, BLOCK_P, WIDE)
     row_ok = p < count
-    sample, t, h, w = positions(p, grid_size, RUN)
+    sample, t, h, w = positions(p, grid, RUN)
     index = tile // tiles
     residue = (
         index // (CLASSES[1] * CLASSES[2]), index // CLASSES[2] % CLASSES[1], index % CLASSES[2],
@@ -61,7 +69,6 @@ def gather(
     acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
     dy_ptr, dy_strides, dy_size, channels, group,  # channels of a group of dy
     w_ptr, width, first,  # (groups, reduction, width), and the tile's first column
-    scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
     position, row_ok, residue, size,  # positions of dx, and its (T, H, W)
     TAPS: tl.constexpr, CLASSES: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -74,21 +81,12 @@ def gather(
         tap_h, taps_h = class_taps(residue[1], 1, TAPS)
         tap_w, taps_w = class_taps(residue[2], 2, TAPS)
         subset = (tap_t, tap_h, tap_w, taps_t, taps_h, taps_w)
-    in_channel = group * channels
-    if scale_ptr is not None:
-        scale_ptr += in_channel
-    if shift_ptr is not None:
-        shift_ptr += in_channel
-    if rate_ptr is not None:
-        rate_ptr += in_channel
-        other_ptr += in_channel.to(tl.int64) * dy_strides[1]
-    dy_ptr += in_channel.to(tl.int64) * dy_strides[1]
+    dy_ptr += (group * channels).to(tl.int64) * dy_strides[1]
     w_ptr += group.to(tl.int64) * reduction_rows(channels, TAPS, FLAT, BLOCK_K) * width + first
     if TAPS.images[0] * TAPS.images[1] * TAPS.images[2] == 1:
         acc, rest = accumulate(
-            acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, scale_ptr, shift_ptr,
-            other_ptr, rate_ptr, position, row_ok, subset, TAPS, FLAT, ALIGN, "none", 0.0,
-            BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+            acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, position, row_ok,
+            subset, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
         )  # fmt: skip
     else:
         for m in range(TAPS.images[0] * TAPS.images[1] * TAPS.images[2]):
@@ -96,9 +94,8 @@ def gather(
             ok = ok & row_ok
             if tl.max(ok.to(tl.int32), 0) > 0:
                 acc, rest = accumulate(
-                    acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, scale_ptr,
-                    shift_ptr, other_ptr, rate_ptr, at, ok, None, TAPS, FLAT, ALIGN, "none", 0.0,
-                    BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+                    acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, at, ok, None,
+                    TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
                 )  # fmt: skip
     return acc, rest
 
@@ -111,9 +108,13 @@ def finish_gradient(
     mean_ptr,  # (all_channels,), or None
     partial_ptr,  # (2, all_channels) of this tile, or None
     dv_ptr, dv_strides, position, row_ok,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+    SCALED: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """dv = dz·act'(scale·u + shift), and its sums Σdv and Σdv·(u − mean) over the tile."""
+    """dv = dz·act'(scale·u + shift), and its sums Σdv and Σdv·(u − mean) over the tile.
+
+    SCALED: scale·dv is stored, the gradient of u where scale and shift are no function of u.
+    """
     n_ok = n < channels
     # ALIGN divides both numbers: multiplied by it, the mask is seen to be one of whole vectors.
     stored = stored // ALIGN * ALIGN
@@ -136,40 +137,43 @@ def finish_gradient(
             mean = tl.load(mean_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)
             away = tl.where(ok, u - mean[None, :], 0.0)
             tl.store(partial_ptr + all_channels + channel, tl.sum(acc * away, 0), mask=n_ok)
+    if SCALED:
+        acc = acc * tl.load(scale_ptr + channel, mask=n_ok, other=0.0)[None, :]
     store(acc, channel, n < stored, dv_ptr, dv_strides, position, row_ok, ALIGN, EMULATE)
 
 
-@triton.jit(do_not_specialize=["dy_size", "dx_size", "grid_size", "count"])
+@triton.jit(do_not_specialize=["count"])
 def input_gradient(
     dy_ptr, dy_strides, dy_size,  # (N, K, T', H', W'); size (T', H', W')
     channels, groups,  # channels of a group of dy
     w_ptr, width,  # (groups, reduction, width)
-    in_scale_ptr, in_shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
     dx_ptr, dx_strides, dx_size,  # (N, C, T, H, W)
     dx_channels, dx_stored,  # of a group; of it stored: more than it has are zeros
     u_ptr, scale_ptr, shift_ptr, mean_ptr, partial_ptr,  # ``finish_gradient``; or None
-    grid_size, count,  # (T, H, W) of one residue class, and its positions: N·T·H·W
+    grid, count,  # (T, H, W) of one residue class, and its positions: N·T·H·W
     TAPS: tl.constexpr, FLAT: tl.constexpr, CLASSES: tl.constexpr,  # classes along each axis
     Y_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    SCALED: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx, or dv with its sums. Programs of one tile of positions are neighbours."""
+    dy_strides, dy_size = strides_of(dy_strides), size_of(dy_size)
+    dx_strides, dx_size = strides_of(dx_strides), size_of(dx_size)
     tiles_n = width // (BLOCK_N + REST_N)
     pid = tl.program_id(0)
     tile = pid // (tiles_n * groups)
     group = pid // tiles_n % groups
     first = pid % tiles_n * (BLOCK_N + REST_N)
     position, row_ok, residue = class_tile(
-        tile, grid_size, dx_size, count, CLASSES, RUN, BLOCK_P, WIDE
+        tile, grid_of(grid), dx_size, count, CLASSES, RUN, BLOCK_P, WIDE
     )
     acc, rest = gather(
         tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE),
         tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
-        dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, first, in_scale_ptr,
-        in_shift_ptr, other_ptr, rate_ptr, position, row_ok, residue, dx_size, TAPS, CLASSES,
-        FLAT, Y_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+        dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, first, position, row_ok,
+        residue, dx_size, TAPS, CLASSES, FLAT, Y_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION,
+        EMULATE,
     )  # fmt: skip
 
     all_channels = groups * dx_channels
@@ -178,12 +182,13 @@ def input_gradient(
     n = first + tl.arange(0, BLOCK_N)
     finish_gradient(
         acc, n, group, dx_channels, all_channels, dx_stored, u_ptr, scale_ptr, shift_ptr, mean_ptr,
-        partial_ptr, dx_ptr, dx_strides, position, row_ok, ACTIVATION, SLOPE, X_ALIGN, EMULATE,
+        partial_ptr, dx_ptr, dx_strides, position, row_ok, SCALED, ACTIVATION, SLOPE, X_ALIGN,
+        EMULATE,
     )  # fmt: skip
     if REST_N > 0:
         n = first + BLOCK_N + tl.arange(0, REST_N)
         finish_gradient(
             rest, n, group, dx_channels, all_channels, dx_stored, u_ptr, scale_ptr, shift_ptr,
-            mean_ptr, partial_ptr, dx_ptr, dx_strides, position, row_ok, ACTIVATION, SLOPE, X_ALIGN,
-            EMULATE,
+            mean_ptr, partial_ptr, dx_ptr, dx_strides, position, row_ok, SCALED, ACTIVATION, SLOPE,
+            X_ALIGN, EMULATE,
         )  # fmt: skip

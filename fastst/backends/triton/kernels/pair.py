@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, narrow, product
+from .common import activate, grid_of, narrow, product, size_of, strides_of
 from .tap_conv import accumulate, biased, finish, reduction_rows
 from .walk import beside, walk_source, walk_start, walk_steps, walked
 
@@ -31,9 +31,8 @@ def through(
     BLOCK_N: tl.constexpr = sums[0].shape[1]
     z, none = accumulate(
         tl.zeros((BLOCK_P, BLOCK_M), sums[0].dtype), tl.zeros((BLOCK_P, 16), sums[0].dtype),
-        x_ptr, x_strides, x_size, channels, first_ptr + m, mid_width, None, None, None, None,
-        position, ok, None, FIRST, FLAT, ALIGN, "none", SLOPE,
-        BLOCK_M, 0, BLOCK_K, PRECISION, EMULATE,
+        x_ptr, x_strides, x_size, channels, first_ptr + m, mid_width, position, ok, None, FIRST,
+        FLAT, ALIGN, BLOCK_M, 0, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip
     m += tl.arange(0, BLOCK_M)
     m_ok = m < mid_channels
@@ -52,7 +51,7 @@ def through(
     return moved
 
 
-@triton.jit(do_not_specialize=["x_size", "mid_size", "y_size", "count", "pieces"])
+@triton.jit(do_not_specialize=["count", "pieces"])
 def pair_conv(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
     channels, mid_channels, out_channels, groups,  # of a group
@@ -62,7 +61,7 @@ def pair_conv(
     bias_ptr,  # (K,) of the second pass, or None
     residual_ptr, residual_strides,  # like y, or None
     y_ptr, y_strides, y_size,  # (N, K, T', H', W')
-    mid_size,
+    mid_size, grid,  # grid: of y, 1 along the axis
     count, pieces,  # positions of y across the axis, and programs that share one walk
     FIRST: tl.constexpr, SECOND: tl.constexpr, AXIS: tl.constexpr, FLAT: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
@@ -76,12 +75,16 @@ def pair_conv(
     Of each mid frame (or row), BLOCK_M channels at a time are computed, normalised, and multiplied
     into the outputs that read them; the last REST_M of them apart, for an exact fit.
     """
+    x_strides, x_size, mid_size = strides_of(x_strides), size_of(x_size), size_of(mid_size)
+    y_strides, y_size = strides_of(y_strides), size_of(y_size)
+    if residual_ptr is not None:
+        residual_strides = strides_of(residual_strides)
     TAPS: tl.constexpr = SECOND.kernel[AXIS]
     ACROSS: tl.constexpr = SECOND.kernel[2]
     pid = tl.program_id(0)
     group = pid % groups
     position, row_ok, residue, first, end = walk_start(
-        pid // groups, y_size, count, pieces, SECOND, AXIS, BLOCK_P, RUN, WIDE
+        pid // groups, y_size, grid_of(grid), count, pieces, SECOND, AXIS, BLOCK_P, RUN, WIDE
     )
     x_ptr += (group * channels).to(tl.int64) * x_strides[1]
     reduction = reduction_rows(channels, FIRST, FLAT, BLOCK_K)

@@ -13,7 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, activate_gradient, columns, positions
+from .common import (
+    activate,
+    activate_gradient,
+    columns,
+    four_of,
+    grid_of,
+    positions,
+    size_of,
+    strides_of,
+)
 from .depthwise import direct_sum
 from .depthwise_backward import direct_tile, gather_direct, read_tile
 from .input_gradient import class_tile, finish_gradient, gather
@@ -65,9 +74,8 @@ def branch(
         x_ptr += (group * (channels // ALIGN * ALIGN)).to(tl.int64) * x_strides[1]
         w_ptr += group.to(tl.int64) * rows * width + column
         acc, rest = accumulate(
-            acc, rest, x_ptr, x_strides, x_size, channels, w_ptr, width, None, None, None, None,
-            position, row_ok, None, TAPS, FLAT, ALIGN, "none", 0.0, BLOCK_N, REST_N, BLOCK_K,
-            PRECISION, EMULATE,
+            acc, rest, x_ptr, x_strides, x_size, channels, w_ptr, width, position, row_ok, None,
+            TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
         )  # fmt: skip
     return biased(acc, bias_ptr, n, out_channels), biased(rest, bias_ptr, n_rest, out_channels)
 
@@ -106,7 +114,7 @@ def finish_branches(
                 tl.store(partial_ptr + parts * per_part + n, tl.sum(db, 0), mask=n_ok)
 
 
-@triton.jit(do_not_specialize=["tiles_n", "x_size", "y_size", "count"])
+@triton.jit(do_not_specialize=["tiles_n", "count"])
 def parallel_conv(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
     channels, per_group, widths,  # of both branches: channels of a group of x and of y; columns
@@ -114,7 +122,7 @@ def parallel_conv(
     spatial_bias_ptr, temporal_bias_ptr,  # (K,), or None
     tiles_n, parts, per_part,  # tiles of a part; parts · per_part = K
     dy_ptr, dy_strides,  # (N, K, T', H', W'), or None: y is wanted
-    y_ptr, db_ptr, y_strides, y_size,  # y, or da and, with the same strides, db or None
+    y_ptr, db_ptr, y_strides, grid,  # y, or da and, with the same strides, db or None
     partial_ptr,  # (tiles of positions, 1 or, with db, 2, K) sums of da and db, or None
     count,  # N·T'·H'·W'
     SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, SPATIAL_FLAT: tl.constexpr,
@@ -129,12 +137,15 @@ def parallel_conv(
 
     For the gradients the convolutions are computed again, and not written.
     """
+    x_strides, x_size, y_strides = strides_of(x_strides), size_of(x_size), strides_of(y_strides)
+    if dy_ptr is not None:
+        dy_strides = strides_of(dy_strides)
     # Y_ALIGN divides it: multiplied by that, masks are seen to be those of whole vectors.
     per_part = per_part // Y_ALIGN * Y_ALIGN
     tile, part, first = part_tile(tl.program_id(0), tiles_n, parts, BLOCK_N + REST_N)
     _, p = tile_positions(tile, BLOCK_P, WIDE)
     row_ok = p < count
-    position = positions(p, y_size, RUN)
+    position = positions(p, grid_of(grid), RUN)
     acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
     rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
     a, a_rest = branch(
@@ -194,21 +205,21 @@ def gather_branch(
     else:
         group, column = group_of(part, per_group, per_part, first)
         acc, rest = gather(
-            acc, rest, dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, column, None,
-            None, None, None, position, row_ok, residue, size, TAPS, CLASSES, FLAT, ALIGN, BLOCK_N,
-            REST_N, BLOCK_K, PRECISION, EMULATE,
+            acc, rest, dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, column,
+            position, row_ok, residue, size, TAPS, CLASSES, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K,
+            PRECISION, EMULATE,
         )  # fmt: skip
     return acc, rest
 
 
-@triton.jit(do_not_specialize=["tiles_n", "dy_size", "dx_size", "grid_size", "count"])
+@triton.jit(do_not_specialize=["tiles_n", "count"])
 def parallel_input_gradient(
     da_ptr, da_strides, db_ptr, db_strides, dy_size,  # of both branches, of one size
     channels, per_group, widths,  # of both branches: channels of a group of dy, dx; columns
     spatial_ptr, temporal_ptr,  # as of ``gather_branch``
     tiles_n, parts, per_part,  # tiles of a part; parts · per_part = C
     dx_ptr, dx_strides, dx_size,  # (N, C, T, H, W)
-    grid_size, count,  # as of ``input_gradient``
+    grid, count,  # as of ``input_gradient``
     SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, CLASSES: tl.constexpr,
     SPATIAL_FLAT: tl.constexpr, TEMPORAL_FLAT: tl.constexpr, DIRECT: tl.constexpr,
     Y_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
@@ -216,9 +227,11 @@ def parallel_input_gradient(
     PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx of both branches, as one sum."""
+    da_strides, db_strides = strides_of(da_strides), strides_of(db_strides)
+    dx_strides, dx_size, dy_size = strides_of(dx_strides), size_of(dx_size), size_of(dy_size)
     tile, part, first = part_tile(tl.program_id(0), tiles_n, parts, BLOCK_N + REST_N)
     position, row_ok, residue = class_tile(
-        tile, grid_size, dx_size, count, CLASSES, RUN, BLOCK_P, WIDE
+        tile, grid_of(grid), dx_size, count, CLASSES, RUN, BLOCK_P, WIDE
     )
     acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
     rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
@@ -235,54 +248,54 @@ def parallel_input_gradient(
     all_channels = parts * per_part
     finish_gradient(
         acc, first + tl.arange(0, BLOCK_N), part, per_part, all_channels, per_part, None, None,
-        None, None, None, dx_ptr, dx_strides, position, row_ok, "none", 0.0, X_ALIGN, EMULATE,
+        None, None, None, dx_ptr, dx_strides, position, row_ok, False, "none", 0.0, X_ALIGN,
+        EMULATE,
     )  # fmt: skip
     if REST_N > 0:
         finish_gradient(
             rest, first + BLOCK_N + tl.arange(0, REST_N), part, per_part, all_channels, per_part,
-            None, None, None, None, None, dx_ptr, dx_strides, position, row_ok, "none", 0.0,
+            None, None, None, None, None, dx_ptr, dx_strides, position, row_ok, False, "none", 0.0,
             X_ALIGN, EMULATE,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["x_size", "dy_size", "count", "per_split"])
+@triton.jit(do_not_specialize=["batch", "per_split"])
 def parallel_weight_gradient(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W)
     da_ptr, da_strides, db_ptr, db_strides, dy_size,  # of both branches, of one size
     spatial_ptr, temporal_ptr,  # partials, of the branches as the pairs below
     channels, dy_channels, groups, rows, widths,  # as of ``weight_gradient``
-    count, per_split,
+    batch, box, boxes, per_split,
     SPATIAL: tl.constexpr, TEMPORAL: tl.constexpr, SPATIAL_FLAT: tl.constexpr,
     TEMPORAL_FLAT: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
-    RUN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of both weights. Programs of one part of the positions share it in L2."""
+    x_strides, x_size, dy_size = strides_of(x_strides), size_of(x_size), size_of(dy_size)
+    box, boxes = four_of(box), four_of(boxes)
     spatial = groups[0] * rows[0] * widths[0]
     blocks = spatial + groups[1] * rows[1] * widths[1]
     index, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     if index < spatial:
         weight_tile(
-            index, split, x_ptr, x_strides, x_size, channels[0], None, None,
-            da_ptr, da_strides, dy_size, dy_channels[0], None, None, None, None,
-            spatial_ptr, groups[0], rows[0], widths[0], count, per_split, SPATIAL,
-            SPATIAL_FLAT, SWAP, X_ALIGN, Y_ALIGN, RUN, WIDE, "none", 0.0, BLOCK_P, BLOCK_R,
-            BLOCK_N, REST_N, PRECISION, EMULATE, ACCUMULATE,
+            index, split, x_ptr, x_strides, x_size, channels[0], da_ptr, strides_of(da_strides),
+            dy_size, dy_channels[0], spatial_ptr, groups[0], rows[0], widths[0], batch, box, boxes,
+            per_split, SPATIAL, SPATIAL_FLAT, SWAP, X_ALIGN, Y_ALIGN, BLOCK_P, BLOCK_R, BLOCK_N,
+            REST_N, PRECISION, EMULATE, ACCUMULATE,
         )  # fmt: skip
     else:
         weight_tile(
-            index - spatial, split, x_ptr, x_strides, x_size, channels[1], None, None,
-            db_ptr, db_strides, dy_size, dy_channels[1], None, None, None, None,
-            temporal_ptr, groups[1], rows[1], widths[1], count, per_split, TEMPORAL,
-            TEMPORAL_FLAT, SWAP, X_ALIGN, Y_ALIGN, RUN, WIDE, "none", 0.0, BLOCK_P, BLOCK_R,
-            BLOCK_N, REST_N, PRECISION, EMULATE, ACCUMULATE,
+            index - spatial, split, x_ptr, x_strides, x_size, channels[1], db_ptr,
+            strides_of(db_strides), dy_size, dy_channels[1], temporal_ptr, groups[1], rows[1],
+            widths[1], batch, box, boxes, per_split, TEMPORAL, TEMPORAL_FLAT, SWAP, X_ALIGN,
+            Y_ALIGN, BLOCK_P, BLOCK_R, BLOCK_N, REST_N, PRECISION, EMULATE, ACCUMULATE,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["x_size", "dy_size", "count"])
+@triton.jit(do_not_specialize=["count"])
 def parallel_direct_gradients(
-    x_ptr, x_strides, x_size, channels,  # (N, C, T, H, W)
+    x_ptr, x_strides, x_size, grid, channels,  # (N, C, T, H, W)
     per_group, out_per_group,  # channels of a group of x and of dy, each of both branches
     da_ptr, da_strides, db_ptr, db_strides, dy_size,  # of both branches, of one size
     spatial_ptr, temporal_ptr,  # (taps, out_per_group, C)
@@ -295,7 +308,11 @@ def parallel_direct_gradients(
     EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx of both branches and the tile's parts of both weight gradients."""
-    tile, position, row_ok, c = direct_tile(channels, x_size, count, RUN, WIDE, BLOCK_P, BLOCK_C)
+    x_strides, x_size, dy_size = strides_of(x_strides), size_of(x_size), size_of(dy_size)
+    da_strides, db_strides = strides_of(da_strides), strides_of(db_strides)
+    if dx_ptr is not None:
+        dx_strides = strides_of(dx_strides)
+    tile, position, row_ok, c = direct_tile(channels, grid, count, RUN, WIDE, BLOCK_P, BLOCK_C)
     c_ok = c < channels
     acc = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
     x = acc

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import narrow
+from .common import activate, narrow
 
 
 @triton.jit
@@ -99,6 +99,32 @@ def finish_norm(
         inside = channel < padded
         tl.store(scale_ptr + channel, tl.where(ok, scale, 0.0), mask=inside)
         tl.store(shift_ptr + channel, tl.where(ok, shift, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def affine(
+    v_ptr, other_ptr, out_ptr, rows, channels,  # (rows, channels) each; other or None; out may be v
+    scale_ptr, rate_ptr, shift_ptr,  # (channels,), or None
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """out = act(scale·v + rate·other + shift): what the dense passes read, once for all taps."""
+    tiles_c = (channels + BLOCK_C - 1) // BLOCK_C
+    row = tl.program_id(0) // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < channels
+    at = row.to(tl.int64)[:, None] * channels + c[None, :]
+    ok = (row < rows)[:, None] & c_ok[None, :]
+    v = tl.load(v_ptr + at, mask=ok, other=0.0).to(ACCUMULATE)
+    if scale_ptr is not None:
+        v = v * tl.load(scale_ptr + c, mask=c_ok, other=0.0)[None, :]
+    if other_ptr is not None:
+        other = tl.load(other_ptr + at, mask=ok, other=0.0).to(ACCUMULATE)
+        v = v + other * tl.load(rate_ptr + c, mask=c_ok, other=0.0)[None, :]
+    if shift_ptr is not None:
+        v = v + tl.load(shift_ptr + c, mask=c_ok, other=0.0)[None, :]
+    v = narrow(activate(v, ACTIVATION, SLOPE), out_ptr.dtype.element_ty, EMULATE)
+    tl.store(out_ptr + at, v, mask=ok)
 
 
 @triton.jit(do_not_specialize=["rows"])

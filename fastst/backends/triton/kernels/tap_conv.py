@@ -13,7 +13,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, columns, narrow, operand, positions, product, row_offsets, tap_offsets
+from .common import (
+    activate,
+    below,
+    columns,
+    grid_of,
+    narrow,
+    positions,
+    product,
+    row_offsets,
+    size_of,
+    strides_of,
+    tap_offsets,
+    tap_start,
+)
 
 
 @triton.jit
@@ -44,16 +57,41 @@ def tap_of(index, rows, lanes, subset, TAPS: tl.constexpr):
 
 
 @triton.jit
+def taps_within(start, size, count, AXIS: tl.constexpr, TAPS: tl.constexpr):
+    """A bit for each tap along an axis: whether it reads something, from ``start`` on."""
+    COUNT: tl.constexpr = TAPS.kernel[AXIS]
+    MOVE: tl.constexpr = TAPS.move[AXIS]
+    bits = tl.zeros_like(start)
+    for k in tl.static_range(COUNT):
+        inside = below(start + k * MOVE, size)
+        if count is not None:
+            inside = inside & (k < count)
+        bits |= inside.to(tl.int32) << k
+    return bits
+
+
+@triton.jit
+def combined(within_t, within_h, within_w, rows, lanes, TAPS: tl.constexpr):
+    """A bit for each tap, of those along each axis."""
+    KT: tl.constexpr = TAPS.kernel[0]
+    KH: tl.constexpr = TAPS.kernel[1]
+    bits = tl.zeros_like(within_w)
+    for kt in tl.static_range(KT):
+        for kh in tl.static_range(KH):
+            inside = (within_t >> kt) & (within_h >> kh) & 1
+            bits |= tl.where(inside != 0, within_w, 0) << ((kt * rows + kh) * lanes)
+    return bits
+
+
+@triton.jit
 def accumulate(
     acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
     x_ptr, x_strides, x_size,  # x_ptr at the first channel of the group
     channels,  # of the group
     w_ptr, width,  # w_ptr at the group's first row and the tile's first column
-    scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, at the group's first channel, or None
     position, row_ok,
     subset,  # first tap and number of taps, each along t, h, w; or None for all
     TAPS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -62,12 +100,14 @@ def accumulate(
     FLAT is 0, or the channel count where that is too thin to fill BLOCK_K: the reduction then runs
     over (tap, channel) as one index. ALIGN divides the strides and the channels.
     """
-    if subset is None:
-        count = TAPS.kernel[0] * TAPS.kernel[1] * TAPS.kernel[2]
-        rows, lanes = TAPS.kernel[1], TAPS.kernel[2]
-    else:
-        count = subset[3] * subset[4] * subset[5]
-        rows, lanes = tl.maximum(subset[4], 1), tl.maximum(subset[5], 1)
+    KERNEL: tl.constexpr = TAPS.kernel
+    COUNT: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    count, rows, lanes = COUNT, KERNEL[1], KERNEL[2]
+    first_t, first_h, first_w, taps_t, taps_h, taps_w = 0, 0, 0, None, None, None
+    if subset is not None:
+        first_t, first_h, first_w, taps_t, taps_h, taps_w = subset
+        count = taps_t * taps_h * taps_w
+        rows, lanes = tl.maximum(taps_h, 1), tl.maximum(taps_w, 1)
     at = columns(position)
     k = tl.arange(0, BLOCK_K)
     w_tile = w_ptr + k.to(tl.int64)[:, None] * width + tl.arange(0, BLOCK_N)[None, :]
@@ -80,35 +120,78 @@ def accumulate(
         channels = channels // ALIGN * ALIGN  # the same number, and a mask of whole vectors
         chunks = (channels + BLOCK_K - 1) // BLOCK_K
         steps = count * chunks
-    for step in range(steps):
+    if TAPS.apart:
+        n, t, h, w = at
+        t = tap_start(t, first_t, 0, TAPS)
+        h = tap_start(h, first_h, 1, TAPS)
+        w = tap_start(w, first_w, 2, TAPS)
+        x_rows = x_ptr + row_offsets((n, t, h, w), x_strides, ALIGN)
+        within_t = tl.where(row_ok[:, None], taps_within(t, x_size[0], taps_t, 0, TAPS), 0)
+        within_h = taps_within(h, x_size[1], taps_h, 1, TAPS)
+        within_w = taps_within(w, x_size[2], taps_w, 2, TAPS)
+        if COUNT <= 32:
+            within = combined(within_t, within_h, within_w, rows, lanes, TAPS)
+    # The taps that are done, and the channels of the next that are.
+    whole_taps, chunk = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    # A loop that may have no step makes ptxas wait for every product of Hopper's: there is one.
+    for step in range(tl.maximum(steps, 1)):
         if FLAT > 0:
-            index = (step * BLOCK_K + k)[None, :]
-            tap, place = tap_of(index // FLAT, rows, lanes, subset, TAPS)
-            c = index % FLAT
-            c_ok = index < count * FLAT
+            flat = (step * BLOCK_K + k)[None, :]
+            index, c = flat // FLAT, flat % FLAT
+            c_ok = flat < count * FLAT
         else:
-            tap, place = tap_of(step // chunks, rows, lanes, subset, TAPS)
-            c = ((step % chunks) * BLOCK_K + k)[None, :]
+            index = whole_taps
+            c = (chunk + k)[None, :]
             c_ok = c < channels
-        offsets, inside = tap_offsets(at, tap, x_size, x_strides, ALIGN, TAPS)
-        offsets = offsets + c.to(tl.int64) * x_strides[1]
-        a = operand(
-            x_ptr, offsets, inside & row_ok[:, None] & c_ok, c, c_ok, scale_ptr, shift_ptr,
-            other_ptr, rate_ptr, ACTIVATION, SLOPE, EMULATE, acc.dtype,
-        )  # fmt: skip
+        if TAPS.apart:
+            i_t, i_h, i_w = index // (rows * lanes), index // lanes % rows, index % lanes
+            moved = c.to(tl.int64) * x_strides[1]
+            if KERNEL[0] > 1:
+                moved += (i_t * (TAPS.move[0] * ALIGN)).to(tl.int64) * x_strides[2]
+            if KERNEL[1] > 1:
+                moved += (i_h * (TAPS.move[1] * ALIGN)).to(tl.int64) * x_strides[3]
+            if KERNEL[2] > 1:
+                moved += (i_w * (TAPS.move[2] * ALIGN)).to(tl.int64) * x_strides[4]
+            if COUNT <= 32:
+                inside = within >> index
+            else:
+                inside = (within_t >> i_t) & (within_h >> i_h) & (within_w >> i_w)
+            a = tl.load(x_rows + moved, mask=((inside & 1) != 0) & c_ok, other=0.0)
+        else:
+            tap, _ = tap_of(index, rows, lanes, subset, TAPS)
+            offsets, inside = tap_offsets(at, tap, x_size, x_strides, ALIGN, TAPS)
+            offsets = offsets + c.to(tl.int64) * x_strides[1]
+            a = tl.load(x_ptr + offsets, mask=inside & row_ok[:, None] & c_ok, other=0.0)
         if subset is None:
             moved = tl.cast(step, tl.int64) * BLOCK_K * width
             w_ok = None
-        elif FLAT > 0:  # rows of taps that are not neighbours; beyond the last may be anything
-            moved = tl.trans(place * FLAT + c - k[None, :]).to(tl.int64) * width
-            w_ok = tl.trans(c_ok)
-        else:
-            moved = (place * chunks + step % chunks).to(tl.int64) * BLOCK_K * width
-            w_ok = None
-        acc = product(a, tl.load(w_tile + moved, mask=w_ok), acc, PRECISION, EMULATE)
+        else:  # rows of taps that are not neighbours
+            _, place = tap_of(index, rows, lanes, subset, TAPS)
+            if FLAT > 0:
+                moved = tl.trans(place * FLAT + c - k[None, :]).to(tl.int64) * width
+                w_ok = tl.trans(c_ok)
+            else:
+                moved = (place * (chunks * BLOCK_K) + chunk).to(tl.int64) * width
+                w_ok = tl.zeros((BLOCK_K, 1), tl.int32) + step < steps
+        acc = product(a, load_rows(w_tile + moved, w_ok), acc, PRECISION, EMULATE)
         if REST_N > 0:
-            rest = product(a, tl.load(w_rest + moved, mask=w_ok), rest, PRECISION, EMULATE)
-    return acc, rest
+            rest = product(a, load_rows(w_rest + moved, w_ok), rest, PRECISION, EMULATE)
+        if FLAT == 0:
+            whole = chunk + BLOCK_K >= channels
+            chunk = tl.where(whole, 0, chunk + BLOCK_K)
+            whole_taps += whole.to(tl.int32)
+    # ptxas makes every product wait, too, where what follows reads the sums in several places.
+    return acc + 0.0, rest + 0.0
+
+
+@triton.jit
+def load_rows(w, ok):
+    """A tile of weights, of which some rows may be none."""
+    if ok is None:
+        tile = tl.load(w)
+    else:
+        tile = tl.load(w, mask=ok, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -179,26 +262,28 @@ def tile_positions(tile, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
     return start, start + tl.arange(0, BLOCK_P)
 
 
-# Sizes of a video change from call to call; a kernel of its own for sizes 1 or 16 gains nothing.
-@triton.jit(do_not_specialize=["x_size", "y_size", "count"])
+@triton.jit(do_not_specialize=["count"])
 def tap_conv(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
     channels, groups,  # channels of a group
     w_ptr, width,  # (groups, reduction, width)
-    in_scale_ptr, in_shift_ptr,  # (C,) prologue, or None
     out_scale_ptr, out_shift_ptr,  # (K,) epilogue, or None
     partial_ptr,  # (tiles of positions, 2, K), or None
     residual_ptr, residual_strides,  # like y, or None; may be y itself
-    y_ptr, y_strides, y_size,  # (N, K, T', H', W')
+    y_ptr, y_strides, grid,  # (N, K, T', H', W')
     y_channels, y_stored,  # of a group; of it stored: more than it has are zeros
     count,  # N·T'·H'·W'
     TAPS: tl.constexpr, FLAT: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
     RUN: tl.constexpr, WIDE: tl.constexpr,
-    IN_ACTIVATION: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    INNER: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """One pass. Programs of one tile of positions are neighbours, so that they share it in L2."""
+    x_strides, x_size = strides_of(x_strides), size_of(x_size)
+    y_strides = strides_of(y_strides)
+    if residual_ptr is not None:
+        residual_strides = strides_of(residual_strides)
     tiles_n = width // (BLOCK_N + REST_N)
     pid = tl.program_id(0)
     tile_p = pid // (tiles_n * groups)
@@ -206,21 +291,16 @@ def tap_conv(
     first = pid % tiles_n * (BLOCK_N + REST_N)
     start, p = tile_positions(tile_p, BLOCK_P, WIDE)
     row_ok = p < count
-    position = positions(p, y_size, RUN)
+    position = positions(p, grid_of(grid), RUN)
 
-    acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
-    rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
     in_channel = group * channels
-    if in_scale_ptr is not None:
-        in_scale_ptr += in_channel
-        in_shift_ptr += in_channel
     reduction = reduction_rows(channels, TAPS, FLAT, BLOCK_K)
     acc, rest = accumulate(
-        acc, rest, x_ptr + in_channel.to(tl.int64) * x_strides[1], x_strides, x_size, channels,
-        w_ptr + group.to(tl.int64) * reduction * width + first, width, in_scale_ptr, in_shift_ptr,
-        None, None, position, row_ok, None, TAPS, FLAT, X_ALIGN, IN_ACTIVATION, SLOPE, BLOCK_N,
-        REST_N, BLOCK_K,
-        PRECISION, EMULATE,
+        tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE),
+        tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
+        x_ptr + in_channel.to(tl.int64) * x_strides[1], x_strides, x_size, channels,
+        w_ptr + group.to(tl.int64) * reduction * width + first, width, position, row_ok, None,
+        TAPS, FLAT, X_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip
 
     all_channels = groups * y_channels

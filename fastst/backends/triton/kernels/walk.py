@@ -17,22 +17,20 @@ from .tap_conv import tile_positions
 
 @triton.jit
 def walk_start(
-    tile, y_size, count, pieces, SECOND: tl.constexpr, AXIS: tl.constexpr,
+    tile, y_size, grid, count, pieces, SECOND: tl.constexpr, AXIS: tl.constexpr,
     BLOCK_P: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Positions with 0 along the axis, which of them exist; residue, first and end of its outputs.
 
     Step s is at index residue + s·dilation of the padded mid tensor, and completes the output that
-    starts ``taps − 1`` steps before. Programs share an axis in ``pieces`` of whole outputs.
+    starts ``taps − 1`` steps before. Programs share an axis, along which ``grid`` is 1, in
+    ``pieces`` of whole outputs.
     """
     DILATION: tl.constexpr = SECOND.dilation[AXIS]
     piece = tile % pieces
     residue = tile // pieces % DILATION
     _, p = tile_positions(tile // pieces // DILATION, BLOCK_P, WIDE)
-    if AXIS == 0:
-        position = positions(p, (1, y_size[1], y_size[2]), RUN)
-    else:
-        position = positions(p, (y_size[0], 1, y_size[2]), RUN)
+    position = positions(p, grid, RUN)
     last = (y_size[AXIS] - 1) * SECOND.stride[AXIS]
     outputs = (last - residue + DILATION) // DILATION  # of this residue, at stride 1
     share = (outputs + pieces - 1) // pieces

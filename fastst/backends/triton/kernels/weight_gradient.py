@@ -1,9 +1,11 @@
 """Weight gradient: a matrix product over positions, split, with a sum of fixed order after it.
 
-    dw[tap, c, n] = Σ_p prologue(x[p·stride + tap, c]) · prologue(dy[p, n])
+    dw[tap, c, n] = Σ_p x[p·stride + tap, c] · dy[p, n]
 
 A program has one block of rows, one of columns (``BLOCK_N`` and, where that fits the channel count
-better, ``REST_N`` more) and one part of the positions, of which it takes ``BLOCK_P`` at a time.
+better, ``REST_N`` more) and one part of the positions, of which it takes ``BLOCK_P`` at a time: a
+box along n, t, h and w, whose sides are powers of two. Where a lane lies in its box it knows before
+the loop; in the loop only the box moves.
 Rows are (tap, c) and columns n or, with SWAP, the other way round. Partials are (splits, groups,
 taps, C, K) or, with SWAP, (splits, groups, K, taps, C), of channels of a group.
 """
@@ -13,19 +15,56 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import columns, narrow, operand, positions, product, row_offsets, tap_offsets
+from .common import (
+    below,
+    columns,
+    four_of,
+    grid_of,
+    narrow,
+    operand,
+    positions,
+    product,
+    row_offsets,
+    size_of,
+    strides_of,
+    tap_offsets,
+    tap_start,
+)
 from .tap_conv import tile_positions
 
 
 @triton.jit
-def read_taps(
-    index, x_ptr, x_strides, x_size, channels, scale_ptr, shift_ptr, at, row_ok,
-    TAPS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_P, channels) of prologue(x) at a tap, given (tap, its channels (X,)).
+def lanes(box, BLOCK_P: tl.constexpr):
+    """(n, t, h, w) of the positions of a box, each (BLOCK_P, 1); its sides are 2**box."""
+    i = tl.arange(0, BLOCK_P)[:, None]
+    w = i & ((1 << box[3]) - 1)
+    i = i >> box[3]
+    h = i & ((1 << box[2]) - 1)
+    i = i >> box[2]
+    return i >> box[1], i & ((1 << box[1]) - 1), h, w
 
-    With FLAT, the number of channels, ``index`` (X,) runs over (tap, channel).
+
+@triton.jit
+def add_origin(lane, origin):
+    return lane[0] + origin[0], lane[1] + origin[1], lane[2] + origin[2], lane[3] + origin[3]
+
+
+@triton.jit
+def tap_rows(lane, x_ptr, x_strides, ALIGN: tl.constexpr, TAPS: tl.constexpr):
+    """What the first tap reads at a box at the origin: indices along t, h, w, and pointers."""
+    n, t, h, w = lane
+    t, h, w = tap_start(t, 0, 0, TAPS), tap_start(h, 0, 1, TAPS), tap_start(w, 0, 2, TAPS)
+    return (t, h, w), x_ptr + row_offsets((n, t, h, w), x_strides, ALIGN)
+
+
+@triton.jit
+def read_taps(
+    index, rows, start, lane, origin, row_ok, x_ptr, x_strides, x_size, channels,
+    TAPS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_P, X) of x at a tap of the box at ``origin``; rows and start as of ``tap_rows``.
+
+    ``index`` is (tap, its channels (X,)) or, with FLAT, the number of channels, (X,) over both.
     """
     KH: tl.constexpr = TAPS.kernel[1]
     KW: tl.constexpr = TAPS.kernel[2]
@@ -35,27 +74,36 @@ def read_taps(
     else:
         tap, c = index[0], index[1][None, :]
         c_ok = c < (channels + ALIGN - 1) // ALIGN * ALIGN  # a mask of whole vectors
-    taps = tap // (KH * KW), tap // KW % KH, tap % KW
-    offsets, inside = tap_offsets(at, taps, x_size, x_strides, ALIGN, TAPS)
-    return operand(
-        x_ptr, offsets + c.to(tl.int64) * x_strides[1], inside & row_ok & c_ok, c, c_ok,
-        scale_ptr, shift_ptr, None, None, ACTIVATION, SLOPE, EMULATE, ACCUMULATE,
-    )  # fmt: skip
+    kt, kh, kw = tap // (KH * KW), tap // KW % KH, tap % KW
+    if TAPS.apart:
+        n0, t0, h0, w0 = origin
+        t0 = t0 * TAPS.stride[0] + kt * TAPS.move[0]
+        h0 = h0 * TAPS.stride[1] + kh * TAPS.move[1]
+        w0 = w0 * TAPS.stride[2] + kw * TAPS.move[2]
+        ok = row_ok
+        if TAPS.kernel[0] > 1 or TAPS.before[0] > 0:
+            ok = ok & below(start[0] + t0, x_size[0])
+        if KH > 1 or TAPS.before[1] > 0:
+            ok = ok & below(start[1] + h0, x_size[1])
+        if KW > 1 or TAPS.before[2] > 0:
+            ok = ok & below(start[2] + w0, x_size[2])
+        moved = row_offsets((n0, t0, h0, w0), x_strides, ALIGN)
+        read = rows + (moved + c.to(tl.int64) * x_strides[1])
+    else:
+        at = add_origin(lane, origin)
+        offsets, inside = tap_offsets(at, (kt, kh, kw), x_size, x_strides, ALIGN, TAPS)
+        ok = inside & row_ok
+        read = x_ptr + offsets + c.to(tl.int64) * x_strides[1]
+    return tl.load(read, mask=ok & c_ok, other=0.0)
 
 
 @triton.jit
-def read_rows(
-    n, dy_ptr, dy_strides, channels, scale_ptr, shift_ptr, other_ptr, rate_ptr, at, row_ok,
-    ALIGN: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_P, X) of prologue(dy), for channels n (X,)."""
+def read_rows(n, rows, origin, row_ok, dy_strides, channels, ALIGN: tl.constexpr):
+    """(BLOCK_P, X) of dy, for channels n (X,)."""
     n = n[None, :]
-    n_ok = n < (channels + ALIGN - 1) // ALIGN * ALIGN
-    offsets = row_offsets(at, dy_strides, ALIGN) + n.to(tl.int64) * dy_strides[1]
-    return operand(
-        dy_ptr, offsets, row_ok & n_ok, n, n_ok, scale_ptr, shift_ptr, other_ptr, rate_ptr,
-        "none", 0.0, EMULATE, ACCUMULATE,
-    )  # fmt: skip
+    ok = row_ok & (n < (channels + ALIGN - 1) // ALIGN * ALIGN)
+    moved = row_offsets(origin, dy_strides, ALIGN) + n.to(tl.int64) * dy_strides[1]
+    return tl.load(rows + moved, mask=ok, other=0.0)
 
 
 @triton.jit
@@ -81,15 +129,12 @@ def tap_block(block, first, channels, TAPS: tl.constexpr, FLAT: tl.constexpr, SI
 
 @triton.jit
 def weight_tile(
-    index, split,  # of a block of rows and columns of a group; of a part of the positions
-    x_ptr, x_strides, x_size, channels, x_scale_ptr, x_shift_ptr,
-    dy_ptr, dy_strides, dy_size, dy_channels, scale_ptr, shift_ptr, other_ptr, rate_ptr,
-    partial_ptr, groups, rows, widths, count, per_split,
+    index, split,  # of a block of rows and columns of a group; of a part of the boxes
+    x_ptr, x_strides, x_size, channels, dy_ptr, dy_strides, dy_size, dy_channels,
+    partial_ptr, groups, rows, widths, batch, box, boxes, per_split,
     TAPS: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr,
-    Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    Y_ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    REST_N: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """One block of partial sums; arguments as of ``weight_gradient``."""
     STEP: tl.constexpr = BLOCK_N + REST_N
@@ -97,19 +142,9 @@ def weight_tile(
     width = index % widths
     row = index // widths % rows
     group = index // (widths * rows)
-    in_channel, out_channel = group * channels, group * dy_channels
-    x_ptr += in_channel.to(tl.int64) * x_strides[1]
-    dy_ptr += out_channel.to(tl.int64) * dy_strides[1]
-    if x_scale_ptr is not None:
-        x_scale_ptr += in_channel
-        x_shift_ptr += in_channel
-    if scale_ptr is not None:
-        scale_ptr += out_channel
-    if shift_ptr is not None:
-        shift_ptr += out_channel
-    if rate_ptr is not None:
-        rate_ptr += out_channel
-        other_ptr += out_channel.to(tl.int64) * dy_strides[1]
+    # The ALIGNs divide what a group starts with, if there are several: pointers stay aligned.
+    x_ptr += (group * channels // X_ALIGN * X_ALIGN).to(tl.int64) * x_strides[1]
+    dy_ptr += (group * dy_channels // Y_ALIGN * Y_ALIGN).to(tl.int64) * dy_strides[1]
 
     if SWAP:
         r = row * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -127,46 +162,54 @@ def weight_tile(
             m_place, m_ok = m, m < dy_channels
         length = dy_channels
 
+    lane = lanes(box, BLOCK_P)
+    start, x_rows = tap_rows(lane, x_ptr, x_strides, X_ALIGN, TAPS)
+    dy_rows = dy_ptr + row_offsets(lane, dy_strides, Y_ALIGN)
+    first = split * per_split
+    w, h = first % boxes[2], first // boxes[2]
+    t = h // boxes[1]
+    h, n_box = h - t * boxes[1], t // boxes[0]
+    t -= n_box * boxes[0]
     acc = tl.zeros((BLOCK_R, BLOCK_N), ACCUMULATE)
     rest = tl.zeros((BLOCK_R, REST_N if REST_N > 0 else 16), ACCUMULATE)
-    start, _ = tile_positions(split, 1, WIDE)
-    start = start * per_split
-    for step in range((tl.minimum(per_split, count - start) + BLOCK_P - 1) // BLOCK_P):
-        p = start + step * BLOCK_P + tl.arange(0, BLOCK_P)
-        row_ok = (p < count)[:, None]
-        at = columns(positions(p, dy_size, RUN))
+    # See ``tap_conv.accumulate`` for the step that there is always; beyond the last box are zeros.
+    steps = tl.minimum(per_split, boxes[0] * boxes[1] * boxes[2] * boxes[3] - first)
+    for _ in range(tl.maximum(steps, 1)):
+        origin = (n_box << box[0], t << box[1], h << box[2], w << box[3])
+        row_ok = (lane[3] < dy_size[2] - origin[3]) & (lane[2] < dy_size[1] - origin[2])
+        row_ok = row_ok & (lane[1] < dy_size[0] - origin[1]) & (lane[0] < batch - origin[0])
         if SWAP:
-            a = read_rows(
-                r, dy_ptr, dy_strides, dy_channels, scale_ptr, shift_ptr, other_ptr, rate_ptr, at,
-                row_ok, Y_ALIGN, EMULATE, ACCUMULATE,
-            )  # fmt: skip
+            a = read_rows(r, dy_rows, origin, row_ok, dy_strides, dy_channels, Y_ALIGN)
             b = read_taps(
-                n, x_ptr, x_strides, x_size, channels, x_scale_ptr, x_shift_ptr, at, row_ok,
-                TAPS, FLAT, X_ALIGN, ACTIVATION, SLOPE, EMULATE, ACCUMULATE,
+                n, x_rows, start, lane, origin, row_ok, x_ptr, x_strides, x_size, channels,
+                TAPS, FLAT, X_ALIGN,
             )  # fmt: skip
         else:
             a = read_taps(
-                r, x_ptr, x_strides, x_size, channels, x_scale_ptr, x_shift_ptr, at, row_ok,
-                TAPS, FLAT, X_ALIGN, ACTIVATION, SLOPE, EMULATE, ACCUMULATE,
+                r, x_rows, start, lane, origin, row_ok, x_ptr, x_strides, x_size, channels,
+                TAPS, FLAT, X_ALIGN,
             )  # fmt: skip
-            b = read_rows(
-                n, dy_ptr, dy_strides, dy_channels, scale_ptr, shift_ptr, other_ptr, rate_ptr, at,
-                row_ok, Y_ALIGN, EMULATE, ACCUMULATE,
-            )  # fmt: skip
+            b = read_rows(n, dy_rows, origin, row_ok, dy_strides, dy_channels, Y_ALIGN)
         a = tl.trans(a)
         acc = product(a, b, acc, PRECISION, EMULATE)
         if REST_N > 0:
             if SWAP:
                 b = read_taps(
-                    m, x_ptr, x_strides, x_size, channels, x_scale_ptr, x_shift_ptr, at, row_ok,
-                    TAPS, FLAT, X_ALIGN, ACTIVATION, SLOPE, EMULATE, ACCUMULATE,
+                    m, x_rows, start, lane, origin, row_ok, x_ptr, x_strides, x_size, channels,
+                    TAPS, FLAT, X_ALIGN,
                 )  # fmt: skip
             else:
-                b = read_rows(
-                    m, dy_ptr, dy_strides, dy_channels, scale_ptr, shift_ptr, other_ptr, rate_ptr,
-                    at, row_ok, Y_ALIGN, EMULATE, ACCUMULATE,
-                )  # fmt: skip
+                b = read_rows(m, dy_rows, origin, row_ok, dy_strides, dy_channels, Y_ALIGN)
             rest = product(a, b, rest, PRECISION, EMULATE)
+        w += 1
+        h += (w == boxes[2]).to(tl.int32)
+        w = tl.where(w == boxes[2], 0, w)
+        t += (h == boxes[1]).to(tl.int32)
+        h = tl.where(h == boxes[1], 0, h)
+        n_box += (t == boxes[0]).to(tl.int32)
+        t = tl.where(t == boxes[0], 0, t)
+    acc = acc + 0.0
+    rest = rest + 0.0
 
     partial_ptr += (split * groups + group).to(tl.int64) * (COUNT * channels * dy_channels)
     to = partial_ptr + r_place.to(tl.int64)[:, None] * length
@@ -175,29 +218,24 @@ def weight_tile(
         tl.store(to + m_place[None, :], rest, mask=r_ok[:, None] & m_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["x_size", "dy_size", "count", "per_split"])
+@triton.jit(do_not_specialize=["batch", "per_split"])
 def weight_gradient(
     x_ptr, x_strides, x_size, channels,  # (N, C, T, H, W); channels of a group
-    x_scale_ptr, x_shift_ptr,  # ``operand``, (C,) or None
     dy_ptr, dy_strides, dy_size, dy_channels,  # (N, K, T', H', W'); channels of a group
-    scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
     partial_ptr, groups, rows, widths,  # blocks of rows and of columns
-    count, per_split,  # N·T'·H'·W', and whole BLOCK_P of them
+    batch, box, boxes, per_split,  # N; log2 of a box, boxes along t, h, w, n; of a program
     TAPS: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr,
-    Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    Y_ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    REST_N: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums. Programs of one part of the positions are neighbours: they share it in L2."""
     pid = tl.program_id(0)
     blocks = groups * rows * widths
     weight_tile(
-        pid % blocks, pid // blocks, x_ptr, x_strides, x_size, channels, x_scale_ptr, x_shift_ptr,
-        dy_ptr, dy_strides, dy_size, dy_channels, scale_ptr, shift_ptr, other_ptr, rate_ptr,
-        partial_ptr, groups, rows, widths, count, per_split, TAPS, FLAT, SWAP, X_ALIGN, Y_ALIGN,
-        RUN, WIDE, ACTIVATION, SLOPE, BLOCK_P, BLOCK_R, BLOCK_N, REST_N, PRECISION, EMULATE,
-        ACCUMULATE,
+        pid % blocks, pid // blocks, x_ptr, strides_of(x_strides), size_of(x_size), channels,
+        dy_ptr, strides_of(dy_strides), size_of(dy_size), dy_channels, partial_ptr, groups, rows,
+        widths, batch, four_of(box), four_of(boxes), per_split, TAPS, FLAT, SWAP, X_ALIGN, Y_ALIGN,
+        BLOCK_P, BLOCK_R, BLOCK_N, REST_N, PRECISION, EMULATE, ACCUMULATE,
     )  # fmt: skip
 
 
@@ -230,9 +268,9 @@ def finish_weight(
     tl.store(dw_ptr + at, narrow(total, dw_ptr.dtype.element_ty, EMULATE), mask=ok)
 
 
-@triton.jit(do_not_specialize=["dy_size", "count"])
+@triton.jit(do_not_specialize=["count"])
 def channel_sums(
-    dy_ptr, dy_strides, dy_size, channels,
+    dy_ptr, dy_strides, grid, channels,
     scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
     partial_ptr,  # (tiles of positions, K)
     count, per_tile,  # positions, and how many of them a program adds up
@@ -240,17 +278,23 @@ def channel_sums(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over positions of prologue(dy): the gradient of a bias."""
+    dy_strides = strides_of(dy_strides)
+    grid = grid_of(grid)
     blocks = (channels + BLOCK_C - 1) // BLOCK_C
     tile = tl.program_id(0) // blocks
     n = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    n_row = n[None, :]
+    n_ok = n_row < (channels + ALIGN - 1) // ALIGN * ALIGN
     total = tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE)
     first, _ = tile_positions(tile, 1, WIDE)
     first = first * per_tile
     for step in range((tl.minimum(per_tile, count - first) + BLOCK_P - 1) // BLOCK_P):
         p = first + step * BLOCK_P + tl.arange(0, BLOCK_P)
-        total += read_rows(
-            n, dy_ptr, dy_strides, channels, scale_ptr, shift_ptr, other_ptr, rate_ptr,
-            columns(positions(p, dy_size, RUN)), (p < count)[:, None], ALIGN, EMULATE, ACCUMULATE,
+        at = columns(positions(p, grid, RUN))
+        offsets = row_offsets(at, dy_strides, ALIGN) + n_row.to(tl.int64) * dy_strides[1]
+        total += operand(
+            dy_ptr, offsets, (p < count)[:, None] & n_ok, n_row, n_ok, scale_ptr, shift_ptr,
+            other_ptr, rate_ptr, "none", 0.0, EMULATE, ACCUMULATE,
         ).to(ACCUMULATE)  # fmt: skip
     at = partial_ptr + tile.to(tl.int64) * channels + n
     tl.store(at, tl.sum(total, 0), mask=n < channels)

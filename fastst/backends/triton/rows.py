@@ -1,0 +1,62 @@
+"""Spatial convolutions of few channels, as ones of the columns of their kernel.
+
+A stem of 3 channels has an address for every element that it reads, of 2 bytes. Copied once with
+its zeros around it, and 4 channels for 3, a row of its kernel reads neighbours: 7 columns × 4
+channels, 28 numbers in a row of memory. Seen as channels, 32 of them, they make the convolution
+one of a column of taps, and of vectors. The copy reads the video once and writes a little more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...problem.spec import Pass
+from . import tiles
+
+
+def of(p: Pass) -> Pass | None:
+    """The pass over rows that does the same, where the channels are few and it can be one."""
+    kt, kh, kw = p.kernel
+    thin = p.groups == 1 and p.in_channels < tiles.LEAST_K
+    if not thin or kw == 1 or p.dilation[2] != 1 or p.padding_mode != "zeros":
+        return None
+    return p._replace(
+        in_channels=tiles.round_up(kw * tiles.power(p.in_channels), tiles.LEAST_K),
+        kernel=(kt, kh, 1), stride=(*p.stride[:2], 1), padding=(0,) * 6,
+    )  # fmt: skip
+
+
+def video(p: Pass, rows: Pass, x: Tensor) -> Tensor:
+    """What ``rows`` reads of x: a view, each element in as many places as columns read it."""
+    n, _, *size = x.shape
+    c = p.in_channels  # x may have padding channels
+    depth = tiles.power(c)
+    before, after = p.padding[::2], p.padding[1::2]
+    t, h, w = (s + b + a for s, b, a in zip(size, before, after, strict=True))
+    out = (w - p.kernel[2]) // p.stride[2] + 1
+    # The last row of the kernel reaches so far, its columns of zero weights with it.
+    width = max(w, (out - 1) * p.stride[2] + rows.in_channels // depth)
+    copy = x.new_zeros(n, t, h, width, depth)
+    i, j, k = (slice(b, b + s) for b, s in zip(before, size, strict=True))
+    copy[:, i, j, k, :c] = x[:, :c].permute(0, 2, 3, 4, 1)
+    strides = copy.stride()
+    return copy.as_strided(
+        (n, rows.in_channels, t, h, out), (strides[0], 1, *strides[1:3], p.stride[2] * depth)
+    )
+
+
+def weight(p: Pass, rows: Pass, w: Tensor) -> Tensor:
+    """(K, C, kt, kh, kw) as (K, kw · C, kt, kh, 1), with zeros for columns and channels of none."""
+    k, c, *kernel = w.shape
+    wide = w.new_zeros(k, *kernel[:2], rows.in_channels // tiles.power(c), tiles.power(c))
+    wide[..., : kernel[2], :c] = w.permute(0, 2, 3, 4, 1)
+    return wide.flatten(3).permute(0, 3, 1, 2).unsqueeze(4)
+
+
+def gradient(p: Pass, rows: Pass, dw: Tensor, like: Tensor) -> Tensor:
+    """The gradient of w, of strides of ``like``, from that of ``weight``."""
+    k, c, *kernel = like.shape
+    columns = (rows.in_channels // tiles.power(c), tiles.power(c))
+    found = dw.squeeze(4).unflatten(1, columns)[:, : kernel[2], :c]  # (K, kw, C, kt, kh)
+    return torch.empty_like(like, dtype=dw.dtype).copy_(found.permute(0, 2, 3, 4, 1))
