@@ -1,1 +1,1 @@
-"""A real network on a real clip, before and after conversion: ``python -m fastst.demo``."""
+"""A network on a real clip, before and after conversion: ``python -m fastst.demo``."""
