@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .. import dispatch, functional
 from ..functional import Causal, IntOrTriple, PaddingArg, Pair
-from ..problem import activations, checks
-from ..problem.spec import COMBINES, ORDERS, Padding, Triple, default_mid_channels
+from ..problem import activations, checks, geometry
+from ..problem.spec import COMBINES, ORDERS, Triple, default_mid_channels
 from . import streaming
 from .pair_of_modules import by_kind, held, pad_causally, pair_forward, sides, why_foreign
 
@@ -90,7 +90,7 @@ class Conv2Plus1d(nn.Module):
         super().__init__()
         op = "Conv2Plus1d"
         g = _Geometry(op, kernel_size, stride, padding, dilation, groups, padding_mode, causal)
-        checks.name(f"{op}: order", order, ORDERS)
+        geometry.name(f"{op}: order", order, ORDERS)
         _channels(op, in_channels=in_channels, out_channels=out_channels)
         if mid_channels is None:
             n = max(g.groups)
@@ -222,7 +222,7 @@ class ParallelConv2Plus1d(nn.Module):
         super().__init__()
         op = "ParallelConv2Plus1d"
         g = _Geometry(op, kernel_size, stride, padding, dilation, groups, padding_mode, causal)
-        checks.name(f"{op}: combine", combine, COMBINES)
+        geometry.name(f"{op}: combine", combine, COMBINES)
         _channels(op, in_channels=in_channels, out_channels=out_channels)
         if split is not None and (combine != "cat" or not 0 < split < out_channels):
             raise ValueError(
@@ -363,13 +363,10 @@ class _Geometry:
         padding_mode: Pair,
         causal: Causal,
     ) -> None:
-        self.kernel: Triple = checks.triple(f"{op}: kernel_size", kernel_size, 1)
-        self.stride: Triple = checks.triple(f"{op}: stride", stride, 1)
-        self.dilation: Triple = checks.triple(f"{op}: dilation", dilation, 1)
-        self.groups: tuple[int, int] = checks.per_pass(f"{op}: groups", groups, int)
-        self.modes: Any = checks.padding_modes(op, padding_mode)
-        resolved: Padding = checks.resolve_padding(
-            op, padding, self.kernel, self.stride, self.dilation, self.modes[1], causal
+        self.kernel: Triple = geometry.triple(f"{op}: kernel_size", kernel_size, 1)
+        self.modes: Any
+        self.stride, resolved, self.dilation, self.groups, self.modes = geometry.resolve(
+            op, self.kernel, stride, padding, dilation, groups, padding_mode, causal
         )
         if not isinstance(padding, str):
             uneven = [
@@ -464,4 +461,4 @@ def _activation_module(op: str, activation: ActivationArg) -> nn.Module:
         activation = activation()
     if isinstance(activation, nn.Module):
         return activation
-    return activations.to_module(checks.activation_name(f"{op}: activation", activation))
+    return activations.to_module(geometry.activation_name(f"{op}: activation", activation))

@@ -19,7 +19,7 @@ from .. import dispatch, functional
 from ..backends import reference
 from ..functional import BatchNorm, Causal
 from ..problem import activations
-from ..problem.checks import left_padding
+from ..problem.geometry import left_padding
 from ..ranks import sync_batch_norm
 from . import streaming
 

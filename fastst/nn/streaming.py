@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import reference
-from ..problem.checks import left_padding
+from ..problem.geometry import left_padding
 
 
 class CausalPair(Protocol):

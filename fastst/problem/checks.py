@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import geometry
 from .spec import (
-    ACTIVATIONS,
     COMBINES,
     ORDERS,
-    PADDING_MODES,
     BatchNorm,
-    Padding,
     PairSpec,
     PairTensors,
     ParallelSpec,
@@ -29,127 +27,6 @@ from .spec import (
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AXES = ("time", "height", "width")
-
-
-def triple(what: str, value: Any, least: int) -> Triple:
-    """An int or three ints as three ints, none below ``least``.
-
-    Raises:
-        TypeError: not an int or three of them.
-        ValueError: not three, or one below ``least``.
-    """
-    values = (value,) * 3 if isinstance(value, int) else value
-    ints = isinstance(values, Sequence) and all(
-        isinstance(v, int) and not isinstance(v, bool) for v in values
-    )
-    if isinstance(value, (bool, str)) or not ints:
-        raise TypeError(f"{what} must be an int or three ints (t, h, w), got {value!r}")
-    if len(values) != 3 or any(v < least for v in values):
-        raise ValueError(
-            f"{what} must be an int or (t, h, w), each at least {least}, got {value!r}"
-        )
-    return tuple(values)
-
-
-def name(what: str, value: Any, known: Sequence[str]) -> str:
-    """One of the known names.
-
-    Raises:
-        ValueError: not one of them.
-    """
-    if value not in known:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    return value
-
-
-def activation_name(what: str, value: str | None) -> str:
-    return name(what, "none" if value is None else value, ACTIVATIONS)
-
-
-def per_pass(what: str, value: Any, kind: type) -> tuple[Any, Any]:
-    """A value for both passes or a pair (spatial, temporal).
-
-    Raises:
-        TypeError: neither.
-    """
-    pair = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, kind) and not isinstance(v, bool) for v in pair):
-        raise TypeError(
-            f"{what} must be one {kind.__name__} or two (spatial, temporal), got {value!r}"
-        )
-    return tuple(pair)
-
-
-def padding_modes(op: str, value: Any) -> tuple[str, str]:
-    spatial, temporal = per_pass(f"{op}: padding_mode", value, str)
-    name(f"{op}: padding_mode", spatial, PADDING_MODES)
-    name(f"{op}: padding_mode", temporal, PADDING_MODES)
-    return spatial, temporal
-
-
-def resolve_padding(
-    op: str,
-    padding: Any,
-    kernel: Triple,
-    stride: Triple,
-    dilation: Triple,
-    temporal_mode: str,
-    causal: Any,
-) -> Padding:
-    """Padding before and after each axis, from an int, a triple, "same" or "valid", and causal.
-
-    Raises:
-        TypeError, ValueError: what cannot be padded so.
-    """
-    if causal not in (False, True, "strided"):
-        raise ValueError(f"{op}: causal must be False, True or 'strided', got {causal!r}")
-    extent = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if isinstance(padding, str):
-        name(f"{op}: padding as a string", padding, ("same", "valid"))
-        if padding == "same" and any(s != 1 for s in stride):
-            raise ValueError(f"{op}: padding='same' requires stride 1, got stride {stride}")
-        each = [(e // 2, e - e // 2) if padding == "same" else (0, 0) for e in extent]
-        if causal:
-            each[0] = (0, 0)
-    else:
-        each = _each_side(op, padding)
-    if causal:
-        if each[0] != (0, 0):
-            raise ValueError(
-                f"{op}: causal pads time by itself and requires a temporal padding of 0, "
-                f"got padding {padding!r}"
-            )
-        if temporal_mode not in ("zeros", "replicate"):
-            raise ValueError(
-                f"{op}: causal requires a temporal padding_mode of 'zeros' or 'replicate' "
-                f"({temporal_mode!r} would show it later frames)"
-            )
-        left = left_padding(kernel[0], stride[0], dilation[0], causal)
-        if left < 0:
-            raise ValueError(
-                f"{op}: causal='strided' requires a temporal stride of at most "
-                f"{extent[0] + 1} for this kernel, got {stride[0]}"
-            )
-        each[0] = (left, 0)
-    return tuple(p for pair in each for p in pair)  # type: ignore[return-value]
-
-
-def left_padding(kernel: int, stride: int, dilation: int, causal: bool | str) -> int:
-    """Frames before the first that a causal temporal convolution reads."""
-    return dilation * (kernel - 1) + (1 - stride if causal == "strided" else 0)
-
-
-def _each_side(op: str, padding: Any) -> list[tuple[int, int]]:
-    """(before, after) of each axis from an int or a triple whose entries are ints or such pairs."""
-    if not isinstance(padding, Sequence):
-        return [(p, p) for p in triple(f"{op}: padding", padding, 0)]
-    sides = [[p, p] if isinstance(p, int) else p for p in padding]
-    what = f"{op}: padding before and after each axis"
-    if not all(isinstance(s, Sequence) and len(s) == 2 for s in sides):
-        raise TypeError(f"{what} must be ints or pairs of ints, got {padding!r}")
-    before = triple(what, [s[0] for s in sides], 0)
-    after = triple(what, [s[1] for s in sides], 0)
-    return list(zip(before, after, strict=True))
 
 
 def batched(op: str, x: Tensor) -> tuple[Tensor, bool]:
@@ -287,17 +164,17 @@ def pair(
         TypeError, ValueError: what does not fit.
     """
     op = "conv2plus1d"
-    name(f"{op}: order", order, ORDERS)
+    geometry.name(f"{op}: order", order, ORDERS)
     _, w1, w2, b1, b2, *_ = tensors
     ws, wt = in_execution_order(order, w1, w2)  # swapping twice is no swap
-    geometry = _geometry(op, ws, wt, stride, padding, dilation, groups, padding_mode, causal)
-    act = activation_name(f"{op}: activation", activation)
+    found = _geometry(op, ws, wt, stride, padding, dilation, groups, padding_mode, causal)
+    act = geometry.activation_name(f"{op}: activation", activation)
     kind, eps = "none", 0.0
     if norm is not None:
         kind, eps = _norm(op, norm)
-    outer = activation_name(f"{op}: outer_activation", outer_activation)
+    outer = geometry.activation_name(f"{op}: outer_activation", outer_activation)
     spec = PairSpec(
-        *geometry, act, float(negative_slope), kind, eps, order, bool(recompute), outer,
+        *found, act, float(negative_slope), kind, eps, order, bool(recompute), outer,
         norm.group if norm is not None and norm.training else "",
     )  # fmt: skip
     problem = Problem.of(tensors, spec)
@@ -388,12 +265,12 @@ def parallel(
         TypeError, ValueError: what does not fit.
     """
     op = "parallel_conv2plus1d"
-    name(f"{op}: combine", combine, COMBINES)
+    geometry.name(f"{op}: combine", combine, COMBINES)
     _, ws, wt, _, _ = tensors
-    geometry = _geometry(op, ws, wt, stride, padding, dilation, groups, padding_mode, causal)
+    found = _geometry(op, ws, wt, stride, padding, dilation, groups, padding_mode, causal)
     spec = ParallelSpec(
-        *geometry, activation_name(f"{op}: branch_activation", branch_activation),
-        activation_name(f"{op}: activation", activation), float(negative_slope), combine,
+        *found, geometry.activation_name(f"{op}: branch_activation", branch_activation),
+        geometry.activation_name(f"{op}: activation", activation), float(negative_slope), combine,
     )  # fmt: skip
     _weights_fit(op, ParallelTensors._fields, tensors)
     problem = Problem.of(tensors, spec)
@@ -430,8 +307,8 @@ def _geometry(
     groups: Any,
     padding_mode: Any,
     causal: Any,
-) -> tuple[Triple, Padding, Triple, tuple[int, int], tuple[str, str]]:
-    """The first five fields of both specs."""
+) -> geometry.Geometry:
+    """The first five fields of both specs, of weights that fit them."""
     for label, w in (("spatial_weight", spatial_weight), ("temporal_weight", temporal_weight)):
         if not isinstance(w, Tensor):
             raise TypeError(f"{op}: {label} must be a tensor, got {type(w).__name__}")
@@ -444,19 +321,16 @@ def _geometry(
         raise ValueError(
             f"{op}: temporal_weight must be (out, in/groups, kt, 1, 1), got {tuple(wt)}"
         )
-    stride = triple(f"{op}: stride", stride, 1)
-    dilation = triple(f"{op}: dilation", dilation, 1)
-    pair_of_groups = per_pass(f"{op}: groups", groups, int)
-    for g, w, kind in zip(pair_of_groups, (ws, wt), ("spatial", "temporal"), strict=True):
+    found = geometry.resolve(
+        op, (wt[2], ws[3], ws[4]), stride, padding, dilation, groups, padding_mode, causal
+    )
+    for g, w, kind in zip(found.groups, (ws, wt), ("spatial", "temporal"), strict=True):
         if g < 1 or w[0] % g:
             raise ValueError(
                 f"{op}: groups must be at least 1 and divide the {w[0]} output channels of the "
                 f"{kind} weight, got {g}"
             )
-    modes = padding_modes(op, padding_mode)
-    kernel = (wt[2], ws[3], ws[4])
-    pads = resolve_padding(op, padding, kernel, stride, dilation, modes[1], causal)
-    return stride, pads, dilation, pair_of_groups, modes
+    return found
 
 
 def _weights_fit(op: str, labels: Sequence[str], tensors: PairTensors | ParallelTensors) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.layers import Conv2Plus1d
-from ..problem import checks
+from ..problem import geometry
 from ..problem.spec import ORDERS
 from .altered import is_watched, why_altered
 
@@ -96,7 +96,7 @@ def factorize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"factorize: model must be an nn.Module, got {type(model).__name__}")
-    checks.name("factorize: order", order, ORDERS)
+    geometry.name("factorize: order", order, ORDERS)
     if (mid_channels is None) == (energy is None):
         raise ValueError(
             "factorize: exactly one of mid_channels and energy is required, got "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..nn.layers import Conv2Plus1d
-from ..problem import checks
+from ..problem import geometry
 from .altered import is_watched, why_altered
 
 _TOLERANCE = 1e-9  # of float64 outputs, relative to the largest
@@ -53,7 +53,7 @@ def inflate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"inflate: model must be an nn.Module, got {type(model).__name__}")
-    checks.triple("inflate: temporal_kernel", temporal_kernel, 1)
+    geometry.triple("inflate: temporal_kernel", temporal_kernel, 1)
     if temporal_kernel % 2 == 0:
         raise ValueError(f"inflate: temporal_kernel must be odd, got {temporal_kernel}")
     inflated = _inflate(copy.deepcopy(model), temporal_kernel, depthwise)

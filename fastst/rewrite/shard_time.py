@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import reference
 from ..nn.layers import Conv2Plus1d, ParallelConv2Plus1d
-from ..problem.checks import left_padding
+from ..problem.geometry import left_padding
 from ..ranks.frames import Window, read
 from ..ranks.groups import ranks_of
 from ..ranks.statistics import Sum

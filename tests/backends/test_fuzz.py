@@ -143,24 +143,24 @@ def _swaps_asymmetric_padding(patch: pytest.MonkeyPatch) -> None:
 
 
 def _pads_one_less_and_more(patch: pytest.MonkeyPatch) -> None:
-    real = aten._conv
+    real = aten.conv
 
     def conv(rows: torch.Tensor, weight: torch.Tensor, bias: Any, p: Pass) -> torch.Tensor:
         if p.kind == "temporal" and p.padding[0]:
             p = p._replace(padding=(p.padding[0] - 1, p.padding[1] + 1, *p.padding[2:]))
         return real(rows, weight, bias, p)
 
-    patch.setattr(aten, "_conv", conv)
+    patch.setattr(aten, "conv", conv)
 
 
 def _loses_bias_gradient(patch: pytest.MonkeyPatch) -> None:
-    real = aten._conv_backward
+    real = aten.conv_backward
 
     def backward(*args: Any) -> Any:
         dx, dw, db = real(*args)
         return dx, dw, None if db is None else torch.zeros_like(db)
 
-    patch.setattr(aten, "_conv_backward", backward)
+    patch.setattr(aten, "conv_backward", backward)
 
 
 def _leaves_a_column_unwritten(patch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def _leaves_a_column_unwritten(patch: pytest.MonkeyPatch) -> None:
         out[..., :-1] = rows.permute(0, 4, 1, 2, 3)[..., :-1]
         return out
 
-    patch.setattr(aten, "_leave", leave)
+    patch.setattr(aten, "leave", leave)
 
 
 def _running_variance_is_biased(patch: pytest.MonkeyPatch) -> None:
@@ -185,14 +185,14 @@ def _forgets_the_slope(patch: pytest.MonkeyPatch) -> None:
 
 
 def _overwrites_its_input(patch: pytest.MonkeyPatch) -> None:
-    real = aten._rows
+    real = aten.as_rows
 
     def rows(x: torch.Tensor) -> torch.Tensor:
         out = real(x).clone()
         x.detach().view(x.shape).narrow(1, 0, 1).zero_()
         return out
 
-    patch.setattr(aten, "_rows", rows)
+    patch.setattr(aten, "as_rows", rows)
 
 
 def _takes_default_eps(patch: pytest.MonkeyPatch) -> None:
@@ -205,12 +205,12 @@ def _takes_default_eps(patch: pytest.MonkeyPatch) -> None:
 
 
 def _mixes_groups(patch: pytest.MonkeyPatch) -> None:
-    real = aten._rows
+    real = aten.as_rows
 
     def rows(x: torch.Tensor) -> torch.Tensor:
         return real(x.flip(1)) if x.shape[1] > 1 else real(x)
 
-    patch.setattr(aten, "_rows", rows)
+    patch.setattr(aten, "as_rows", rows)
 
 
 @pytest.mark.parametrize(

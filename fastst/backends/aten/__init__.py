@@ -22,9 +22,7 @@ from ...problem.spec import (
     PairTensors,
     ParallelProblem,
     ParallelTensors,
-    Pass,
     Problem,
-    pad_index,
 )
 from ...ranks import groups, statistics
 from ..contract import (
@@ -39,6 +37,7 @@ from ..contract import (
     no_reason,
 )
 from . import onednn
+from .rows import as_frames, as_rows, conv, conv_backward, from_frames, leave
 
 aten = torch.ops.aten
 
@@ -65,13 +64,13 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
         return PairResult(onednn.conv2plus1d(problem, tensors))
     spec = problem.spec
     weights = _Weights(problem, tensors)
-    u = weights.clear(_conv(_rows(tensors.x), *weights.first, problem.passes[0]))
+    u = weights.clear(conv(as_rows(tensors.x), *weights.first, problem.passes[0]))
     v, mean, var, total = u, None, None, None
     if spec.norm != "none":
         v, mean, var, total = _normalise(problem, tensors, u)
     owned = v is not u or not save
     z = activations.apply(spec.activation, v, spec.slope, inplace=owned)
-    y = _conv(z, *weights.second, problem.passes[1])
+    y = conv(z, *weights.second, problem.passes[1])
     saved = _widen(u, problem) if save and not spec.recompute else None
     m = problem.mid_channels
     if spec.norm == "batch":
@@ -79,12 +78,12 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
         mean, var = mean[:m], var[:m]
     else:
         mean = var = None
-    return PairResult(_leave(y, problem.empty_output(tensors.x)), saved, mean, var, total)
+    return PairResult(leave(y, problem.empty_output(tensors.x)), saved, mean, var, total)
 
 
 def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
     weights, m, total = _Weights(problem, tensors), problem.mid_channels, None
-    u = weights.clear(_conv(_rows(tensors.x), *weights.first, problem.passes[0]))
+    u = weights.clear(conv(as_rows(tensors.x), *weights.first, problem.passes[0]))
     if problem.dtype == problem.accumulate_dtype and not problem.spec.group:
         var, mean = torch.var_mean(u.flatten(0, 3)[:, :m], 0, correction=0)
     else:
@@ -101,8 +100,8 @@ def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> Pai
         u = u[..., : weights.mid].contiguous()
     v = _affine(problem, tensors, u, begun.mean, begun.var)
     z = activations.apply(spec.activation, v, spec.slope, inplace=True)
-    y = _conv(z, *weights.second, problem.passes[1])
-    return PairResult(_leave(y, problem.empty_output(tensors.x)), *begun)
+    y = conv(z, *weights.second, problem.passes[1])
+    return PairResult(leave(y, problem.empty_output(tensors.x)), *begun)
 
 
 def conv2plus1d_backward(call: PairBackward) -> Gradients:
@@ -111,9 +110,9 @@ def conv2plus1d_backward(call: PairBackward) -> Gradients:
     first, second = problem.passes
     need_first = (need.first_weight, need.first_bias)
     weights = _Weights(problem, tensors)
-    x = _rows(tensors.x)
+    x = as_rows(tensors.x)
     if u is None:
-        u = weights.clear(_conv(x, *weights.first, first))
+        u = weights.clear(conv(x, *weights.first, first))
     elif u.shape[-1] != weights.mid:
         u = u[..., : weights.mid].contiguous()
     mean, var = call.statistics()
@@ -125,7 +124,7 @@ def conv2plus1d_backward(call: PairBackward) -> Gradients:
     z = activations.apply(spec.activation, v, spec.slope, spec.activation == "relu" and v is not u)
     below = need.x or any(need_first) or need.norm_weight or need.norm_bias
     needed = (bool(below), need.second_weight, need.second_bias)
-    dz, dw2, db2 = _conv_backward(_rows(call.dy_owner[0]), z, weights.second[0], second, needed)
+    dz, dw2, db2 = conv_backward(as_rows(call.dy_owner[0]), z, weights.second[0], second, needed)
     call.dy_owner.clear()
     dgamma = dbeta = dx = dw1 = db1 = None
     if below:
@@ -140,7 +139,7 @@ def conv2plus1d_backward(call: PairBackward) -> Gradients:
             assert mean is not None and var is not None
             du, dgamma, dbeta = _normalise_backward(problem, tensors, dv, u, mean, var, call.means)
             del dv
-        dx, dw1, db1 = _conv_backward(du, x, weights.first[0], first, (need.x, *need_first))
+        dx, dw1, db1 = conv_backward(du, x, weights.first[0], first, (need.x, *need_first))
         dx = None if dx is None else dx.permute(0, 4, 1, 2, 3)
     m = problem.mid_channels
     dw1, db1, dgamma, dbeta = (None if g is None else g[:m] for g in (dw1, db1, dgamma, dbeta))
@@ -151,12 +150,12 @@ def conv2plus1d_backward(call: PairBackward) -> Gradients:
 
 def parallel_conv2plus1d(problem: ParallelProblem, tensors: ParallelTensors) -> Tensor:
     spec = problem.spec
-    a, b = _branches(problem, tensors, _rows(tensors.x))
+    a, b = _branches(problem, tensors, as_rows(tensors.x))
     a = activations.apply(spec.branch_activation, a, spec.slope, inplace=True)
     b = activations.apply(spec.branch_activation, b, spec.slope, inplace=True)
     y = a.add_(b) if spec.combine == "add" else torch.cat((a, b), -1)
     y = activations.apply(spec.activation, y, spec.slope, inplace=True)
-    return _leave(y, problem.empty_output(tensors.x))
+    return leave(y, problem.empty_output(tensors.x))
 
 
 def parallel_conv2plus1d_backward(
@@ -165,7 +164,7 @@ def parallel_conv2plus1d_backward(
     spec = problem.spec
     need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
     spatial, temporal = problem.passes
-    x, g = _rows(tensors.x), _rows(dy)
+    x, g = as_rows(tensors.x), as_rows(dy)
     a: Any = None
     b: Any = None
     if spec.branch_activation != "none" or spec.activation != "none":
@@ -182,10 +181,10 @@ def parallel_conv2plus1d_backward(
     if spec.branch_activation != "none":
         ga = activations.grad(spec.branch_activation, ga, a, spec.slope)
         gb = activations.grad(spec.branch_activation, gb, b, spec.slope)
-    dxa, dws, dbs = _conv_backward(
+    dxa, dws, dbs = conv_backward(
         ga, x, tensors.spatial_weight, spatial, (need.x, need.spatial_weight, need.spatial_bias)
     )
-    dxb, dwt, dbt = _conv_backward(
+    dxb, dwt, dbt = conv_backward(
         gb, x, tensors.temporal_weight, temporal, (need.x, need.temporal_weight, need.temporal_bias)
     )
     dx = None if dxa is None or dxb is None else dxa.add_(dxb).permute(0, 4, 1, 2, 3)
@@ -194,8 +193,8 @@ def parallel_conv2plus1d_backward(
 
 def _branches(problem: ParallelProblem, t: ParallelTensors, x: Tensor) -> tuple[Tensor, Tensor]:
     spatial, temporal = problem.passes
-    a = _conv(x, t.spatial_weight, t.spatial_bias, spatial)
-    b = _conv(x, t.temporal_weight, t.temporal_bias, temporal)
+    a = conv(x, t.spatial_weight, t.spatial_bias, spatial)
+    b = conv(x, t.temporal_weight, t.temporal_bias, temporal)
     return a, b
 
 
@@ -274,9 +273,9 @@ def _normalise(
     gamma, beta = _affine_parameters(problem, t, channels)
     # With momentum 1 the running statistics are the batch's: no cancellation through 1/std².
     mean, var = gamma.new_zeros(channels), gamma.new_zeros(channels)
-    v, _, _ = aten.native_batch_norm(_frames(u), gamma, beta, mean, var, True, 1.0, spec.eps)
+    v, _, _ = aten.native_batch_norm(as_frames(u), gamma, beta, mean, var, True, 1.0, spec.eps)
     n = u.numel() // channels
-    return _unframe(v, u.shape), mean, var.mul_((n - 1) / n), None
+    return from_frames(v, u.shape), mean, var.mul_((n - 1) / n), None
 
 
 def _affine(problem: PairProblem, t: PairTensors, u: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -286,8 +285,8 @@ def _affine(problem: PairProblem, t: PairTensors, u: Tensor, mean: Tensor, var: 
     mean_ = _per_channel(mean, problem, channels, 0.0)
     var_ = _per_channel(var, problem, channels, 1.0)
     eps = problem.spec.eps
-    v, _, _ = aten.native_batch_norm(_frames(u), gamma, beta, mean_, var_, False, 0.0, eps)
-    return _unframe(v, u.shape)
+    v, _, _ = aten.native_batch_norm(as_frames(u), gamma, beta, mean_, var_, False, 0.0, eps)
+    return from_frames(v, u.shape)
 
 
 def _normalise_backward(
@@ -323,210 +322,9 @@ def _normalise_backward(
     if not training:
         running, saved = (mean_, var_), (None, None)  # type: ignore[assignment]
     du, dgamma, dbeta = aten.native_batch_norm_backward(
-        _frames(dv), _frames(u), gamma, *running, *saved, training, spec.eps, [True] * 3
+        as_frames(dv), as_frames(u), gamma, *running, *saved, training, spec.eps, [True] * 3
     )
-    return _unframe(du, u.shape), dgamma, dbeta
-
-
-# ---- rows and the two 4D views of them
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, T, H, W) of any strides as (N, T, H, W, C) contiguous; no copy if it is so already.
-
-    The strides are those of a fresh tensor also along axes of size 1, where a contiguous tensor may
-    have any: oneDNN believes them.
-    """
-    rows = x.permute(0, 2, 3, 4, 1)
-    n, t, h, w, c = rows.shape
-    if x.device.type == "cpu" and x.is_contiguous() and not rows.is_contiguous():
-        # PyTorch transposes matrices in blocks, tensors of more dimensions element by element.
-        rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for sample, matrix in zip(rows.view(n, t * h * w, c), x.flatten(2), strict=True):
-            sample.copy_(matrix.t())
-    rows = rows.contiguous()
-    return rows.as_strided(rows.shape, (t * h * w * c, h * w * c, w * c, c, 1))
-
-
-def _leave(rows: Tensor, out: Tensor) -> Tensor:
-    """Rows as (N, C, T, H, W) in the strides of ``out``; ``out`` is unused where they agree."""
-    y = rows.permute(0, 4, 1, 2, 3)
-    return y if y.stride() == out.stride() else out.copy_(y)
-
-
-def _frames(rows: Tensor) -> Tensor:
-    """(N·T, C, H, W) view of rows, channels_last."""
-    return rows.flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def _unframe(frames: Tensor, shape: Sequence[int]) -> Tensor:
-    """Rows of a (N·T, C, H, W) tensor."""
-    n, t, _, _, c = shape
-    return frames.permute(0, 2, 3, 1).contiguous().view(n, t, frames.shape[2], frames.shape[3], c)
-
-
-def _own_padding(p: Pass) -> tuple[int, int, int]:
-    """What the convolution pads itself: zeros, as many after as before, of axes it sees whole."""
-    if p.padding_mode != "zeros":
-        return 0, 0, 0
-    steps, _ = p.subsampling()
-    t, h, w = (
-        min(p.padding[2 * i : 2 * i + 2]) if step == 1 else 0 for i, step in enumerate(steps)
-    )
-    return t, h, w
-
-
-def _pad_rows(rows: Tensor, p: Pass) -> Tensor:
-    """Rows padded as far as the convolution cannot pad itself."""
-    t0, t1, h0, h1, w0, w1 = p.padding
-    if p.padding_mode == "zeros":
-        t, h, w = _own_padding(p)
-        extra = (0, 0, w0 - w, w1 - w, h0 - h, h1 - h, t0 - t, t1 - t)
-        return F.pad(rows, extra) if any(extra) else rows
-    for axis, (before, after) in enumerate(((t0, t1), (h0, h1), (w0, w1)), start=1):
-        if before or after:
-            index = pad_index(p.padding_mode, rows.shape[axis], before, after, rows.device)
-            rows = rows.index_select(axis, index)
-    return rows
-
-
-def _unpad_rows(g: Tensor, size: Sequence[int], p: Pass) -> Tensor:
-    """Gradient of ``_pad_rows``: what was copied is summed, what was zero is dropped."""
-    t0, t1, h0, h1, w0, w1 = p.padding
-    own = _own_padding(p)
-    for axis, (before, after) in enumerate(((t0, t1), (h0, h1), (w0, w1)), start=1):
-        if p.padding_mode == "zeros":
-            g = g.narrow(axis, before - own[axis - 1], size[axis])
-        elif before or after:
-            index = pad_index(p.padding_mode, size[axis], before, after, g.device)
-            shape = list(g.shape)
-            shape[axis] = size[axis]
-            g = g.new_zeros(shape).index_add_(axis, index, g)
-    return g.contiguous()
-
-
-class _Conv4d:
-    """One pass as a 2D convolution over a 4D view of rows."""
-
-    def __init__(self, rows: Tensor, weight: Tensor, p: Pass) -> None:
-        rows = _pad_rows(rows, p)
-        n, *self.size, c = rows.shape
-        self.steps, seen = p.subsampling()
-        st, sh, sw = self.steps
-        rows = rows[:, ::st, ::sh, ::sw]
-        self.n, self.hw, self.p = n, rows.shape[2:4], p
-        if p.kind == "spatial":
-            self.x, self.weight = _frames(rows), weight[:, :, 0]
-            axes = slice(1, 3)
-        else:
-            self.x = rows.reshape(n, rows.shape[1], -1, c).permute(0, 3, 1, 2)
-            self.weight = weight[..., 0]
-            axes = slice(0, 2)  # of the second, one tap and no padding
-        self.stride, self.dilation = seen.stride[axes], seen.dilation[axes]
-        self.padding = _own_padding(p)[axes]
-        self.layout = _layout(self.x, self.weight, seen)
-        self.x, self.weight = _dense(self.x, self.layout), _dense(self.weight, self.layout)
-
-    def rows(self, y: Tensor) -> Tensor:
-        """Rows of an output of the 2D convolution, or of a gradient of its input."""
-        y = y.permute(0, 2, 3, 1)
-        if self.p.kind == "spatial":
-            return y.reshape(self.n, -1 if self.n else self.x.shape[0], *y.shape[1:]).contiguous()
-        return y.reshape(self.n, y.shape[1], *self.hw, y.shape[3]).contiguous()
-
-    def unrows(self, g: Tensor) -> Tensor:
-        """The 4D view, shaped as the convolution's output, of rows."""
-        if self.p.kind == "spatial":
-            return _dense(_frames(g), self.layout)
-        return _dense(g.flatten(2, 3).permute(0, 3, 1, 2), self.layout)
-
-    def unstride(self, g: Tensor) -> Tensor:
-        """Gradient of the subsampling of the axes with one tap."""
-        st, sh, sw = self.steps
-        if st == sh == sw == 1:
-            return g
-        full = g.new_zeros(self.n, *self.size, g.shape[-1])
-        full[:, ::st, ::sh, ::sw] = g
-        return full
-
-
-def _layout(x: Tensor, weight: Tensor, p: Pass) -> torch.memory_format:
-    """Memory format for a 4D convolution: channels_last, but for two cases on CPUs.
-
-    oneDNN's channels-last convolutions read out of bounds over frames narrower than the kernel and,
-    in some shapes, with groups, dilation or a stride over 2. And a contiguous weight that is larger
-    than x, as in a network's last stage, costs more to convert, gradient included, than x does.
-    """
-    if x.device.type != "cpu":
-        return torch.channels_last
-    kh, kw = weight.shape[2:]
-    narrow = x.shape[2] < kh or x.shape[3] < kw
-    odd = narrow or p.groups > 1 or max(p.dilation) > 1 or max(p.stride) > 2
-    heavy = weight.is_contiguous() and weight.numel() > x.numel()
-    return torch.contiguous_format if odd or heavy else torch.channels_last
-
-
-def _dense(t: Tensor, layout: torch.memory_format) -> Tensor:
-    """A 4D tensor in a memory format, with the very strides that a fresh one has.
-
-    Axes of size 1 may have any stride and still count, but oneDNN's grouped ones believe them.
-    """
-    _, c, h, w = t.shape
-    last = layout is torch.channels_last
-    stride = (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
-    if t.stride() == stride:
-        return t
-    return t.contiguous(memory_format=layout).as_strided(t.shape, stride)
-
-
-def _half_on_cpu(rows: Tensor) -> bool:
-    return rows.device.type == "cpu" and rows.dtype.itemsize == 2
-
-
-def _sound_in_half(rows: Tensor, p: Pass) -> bool:
-    """Whether PyTorch's 16-bit convolution is right on CPUs. It is not in groups, nor dilated,
-    over frames narrower than the kernel, or with a stride and a single output along an axis.
-    """
-    _, seen = p.subsampling()
-    _, t, h, w, _ = rows.shape
-    narrow = any(n < k for n, k in zip((t, h, w), p.kernel, strict=True))
-    single = any(s > 1 == n for s, n in zip(seen.stride, p.out_size((t, h, w)), strict=True))
-    plain = p.groups == 1 and max(seen.dilation) == 1 and max(seen.stride) <= 2
-    return plain and not narrow and not single
-
-
-def _conv(rows: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
-    """One pass from rows to rows."""
-    if _half_on_cpu(rows) and not _sound_in_half(rows, p):
-        wide = _conv(rows.float(), weight.float(), None if bias is None else bias.float(), p)
-        return wide.to(rows.dtype)
-    c = _Conv4d(rows, weight, p)
-    y = F.conv2d(c.x, c.weight, bias, c.stride, c.padding, c.dilation, p.groups)
-    return c.rows(y)
-
-
-def _conv_backward(
-    dy: Tensor, rows: Tensor, weight: Tensor, p: Pass, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``_conv`` with respect to rows, weight (5D) and bias, where needed."""
-    if not any(needs):
-        return None, None, None
-    if _half_on_cpu(rows):
-        # oneDNN's 16-bit gradients are wrong in too many shapes to tell them apart.
-        wide = _conv_backward(dy.float(), rows.float(), weight.float(), p, needs)
-        return tuple(None if g is None else g.to(rows.dtype) for g in wide)  # type: ignore[return-value]
-    c = _Conv4d(rows, weight, p)
-    dx, dw, _ = aten.convolution_backward(
-        c.unrows(dy), c.x, c.weight, [weight.shape[0]], c.stride, c.padding, c.dilation,
-        False, (0, 0), p.groups, [*needs[:2], False],
-    )  # fmt: skip
-    # oneDNN sums the bias gradient one by one, PyTorch pairwise.
-    db = dy.sum((0, 1, 2, 3)) if needs[2] else None
-    if needs[0]:
-        dx = _unpad_rows(c.unstride(c.rows(dx)), rows.shape, p)
-    if needs[1]:
-        dw = dw.unsqueeze(2 if p.kind == "spatial" else 4)
-    return dx if needs[0] else None, dw if needs[1] else None, db
+    return from_frames(du, u.shape), dgamma, dbeta
 
 
 BACKEND = Backend(
