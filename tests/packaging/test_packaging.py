@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -144,3 +145,17 @@ def test_release_check_names_what_does_not_agree(tmp_path: Path) -> None:
     found = "\n".join(check.problems(tag, tmp_path))
     assert "placeholder" in found
     assert "Unreleased belongs" in found
+
+
+def test_source_archive_is_whole(wheel: Path) -> None:
+    """It holds every file of a checkout but those whose names begin with a dot."""
+    source = wheel.parent / "source"
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "archive"]
+    environment = without(wheel.parent / "missing", "torch")
+    subprocess.run(command, cwd=source, env=environment, check=True)
+    (archive,) = (source / "archive").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    expected = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+    made = ("archive/", "build/", "fastst.egg-info/")
+    assert {n for n in expected - held if not n.startswith(made) and not n.endswith(".so")} == set()
