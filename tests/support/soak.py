@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
+import math
 import os
+import random
 import select
 import signal
 import subprocess
@@ -31,13 +33,16 @@ from torch import Tensor
 
 import fastst
 from fastst import functional
-from fastst.backends import aten
+from fastst.backends import aten, reference
+from fastst.backends.aten import onednn
+from fastst.problem.spec import Pass
 from tests.support import fuzz
 from tests.support.fuzz import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-# "composed" is what double backward, functorch and layers with foreign children run.
-PATHS = ("aten", "composed", "reference", "auto")
+# "composed" is what double backward and functorch run, "passes" the single convolutions of aten and
+# of what is composed: a hundred times as many in the same time.
+PATHS = ("passes", "aten", "composed", "reference", "auto")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # "" is the best of the machine. oneDNN takes no more than what is named, if the machine has it.
 ISAS = ("", "AVX512_CORE_BF16", "AVX512_CORE", "AVX2", "SSE41")
@@ -141,7 +146,8 @@ def _forked(path: str, dtype: str, first: int, end: int) -> Iterator[str]:
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if seed < end:
         why = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        yield f"crash seed {seed}: {why} in {_config(path, dtype, seed)}"
+        drawn = _draw_pass(seed) if path == "passes" else _config(path, dtype, seed)
+        yield f"crash seed {seed}: {why} in {drawn}"
 
 
 def _config(path: str, dtype: str, seed: int) -> Config:
@@ -156,12 +162,18 @@ def _config(path: str, dtype: str, seed: int) -> Config:
 
 def _run(path: str, dtype: str, seed: int) -> str:
     """One configuration, every result held to what cannot be rounding."""
+    if path == "passes":
+        return _run_pass(getattr(torch, dtype), seed)
     config = _config(path, dtype, seed)
     tensors, dy = fuzz.make(config)
     grad = dy if fuzz.clear_of_kinks(config, tensors) else None
+    ways = random.Random(seed)
+    onednn.rule = lambda problem: ways.choice(onednn.ways(problem))
     with fastst.use_backend("auto" if path in ("auto", "composed") else path), fuzz.poisoned():
         try:
-            ours = fuzz.results(fuzz.call, config, tensors, grad)
+            trained = fuzz.results(fuzz.call, config, tensors, grad)
+            with torch.no_grad():
+                inferred = fuzz.results(fuzz.call, config, tensors, None)
         except fastst.BackendError as refusal:
             return f"refused {refusal}"
         except Exception as error:
@@ -169,8 +181,82 @@ def _run(path: str, dtype: str, seed: int) -> str:
     if config.norm == "batch" and float(fuzz.first_pass(config, tensors)[2].min()) < 1e-3:
         return "right"  # over a constant: nothing but roundings, divided by sqrt(eps)
     truth = fuzz.results(lambda c, t: fuzz.compose(c, t)[0], config, tensors, grad, torch.float64)
-    found = fuzz.no_rounding(config, ours, truth, fuzz.scales(config, tensors, grad, truth))
+    scale = fuzz.scales(config, tensors, grad, truth)
+    found = fuzz.no_rounding(config, trained, truth, scale)
+    known = {name: truth[name] for name in inferred}
+    found += [f"at inference {what}" for what in fuzz.no_rounding(config, inferred, known, scale)]
     return f"wrong seed {seed}: {'; '.join(found)} in {config}" if found else "right"
+
+
+def _draw_pass(seed: int) -> tuple[Pass, tuple[int, int, int, int]]:
+    """One convolution of a pair, and N, T, H, W of its input."""
+    rng = random.Random(seed)
+    channels = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 31, 32, 33, 45, 48, 64)
+    while True:
+        c, k, g = rng.choice(channels), rng.choice(channels), 1
+        if rng.random() < 0.25:
+            k = g = c
+        elif rng.random() < 0.25:
+            g = rng.choice((2, 3, 4))
+            c, k = (g * rng.choice((1, 2, 3, 5, 8, 16)) for _ in range(2))
+        kind = rng.choice(("spatial", "temporal"))
+        axes = (1, 2) if kind == "spatial" else (0,)
+        taps = (1, 1, 2, 3, 3, 4, 5, 7)
+        kernel = tuple(rng.choice(taps) if i in axes else 1 for i in range(3))
+        stride = tuple(rng.choice((1, 1, 2, 3)) for _ in range(3))
+        dilation = tuple(rng.choice((1, 1, 1, 2, 3)) for _ in range(3))
+        pads = [
+            rng.choice((0, 0, d * (n - 1) // 2, rng.randrange(4))) if i in axes else 0
+            for i, (d, n) in enumerate(zip(dilation, kernel, strict=True))
+        ]
+        padding = tuple(n for pad in pads for n in (pad, rng.choice((pad, pad, pad + 1))))
+        if kind == "spatial":
+            padding = (0, 0, *padding[2:])
+        else:
+            padding = (*padding[:2], 0, 0, 0, 0)
+        batch, size = rng.choice((1, 2, 3, 5)), tuple(rng.randint(1, n) for n in (12, 20, 32))
+        p = Pass(kind, c, k, kernel, stride, padding, dilation, g, "zeros")
+        if min(p.out_size(size)) >= 1 and batch * math.prod(size) * c * k < 3e6 * g:
+            return p, (batch, *size)
+
+
+def _run_pass(dtype: torch.dtype, seed: int) -> str:
+    """The same of one convolution, by the calls of aten and by those of what is composed."""
+    p, (n, t, h, w) = _draw_pass(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    rows = normal(n, t, h, w, p.in_channels)
+    fan = p.in_channels // p.groups
+    weight = normal(p.out_channels, fan, *p.kernel) / (fan * math.prod(p.kernel)) ** 0.5
+    if seed % 2:
+        weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    bias = normal(p.out_channels)
+    dy = normal(n, *p.out_size((t, h, w)), p.out_channels)
+    last = random.Random(seed).random() < 0.5
+    layout = torch.channels_last_3d if last else torch.contiguous_format
+    given = (rows.permute(0, 4, 1, 2, 3).contiguous(memory_format=layout), weight, bias)
+    dy5 = dy.permute(0, 4, 1, 2, 3).contiguous(memory_format=layout)
+
+    def composed(*leaves: Tensor) -> list[Tensor]:
+        x, *parameters = (leaf.detach().requires_grad_() for leaf in leaves)
+        y = reference.conv_pass(x, *parameters, p)
+        return [y.detach(), *torch.autograd.grad(y, (x, *parameters), dy5.to(y.dtype))]
+
+    truth = composed(*(leaf.double() for leaf in given))
+    y = aten._conv(rows, weight, bias, p)
+    dx, dw, db = aten._conv_backward(dy, rows, weight, p, (True, True, True))
+    rearranged = [y.permute(0, 4, 1, 2, 3), dx.permute(0, 4, 1, 2, 3), dw, db]
+    bound = fuzz.VENDOR_BUG.get(dtype, 4096.0) * torch.finfo(dtype).eps
+    found = []
+    for how, results in (("aten", rearranged), ("composed", composed(*given))):
+        for name, got, true in zip(("y", "dx", "dw", "db"), results, truth, strict=True):
+            error = float((got.double() - true).abs().max()) / float(true.abs().max() + 1e-30)
+            if not error <= bound:
+                found.append(f"{name} of {how}: {error:.3g} of the largest")
+    return f"wrong seed {seed}: {'; '.join(found)} in {p}, {(n, t, h, w)}" if found else "right"
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from .config import ACTIVATIONS, DTYPES, KINKS, LAYOUTS, NAMES, SMALL, Config, L
 from .rule import (
     CASES,
     SEED,
+    VENDOR_BUG,
     call,
     check,
     complaints,
@@ -29,7 +30,7 @@ from .values import clear_of_kinks, lay_out, make
 
 __all__ = [
     "ACTIVATIONS", "CASES", "Config", "DTYPES", "KINKS", "LAYOUTS", "Limits", "NAMES", "SEED",
-    "SMALL", "act", "call", "check", "clear_of_kinks", "complaints", "compose", "error",
-    "first_pass", "fuzz",
-    "hold", "lay_out", "make", "no_rounding", "poisoned", "random_config", "results", "scales",
+    "SMALL", "VENDOR_BUG", "act", "call", "check", "clear_of_kinks", "complaints", "compose",
+    "error", "first_pass", "fuzz", "hold", "lay_out", "make", "no_rounding", "poisoned",
+    "random_config", "results", "scales",
 ]  # fmt: skip
