@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..backends.contract import Phase
 from ..problem.spec import PairProblem
@@ -56,7 +57,8 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     """
     with selection.recording(quietly=True) as calls, torch.no_grad():
         buffers = {n: b.clone() for n, b in module.named_buffers()}
-        torch.func.functional_call(module, buffers, (x,))
+        y = torch.func.functional_call(module, buffers, (x,))
+        tree_map_only(Tensor, Tensor.detach, y)  # which is computed when it is read, at the latest
     if not calls:
         raise ValueError(
             f"explain: requires a module that calls fastst on a non-empty input, got "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..dispatch import tune
 from .convert import convert
+from .convert.converter import serve
 
 _FORMATS = (torch.channels_last_3d, torch.contiguous_format)
 
@@ -59,6 +60,7 @@ def optimize_for_inference(
     for p in optimised.parameters():
         p.requires_grad_(False)
     convert(optimised)
+    serve(optimised)
     if sample is not None:
         memory_format = _fastest_format(optimised, sample, seconds)
     _lay_out(optimised, memory_format or _usual_format(optimised))

@@ -60,25 +60,35 @@ class Begins:
         self.wanted = wanted  # by only=
         self.barred = barred  # by skip=
         self.misses = self.waits = 0
+        self.wastes = 0  # pairs that ran though somebody read what lies in them, or ran twice
+        self.missed_norms = 0  # outputs in a row that no norm in training took
+        self.served = False  # whether it is of a copy for inference
+        self._folded: Any = None
         self.guess: Any = None  # the second convolution of its last pair: shape and settings
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Tensor:
         conv = self.conv
-        if not torch.compiler.is_compiling():
-            if type(x) is Promise:
-                if self.barred or _watched(conv):
-                    x = real(x)
-                else:
-                    x.link.plan = x.link.plan._replace(ends=self)
-            elif not self.barred and self._defers():
-                made = rules.begin(
-                    self, self.name, x, weight, bias,
-                    (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode,
-                     None if conv.padding_mode == "zeros"
-                     else tuple(conv._reversed_padding_repeated_twice)),
-                )  # fmt: skip
-                if made is not None:
+        if torch.compiler.is_compiling():
+            return type(conv)._conv_forward(conv, x, weight, bias)
+        how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        zeros = conv.padding_mode == "zeros"
+        if type(x) is Promise:
+            if self.barred or _watched(conv) or not rules.extends(x):
+                x = real(x, f"{type(conv).__name__} {self.name}")
+            else:
+                x.link.plan = x.link.plan._replace(ends=self)
+                if not zeros:
+                    return type(conv)._conv_forward(conv, x, weight, bias)
+                made = rules.conv3d(x, weight, bias, *how)
+                if made is not NotImplemented:
                     return made
+                x = real(x, f"{type(conv).__name__} {self.name}")
+        if not self.barred and self._defers():
+            widths = None if zeros else tuple(conv._reversed_padding_repeated_twice)
+            settings = *how, conv.padding_mode, widths
+            made = rules.begin(self, self.name, x, weight, bias, settings)
+            if made is not None:
+                return made
         return type(conv)._conv_forward(conv, x, weight, bias)
 
     @property
@@ -103,6 +113,54 @@ class Begins:
             self.waits -= 1
             return False
         return True
+
+    def wasted(self, ending: bool) -> None:
+        """A promise was read although it is part of an operation: something is computed twice."""
+        self.wastes += 1
+        if self.wastes >= _PATIENCE and ending:
+            self.served = False
+        elif self.wastes >= _PATIENCE:
+            self.waits = _LONGEST
+
+    def normed(self) -> bool:
+        """Whether to promise the output of a pair: a norm in training may follow."""
+        if not self.conv.training:
+            return False
+        self.missed_norms += 1
+        return self.missed_norms <= _PATIENCE or self.missed_norms % _LONGEST == 0
+
+    def folded(self, second: Any, norm: Any) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a second convolution with the frozen norm behind it.
+
+        Remembered as long as the version counters of all of them say that they are the same.
+        """
+        tensors = [t for t in (*second, *norm[:4]) if t is not None]
+        versions = None
+        if not any(t.is_inference() for t in tensors):
+            versions = [(t._version, t.data_ptr()) for t in tensors], norm.eps
+        if self._folded is not None and versions is not None:
+            same = all(a is b for a, b in zip(self._folded[0], tensors, strict=False))
+            if same and len(self._folded[0]) == len(tensors) and self._folded[1] == versions:
+                found: tuple[Tensor, Tensor] = self._folded[2]
+                return found
+        with torch.no_grad():
+            weight, bias = second
+            scale = (norm.running_var.double() + norm.eps).rsqrt()
+            if norm.weight is not None:
+                scale = scale * norm.weight.double()
+            shift = (
+                -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean
+            )
+            shift = shift * scale
+            if norm.bias is not None:
+                shift = shift + norm.bias.double()
+            wide = weight.double() * scale.view(-1, 1, 1, 1, 1)
+            made = torch.empty_like(weight).copy_(wide), shift.to(weight.dtype)
+        self._folded = tensors, versions, made
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}
 
     def took(self, plan: Any, second: Any) -> None:
         """A pair runs as one operation."""

@@ -116,6 +116,14 @@ def revert(model: nn.Module) -> list[str]:
     return names
 
 
+def serve(model: nn.Module) -> None:
+    """Let what ends a residual block be part of its last pair: of a copy that is not trained."""
+    for module in model.modules():
+        found = vars(module).get(ATTRIBUTE)
+        if isinstance(found, Begins):
+            found.served = True
+
+
 def _separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
     """Convolutions along time or space only, outside of layers; and why others are left."""
     convs: dict[str, Any] = {}

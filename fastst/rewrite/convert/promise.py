@@ -116,11 +116,12 @@ class Kept:
     def release(self) -> None:
         """Give the memory back to the tensor alone, so that reading it by address copies nothing.
 
-        From now on it is watched by its version counter, if it has one.
+        From now on it is watched by its version counter, if it has one. Its address says nothing:
+        memory that others hold clones of moves when it is read.
         """
         if self.clone is not None:
-            self.clone = None
-            self.address = self.tensor.data_ptr()
+            self.clone, self.address = None, 0
+            self.tensor.data_ptr()
 
     def held_again(self) -> None:
         """After ``release``, where there is no version counter."""
@@ -136,8 +137,14 @@ class Kept:
         if valueless(t):
             return False
         if self.clone is None:
-            return bool(t.data_ptr() != self.address)
-        return bool(_address(t) != _address(self.clone))
+            return bool(self.address and t.data_ptr() != self.address)
+        if _address(t) == _address(self.clone):
+            return False
+        # Memory of its own, which a reader by address makes as well as a writer to ``.data``.
+        if t.device != self.clone.device or not torch.equal(t, self.clone):
+            return True
+        self.hold()
+        return False
 
     @property
     def same(self) -> bool:
@@ -240,6 +247,9 @@ class Link:
     def _fresh(self) -> Tensor:
         what, grad = self.plan.name or "the model", self.state.grad
         tensors = {name: kept.get(f"{name} of {what}", grad) for name, kept in self.kept}
+        for _, kept in self.kept:
+            if kept.same:  # by address, kernels would make memory of its own for a clone
+                kept.release()
         source = None if self.before is None else self.before.current()
         with self.state.restored():
             return self.run(source, **tensors)

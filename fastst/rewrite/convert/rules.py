@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import functional
 from ...functional import BatchNorm
+from . import endings
 from .padding import Pad, merge
 from .promise import (
     RULES,
@@ -26,6 +27,7 @@ from .promise import (
     Promise,
     State,
     promise,
+    real,
     replace,
     valueless,
 )
@@ -59,7 +61,10 @@ class Plan(NamedTuple):
 
     def told(self, why: str) -> None:
         """The chain is computed as separate calls."""
-        self.begun.missed(self, why)
+        if self.convolution.taken:
+            self.begun.wasted(ending=False)
+        else:
+            self.begun.missed(self, why)
 
 
 # ---- the first convolution
@@ -229,9 +234,14 @@ def _dtype(p: Promise) -> torch.dtype:
         return p.dtype
 
 
+def extends(p: Promise) -> bool:
+    """Whether a promise is of a first convolution, not of a pair."""
+    return type(p.link.plan) is Plan
+
+
 def _open(p: Any) -> bool:
     """Whether nobody has computed a promise yet, and its state is still the current one."""
-    if type(p) is not Promise or p.link.value is not None:
+    if type(p) is not Promise or p.link.value is not None or type(p.link.plan) is not Plan:
         return False
     return bool(p.link.state == State(p.link.state.device))
 
@@ -247,23 +257,18 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """A norm in training runs the first convolution now: its statistics are counted at its call."""
+    if endings.ends(input):
+        norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
+        return endings.batch_norm(input, norm) if _fits(norm, input) else NotImplemented
     if not _open(input) or not (training or (running_mean is not None and running_var is not None)):
         return NotImplemented
     plan, shape = input.link.plan, input.link.shape
     if plan.norm is not None or plan.activation is not None or plan.pads:
         return NotImplemented
-    if type(momentum) not in (int, float) or type(eps) not in (int, float):
-        return NotImplemented
     norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
-    tensors = {n: t for n, t in zip(norm._fields, norm[:4], strict=False) if t is not None}
-    device, dtype = input.link.state.device, _dtype(input)
-    for t in tensors.values():
-        if not _plain(device, t) or t.shape != shape[1:2]:
-            return NotImplemented
-        if t.dtype != dtype and not (t.dtype is torch.float32 and dtype.itemsize == 2):
-            return NotImplemented
-    if len({t.dtype for t in tensors.values()}) > 1:
+    if not _fits(norm, input):
         return NotImplemented
+    tensors = {n: t for n, t in zip(norm._fields, norm[:4], strict=False) if t is not None}
     run = None
     if training:
         if shape.numel() == shape[1]:  # which PyTorch refuses
@@ -291,6 +296,22 @@ def _batch_norm(
     return _extended(input, separately, kept, norm=norm, half=run)
 
 
+def _fits(norm: BatchNorm, p: Promise) -> bool:
+    """Whether a batch norm is one that ``conv2plus1d`` knows, and that PyTorch would not refuse."""
+    mean, var, weight, bias, training, momentum, eps, _ = norm
+    if not training and (mean is None or var is None):
+        return False
+    if type(momentum) not in (int, float) or type(eps) not in (int, float):
+        return False
+    dtype, tensors = _dtype(p), [t for t in (mean, var, weight, bias) if t is not None]
+    for t in tensors:
+        if not _plain(p.link.state.device, t) or t.shape != p.link.shape[1:2]:
+            return False
+        if t.dtype != dtype and not (t.dtype is torch.float32 and dtype.itemsize == 2):
+            return False
+    return len({t.dtype for t in tensors}) < 2
+
+
 def _begin(link: Link, norm: BatchNorm) -> Any:
     """Run the first convolution, for the pair that it was last in or a likely one."""
     plan: Plan = link.plan
@@ -302,6 +323,7 @@ def _begin(link: Link, norm: BatchNorm) -> Any:
         settings = _second(plan.first, (), link.shape, tuple(shape), False, *how)
         if settings is None:
             continue
+        settings = settings[0]
         x, weight, bias = _convolved(plan)
         if not link.unchanged():
             return None
@@ -332,16 +354,20 @@ def _activation(
     """The rule of an activation; ``written``: it is the in-place form."""
 
     def rule(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _open(input):
-            return NotImplemented
-        plan = input.link.plan
-        if plan.activation is not None or plan.pads:
-            return NotImplemented
         named = _named(name, args, kwargs)
         if named is None:
             return NotImplemented
         kind, slope, in_place = named
         in_place = in_place or written
+        if in_place and slope < 0:  # which backward refuses
+            return NotImplemented
+        if endings.ends(input):
+            return endings.activation(input, kind, slope, in_place)
+        if not _open(input):
+            return NotImplemented
+        plan = input.link.plan
+        if plan.activation is not None or plan.pads:
+            return NotImplemented
 
         def run(v: Tensor) -> Tensor:
             return _APPLY[kind](v, slope)
@@ -403,7 +429,7 @@ _MODES = {"constant": "zeros", "replicate": "replicate", "reflect": "reflect",
 # ---- the second convolution
 
 
-def _conv3d(
+def conv3d(
     input: Any,
     weight: Any,
     bias: Any = None,
@@ -432,21 +458,47 @@ def _conv3d(
         settings = None
     if settings is None or not link.unchanged():
         return NotImplemented
+    settings, size = settings
     x, *first = _convolved(plan)
-    if _result_dtype(link.state, x, first[0], first[1], weight, bias) is None:
+    dtype = _result_dtype(link.state, x, first[0], first[1], weight, bias)
+    if dtype is None:
         return NotImplemented
     for _, kept in link.all_kept():
         kept.release()
-    pairs: list[Any] = [first, [weight, bias]]
-    if plan.first.kind == "temporal":
-        pairs.reverse()
-    (ws, bs), (wt, bt) = pairs
     name, slope = plan.activation or ("none", 0.01)
+    plan.convolution.taken = True
     plan.begun.took(plan, (weight.shape, stride, padding, dilation, groups))
-    y = functional.conv2plus1d(
-        x, ws, wt, bs, bt, **settings, activation=name, negative_slope=slope, norm=plan.norm,
-        recompute=_recompute(plan), begun=plan.half,
-    )  # fmt: skip
+    recompute, own = _recompute(plan), len(plan.convolution.kept)
+    kept = link.all_kept()
+    tensors = {"second weight": weight, "second bias": bias}
+    tensors |= {f"first {n}": k.tensor for n, k in kept[:own]}
+    tensors |= {f"norm {n}": k.tensor for n, k in kept[own:]}
+
+    def run(given: dict[str, Any], second: Any = None, **ending: Any) -> Tensor:
+        pairs: list[Any] = [
+            [given["first weight"], given.get("first bias")],
+            second or [given["second weight"], given.get("second bias")],
+        ]
+        if plan.first.kind == "temporal":
+            pairs.reverse()
+        (ws, bs), (wt, bt) = pairs
+        norm = plan.norm
+        if norm is not None:
+            prefix = "norm "
+            changed: dict[str, Any] = {
+                n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)
+            }
+            norm = norm._replace(**changed)
+        options = {"negative_slope": slope, **ending}
+        return functional.conv2plus1d(
+            given["first input"], ws, wt, bs, bt, **settings, activation=name, norm=norm,
+            recompute=recompute, begun=plan.half, **options,
+        )  # fmt: skip
+
+    shape = torch.Size((link.shape[0], weight.shape[0], *size))
+    shared = slope if name == "leaky_relu" else None
+    given = {n: t for n, t in tensors.items() if t is not None}
+    y = endings.defer(plan.begun, run, given, shared, shape, dtype)
     for _, kept in link.all_kept():
         kept.held_again()
     return y
@@ -474,8 +526,11 @@ def _second(
     padding: Any,
     dilation: Any,
     groups: Any,
-) -> dict[str, Any] | None:
-    """The settings of ``conv2plus1d`` for a second convolution of z, or None where it is none."""
+) -> Any:
+    """Settings of ``conv2plus1d`` for a second convolution of z, and (T, H, W) of its output.
+
+    None where it is none.
+    """
     read = _read(w, stride, padding, dilation, groups)
     if read is None:
         return None
@@ -496,7 +551,7 @@ def _second(
         return None
     second = Pass(other, stride, around, dilation, groups)
     spatial, temporal = (first, second) if other == "temporal" else (second, first)
-    return {
+    settings = {
         "stride": (temporal.stride[0], *spatial.stride[1:]),
         "padding": (temporal.padding.sides[0], *spatial.padding.sides[1:]),
         "dilation": (temporal.dilation[0], *spatial.dilation[1:]),
@@ -504,12 +559,32 @@ def _second(
         "padding_mode": (spatial.padding.mode, temporal.padding.mode),
         "order": f"{first.kind}-first",
     }
+    return settings, tuple(size)
+
+
+def _add(in_place: bool = False) -> Callable[..., Any]:
+    def rule(input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or input is other:
+            return NotImplemented
+        if endings.ends(input):
+            return endings.add(input, real(other, "a sum"), in_place)
+        if not in_place and endings.ends(other):
+            return endings.add(other, input, False)
+        return NotImplemented
+
+    return rule
 
 
 RULES.update({
+    torch.add: _add(),
+    Tensor.add: _add(),
+    Tensor.__add__: _add(),
+    Tensor.__radd__: _add(),
+    Tensor.__iadd__: _add(True),
+    Tensor.add_: _add(True),
     F.batch_norm: _batch_norm,
     F.pad: _pad,
-    F.conv3d: _conv3d,
+    F.conv3d: conv3d,
     F.relu: _activation("relu", F.relu),
     torch.relu: _activation("relu", torch.relu),
     Tensor.relu: _activation("relu", torch.relu),

@@ -1,0 +1,147 @@
+"""What follows a pair and can be part of its operation: norm, sum with a shortcut, activation.
+
+The output of a pair is a promise only where something may come of it: before a batch norm in
+training, which takes the statistics that the pair's last kernel forms, and in copies for inference,
+where a whole residual block ends in its last pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...functional import BatchNorm
+from .promise import CannotDefer, Kept, Link, Promise, State, promise, replace
+
+
+class Ending(NamedTuple):
+    """What a chain behind a pair is, as part of its operation."""
+
+    begun: Any  # the ``Begins`` of the first convolution
+    name: str
+    run: Callable[..., Tensor]  # the pair, of its tensors and what ends it
+    slope: float | None  # of leaky_relu, which both activations share
+    norm: BatchNorm | None = None
+    residual: bool = False
+    ran: tuple[list[None], ...] = ()  # an element for each time that the pair has run
+    activation: str | None = None
+
+    def told(self, why: str) -> None:
+        """The pair runs, once if all goes well."""
+        if self.ran[0]:
+            self.begun.wasted(ending=True)
+        self.ran[0].append(None)
+
+    def finish(self, _: None, **given: Any) -> Tensor:
+        """The pair with all that ends it."""
+        options: dict[str, Any] = {}
+        if self.residual:
+            options["residual"] = given["residual"]
+        if self.activation is not None:
+            options["outer_activation"] = self.activation
+            if self.slope is not None:
+                options["negative_slope"] = self.slope
+        if self.norm is not None:
+            prefix = "outer "
+            changed: dict[str, Any] = {
+                n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)
+            }
+            second = given["second weight"], given.get("second bias")
+            options["second"] = self.begun.folded(second, self.norm._replace(**changed))
+        return self.run(given, **options)
+
+
+def defer(
+    begun: Any, run: Callable[..., Tensor], tensors: dict[str, Tensor], slope: float | None,
+    shape: Any, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The output of a pair, as a promise where that may lead to something."""
+    x = tensors["first input"]
+    state = State(x.device)
+    served = begun.served and not (state.grad and x.requires_grad) and state.autocast is None
+    # What leaves a checkpoint must have been computed in it.
+    if state.hooks is not None or not (served or begun.normed()):
+        return run(tensors)
+    try:
+        kept = tuple((name, Kept(t)) for name, t in tensors.items())
+    except CannotDefer:
+        return run(tensors)
+    plan = Ending(begun, begun.name, run, slope, ran=([],))
+    link = Link(None, plan.finish, plan, kept, state, shape)
+    return promise(link, dtype)
+
+
+def ends(p: Any) -> bool:
+    """Whether a promise is one of this module that nobody has read."""
+    if type(p) is not Promise or type(p.link.plan) is not Ending or p.link.value is not None:
+        return False
+    return bool(p.link.state == State(p.link.state.device)) and p.link.unchanged()
+
+
+def batch_norm(p: Promise, norm: BatchNorm) -> Any:
+    """In training with the statistics of the pair's kernel; a frozen one waits for what follows."""
+    plan: Ending = p.link.plan
+    if plan.norm is not None or plan.residual or plan.activation is not None:
+        return NotImplemented
+    if norm.training:
+        with torch._C.DisableTorchFunctionSubclass():
+            values = p.numel() // p.shape[1]
+        if values == 1:
+            return NotImplemented
+        plan.begun.missed_norms = 0
+        return plan.run(_release(p.link), outer_norm=norm)
+    if not plan.begun.served:
+        return NotImplemented
+    tensors = {n: t for n, t in zip(norm._fields, norm[:4], strict=False) if t is not None}
+    return _extended(p, {f"outer {n}": t for n, t in tensors.items()}, norm=norm)
+
+
+def add(p: Promise, other: Any, in_place: bool) -> Any:
+    """The sum with a shortcut of the same shape and dtype."""
+    plan: Ending = p.link.plan
+    if plan.residual or plan.activation is not None or type(other) is not Tensor:
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        dtype = p.dtype
+    if (other.shape, other.dtype, other.device) != (p.link.shape, dtype, p.link.state.device):
+        return NotImplemented
+    if not plan.begun.served or (p.link.state.grad and other.requires_grad):
+        return NotImplemented
+    return _extended(p, {"residual": other}, in_place, residual=True)
+
+
+def activation(p: Promise, kind: str, slope: float, in_place: bool) -> Any:
+    """The last of what the operation can end in."""
+    plan: Ending = p.link.plan
+    if plan.activation is not None or not plan.begun.served:
+        return NotImplemented
+    if kind == "leaky_relu" and plan.slope not in (None, slope):
+        return NotImplemented
+    shared = slope if kind == "leaky_relu" else plan.slope
+    return _extended(p, {}, in_place, activation=kind, slope=shared)
+
+
+def _extended(
+    p: Promise, tensors: dict[str, Tensor], in_place: bool = False, **changes: Any
+) -> Any:
+    link = p.link
+    plan: Ending = link.plan._replace(**changes)
+    try:
+        kept = tuple((name, Kept(t)) for name, t in tensors.items())
+    except CannotDefer:
+        return NotImplemented
+    state = State(link.state.device)
+    longer = Link(None, plan.finish, plan, (*link.kept, *kept), state, link.shape)
+    with torch._C.DisableTorchFunctionSubclass():
+        dtype = p.dtype
+    return replace(p, longer, dtype) if in_place else promise(longer, dtype)
+
+
+def _release(link: Link) -> dict[str, Tensor]:
+    """The tensors of a link that nobody has written to."""
+    for _, kept in link.kept:
+        kept.release()
+    return {name: kept.tensor for name, kept in link.kept}
