@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from . import begins
@@ -20,9 +21,10 @@ def run(model: nn.Module, sample: Any) -> tuple[list[Replaced], dict[str, str]]:
     args = sample if isinstance(sample, tuple) else (sample,)
     with torch.no_grad(), contextlib.suppress(Exception):
         model = copy.deepcopy(model)  # whatever its forward writes to; some cannot be copied
-    norms = {id(b): n.rpartition(".")[0] for n, b in model.named_buffers()}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    norms = {id(b): n.rpartition(".")[0] for n, b in buffers.items()}
     with torch.no_grad(), torch.random.fork_rng(), begins.listening() as events:
-        tree_map(lambda t: real(t, "the caller"), model(*args))
+        tree_map(lambda t: real(t, "the caller"), functional_call(model, buffers, args))
     pairs: dict[tuple[str, str], Replaced] = {}
     reasons: dict[str, str] = {}
     for event in events:
