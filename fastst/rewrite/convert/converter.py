@@ -66,7 +66,7 @@ def convert(
         reasons: dict[str, str] = {}
     else:
         pairs, reasons = sampling.run(model, sample)
-    report = Report()
+    report = Report(whole=_whole(model))
     for pair in pairs:
         names = [n for n in (pair.first, pair.second) if n in convs]
         ends = [vars(convs[n])[ATTRIBUTE] for n in names]
@@ -143,6 +143,15 @@ def _separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
             else:
                 left.append(Left(name, why))
     return convs, left
+
+
+def _whole(model: nn.Module) -> list[str]:
+    """Convolutions over space and time at once."""
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1 and max(m.kernel_size[1:]) > 1
+    ]
 
 
 def _neighbours(convs: dict[str, Any]) -> list[Replaced]:

@@ -55,15 +55,19 @@ class Report:
         replaced: pairs whose convolutions this call has prepared.
         already: pairs that an earlier call had.
         left: convolutions without a partner and layers, with the reason.
+        whole: names of convolutions over space and time at once: ``factorize`` makes pairs of them.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
     already: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if not (self.replaced or self.already or self.left):
-            return "no pair of a spatial and a temporal convolution found"
+            found = "no pair of a spatial and a temporal convolution found"
+            several = f"; fastst.factorize makes pairs of {len(self.whole)} k×k×k convolutions"
+            return found + several * bool(self.whole)
         parts = (
             ("replaced", self.replaced), ("replaced before", self.already), ("left", self.left)
         )  # fmt: skip

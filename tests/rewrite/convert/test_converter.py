@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -142,8 +143,25 @@ def test_bad_arguments(bad):
         fastst.revert(bad)
 
 
+def test_a_sample_leaves_the_buffers_of_a_model_that_cannot_be_copied() -> None:
+    model = nn.Sequential(nn.Conv3d(2, 4, (1, 3, 3)), nn.BatchNorm3d(4), nn.Conv3d(4, 2, (3, 1, 1)))
+    model.lock = threading.Lock()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    (pair,) = fastst.convert(model, torch.randn(2, 2, 4, 5, 5)).replaced
+    assert (pair.first, pair.norm, pair.second) == ("0", "1", "2")
+    for n, b in model.named_buffers():
+        assert torch.equal(b, before[n]), n
+
+
+def test_whole_convolutions_are_told_of_factorize() -> None:
+    model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.Conv3d(4, 4, (3, 1, 3)))
+    report = fastst.convert(model)
+    assert report.whole == ["0", "2"]
+    assert "fastst.factorize makes pairs of 2 k×k×k convolutions" in str(report)
+
+
 def test_a_model_without_pairs():
-    report = fastst.convert(nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.Linear(4, 4)))
+    report = fastst.convert(nn.Sequential(nn.Conv3d(3, 4, 1), nn.ReLU(), nn.Linear(4, 4)))
     assert not (report.replaced or report.left or report.already)
     assert str(report) == "no pair of a spatial and a temporal convolution found"
 
