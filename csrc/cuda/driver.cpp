@@ -24,6 +24,13 @@ int shared_memory_limit(int device) {
   return bytes;
 }
 
+void ensure_context() {
+  static thread_local int had = -1;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device == had) return;
+  if (cudaSetDevice(device) == cudaSuccess) had = device;  // makes it, from CUDA 12 on
+}
+
 // At run time and by version, so that the library links without libcuda and loads without a driver.
 uintptr_t driver_entry_point(const std::string& name, unsigned version) {
   void* function = nullptr;

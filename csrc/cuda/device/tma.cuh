@@ -24,6 +24,7 @@ inline TensorMap tensor_map(const Tiles& t) {
   static const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
       driver_entry_point("cuTensorMapEncodeTiled", 12000));
   if (!encode) throw std::runtime_error("this driver cannot make tensor maps: CUDA 12.0 is needed");
+  ensure_context();
   cuuint64_t size[5], stride[5];
   cuuint32_t box[5], step[5];
   for (int i = 0; i < t.rank; ++i) {

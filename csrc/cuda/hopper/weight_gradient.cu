@@ -436,13 +436,14 @@ void run(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
   p.rows = narrow_size(p.narrow ? 64 : g.other.size[1]), p.columns = narrow_size(g.mid.size[1]);
   p.blocks = narrow_size(tile.blocks), p.stages = narrow_size(tile.stages);
   p.splits = narrow_size(tile.splits);
+  p.sums = global<float>(g.sums.data, g.sums.count), p.tap = narrow_size(g.tap);
   if (p.positions() > kMostPositions || p.columns % kPiece || kGroups * Units < p.blocks ||
       p.blocks > kMostBlocks || p.tap >= p.taps || (p.sums && !g.temporal) ||
       (p.residues > 1 && p.blocks % Units))
-    throw std::invalid_argument("hopper_weight_gradient cannot have tiles of " +
-                                std::to_string(p.positions()) + " positions and " +
-                                std::to_string(p.blocks) + " × 64 rows, or " +
-                                std::to_string(p.columns) + " columns");
+    throw std::invalid_argument(
+        "hopper_weight_gradient cannot have tiles of " + std::to_string(p.positions()) +
+        " positions and " + std::to_string(p.blocks) + " × 64 rows, or " +
+        std::to_string(p.columns) + " columns, or sums through tap " + std::to_string(p.tap));
   p.row_tiles = tiles(p.rows, 64 * p.blocks), p.column_tiles = tiles(p.columns, N);
   p.tap_tiles = tiles(p.taps, kGroups * Units / p.blocks);
   p.two = g.u.has_value(), p.forms = g.coefficients.data != nullptr;
@@ -451,7 +452,6 @@ void run(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
   p.seconds = p.shifts + g.coefficients.count / 3;
   p.act = g.act, p.slope = static_cast<float>(g.slope);
   p.partials = global<float>(g.partials.data, g.partials.count);
-  p.sums = global<float>(g.sums.data, g.sums.count), p.tap = narrow_size(g.tap);
   p.mid = boxes(dtype, g.mid, g.temporal, kSpan, p.box, p.residues, Swizzle::b64);
   p.u = p.two ? boxes(dtype, *g.u, g.temporal, kSpan, p.box, p.residues, Swizzle::b64) : p.mid;
   p.other = boxes(dtype, g.other, g.temporal, p.row_elements(), p.halo, 1,
