@@ -134,6 +134,7 @@ def stages(dry: bool, out: Path, scratch: Path, plant: str | None = None) -> lis
         ),
         instances(dry, out, device, plant),
         *sanitizers,
+        Stage("stress", 5, [*probe, "--stress", "3" if dry else "10000"]),
         Stage("overhead", 4, module("benchmarks.overhead", *whole)),
         layers(
             "layers", 24, "128-230-128", "--dtypes", "bf16", "--modes", "inference,training-bn",

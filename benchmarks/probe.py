@@ -21,8 +21,46 @@ from .shapes import DEPTHWISE, PARALLEL, R2PLUS1D_18, TOKENIZER, Case
 
 
 def cases() -> list[Case]:
-    """One of each kind, sizes that are no multiple of any tile."""
-    return [c.tiny() for c in (R2PLUS1D_18[2], DEPTHWISE[0], TOKENIZER[0], *PARALLEL[:2])]
+    """One of each kind, sizes that are no multiple of any tile; pairs for Hopper's kernels."""
+    found = [c.tiny() for c in (R2PLUS1D_18[2], DEPTHWISE[0], TOKENIZER[0], *PARALLEL[:2])]
+    return found + [
+        Case(f"hopper-{c}-{m}-{k}-s{s}", "hopper", 1, (c, m, k), (3, 6, 9), stride=(s,) * 3)
+        for c, m, k in ((64, 144, 64), (72, 45, 64), (64, 72, 136))
+        for s in (1, 2)
+    ]  # fmt: skip
+
+
+def stress(device: torch.device, repeats: int) -> int:
+    """Training steps again and again beside a stream that keeps the device busy.
+
+    How many of them gave other bits than the first, of those layers whose kernels leave products in
+    flight or are read before they are copied over.
+    """
+    cuda, wrong = device.type == "cuda", 0
+    sizes = ((64, 144, 64), (256, 576, 256)) if cuda else ((4, 9, 4),)
+    side = torch.cuda.Stream(device) if cuda else None
+    noise = torch.randn(2048 if cuda else 8, 2048 if cuda else 8, device=device).half()
+    for c, m, k in sizes:
+        size = (16, 28, 28) if cuda else (3, 4, 5)
+        case = Case(f"{c}-{m}-{k}", "stress", 8 if cuda else 1, (c, m, k), size)
+        generator = torch.Generator().manual_seed(0)
+        model = layers.model_of(case, "training-bn", generator)
+        clips, seeds = layers.draw(case, generator, 1)
+        inputs = layers.Inputs(clips, seeds, torch.bfloat16, device, True)
+        for contender in peers.ours(model, ["auto"], "training-bn"):
+            step = layers.Step(contender, "training-bn", inputs, torch.bfloat16, device, m)
+            outputs = step.outputs().items()  # running statistics are meant to go on
+            first = {n: t.clone() for n, t in outputs if not n.startswith("norm.running")}
+            others = torch.zeros((), dtype=torch.int64, device=device)
+            for _ in range(repeats):
+                if side is not None:
+                    with torch.cuda.stream(side):
+                        noise @ noise
+                found = step.outputs()
+                others += torch.stack([(found[n] != t).any() for n, t in first.items()]).any()
+            print(case.name, contender.name, f"{int(others)} of {repeats} runs gave other bits")
+            wrong += int(others)
+    return wrong
 
 
 def probe(device: torch.device) -> int:
@@ -74,8 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.probe", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--stress", type=int, default=0, metavar="N", help="N equal steps")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    if args.stress:
+        return 1 if stress(device, args.stress) else 0
     if args.tune:
         tune(device)
         return 0

@@ -121,6 +121,13 @@ class Example(NamedTuple):
     name: str = ""  # of the kernels and configurations that it runs
 
 
+class Later(NamedTuple):
+    """An example whose tensors are so large that they are drawn only when it is run."""
+
+    name: str
+    make: Callable[[], Example]
+
+
 def no_reason(problem: Problem, phase: Phase) -> str | None:
     return None
 
@@ -195,7 +202,7 @@ class Backend:
     ) = None
     why_not_auto: Callable[[Problem, Phase], str | None] = no_reason
     check_kind: Callable[[Problem, Phase], str | None] = no_reason
-    examples: Callable[[str, torch.dtype, Problem | None], list[Example]] | None = None
+    examples: Callable[[str, torch.dtype, Problem | None], Sequence[Example | Later]] | None = None
     kinds: Callable[[torch.device, torch.dtype], Sequence[str]] = _no_kinds
     gives_output_statistics: Callable[[PairProblem], bool] = _no
     norm_backward: Callable[..., list[Tensor | None] | None] | None = None

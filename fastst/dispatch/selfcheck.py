@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import reference
-from ..backends.contract import Backend
+from ..backends.contract import Backend, Later
 from ..machine import cache
 from ..problem.spec import PairSpec, Problem
 from . import quarantine
@@ -147,11 +147,12 @@ def check(
         torch.autocast(device.type, enabled=False),
     ):  # fmt: skip
         found = (backend.examples or backend.usual_examples)(kind, dtype, like)
-        for number, (spec, tensors, run, dy, name) in enumerate(found, 1):
+        for number, example in enumerate(found, 1):
             if only is not None and number != only + 1:
                 continue
-            name = name or f"example {number} of {len(found)} of {kind!r} in {dtype}"
+            name = example.name or f"example {number} of {len(found)} of {kind!r} in {dtype}"
             begin(name)
+            spec, tensors, run, dy, _ = example.make() if isinstance(example, Later) else example
             try:
                 there = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
                 true = _truth(spec, there, dy)

@@ -15,7 +15,7 @@ from benchmarks import gpu_run
 from benchmarks.gpu_run import Stage
 
 ORDER = [
-    "build", "instances", "memcheck", "racecheck", "overhead", "layers", "tests", "tune",
+    "build", "instances", "memcheck", "racecheck", "stress", "overhead", "layers", "tests", "tune",
     "layers compiled", "models", "layers dtypes", "layers rest", "models compiled",
 ]  # fmt: skip
 

@@ -31,8 +31,7 @@ from ..contract import (
     PairResult,
     Phase,
 )
-from . import depthwise, hopper
-from .examples import examples, kinds
+from . import depthwise, examples, hopper
 from .library import Launcher, emulated, emulating, launching, load
 
 
@@ -286,8 +285,8 @@ BACKEND = Backend(
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     why_not_auto=_why_not_auto,
     check_kind=_check_kind,
-    examples=examples,
-    kinds=kinds,
+    examples=examples.examples,
+    kinds=examples.kinds,
     gives_output_statistics=_gives_output_statistics,
     mid_tensors_alive=_mid_tensors_alive,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import product
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ...problem.examples import pair_tensors
 from ...problem.spec import PairProblem, PairSpec, PairTensors, Problem
-from ..contract import Example, PairBackward
+from ..contract import Example, Later, PairBackward
 from . import depthwise
 from .hopper import examples as hopper_examples
 from .library import emulating
@@ -27,7 +28,9 @@ def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
     return found
 
 
-def examples(kind: str, dtype: torch.dtype, like: Problem | None = None) -> list[Example]:
+def examples(
+    kind: str, dtype: torch.dtype, like: Problem | None = None
+) -> Sequence[Example | Later]:
     """
     Args:
         kind: one of ``kinds``.
@@ -37,26 +40,36 @@ def examples(kind: str, dtype: torch.dtype, like: Problem | None = None) -> list
     return hopper_examples.examples(kind, dtype, like)
 
 
-def _depthwise(gradients: bool, dtype: torch.dtype) -> list[Example]:
+def _depthwise(gradients: bool, dtype: torch.dtype) -> list[Example | Later]:
     """Every instance, with borders that no tile ends at and, on a GPU, of several waves."""
-    c, found = 24, []
+    found: list[Example | Later] = []
     for k, kt, stride in product(depthwise.KERNELS, depthwise.KERNELS, depthwise.STRIDES):
-        for batch, x in ((True, (1, c, 5, 9, 10)), (False, (8, 8 * c, 16, 28, 28))):
-            if emulating() and not batch:
-                continue
-            m = x[1]
-            tensors = pair_tensors(dtype, x, (m, 1, 1, k, k), (m, 1, kt, 1, 1))
-            pads = (kt // 2,) * 2 + (k // 2,) * 4
-            spec = PairSpec((1, stride, stride), pads, groups=(m, m), activation="silu")
+        for batch, x in ((True, (1, 24, 5, 9, 10)), (False, (8, 192, 16, 28, 28))):
+            name = "gradients of " * gradients + f"depthwise {kt} × {k}² stride {stride} on {x}"
+            make = functools.partial(_example, (k, kt, stride), x, batch, dtype, name, gradients)
             if batch:
-                tensors = tensors._replace(mean=None, var=None, first_bias=None)
-            spec = spec._replace(norm="batch" if batch else "frozen")
-            name = f"depthwise {kt} × {k}² stride {stride} on {x}"
-            found.append(_example(spec, tensors, name, gradients))
+                found.append(make())
+            elif not emulating():
+                found.append(Later(name, make))
     return found
 
 
-def _example(spec: PairSpec, tensors: PairTensors, name: str, gradients: bool) -> Example:
+def _example(
+    instance: tuple[int, int, int],
+    x: tuple[int, ...],
+    batch: bool,
+    dtype: torch.dtype,
+    name: str,
+    gradients: bool,
+) -> Example:
+    k, kt, stride = instance
+    c = x[1]
+    tensors = pair_tensors(dtype, x, (c, 1, 1, k, k), (c, 1, kt, 1, 1))
+    pads = (kt // 2,) * 2 + (k // 2,) * 4
+    spec = PairSpec((1, stride, stride), pads, groups=(c, c), activation="silu")
+    spec = spec._replace(norm="batch" if batch else "frozen")
+    if batch:
+        tensors = tensors._replace(mean=None, var=None, first_bias=None)
     if not gradients:
         return Example(spec, tensors, lambda p, t: [depthwise.forward(p, t, False).y], name=name)
     dy = Problem.of(tensors, spec).empty_output(tensors.x)
@@ -70,4 +83,4 @@ def _example(spec: PairSpec, tensors: PairTensors, name: str, gradients: bool) -
             g for g, n in zip(depthwise.backward(call), needs, strict=False) if n and g is not None
         ]
 
-    return Example(spec, tensors, run, dy, f"gradients of {name}")
+    return Example(spec, tensors, run, dy, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ....problem.examples import pair_tensors
 from ....problem.spec import PairProblem, PairSpec, PairTensors, Problem
-from ...contract import Example, PairBackward
+from ...contract import Example, Later, PairBackward
 from ..library import emulating
 from . import backward, forward, gradient_tiles, tiles, weight_tiles
 
@@ -24,7 +25,9 @@ _LAYERS = (
 _CLIPS = 8
 
 
-def examples(kind: str, dtype: torch.dtype, like: Problem | None = None) -> list[Example]:
+def examples(
+    kind: str, dtype: torch.dtype, like: Problem | None = None
+) -> Sequence[Example | Later]:
     """
     Args:
         kind: "hopper" or "hopper backward".
@@ -113,24 +116,32 @@ def _backward(dtype: torch.dtype) -> list[Example]:
     return [*examples, stem]
 
 
-def _real(gradients: bool, dtype: torch.dtype) -> list[Example]:
+def _real(gradients: bool, dtype: torch.dtype) -> list[Later]:
     """Layers of networks as they are: many tiles a block, all stages that the memory has."""
-    examples = []
-    for (c, m, k), size, stride in _LAYERS:
-        shapes = (_CLIPS, c, *size), (m, c, 1, 3, 3), (k, m, 3, 1, 1)
-        tensors = pair_tensors(dtype, *shapes)._replace(mean=None, var=None, first_bias=None)
-        spec = PairSpec(stride=(stride,) * 3, padding=(1,) * 6, norm="batch", activation="relu")
-        name = f"{c}-{m}-{k} on {_CLIPS}×{size}" + " with stride 2" * (stride == 2)
-        if gradients:
-            # A kink of relu makes gradients depend on the last bit of u.
-            examples.append(
-                _gradients(spec._replace(activation="silu"), tensors, f"gradients of {name}")
-            )
-        else:
-            examples.append(
-                Example(spec, tensors, lambda p, t: [forward(p, t, False).y], name=name)
-            )
-    return examples
+    found = []
+    for channels, size, stride in _LAYERS:
+        name = f"{channels} on {_CLIPS} × {size}" + " with stride 2" * (stride == 2)
+        name = f"gradients of {name}" if gradients else name
+        make = functools.partial(_layer, channels, size, stride, gradients, dtype, name)
+        found.append(Later(name, make))
+    return found
+
+
+def _layer(
+    channels: tuple[int, int, int],
+    size: tuple[int, int, int],
+    stride: int,
+    gradients: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> Example:
+    c, m, k = channels
+    tensors = pair_tensors(dtype, (_CLIPS, c, *size), (m, c, 1, 3, 3), (k, m, 3, 1, 1))
+    tensors = tensors._replace(mean=None, var=None, first_bias=None)
+    spec = PairSpec(stride=(stride,) * 3, padding=(1,) * 6, norm="batch", activation="silu")
+    if gradients:
+        return _gradients(spec, tensors, name)
+    return Example(spec, tensors, lambda p, t: [forward(p, t, False).y], name=name)
 
 
 def _stem(dtype: torch.dtype, height: int, width: int) -> tuple[PairSpec, PairTensors]:
