@@ -246,8 +246,8 @@ def _run_pass(dtype: torch.dtype, seed: int) -> str:
         return [y.detach(), *torch.autograd.grad(y, (x, *parameters), dy5.to(y.dtype))]
 
     truth = composed(*(leaf.double() for leaf in given))
-    y = aten._conv(rows, weight, bias, p)
-    dx, dw, db = aten._conv_backward(dy, rows, weight, p, (True, True, True))
+    y = aten.conv(rows, weight, bias, p)
+    dx, dw, db = aten.conv_backward(dy, rows, weight, p, (True, True, True))
     rearranged = [y.permute(0, 4, 1, 2, 3), dx.permute(0, 4, 1, 2, 3), dw, db]
     bound = fuzz.VENDOR_BUG.get(dtype, 4096.0) * torch.finfo(dtype).eps
     found = []
