@@ -361,6 +361,7 @@ def test_record_is_written_at_every_change_and_names_no_place(tmp_path: Path) ->
     assert Record(path, CPU, fresh=True).data["layers"] == []
 
 
+@pytest.mark.slow
 def test_a_unit_measured_again_replaces_the_earlier_rows(tmp_path: Path) -> None:
     record = Record(tmp_path / "r.json", CPU)
     for level in ("core", "short"):

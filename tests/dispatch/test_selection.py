@@ -304,6 +304,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_backend_from_the_environment() -> None:
     code = "import fastst; print(fastst.dispatch.requested())"
     assert python(code, FASTST_BACKEND="reference").stdout.strip() == "reference"
@@ -311,6 +312,7 @@ def test_backend_from_the_environment() -> None:
     assert wrong.returncode and "unknown backend 'nonsense'" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_import_needs_no_triton_and_no_library() -> None:
     """Nor a GPU, nor a compiler; and it starts no thread, process or GPU context."""
     code = """

@@ -50,6 +50,7 @@ def test_checkpoint_loads(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_network_is_refused_as_a_whole(tmp_path):
     path = tmp_path / "weights.pth"
     state = r2plus1d_18(5).state_dict()

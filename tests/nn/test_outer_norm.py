@@ -115,6 +115,7 @@ def test_every_dtype(dtype: torch.dtype, settings: dict[str, Any]) -> None:
     compare(*twins(nn.BatchNorm3d(5), activation="silu", **settings), "triton", dtype)
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_take_turns() -> None:
     block, separate = twins(nn.BatchNorm3d(5))
     for train, frozen in ((True, False), (False, False), (True, True), (True, False)):
