@@ -30,8 +30,8 @@ class State:
     def __init__(self, device: torch.device) -> None:
         kind = device.type
         self.device = device
-        self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
+        self.grad = torch.is_grad_enabled() and not self.inference
         on = kind != "meta" and torch.is_autocast_enabled(kind)
         self.autocast = torch.get_autocast_dtype(kind) if on else None
         self.stream = torch.cuda.current_stream(device) if kind == "cuda" else None

@@ -388,6 +388,8 @@ def _named(name: str, args: Any, kwargs: Any) -> tuple[str, float, bool] | None:
     slope, in_place = given.pop("negative_slope", 0.01), given.pop("inplace", False)
     if given.keys() - set(names) or len(args) > len(names) or type(slope) not in (int, float):
         return None
+    if in_place and slope < 0:  # has no backward
+        return None
     return name, float(slope), bool(in_place)
 
 

@@ -1,0 +1,165 @@
+"""Random forwards do converted what they do plain.
+
+FASTST_SEED: the first program; FASTST_FUZZ: how many.
+
+``python -m tests.rewrite.convert.programs`` runs thousands and makes failures smaller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastst.rewrite.convert import begins, promise, rules
+
+from .programs.judge import judge, run, shrink
+from .programs.source import Program, random_program
+
+SEED = int(os.environ.get("FASTST_SEED", "0"))
+COUNT = int(os.environ.get("FASTST_FUZZ", "160"))
+PARTS = 4
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_forwards(part: int) -> None:
+    for seed in range(SEED + part, SEED + COUNT, PARTS):
+        program = random_program(seed)
+        if judge(program) is not None:
+            small = shrink(program, lambda p: judge(p) is not None)
+            pytest.fail(f"{judge(small)}\n{small}")
+
+
+def test_many_programs_run_and_many_pairs_fuse() -> None:
+    """Programs that all raise, or whose pairs are all torn apart, would prove little."""
+    fused, raised = 0, 0
+    for seed in range(60):
+        with begins.listening() as events:
+            raised += run(random_program(seed), converted=True).error is not None
+        fused += any(event.why is None for event in events)
+    assert fused >= 12, fused
+    assert raised <= 25, raised
+
+
+# ---- planted faults
+
+
+def lost(function: Any) -> Callable[[], Any]:
+    """A function that does nothing to a promise."""
+    return lambda: mock.patch.dict(promise.RULES, {function: lambda x, *args, **kwargs: x})
+
+
+def relu_for(function: Any) -> Callable[[], Any]:
+    return lambda: mock.patch.dict(
+        promise.RULES, {function: lambda x, *_, **__: promise.RULES[F.relu](x)}
+    )
+
+
+@contextlib.contextmanager
+def statistics_twice() -> Iterator[None]:
+    once = nn.BatchNorm3d.forward
+
+    def twice(self: nn.BatchNorm3d, x: Tensor) -> Tensor:
+        if self.training:
+            once(self, x)
+        return once(self, x)
+
+    with mock.patch.object(nn.BatchNorm3d, "forward", twice):
+        yield
+
+
+@contextlib.contextmanager
+def random_numbers() -> Iterator[None]:
+    before = rules.begin
+
+    def begin(*args: Any) -> Any:
+        torch.rand(1)
+        return before(*args)
+
+    with mock.patch.object(rules, "begin", begin):
+        yield
+
+
+@contextlib.contextmanager
+def versions_ignored() -> Iterator[None]:
+    with (
+        mock.patch.object(promise.Kept, "same", property(lambda self: True)),
+        mock.patch.object(promise.Kept, "get", lambda self, what: self.tensor),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def state_ignored() -> Iterator[None]:
+    with (
+        mock.patch.object(promise.State, "__eq__", lambda self, other: True),
+        mock.patch.object(promise.State, "restored", lambda self: contextlib.nullcontext()),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def hooks_unseen() -> Iterator[None]:
+    with mock.patch.object(begins, "_watched", lambda m: False):
+        yield
+
+
+@contextlib.contextmanager
+def other_weights() -> Iterator[None]:
+    before = promise.Link.compute
+
+    def compute(self: promise.Link, *args: Any) -> Tensor:
+        return before(self, *args) * (1 + 1e-6)
+
+    with mock.patch.object(promise.Link, "compute", compute):
+        yield
+
+
+# The fault, and what a program has to have for it to show.
+PLANTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "detach is lost": (lost(Tensor.detach), "x = x.detach()"),
+    "clamp is lost": (lost(Tensor.clamp_), "x.clamp_(0, 3)"),
+    "relu6 is relu": (relu_for(F.relu6), "elu6("),
+    "dropout is lost": (lost(F.dropout), "ropout("),
+    "statistics twice": (statistics_twice, "nn.BatchNorm3d(4)"),
+    "random numbers": (random_numbers, "dropout"),
+    "versions ignored": (versions_ignored, "k = x\n"),
+    "state ignored": (state_ignored, "with torch.no_grad():\n            x = self.m"),
+    "hooks unseen": (hooks_unseen, "sharded("),
+    "a millionth more": (other_weights, "nn.GroupNorm"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_planted_faults_are_seen(name: str) -> None:
+    plant, text = PLANTS[name]
+    tried = 0
+    for seed in range(20000):
+        program = random_program(seed)
+        if text not in program.source():
+            continue
+        tried += 1
+        if judge(program, plant) is not None and judge(program) is None:
+            return
+        assert tried < 40, f"{tried} programs with {text!r} saw nothing"
+
+
+def test_failures_are_made_smaller() -> None:
+    """A program of many statements shrinks to the one that matters."""
+
+    def fails(program: Program) -> bool:
+        return judge(program, statistics_twice) is not None
+
+    program = next(
+        p for p in map(random_program, range(200))
+        if len(p.body) > 6 and p.how["mode"] == "" and fails(p)
+    )  # fmt: skip
+    small = shrink(program, fails)
+    assert len(small.body) <= 2 and "BatchNorm3d" in small.source()
