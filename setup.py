@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def cuda_rules() -> tuple[str, str, list[Path]]:
     nvcc = find_nvcc()
     compile = (
         f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DFASTST_MODULE=_C "
-        f"-DFASTST_EMULATED=false {includes('csrc', 'csrc/cuda')} $architectures"
+        f"-DFASTST_EMULATED=false {includes('csrc', 'csrc/cuda')} -I. $architectures"
     )
     link = f"{nvcc} -shared -cudart static {architectures_of()}"
     return compile, link, [*ROOT.glob("csrc/cuda/**/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")]
@@ -131,6 +132,14 @@ def cpu_rules(name: str) -> tuple[str, str, list[Path]]:
         f"-DFASTST_MODULE={name} {INSTRUCTIONS[name]} {includes('csrc', 'csrc/cpu')}"
     )
     return compile, f"{cxx} -shared -pthread", list(ROOT.glob("csrc/cpu/*.cpp"))
+
+
+def write_instances(header: Path) -> None:
+    """The tiles that the Hopper kernels are compiled for; old where they have not changed."""
+    listed = runpy.run_path(str(ROOT / "fastst/backends/cuda/hopper/instances.py"))
+    text = listed["header"]()
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
 
 
 def ninja_file(name: str, output: Path) -> str:
@@ -199,6 +208,8 @@ def build(name: str, output: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         (folder / "build.ninja").write_text(ninja_file(name, output))
+        if name == "_C":
+            write_instances(folder / "hopper_instances.h")
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         process = subprocess.Popen(

@@ -7,9 +7,11 @@ in the user's cache), so that a change recompiles what it touches and test worke
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -20,6 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
+INSTANCES = HERE.parent / "fastst" / "backends" / "cuda" / "hopper" / "instances.py"
 EMULATOR = [HERE / name for name in ("cluster.cpp", "emulator.cpp", "tma.cpp", "wgmma.cpp")]
 MODULE = "fastst_emulated"
 FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
@@ -82,7 +85,20 @@ def _optimised(source: Path) -> tuple[str, ...]:
 
 def _folders(csrc: Path) -> tuple[Path, ...]:
     """Where headers are: the emulator's stand before those of the same name."""
-    return HERE, csrc / "cuda", csrc
+    return HERE, csrc / "cuda", csrc, _instances()
+
+
+@functools.cache
+def _instances() -> Path:
+    """The folder of the generated header of the Hopper kernels' tiles."""
+    text = runpy.run_path(str(INSTANCES))["header"]()
+    folder = cache() / _hash(text)
+    if not (folder / "hopper_instances.h").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, folder / "hopper_instances.h")
+    return folder
 
 
 def _included(source: Path, csrc: Path) -> list[Path]:

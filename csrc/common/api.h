@@ -4,13 +4,14 @@
 // partial results are dense arrays in the accumulation type: double for f64, else float.
 #pragma once
 
+#include <common/activations.h>
+
 #include <array>
 #include <cstdint>
 #include <optional>
 
 namespace fastst {
 
-enum class Activation { none, relu, silu, gelu, gelu_tanh, leaky_relu, hardswish };
 enum class PadMode { zeros, replicate, reflect, circular };
 
 struct View {

@@ -1,4 +1,4 @@
-// Activations and their derivatives on vectors, with PyTorch's choice at the kinks and for NaN.
+// Activations and their derivatives on vectors.
 #pragma once
 
 #include <common/api.h>
@@ -35,79 +35,24 @@ inline Vec exp(Vec x) {
   return x == x ? result : x;
 }
 
-inline Vec sigmoid(Vec v) { return 1.0f / (1.0f + exp(-v)); }
-
-constexpr float kTanhInner = 0.044715f;
-constexpr float kTanhTwice = 1.59576912f;  // 2·√(2/π)
-
-// activate<K>(v) = act(v), activate_gradient<K>(v) = act'(v)
-template <Activation K>
-inline Vec activate(Vec v, [[maybe_unused]] float slope) {
-  const Vec zero{};
-  if constexpr (K == Activation::relu) return v < zero ? zero : v;
-  if constexpr (K == Activation::silu) return v / (1.0f + exp(-v));
-  if constexpr (K == Activation::gelu)
-    return by_lane(v, [](float x) { return 0.5f * x * std::erfc(x * -0.707106781f); });
-  if constexpr (K == Activation::gelu_tanh)
-    return v / (1.0f + exp(-kTanhTwice * (v + kTanhInner * v * v * v)));
-  if constexpr (K == Activation::leaky_relu) return v > zero ? v : v * slope;
-  if constexpr (K == Activation::hardswish) {
-    Vec gate = v + 3.0f;
-    gate = gate < zero ? zero : gate;
-    gate = gate > splat(6.0f) ? splat(6.0f) : gate;
-    return v * gate / 6.0f;
+// What the formulas of activations need.
+struct Lanes {
+  static Vec of(double c) { return splat(static_cast<float>(c)); }
+  static Vec sigmoid(Vec v) { return 1.0f / (1.0f + exp(-v)); }
+  static Vec normal_cdf(Vec v) {
+    return by_lane(v, [](float x) { return 0.5f * std::erfc(x * -0.707106781f); });
   }
-  if constexpr (K == Activation::none) return v;
-}
-
-template <Activation K>
-inline Vec activate_gradient(Vec v, [[maybe_unused]] float slope) {
-  const Vec zero{}, one = splat(1.0f);
-  if constexpr (K == Activation::relu) return v <= zero ? zero : one;
-  if constexpr (K == Activation::silu) {
-    const Vec s = sigmoid(v);
-    return s * (1.0f + v * (1.0f - s));
-  }
-  if constexpr (K == Activation::gelu)
-    return by_lane(v, [](float x) {
-      return 0.5f * std::erfc(x * -0.707106781f) + x * std::exp(-0.5f * x * x) * 0.398942280f;
-    });
-  if constexpr (K == Activation::gelu_tanh) {
-    const Vec s = sigmoid(kTanhTwice * (v + kTanhInner * v * v * v));
-    return s + v * s * (1.0f - s) * kTanhTwice * (1.0f + 3.0f * kTanhInner * v * v);
-  }
-  if constexpr (K == Activation::leaky_relu) return v > zero ? one : splat(slope);
-  if constexpr (K == Activation::hardswish) {
-    const Vec inside = v < splat(3.0f) ? v / 3.0f + 0.5f : one;
-    return v <= splat(-3.0f) ? zero : inside;
-  }
-  if constexpr (K == Activation::none) return one;
-}
-
-// Calls f with the activation as a type, so that what it compiles to has no choice inside.
-template <Activation K>
-struct Kind {
-  static constexpr Activation value = K;
+  static Vec normal_density(Vec v) { return exp(-0.5f * v * v) * 0.398942280f; }
 };
 
-template <class F>
-void with_activation(Activation kind, F f) {
-  switch (kind) {
-    case Activation::none:
-      return f(Kind<Activation::none>{});
-    case Activation::relu:
-      return f(Kind<Activation::relu>{});
-    case Activation::silu:
-      return f(Kind<Activation::silu>{});
-    case Activation::gelu:
-      return f(Kind<Activation::gelu>{});
-    case Activation::gelu_tanh:
-      return f(Kind<Activation::gelu_tanh>{});
-    case Activation::leaky_relu:
-      return f(Kind<Activation::leaky_relu>{});
-    case Activation::hardswish:
-      return f(Kind<Activation::hardswish>{});
-  }
+template <Activation K>
+inline Vec activate(Vec v, float slope) {
+  return Formula<K>::template act<Lanes>(v, splat(slope));
+}
+
+template <Activation K>
+inline Vec activate_gradient(Vec v, float slope) {
+  return Formula<K>::template derivative<Lanes>(v, splat(slope));
 }
 
 }  // namespace fastst::cpu

@@ -48,7 +48,7 @@ class Conv2Plus1d(nn.Module):
         padding_mode: "zeros", "replicate", "reflect", "circular"; or (spatial, temporal).
         mid_channels: M; None for the number that matches the parameters of one kt×kh×kw conv.
         norm: None, "batch" (``nn.BatchNorm3d``), or a module.
-        activation: a name ("relu", "silu", "gelu", "gelu_tanh", "leaky_relu", "hardswish"), a
+        activation: "relu", "silu", "gelu" or another name that ``fastst.functional`` knows, a
             module, or None.
         order: "spatial-first" or "temporal-first".
         causal: see ``functional.conv2plus1d``; enables ``stream``. Norms that look across frames,

@@ -297,7 +297,7 @@ def _replaced_method(module: nn.Module) -> str | None:
 
 def _functions() -> tuple[Any, ...]:
     """What the forwards of the modules call, as it is now."""
-    return F.conv3d, F.batch_norm, F.relu, F.silu, F.gelu, F.leaky_relu, F.hardswish
+    return F.conv3d, F.batch_norm, *(getattr(F, name) for name in activations.FUNCTIONS)
 
 
 _FUNCTIONS = _functions()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .spec import ACTIVATIONS, PADDING_MODES, Padding, Triple
+from .activations import ACTIVATIONS
+from .spec import PADDING_MODES, Padding, Triple
 
 
 class Geometry(NamedTuple):
@@ -70,7 +71,7 @@ def name(what: str, value: Any, known: Sequence[str]) -> str:
 
 
 def activation_name(what: str, value: str | None) -> str:
-    return name(what, "none" if value is None else value, ACTIVATIONS)
+    return name(what, "none" if value is None else value, tuple(ACTIVATIONS))
 
 
 def per_pass(what: str, value: Any, kind: type) -> tuple[Any, Any]:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh", "leaky_relu", "hardswish")
 PADDING_MODES = ("zeros", "replicate", "reflect", "circular")
 ORDERS = ("spatial-first", "temporal-first")
 NORMS = ("none", "batch", "frozen")

@@ -113,25 +113,22 @@ def meant_columns(name: str) -> list[int]:
 
 def shipped() -> set[str]:
     """Names of the Hopper kernels that configurations name."""
-    from fastst.backends.cuda.hopper import gradient_tiles, tiles, weight_tiles
+    from fastst.backends.cuda.hopper import instances
 
     found = set()
     for dtype in ("__half", "__nv_bfloat16"):
-        for columns, groups, blocks in tiles.SPATIAL_TILES:
+        for columns, groups, blocks in instances.SPATIAL:
             tile = f"{columns}, {groups}, {blocks}"
             found.add(f"hopper_spatial_kernel<{dtype}, {tile}>")
-        for columns, frames in tiles.TEMPORAL_TILES:
-            for stride in (1, 2):
-                if (columns, stride) == (64, 2):
-                    continue
-                for norm in ("false", "true"):
-                    tile = f"{columns}, {frames}, {stride}, 1, {norm}, Epilogue"
-                    found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")
-        for columns, units in weight_tiles.TILES:
+        for columns, frames, stride in instances.TEMPORAL:
+            for norm in ("false", "true"):
+                tile = f"{columns}, {frames}, {stride}, 1, {norm}, Epilogue"
+                found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")
+        for columns, units in instances.WEIGHT_GRADIENT:
             found.add(f"hopper_weight_gradient_kernel<{dtype}, {columns}, {units}>")
-        for columns, blocks in gradient_tiles.TILES:
+        for columns, blocks in instances.SPATIAL_GRADIENT:
             found.add(f"hopper_spatial_gradient_kernel<{dtype}, {columns}, {blocks}>")
-        for columns, frames, stride in tiles.TEMPORAL_GRADIENT_TILES:
+        for columns, frames, stride in instances.TEMPORAL_GRADIENT:
             tile = f"{columns}, {frames}, 1, {stride}, false, GradientEpilogue"
             found.add(f"hopper_temporal_kernel<{dtype}, {tile}>")
         found |= {f"hopper_stem_kernel<{dtype}, {pair}>" for pair in ("false", "true")}

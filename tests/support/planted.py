@@ -12,9 +12,22 @@ from types import ModuleType
 import pytest
 
 from fastst.backends.cuda import library as native
+from fastst.backends.cuda.hopper import instances
 from tests.support import ROOT
 
 CSRC = ROOT / "csrc"
+
+# Left out of mutants of Hopper kernels to compile them quickly, as (file, pattern, replacement).
+NO_BF16 = (("hopper/instances.cuh", r" *if \(dtype == Dtype::bf16\).*\n", ""),)
+
+
+def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What mutants of Hopper kernels are compiled for: small tiles, one of a kind."""
+    for name, tiles in {
+        "SPATIAL": ((64, 2, 2),), "TEMPORAL": ((64, 4, 1),), "SPATIAL_GRADIENT": ((64, 4),),
+        "TEMPORAL_GRADIENT": ((64, 4, 1), (120, 2, 2)), "WEIGHT_GRADIENT": ((48, 3),),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(instances, name, tiles)
 
 
 TOLD = r"^emulator: |could not be launched: emulator: |error \S+ > |of Case\("
@@ -37,6 +50,8 @@ def library(
 ) -> ModuleType:
     """The emulated library in which ``file`` has ``wrong`` for ``right``.
 
+    The Hopper kernels have the tiles that ``instances`` lists now.
+
     Args:
         folder: for the copy.
         unused: (file, pattern, replacement) of what the test does not need and takes long to
@@ -51,6 +66,7 @@ def library(
         text, times = re.subn(pattern, instead, (changed / name).read_text())
         assert times, f"{name} no longer has {pattern}"
         (changed / name).write_text(text)
+    (changed / "hopper_instances.h").write_text(instances.header())
     text = (changed / file).read_text()
     for header in headers:
         inside = (changed / header).read_text().replace("#pragma once", "")

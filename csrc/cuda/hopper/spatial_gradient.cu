@@ -12,6 +12,7 @@
 #include <device/launch.cuh>
 #include <device/wgmma.cuh>
 #include <hopper/accumulators.cuh>
+#include <hopper/instances.cuh>
 #include <hopper/pipeline.cuh>
 #include <vector>
 
@@ -402,26 +403,12 @@ void run(Dtype dtype, const HopperSpatialGradient& g, Stream stream) {
                   bytes, stream, "dx " + shape(g.out), p);
 }
 
-template <class T>
-void choose(Dtype dtype, const HopperSpatialGradient& g, Stream stream) {
-  const auto is = [&](int columns, int blocks) {
-    return g.tile.columns == columns && g.tile.blocks == blocks;
-  };
-  if (is(64, 2)) return run<T, 64, 2>(dtype, g, stream);
-  if (is(64, 4)) return run<T, 64, 4>(dtype, g, stream);
-  if (is(128, 1)) return run<T, 128, 1>(dtype, g, stream);
-  if (is(128, 2)) return run<T, 128, 2>(dtype, g, stream);
-  throw std::invalid_argument("hopper_spatial_gradient has no tile of " +
-                              std::to_string(g.tile.blocks) + " × 64 × " +
-                              std::to_string(g.tile.columns));
-}
-
 }  // namespace
 
 void hopper_spatial_gradient(Dtype dtype, const HopperSpatialGradient& g, Stream stream) {
-  if (dtype == Dtype::f16) return choose<__half>(dtype, g, stream);
-  if (dtype == Dtype::bf16) return choose<__nv_bfloat16>(dtype, g, stream);
-  throw std::invalid_argument("hopper_spatial_gradient is for float16 and bfloat16");
+  with_instance<instances::spatial_gradient>(
+      "hopper_spatial_gradient", dtype, {g.tile.columns, g.tile.blocks},
+      [&]<class T, int N, int Blocks>() { run<T, N, Blocks>(dtype, g, stream); });
 }
 
 }  // namespace fastst

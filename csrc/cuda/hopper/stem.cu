@@ -8,6 +8,7 @@
 #include <device/launch.cuh>
 #include <device/wgmma.cuh>
 #include <hopper/accumulators.cuh>
+#include <hopper/instances.cuh>
 #include <hopper/pipeline.cuh>
 
 namespace fastst {
@@ -295,20 +296,13 @@ void run(Dtype dtype, const HopperStem& stem, Stream stream) {
          dim3(kWarpGroup * (kGroups + 1)), kSharedBytes, stream, "output " + shape(out), p);
 }
 
-template <class T>
-void choose(Dtype dtype, const HopperStem& stem, Stream stream) {
-  if (stem.temporal_weight.data)
-    run<T, true>(dtype, stem, stream);
-  else
-    run<T, false>(dtype, stem, stream);
-}
-
 }  // namespace
 
 void hopper_stem(Dtype dtype, const HopperStem& stem, Stream stream) {
-  if (dtype == Dtype::f16) return choose<__half>(dtype, stem, stream);
-  if (dtype == Dtype::bf16) return choose<__nv_bfloat16>(dtype, stem, stream);
-  throw std::invalid_argument("hopper_stem is for float16 and bfloat16");
+  with_half_type("hopper_stem", dtype, [&]<class T>() {
+    const auto go = stem.temporal_weight.data ? run<T, true> : run<T, false>;
+    go(dtype, stem, stream);
+  });
 }
 
 }  // namespace fastst

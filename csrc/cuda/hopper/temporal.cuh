@@ -10,6 +10,7 @@
 #include <device/launch.cuh>
 #include <device/wgmma.cuh>
 #include <hopper/accumulators.cuh>
+#include <hopper/instances.cuh>
 #include <hopper/pipeline.cuh>
 
 namespace fastst {
@@ -268,6 +269,14 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
     }
 }
 
+inline void check_temporal(const char* kernel, const Conv& conv, const HopperTile& tile) {
+  if (conv.kernel[0] != kTaps || conv.dilation[0] != 1)
+    throw std::invalid_argument(std::string(kernel) + " has 3 taps without dilation");
+  if (tile.groups != kGroups || tile.blocks != tile.box[1])
+    throw std::invalid_argument(std::string(kernel) +
+                                " needs 2 warpgroups with a block of sums for each frame");
+}
+
 // `in` is read, `out` is written; `before` and `up` are of the convolution that the taps see.
 template <class T, template <class> class E>
 Parameters<T, E> parameters(Dtype dtype, const View& in, const View& out, const Array& weight,
@@ -317,10 +326,6 @@ void run(const char* name, const Parameters<T, E>& p, const HopperTile& tile, co
                   dim3(tile.grid), dim3(kWarpGroup * (kGroups + 1)),
                   L::first(p.weight_stages) + p.stages * kFrameBytes, stream,
                   "output " + shape(out), p);
-}
-
-inline bool is_tile(const HopperTile& t, int columns, int frames) {
-  return t.columns == columns && t.box[1] == frames && t.groups == kGroups && t.blocks == frames;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <device/launch.cuh>
 #include <device/wgmma.cuh>
 #include <hopper/accumulators.cuh>
+#include <hopper/instances.cuh>
 #include <hopper/pipeline.cuh>
 
 namespace fastst {
@@ -461,28 +462,12 @@ void run(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
          dim3(kThreads), kFirst + p.stages * L::stage_bytes(p), stream, "mid " + shape(g.mid), p);
 }
 
-template <class T>
-void choose(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
-  const auto is = [&](int columns, int units) {
-    return g.tile.columns == columns && g.tile.units == units;
-  };
-  if (is(48, 3)) return run<T, 48, 3>(dtype, g, stream);
-  if (is(64, 3)) return run<T, 64, 3>(dtype, g, stream);
-  if (is(72, 3)) return run<T, 72, 3>(dtype, g, stream);
-  if (is(80, 2)) return run<T, 80, 2>(dtype, g, stream);
-  if (is(96, 2)) return run<T, 96, 2>(dtype, g, stream);
-  if (is(144, 1)) return run<T, 144, 1>(dtype, g, stream);
-  throw std::invalid_argument("hopper_weight_gradient has no tile of " +
-                              std::to_string(g.tile.units) + " × 64 × " +
-                              std::to_string(g.tile.columns));
-}
-
 }  // namespace
 
 void hopper_weight_gradient(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
-  if (dtype == Dtype::f16) return choose<__half>(dtype, g, stream);
-  if (dtype == Dtype::bf16) return choose<__nv_bfloat16>(dtype, g, stream);
-  throw std::invalid_argument("hopper_weight_gradient is for float16 and bfloat16");
+  with_instance<instances::weight_gradient>(
+      "hopper_weight_gradient", dtype, {g.tile.columns, g.tile.units},
+      [&]<class T, int N, int Units>() { run<T, N, Units>(dtype, g, stream); });
 }
 
 }  // namespace fastst

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import functional
 from ...functional import BatchNorm
+from ...problem import activations
 from . import endings
 from .padding import Pad, merge
 from .promise import (
@@ -370,7 +371,7 @@ def _activation(
             return NotImplemented
 
         def run(v: Tensor) -> Tensor:
-            return _APPLY[kind](v, slope)
+            return activations.apply(kind, v, slope)
 
         return _extended(input, run, in_place=in_place, activation=(kind, slope))
 
@@ -391,16 +392,6 @@ def _named(name: str, args: Any, kwargs: Any) -> tuple[str, float, bool] | None:
     if in_place and slope < 0:  # has no backward
         return None
     return name, float(slope), bool(in_place)
-
-
-_APPLY: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu": lambda v, _: F.relu(v),
-    "silu": lambda v, _: F.silu(v),
-    "hardswish": lambda v, _: F.hardswish(v),
-    "gelu": lambda v, _: F.gelu(v),
-    "gelu_tanh": lambda v, _: F.gelu(v, approximate="tanh"),
-    "leaky_relu": lambda v, slope: F.leaky_relu(v, slope),
-}
 
 
 def _pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
@@ -587,13 +578,9 @@ RULES.update({
     F.batch_norm: _batch_norm,
     F.pad: _pad,
     F.conv3d: conv3d,
-    F.relu: _activation("relu", F.relu),
+    **{getattr(F, name): _activation(name, getattr(F, name)) for name in activations.FUNCTIONS},
     torch.relu: _activation("relu", torch.relu),
     Tensor.relu: _activation("relu", torch.relu),
     torch.relu_: _activation("relu", torch.relu_, True),
     Tensor.relu_: _activation("relu", torch.relu_, True),
-    F.silu: _activation("silu", F.silu),
-    F.hardswish: _activation("hardswish", F.hardswish),
-    F.leaky_relu: _activation("leaky_relu", F.leaky_relu),
-    F.gelu: _activation("gelu", F.gelu),
 })  # fmt: skip

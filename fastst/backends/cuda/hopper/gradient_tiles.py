@@ -7,19 +7,16 @@ import math
 from dataclasses import dataclass
 
 from ....machine.gpu import round_up, shared_memory_limit
+from . import instances
 from .tiles import (
     _CLUSTER_GAIN,
     _L2_BYTES,
     _PORT_BYTES,
     _TILE_CLOCKS,
     CLUSTERS,
-    TEMPORAL_GRADIENT_TILES,
     HopperTile,
 )
 
-# (columns, outputs of a cell) of the instances: 128 sums of a thread, or 64. Through a stride of
-# 2 × 2 a cell has 4 outputs. Halves of tiles are for layers that leave multiprocessors without one.
-TILES = ((64, 2), (64, 4), (128, 1), (128, 2))
 _CELLS = 128  # of a tile: 64 for each of two warpgroups
 _FIRST = 5 * 1024  # bytes of barriers and the table of places
 _MOST_ROWS = 1024  # of a box: what the table has
@@ -86,7 +83,7 @@ def spatial_gradient(
     # Fewer tiles where they cost the same, and of equally many those that read the least.
     best: tuple[tuple[float, int, int], GradientTile] | None = None
     chunks, steps = math.ceil(channels / _CHUNK), math.ceil(channels / 16)
-    for columns, blocks in TILES:
+    for columns, blocks in instances.SPATIAL_GRADIENT:
         span = blocks // w.stride, w.stride
         if w.kernel > _MOST_TAPS or blocks % (h.stride * w.stride):
             continue
@@ -149,8 +146,8 @@ def trials() -> list[tuple[GradientTile, HopperTile, tuple[int, int]]]:
     Boxes are for small problems.
     """
     found = []
-    for i, (columns, frames, stride) in enumerate(TEMPORAL_GRADIENT_TILES):
-        n, blocks = TILES[i % len(TILES)]
+    for i, (columns, frames, stride) in enumerate(instances.TEMPORAL_GRADIENT):
+        n, blocks = instances.SPATIAL_GRADIENT[i % len(instances.SPATIAL_GRADIENT)]
         spatial = GradientTile(n, blocks, (2, 2, 5), 2 + i % 2, 2, CLUSTERS[i // 2 % 2])
         temporal = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2, CLUSTERS[i % 2])
         found.append((spatial, temporal, (stride, 2 if blocks == 4 else 1)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....machine.gpu import round_up, shared_memory_limit
+from . import instances
 
 # Multiprocessors read about 32 bytes per clock each out of L2 when all of them do; that, not device
 # memory, is what feeds a tile, because every tap reads x again. A lead, to be measured.
@@ -20,22 +21,6 @@ CLUSTERS = (1, 2)
 _CLUSTER_GAIN = 1.05
 # Clocks that a tile costs besides its products: filling the pipeline, and writing 64 rows.
 _TILE_CLOCKS, _ROW_CLOCKS = 1000, 8
-# (columns, warpgroups, blocks of 64 rows each): the spatial kernel's instances. wgmma takes any
-# multiple of 8 columns, so these fit 45 mid channels (48), 144, 288, 576 and 1,152 (144, 192), 230,
-# 460 and 921 (232) and powers of two (64, 128) with at most 1% to spare, 45 apart, and 320 with 5%
-# (112). 2 × 144 sums take 144 of a thread's 232 registers, beside which 2 × 160 spilled; 1 × 232
-# take 116, and 256 spilled.
-SPATIAL_TILES = (
-    (48, 2, 2), (64, 2, 2), (96, 2, 2), (112, 2, 2), (128, 2, 2), (144, 2, 2), (192, 2, 1),
-    (232, 2, 1),
-)  # fmt: skip
-# (columns, output frames) of the temporal kernel's instances: 128 registers of sums, or 64. More
-# frames read u fewer times: 6 for 4, 4 for 2, 3 for 1.
-TEMPORAL_TILES = ((64, 4), (128, 2), (128, 1))
-# (columns, output frames, stride) of its instances as an input gradient. These fit mid channels: no
-# registers hold A, so 2 × 144 sums have room; of stride 2, whose frames come in pairs, 2 × 120 do
-# with the derivative's operands, which fit 230, 460 and 921 with at most 4% to spare.
-TEMPORAL_GRADIENT_TILES = ((64, 4, 1), (120, 2, 2), (128, 2, 1), (144, 2, 1), (232, 1, 1))
 _TEMPORAL_ROWS = 128
 _TEMPORAL_TAPS = 3
 _LEAST_FRAMES = 6  # in shared memory: what a tile of 4 reads, or all that one of 2 does and more
@@ -98,7 +83,7 @@ def spatial(
     share_all = stride == (1, 1) and dilation == 1
     # Fewer tiles where they cost the same, and of equally many those that read the least.
     best: tuple[tuple[float, int, int], HopperTile] | None = None
-    for columns, groups, blocks in SPATIAL_TILES:
+    for columns, groups, blocks in instances.SPATIAL:
         rows = 64 * groups * blocks
         column_tiles = math.ceil(out_channels / columns)
         for box in _boxes(rows, (frames, *size), stride):
@@ -185,11 +170,10 @@ def temporal(
     chunks, steps = math.ceil(channels / 64), math.ceil(channels / 16)
     # Fewer tiles where they cost the same, and of equally many the longest runs of pixels.
     best: tuple[tuple[float, int, int], HopperTile] | None = None
-    # Not built forward: layers of stride 2 have 128 output channels and more.
-    built = [(c, f) for c, f in TEMPORAL_TILES if (c, stride) != (64, 2)]
-    if gradient:
-        built = [(c, f) for c, f, step in TEMPORAL_GRADIENT_TILES if step == stride]
-    for columns, frames in built:
+    built = instances.TEMPORAL_GRADIENT if gradient else instances.TEMPORAL
+    for columns, frames, step in built:
+        if step != stride:
+            continue
         weights = _TEMPORAL_TAPS * columns * _SWIZZLE_ROW  # of one chunk of 64 channels
         stage = _TEMPORAL_ROWS * _SWIZZLE_ROW
         left = shared_memory_limit((9, 0)) - _BARRIERS
@@ -247,9 +231,8 @@ def trials() -> list[tuple[HopperTile, HopperTile, int]]:
     """
     found = []
     # Twice as many as instances of either kernel: each temporal one with and without a norm.
-    temporal_ones = [(c, f, s) for c, f in TEMPORAL_TILES for s in (1, 2) if (c, s) != (64, 2)] * 2
-    for i, (columns, frames, stride) in enumerate(temporal_ones):
-        n, groups, blocks = SPATIAL_TILES[i % len(SPATIAL_TILES)]
+    for i, (columns, frames, stride) in enumerate(instances.TEMPORAL * 2):
+        n, groups, blocks = instances.SPATIAL[i % len(instances.SPATIAL)]
         share, box = (3, (groups * blocks, 8, 8)) if i % 2 else (1, (1, 5, 7))
         spatial_one = HopperTile(n, groups, blocks, box, share, 2, 2, CLUSTERS[i // 2 % 2])
         temporal_one = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2, CLUSTERS[i % 2])

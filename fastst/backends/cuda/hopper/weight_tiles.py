@@ -8,13 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....machine.gpu import round_up, shared_memory_limit
+from .instances import WEIGHT_GRADIENT as TILES
 from .tiles import _L2_BYTES, _TILE_CLOCKS
 
-# (columns, units) of the weight gradient's instances: a warpgroup has as many 64 × columns sums, of
-# 152 registers a thread, and 3 × 72 take all of them. 48, 72, 96 and 144 fit 45, 144, 288, 576 and
-# 1,152 mid channels, 64 the powers of two, and 80 fits 230, 460 and 921 with at most 4% to spare;
-# with products of 232 columns ptxas wants more registers than a block of 512 threads starts with.
-TILES = ((48, 3), (64, 3), (72, 3), (80, 2), (96, 2), (144, 1))
 GROUPS = 3  # warpgroups that multiply
 _FIRST = 5 * 1024  # bytes of barriers and tables
 _POSITIONS = 256  # of a tile: what the tables have

@@ -22,7 +22,7 @@ from fastst.backends import cuda
 from fastst.backends.contract import Backend, PairBackward
 from fastst.backends.cuda import hopper as cuda_hopper
 from fastst.backends.cuda import library as native
-from fastst.backends.cuda.hopper import examples, gradient_tiles, tiles
+from fastst.backends.cuda.hopper import examples, gradient_tiles, instances, tiles
 from fastst.backends.cuda.hopper.gradient_tiles import Axis, GradientTile
 from fastst.backends.cuda.hopper.launches import Gradient, Launches
 from fastst.backends.cuda.hopper.tiles import HopperTile
@@ -97,7 +97,7 @@ WEIGHTS = ("spatial_weight", "temporal_weight")  # whose gradients are other ker
 
 @pytest.mark.parametrize(
     ("tile", "cluster"),
-    [(tile, 2 - i % 2) for i, tile in enumerate(tiles.TEMPORAL_GRADIENT_TILES)],
+    [(tile, 2 - i % 2) for i, tile in enumerate(instances.TEMPORAL_GRADIENT)],
 )
 def test_temporal_tiles(
     tile: tuple[int, int, int], cluster: int, monkeypatch: pytest.MonkeyPatch, ran: list[Problem]
@@ -137,7 +137,7 @@ def test_spatial_tiles(
     ran: list[Problem],
 ) -> None:  # fmt: skip
     """Each instance; some frames, rows and columns of cells do not exist; q is not 0."""
-    assert tile in gradient_tiles.TILES
+    assert tile in instances.SPATIAL_GRADIENT
     columns, blocks = tile
     stages, cluster = 3 if columns == 64 else 2, 1 if strides == (1, 1) else 2
     chosen = GradientTile(columns, blocks, (2, 3, 5), stages, 2, cluster)
@@ -231,10 +231,8 @@ def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_self_check_runs_the_backward(monkeypatch: pytest.MonkeyPatch, ran: list[Problem]) -> None:
     trials = gradient_tiles.trials()
-    assert {(t.columns, t.box[1], s) for _, t, (s, _) in trials} == set(
-        tiles.TEMPORAL_GRADIENT_TILES
-    )
-    assert {(a.columns, a.blocks) for a, _, _ in trials} == set(gradient_tiles.TILES)
+    assert {(t.columns, t.box[1], s) for _, t, (s, _) in trials} == {*instances.TEMPORAL_GRADIENT}
+    assert {(a.columns, a.blocks) for a, _, _ in trials} == set(instances.SPATIAL_GRADIENT)
     monkeypatch.setattr(gradient_tiles, "trials", lambda: trials[2:3])
     cpu, half = torch.device("cpu"), torch.float16
     assert selfcheck.check(cuda.BACKEND, "hopper backward", cpu, half) is None
@@ -316,7 +314,7 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], sources: int) -> None:
     c, m, k, t, side, stride, temporal = shape
     axis = Axis(side, math.ceil(side / stride), 3, stride, 1, 1)
     a = gradient_tiles.spatial_gradient(8 * t, axis, axis, m, c, sources, 132)
-    assert a is not None and (a.columns, a.blocks) in gradient_tiles.TILES
+    assert a is not None and (a.columns, a.blocks) in instances.SPATIAL_GRADIENT
     span = a.blocks // stride
     (_, h, _), (_, w, _) = axis.boxes(span, a.box[1]), axis.boxes(stride, a.box[2])
     rows = a.box[0] * h * w
@@ -331,7 +329,7 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], sources: int) -> None:
     assert (
         1024 + min(2, math.ceil(k / 64)) * 3 * b.columns * 128 + b.stages * 128 * 128 <= 227 << 10
     )
-    widths = [w for w, _, step in tiles.TEMPORAL_GRADIENT_TILES if step == temporal]
+    widths = [w for w, _, step in instances.TEMPORAL_GRADIENT if step == temporal]
     if m > 64:  # of the columns multiply zeros
         assert min(round_up(m, w) / m for w in widths) <= 1.05
 
@@ -344,17 +342,7 @@ NORM = Config(
 )  # fmt: skip
 DEEP = replace(NORM, mid=200)  # whose chunks are more than stages
 STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
-# Left out of the mutants to compile them quickly, as (file, pattern, replacement).
-UNUSED = (
-    ("hopper/spatial_gradient.cu", r" *if \(is\((?!64, 4).*\n", ""),
-    ("hopper/temporal_gradient.cu", r" *if \(is\((?!64|120).*\n", ""),
-    ("hopper/spatial_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-    ("hopper/temporal_gradient.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-)
-HEADERS = (
-    "hopper/temporal_gradient.cuh", "hopper/temporal.cuh", "hopper/pipeline.cuh",
-    "hopper/accumulators.cuh",
-)  # fmt: skip
+HEADERS = ("hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cuh")
 
 
 @pytest.mark.parametrize(
@@ -387,11 +375,10 @@ def test_planted_bug_is_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    library = planted.library(tmp_path, f"hopper/{file}.cu", right, wrong, UNUSED, HEADERS)
+    planted.few_tiles(monkeypatch)
+    library = planted.library(tmp_path, f"hopper/{file}.cu", right, wrong, planted.NO_BF16, HEADERS)
     monkeypatch.setattr(native, "emulated", lambda: library)
     wrapped = gradient_tiles.spatial_gradient.__wrapped__  # without what it remembers
     monkeypatch.setattr(gradient_tiles, "spatial_gradient", wrapped)
-    monkeypatch.setattr(gradient_tiles, "TILES", ((64, 4),))
-    monkeypatch.setattr(tiles, "TEMPORAL_GRADIENT_TILES", ((64, 4, 1), (120, 2, 2)))
     with pytest.raises((AssertionError, RuntimeError)):
         fuzz.check(config, "cuda")

@@ -27,8 +27,7 @@ def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(tiles, "SPATIAL_TILES", ((64, 2, 2),))
-    monkeypatch.setattr(tiles, "TEMPORAL_TILES", ((64, 4),))
+    planted.few_tiles(monkeypatch)
     for name in ("spatial", "temporal"):  # without what they remember
         monkeypatch.setattr(tiles, name, getattr(tiles, name).__wrapped__)
 
@@ -47,21 +46,11 @@ STEM = Config(
     x_layout="channels_last",
 )  # fmt: skip
 
-# Left out of the mutants to compile them quickly: they have the 64-column kernels in float16 alone.
-UNUSED = (
-    ("hopper/spatial.cu", r" *if \(is\((?!64).*\n", ""),
-    ("hopper/temporal.cu", r" *if \(is\((?!64).*\n", ""),
-    ("hopper/spatial.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-    ("hopper/temporal.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-    ("hopper/stem.cu", r" *if \(dtype == Dtype::bf16\).*\n", ""),
-)
-HEADERS = (
-    "hopper/spatial.cuh", "hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cuh",
-)  # fmt: skip
+HEADERS = ("hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cuh")
 
 
 def plant(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
-    return planted.library(folder, file, right, wrong, UNUSED, HEADERS)
+    return planted.library(folder, file, right, wrong, planted.NO_BF16, HEADERS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from benchmarks import shapes
 from benchmarks.shapes import Case
 from fastst.backends.cuda import hopper
-from fastst.backends.cuda.hopper import launches, tiles
+from fastst.backends.cuda.hopper import instances, launches, tiles
 from fastst.backends.cuda.hopper.tiles import HopperTile
 from fastst.machine.gpu import round_up
 from fastst.problem.spec import Problem
@@ -105,7 +105,7 @@ def test_mid_channels_cost_what_their_multiples_of_8_do(mid: int, padded: int, s
 )  # fmt: skip
 def test_mid_channels_fit(mid: int, columns: int) -> None:
     """An instance multiplies less than 1% zeros, of 45 what a multiple of 8 asks for."""
-    widths = [c for c, _, _ in tiles.SPATIAL_TILES]
+    widths = [c for c, _, _ in instances.SPATIAL]
     least = min(round_up(mid, c) for c in widths)
     assert round_up(mid, columns) == least
     assert least <= max(1.01 * mid, round_up(mid, 8))
@@ -132,8 +132,8 @@ def test_tiles_keep_to_the_limits(case: Case, batch: int | None) -> None:
     for tile in (a, b):
         assert 1 <= tile.grid <= PROCESSORS
         assert tile.cluster in (1, 2) and tile.grid % tile.cluster == 0
-    assert (a.columns, a.groups, a.blocks) in tiles.SPATIAL_TILES
-    assert (b.columns, b.box[1]) in tiles.TEMPORAL_TILES
+    assert (a.columns, a.groups, a.blocks) in instances.SPATIAL
+    assert (b.columns, b.box[1], problem.passes[1].stride[0]) in instances.TEMPORAL
 
 
 def test_clusters_where_weights_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

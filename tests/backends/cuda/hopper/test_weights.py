@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.grad import conv3d_weight
 
 from fastst.backends.cuda import library
-from fastst.backends.cuda.hopper import weight_tiles, weights
+from fastst.backends.cuda.hopper import instances, weight_tiles, weights
 from fastst.backends.cuda.hopper.launches import Gradient, Mid
 from fastst.backends.cuda.hopper.weight_tiles import Reach, WeightTile
 from fastst.problem.spec import PairSpec, PairTensors, Problem
@@ -138,11 +138,11 @@ def test_fuzz(seed: int) -> None:
     check(next(case for case in drawn if valid(case) and weights.why_not(case.problem()) is None))
 
 
-@pytest.mark.parametrize("tile", weight_tiles.TILES)
+@pytest.mark.parametrize("tile", instances.WEIGHT_GRADIENT)
 def test_tiles(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each instance: two tiles of columns and of rows, several of positions, and two parts."""
     columns, units = tile
-    dtype = (torch.float16, torch.bfloat16)[weight_tiles.TILES.index(tile) % 2]
+    dtype = (torch.float16, torch.bfloat16)[instances.WEIGHT_GRADIENT.index(tile) % 2]
     chosen = WeightTile(columns, units, units, (3, 2, 1), 2, 2)
     monkeypatch.setattr(weights, "spatial_tile", lambda *_: chosen)
     monkeypatch.setattr(weights, "temporal_tile", lambda *_: chosen)
@@ -223,7 +223,7 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
         b = max(1, sources) * -(-tile.columns // 32) * -(-positions // 16) * 16 * 64
         assert positions <= 256 and max(*halo, tile.box[1] * reach.residues) <= 256
         assert 5 * 1024 + tile.stages * (a + b) <= 227 << 10 and tile.stages >= 2
-        assert (tile.columns, tile.units) in weight_tiles.TILES
+        assert (tile.columns, tile.units) in instances.WEIGHT_GRADIENT
         assert tile.blocks <= weight_tiles.GROUPS * tile.units
         assert reach.residues == 1 or tile.blocks % tile.units == 0
 
@@ -234,7 +234,7 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
 )
 def test_mid_channels_fit(mid: int, waste: float) -> None:
     """Some instance has few columns for which there are no mid channels of R(2+1)D-18."""
-    assert min(-(-mid // n) * n for n, _ in weight_tiles.TILES) <= waste * mid
+    assert min(-(-mid // n) * n for n, _ in instances.WEIGHT_GRADIENT) <= waste * mid
 
 
 # ---- planted bugs: each must be caught, by a wrong result or by the emulator's checks
@@ -244,9 +244,6 @@ STEM = Case(
     channels=3, mid=45, kernel=(3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), size=(1, 9, 9)
 )
 FILE = "hopper/weight_gradient.cu"
-UNUSED = (
-    (FILE, r" *if \(is\((?!48).*\n", ""), (FILE, r" *if \(dtype == Dtype::bf16\).*\n", ""),
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -277,7 +274,8 @@ UNUSED = (
 def test_planted_bug_is_caught(
     right: str, wrong: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mutant = planted.library(tmp_path, FILE, right, wrong, UNUSED)
+    planted.few_tiles(monkeypatch)
+    mutant = planted.library(tmp_path, FILE, right, wrong, planted.NO_BF16)
     monkeypatch.setattr(library, "emulated", lambda: mutant)
     chosen = WeightTile(48, 3, 1, (5, 3, 1), 2, 2)
     monkeypatch.setattr(weights, "spatial_tile", lambda *_: chosen)
