@@ -42,14 +42,14 @@ struct Conv {
 // What a convolution reads for element e of channel c, as a function of stored tensors a and b.
 enum class Read {
   plain,          // a
-  norm_act,       // act((a − mean)·scale + shift)
+  norm_act,       // act((a − mean)·scale + beta)
   norm_gradient,  // scale·a + p·(b − mean) + q
 };
 
 struct Source {
   View a;
   std::optional<View> b;  // u, for norm_gradient
-  Array coefficients;     // (5, C): mean, scale, shift, p, q; not used by plain
+  Array coefficients;     // (5, C): mean, scale, beta, p, q; not used by plain
   Read read;
   Activation act;
   double slope;
@@ -59,7 +59,7 @@ struct Source {
 enum class Write {
   forward,          // out_0 = act(Σ act_i(v_i))
   branch_gradient,  // out_i = aux·act'(Σ act_i(v_i))·act_i'(v_i), aux = dy
-  norm_gradient,    // out_0 = Σ v_i · act'((aux − mean)·scale + shift), aux = u
+  norm_gradient,    // out_0 = Σ v_i · act'((aux − mean)·scale + beta), aux = u
 };
 
 }  // namespace fastst

@@ -76,8 +76,8 @@ void batch_norm_backward(const View& dv, const View& y, const Array& mean, const
     }
   });
 
-  // dy = a·dv + b·(y − mean) + q
-  std::vector<float> a(padded), b(padded), q(padded);
+  // dy = s·dv + p·(y − mean) + q
+  std::vector<float> s(padded), p(padded), q(padded);
   float* dbeta = static_cast<float*>(sums.data);
   float* dgamma = dbeta + channels;
   const double positions = static_cast<double>(lines.count * lines.width);
@@ -91,8 +91,8 @@ void batch_norm_backward(const View& dv, const View& y, const Array& mean, const
     const double weight = gamma.count ? floats(gamma)[c] : 1.0;
     dbeta[c] = static_cast<float>(sum);
     dgamma[c] = static_cast<float>(product * scale);
-    a[c] = static_cast<float>(weight * scale);
-    b[c] = static_cast<float>(-weight * scale * scale * scale * product / positions);
+    s[c] = static_cast<float>(weight * scale);
+    p[c] = static_cast<float>(-weight * scale * scale * scale * product / positions);
     q[c] = static_cast<float>(-weight * scale * sum / positions);
   }
   if (!dy) return;
@@ -105,7 +105,7 @@ void batch_norm_backward(const View& dv, const View& y, const Array& mean, const
         for (int64_t c = 0; c < channels; c += kLanes) {
           const int64_t n = std::min<int64_t>(kLanes, channels - c);
           const Vec centred = load(x + c, n) - load(floats(mean) + c, n);
-          store(out + c, load(&a[c]) * load(g + c, n) + load(&b[c]) * centred + load(&q[c]), n);
+          store(out + c, load(&s[c]) * load(g + c, n) + load(&p[c]) * centred + load(&q[c]), n);
         }
     });
   });

@@ -9,13 +9,13 @@
 namespace fastst::cpu {
 
 // What becomes of Σ, the sums of a tap convolution.
-//   forward        out = outer(act(((Σ + bias) − mean)·scale + shift) + aux), aux the residual
-//   norm_gradient  out = Σ·act'((aux − mean)·scale + shift),                  aux = u
+//   forward        out = outer(act(((Σ + bias) − mean)·scale + beta) + aux), aux the residual
+//   norm_gradient  out = Σ·act'((aux − mean)·scale + beta),                  aux = u
 // Whatever is absent is left out. Channels of out beyond those of the weight become zeros.
 struct Epilogue {
   Write write;
   Array bias;          // (out,)
-  Array coefficients;  // (5, out): mean, scale, shift, and two that are not used
+  Array coefficients;  // (5, out): mean, scale, beta, and two that are not used
   Activation act, outer;
   double slope;  // of either
   std::optional<View> aux;
@@ -65,7 +65,7 @@ int64_t pair(const Pair&, Sums, int threads);
 void weight_gradient(const Source& input, const Source& gradient, const Conv&, const View& dweight,
                      int threads);
 
-// out (5, C): mean, scale, shift of v = (u − mean)·scale + shift, and two rows of zeros. gamma and
+// out (5, C): mean, scale, beta of v = (u − mean)·scale + beta, and two rows of zeros. gamma and
 // beta may be missing.
 void norm_coefficients(const Array& mean, const Array& var, const Array& gamma, const Array& beta,
                        double eps, const Array& out);

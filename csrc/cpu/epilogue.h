@@ -76,8 +76,8 @@ class Finisher {
       if (partial) statistics(x, rows, *partial, before);
       if (norm_.data) {
         const Vec mean = load(norm_.mean() + channel, n), scale = load(norm_.scale() + channel, n);
-        const Vec shift = load(norm_.shift() + channel, n);
-        for (int r = 0; r < rows; ++r) x[r] = (x[r] - mean) * scale + shift;
+        const Vec beta = load(norm_.beta() + channel, n);
+        for (int r = 0; r < rows; ++r) x[r] = (x[r] - mean) * scale + beta;
       }
       activate_all(act_, x, rows);
       if (aux_.data) {
@@ -102,15 +102,15 @@ class Finisher {
                 const Partial* partial) const {
     Vec u[kMostPlaces];
     fetch(u, channel, n, aux);
-    Vec mean{}, scale = splat(1.0f), shift{};
+    Vec mean{}, scale = splat(1.0f), beta{};
     if (norm_.data) {
       mean = load(norm_.mean() + channel, n), scale = load(norm_.scale() + channel, n);
-      shift = load(norm_.shift() + channel, n);
+      beta = load(norm_.beta() + channel, n);
     }
     for (int r = 0; r < rows; ++r) u[r] -= mean;
     with_activation(act_, [&](auto k) {
       for (int r = 0; r < rows; ++r)
-        x[r] *= activate_gradient<decltype(k)::value>(u[r] * scale + shift, slope_);
+        x[r] *= activate_gradient<decltype(k)::value>(u[r] * scale + beta, slope_);
     });
     if (!partial) return;
     Vec sum{}, product{};

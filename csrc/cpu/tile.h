@@ -73,7 +73,7 @@ struct Norm {
   }
   const float* mean() const { return data; }
   const float* scale() const { return data + pitch; }
-  const float* shift() const { return data + 2 * pitch; }
+  const float* beta() const { return data + 2 * pitch; }
   const float* p() const { return data + 3 * pitch; }
   const float* q() const { return data + 4 * pitch; }
 };
@@ -215,11 +215,11 @@ class Reader {
 
  private:
   struct Coefficients {
-    Vec mean{}, scale{}, shift{}, p{}, q{};
+    Vec mean{}, scale{}, beta{}, p{}, q{};
     Coefficients(const Norm& norm, int64_t c, int64_t n) {
       if (R == Read::plain || !norm.data) return;
       mean = load(norm.mean() + c, n), scale = load(norm.scale() + c, n);
-      if (R == Read::norm_act) shift = load(norm.shift() + c, n);
+      if (R == Read::norm_act) beta = load(norm.beta() + c, n);
       if (R == Read::norm_gradient) p = load(norm.p() + c, n), q = load(norm.q() + c, n);
     }
   };
@@ -254,7 +254,7 @@ class Reader {
 
   Vec prologue(Vec v, const Coefficients& k, [[maybe_unused]] Vec u) const {
     if constexpr (R == Read::norm_act) {
-      if (in_.norm.data) v = (v - k.mean) * k.scale + k.shift;
+      if (in_.norm.data) v = (v - k.mean) * k.scale + k.beta;
       return activate<K>(v, in_.slope);
     }
     if constexpr (R == Read::norm_gradient)

@@ -81,11 +81,11 @@ struct HopperGradientTile {
   int64_t cluster;             // blocks that copy the weights to each other: 1 or 2
 };
 
-// dx from du = g + p·u + q inside of the frame, the gradient of conv's output.
+// dx from du = g + p·u + r inside of the frame, the gradient of conv's output; g = s·dv.
 struct HopperSpatialGradient {
   View g;                 // channels-last, frames of all clips evenly apart
   std::optional<View> u;  // laid out as g; none: du = g
-  Array affine;           // (2, ⌈M/64⌉·64): p, q; only with u
+  Array affine;           // (2, ⌈M/64⌉·64): p, r; only with u
   Array weight;           // (tiles of columns, ⌈M/64⌉, kw, kh, columns, 64), taps mirrored
   Conv conv;
   View out;  // channels-last, channels a multiple of 8
@@ -103,14 +103,14 @@ struct HopperTemporal {
   HopperTile tile;
 };
 
-// dv = act'(v)·(input gradient of conv), v = (u − mean)·scale + shift; out = factor·dv.
+// dv = act'(v)·(input gradient of conv), v = (u − mean)·scale + beta; out = factor·dv.
 struct HopperTemporalGradient {
   View dy;       // channels-last, pixels evenly apart
   Array weight;  // (tiles of columns, ⌈K/64⌉, kt, columns, 64), taps mirrored
   Conv conv;     // padding mode zeros
   View out;      // channels-last, stored channels a multiple of 8: zeros from `channels` on
   std::optional<View> u;  // laid out as out; none: act' is 1
-  Array coefficients;     // (4, whole tiles of columns): mean, scale, shift, factor
+  Array coefficients;     // (4, whole tiles of columns): mean, scale, beta, factor
   Array partials;         // (grid·consuming warps, 2, channels): Σdv, Σdv·(u − mean), or none
   int64_t channels;
   Activation act;
@@ -177,7 +177,7 @@ void channel_sums(Dtype, const Source& s, std::optional<View> u, Array partials,
 void sum_rows(Dtype, Array partials, Array out, int64_t rows, Stream);
 // (splits, 3, C) → mean (C,) and biased variance (C,)
 void combine_statistics(Dtype, Array partials, Array mean, Array var, int64_t splits, Stream);
-// Rows mean, scale, shift of the coefficients; p and q become 0.
+// Rows mean, scale, beta of the coefficients; p and q become 0.
 void norm_coefficients(Dtype, Array mean, Array var, Array gamma, Array beta, double eps,
                        Array coefficients, Stream);
 // Rows p and q from sums (2, C), for statistics over `count` values; and dgamma (C,).

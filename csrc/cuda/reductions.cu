@@ -163,8 +163,6 @@ __global__ void norm_gradient_kernel(Global<const A> sums, Global<const A> var, 
 
 constexpr int kThreads = 256;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 std::string channels_text(int64_t channels) { return std::to_string(channels) + " channels"; }
 
 template <class A>

@@ -1,22 +1,11 @@
 // The emulator's counterpart of csrc/cuda/device/launch.cuh.
 #pragma once
 
-#include <kernels.h>
-
-#include <stdexcept>
-#include <string>
+#include <launch_text.h>
 
 #include "../emulator.h"
 
 namespace fastst {
-
-inline std::string shape(const View& v) {
-  std::string s = "(";
-  for (int i = 0; i < 5; ++i) s += (i ? ", " : "") + std::to_string(v.size[i]);
-  return s + ")";
-}
-
-constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
 
 template <class... Parameters, class... Arguments>
 void launch_clusters(const char* name, int cluster, void (*kernel)(Parameters...), dim3 grid,
@@ -26,9 +15,7 @@ void launch_clusters(const char* name, int cluster, void (*kernel)(Parameters...
   const std::string error = emulator::launch(
       name, grid, block, static_cast<int64_t>(shared), [&] { kernel(Parameters(arguments)...); },
       cluster);
-  if (!error.empty())
-    throw std::runtime_error(std::string("fastst kernel ") + name + " for " + what +
-                             " could not be launched: " + error);
+  if (!error.empty()) could_not_launch(name, what, error);
 }
 
 template <class... Parameters, class... Arguments>

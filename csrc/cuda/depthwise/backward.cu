@@ -5,26 +5,19 @@
 // them too) into shared memory, and from there dx. Weight gradients count a pixel of u once, in the
 // block that owns it, and leave as one row of partials per block.
 #include <depthwise/slab.cuh>
-#include <device/launch.cuh>
 
 namespace fastst {
 namespace {
 
 template <class T>
-struct Parameters {
-  Tensor<const T> x, dy, spatial_weight, temporal_weight;
-  Global<const float> spatial_bias;
-  Coefficients<float> norm;
+struct Parameters : PairParameters<T> {
+  using PairParameters<T>::PairParameters;
+  Tensor<const T> dy;
   Tensor<T> dx;  // may be absent
   Global<float> partials;
-  int tiles_h, tiles_w, slabs, chunks;
-  int stride_t, pad_t, pad_h, pad_w;
-  int frames_per_block, stages;
-  Activation act;
-  float slope;
 };
 
-__device__ inline int divide_up(int a, int b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }
+__device__ inline int ceiling(int a, int b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }
 __device__ inline int clamp(int i, int size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
 template <class T, int K, int KT, int S>
@@ -40,8 +33,8 @@ __global__ void __launch_bounds__(kBackwardWarps<K, S> * 32, 1)
   const int frames_out = int(p.dy.size[2]), height_out = int(p.dy.size[3]);
   const int width_out = int(p.dy.size[4]);
   // First pixel of du that reaches the tile, and the first of x that it reads.
-  const int oh0 = divide_up(task.h0 + p.pad_h - (K - 1), S);
-  const int ow0 = divide_up(task.w0 + p.pad_w - (K - 1), S);
+  const int oh0 = ceiling(task.h0 + p.pad_h - (K - 1), S);
+  const int ow0 = ceiling(task.w0 + p.pad_w - (K - 1), S);
   const int xh0 = oh0 * S - p.pad_h, xw0 = ow0 * S - p.pad_w;
 
   // Shared memory: frames of x, a ring of frames of dy, one frame of du.
@@ -62,27 +55,8 @@ __global__ void __launch_bounds__(kBackwardWarps<K, S> * 32, 1)
     copy_commit();
   };
 
-  float ws[K * K][V], wt[KT][V], bias[V], mean[V], scale[V], shift[V], norm_p[V], norm_q[V];
-#pragma unroll
-  for (int k = 0; k < K * K; ++k)
-    per_channel<T>(ws[k], channel, channels, [&](int c) {
-      const auto& w = p.spatial_weight;
-      return widen(w.data[c * w.stride[0] + w.offset(0, 0, k / K, k % K)]);
-    });
-#pragma unroll
-  for (int k = 0; k < KT; ++k)
-    per_channel<T>(wt[k], channel, channels, [&](int c) {
-      const auto& w = p.temporal_weight;
-      return widen(w.data[c * w.stride[0] + w.offset(0, k, 0, 0)]);
-    });
-  per_channel<T>(bias, channel, channels,
-                 [&](int c) { return p.spatial_bias ? p.spatial_bias[c] : 0.f; });
-  per_channel<T>(mean, channel, channels,
-                 [&](int c) { return p.norm.data ? p.norm.mean(c) : 0.f; });
-  per_channel<T>(scale, channel, channels,
-                 [&](int c) { return p.norm.data ? p.norm.scale(c) : 1.f; });
-  per_channel<T>(shift, channel, channels,
-                 [&](int c) { return p.norm.data ? p.norm.shift(c) : 0.f; });
+  const ChannelConstants<T, K, KT> own(p, channel);
+  float norm_p[V], norm_q[V];
   per_channel<T>(norm_p, channel, channels, [&](int c) { return p.norm.data ? p.norm.p(c) : 0.f; });
   per_channel<T>(norm_q, channel, channels, [&](int c) { return p.norm.data ? p.norm.q(c) : 0.f; });
 
@@ -91,7 +65,7 @@ __global__ void __launch_bounds__(kBackwardWarps<K, S> * 32, 1)
 
   const int begin = task.chunk * p.frames_per_block;
   const int end = min(begin + p.frames_per_block, frames);
-  for (int i = max(0, divide_up(begin + p.pad_t - (KT - 1), p.stride_t));
+  for (int i = max(0, ceiling(begin + p.pad_t - (KT - 1), p.stride_t));
        i < frames_out && i * p.stride_t < begin + p.pad_t; ++i)
     load_dy(i);
   if (p.stages == 2) issue(begin);
@@ -107,28 +81,29 @@ __global__ void __launch_bounds__(kBackwardWarps<K, S> * 32, 1)
     const Shared<T> x = x_stage(t);
     for (int r = warp; r < kDu; r += kWarps) {
       const int oh = oh0 + r;
-      const bool own_row =
+      const bool counted_row =
           oh >= 0 && oh < height_out && clamp(oh * S - p.pad_h, height) / kTile * kTile == task.h0;
 #pragma unroll 1
       for (int j = 0; j < kDu; ++j) {
         const int ow = ow0 + j, at = (r * kDu + j) * kSlab<T> + lane * V;
         float du[V] = {};
         if (oh >= 0 && oh < height_out && ow >= 0 && ow < width_out) {
-          const bool own = own_row && clamp(ow * S - p.pad_w, width) / kTile * kTile == task.w0;
+          const bool counted =
+              counted_row && clamp(ow * S - p.pad_w, width) / kTile * kTile == task.w0;
           float in[K * K][V], u[1][V];
 #pragma unroll
-          for (int v = 0; v < V; ++v) u[0][v] = bias[v];
+          for (int v = 0; v < V; ++v) u[0][v] = own.spatial_bias[v];
 #pragma unroll
           for (int k = 0; k < K * K; ++k) {
             const int pixel = (r * S + k / K) * kX + j * S + k % K;
             widen_lane(x + (pixel * kSlab<T> + lane * V), in[k]);
 #pragma unroll
-            for (int v = 0; v < V; ++v) u[0][v] += in[k][v] * ws[k][v];
+            for (int v = 0; v < V; ++v) u[0][v] += in[k][v] * own.ws[k][v];
           }
           float z[1][V], slope[1][V], dz[V] = {};
 #pragma unroll
           for (int v = 0; v < V; ++v)
-            z[0][v] = slope[0][v] = (u[0][v] - mean[v]) * scale[v] + shift[v];
+            z[0][v] = slope[0][v] = (u[0][v] - own.mean[v]) * own.scale[v] + own.beta[v];
           activate_all(p.act, p.slope, z);
           activate_gradient_all(p.act, p.slope, slope);
 #pragma unroll
@@ -139,19 +114,19 @@ __global__ void __launch_bounds__(kBackwardWarps<K, S> * 32, 1)
             widen_lane(dy_slot(step / p.stride_t) + at, dy);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              dz[v] += wt[k][v] * dy[v];
-              if (own) dwt[k][v] += z[0][v] * dy[v];
+              dz[v] += own.wt[k][v] * dy[v];
+              if (counted) dwt[k][v] += z[0][v] * dy[v];
               // Each frame of dy once: where it starts, or in the first frame if that is padding.
-              if (own && (k == 0 || t == 0)) sum_dy[v] += dy[v];
+              if (counted && (k == 0 || t == 0)) sum_dy[v] += dy[v];
             }
           }
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const float dv = dz[v] * slope[0][v], centred = u[0][v] - mean[v];
-            du[v] = scale[v] * dv + norm_p[v] * centred + norm_q[v];
-            if (own) sum_dv[v] += dv, sum_dv_u[v] += dv * centred, sum_du[v] += du[v];
+            const float dv = dz[v] * slope[0][v], centred = u[0][v] - own.mean[v];
+            du[v] = own.scale[v] * dv + norm_p[v] * centred + norm_q[v];
+            if (counted) sum_dv[v] += dv, sum_dv_u[v] += dv * centred, sum_du[v] += du[v];
           }
-          if (own) {
+          if (counted) {
 #pragma unroll
             for (int k = 0; k < K * K; ++k)
 #pragma unroll
@@ -177,7 +152,7 @@ __global__ void __launch_bounds__(kBackwardWarps<K, S> * 32, 1)
           float du[V];
           widen_lane(du_tile + (pixel * kSlab<T> + lane * V), du);
 #pragma unroll
-          for (int v = 0; v < V; ++v) dx[v] += ws[k][v] * du[v];
+          for (int v = 0; v < V; ++v) dx[v] += own.ws[k][v] * du[v];
         }
         const int64_t at = p.dx.offset(task.n, t, h, task.w0 + j) + channel;
         store(p.dx.data + at, narrow_lane<T>(dx));
@@ -213,27 +188,13 @@ __global__ void __launch_bounds__(kBackwardWarps<K, S> * 32, 1)
 template <class T, int K, int KT, int S>
 void run(const Depthwise& d, const View& dy, const std::optional<View>& dx, Array partials,
          Stream stream) {
-  Parameters<T> p{};
-  p.x = Tensor<const T>(d.x), p.dy = Tensor<const T>(dy);
-  p.spatial_weight = Tensor<const T>(d.spatial_weight);
-  p.temporal_weight = Tensor<const T>(d.temporal_weight);
-  p.spatial_bias = global<const float>(d.spatial_bias.data, d.spatial_bias.count);
-  p.norm = Coefficients<float>(d.coefficients);
+  Parameters<T> p(d, d.x.size[2], d.x.size[3], d.x.size[4]);
+  p.dy = Tensor<const T>(dy);
   if (dx) p.dx = Tensor<T>(*dx);
   p.partials = global<float>(partials.data, partials.count);
-  p.frames_per_block = int(d.frames_per_block), p.stages = int(d.stages);
-  p.chunks = int((d.x.size[2] + p.frames_per_block - 1) / p.frames_per_block);
-  p.tiles_h = int((d.x.size[3] + kTile - 1) / kTile);
-  p.tiles_w = int((d.x.size[4] + kTile - 1) / kTile);
-  p.slabs = int((d.x.size[1] + kSlab<T> - 1) / kSlab<T>);
-  p.stride_t = int(d.stride[0]);
-  p.pad_t = int(d.padding[0]), p.pad_h = int(d.padding[2]), p.pad_w = int(d.padding[4]);
-  p.act = d.act, p.slope = float(d.slope);
-  const int64_t blocks = depthwise_blocks(d.x, {}, d.frames_per_block, true) * int64_t(p.slabs);
-  if (blocks > kMaxGridX) throw std::runtime_error("fastst kernel depthwise_backward: too large");
-  launch("depthwise_backward", depthwise_backward_kernel<T, K, KT, S>, dim3(unsigned(blocks)),
-         dim3(kBackwardWarps<K, S> * 32), backward_bytes<T, K, KT, S>(p.stages), stream,
-         "x " + shape(d.x), p);
+  launch("depthwise_backward", depthwise_backward_kernel<T, K, KT, S>,
+         dim3(p.grid("depthwise_backward")), dim3(kBackwardWarps<K, S> * 32),
+         backward_bytes<T, K, KT, S>(p.stages), stream, "x " + shape(d.x), p);
 }
 
 }  // namespace

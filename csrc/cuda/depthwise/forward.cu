@@ -4,7 +4,6 @@
 // x comes into shared memory while the one before is worked on; its z joins a window of the last KT
 // frames in registers, from which y is retired. Frames outside of the clip are zeros of z.
 #include <depthwise/slab.cuh>
-#include <device/launch.cuh>
 
 namespace fastst {
 namespace {
@@ -12,17 +11,11 @@ namespace {
 constexpr int kThreads = kTile * 32;
 
 template <class T>
-struct Parameters {
-  Tensor<const T> x, spatial_weight, temporal_weight;
-  Global<const float> spatial_bias, temporal_bias;
-  Coefficients<float> norm;
+struct Parameters : PairParameters<T> {
+  using PairParameters<T>::PairParameters;
   Tensor<T> y, u;  // either may be absent
   Global<float> partials;
-  int tiles_h, tiles_w, slabs, chunks;
-  int stride_t, pad_t, pad_h, pad_w;
-  int frames_out, height, width, frames_per_block, stages;
-  Activation act;
-  float slope;
+  int frames_out, height, width;
 };
 
 // Statistics of one channel: count, mean, sum of squared deviations.
@@ -59,29 +52,10 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, KT>))
     copy_commit();
   };
 
-  float ws[K * K][V], wt[KT][V], bias_s[V], bias_t[V], mean[V], scale[V], shift[V];
-#pragma unroll
-  for (int k = 0; k < K * K; ++k)
-    per_channel<T>(ws[k], channel, channels, [&](int c) {
-      const auto& w = p.spatial_weight;
-      return widen(w.data[c * w.stride[0] + w.offset(0, 0, k / K, k % K)]);
-    });
-#pragma unroll
-  for (int k = 0; k < KT; ++k)
-    per_channel<T>(wt[k], channel, channels, [&](int c) {
-      const auto& w = p.temporal_weight;
-      return widen(w.data[c * w.stride[0] + w.offset(0, k, 0, 0)]);
-    });
-  per_channel<T>(bias_s, channel, channels,
-                 [&](int c) { return p.spatial_bias ? p.spatial_bias[c] : 0.f; });
-  per_channel<T>(bias_t, channel, channels,
+  const ChannelConstants<T, K, KT> own(p, channel);
+  float temporal_bias[V];
+  per_channel<T>(temporal_bias, channel, channels,
                  [&](int c) { return p.temporal_bias ? p.temporal_bias[c] : 0.f; });
-  per_channel<T>(mean, channel, channels,
-                 [&](int c) { return p.norm.data ? p.norm.mean(c) : 0.f; });
-  per_channel<T>(scale, channel, channels,
-                 [&](int c) { return p.norm.data ? p.norm.scale(c) : 1.f; });
-  per_channel<T>(shift, channel, channels,
-                 [&](int c) { return p.norm.data ? p.norm.shift(c) : 0.f; });
 
   // Output frames [first, last) of this block; it owns the frames of u from where its first output
   // starts to read to where the next block's does.
@@ -113,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, KT>))
 #pragma unroll
       for (int j = 0; j < kTile; ++j)
 #pragma unroll
-        for (int v = 0; v < V; ++v) z[j][v] = bias_s[v];
+        for (int v = 0; v < V; ++v) z[j][v] = own.spatial_bias[v];
 #pragma unroll
       for (int kh = 0; kh < K; ++kh) {
         float in[kSize][V];
@@ -125,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, KT>))
 #pragma unroll
           for (int j = 0; j < kTile; ++j)
 #pragma unroll
-            for (int v = 0; v < V; ++v) z[j][v] += in[j * S + kw][v] * ws[kh * K + kw][v];
+            for (int v = 0; v < V; ++v) z[j][v] += in[j * S + kw][v] * own.ws[kh * K + kw][v];
       }
       if (t >= owned_from && t < owned_to && mine) {
         if (p.u.data) {
@@ -154,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, KT>))
 #pragma unroll
       for (int j = 0; j < kTile; ++j)
 #pragma unroll
-        for (int v = 0; v < V; ++v) z[j][v] = (z[j][v] - mean[v]) * scale[v] + shift[v];
+        for (int v = 0; v < V; ++v) z[j][v] = (z[j][v] - own.mean[v]) * own.scale[v] + own.beta[v];
       activate_all(p.act, p.slope, z);
     }
     if (!p.y.data) continue;
@@ -167,9 +141,9 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, KT>))
         float sum[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          sum[v] = bias_t[v] + z[j][v] * wt[KT - 1][v];
+          sum[v] = temporal_bias[v] + z[j][v] * own.wt[KT - 1][v];
 #pragma unroll
-          for (int k = 0; k + 1 < KT; ++k) sum[v] += window[k][j][v] * wt[k][v];
+          for (int k = 0; k + 1 < KT; ++k) sum[v] += window[k][j][v] * own.wt[k][v];
         }
         if (task.w0 + j < p.width) store(p.y.data + (at + j * p.y.stride[4]), narrow_lane<T>(sum));
       }
@@ -208,29 +182,14 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, K, KT>))
 template <class T, int K, int KT, int S>
 void run(const Depthwise& d, const std::optional<View>& y, const std::optional<View>& u,
          const std::array<int64_t, 3>& out_size, Array partials, Stream stream) {
-  Parameters<T> p{};
-  p.x = Tensor<const T>(d.x);
-  p.spatial_weight = Tensor<const T>(d.spatial_weight);
-  p.temporal_weight = Tensor<const T>(d.temporal_weight);
-  p.spatial_bias = global<const float>(d.spatial_bias.data, d.spatial_bias.count);
-  p.temporal_bias = global<const float>(d.temporal_bias.data, d.temporal_bias.count);
-  p.norm = Coefficients<float>(d.coefficients);
+  Parameters<T> p(d, out_size[0], out_size[1], out_size[2]);
   if (y) p.y = Tensor<T>(*y);
   if (u) p.u = Tensor<T>(*u);
   p.partials = global<float>(partials.data, partials.count);
   p.frames_out = int(out_size[0]), p.height = int(out_size[1]), p.width = int(out_size[2]);
-  p.frames_per_block = int(d.frames_per_block), p.stages = int(d.stages);
-  p.chunks = (p.frames_out + p.frames_per_block - 1) / p.frames_per_block;
-  p.tiles_h = (p.height + kTile - 1) / kTile, p.tiles_w = (p.width + kTile - 1) / kTile;
-  p.slabs = int((d.x.size[1] + kSlab<T> - 1) / kSlab<T>);
-  p.stride_t = int(d.stride[0]);
-  p.pad_t = int(d.padding[0]), p.pad_h = int(d.padding[2]), p.pad_w = int(d.padding[4]);
-  p.act = d.act, p.slope = float(d.slope);
-  const int64_t blocks =
-      depthwise_blocks(d.x, out_size, d.frames_per_block, false) * int64_t(p.slabs);
-  if (blocks > kMaxGridX) throw std::runtime_error("fastst kernel depthwise_forward: too large");
-  launch("depthwise_forward", depthwise_forward_kernel<T, K, KT, S>, dim3(unsigned(blocks)),
-         dim3(kThreads), forward_bytes<K, S>(p.stages), stream, "x " + shape(d.x), p);
+  launch("depthwise_forward", depthwise_forward_kernel<T, K, KT, S>,
+         dim3(p.grid("depthwise_forward")), dim3(kThreads), forward_bytes<K, S>(p.stages), stream,
+         "x " + shape(d.x), p);
 }
 
 }  // namespace
@@ -240,8 +199,8 @@ int64_t depthwise_blocks(const View& x, std::array<int64_t, 3> out_size, int64_t
   // Backward tiles dx and walks over frames of u; forward tiles y and walks over its frames.
   const int64_t frames = backward ? x.size[2] : out_size[0];
   const int64_t h = backward ? x.size[3] : out_size[1], w = backward ? x.size[4] : out_size[2];
-  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  return x.size[0] * up(frames, frames_per_block) * up(h, kTile) * up(w, kTile);
+  return x.size[0] * divide_up(frames, frames_per_block) * divide_up(h, kTile) *
+         divide_up(w, kTile);
 }
 
 int64_t depthwise_shared_bytes(int64_t kernel, int64_t temporal_kernel, int64_t stride,

@@ -5,6 +5,7 @@
 // control flow is the same for all its lanes. Frames come by asynchronous 16-byte copies.
 #pragma once
 
+#include <device/launch.cuh>
 #include <device/tensor.cuh>
 
 namespace fastst {
@@ -88,12 +89,82 @@ __device__ Pack<T, kVector<T>> narrow_lane(const float (&from)[kVector<T>]) {
   return pack;
 }
 
-// Per-channel values of a lane; channels beyond the last get `missing`.
+// Per-channel values of a lane; zeros beyond the last channel.
 template <class T, class F>
 __device__ void per_channel(float (&to)[kVector<T>], int channel, int64_t channels, F value) {
 #pragma unroll
   for (int v = 0; v < kVector<T>; ++v) to[v] = channel + v < channels ? value(channel + v) : 0.f;
 }
+
+// What both kernels are told of the pair; tiles, chunks and frames are of what a block writes.
+template <class T>
+struct PairParameters {
+  Tensor<const T> x, spatial_weight, temporal_weight;
+  Global<const float> spatial_bias, temporal_bias;
+  Coefficients<float> norm;
+  int tiles_h, tiles_w, slabs, chunks;
+  int stride_t, pad_t, pad_h, pad_w;
+  int frames_per_block, stages;
+  Activation act;
+  float slope;
+
+  PairParameters() = default;
+  PairParameters(const Depthwise& d, int64_t frames, int64_t height, int64_t width)
+      : x(d.x),
+        spatial_weight(d.spatial_weight),
+        temporal_weight(d.temporal_weight),
+        spatial_bias(global<const float>(d.spatial_bias.data, d.spatial_bias.count)),
+        temporal_bias(global<const float>(d.temporal_bias.data, d.temporal_bias.count)),
+        norm(d.coefficients),
+        tiles_h(int(divide_up(height, kTile))),
+        tiles_w(int(divide_up(width, kTile))),
+        slabs(int(divide_up(d.x.size[1], kSlab<T>))),
+        chunks(int(divide_up(frames, d.frames_per_block))),
+        stride_t(int(d.stride[0])),
+        pad_t(int(d.padding[0])),
+        pad_h(int(d.padding[2])),
+        pad_w(int(d.padding[4])),
+        frames_per_block(int(d.frames_per_block)),
+        stages(int(d.stages)),
+        act(d.act),
+        slope(float(d.slope)) {}
+
+  // Blocks of the launch. Throws std::runtime_error, naming the kernel, where a grid has no room.
+  unsigned grid(const char* kernel) const {
+    const int64_t blocks = x.size[0] * chunks * tiles_h * tiles_w * slabs;
+    if (blocks > kMaxGridX) throw std::runtime_error(std::string(kernel) + ": too large a problem");
+    return static_cast<unsigned>(blocks);
+  }
+};
+
+// What a lane keeps of its channels, in registers; zeros beyond the last channel.
+template <class T, int K, int KT>
+struct ChannelConstants {
+  static constexpr int V = kVector<T>;
+  float ws[K * K][V], wt[KT][V], spatial_bias[V], mean[V], scale[V], beta[V];
+
+  __device__ ChannelConstants(const PairParameters<T>& p, int channel) {
+    const int64_t channels = p.x.size[1];
+    const auto weight = [&](const Tensor<const T>& w, int kt, int kh, int kw, float (&to)[V]) {
+      per_channel<T>(to, channel, channels, [&](int c) {
+        return widen(w.data[c * w.stride[0] + w.offset(0, kt, kh, kw)]);
+      });
+    };
+    const auto coefficient = [&](float (&to)[V], float missing, auto value) {
+      per_channel<T>(to, channel, channels,
+                     [&](int c) { return p.norm.data ? value(c) : missing; });
+    };
+#pragma unroll
+    for (int k = 0; k < K * K; ++k) weight(p.spatial_weight, 0, k / K, k % K, ws[k]);
+#pragma unroll
+    for (int k = 0; k < KT; ++k) weight(p.temporal_weight, k, 0, 0, wt[k]);
+    per_channel<T>(spatial_bias, channel, channels,
+                   [&](int c) { return p.spatial_bias ? p.spatial_bias[c] : 0.f; });
+    coefficient(mean, 0.f, [&](int c) { return p.norm.mean(c); });
+    coefficient(scale, 1.f, [&](int c) { return p.norm.scale(c); });
+    coefficient(beta, 0.f, [&](int c) { return p.norm.beta(c); });
+  }
+};
 
 template <int Value>
 struct Constant {
@@ -117,16 +188,12 @@ auto with_depthwise(int64_t kernel, int64_t temporal_kernel, int64_t stride, F f
 
 template <class F>
 void with_depthwise_type(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::f16:
-      return f(__half{});
-    case Dtype::bf16:
-      return f(__nv_bfloat16{});
-    case Dtype::f32:
-      return f(float{});
-    default:
+  with_type(dtype, [&](auto element) {
+    if constexpr (sizeof(element) <= 4)
+      f(element);
+    else
       throw std::invalid_argument("depthwise kernels are for float16, bfloat16 and float32");
-  }
+  });
 }
 
 }  // namespace fastst

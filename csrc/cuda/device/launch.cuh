@@ -2,26 +2,13 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <kernels.h>
-
-#include <stdexcept>
-#include <string>
+#include <launch_text.h>
 
 namespace fastst {
 
-inline std::string shape(const View& v) {
-  std::string s = "(";
-  for (int i = 0; i < 5; ++i) s += (i ? ", " : "") + std::to_string(v.size[i]);
-  return s + ")";
-}
-
 inline void check_launch(cudaError_t error, const char* kernel, const std::string& what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("fastst kernel ") + kernel + " for " + what +
-                             " could not be launched: " + cudaGetErrorString(error));
+  if (error != cudaSuccess) could_not_launch(kernel, what, cudaGetErrorString(error));
 }
-
-constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
 
 // `what` describes the problem in the error. `cluster`: neighbours in grid.x that run together, on
 // multiprocessors that reach each other's shared memory; 2 to 8 need compute capability 9.0, and

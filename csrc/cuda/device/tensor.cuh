@@ -47,11 +47,11 @@ struct Coefficients {  // (5, channels); none: the identity
       : data(global<const A>(a.data, a.count)), channels(a.count / 5) {}
   __device__ A mean(int64_t c) const { return data[c]; }
   __device__ A scale(int64_t c) const { return data[channels + c]; }
-  __device__ A shift(int64_t c) const { return data[2 * channels + c]; }
+  __device__ A beta(int64_t c) const { return data[2 * channels + c]; }
   __device__ A p(int64_t c) const { return data[3 * channels + c]; }
   __device__ A q(int64_t c) const { return data[4 * channels + c]; }
   __device__ A normalise(A u, int64_t c) const {
-    return data ? (u - mean(c)) * scale(c) + shift(c) : u;
+    return data ? (u - mean(c)) * scale(c) + beta(c) : u;
   }
 };
 
@@ -142,6 +142,8 @@ inline int narrow_size(int64_t n) {
   if (n > INT32_MAX / 4) throw std::invalid_argument("an axis of " + std::to_string(n));
   return static_cast<int>(n);
 }
+
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 struct Geometry {
   Axis t, h, w;

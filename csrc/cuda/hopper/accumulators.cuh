@@ -49,9 +49,34 @@ struct Epilogue {
   }
 };
 
+// Of every 32 columns a lane has 8, in two values each: element i is column 8·(i / 2) +
+// 2·(lane % 4) + i % 2. Eight lanes have the same ones, and halve them among each other: f(level,
+// i, first, second) joins to element i what the partner has of it. What is left is element 0, of
+// column lane_column().
+template <class F>
+__device__ void halve_columns(float (&first)[8], float (&second)[8], F f) {
+#pragma unroll
+  for (int level = 0; level < 3; ++level) {
+    const int kept = 4 >> level;
+    const bool upper = threadIdx.x & (16 >> level);
+#pragma unroll
+    for (int i = 0; i < kept; ++i) {
+      const float a = shuffle_xor(upper ? first[i] : first[i + kept], 16 >> level);
+      const float b = shuffle_xor(upper ? second[i] : second[i + kept], 16 >> level);
+      if (upper) first[i] = first[i + kept], second[i] = second[i + kept];
+      f(level, i, a, b);
+    }
+  }
+}
+
+__device__ inline int lane_column() {
+  const int lane = threadIdx.x % 32;
+  return 8 * (lane / 8) + 2 * (lane % 4) + lane / 4 % 2;
+}
+
 // Mean and sum of squared deviations of every column, over all tiles that a warp has had.
 //
-// A lane keeps one column of every 32: 8·(4·b + lane / 8) + 2·(lane % 4) + lane / 4 % 2 of batch b.
+// A lane keeps one column of every 32.
 template <int N>
 class ColumnStatistics {
   static constexpr int kBatches = (N + 31) / 32;
@@ -64,7 +89,6 @@ class ColumnStatistics {
   }
 
   __device__ void add(const float (&values)[N / 2], const RowPair& rows) {
-    const int lane = threadIdx.x % 32;
     const bool there[2] = {rows.out[0] >= 0, rows.out[1] >= 0};
     const float own = float(there[0]) + float(there[1]);
     // Weights of the partner's mean and of the squared difference of the means, for each merge.
@@ -93,19 +117,9 @@ class ColumnStatistics {
         mean[i] = both ? v0 + 0.5f * (v1 - v0) : there[0] ? v0 : there[1] ? v1 : 0.0f;
         square[i] = both ? 0.5f * (v1 - v0) * (v1 - v0) : 0.0f;
       }
-      // Lanes of the same columns halve them among each other: each merge keeps half of them.
-#pragma unroll
-      for (int level = 0; level < 3; ++level) {
-        const int kept = 4 >> level;
-        const bool upper = lane & (16 >> level);
-#pragma unroll
-        for (int i = 0; i < kept; ++i) {
-          const float m = shuffle_xor(upper ? mean[i] : mean[i + kept], 16 >> level);
-          const float s = shuffle_xor(upper ? square[i] : square[i + kept], 16 >> level);
-          if (upper) mean[i] = mean[i + kept], square[i] = square[i + kept];
-          merge(mean[i], square[i], m, s, weight[level], product[level]);
-        }
-      }
+      halve_columns(mean, square, [&](int level, int i, float m, float s) {
+        merge(mean[i], square[i], m, s, weight[level], product[level]);
+      });
       merge(mean_[b], square_[b], mean[0], square[0], running_weight, running_product);
     }
   }
@@ -113,12 +127,10 @@ class ColumnStatistics {
   // Row `row` of the partials, columns from `first` on.
   template <class T>
   __device__ void write(const Epilogue<T>& e, int64_t row, int first) const {
-    const int lane = threadIdx.x % 32;
     const Global<float> to = e.partials + row * 3 * e.channels;
 #pragma unroll
     for (int b = 0; b < kBatches; ++b) {
-      const int column = 8 * (4 * b + lane / 8) + 2 * (lane % 4) + lane / 4 % 2;
-      const int c = first + column;
+      const int column = 32 * b + lane_column(), c = first + column;
       if (column >= N || c >= e.channels) continue;
       to[c] = count_;
       to[e.channels + c] = mean_[b];

@@ -14,6 +14,8 @@ constexpr int kMaxCluster = 2;
 constexpr int kSharedLimit = 227 * 1024;     // bytes of a block of compute capability 9.0
 constexpr int kRingBytes = 16 * kMaxStages;  // of its barriers
 
+inline int tiles_of(int64_t size, int64_t tile) { return narrow_size(divide_up(size, tile)); }
+
 // Rows of 64 elements of the reduction, one for each output channel of a tile; box: a span of the
 // swizzle of every row of a tile.
 inline TensorMap packed_weight(Dtype dtype, const Array& rows, int columns,

@@ -225,7 +225,7 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
     return Plane{narrow_size(x.size[2 + axis]),
                  size,
                  box,
-                 (size + box - 1) / box,
+                 tiles_of(size, box),
                  narrow_size(conv.conv.kernel[axis]),
                  narrow_size(conv.conv.stride[axis]),
                  narrow_size(conv.conv.dilation[axis]),
@@ -241,11 +241,10 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   p.cluster = narrow_size(tile.cluster);
   require(p.cluster >= 1 && p.cluster <= kMaxCluster && tile.grid % p.cluster == 0,
           "clusters of 1 or 2 blocks, and a grid of whole ones");
-  const int frame_box = p.box_frames * p.cluster;
-  p.frame_tiles = (p.frames + frame_box - 1) / frame_box;
-  p.chunks = (p.channels + kSwizzleRow - 1) / kSwizzleRow;
+  p.frame_tiles = tiles_of(p.frames, p.box_frames * p.cluster);
+  p.chunks = tiles_of(p.channels, kSwizzleRow);
   p.share = narrow_size(tile.share), p.stages = narrow_size(tile.stages);
-  p.column_tiles = narrow_size((out.size[1] + N - 1) / N);
+  p.column_tiles = tiles_of(out.size[1], N);
   const int64_t tiles = int64_t(p.frame_tiles) * p.h.tiles * p.w.tiles;
   p.tiles = narrow_size(tiles * p.column_tiles) / p.column_tiles;
   p.frame_stride = out.stride[2], p.row_stride = out.stride[3], p.pixel_stride = out.stride[4];

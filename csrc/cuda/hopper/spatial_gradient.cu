@@ -1,4 +1,4 @@
-// Input gradient of a spatial pass on Hopper: dx from du = g + p·u + q, or from a du as it lies.
+// Input gradient of a spatial pass on Hopper: dx from du = g + p·u + r, or from a du as it lies.
 //
 //   dx[o] = Σ_k W[k] · du[(o + k·dilation − before) / up],  through taps k for which that is whole
 //
@@ -57,7 +57,7 @@ struct Parameters {
   int columns[kMaxTaps];        // through a column of the kernel: the same
   uint8_t parity[kMaxTaps];     // and the column of a cell that reads through it
   bool affine;
-  Global<const float> rate, shift;  // (64 · chunks): p and q
+  Global<const float> norm_p, norm_r;  // (64 · chunks)
   Global<T> out;
   int64_t frame_stride, row_stride, pixel_stride;  // of out
   int stored;                                      // channels of out, a multiple of 8
@@ -119,19 +119,19 @@ struct Cell {
   }
 };
 
-// g + rate·u + shift takes the place of g in a box; zeros outside of the plane.
+// du = g + p·u + r takes the place of g in a box; zeros outside of the plane.
 template <class T>
 __device__ void form(const Parameters<T>& p, const Step& at, const Ring& ring, Shared<T> g,
                      Shared<T> u) {
   const Shared<uint32_t> places = shared<uint32_t>(kPlaces);
   const int thread = static_cast<int>(threadIdx.x) - 32, piece = thread % 4;
-  float rate[kPiece], shift[kPiece];
+  float norm_p[kPiece], norm_r[kPiece];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int c = at.chunk * kChunk + piece * kPiece + half * 4;
-    const auto a = load<4>(p.rate + c), b = load<4>(p.shift + c);
+    const auto a = load<4>(p.norm_p + c), b = load<4>(p.norm_r + c);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rate[4 * half + i] = a.lane[i], shift[4 * half + i] = b.lane[i];
+    for (int i = 0; i < 4; ++i) norm_p[4 * half + i] = a.lane[i], norm_r[4 * half + i] = b.lane[i];
   }
   const int first_h = p.h.start(at.h), first_w = p.w.start(at.w);
   ring.wait();
@@ -145,7 +145,7 @@ __device__ void form(const Parameters<T>& p, const Step& at, const Ring& ring, S
 #pragma unroll
     for (int i = 0; i < kPiece; ++i)
       du.lane[i] = narrow<T>(
-          inside ? widen(du.lane[i]) + (rate[i] * widen(other.lane[i]) + shift[i]) : 0.0f);
+          inside ? widen(du.lane[i]) + (norm_p[i] * widen(other.lane[i]) + norm_r[i]) : 0.0f);
     store(g + where, du);
   }
 }
@@ -370,9 +370,8 @@ void run(Dtype dtype, const HopperSpatialGradient& g, Stream stream) {
   p.cluster = narrow_size(tile.cluster);
   require(p.cluster >= 1 && p.cluster <= kMaxCluster && tile.grid % p.cluster == 0,
           "a grid of whole clusters of 1 or 2 blocks", p.cluster);
-  const int frames = p.box_frames * p.cluster;
-  p.frame_tiles = (p.frames + frames - 1) / frames;
-  p.column_tiles = (p.stored + N - 1) / N;
+  p.frame_tiles = tiles_of(p.frames, p.box_frames * p.cluster);
+  p.column_tiles = tiles_of(p.stored, N);
   const int64_t tiles = int64_t(p.frame_tiles) * p.h.tiles * p.w.tiles;
   p.tiles = narrow_size(tiles * p.column_tiles) / p.column_tiles;
   p.kernel_h = narrow_size(g.conv.kernel[1]), p.kernel_w = narrow_size(g.conv.kernel[2]);
@@ -380,8 +379,8 @@ void run(Dtype dtype, const HopperSpatialGradient& g, Stream stream) {
   p.pixel_stride = g.out.stride[4];
   p.out = global<T>(g.out.data, g.out.span());
   p.affine = g.u.has_value();
-  p.rate = global<const float>(g.affine.data, g.affine.count);
-  p.shift = p.rate + g.affine.count / 2;
+  p.norm_p = global<const float>(g.affine.data, g.affine.count);
+  p.norm_r = p.norm_p + g.affine.count / 2;
   require(p.box_frames * p.h.cells * p.w.cells <= kCells, "at most 128 cells",
           p.box_frames * p.h.cells * p.w.cells);
   require(p.box_rows() <= kMaxRows, "boxes of at most 1024 positions", p.box_rows());

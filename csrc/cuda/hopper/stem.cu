@@ -271,7 +271,6 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
 template <class T, bool Pair>
 void run(Dtype dtype, const HopperStem& stem, Stream stream) {
   const View& out = stem.output.out;
-  const auto tiles = [](int64_t size, int64_t box) { return narrow_size((size + box - 1) / box); };
   Parameters<T> p{};
   p.spatial = packed_weight(dtype, stem.spatial_weight, kMid);
   if (Pair) p.temporal = packed_weight(dtype, stem.temporal_weight, kOut);
@@ -280,8 +279,8 @@ void run(Dtype dtype, const HopperStem& stem, Stream stream) {
   p.pad_h = narrow_size(stem.padding[2]), p.pad_w = narrow_size(stem.padding[4]);
   p.frames = narrow_size(stem.x.size[2]), p.out_frames = narrow_size(out.size[2]);
   p.rows = narrow_size(out.size[3]), p.columns = narrow_size(out.size[4]);
-  p.row_tiles = tiles(p.rows, kSide), p.column_tiles = tiles(p.columns, kSide);
-  p.piece = narrow_size(stem.piece), p.pieces = tiles(out.size[2], p.piece);
+  p.row_tiles = tiles_of(p.rows, kSide), p.column_tiles = tiles_of(p.columns, kSide);
+  p.piece = narrow_size(stem.piece), p.pieces = tiles_of(out.size[2], p.piece);
   p.units = out.size[0] * p.pieces * p.row_tiles * p.column_tiles;
   p.scale = global<const float>(stem.coefficients.data, stem.coefficients.count);
   p.shift = p.scale + kMid;

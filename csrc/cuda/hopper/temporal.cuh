@@ -281,17 +281,16 @@ inline void check_temporal(const char* kernel, const Conv& conv, const HopperTil
 template <class T, template <class> class E>
 Parameters<T, E> parameters(Dtype dtype, const View& in, const View& out, const Array& weight,
                             const HopperTile& tile, int before, int up) {
-  const auto tiles = [](int64_t size, int64_t box) { return narrow_size((size + box - 1) / box); };
   Parameters<T, E> p{};
   p.channels = narrow_size(in.size[1]);
   p.frames = narrow_size(in.size[2]), p.out_frames = narrow_size(out.size[2]);
   p.before = before, p.skew = up == 1 ? 0 : before & 1;
   p.box_clips = narrow_size(tile.box[0]), p.box_pixels = narrow_size(tile.box[2]);
   p.clips = narrow_size(in.size[0]), p.pixels = narrow_size(in.size[3] * in.size[4]);
-  p.pixel_tiles = tiles(p.pixels, p.box_pixels), p.clip_tiles = tiles(p.clips, p.box_clips);
-  p.frame_tiles = tiles(p.out_frames + p.skew, tile.box[1]);
+  p.pixel_tiles = tiles_of(p.pixels, p.box_pixels), p.clip_tiles = tiles_of(p.clips, p.box_clips);
+  p.frame_tiles = tiles_of(p.out_frames + p.skew, tile.box[1]);
   const int columns = narrow_size(tile.columns);
-  p.chunks = tiles(in.size[1], kSwizzleRow), p.column_tiles = tiles(out.size[1], columns);
+  p.chunks = tiles_of(in.size[1], kSwizzleRow), p.column_tiles = tiles_of(out.size[1], columns);
   p.stages = narrow_size(tile.stages);
   p.cluster = narrow_size(tile.cluster);
   if (p.box_clips * p.box_pixels > kPlaces || p.stages < 1 || p.stages > kMaxStages ||
@@ -300,7 +299,7 @@ Parameters<T, E> parameters(Dtype dtype, const View& in, const View& out, const 
                                 std::to_string(kPlaces) +
                                 " places, 1 to 16 stages, and a grid of clusters of 1 or 2 blocks");
   const int64_t all = int64_t(p.frame_tiles) * p.clip_tiles * p.pixel_tiles * p.column_tiles;
-  p.tiles = tiles(narrow_size(all) / p.column_tiles, p.cluster) * p.cluster;
+  p.tiles = tiles_of(narrow_size(all) / p.column_tiles, p.cluster) * p.cluster;
   const int64_t held =
       kTileAlign + int64_t(p.chunks) * kTaps * columns * 128 + p.stages * kFrameBytes;
   p.weight_stages = p.chunks <= kMaxStages && held <= kSharedLimit ? p.chunks : 2;

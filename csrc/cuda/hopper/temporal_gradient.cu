@@ -5,8 +5,7 @@
 namespace fastst {
 namespace {
 
-// Two sums of every column over all tiles that a warp has had; lanes keep what those of
-// ColumnStatistics do.
+// Two sums of every column over all tiles that a warp has had; a lane keeps one column of every 32.
 template <int N>
 class ColumnSums {
   static constexpr int kBatches = (N + 31) / 32;
@@ -17,33 +16,20 @@ class ColumnSums {
     for (int b = 0; b < kBatches; ++b) first_[b] = second_[b] = 0;
   }
 
-  // What this lane has of columns 32·b to 32·b + 31: 8·(4·b + i / 2) + 2·(lane % 4) + i % 2 in i.
+  // What this lane has of columns 32·b to 32·b + 31.
   __device__ void add(int b, float (&first)[8], float (&second)[8]) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int level = 0; level < 3; ++level) {
-      const int kept = 4 >> level;
-      const bool upper = lane & (16 >> level);
-#pragma unroll
-      for (int i = 0; i < kept; ++i) {
-        const float f = shuffle_xor(upper ? first[i] : first[i + kept], 16 >> level);
-        const float s = shuffle_xor(upper ? second[i] : second[i + kept], 16 >> level);
-        first[i] = (upper ? first[i + kept] : first[i]) + f;
-        second[i] = (upper ? second[i + kept] : second[i]) + s;
-      }
-    }
+    halve_columns(first, second,
+                  [&](int, int i, float f, float s) { first[i] += f, second[i] += s; });
     first_[b] += first[0], second_[b] += second[0];
   }
 
   // Row `row` of the partials, columns from `first` on.
   template <class E>
   __device__ void write(const E& e, int64_t row, int first) const {
-    const int lane = threadIdx.x % 32;
     const Global<float> to = e.partials + row * 2 * e.channels;
 #pragma unroll
     for (int b = 0; b < kBatches; ++b) {
-      const int column = 8 * (4 * b + lane / 8) + 2 * (lane % 4) + lane / 4 % 2;
-      const int c = first + column;
+      const int column = 32 * b + lane_column(), c = first + column;
       if (column >= N || c >= e.channels) continue;
       to[c] = first_[b];
       to[e.channels + c] = second_[b];
@@ -54,15 +40,15 @@ class ColumnSums {
   float first_[kBatches], second_[kBatches];
 };
 
-// out = factor·dv, dv = accumulator·act'(v), v = (u − mean)·scale + shift.
+// out = factor·dv, dv = accumulator·act'(v), v = (u − mean)·scale + beta.
 template <class T>
 struct GradientEpilogue {
   template <int N>
   using Statistics = ColumnSums<N>;
 
   Global<T> out;
-  Global<const T> u;                               // rows as of out, or none: act' is 1
-  Global<const float> mean, scale, shift, factor;  // of whole tiles of columns
+  Global<const T> u;                              // rows as of out, or none: act' is 1
+  Global<const float> mean, scale, beta, factor;  // of whole tiles of columns
   Global<float> partials;  // (blocks · warps, 2, channels): Σdv, Σdv·(u − mean), or none
   int channels;            // that are computed
   int stored;              // that a row of out has, a multiple of 8: zeros from channels on
@@ -74,8 +60,8 @@ struct GradientEpilogue {
       : out(global<T>(g.out.data, g.out.span())),
         mean(global<const float>(g.coefficients.data, g.coefficients.count)),
         scale(mean + g.coefficients.count / 4),
-        shift(scale + g.coefficients.count / 4),
-        factor(shift + g.coefficients.count / 4),
+        beta(scale + g.coefficients.count / 4),
+        factor(beta + g.coefficients.count / 4),
         partials(global<float>(g.partials.data, g.partials.count)),
         channels(narrow_size(g.channels)),
         stored(narrow_size(g.out.size[1])),
@@ -128,12 +114,12 @@ __device__ void finish_rows(const GradientEpilogue<T>& e, float (&values)[N / 2]
         const int at = 4 * (j + i) + 2 * half, c = first + 8 * (j + i) + 2 * q;
         const auto u = bit_cast<Pack<T, 2>>(words[i]);
         const auto mean = load<2>(e.mean + c), scale = load<2>(e.scale + c);
-        const auto shift = load<2>(e.shift + c), factor = load<2>(e.factor + c);
+        const auto beta = load<2>(e.beta + c), factor = load<2>(e.factor + c);
         float written[2];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           const float from_mean = widen(u.lane[k]) - mean.lane[k];
-          const float v = from_mean * scale.lane[k] + shift.lane[k];
+          const float v = from_mean * scale.lane[k] + beta.lane[k];
           const float d = e.u ? e.derivative(values[at + k], v) : values[at + k];
           if (there) dv[2 * i + k] += d, moment[2 * i + k] += d * from_mean;
           written[k] = c + k < e.channels ? d * factor.lane[k] : 0.0f;

@@ -422,7 +422,6 @@ void place_taps(Parameters<T>& p, const HopperWeightGradient& g) {
 template <class T, int N, int Units>
 void run(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
   using L = Layout<N, Units>;
-  const auto tiles = [](int64_t size, int64_t box) { return narrow_size((size + box - 1) / box); };
   const HopperWeightTile& tile = g.tile;
   Parameters<T> p{};
   p.narrow = g.narrow ? narrow_size(g.conv.dilation[2]) : 0;
@@ -431,7 +430,7 @@ void run(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
   const Axes axes(g.mid, g.temporal);
   for (int i = 0; i < 3; ++i) {
     p.size[i] = narrow_size(axes.size[i]);
-    p.tiles[i] = tiles(i == 1 ? tiles(p.size[1], p.residues) : p.size[i], p.box[i]);
+    p.tiles[i] = tiles_of(i == 1 ? tiles_of(p.size[1], p.residues) : p.size[i], p.box[i]);
   }
   narrow_size(p.position_tiles());  // or an exception
   p.rows = narrow_size(p.narrow ? 64 : g.other.size[1]), p.columns = narrow_size(g.mid.size[1]);
@@ -445,8 +444,8 @@ void run(Dtype dtype, const HopperWeightGradient& g, Stream stream) {
         "hopper_weight_gradient cannot have tiles of " + std::to_string(p.positions()) +
         " positions and " + std::to_string(p.blocks) + " × 64 rows, or " +
         std::to_string(p.columns) + " columns, or sums through tap " + std::to_string(p.tap));
-  p.row_tiles = tiles(p.rows, 64 * p.blocks), p.column_tiles = tiles(p.columns, N);
-  p.tap_tiles = tiles(p.taps, kGroups * Units / p.blocks);
+  p.row_tiles = tiles_of(p.rows, 64 * p.blocks), p.column_tiles = tiles_of(p.columns, N);
+  p.tap_tiles = tiles_of(p.taps, kGroups * Units / p.blocks);
   p.two = g.u.has_value(), p.forms = g.coefficients.data != nullptr;
   p.scales = global<const float>(g.coefficients.data, g.coefficients.count);
   p.shifts = p.scales + g.coefficients.count / 3;

@@ -166,7 +166,6 @@ DEPTHWISE = Config(
 # not need, as (file, pattern, replacement).
 UNUSED = (
     ("device/math.cuh", r"return f\((__half|__nv_bfloat16|double)\{\}\);", "break;"),
-    ("depthwise/slab.cuh", r"return f\((__half|__nv_bfloat16)\{\}\);", "break;"),
     ("depthwise/slab.cuh", r" *if \((kernel == \d && temporal_kernel == 5|kernel == 5).*\n", ""),
     ("depthwise/slab.cuh", r" *if \(stride == 2\).*\n", ""),
 )

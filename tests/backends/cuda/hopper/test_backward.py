@@ -353,8 +353,8 @@ HEADERS = ("hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cu
         ("spatial_gradient", "static_cast<uint8_t>(output)", "output * 0", STRIDED),
         ("temporal_gradient", "kTaps - 1 - before", "kTaps - before", NORM),
         ("temporal_gradient", "before & 1", "0", STRIDED),
-        # du: p·u left out, q where there is no place
-        ("spatial_gradient", "(rate[i] * widen", "(0 * rate[i] * widen", NORM),
+        # du: p·u left out, r where there is no place
+        ("spatial_gradient", "(norm_p[i] * widen", "(0 * norm_p[i] * widen", NORM),
         ("spatial_gradient", "inside ? widen", "inside || true ? widen", STRIDED),
         # a missing fence or barrier, a wrong phase, a stage given back too early, a wrong swizzle
         ("spatial_gradient", "fence_proxy_async();\n", "", DEEP),
