@@ -231,7 +231,7 @@ class Launcher:
         return self.sum_rows(partials)
 
     def norm_coefficients(self, t: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
-        """(5, M): mean, scale, shift, p, q."""
+        """(5, M): mean, scale, beta, p, q."""
         out = self.empty(5, mean.shape[0])
         self.lib.norm_coefficients(
             self.dtype, self.array(mean), self.array(var), self.array(t.norm_weight),

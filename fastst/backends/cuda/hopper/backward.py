@@ -1,7 +1,7 @@
 """Backward of the pair on Hopper's matrix units: of what is as large as u, only g is written.
 
     dv = act'(v)·(Wtᵀ∗dy), g = s·dv          with Σdv and Σdv·(u − mean) from the same kernel
-    du = g + p·u + q                         formed in shared memory by the kernels that read it
+    du = g + p·u + r, r = q − p·mean         formed in shared memory by the kernels that read it
     dx = Wsᵀ∗du
 
 so dz, v, z, dv and du never exist in memory; u, where it was not kept, comes again from the forward

@@ -37,11 +37,11 @@ class Mid(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """du = g + p·u + q inside of the frame, the gradient of the spatial pass's output."""
+    """du = g + p·u + r inside of the frame, the gradient of the spatial pass's output."""
 
     g: Tensor  # (N, M, T, H, W), channels-last
     u: Tensor | None = None  # laid out as g; none: du = g
-    affine: Tensor | None = None  # (2, ⌈M/64⌉·64): p, q
+    affine: Tensor | None = None  # (2, ⌈M/64⌉·64): p, r
 
 
 def stem_why_not(problem: PairProblem) -> str | None:
@@ -141,8 +141,8 @@ def evenly_framed(x: Tensor) -> Tensor:
 
 def affine_of(coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, shift) of v = scale·u + shift."""
-    mean, scale, shift = coefficients[:3]
-    return scale, shift - mean * scale
+    mean, scale, beta = coefficients[:3]
+    return scale, beta - mean * scale
 
 
 class Launches:
@@ -247,7 +247,7 @@ class Launches:
         k, p = self.k, self.problem.passes[1]
         m = p.in_channels
         columns = tile.column_tiles(g.shape[1]) * tile.columns
-        rows = k.empty(4, columns).zero_()  # mean, scale, shift and what dv is multiplied by
+        rows = k.empty(4, columns).zero_()  # mean, scale, beta and what dv is multiplied by
         rows[1::2, :m] = 1
         if coefficients is not None:
             rows[:3, :m] = coefficients[:3]
