@@ -113,7 +113,8 @@ def _included(source: Path, csrc: Path) -> list[Path]:
                 if header not in found and header.exists():
                     found.add(header)
                     left.append(header)
-    return sorted(found)
+    # Not by folder: a copy of the sources has the same objects.
+    return sorted(found, key=lambda f: (f.name, f.parent.name))
 
 
 def _object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:

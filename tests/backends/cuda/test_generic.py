@@ -165,6 +165,7 @@ DEPTHWISE = Config(
 # Left out of the mutants, to compile them quickly: types and sizes that their configurations do
 # not need, as (file, pattern, replacement).
 UNUSED = (
+    *planted.NO_BF16,
     ("device/math.cuh", r"return f\((__half|__nv_bfloat16|double)\{\}\);", "break;"),
     ("depthwise/slab.cuh", r" *if \((kernel == \d && temporal_kernel == 5|kernel == 5).*\n", ""),
     ("depthwise/slab.cuh", r" *if \(stride == 2\).*\n", ""),
@@ -173,6 +174,7 @@ UNUSED = (
 
 def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of the library is right: so it is the bugs that are caught below."""
+    planted.few_tiles(monkeypatch)
     library = planted.library(tmp_path, "reductions.cu", "", "", UNUSED)
     monkeypatch.setattr(native, "emulated", lambda: library)
     for config in (GENERIC, REFLECT, DEPTHWISE):
@@ -215,6 +217,7 @@ def test_planted_bug_is_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    planted.few_tiles(monkeypatch)
     library = planted.library(tmp_path, file, right, wrong, UNUSED)
     monkeypatch.setattr(native, "emulated", lambda: library)
     with planted.caught():
