@@ -114,7 +114,7 @@ def _included(source: Path, csrc: Path) -> list[Path]:
                     found.add(header)
                     left.append(header)
     # Not by folder: a copy of the sources has the same objects.
-    return sorted(found, key=lambda f: (f.name, f.parent.name))
+    return sorted(found, key=lambda f: (f.name, f.read_text()))
 
 
 def _object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
