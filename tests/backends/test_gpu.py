@@ -42,7 +42,7 @@ def test_units_are_of_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """What a Hopper GPU would be asked for, listed without one."""
     from fastst.backends import cuda
     from fastst.backends.cuda import examples
-    from fastst.backends.cuda.hopper import gradient_tiles, tiles, weight_tiles
+    from fastst.backends.cuda.hopper import instances, weight_tiles
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert [*examples.kinds(GPU, torch.bfloat16)] == [
@@ -55,13 +55,13 @@ def test_units_are_of_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         e.name for kind in examples.kinds(GPU, torch.bfloat16)
         for e in make(kind, torch.bfloat16, None)
     )  # fmt: skip
-    for columns, _, _ in tiles.SPATIAL_TILES:
+    for columns, _, _ in instances.SPATIAL:
         assert f"spatial {columns} columns" in names
-    for columns, _ in tiles.TEMPORAL_TILES:
+    for columns, _, _ in instances.TEMPORAL:
         assert f"temporal {columns} columns" in names
-    for columns, _, _ in tiles.TEMPORAL_GRADIENT_TILES:
+    for columns, _, _ in instances.TEMPORAL_GRADIENT:
         assert f"temporal {columns} columns" in names
-    for columns, _ in gradient_tiles.TILES:
+    for columns, _ in instances.SPATIAL_GRADIENT:
         assert f"gradients: spatial {columns} columns" in names
     for columns, count in weight_tiles.TILES:
         assert f"weight gradients {columns} × {count}" in names
