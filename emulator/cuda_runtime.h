@@ -23,6 +23,8 @@ enum { cudaEnableDefault };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaErrorNoDevice; }
+inline cudaError_t cudaGetDevice(int*) { return cudaErrorNoDevice; }
+inline cudaError_t cudaSetDevice(int) { return cudaErrorNoDevice; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = 227 * 1024, cudaSuccess;
 }
