@@ -18,7 +18,7 @@ help:
 	@echo 'make check   lint and the first case of every quick test: a minute'
 	@echo 'make test    all tests (ARGS passes options to pytest)'
 	@echo 'make lint    ruff, mypy, the import contract, clang-format;  make format  rewrites'
-	@echo 'make static  compiles every kernel without a GPU and inspects the machine code'
+	@echo 'make static  compiles every kernel without a GPU and measures the machine code'
 	@echo 'make soak    random configurations under an allocator that sees every access out of bounds'
 	@echo 'make bench   CPU benchmarks;  make gpu  everything that needs a GPU, in one run'
 	@echo 'make wheel   source archive and wheel, tested in a fresh environment;  make docs  the site'
@@ -79,8 +79,8 @@ format: $(TOOLS)
 	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
 
 static: $(SETUP)
-	$(if $(wildcard tests/static/triton.py),$(BIN)/python tests/static/triton.py)
-	$(if $(wildcard tests/static/cuda.py),$(BIN)/python tests/static/cuda.py)
+	$(if $(wildcard tests/static/triton.py),$(BIN)/python tests/static/triton.py $(ARGS))
+	$(if $(wildcard tests/static/cuda.py),$(BIN)/python tests/static/cuda.py $(ARGS))
 
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks.cpu $(ARGS)

@@ -42,14 +42,14 @@ class Case:
     order: str = "spatial-first"
     way: str | None = None  # None: the one that is chosen
 
-    def run(self) -> None:
+    def run(self, batch: int = 8) -> None:
         """The backend's host code on meta tensors."""
 
         def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         c, m, k = self.channels
-        x = empty(8, c, *self.size)
+        x = empty(batch, c, *self.size)
         if self.channels_last:
             x = x.to(memory_format=torch.channels_last_3d)
         kt, kh, kw = self.kernel

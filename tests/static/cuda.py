@@ -12,6 +12,7 @@ code only has loads for several blocks.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import shutil
@@ -20,6 +21,11 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).parents[2])  # this file's neighbour hides the package triton
+
+from tests.static import measured
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -191,7 +197,24 @@ def wrapper_faults(folder: Path) -> list[str]:
     return wrong
 
 
+def json_row(name: str, arch: str, r: Counter[str]) -> dict[str, Any]:
+    """As ``measured.Row``: sm_90a is "9.0"; a spill of these kernels is a fault anywhere."""
+    digits = re.sub(r"\D", "", arch)
+    version = output(shutil.which("nvcc") or "true", "--version")
+    release = re.search(r"release (\S+),", version)
+    unknown = dict.fromkeys(("overwritten", "slots", "load_bytes", "copies", "outside"))
+    return {
+        "kernel": name, "case": "", "config": "", "arch": f"{digits[:-1]}.{digits[-1:]}",
+        "compiler": f"nvcc {release[1] if release else '?'}", "registers": r["REG"],
+        "spilled_in_loop": r["local"], "kept": r["STACK"] + r["LOCAL"], "shared": r["SHARED"],
+        "serialised": int(bool(r["products"]) and r["waits"] >= r["products"]), **unknown,
+    }  # fmt: skip
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="add all rows to those of Triton's kernels")
+    args, _ = parser.parse_known_args()  # others are for triton.py
     found = library()
     if found is None:
         print("fastst._C is not built (no nvcc): nothing to inspect")
@@ -209,6 +232,7 @@ def main() -> int:
             rows += [(n, arch[0] if arch else "?", r) for n, r in inspect(cubin)]
     print(f"{'kernel':64} arch   regs stack local shared wide  tma products")
     readable = names(sorted({n for n, _, _ in rows}))
+    measured_rows: list[dict[str, Any]] = []
     for mangled, arch, r in sorted(rows, key=lambda row: (readable[row[0]], row[1])):
         name, local, wide = readable[mangled], r["local"], r["wide"]
         products = f"{r['products']} × {columns(r)}" if r["products"] else ""
@@ -216,6 +240,7 @@ def main() -> int:
             f"{name:64} {arch:6} {r['REG']:4} {r['STACK']:5} {local:5} {r['SHARED']:6} {wide:4} "
             f"{r['tma'] or '':4} {products}"
         )
+        measured_rows.append(json_row(name, arch, r))
         if r["STACK"] or r["LOCAL"] or local:
             wrong.append(f"{name} on {arch}: stack frame or spill")
         if name.startswith("depthwise") and not wide:
@@ -226,6 +251,8 @@ def main() -> int:
         wrong.append("no kernels found")
     there = {readable[n] for n, arch, _ in rows if arch == "sm_90a"}
     wrong += [f"{name} is not in the library" for name in sorted(shipped() - there)]
+    if args.json:
+        measured.save(measured_rows, args.json, add=True)
     print(f"{len(rows)} kernels, {len(wrong)} wrong")
     for line in wrong:
         print(f"  {line}", file=sys.stderr)
@@ -233,5 +260,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # the neighbouring file hides the package triton
     sys.exit(main())

@@ -36,7 +36,7 @@ if "--triton" in sys.argv:  # before anything imports the installed one
 from fastst.backends import triton as backend
 from fastst.backends.triton import tiles
 from fastst.machine import gpu
-from tests.static import measured
+from tests.static import keys, measured
 from tests.static.cases import CASES, SERVED, SINGLE, Case
 from tests.static.measured import Row
 from tests.static.sass import Program
@@ -273,6 +273,17 @@ FAULTS = (
 )  # fmt: skip
 
 
+def compiled(sweep: tuple[str, int]) -> tuple[int, int]:
+    """How many kernels a sweep of sizes may compile, and how many it does."""
+    import triton
+
+    triton.runtime.driver.set_active(OfflineDriver("9.0"))
+    name, most = sweep
+    if name == "training":
+        return most, keys.training()
+    return most, max(keys.inference(channels_last) for channels_last in (True, False))
+
+
 def measure(args: argparse.Namespace) -> list[Row]:
     """Rows of what is asked for, printed as they come; and of faults that are not seen."""
     chosen = args.arch or ([*NVIDIA, *AMD] if args.all else list(SUBSET))
@@ -295,6 +306,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
                     sys.exit(f"a planted fault is not seen: {fault}")
             for name in sorted(every_kernel() - {row.kernel for row in found}):
                 sys.exit(f"no case has the kernel {name}")
+            for most, count in pool.map(compiled, (("inference", 40), ("training", 50))):
+                if count > most:
+                    sys.exit(f"changes of sizes compile {count} kernels, more than {most}")
     return found
 
 

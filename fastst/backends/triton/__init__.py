@@ -1,4 +1,4 @@
-"""Triton kernels: every NVIDIA GPU from compute capability 8.0 on, without a compiler.
+"""Triton kernels: every NVIDIA GPU from compute capability 8.0 on, and AMD's, without a compiler.
 
 Each pass is a tap convolution (``kernels.tap_conv``) that reads x by its own strides. The pair
 keeps u or, where nothing needs u, z = act(norm(u)) between its two as ``Problem.mid_shape``.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ...machine import gpu
 from ...problem.spec import PairProblem, Problem
 from ..contract import COMMON_PAIR_FIELDS, COMMON_PARALLEL_FIELDS, Backend, Phase
 from . import backward, launch, pair, tiles
@@ -24,8 +25,8 @@ _ON_CPU = "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set
 
 def _why_not(problem: Problem, phase: Phase) -> str | None:
     device = problem.device
-    if device.type not in ("cuda", "cpu") or torch.version.hip is not None:
-        return f"runs on NVIDIA GPUs, not on {device.type} tensors"
+    if device.type not in ("cuda", "cpu"):
+        return f"runs on NVIDIA and AMD GPUs, not on {device.type} tensors"
     # Asked first: importing Triton takes half a second that calls on a CPU need not pay.
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return _ON_CPU
@@ -38,9 +39,24 @@ def _why_not(problem: Problem, phase: Phase) -> str | None:
         return (
             "interprets its kernels because TRITON_INTERPRET is set, and that on CPU tensors only"
         )
-    has, least = launch.capability(device), tiles.LEAST_CAPABILITY
+    return _why_not_on(launch.capability(device), device)
+
+
+def _why_not_on(has: gpu.Capability, device: torch.device) -> str | None:
+    """What speaks against a GPU, or against it with this Triton."""
+    if has[0] == 0:
+        if has not in map(gpu.amd, gpu.AMD):
+            return f"runs on AMD's {', '.join(gpu.AMD)}, but {device} is gfx{has[1]:x}"
+        return None
+    least = tiles.LEAST_CAPABILITY
     if has < least:
         return "needs compute capability {}.{}, but {} has {}.{}".format(*least, device, *has)
+    if has[0] == 10 and launch.triton_version() < (3, 7, 1):
+        # github.com/triton-lang/triton/issues/9871, mended in #9615; pytorch/pytorch#181248
+        return (
+            "needs Triton 3.7.1 on compute capability 10.x: those before compute loops of unknown "
+            "length differently from run to run there"
+        )
     return None
 
 

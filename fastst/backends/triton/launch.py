@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import re
 from types import ModuleType
 from typing import Any
 
@@ -56,7 +57,17 @@ def interpreted() -> bool:
 @functools.cache
 def capability(device: torch.device) -> gpu.Capability:
     """Compute capability; that of the data-centre Hopper where the interpreter stands in."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return gpu.amd(torch.cuda.get_device_properties(device).gcnArchName)
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.cache
+def triton_version() -> tuple[int, ...]:
+    """The numbers of the version of Triton, whatever package has brought it."""
+    import triton
+
+    return tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:3])
 
 
 def processors(device: torch.device) -> int:
@@ -71,6 +82,8 @@ def counted(device: torch.device) -> int:
 
 def tf32_allowed() -> bool:
     """Whether float32 convolutions may round their operands to TF32, by PyTorch's own switch."""
+    if torch.version.hip is not None:
+        return False  # most of AMD's GPUs have no such product, and Triton refuses to compile it
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 

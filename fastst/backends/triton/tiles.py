@@ -131,6 +131,8 @@ def shared_memory(config: TapConfig, itemsize: int, capability: Capability) -> i
 
 def stages(config: TapConfig, itemsize: int, capability: Capability) -> int:
     """As many as let two blocks share a multiprocessor; three for one where that leaves fewer."""
+    if capability[0] == 0:
+        return 2  # AMD's compiler keeps what is in flight in registers
     limit = gpu.shared_memory_limit(capability)
     for part, most, least in ((limit // 2, 4, 3), (limit, 3, 2)):
         for n in range(most, least - 1, -1):

@@ -21,7 +21,7 @@ from fastst.backends import triton as backend
 from fastst.backends.contract import no_reason
 from fastst.backends.triton import single, tiles
 from fastst.functional import conv2plus1d
-from fastst.machine import choices
+from fastst.machine import choices, gpu
 from fastst.problem.spec import PairSpec, PairTensors, Problem, in_execution_order
 from tests.support import fuzz
 from tests.support.fuzz import Config, Limits
@@ -403,6 +403,15 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend.launch, "capability", lambda device: (7, 5))
     on_gpu = replace(problem, device=torch.device("cuda", 0))
     assert "8.0" in (backend.BACKEND.why_not(on_gpu, "forward") or "")
+    for has, version, told in (
+        ((10, 0), (3, 6, 0), "needs Triton 3.7.1"), ((10, 0), (3, 7, 1), None),
+        ((9, 0), (3, 6, 0), None), (gpu.amd("gfx942:sramecc+:xnack-"), (3, 6, 0), None),
+        (gpu.amd("gfx906"), (3, 8, 0), "is gfx906"),
+    ):  # fmt: skip
+        monkeypatch.setattr(backend.launch, "capability", lambda device, has=has: has)
+        monkeypatch.setattr(backend.launch, "triton_version", lambda version=version: version)
+        why = backend.BACKEND.why_not(on_gpu, "forward")
+        assert why is None if told is None else told in (why or "")
     if DEVICE == "cpu":
         assert "TRITON_INTERPRET" in (backend.BACKEND.why_not(problem, "forward") or "")
     monkeypatch.setattr(backend.launch, "found", lambda: (None, "needs a working Triton: …"))
