@@ -1,12 +1,15 @@
 """Fused space-time convolutions: (2+1)D pairs and the parallel 4D path as single operations."""
 
-import sys
-from itertools import pairwise
+import importlib as _importlib
+import sys as _sys
+from itertools import pairwise as _pairwise
+from typing import Any as _Any
 
 try:
     from . import functional
     from .dispatch.explain import Explanation, explain
     from .dispatch.selection import BackendError, FallbackWarning, use_backend
+    from .dispatch.selfcheck import SelfCheckWarning
     from .dispatch.tune import Measurement, tune
     from .nn.layers import Conv2Plus1d, ParallelConv2Plus1d
     from .rewrite.convert import convert, revert
@@ -16,10 +19,18 @@ try:
     from .rewrite.optimize import optimize_for_inference
 except Exception:
     # ``python -m fastst`` and ``-m fastst.info`` run this file first, and say what is broken.
-    if not {("-m", "fastst"), ("-m", "fastst.info")} & set(pairwise(sys.orig_argv)):
+    if not {("-m", "fastst"), ("-m", "fastst.info")} & set(_pairwise(_sys.orig_argv)):
         raise
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    """Modules that are imported when somebody asks for them."""
+    if name in ("distributed", "models"):
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BackendError",
@@ -29,6 +40,7 @@ __all__ = [
     "Measurement",
     "MemoryPlan",
     "ParallelConv2Plus1d",
+    "SelfCheckWarning",
     "convert",
     "explain",
     "factorize",

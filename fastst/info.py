@@ -195,7 +195,7 @@ def _environment() -> Iterator[str]:
     settings = importlib.import_module("fastst.machine.settings")
     for variable in settings.VARIABLES:
         if variable.name not in found:
-            yield f"{variable.name} is not set: {variable.meaning}"
+            yield f"{variable.name} is not set ({variable.meaning})"
 
 
 def main() -> None:

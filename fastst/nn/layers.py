@@ -9,6 +9,7 @@ other where somebody could tell the difference (hooks, parametrizations, foreign
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -91,11 +92,13 @@ class Conv2Plus1d(nn.Module):
         op = "Conv2Plus1d"
         g = _Geometry(op, kernel_size, stride, padding, dilation, groups, padding_mode, causal)
         geometry.name(f"{op}: order", order, ORDERS)
-        _channels(op, in_channels=in_channels, out_channels=out_channels)
+        in_channels, out_channels = _channels(
+            op, in_channels=in_channels, out_channels=out_channels
+        )
         if mid_channels is None:
             n = max(g.groups)
             mid_channels = n * default_mid_channels(in_channels // n, out_channels // n, g.kernel)
-        _channels(op, mid_channels=mid_channels)
+        (mid_channels,) = _channels(op, mid_channels=mid_channels)
         ends = (in_channels, mid_channels), (mid_channels, out_channels)
         spatial, temporal = ends if order == "spatial-first" else ends[::-1]
         _divides(op, g.groups, spatial, temporal)
@@ -223,7 +226,9 @@ class ParallelConv2Plus1d(nn.Module):
         op = "ParallelConv2Plus1d"
         g = _Geometry(op, kernel_size, stride, padding, dilation, groups, padding_mode, causal)
         geometry.name(f"{op}: combine", combine, COMBINES)
-        _channels(op, in_channels=in_channels, out_channels=out_channels)
+        in_channels, out_channels = _channels(
+            op, in_channels=in_channels, out_channels=out_channels
+        )
         if split is not None and (combine != "cat" or not 0 < split < out_channels):
             raise ValueError(
                 f"{op}: split requires combine='cat' and 0 < split < out_channels "
@@ -406,12 +411,14 @@ class _Geometry:
         )  # fmt: skip
 
 
-def _channels(op: str, **counts: Any) -> None:
+def _channels(op: str, **counts: Any) -> list[int]:
+    """Numbers of channels, of any type of integers."""
     for label, n in counts.items():
-        if not isinstance(n, int) or isinstance(n, bool):
+        if not isinstance(n, Integral) or isinstance(n, bool):
             raise TypeError(f"{op}: {label} must be an int, got {n!r}")
         if n < 1:
             raise ValueError(f"{op}: {label} must be at least 1, got {n}")
+    return [int(n) for n in counts.values()]
 
 
 def _divides(op: str, groups: Sequence[int], *passes: tuple[int, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from .activations import ACTIVATIONS
@@ -46,9 +47,9 @@ def triple(what: str, value: Any, least: int) -> Triple:
         TypeError: not an int or three of them.
         ValueError: not three, or one below ``least``.
     """
-    values = (value,) * 3 if isinstance(value, int) else value
+    values = (value,) * 3 if isinstance(value, Integral) else value
     ints = isinstance(values, Sequence) and all(
-        isinstance(v, int) and not isinstance(v, bool) for v in values
+        isinstance(v, Integral) and not isinstance(v, bool) for v in values
     )
     if isinstance(value, (bool, str)) or not ints:
         raise TypeError(f"{what} must be an int or three ints (t, h, w), got {value!r}")
@@ -56,7 +57,7 @@ def triple(what: str, value: Any, least: int) -> Triple:
         raise ValueError(
             f"{what} must be an int or (t, h, w), each at least {least}, got {value!r}"
         )
-    return tuple(values)
+    return tuple(int(v) for v in values)  # type: ignore[return-value]
 
 
 def name(what: str, value: Any, known: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -604,3 +605,12 @@ def test_errors_name_the_layer_and_its_argument(layer: Any) -> None:
         layer(8, 8, 3, padding=1)(torch.randn(2, 8, 10, 10))
     with pytest.raises(TypeError, match=rf"{layer.__name__}: x must be a tensor, got list"):
         layer(8, 8, 3, padding=1)([1.0])
+
+
+def test_sizes_of_any_type_of_integers() -> None:
+    """As nn.Conv3d takes them: they come from arrays."""
+    four, three = np.int64(4), np.int32(3)
+    layer = Conv2Plus1d(four, four, (three, three, three), padding=(1, 1, 1))
+    assert [type(n) for n in (layer.in_channels, *layer.kernel_size)] == [int] * 4
+    with pytest.raises(TypeError, match="in_channels must be an int, got True"):
+        Conv2Plus1d(True, 4, 3)
