@@ -166,8 +166,9 @@ def _clips(problem: Problem, size: tuple[int, int, int]) -> int:
         return min(problem.batch, 2)
     some = min(_POSITIONS, problem.batch * math.prod(problem.size))
     few = min(problem.batch, max(2, some // math.prod(size)))
-    alike = few % 16 if problem.batch % 16 == 0 else 0  # as the compiler sees it
-    return few - alike if few > 16 else min(problem.batch, 2 if alike == 0 else 16)
+    if problem.batch % 16 == 0:  # as the compiler sees it
+        return max(16, few - few % 16)
+    return few if few % 16 else few - 1
 
 
 def _few_channels(problem: Problem) -> tuple[Pass, Pass]:
