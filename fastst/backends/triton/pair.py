@@ -126,12 +126,18 @@ def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> Pai
     spec = problem.spec
     y = problem.empty_output(tensors.x)
     scale, shift = finish_norm(problem, tensors._replace(mean=begun.mean, var=begun.var))
+    config = _pass_candidates(problem, 1, True)[0]
+    after: dict[str, Any] = {
+        "in_scale": scale, "in_shift": shift, "in_activation": spec.activation,
+        "shift": tensors.second_bias, "slope": spec.slope, "residual": tensors.residual,
+        "activation": spec.outer_activation, "config": config,
+    }  # fmt: skip
+    mid = begun.u.permute(0, 4, 1, 2, 3)
+    if isinstance(config, configs.TapConfig):
+        mid = _activated(begun.u, after, spec.slope, begun.u.new_empty)
     partial, rows = conv_pass(
-        problem.passes[1], begun.u.permute(0, 4, 1, 2, 3), tensors.second_weight, y,
-        shift=tensors.second_bias, in_scale=scale, in_shift=shift, in_activation=spec.activation,
-        slope=spec.slope, residual=tensors.residual, activation=spec.outer_activation,
-        statistics=spec.output_statistics, config=_pass_candidates(problem, 1, True)[0],
-    )  # fmt: skip
+        problem.passes[1], mid, tensors.second_weight, y, statistics=spec.output_statistics, **after
+    )
     last: tuple[Any, ...] = ()
     if partial is not None:
         last = moments(partial, rows, problem.batch * math.prod(problem.out_size))
