@@ -101,3 +101,14 @@ def changes(rows: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> 
             found.append(f"{name}: {', '.join(told)}")
     gone = (key for key, row in old.items() if (row["case"], row["arch"]) in measured)
     return found + [f"{' '.join(key)}: gone" for key in gone]
+
+
+def worse(rows: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> list[str]:
+    """Kernels whose loops issue over a tenth more than in the table."""
+    old = {tuple(row[k] for k in KEY): row["slots"] for row in table}
+    found = []
+    for row in rows:
+        before = old.get(key := tuple(row[k] for k in KEY))
+        if before and row["slots"] and row["slots"] > 1.1 * before:
+            found.append(f"{' '.join(key)}: slots {before} → {row['slots']}")
+    return found

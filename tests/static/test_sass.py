@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tests.static import measured
@@ -100,4 +101,13 @@ def test_changes_against_the_table() -> None:
         "k c  9.0 triton 3.7.1: new", "l c  9.0 triton 3.7.1: gone",
     ]  # fmt: skip
     assert measured.changes([row(case="d")], [row()]) == []  # not in the table
+    assert measured.worse([row(slots=1.05)], [row()]) == []
+    assert measured.worse([row(slots=1.2)], [row()]) == ["k c  9.0 triton 3.7.1: slots 1.0 → 1.2"]
     assert measured.changes([row(compiler="triton 3.9")], [row()]) == []
+
+
+def test_the_committed_table_is_sound() -> None:
+    table = json.loads(measured.TABLE.read_text())
+    assert {r["arch"] for r in table} >= {"8.0", "9.0"}
+    for r in table:
+        assert not r["overwritten"] and not r["serialised"] and not r["spilled_in_loop"], r

@@ -6,7 +6,8 @@ configurations and argument specialisations are those that a GPU would get. One 
 other, on a spill in a loop, on more than a vector of local memory outside of loops, on shared
 memory over the limit, on a dense kernel of a 16-bit type without tensor cores, and on one that
 reads channels one by one where they lie in whole vectors; and where one of these faults is planted
-and not seen. What differs from the committed table is printed, and fails: --write writes it anew.
+and not seen. What differs from the committed table is printed, and fails where a
+loop issues a tenth more: --write writes the table anew.
 """
 
 from __future__ import annotations
@@ -329,14 +330,17 @@ def main() -> int:
         measured.save(written, args.json)
     if args.write:
         measured.save(written, measured.TABLE)
-    told = measured.changes(written, json.loads(measured.TABLE.read_text()))
+    table = json.loads(measured.TABLE.read_text())
+    told, worse = measured.changes(written, table), measured.worse(written, table)
     for line in told:
         print(line)
     if told:
         print("the table differs: is it for the better? make static ARGS=--write")
-    bad = sum(bool(row.wrong) for row in found)
+    for line in worse:
+        print(f"slower: {line}")
+    bad = sum(bool(row.wrong) for row in found) + len(worse)
     print(f"{len(written)} kernels, {bad} wrong, {len(told)} other than in the table")
-    return 1 if bad or told or not found else 0
+    return 1 if bad or not found else 0
 
 
 FORWARD = ("tap_conv", "parallel_conv", "pair_conv")
