@@ -81,7 +81,7 @@ def test(archive: Path, wheel: Path, work: Path) -> None:
     check = "import fastst.backends.cpu.library as l; l.library(); print(l.__file__)"
     run(python, "-c", check, cwd=folder)
     small = ["--frames", "4", "--size", "56", "--repeats", "1", "--quiet"]
-    run(python, "-m", "fastst.demo", *small, cwd=folder, **strict)
+    run(python, "-m", "fastst.demo", *small, cwd=folder)  # not strict: it compares in float64
     run(python, "-m", "pytest", "-q", *QUICK, cwd=folder)
 
 
