@@ -9,6 +9,7 @@ namespace fastst {
 namespace {
 
 constexpr int kColumns = 32, kLanes = 8;  // a block: channels by positions
+constexpr int kRowLanes = 32;             // or by rows of partials
 
 template <class A>
 struct Moments {  // of a set of values; merged by Chan's formula
@@ -37,13 +38,13 @@ struct Sums {
   __device__ void merge(const Sums& other) { first += other.first, second += other.second; }
 };
 
-// Merges the values of all lanes of a column; right in lane 0. All threads of the block call it.
-template <class V>
+// Merges the values of all lanes of a column, for all of them. All threads of the block call it.
+template <int Lanes = kLanes, class V>
 __device__ V merge_lanes(V value) {
-  const Shared<V> all = shared<V>(0);  // (kLanes, kColumns)
+  const Shared<V> all = shared<V>(0);  // (Lanes, kColumns)
   const int lane = static_cast<int>(threadIdx.y), own = lane * kColumns + int(threadIdx.x);
   all[own] = value;
-  for (int step = kLanes / 2; step > 0; step /= 2) {
+  for (int step = Lanes / 2; step > 0; step /= 2) {
     sync_block();
     if (lane < step) {
       const V other = all[own + step * kColumns];
@@ -51,6 +52,9 @@ __device__ V merge_lanes(V value) {
       all[own] = value;
     }
   }
+  sync_block();
+  value = all[int(threadIdx.x)];
+  sync_block();  // it may be called again
   return value;
 }
 
@@ -115,24 +119,56 @@ __global__ void sum_rows_kernel(Global<const A> partials, Global<A> out, int64_t
   if (threadIdx.y == 0 && column() < columns) out[column()] = sum.first;
 }
 
+// Count, mean and squares of a lane's rows of one column, kAhead of them at a time, so that a
+// batch waits for memory once. Rows beyond the last count nothing.
 template <class A>
-__global__ void combine_statistics_kernel(Global<const A> partials, Global<A> mean, Global<A> var,
-                                          int64_t splits, int64_t channels) {
-  const int64_t c = column();
-  Moments<A> moments;
-  if (c < channels)
-    for (int64_t r = threadIdx.y; r < splits; r += kLanes) {
-      Moments<A> part;
-      part.count = partials[r * 3 * channels + c];
-      part.mean = partials[(r * 3 + 1) * channels + c];
-      part.m2 = partials[(r * 3 + 2) * channels + c];
-      moments.merge(part);
+class RowBatches {
+  static constexpr int kAhead = 8;
+
+ public:
+  __device__ RowBatches(Global<const A> partials, int64_t rows, int64_t channels)
+      : partials_(partials), rows_(column() < channels ? rows : 0), channels_(channels) {}
+
+  template <class F>
+  __device__ void each(F f) const {
+    for (int64_t first = threadIdx.y; first < rows_; first += kAhead * kRowLanes) {
+      A count[kAhead], mean[kAhead], square[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t r = first + i * kRowLanes, at = r * 3 * channels_ + column();
+        const bool there = r < rows_;
+        count[i] = there ? partials_[at] : A(0);
+        mean[i] = there ? partials_[at + channels_] : A(0);
+        square[i] = there ? partials_[at + 2 * channels_] : A(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) f(count[i], mean[i], square[i]);
     }
-  moments = merge_lanes(moments);
-  if (threadIdx.y == 0 && c < channels) {
-    mean[c] = moments.mean;
-    var[c] = moments.m2 / moments.count;
   }
+
+ private:
+  Global<const A> partials_;
+  int64_t rows_, channels_;
+};
+
+// The mean first, then the squares around it: merged one by one, by Chan's formula, each row would
+// wait for the division of the one before. An error of the mean enters by its square. One block to
+// a multiprocessor, or ptxas saves registers and waits for every other load.
+template <class A>
+__global__ void __launch_bounds__(kColumns* kRowLanes, 1)
+    combine_statistics_kernel(Global<const A> partials, Global<A> mean, Global<A> var, int64_t rows,
+                              int64_t channels) {
+  const RowBatches<A> all(partials, rows, channels);
+  Sums<A> sums;
+  all.each([&](A n, A row, A) { sums.first += n, sums.second += n * row; });
+  sums = merge_lanes<kRowLanes>(sums);
+  const A count = sums.first, centre = sums.second / count;
+  Sums<A> squares;
+  all.each([&](A n, A row, A m2) { squares.first += m2 + n * (row - centre) * (row - centre); });
+  squares = merge_lanes<kRowLanes>(squares);
+  if (threadIdx.y != 0 || column() >= channels) return;
+  mean[column()] = centre;
+  var[column()] = squares.first / count;
 }
 
 template <class A>
@@ -221,8 +257,8 @@ void combine_statistics(Dtype dtype, Array partials, Array mean, Array var, int6
   with_accumulator(dtype, [&](auto accumulator) {
     using A = decltype(accumulator);
     launch("combine_statistics", combine_statistics_kernel<A>,
-           dim3(divide_up(mean.count, kColumns)), dim3(kColumns, kLanes),
-           sizeof(Moments<A>) * kColumns * kLanes, stream, channels_text(mean.count),
+           dim3(divide_up(mean.count, kColumns)), dim3(kColumns, kRowLanes),
+           sizeof(Sums<A>) * kColumns * kRowLanes, stream, channels_text(mean.count),
            in<A>(partials), out<A>(mean), out<A>(var), splits, mean.count);
   });
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -149,6 +150,30 @@ def test_time_is_cut_only_where_blocks_are_few(frames: int, blocks: int) -> None
     assert per_block == frames or blocks < 512
 
 
+def combine(rows: int, library: ModuleType | None = None) -> None:
+    """Parts of all sizes, some empty, of values far from 0."""
+    lib = library or native.library()
+    random, channels = torch.Generator().manual_seed(rows), 40
+    counts = torch.randint(0, 5, (rows,), generator=random)
+    counts[rows // 2] = 4
+    values = 100 + 3 * torch.randn(int(counts.sum()), channels, generator=random).double()
+    partials = torch.zeros(rows, 3, channels)
+    for row, part in zip(partials, values.split(counts.tolist()), strict=True):
+        if len(part):
+            row[0], row[1] = len(part), part.mean(0)
+            row[2] = (part - part.mean(0)).square().sum(0)
+    out = torch.full((2, channels), torch.nan)
+    arrays = (lib.Array(t.data_ptr(), t.numel()) for t in (partials, *out))
+    lib.combine_statistics(lib.Dtype.f32, *arrays, rows, 0)
+    truth = torch.stack((values.mean(0), values.var(0, correction=0)))
+    assert (out / truth - 1).abs().max() < 1e-5, "error 1e-5 > it"
+
+
+@pytest.mark.parametrize("rows", [1, 31, 256, 1056])
+def test_statistics_of_parts(rows: int) -> None:
+    combine(rows)
+
+
 # ---- planted bugs: each must be caught, by a wrong result or by the emulator's checks
 
 GENERIC = Config(
@@ -222,3 +247,22 @@ def test_planted_bug_is_caught(
     monkeypatch.setattr(native, "emulated", lambda: library)
     with planted.caught():
         fuzz.hold(config, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        # a row too many, rows counted twice, squares between the parts lost, a missing barrier
+        ("there = r < rows_;", "there = r <= rows_;"),
+        ("first = threadIdx.y; first < rows_", "first = threadIdx.y / 2; first < rows_"),
+        ("m2 + n * (row - centre) * (row - centre)", "m2"),
+        ("  sync_block();  // it may be called again\n", ""),
+    ],
+)
+def test_planted_bug_in_statistics_is_caught(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted.few_tiles(monkeypatch)
+    library = planted.library(tmp_path, "reductions.cu", right, wrong, UNUSED)
+    with planted.caught():
+        combine(256, library)
