@@ -421,10 +421,7 @@ def test_without_openmp_it_starts_threads(monkeypatch: pytest.MonkeyPatch) -> No
 # ---- build
 
 
-@pytest.mark.slow
-def test_build_may_be_required_or_left_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_build_may_be_required_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
 
     def names(compiler: str | None, **environment: str) -> list[str]:
@@ -436,8 +433,7 @@ def test_build_may_be_required_or_left_out(
     assert names("/usr/bin/g++") == both
     assert names("/usr/bin/g++", FASTST_BUILD_CPU="0") == []
     assert names(None) == []
-    assert "installed without its CPU library" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"FASTST_BUILD_CPU=1 requires g\+\+"):
+    with pytest.raises(SystemExit, match=r"FASTST_BUILD_CPU=1, but no C\+\+ compiler"):
         names(None, FASTST_BUILD_CPU="1")
     with pytest.raises(SystemExit, match="FASTST_BUILD_CPU must be auto, 0 or 1, got 'yes'"):
         names("/usr/bin/g++", FASTST_BUILD_CPU="yes")
