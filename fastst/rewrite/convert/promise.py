@@ -346,7 +346,8 @@ def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
     with _unseen():
         seen = value.requires_grad and not tensor.requires_grad
     if seen:  # it left a custom Function's forward, which autograd has given a gradient
-        tensor = _Read.apply(value)
+        with torch.enable_grad():
+            tensor = _Read.apply(value)
     return tensor.detach() if detached else tensor
 
 
