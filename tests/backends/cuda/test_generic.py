@@ -255,7 +255,7 @@ def test_planted_bug_is_caught(
         # a row too many, rows counted twice, squares between the parts lost, a missing barrier
         ("there = r < rows_;", "there = r <= rows_;"),
         ("first = threadIdx.y; first < rows_", "first = threadIdx.y / 2; first < rows_"),
-        ("m2 + n * (row - centre) * (row - centre)", "m2"),
+        ("m2 + n * (row - centre) * (row - centre)", "m2 + 0 * n * row"),
         ("  sync_block();  // it may be called again\n", ""),
     ],
 )
