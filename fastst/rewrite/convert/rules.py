@@ -5,9 +5,7 @@ Only values decide: shapes, strides and functions as they arrive, never names or
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +17,8 @@ from ... import functional
 from ...functional import BatchNorm
 from ...problem import activations
 from . import endings
-from .padding import Pad, merge
+from .geometry import Pass, first_pass, second_pass
+from .padding import Pad
 from .promise import (
     RULES,
     CannotDefer,
@@ -35,16 +34,6 @@ from .promise import (
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
-
-
-class Pass(NamedTuple):
-    """A separable convolution as a function call describes it."""
-
-    kind: str  # "spatial" | "temporal"
-    stride: tuple[int, int, int]
-    padding: Pad
-    dilation: tuple[int, int, int]
-    groups: int
 
 
 class Plan(NamedTuple):
@@ -85,7 +74,7 @@ def begin(
     state = State(x.device)
     dtype = _result_dtype(state, x, weight, bias)
     try:
-        found = _first(x.shape, weight.shape, bias is not None and bias.shape, *settings)
+        found = first_pass(x.shape, weight.shape, bias is not None and bias.shape, *settings)
     except TypeError:  # settings that do not hash
         return None
     if found is None or dtype is None:
@@ -134,82 +123,6 @@ def _result_dtype(state: State, *tensors: Tensor | None) -> torch.dtype | None:
     if state.autocast is not None and torch.float64 not in dtypes:
         return state.autocast if state.autocast in _FLOATS else None
     return dtypes.pop() if len(dtypes) == 1 else None
-
-
-@lru_cache(maxsize=4096)
-def _first(
-    x: Sequence[int],
-    w: Sequence[int],
-    b: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: Any,
-    mode: str,
-    widths: Any,
-) -> Any:
-    """A first convolution: its pass, the shape of its output, and how to compute it."""
-    read = _read(w, stride, padding, dilation, groups)
-    if read is None or mode not in ("zeros", "replicate", "reflect", "circular"):
-        return None
-    triples, groups = read[:3], read[3]
-    if mode != "zeros":
-        w0, w1, h0, h1, t0, t1 = widths
-        sides = ((t0, t1), (h0, h1), (w0, w1))
-    else:
-        sides = triples[1]
-    kind = _kind(w, triples[0], sides)
-    if kind is None or x[1] != w[1] * groups or w[0] % groups or (b and tuple(b) != (w[0],)):
-        return None
-    limit = {"reflect": 1, "circular": 0}.get(mode)
-    size = []
-    for n, k, s, d, p in zip(x[2:], w[2:], triples[0], triples[2], sides, strict=True):
-        if limit is not None and max(p) > n - limit:
-            return None
-        size.append((n + sum(p) - d * (k - 1) - 1) // s + 1)
-    if min(*size, x[0]) < 1 or min(x[2:]) < 1:
-        return None
-    first = Pass(kind, triples[0], Pad(sides, mode), triples[2], groups)
-    padded = tuple(widths) if mode != "zeros" else None
-    how = triples[0], (0, 0, 0) if padded else padding, triples[2], groups
-    return first, torch.Size((x[0], w[0], *size)), padded, how
-
-
-def _read(w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: Any) -> Any:
-    """(stride, padding as pairs, dilation, groups) of ``conv3d``, or None where they are odd."""
-    try:
-        strides, dilations = _triple(stride), _triple(dilation)
-        extent = [d * (k - 1) for d, k in zip(dilations, w[2:], strict=True)]
-        if padding == "valid":
-            sides = ((0, 0),) * 3
-        elif padding == "same":
-            if strides != (1, 1, 1):
-                return None
-            sides = tuple((e // 2, e - e // 2) for e in extent)  # type: ignore[assignment]
-        else:
-            sides = tuple((p, p) for p in _triple(padding))  # type: ignore[assignment]
-        groups = operator.index(groups)
-    except (TypeError, ValueError):
-        return None
-    if groups < 1 or min(strides) < 1 or min(dilations) < 1 or min(map(min, sides)) < 0:
-        return None
-    return strides, sides, dilations, groups
-
-
-def _triple(value: Any) -> tuple[int, int, int]:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    a, b, c = map(operator.index, values * 3 if len(values) == 1 else values)
-    return a, b, c
-
-
-def _kind(w: Sequence[int], stride: Sequence[int], sides: Any) -> str | None:
-    """Along which axes a convolution does something, if they are those of one pass."""
-    acts = [
-        k != 1 or s != 1 or tuple(p) != (0, 0) for k, s, p in zip(w[2:], stride, sides, strict=True)
-    ]
-    if acts[0] and not any(acts[1:]):
-        return "temporal"
-    return "spatial" if any(acts[1:]) and not acts[0] else None
 
 
 # ---- what may stand between
@@ -321,7 +234,7 @@ def _begin(link: Link, norm: BatchNorm) -> Any:
     if plan.first.kind == "temporal":
         likely = ((m, m, 1, 3, 3), 1, (0, 1, 1), 1, 1)
     for shape, *how in filter(None, (plan.begun.guess, likely)):
-        settings = _second(plan.first, (), link.shape, tuple(shape), False, *how)
+        settings = second_pass(plan.first, (), link.shape, tuple(shape), False, *how)
         if settings is None:
             continue
         settings = settings[0]
@@ -443,7 +356,7 @@ def conv3d(
         stride, padding, dilation = (
             tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)
         )
-        settings = _second(
+        settings = second_pass(
             plan.first, plan.pads, link.shape, weight.shape, bias is not None and bias.shape,
             stride, padding, dilation, groups,
         )  # fmt: skip
@@ -506,53 +419,6 @@ def _selected(plan: Plan) -> bool:
 def _recompute(plan: Plan) -> bool | None:
     owner = plan.begun if plan.first.kind == "spatial" else plan.ends
     return None if owner is None else owner.recompute
-
-
-@lru_cache(maxsize=4096)
-def _second(
-    first: Pass,
-    pads: tuple[Pad, ...],
-    z: Sequence[int],
-    w: Sequence[int],
-    b: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: Any,
-) -> Any:
-    """Settings of ``conv2plus1d`` for a second convolution of z, and (T, H, W) of its output.
-
-    None where it is none.
-    """
-    read = _read(w, stride, padding, dilation, groups)
-    if read is None:
-        return None
-    stride, sides, dilation, groups = read
-    other = "temporal" if first.kind == "spatial" else "spatial"
-    if _kind(w, stride, sides) != other:
-        return None
-    around = merge([*pads, Pad(tuple(map(tuple, sides)), "zeros")], other)
-    if isinstance(around, str) or z[1] != w[1] * groups or w[0] % groups:
-        return None
-    if b and tuple(b) != (w[0],):
-        return None
-    size = [
-        (n + sum(p) - d * (k - 1) - 1) // s + 1
-        for n, k, s, d, p in zip(z[2:], w[2:], stride, dilation, sides, strict=True)
-    ]
-    if min(size) < 1:
-        return None
-    second = Pass(other, stride, around, dilation, groups)
-    spatial, temporal = (first, second) if other == "temporal" else (second, first)
-    settings = {
-        "stride": (temporal.stride[0], *spatial.stride[1:]),
-        "padding": (temporal.padding.sides[0], *spatial.padding.sides[1:]),
-        "dilation": (temporal.dilation[0], *spatial.dilation[1:]),
-        "groups": (spatial.groups, temporal.groups),
-        "padding_mode": (spatial.padding.mode, temporal.padding.mode),
-        "order": f"{first.kind}-first",
-    }
-    return settings, tuple(size)
 
 
 def _add(in_place: bool = False) -> Callable[..., Any]:
