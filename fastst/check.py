@@ -1,4 +1,4 @@
-"""Check the GPU kernels on this machine before they are used: ``python -m fastst.check [--all]``.
+"""Check this machine's GPU kernels before they are used: python -m fastst.check [--all]
 
 Images and clusters run it once; verdicts are kept where docs/first-contact.md says. Ends with 0
 where all kernels passed, with 1 where one did not, with 2 where nothing could be checked.

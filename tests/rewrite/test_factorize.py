@@ -153,7 +153,7 @@ def test_left_with_the_reason():
         "1": "1 is lazy: it has no weights before its first call",
         "2": "2 is parametrized",
         "3": "3.weight is on the meta device",
-        "4": "it is a test_factorize.Own, not a plain nn.Conv3d",
+        "4": "it is a tests.rewrite.test_factorize.Own, not a plain nn.Conv3d",
     }
 
 

@@ -82,7 +82,6 @@ def test_torchvision_resnet(name):
         )
         optimised = fastst.optimize_for_inference(inflated)
         torch.testing.assert_close(optimised(clip), inflated(clip), rtol=1e-3, atol=1e-3)
-    assert not any(isinstance(m, nn.BatchNorm3d) for m in optimised.modules())
     keys = set(inflated.state_dict())
     assert {"conv1.spatial.weight", "conv1.temporal.weight", "layer2.0.downsample.0.weight"} <= keys
 

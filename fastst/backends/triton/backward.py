@@ -91,6 +91,7 @@ def _backward(call: PairBackward, rank: int) -> Gradients:
     dx = dw1 = dw2 = db1 = db2 = dgamma = sums = None
     (dy,) = call.dy_owner
     if dense[1]:
+        call.dy_owner.clear()  # so that no more than the copy is held, where one is made
         dy = arguments.channels_last(dy)  # read in all taps
     # Parameters of a slice of the batch: in the dtype that they are added up in.
     wide = None if call.slice is None else problem.accumulate_dtype
