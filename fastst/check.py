@@ -1,7 +1,8 @@
-"""Check this machine's GPU kernels before they are used: python -m fastst.check [--all]
+"""Check the GPU kernels of this machine before they are used.
 
-Images and clusters run it once; verdicts are kept where docs/first-contact.md says. Ends with 0
-where all kernels passed, with 1 where one did not, with 2 where nothing could be checked.
+``python -m fastst.check [--all]``: images and clusters run it once; verdicts are kept where
+docs/first-contact.md says. Ends with 0 where all kernels passed, with 1 where one did not, with 2
+where nothing could be checked.
 """
 
 from __future__ import annotations
