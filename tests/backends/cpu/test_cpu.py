@@ -375,14 +375,14 @@ def test_a_missing_or_broken_library_says_how_to_get_it(monkeypatch: pytest.Monk
 def test_avx2_library_gives_the_same_numbers() -> None:
     """In a process of its own, which is told to be an older processor."""
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "import torch, fuzz\n"
+        "import torch\n"
         "from fastst.backends import cpu\n"
+        "from tests.backends.cpu import test_cpu\n"
+        "from tests.support import fuzz\n"
         "assert cpu.load().__name__.endswith('_cpu_avx2'), cpu.load()\n"
         "limits = fuzz.Limits(dtypes=(torch.float32,), fixed=dict(\n"
         "    op='conv2plus1d', branch_activation='none', padding_mode=('zeros', 'zeros')))\n"
         "fuzz.fuzz('cpu', 15, limits, least=1.0)\n"
-        "import test_cpu\n"
         "from fastst.backends.cpu import library\n"
         "library.Launcher.sums = 'winograd'\n"
         "test_cpu.winograd_fuzz(6)\n"

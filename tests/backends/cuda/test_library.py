@@ -112,7 +112,7 @@ def test_corrupt_library_gives_one_clear_reason(tmp_path: Path) -> None:
     (tmp_path / "fastst" / f"_C{suffix}").write_bytes(b"no library")
     code = (
         "import torch, fastst\n"
-        "from fastst.backends import native\n"
+        "from fastst.backends.cuda import library as native\n"
         "from fastst.functional import conv2plus1d\n"
         "conv2plus1d(torch.ones(1,2,3,4,4), torch.ones(2,2,1,3,3), torch.ones(2,2,3,1,1))\n"
         "print(fastst.__file__); print(native.load())\n"
