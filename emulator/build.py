@@ -25,7 +25,11 @@ CSRC = HERE.parent / "csrc"
 INSTANCES = HERE.parent / "fastst" / "backends" / "cuda" / "hopper" / "instances.py"
 EMULATOR = [HERE / name for name in ("cluster.cpp", "emulator.cpp", "tma.cpp", "wgmma.cpp")]
 MODULE = "fastst_emulated"
-FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+# Hidden: of several libraries in one process, what is inline in one must not stand for another's.
+FLAGS = (
+    "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
+    "-Wno-unknown-pragmas",
+)  # fmt: skip
 
 
 def cache() -> Path:
@@ -55,7 +59,7 @@ def module(csrc: Path = CSRC) -> Path:
     import pybind11
 
     python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
-    names = (f"-DFASTST_MODULE={MODULE}", "-DFASTST_EMULATED=true", "-fvisibility=hidden")
+    names = (f"-DFASTST_MODULE={MODULE}", "-DFASTST_EMULATED=true")
     cuda = csrc / "cuda"
     sources = sorted(cuda.glob("**/*.cu")) + sorted(cuda.glob("*.cpp")) + EMULATOR
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -380,5 +380,5 @@ def test_planted_bug_is_caught(
     monkeypatch.setattr(native, "emulated", lambda: library)
     wrapped = gradient_tiles.spatial_gradient.__wrapped__  # without what it remembers
     monkeypatch.setattr(gradient_tiles, "spatial_gradient", wrapped)
-    with pytest.raises((AssertionError, RuntimeError)):
-        fuzz.check(config, "cuda")
+    with planted.caught():
+        fuzz.hold(config, "cuda")

@@ -281,5 +281,5 @@ def test_planted_bug_is_caught(
     monkeypatch.setattr(weights, "spatial_tile", lambda *_: chosen)
     chosen_temporal = dataclasses.replace(chosen, blocks=3)
     monkeypatch.setattr(weights, "temporal_tile", lambda *_: chosen_temporal)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with planted.caught():
         check(case)
