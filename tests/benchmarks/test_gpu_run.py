@@ -105,6 +105,7 @@ def test_stages_are_written_as_they_end(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert status == 0, data["stages"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plant", "state", "told"),
     [

@@ -112,6 +112,7 @@ def test_planted_in_emulated_cuda(
     planted(cuda.BACKEND, "depthwise", plant, text, state, monkeypatch)
 
 
+@pytest.mark.slow
 def test_right_kernels_pass_whatever_the_modes_of_the_caller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -144,6 +145,7 @@ def test_right_kernels_pass_whatever_the_modes_of_the_caller(
     assert selfcheck.why_broken(triton.BACKEND, call, "grouped forward") is None
 
 
+@pytest.mark.slow
 def test_ranks_share_one_check(tmp_path: Path) -> None:
     """Several processes at once: one check, one verdict."""
     code = (

@@ -23,7 +23,7 @@ from tests.support import ROOT
 
 EXTRAS = ("demo", "bench", "engines", "train", "docs", "release", "dev")
 _NOT_SOURCES = shutil.ignore_patterns(
-    ".*", "build", "dist", "out", "__pycache__", "*.so", "*.egg-info"
+    ".*", "build", "dist", "out", "__pycache__", "*.so", "*.egg-info", "_left_out.json"
 )
 
 

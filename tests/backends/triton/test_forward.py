@@ -290,6 +290,7 @@ def test_layouts(layout: str, groups: int) -> None:
     ))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_positions_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend.arguments, "wide", lambda count: True)
     forward(Config(norm="batch"))

@@ -148,6 +148,7 @@ def test_memory_of_a_step() -> None:
 # ---- deterministic
 
 
+@pytest.mark.slow
 def test_deterministic_and_still_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients in many parts, which are added up in one order."""
     monkeypatch.setattr(gradient_tiles, "boxes_per_split", lambda *sizes: 1)

@@ -519,6 +519,7 @@ def test_data_parallel_training(ranks: Ranks, how: str, order: str) -> None:
     ranks.run(distributed, f"{how}, {order}")
 
 
+@pytest.mark.slow
 def test_copies_of_copies() -> None:
     model = network()
     fastst.convert(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import math
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from fastst.backends import cuda
 from fastst.backends.contract import Backend, PairBackward
 from fastst.backends.cuda import hopper as cuda_hopper
 from fastst.backends.cuda import library as native
-from fastst.backends.cuda.hopper import examples, gradient_tiles, instances, tiles
+from fastst.backends.cuda.hopper import examples, gradient_tiles, instances, tiles, weight_tiles
 from fastst.backends.cuda.hopper.gradient_tiles import Axis, GradientTile
 from fastst.backends.cuda.hopper.launches import Gradient, Launches
 from fastst.backends.cuda.hopper.tiles import HopperTile
@@ -37,12 +36,7 @@ from tests.support.fuzz import Config
 MODULE = importlib.import_module("fastst.backends.cuda.hopper.backward")
 
 
-@pytest.fixture(autouse=True)
-def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
-    if shutil.which("g++") is None and shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
-    native.library()
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 @pytest.fixture
@@ -234,9 +228,11 @@ def test_self_check_runs_the_backward(monkeypatch: pytest.MonkeyPatch, ran: list
     assert {(t.columns, t.box[1], s) for _, t, (s, _) in trials} == {*instances.TEMPORAL_GRADIENT}
     assert {(a.columns, a.blocks) for a, _, _ in trials} == set(instances.SPATIAL_GRADIENT)
     monkeypatch.setattr(gradient_tiles, "trials", lambda: trials[2:3])
+    monkeypatch.setattr(weight_tiles, "TILES", weight_tiles.TILES[:2])
     cpu, half = torch.device("cpu"), torch.float16
     assert selfcheck.check(cuda.BACKEND, "hopper backward", cpu, half) is None
-    assert [p.spec.norm for p in ran] == ["batch", "frozen", "batch"]  # type: ignore[union-attr]
+    norms = ("batch", "batch", "frozen", "batch")  # the trial, two weight gradients, the stem
+    assert [p.spec.norm for p in ran] == [n for n in norms for _ in range(2)]  # type: ignore[union-attr]
 
 
 def test_self_check_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +341,21 @@ STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
 HEADERS = ("hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cuh")
 
 
+def plant(file: str, right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted.few_tiles(monkeypatch)
+    library = planted.library(folder, f"hopper/{file}.cu", right, wrong, planted.NO_BF16, HEADERS)
+    monkeypatch.setattr(native, "emulated", lambda: library)
+    wrapped = gradient_tiles.spatial_gradient.__wrapped__  # without what it remembers
+    monkeypatch.setattr(gradient_tiles, "spatial_gradient", wrapped)
+
+
+def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the library is right: so it is the bugs that are caught below."""
+    plant("spatial_gradient", "", "", tmp_path, monkeypatch)
+    for config in (NORM, DEEP, STRIDED):
+        fuzz.hold(config, "cuda")
+
+
 @pytest.mark.parametrize(
     ("file", "right", "wrong", "config"),
     [
@@ -375,10 +386,6 @@ def test_planted_bug_is_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    planted.few_tiles(monkeypatch)
-    library = planted.library(tmp_path, f"hopper/{file}.cu", right, wrong, planted.NO_BF16, HEADERS)
-    monkeypatch.setattr(native, "emulated", lambda: library)
-    wrapped = gradient_tiles.spatial_gradient.__wrapped__  # without what it remembers
-    monkeypatch.setattr(gradient_tiles, "spatial_gradient", wrapped)
+    plant(file, right, wrong, tmp_path, monkeypatch)
     with planted.caught():
         fuzz.hold(config, "cuda")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,8 +20,7 @@ from fastst import dispatch
 from fastst.backends import cuda
 from fastst.backends.contract import Backend
 from fastst.backends.cuda import hopper as cuda_hopper
-from fastst.backends.cuda import library
-from fastst.backends.cuda.hopper import instances, tiles
+from fastst.backends.cuda.hopper import examples, instances, tiles
 from fastst.backends.cuda.hopper.tiles import HopperTile
 from fastst.dispatch import quarantine, selfcheck
 from fastst.functional import conv2plus1d
@@ -32,13 +30,7 @@ from tests.nn.test_outer_norm import reads_of_statistics
 from tests.support import fuzz, hopper
 from tests.support.fuzz import Config
 
-
-@pytest.fixture(autouse=True)
-def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
-    if shutil.which("g++") is None and shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
-    library.library()
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 @pytest.fixture
@@ -51,7 +43,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
         found.append(problem)
         return forward(problem, *arguments)
 
-    monkeypatch.setattr(cuda_hopper, "forward", recorded)
+    for module in (cuda_hopper, examples):
+        monkeypatch.setattr(module, "forward", recorded)
     return found
 
 
@@ -310,7 +303,8 @@ def test_self_check_runs_every_instance(ran: list[Problem]) -> None:
     assert temporal == set(instances.TEMPORAL)
     assert {(a.share, a.cluster) for a, _, _ in trials} == {(1, 1), (1, 2), (3, 1), (3, 2)}
     assert len({(b.columns, b.box[1], s, b.cluster) for _, b, s in trials}) == 2 * len(temporal)
-    assert [p.spec.norm for p in ran] == ["batch"] * 5 + ["frozen"] * 5 + ["batch"]  # type: ignore[union-attr]
+    norms = ["batch"] * 5 + ["frozen"] * 5 + ["batch"]
+    assert [p.spec.norm for p in ran] == [n for n in norms for _ in range(2)]  # type: ignore[union-attr]
     assert cuda_hopper.stem_why_not(ran[-1]) is None
 
 

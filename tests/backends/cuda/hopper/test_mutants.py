@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -22,11 +21,8 @@ from tests.support.fuzz import Config
 
 
 @pytest.fixture(autouse=True)
-def _emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What mutants have: the smallest tiles."""
-    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
-    if shutil.which("g++") is None and shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
+def _smallest_tiles(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What mutants have."""
     planted.few_tiles(monkeypatch)
     for name in ("spatial", "temporal"):  # without what they remember
         monkeypatch.setattr(tiles, name, getattr(tiles, name).__wrapped__)
@@ -51,6 +47,15 @@ HEADERS = ("hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cu
 
 def plant(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
     return planted.library(folder, file, right, wrong, planted.NO_BF16, HEADERS)
+
+
+def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the library is right: so it is the bugs that are caught below."""
+    library = plant(tmp_path, "hopper/spatial.cu", "", "")
+    monkeypatch.setattr(native, "emulated", lambda: library)
+    hopper.in_clusters(monkeypatch)
+    for config in (SPATIAL, TEMPORAL, STEM):
+        fuzz.hold(config, "cuda", backward=False)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,11 +28,7 @@ from tests.support import fuzz, planted
 
 
 @pytest.fixture(autouse=True)
-def _emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
-    if shutil.which("g++") is None and shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
-    library.library()
+def _poisoned(emulated: ModuleType) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     yield
     torch.use_deterministic_algorithms(False)
@@ -246,6 +242,23 @@ STEM = Case(
 FILE = "hopper/weight_gradient.cu"
 
 
+def plant(right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted.few_tiles(monkeypatch)
+    mutant = planted.library(folder, FILE, right, wrong, planted.NO_BF16)
+    monkeypatch.setattr(library, "emulated", lambda: mutant)
+    chosen = WeightTile(48, 3, 1, (5, 3, 1), 2, 2)
+    monkeypatch.setattr(weights, "spatial_tile", lambda *_: chosen)
+    chosen_temporal = dataclasses.replace(chosen, blocks=3)
+    monkeypatch.setattr(weights, "temporal_tile", lambda *_: chosen_temporal)
+
+
+def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the library is right: so it is the bugs that are caught below."""
+    plant("", "", tmp_path, monkeypatch)
+    for case in (MUTANT, STEM):
+        check(case)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "case"),
     [
@@ -274,12 +287,6 @@ FILE = "hopper/weight_gradient.cu"
 def test_planted_bug_is_caught(
     right: str, wrong: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted.few_tiles(monkeypatch)
-    mutant = planted.library(tmp_path, FILE, right, wrong, planted.NO_BF16)
-    monkeypatch.setattr(library, "emulated", lambda: mutant)
-    chosen = WeightTile(48, 3, 1, (5, 3, 1), 2, 2)
-    monkeypatch.setattr(weights, "spatial_tile", lambda *_: chosen)
-    chosen_temporal = dataclasses.replace(chosen, blocks=3)
-    monkeypatch.setattr(weights, "temporal_tile", lambda *_: chosen_temporal)
+    plant(right, wrong, tmp_path, monkeypatch)
     with planted.caught():
         check(case)
