@@ -151,7 +151,6 @@ def _two_passes(
     first, second = problem.passes
     x, w1, w2, b1, b2, *_ = tensors
     m, padded = problem.mid_channels, problem.mid_shape[-1]
-    y = problem.empty_output(x)
     mid_rows = x.new_empty(problem.mid_shape)
     mid = mid_rows.permute(0, 4, 1, 2, 3)
     if first.groups > 1 and padded > m:
@@ -183,6 +182,7 @@ def _two_passes(
         conv_pass(first, x, w1, mid, **before)
     if isinstance(two, configs.TapConfig):
         mid = _activated(mid_rows, after, spec.slope, mid_rows.new_empty if keep else None)
+    y = problem.empty_output(x)  # only now: the first pass may have read a copy of x
     partial, rows = conv_pass(second, mid, w2, y, statistics=spec.output_statistics, **after)
     out_mean = out_var = None
     if partial is not None:
