@@ -38,6 +38,9 @@ def source(tmp_path: Path) -> Path:
     (folder / "fastst").mkdir()
     for name in ("__init__.py", "py.typed"):
         shutil.copy(ROOT / "fastst" / name, folder / "fastst")
+    tiles = Path("fastst/backends/cuda/hopper/instances.py")  # of which the build makes a header
+    (folder / tiles).parent.mkdir(parents=True)
+    shutil.copy(ROOT / tiles, folder / tiles)
     return folder
 
 
