@@ -83,7 +83,7 @@ def test_the_op_runs(training, monkeypatch):
     monkeypatch.setattr(
         fastst.functional.ops, "conv2plus1d", lambda *a: calls.append(a) or original(*a)
     )
-    model(torch.randn(1, 3, 4, 6, 6))
+    model(torch.randn(1, 3, 4, 6, 6)).sum()  # who reads the output lets the last pair run
     assert len(calls) == 2
 
 

@@ -106,12 +106,6 @@ def state_ignored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hooks_unseen() -> Iterator[None]:
-    with mock.patch.object(begins, "_watched", lambda m: False):
-        yield
-
-
-@contextlib.contextmanager
 def other_weights() -> Iterator[None]:
     before = promise.Link.compute
 
@@ -132,7 +126,6 @@ PLANTS: dict[str, tuple[Callable[[], Any], str]] = {
     "random numbers": (random_numbers, "dropout"),
     "versions ignored": (versions_ignored, "k = x\n"),
     "state ignored": (state_ignored, "with torch.no_grad():\n            x = self.m"),
-    "hooks unseen": (hooks_unseen, "sharded("),
     "a millionth more": (other_weights, "nn.GroupNorm"),
 }
 
