@@ -76,6 +76,7 @@ def ranks() -> Iterator[Ranks]:
 def _seeded() -> Iterator[None]:
     """Every test starts from the same seed and leaves the backend as it found it."""
     torch.manual_seed(fuzz.SEED)
+    fastst.dispatch.selection._warned.clear()  # what another test was told is said again
     before = fastst.dispatch.requested()
     yield
     fastst.use_backend(before)
