@@ -1,7 +1,8 @@
-"""Data sets of videos: their listings as distributed, decoding, sampling of clips.
+"""Data sets of videos: their listings as distributed, sampling of clips.
 
-Files that cannot be used (unreadable, no video, too short) never stop a run: in training another
-one takes their place, in evaluation they count for nothing, and either way the sample says why.
+Files that cannot be used (unreadable, no video, too short, one that crashes its decoder) never stop
+a run: in training another one takes their place, in evaluation they count for nothing, and either
+way the sample says why.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
 import numpy as np
 import torch
+from decoding import VideoError, apart
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -29,10 +29,6 @@ _UNUSABLE_IN_A_ROW = 20
 
 class DataError(ValueError):
     """A listing that cannot be used."""
-
-
-class VideoError(ValueError):
-    """A video that cannot be used."""
 
 
 class Video(NamedTuple):
@@ -263,121 +259,6 @@ def sample_frames(
     return [start + step * np.arange(frames) for start in starts]
 
 
-def decode(
-    path: Path, choose: Callable[[int], list[np.ndarray]], short_side: int
-) -> list[np.ndarray]:
-    """Clips of a video.
-
-    Args:
-        choose: from the number of frames to the frame indices of each clip.
-        short_side: to which frames are scaled, upright. Where the resolution changes within the
-            video, all are cut in their centres to what the smallest of them has.
-
-    Returns:
-        Clips of (T, H, W, 3) bytes, RGB.
-
-    Raises:
-        VideoError: cannot be read, has no video, or what ``choose`` raises.
-    """
-    with _readable():
-        times = _times(path)
-    clips = choose(len(times))
-    with _readable():
-        images = _images(path, {times[i] for clip in clips for i in clip}, short_side)
-    least = [min(image.shape[axis] for image in images.values()) for axis in (0, 1)]
-    return [np.stack([_centre(images[times[i]], least) for i in clip]) for clip in clips]
-
-
-_SEEKABLE = ("mp4", "matroska")  # whose marks of key frames can be trusted: AVI's cannot
-_MOST_PIXELS = 1 << 26  # of a frame: 8192²
-_MOST_LONGER = 16  # than the short side
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    """Whatever is raised within it is about one file, and must not end a run."""
-    try:
-        yield
-    except VideoError:
-        raise
-    except Exception as error:
-        raise VideoError(f"cannot be read: {error or type(error).__name__}") from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its video."""
-    if not path.is_file():  # to open a pipe would wait for ever
-        raise VideoError("cannot be read: is no file" if os.path.lexists(path) else "is missing")
-    # Not as a protocol, whatever the name, and nothing that a playlist leads to.
-    options = {"protocol_whitelist": "file"}
-    with av.open(str(path.absolute()), options=options, metadata_errors="replace") as container:
-        stream = container.streams.best("video")
-        if stream is None:
-            raise VideoError("has no video")
-        _check_size(stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
-        yield container, stream
-
-
-def _times(path: Path) -> list[int]:
-    """When the frames of a video are due: their exact number, without decoding them."""
-    with _opened(path) as (container, stream):
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        times = [p.dts if p.pts is None else p.pts for p in packets]
-        if None in times:
-            raise VideoError("has frames that do not say when they are due")
-        return sorted(times)
-
-
-def _images(path: Path, wanted: set[int], short_side: int) -> dict[int, np.ndarray]:
-    images: dict[int, np.ndarray] = {}
-    with _opened(path) as (container, stream):
-        if any(name in container.format.name for name in _SEEKABLE):
-            container.seek(min(wanted), stream=stream)  # the key frame at or before
-        for frame in container.decode(stream):
-            if frame.pts in wanted:
-                images[frame.pts] = _scaled(frame, short_side)
-            if frame.pts is not None and frame.pts >= max(wanted):
-                break
-    missing = len(wanted) - len(images)
-    if missing:
-        raise VideoError(f"{missing} of the {len(wanted)} frames wanted do not decode")
-    return images
-
-
-def _check_size(width: int, height: int) -> None:
-    short, long = sorted((width, height))
-    if width * height > _MOST_PIXELS or (short and long > _MOST_LONGER * short):
-        raise VideoError(f"has frames of {width}×{height} pixels")
-
-
-def _scaled(frame: Any, short_side: int) -> np.ndarray:
-    _check_size(frame.width, frame.height)
-    scale = short_side / min(frame.width, frame.height)
-    size = [max(short_side, round(n * scale)) for n in (frame.width, frame.height)]
-    image = frame.to_ndarray(
-        width=size[0], height=size[1], format="rgb24", interpolation="BILINEAR"
-    )
-    return _upright(image, frame.side_data.get("DISPLAYMATRIX"))
-
-
-def _upright(image: np.ndarray, matrix: Any) -> np.ndarray:
-    """The image (H, W, 3) as its display matrix shows it, to the next quarter of a turn."""
-    if matrix is None:
-        return image
-    # (x, y) is shown at (a·x + c·y, b·x + d·y).
-    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).astype(float)
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        image, a, d = image.transpose(1, 0, 2), c, b
-    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-
-
-def _centre(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    top, left = ((n - m) // 2 for n, m in zip(image.shape[:2], size, strict=True))
-    return image[top : top + size[0], left : left + size[1]]
-
-
 def printable(text: str) -> str:
     """One line that any terminal and file of UTF-8 takes: names of files may be any bytes."""
     return "".join(
@@ -448,7 +329,7 @@ class Clips(Dataset[dict[str, Any]]):
         def choose(count: int) -> list[np.ndarray]:
             return sample_frames(count, self.frames, self.step, self.clips, generator)
 
-        images = np.stack(decode(path, choose, round(self.size * 8 / 7)))  # (clips, T, H, W, 3)
+        images = np.stack(apart(path, choose, round(self.size * 8 / 7)))  # (clips, T, H, W, 3)
         room = [n - self.size for n in images.shape[2:4]]
         if generator is None:
             top, left = room[0] // 2, room[1] // 2

@@ -1,4 +1,4 @@
-"""examples/videos.py on people's files: nothing that one file or list holds ends a run."""
+"""What reads people's files: nothing that one file or list holds ends a run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch
 pytest.importorskip("av")
 
 import av
+import decoding
 import options
 import videos
 
@@ -105,7 +106,7 @@ def switching(path: Path, sizes: list[tuple[int, int]]) -> Path:
 def test_resolution_that_changes(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     path = switching(tmp_path / "a.avi", sizes)
     wanted = np.arange(0, 8 * len(sizes), 3)
-    (clip,) = videos.decode(path, lambda count: [wanted], 32)
+    (clip,) = decoding.decode(path, lambda count: [wanted], 32)
     assert clip.shape == (len(wanted), 32, 32, 3)
     assert np.abs(clip.mean((1, 2, 3)) - 40 - 8 * wanted).max() < 8
     for train in (True, False):
@@ -134,7 +135,7 @@ def test_display_matrices(
     at = data.find(b"tkhd") + 44
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    (clip,) = videos.decode(path, lambda count: [np.arange(4)], 48)
+    (clip,) = decoding.decode(path, lambda count: [np.arange(4)], 48)
     wanted = shown(picture)
     assert clip[0].shape == wanted.shape
     assert np.abs(clip[0].astype(int) - wanted).mean() < 6
@@ -182,12 +183,20 @@ def test_long_frames_would_fill_the_memory(tmp_path: Path, size: tuple[int, int]
     assert why(path) == f"has frames of {size[1]}×{size[0]} pixels"
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding in this process, where tests can change it."""
+    monkeypatch.setattr(videos, "apart", decoding.decode)
+
+
+@pytest.mark.usefixtures("here")
 def test_huge_frames_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(videos, "_MOST_PIXELS", 64 * 48 + 1)
+    monkeypatch.setattr(decoding, "_MOST_PIXELS", 64 * 48 + 1)
     assert why(encode(tmp_path / "a.mp4", grey(8, 64, 64))) == "has frames of 64×64 pixels"
     assert why(switching(tmp_path / "b.avi", [(64, 48), (640, 480)]))
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     "error", [MemoryError, ValueError, lambda: OSError(errno.EACCES, "x"), lambda: KeyError("x")]
 )
@@ -196,7 +205,7 @@ def test_whatever_the_decoder_raises(
 ) -> None:
     """In training another video takes the place."""
     good, bad = (encode(tmp_path / n, grey()) for n in ("good.mp4", "bad.mp4"))
-    scaled = videos._scaled
+    scaled = decoding._scaled
 
     def broken(frame: Any, short_side: int) -> np.ndarray:
         if frame.pts and bad.name in opened[-1]:
@@ -206,12 +215,79 @@ def test_whatever_the_decoder_raises(
     opened: list[str] = []
     original = av.open
     monkeypatch.setattr(av, "open", lambda p, **k: opened.append(p) or original(p, **k))
-    monkeypatch.setattr(videos, "_scaled", broken)
+    monkeypatch.setattr(decoding, "_scaled", broken)
     listing = videos.Listing([videos.Video(bad, 1), videos.Video(good, 0)], ["x", "y"])
     data = videos.Clips(listing, 4, 2, 24, True)
     samples = [data[0], data[1]]
     assert [sample["label"] for sample in samples] == [0, 0]
     assert "bad.mp4: cannot be read: " in samples[0]["unusable"]
+
+
+# Stands in for decoding.py: a file whose name says so does what a broken decoder does with it.
+BROKEN = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT / "examples")!r})
+from multiprocessing.connection import Connection
+import decoding
+times = decoding._times
+def broken(path):
+    if "crash" in path.name: os.kill(os.getpid(), signal.SIGSEGV)
+    if "exit" in path.name: os._exit(3)
+    if "hang" in path.name: time.sleep(100)
+    return times(path)
+decoding._times = broken
+decoding._serve(Connection(int(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def broken_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    monkeypatch.setattr(decoding, "__file__", str(tmp_path / "broken.py"))
+    monkeypatch.setattr(decoding, "_process", None)
+
+
+@pytest.mark.usefixtures("broken_decoder")
+def test_a_file_ends_no_more_than_its_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = "ended the process that decodes it"
+    names = ("crash.mp4", "good.mp4", "exit.mp4", "hang.mp4", "short.mp4")
+    crash, good, exits, hang, short = (
+        encode(tmp_path / n, grey(12 if n != "short.mp4" else 2)) for n in names
+    )
+    assert why(crash) == f"{ended} (SIGSEGV)"
+    assert why(exits) == f"{ended} (exit status 3)"
+    assert load(good)["label"] == 0
+    process = decoding._process
+    assert why(short).startswith("has 2 frames, fewer")
+    assert load(good)["label"] == 0 and decoding._process is process  # one for all that is sound
+    monkeypatch.setattr(decoding, "SECONDS", 2.0)
+    assert why(hang) == "did not decode within 2 s"
+
+
+@pytest.mark.usefixtures("broken_decoder")
+def test_workers_outlive_what_crashes_a_decoder(tmp_path: Path) -> None:
+    """Started by a process that has decoded itself."""
+    listed = [(encode(tmp_path / f"{n}.mp4", grey()), n) for n in ("good", "crash", "fine")]
+    listing = videos.Listing([videos.Video(path, 0) for path, _ in listed], ["x"])
+    data = videos.Clips(listing, 4, 2, 24, False)
+    assert data[0]["label"] == 0
+    loaded = [*torch.utils.data.DataLoader(data, 1, num_workers=2, timeout=60)]
+    assert [int(batch["label"]) for batch in loaded] == [0, videos.NO_LABEL, 0]
+    assert "crash.mp4: ended the process that decodes it (SIGSEGV)" in loaded[1]["unusable"][0]
+
+
+def test_an_interrupted_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The next one gets its own frames."""
+    path = encode(tmp_path / "a.mp4", grey())
+
+    def interrupted(count: int) -> list[np.ndarray]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decoding.apart(path, interrupted, 24)
+    assert load(path)["label"] == 0
 
 
 @pytest.mark.slow
