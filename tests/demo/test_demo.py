@@ -22,7 +22,12 @@ SMALL = ["--frames", "4", "--size", "32", "--repeats", "1", "--quiet"]
 
 
 @pytest.mark.slow
-def test_runs_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("error")
+def test_runs_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And warns of nothing, which is a stranger's first command."""
+    monkeypatch.setattr(fastst.dispatch.selection, "_warned", set())
     output = tmp_path / "new" / "chart.png"
     assert demo.main([*SMALL, "--output", str(output)]) == 0
     text = capsys.readouterr().out
