@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..problem import activations
-from ..problem.examples import of_kind
+from ..problem.examples import of_kind, off_kinks
 from ..problem.spec import (
     PairProblem,
     PairSpec,
@@ -128,6 +128,28 @@ class Later(NamedTuple):
     make: Callable[[], Example]
 
 
+def gradient_example(
+    spec: Any,
+    tensors: Any,
+    gradients: Callable[[Any, Any, Tensor, Sequence[bool]], Gradients],
+    name: str = "",
+) -> Example:
+    """An example of the gradients of all tensors but mean and var.
+
+    Args:
+        gradients: of (problem, tensors, dy, needs), an entry for each of the first tensors.
+    """
+    dy = Problem.of(tensors, spec).empty_output(tensors.x)
+    dy.copy_(torch.randn(dy.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
+    needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
+
+    def run(problem: Any, t: Any) -> Sequence[Tensor]:
+        found = gradients(problem, t, dy.to(t.x.device), needs)
+        return [g for g, n in zip(found, needs, strict=False) if n and g is not None]
+
+    return Example(spec, tensors, run, dy, name)
+
+
 def no_reason(problem: Problem, phase: Phase) -> str | None:
     return None
 
@@ -221,13 +243,25 @@ class Backend:
     def usual_examples(
         self, kind: str, dtype: torch.dtype, like: Problem | None = None
     ) -> list[Example]:
-        """One call of a kind of ``problem.examples``, forward."""
+        """One call of a kind of ``problem.examples``; with " backward" behind it, its gradients."""
+        kind, _, phase = kind.partition(" ")
         spec, tensors = of_kind(kind, dtype)
+        if phase == "backward":
+            return [gradient_example(spec, off_kinks(spec, tensors), self._gradients)]
         if kind == "parallel":
             assert self.parallel_conv2plus1d is not None
             parallel = self.parallel_conv2plus1d
             return [Example(spec, tensors, lambda p, t: [parallel(p, t)])]
         return [Example(spec, tensors, lambda p, t: [self.conv2plus1d(p, t, False).y])]
+
+    def _gradients(
+        self, problem: Any, tensors: Any, dy: Tensor, needs: Sequence[bool]
+    ) -> Gradients:
+        if isinstance(problem, ParallelProblem):
+            assert self.parallel_conv2plus1d_backward is not None
+            return self.parallel_conv2plus1d_backward(problem, tensors, dy, needs)
+        _, u, mean, var, *_ = self.conv2plus1d(problem, tensors, True)
+        return self.conv2plus1d_backward(PairBackward(problem, tensors, [dy], u, mean, var, needs))
 
     def why_unhonoured(self, spec: PairSpec | ParallelSpec) -> str | None:
         """Which setting of a specification it does not know, as the end of "it …", or None."""

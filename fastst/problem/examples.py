@@ -116,3 +116,22 @@ def kind_of(problem: Problem) -> str:
     if all(p.groups == p.in_channels == p.out_channels > 1 for p in problem.passes):
         return "depthwise"
     return "grouped" if max(groups) > 1 else "dense"
+
+
+def off_kinks(spec: Any, tensors: Any) -> Any:
+    """With values so far from the kinks of activations that no rounding leads to another side."""
+
+    def places(t: Tensor) -> Tensor:
+        return torch.tensor([-4.5, -1.5, 1.5, 4.5]).repeat(len(t))[: len(t)].to(t)
+
+    if getattr(spec, "norm", "none") != "none":
+        near = torch.full_like(tensors.norm_weight, 0.1)
+        return tensors._replace(norm_weight=near, norm_bias=places(tensors.norm_bias))
+    one, other, bias, second = tensors._fields[1:5]
+    found = tensors._replace(
+        **{one: getattr(tensors, one) * 0.1, bias: places(getattr(tensors, bias))}
+    )
+    if isinstance(tensors, PairTensors):
+        return found
+    above = torch.full_like(getattr(tensors, second), 0.7)
+    return found._replace(**{other: getattr(tensors, other) * 0.1, second: above})

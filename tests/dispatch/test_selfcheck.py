@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastst
 from fastst import dispatch
 from fastst.backends import aten
 from fastst.backends import triton as backend
@@ -49,6 +51,45 @@ def test_a_wrong_tap_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend.arguments, "taps", lambda p: taps(p)._replace(before=(1, 1, 0)))
     why = selfcheck.check(backend.BACKEND, kind, DEVICE, torch.bfloat16)
     assert why is not None and "is off by" in why
+
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pytorchs_convolutions_pass_on_this_cpu(dtype: torch.dtype) -> None:
+    for kind in KINDS:
+        for phase in ("", " backward"):
+            assert selfcheck.check(aten.BACKEND, kind + phase, CPU, dtype) is None
+
+
+@pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")
+@pytest.mark.parametrize("broken", ["conv", "conv_backward"])
+def test_wrong_convolutions_of_pytorch_are_not_used(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a processor for which they have a bug: an error, and no result."""
+    right = getattr(aten, broken)
+
+    def wrong(*arguments: Any) -> Any:
+        found = right(*arguments)
+        y = found if broken == "conv" else found[1]
+        y[(0,) * y.dim()] += 100
+        return found
+
+    layer = fastst.Conv2Plus1d(4, 4, 3, padding=1).double()
+    x = torch.randn(1, 4, 3, 6, 6, dtype=torch.float64)
+    y = layer(x)
+    selfcheck.forget()
+    monkeypatch.setenv("FASTST_CACHE", os.environ["FASTST_CACHE"] + "/other")
+    monkeypatch.setattr(aten, broken, wrong)
+    call = (lambda: layer(x)) if broken == "conv" else y.sum().backward
+    with (
+        pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'aten'"),
+        pytest.raises(fastst.BackendError, match=r"'aten' is off by .* in its self-check"),
+    ):
+        call()
 
 
 def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

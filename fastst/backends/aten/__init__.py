@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...problem import activations
-from ...problem.examples import example
+from ...problem.examples import example, kind_of
 from ...problem.spec import (
     PairProblem,
     PairTensors,
@@ -57,6 +57,14 @@ def _candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object
     assert isinstance(problem, PairProblem)
     tensors = example(problem)
     return lambda: onednn.run(name, problem, tensors)
+
+
+def _check_kind(problem: Problem, phase: Phase) -> str | None:
+    """On CPUs only, where a check takes tens of milliseconds, and in this process: a crash of
+    PyTorch's own convolutions would come with the call, too."""
+    if problem.device.type != "cpu":
+        return None
+    return kind_of(problem) if phase == "forward" else f"{kind_of(problem)} backward"
 
 
 def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
@@ -338,6 +346,7 @@ BACKEND = Backend(
     second_pass=second_pass,
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
+    check_kind=_check_kind,
     mid_tensors_alive=_mid_tensors_alive,
     candidates=_candidates,
     candidate=_candidate,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...problem.examples import pair_tensors
 from ...problem.spec import PairProblem, PairSpec, PairTensors, Problem
-from ..contract import Example, Later, PairBackward
+from ..contract import Example, Gradients, Later, PairBackward, gradient_example
 from . import depthwise
 from .hopper import examples as hopper_examples
 from .library import emulating
@@ -72,15 +72,9 @@ def _example(
         tensors = tensors._replace(mean=None, var=None, first_bias=None)
     if not gradients:
         return Example(spec, tensors, lambda p, t: [depthwise.forward(p, t, False).y], name=name)
-    dy = Problem.of(tensors, spec).empty_output(tensors.x)
-    dy.copy_(torch.randn(dy.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
-    needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
 
-    def run(problem: PairProblem, t: PairTensors) -> Sequence[Tensor]:
+    def run(problem: PairProblem, t: PairTensors, dy: Tensor, needs: Sequence[bool]) -> Gradients:
         _, u, mean, var, *_ = depthwise.forward(problem, t, True)
-        call = PairBackward(problem, t, [dy.to(t.x.device)], u, mean, var, needs)
-        return [
-            g for g, n in zip(depthwise.backward(call), needs, strict=False) if n and g is not None
-        ]
+        return depthwise.backward(PairBackward(problem, t, [dy], u, mean, var, needs))
 
-    return Example(spec, tensors, run, dy, name)
+    return gradient_example(spec, tensors, run, name)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.examples import KINDS, filled, kind_of, of_kind
+from ...problem.examples import KINDS, filled, kind_of, of_kind, off_kinks
 from ...problem.spec import (
     PairProblem,
     PairSpec,
@@ -28,7 +28,14 @@ from ...problem.spec import (
     Pass,
     Problem,
 )
-from ..contract import Example, PairBackward, Phase, apply_ending
+from ..contract import (
+    Example,
+    Gradients,
+    PairBackward,
+    Phase,
+    apply_ending,
+    gradient_example,
+)
 from . import arguments, backward, launch, pair, tiles
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
@@ -91,42 +98,14 @@ def _gradients(example: Example) -> Example:
         tensors = tensors._replace(residual=None)
         if spec.norm == "batch":  # which takes a bias away again: its gradient is 0
             tensors = tensors._replace(first_bias=None)
-    tensors = _off_kinks(spec, tensors)
-    dy = Problem.of(tensors, spec).empty_output(tensors.x)
-    dy.copy_(torch.randn(dy.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
-    needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
 
-    def run(problem: Any, t: Any) -> list[Tensor]:
-        there = dy.to(t.x.device)
+    def run(problem: Any, t: Any, dy: Tensor, needs: Sequence[bool]) -> Gradients:
         if isinstance(problem, ParallelProblem):
-            found = parallel_conv2plus1d_backward(problem, t, there, needs)
-        else:
-            _, u, mean, var, *_ = pair.conv2plus1d(problem, t, True)
-            found = backward.conv2plus1d_backward(
-                PairBackward(problem, t, [there], u, mean, var, needs)
-            )
-        return [g for g, n in zip(found, needs, strict=False) if n and g is not None]
+            return parallel_conv2plus1d_backward(problem, t, dy, needs)
+        _, u, mean, var, *_ = pair.conv2plus1d(problem, t, True)
+        return backward.conv2plus1d_backward(PairBackward(problem, t, [dy], u, mean, var, needs))
 
-    return Example(spec, tensors, run, dy, example.name)
-
-
-def _off_kinks(spec: Any, tensors: Any) -> Any:
-    """With values so far from the kinks of activations that no rounding leads to another side."""
-
-    def places(t: Tensor) -> Tensor:
-        return torch.tensor([-4.5, -1.5, 1.5, 4.5]).repeat(len(t))[: len(t)].to(t)
-
-    if getattr(spec, "norm", "none") != "none":
-        near = torch.full_like(tensors.norm_weight, 0.1)
-        return tensors._replace(norm_weight=near, norm_bias=places(tensors.norm_bias))
-    one, other, bias, second = tensors._fields[1:5]
-    found = tensors._replace(
-        **{one: getattr(tensors, one) * 0.1, bias: places(getattr(tensors, bias))}
-    )
-    if isinstance(tensors, PairTensors):
-        return found
-    above = torch.full_like(getattr(tensors, second), 0.7)
-    return found._replace(**{other: getattr(tensors, other) * 0.1, second: above})
+    return gradient_example(spec, off_kinks(spec, tensors), run, example.name)
 
 
 def rehearse(problem: Problem) -> Example:

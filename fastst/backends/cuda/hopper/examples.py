@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....problem.examples import pair_tensors
 from ....problem.spec import PairProblem, PairSpec, PairTensors, Problem
-from ...contract import Example, Later, PairBackward
+from ...contract import Example, Gradients, Later, PairBackward, gradient_example
 from ..library import emulating
 from . import backward, forward, gradient_tiles, tiles, weight_tiles
 
@@ -73,20 +73,12 @@ def _gradients(
     forced: Any = None,
     instances: Any = weight_tiles.TILES,
 ) -> Example:
-    dy = Problem.of(tensors, spec).empty_output(tensors.x)
-    dy.copy_(torch.randn(dy.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
-    needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
-
-    def run(problem: PairProblem, t: Any) -> Sequence[Tensor]:
+    def run(problem: PairProblem, t: Any, dy: Tensor, needs: Sequence[bool]) -> Gradients:
         _, u, mean, var, *_ = forward(problem, t, True)
-        call = PairBackward(problem, t, [dy.to(t.x.device)], u, mean, var, needs)
-        return [
-            g
-            for g, n in zip(backward(call, forced, instances), needs, strict=False)
-            if n and g is not None
-        ]
+        call = PairBackward(problem, t, [dy], u, mean, var, needs)
+        return backward(call, forced, instances)
 
-    return Example(spec, tensors, run, dy, name)
+    return gradient_example(spec, tensors, run, name)
 
 
 def _backward(dtype: torch.dtype) -> list[Example]:
