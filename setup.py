@@ -28,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+UP = Path("../..")  # ROOT from where ninja runs, so that objects serve wherever build/ is moved
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # sm_90a code serves no later chip: PTX of 9.0 does
 # csrc/cuda/hopper is written for it alone, and is launched on nothing else.
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"
@@ -97,7 +98,7 @@ def architecture_flags(listed: str) -> list[str]:
 def includes(*folders: str) -> str:
     import pybind11
 
-    found = [*(ROOT / f for f in folders), pybind11.get_include(), sysconfig.get_path("include")]
+    found = [*(UP / f for f in folders), pybind11.get_include(), sysconfig.get_path("include")]
     return " ".join(f"-I{i}" for i in found)
 
 
@@ -156,7 +157,7 @@ def ninja_file(name: str, output: Path) -> str:
     for source in sorted(sources):
         object = source.relative_to(ROOT / "csrc").with_suffix(".o").as_posix()
         objects.append(object)
-        lines.append(f"build {object}: compile {source}")
+        lines.append(f"build {object}: compile {UP / source.relative_to(ROOT)}")
         if name == "_C":
             lines.append(f"  architectures = {architectures_of(source)}")
     return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", ""])
