@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .record import cpu
 from .shapes import R2PLUS1D_18, Case
 from .svg import LINE, Bar, Card, bars, legend
 from .tables import EAGER, OURS, Record, Row, find
@@ -46,7 +47,7 @@ def machine(record: Record) -> str:
     """Machine, threads and dtype in a line."""
     m = record["machine"]
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[MAIN_DTYPE[m["device"]]]
-    where = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads"
+    where = m.get("gpu") or f"{cpu(m)}, {m['threads']} threads"
     return f"{where}, {dtype}, PyTorch {m['torch']}, {record['date'][:10]}"
 
 

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,23 @@ def default_path(device: torch.device) -> Path:
     return RESULTS / place(device) / f"{day}-{commit().rstrip('+')}.json"
 
 
-def newest(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """The newest record of each place."""
+def newest(
+    results: Path = RESULTS, kind: Callable[[dict[str, Any]], str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The newest record of each place, or of each kind of machine."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(results.glob("*/*.json")):
         data = json.loads(path.read_text())
-        if path.parent.name not in found or data["date"] > found[path.parent.name]["date"]:
-            found[path.parent.name] = data
+        key = path.parent.name if kind is None else kind(data)
+        if key not in found or data["date"] > found[key]["date"]:
+            found[key] = data
     return found
+
+
+def cpu(machine: dict[str, Any]) -> str:
+    """A record's processor and the instruction set that PyTorch uses of it."""
+    used = str(machine.get("cpu_capability", "")).replace("AVX512", "AVX-512")
+    return f"{machine['cpu']} with {used}" if used else str(machine["cpu"])
 
 
 def progress(items: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts, coverage, headline, tables
+from . import charts, coverage, diagrams, headline, tables
 from .record import RESULTS, ROOT, newest
 from .svg import Card
 
@@ -36,9 +36,14 @@ def blocks(records: dict[str, dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def pictures(records: dict[str, dict[str, Any]]) -> dict[str, Card]:
+def pictures(results: Path = RESULTS) -> dict[str, Card]:
     """Every picture of the pages, by the name of its file."""
-    found = {"coverage.svg": coverage.picture(records)}
+    records = newest(results)
+    found = {
+        "call.svg": diagrams.call(),
+        "coverage.svg": coverage.picture(newest(results, coverage.hardware)),
+        "streaming.svg": diagrams.streaming(),
+    }
     if "cpu" in records:
         found["kept-tensors.svg"] = charts.kept_tensors(records["cpu"])
     for record in records.values():
@@ -69,7 +74,7 @@ def differs(
     records = newest(results)
     found = blocks(records)
     old = [p for p in pages if fill(text := p.read_text(), found, p.name) != text]
-    for name, card in pictures(records).items():
+    for name, card in pictures(results).items():
         path = images / name
         if not path.exists() or path.read_text() != card.svg():
             old.append(path)
@@ -82,7 +87,7 @@ def update(pages: Sequence[Path] = PAGES, results: Path = RESULTS, images: Path 
     found = blocks(records)
     for page in pages:
         page.write_text(fill(page.read_text(), found, page.name))
-    for name, card in pictures(records).items():
+    for name, card in pictures(results).items():
         card.write(images / name)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .measure import Spread
+from .record import cpu
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -51,7 +52,7 @@ def pooled(spreads: Sequence[Sequence[float]]) -> Spread:
 
 def machine_line(record: Record) -> str:
     m = record["machine"]
-    what = f"{m['cpu']}, {m['threads']} threads"
+    what = f"{cpu(m)}, {m['threads']} threads"
     if m["device"] == "cuda":
         what = f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}, cuDNN {m['cudnn']}"
     triton = f", Triton {m['triton']}" if m["device"] == "cuda" else ""
@@ -145,13 +146,22 @@ def models(record: Record) -> str:
         [
             f"{r['model']} {r['mode']}, {r['clip']} {r['dtype']}",
             " ".join(filter(None, (r["contender"], r.get("version")))),
-            f"{r['clips_per_s']:.3g}", times(r["vs_users"]),
+            f"{r['clips_per_s']:.3g}", times(r["vs_users"]), _error(r),
             f"{r['peak_bytes'] / 2**20:.0f} MiB" if r["peak_bytes"] else "not seen",
         ]
         for r in record["models"] if r["ms"] is not None
     ]  # fmt: skip
-    head = ["model", "variant", "clips/s", "× original", "peak above model and input"]
+    head = [
+        "model", "variant", "clips/s", "× original", "error against float64",
+        "peak above model and input",
+    ]  # fmt: skip
     return table(head, body) if body else ""
+
+
+def _error(row: Row) -> str:
+    """Of the logits or, in training, of the gradient, which is further off."""
+    found = row.get("error")
+    return f"{max(found.values()):.1e}" if found else ""
 
 
 def training_batches(record: Record) -> str:

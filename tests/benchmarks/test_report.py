@@ -17,10 +17,10 @@ import torch
 
 import fastst
 from benchmarks import charts, coverage, gpu_run, headline, report, tables
-from benchmarks.record import newest
 from benchmarks.shapes import R2PLUS1D_18
 from benchmarks.svg import Card
 from fastst.problem.spec import PairSpec, PairTensors, Problem
+from tests.support import ROOT
 
 MEASURED = {"refused": None, "cannot": None, "slow_path": None, "kernels": []}
 
@@ -95,10 +95,11 @@ def test_every_block_and_picture_is_shown_once() -> None:
     text = "\n".join(page.read_text() for page in report.PAGES)
     for name in report.blocks({}):
         assert text.count(f"<!-- benchmarks:begin {name} -->") == 1, name
-    for name in report.pictures(newest()):
+    text = "\n".join(page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    for name in report.pictures():
         assert f"img/{name}" in text, f"{name} is drawn and shown nowhere"
     shown = {p.name for p in report.IMAGES.glob("*.svg")}
-    assert shown == set(report.pictures(newest())), "pictures that nothing draws"
+    assert shown == set(report.pictures()), "pictures that nothing draws"
 
 
 def pages(tmp_path: Path) -> tuple[Path, Path, Path]:
@@ -263,7 +264,7 @@ def test_charts_leave_out_what_was_refused() -> None:
 
 def test_no_text_leaves_a_picture() -> None:
     """At 0.62 em a character, wider than the usual fonts."""
-    for name, card in report.pictures(newest()).items():
+    for name, card in report.pictures().items():
         root = ElementTree.fromstring(card.svg())
         for e in root.iter("{http://www.w3.org/2000/svg}text"):
             width = 0.6 * float(e.get("font-size", 0)) * len(e.text or "")
