@@ -198,16 +198,18 @@ def kept_tensors(record: Record) -> Card:
         "PyTorch keeps x, u and z of a spatial and a temporal convolution with a norm and an "
         "activation between; fastst keeps x and u, or only x with recompute=True."
     )
-    y = card.heading() + 16
+    y = card.heading() + 4
     for name, kept in (
         ("eager", ("x", "u", "z")),
         ("fastst auto", ("x", "u")),
         ("fastst auto recompute", ("x",)),
     ):
-        _row(card, y, HELD[name][0], kept, name != "eager")
-        card.box(590, y + 16, 100 * mib[name] / mib["eager"], 26, HELD[name][1])
-        card.text(590, y + 62, f"{mib[name]:.0f} MiB", 15, bold=True)
-        y += 96
+        _row(card, y, HELD[name][0].split(", "), kept, name != "eager")
+        width = 74 * mib[name] / mib["eager"]
+        card.box(604, y + 12, width, 26, HELD[name][1])
+        card.text(612 + width, y + 30, f"{mib[name]:.0f} MiB", 15, bold=True)
+        y += 58
+    y += 8
     entries = [("kept", "kept until backward"), ("-faint", "let go"), ("none", "one operation")]
     y = legend(card, y, entries)
     case = next(c for c in R2PLUS1D_18 if c.name == CASE)
@@ -218,13 +220,14 @@ def kept_tensors(record: Record) -> Card:
     return card
 
 
-def _row(card: Card, y: float, label: str, kept: Sequence[str], fused: bool) -> None:
+def _row(card: Card, y: float, label: Sequence[str], kept: Sequence[str], fused: bool) -> None:
     """x → conv → u → norm, activation → z → conv → y, as separate boxes or as one."""
-    card.text(24, y + 2, label, 15, bold=True)
-    middle = y + 36
+    middle = y + 25
+    for i, text in enumerate(label):
+        card.text(24, middle + 5 + 20 * i - 10 * (len(label) - 1), text, 14, bold=not i)
     if fused:
-        card.box(72, y + 10, 432, 52, "none", 6)
-    stations = {"x": (24, 40), "u": (172, 64), "z": (344, 64), "y": (510, 40)}
+        card.box(196, y, 350, 50, "none", 6)
+    stations = {"x": (156, 36), "u": (278, 56), "z": (424, 56), "y": (552, 36)}
     for before, after, what in (
         ("x", "u", "1×3×3"),
         ("u", "z", "norm, act"),
