@@ -1,6 +1,6 @@
 """Frames of video files, decoded in a process of their own, which is all that a file can end.
 
-    clips = apart(path, choose, short_side)
+    clips = decode(path, choose, short_side)
 
 ``python decoding.py FD`` is that process, and FD its end of a pipe.
 """
@@ -31,8 +31,8 @@ class VideoError(ValueError):
 Choose = Callable[[int], list[np.ndarray]]
 
 
-def apart(path: Path, choose: Choose, short_side: int) -> list[np.ndarray]:
-    """As ``decode``, in a process that serves this one: it starts with the first file.
+def decode(path: Path, choose: Choose, short_side: int) -> list[np.ndarray]:
+    """As ``decode_here``, in a process that serves this one: it starts with the first file.
 
     Raises:
         VideoError: also where the file crashes its decoder, or takes longer than ``SECONDS``.
@@ -117,12 +117,12 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            pipe.send(decode(path, ask, short_side))
+            pipe.send(decode_here(path, ask, short_side))
         except VideoError as error:
             pipe.send(str(error))
 
 
-def decode(path: Path, choose: Choose, short_side: int) -> list[np.ndarray]:
+def decode_here(path: Path, choose: Choose, short_side: int) -> list[np.ndarray]:
     """Clips of a video.
 
     Args:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from decoding import VideoError, apart
+from decoding import VideoError, decode
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -329,7 +329,7 @@ class Clips(Dataset[dict[str, Any]]):
         def choose(count: int) -> list[np.ndarray]:
             return sample_frames(count, self.frames, self.step, self.clips, generator)
 
-        images = np.stack(apart(path, choose, round(self.size * 8 / 7)))  # (clips, T, H, W, 3)
+        images = np.stack(decode(path, choose, round(self.size * 8 / 7)))  # (clips, T, H, W, 3)
         room = [n - self.size for n in images.shape[2:4]]
         if generator is None:
             top, left = room[0] // 2, room[1] // 2

@@ -79,7 +79,7 @@ def options(tmp_path: Path, data: Path | None = None, **changes: Any) -> Options
 def test_decodes_the_frames_that_were_asked_for(tmp_path: Path, suffix: str) -> None:
     path = write_video(tmp_path / f"video{suffix}", frames=20)
     wanted = [np.array([0, 4, 8, 12]), np.array([13, 14, 15, 19])]
-    clips = decoding.decode(path, lambda count: wanted if count == 20 else [], 32)
+    clips = decoding.decode_here(path, lambda count: wanted if count == 20 else [], 32)
     assert [c.shape for c in clips] == [(4, 32, 48, 3)] * 2
     for clip, indices in zip(clips, wanted, strict=True):
         assert np.abs(clip.mean((1, 2, 3)) - 12 * indices).max() < 6

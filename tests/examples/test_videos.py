@@ -106,7 +106,7 @@ def switching(path: Path, sizes: list[tuple[int, int]]) -> Path:
 def test_resolution_that_changes(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     path = switching(tmp_path / "a.avi", sizes)
     wanted = np.arange(0, 8 * len(sizes), 3)
-    (clip,) = decoding.decode(path, lambda count: [wanted], 32)
+    (clip,) = decoding.decode_here(path, lambda count: [wanted], 32)
     assert clip.shape == (len(wanted), 32, 32, 3)
     assert np.abs(clip.mean((1, 2, 3)) - 40 - 8 * wanted).max() < 8
     for train in (True, False):
@@ -135,7 +135,7 @@ def test_display_matrices(
     at = data.find(b"tkhd") + 44
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    (clip,) = decoding.decode(path, lambda count: [np.arange(4)], 48)
+    (clip,) = decoding.decode_here(path, lambda count: [np.arange(4)], 48)
     wanted = shown(picture)
     assert clip[0].shape == wanted.shape
     assert np.abs(clip[0].astype(int) - wanted).mean() < 6
@@ -186,7 +186,7 @@ def test_long_frames_would_fill_the_memory(tmp_path: Path, size: tuple[int, int]
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding in this process, where tests can change it."""
-    monkeypatch.setattr(videos, "apart", decoding.decode)
+    monkeypatch.setattr(videos, "decode", decoding.decode_here)
 
 
 @pytest.mark.usefixtures("here")
@@ -273,7 +273,7 @@ def test_workers_outlive_what_crashes_a_decoder(tmp_path: Path) -> None:
     listing = videos.Listing([videos.Video(path, 0) for path, _ in listed], ["x"])
     data = videos.Clips(listing, 4, 2, 24, False)
     assert data[0]["label"] == 0
-    loaded = [*torch.utils.data.DataLoader(data, 1, num_workers=2, timeout=60)]
+    loaded = [*torch.utils.data.DataLoader(data, 1, num_workers=2, timeout=200)]
     assert [int(batch["label"]) for batch in loaded] == [0, videos.NO_LABEL, 0]
     assert "crash.mp4: ended the process that decodes it (SIGSEGV)" in loaded[1]["unusable"][0]
 
@@ -286,7 +286,7 @@ def test_an_interrupted_file_leaves_nothing_behind(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        decoding.apart(path, interrupted, 24)
+        decoding.decode(path, interrupted, 24)
     assert load(path)["label"] == 0
 
 
