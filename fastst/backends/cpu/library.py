@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
-import importlib.util
 import os
 import platform
 import threading
@@ -17,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...machine import left_out
 from ...problem.spec import PairProblem, PairTensors, Pass
+from .. import native
 
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
@@ -35,20 +33,11 @@ def load() -> ModuleType | str:
     name = next((_MODULES[c] for c in ("AVX512", "AVX2") if capability.startswith(c)), None)
     if name is None:
         return f"needs a processor with AVX2 or AVX-512, PyTorch finds {capability}"
-    if importlib.util.find_spec(f"fastst.{name}") is None:
-        return (
-            f"needs the native library fastst.{name}, which {left_out.not_built(name)}: with a C++ "
-            "compiler on PATH, install fastst from source with FASTST_BUILD_CPU=1"
-        )
-    try:
-        module = importlib.import_module(f"fastst.{name}")
-    except ImportError as error:
-        return (
-            f"needs the native library fastst.{name}, which cannot be loaded ({error}): "
-            "install fastst again"
-        )
-    module.use_openmp(_gomp_parallel())
-    return module
+    found = native.load(name, "a C++ compiler", "FASTST_BUILD_CPU")
+    if isinstance(found, str):
+        return found
+    found.use_openmp(_gomp_parallel())
+    return found
 
 
 def library() -> ModuleType:
@@ -56,10 +45,7 @@ def library() -> ModuleType:
     Raises:
         ImportError: there is none; says why.
     """
-    found = load()
-    if isinstance(found, str):
-        raise ImportError(f"the cpu backend {found}")
-    return found
+    return native.required("cpu", load())
 
 
 def _gomp_parallel() -> int:
@@ -88,23 +74,18 @@ def _loaded_runtimes() -> Iterator[str]:
     yield from sorted(found, key=lambda f: (not f.startswith(home), f))
 
 
-class Launcher:
-    """Launches of one call: a thin layer of tensors over the library's functions."""
+class Launcher(native.Launcher):
+    """Launches of one call."""
 
     sums = "best"  # or "direct", "winograd": how convolutions sum their products
     strip = 192 << 10  # floats of a mid tensor that stay in a second-level cache of 1 MiB
     large = 1 << 20  # floats of a tensor that other layers push out of the last-level one
 
     def __init__(self, problem: PairProblem) -> None:
+        super().__init__(library(), problem, torch.float32)
         self.problem = problem
-        self.lib = library()
         self.threads = torch.get_num_threads()
         self.way = getattr(self.lib.Sums, self.sums)
-        self.slope = float(problem.spec.slope)
-        self.kept: list[Tensor] = []  # alive until everything is computed
-
-    def act(self, name: str) -> Any:
-        return getattr(self.lib.Activation, name)
 
     def rows(self, kept: bool = True) -> Tensor:
         """Uninitialised memory like u: (N, M rounded up to 8, T', H', W'), channels last.
@@ -121,37 +102,6 @@ class Launcher:
         if buffer is None or buffer.numel() < count:
             buffer = _buffers.rows = floats(count)
         return buffer.as_strided(size, stride)
-
-    def view(self, t: Tensor) -> Any:
-        return self.lib.View(t.data_ptr(), t.shape, t.stride())
-
-    def array(self, t: Tensor | None) -> Any:
-        """Dense float32 array; converts small per-channel tensors to it."""
-        if t is None:
-            return self.lib.Array()
-        if t.dtype != torch.float32 or not t.is_contiguous():
-            t = t.float().contiguous()
-        self.kept.append(t)
-        return self.lib.Array(t.data_ptr(), t.numel())
-
-    def plain(self, t: Tensor) -> Any:
-        lib = self.lib
-        none = lib.Activation.none
-        return lib.Source(self.view(t), None, lib.Array(), lib.Read.plain, none, 0.0)
-
-    def norm_act(self, u: Tensor, coefficients: Tensor | None, activation: str) -> Any:
-        if coefficients is None and activation == "none":
-            return self.plain(u)
-        lib = self.lib
-        array, act = self.array(coefficients), self.act(activation)
-        return lib.Source(self.view(u), None, array, lib.Read.norm_act, act, self.slope)
-
-    def norm_gradient(self, dv: Tensor, u: Tensor, coefficients: Tensor | None) -> Any:
-        if coefficients is None:
-            return self.plain(dv)
-        lib = self.lib
-        array, none = self.array(coefficients), lib.Activation.none
-        return lib.Source(self.view(dv), self.view(u), array, lib.Read.norm_gradient, none, 0.0)
 
     def pair(self, tensors: PairTensors, y: Tensor) -> int:
         """y = a pair without norm or with a frozen one; in how many strips of its mid tensor."""
@@ -174,9 +124,6 @@ class Launcher:
             self.way, self.threads,
         )  # fmt: skip
         return strips
-
-    def conv(self, p: Pass) -> Any:
-        return _conv(self.lib, p)
 
     def epilogue(
         self,
@@ -217,12 +164,6 @@ class Launcher:
         dw = torch.empty_like(weight)
         self.lib.weight_gradient(x, dy, self.conv(p), self.view(dw), self.threads)
         return dw
-
-
-@functools.lru_cache(maxsize=4096)
-def _conv(lib: ModuleType, p: Pass) -> Any:
-    mode = getattr(lib.PadMode, p.padding_mode if any(p.padding) else "zeros")
-    return lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode)
 
 
 def floats(*shape: int) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...machine import left_out, settings
+from ...machine import settings
 from ...problem.spec import PairProblem, PairSpec, PairTensors, Pass, Problem
 from ...ranks import groups, statistics
+from .. import native
 
 _DTYPES = {
     torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64",
@@ -59,19 +59,7 @@ def import_file(name: str, path: Path) -> ModuleType:
 @functools.cache
 def load() -> ModuleType | str:
     """``fastst._C``, or why it is not there."""
-    if importlib.util.find_spec("fastst._C") is None:
-        return (
-            f"needs the native library fastst._C, which {left_out.not_built('_C')}: with the CUDA "
-            "toolkit's nvcc on PATH, install fastst from source with FASTST_BUILD_CUDA=1"
-        )
-    try:
-        _C = importlib.import_module("fastst._C")
-    except ImportError as error:
-        return (
-            f"needs the native library fastst._C, which cannot be loaded ({error}): "
-            "install fastst again"
-        )
-    return _C
+    return native.load("_C", "the CUDA toolkit's nvcc", "FASTST_BUILD_CUDA")
 
 
 def library() -> ModuleType:
@@ -80,21 +68,16 @@ def library() -> ModuleType:
     Raises:
         ImportError: there is none; says why.
     """
-    found = emulated() if emulating() else load()
-    if isinstance(found, str):
-        raise ImportError(f"the cuda backend {found}")
-    return found
+    return native.required("cuda", emulated() if emulating() else load())
 
 
-class Launcher:
-    """Launches of one call: a thin layer of tensors over the library's functions."""
+class Launcher(native.Launcher):
+    """Launches of one call, on the current stream of its device."""
 
     def __init__(self, problem: Problem) -> None:
+        super().__init__(library(), problem, problem.accumulate_dtype)
         self.problem = problem
-        self.lib = library()
         self.dtype = getattr(self.lib.Dtype, _DTYPES[problem.dtype])
-        self.accumulate = problem.accumulate_dtype
-        self.slope = float(problem.spec.slope)
         pair, size = PairSpec(), problem.out_size
         if isinstance(problem, PairProblem):
             pair, size = problem.spec, problem.mid_size
@@ -103,10 +86,6 @@ class Launcher:
         self.total: Tensor | None = None  # count of all ranks of the group, once it is known
         on_gpu = problem.device.type == "cuda"
         self.stream: int = torch.cuda.current_stream(problem.device).cuda_stream if on_gpu else 0
-        self.kept: list[Tensor] = []  # alive until everything is launched
-
-    def act(self, name: str) -> Any:
-        return getattr(self.lib.Activation, name)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.accumulate, device=self.problem.device)
@@ -116,38 +95,6 @@ class Launcher:
         p = self.problem
         rows = torch.empty((p.batch, *size, channels), dtype=p.dtype, device=p.device)
         return rows.permute(0, 4, 1, 2, 3)
-
-    def view(self, t: Tensor) -> Any:
-        return self.lib.View(t.data_ptr(), t.shape, t.stride())
-
-    def array(self, t: Tensor | None) -> Any:
-        """Dense array in the accumulation dtype; converts small per-channel tensors to it."""
-        if t is None:
-            return self.lib.Array()
-        t = t.to(self.accumulate).contiguous()
-        self.kept.append(t)
-        return self.lib.Array(t.data_ptr(), t.numel())
-
-    def plain(self, t: Tensor, coefficients: Tensor | None = None) -> Any:
-        lib = self.lib
-        array = self.array(coefficients)
-        return lib.Source(self.view(t), None, array, lib.Read.plain, self.act("none"), self.slope)
-
-    def norm_act(self, u: Tensor, coefficients: Tensor | None, activation: str) -> Any:
-        lib = self.lib
-        array, act = self.array(coefficients), self.act(activation)
-        return lib.Source(self.view(u), None, array, lib.Read.norm_act, act, self.slope)
-
-    def norm_gradient(self, dv: Tensor, u: Tensor, coefficients: Tensor | None) -> Any:
-        lib = self.lib
-        return lib.Source(
-            self.view(dv), self.view(u), self.array(coefficients), lib.Read.norm_gradient,
-            self.act("none"), self.slope,
-        )  # fmt: skip
-
-    def conv(self, p: Pass) -> Any:
-        mode = getattr(self.lib.PadMode, p.padding_mode)
-        return self.lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode)
 
     def branch(
         self, source: Any, weight: Tensor, bias: Tensor | None, p: Pass, activation: str = "none"

@@ -1,0 +1,102 @@
+"""What the backends with a native library share: its loading, and its view of tensors."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..machine import left_out
+from ..problem.spec import Pass, Problem
+
+
+def load(name: str, compiler: str, variable: str) -> ModuleType | str:
+    """The module ``fastst.<name>``, or why it is not there.
+
+    Args:
+        compiler: what it is built with.
+        variable: the environment variable that asks for it.
+    """
+    if importlib.util.find_spec(f"fastst.{name}") is None:
+        return (
+            f"needs the native library fastst.{name}, which {left_out.not_built(name)}: with "
+            f"{compiler} on PATH, install fastst from source with {variable}=1"
+        )
+    try:
+        return importlib.import_module(f"fastst.{name}")
+    except ImportError as error:
+        return (
+            f"needs the native library fastst.{name}, which cannot be loaded ({error}): "
+            "install fastst again"
+        )
+
+
+def required(backend: str, found: ModuleType | str) -> ModuleType:
+    """
+    Raises:
+        ImportError: there is no library; says why.
+    """
+    if isinstance(found, str):
+        raise ImportError(f"the {backend} backend {found}")
+    return found
+
+
+class Launcher:
+    """Launches of one call: a thin layer of tensors over the functions of a native library."""
+
+    def __init__(self, lib: ModuleType, problem: Problem, accumulate: torch.dtype) -> None:
+        self.lib = lib
+        self.accumulate = accumulate  # dtype of per-channel and partial results
+        self.slope = float(problem.spec.slope)
+        self.kept: list[Tensor] = []  # alive until everything is computed
+
+    def act(self, name: str) -> Any:
+        return getattr(self.lib.Activation, name)
+
+    def view(self, t: Tensor) -> Any:
+        return self.lib.View(t.data_ptr(), t.shape, t.stride())
+
+    def array(self, t: Tensor | None) -> Any:
+        """Dense array in the accumulation dtype; converts small per-channel tensors to it."""
+        if t is None:
+            return self.lib.Array()
+        if t.dtype != self.accumulate or not t.is_contiguous():
+            t = t.to(self.accumulate).contiguous()
+        self.kept.append(t)
+        return self.lib.Array(t.data_ptr(), t.numel())
+
+    def plain(self, t: Tensor, coefficients: Tensor | None = None) -> Any:
+        return self._source("plain", t, None, coefficients)
+
+    def norm_act(self, u: Tensor, coefficients: Tensor | None, activation: str) -> Any:
+        if coefficients is None and activation == "none":
+            return self.plain(u)
+        return self._source("norm_act", u, None, coefficients, activation)
+
+    def norm_gradient(self, dv: Tensor, u: Tensor, coefficients: Tensor | None) -> Any:
+        if coefficients is None:
+            return self.plain(dv)
+        return self._source("norm_gradient", dv, u, coefficients)
+
+    def _source(
+        self, read: str, a: Tensor, b: Tensor | None, coefficients: Tensor | None,
+        activation: str = "none",
+    ) -> Any:  # fmt: skip
+        return self.lib.Source(
+            self.view(a), None if b is None else self.view(b), self.array(coefficients),
+            getattr(self.lib.Read, read), self.act(activation), self.slope,
+        )  # fmt: skip
+
+    def conv(self, p: Pass) -> Any:
+        return _conv(self.lib, p)
+
+
+@functools.lru_cache(maxsize=4096)
+def _conv(lib: ModuleType, p: Pass) -> Any:
+    mode = getattr(lib.PadMode, p.padding_mode if any(p.padding) else "zeros")
+    return lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode)
