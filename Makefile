@@ -99,4 +99,4 @@ docs: $(BIN)/python
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir out/site $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info fastst/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist out *.egg-info fastst/*.so .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
