@@ -140,11 +140,14 @@ class Conv2Plus1d(nn.Module):
             self, "_modules", "spatial", "norm", "activation", "temporal"
         )
         first, second = by_kind(spatial, temporal, self.order)
-        return pair_forward(
-            x, first, norm, activation, second,
-            order=self.order, causal=self.causal, recompute=self.recompute, owner="Conv2Plus1d",
-            outer_norm=outer_norm,
-        )  # fmt: skip
+        try:
+            return pair_forward(
+                x, first, norm, activation, second,
+                order=self.order, causal=self.causal, recompute=self.recompute, owner="Conv2Plus1d",
+                outer_norm=outer_norm,
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:
+            raise checks.of_layer("Conv2Plus1d", error) from None
 
     def stream(
         self, x: Tensor, state: tuple[Tensor, ...] | None = None
@@ -275,14 +278,17 @@ class ParallelConv2Plus1d(nn.Module):
         if self.norm is not None and folds:
             weights = self._fold_after(weights)
         (ws, bs), (wt, bt) = weights
-        y = functional.parallel_conv2plus1d(
-            x, ws, wt, bs, bt, stride=self.stride, padding=sides(self.spatial, self.temporal),
-            dilation=self.dilation, groups=(self.spatial.groups, self.temporal.groups),
-            padding_mode=(self.spatial.padding_mode, self.temporal.padding_mode),
-            branch_activation=branch[0], activation=after[0] if folds else None,
-            negative_slope=next((s for n, s in (branch, after) if n == "leaky_relu"), 0.01),
-            combine=self.combine, causal=self.causal,
-        )  # fmt: skip
+        try:
+            y = functional.parallel_conv2plus1d(
+                x, ws, wt, bs, bt, stride=self.stride, padding=sides(self.spatial, self.temporal),
+                dilation=self.dilation, groups=(self.spatial.groups, self.temporal.groups),
+                padding_mode=(self.spatial.padding_mode, self.temporal.padding_mode),
+                branch_activation=branch[0], activation=after[0] if folds else None,
+                negative_slope=next((s for n, s in (branch, after) if n == "leaky_relu"), 0.01),
+                combine=self.combine, causal=self.causal,
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:
+            raise checks.of_layer("ParallelConv2Plus1d", error) from None
         return y if folds or self.norm is None else self.activation(self.norm(y))
 
     def _why_composed(self) -> str | None:

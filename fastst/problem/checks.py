@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import marshal
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -59,6 +60,14 @@ def layer_input(layer: str, x: Tensor, in_channels: int) -> None:
         )
     if x.shape[-4] != in_channels:
         raise ValueError(f"{layer}: {_as_read(x)}; this layer has in_channels={in_channels}")
+
+
+def of_layer(layer: str, error: Exception) -> Exception:
+    """A function's error as the caller of a layer reads it: with its name and its modules'."""
+    told, of_function = re.subn(r"^(parallel_)?conv2plus1d:", f"{layer}:", str(error))
+    if not of_function:
+        return error  # of a module of somebody else
+    return type(error)(re.sub(r"\b(spatial|temporal)_(weight|bias)\b", r"\1.\2", told))
 
 
 def _as_read(x: Tensor) -> str:
