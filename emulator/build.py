@@ -7,6 +7,7 @@ in the user's cache), so that a change recompiles what it touches and test worke
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -30,6 +31,13 @@ FLAGS = (
     "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
     "-Wno-unknown-pragmas",
 )  # fmt: skip
+
+
+# Kernels compile for longer than they run. Unoptimised, a bug planted in a header would not be
+# inlined, and the linker would take the function from another source, where it is right.
+KERNEL = ("-O1",)
+# Of the emulator, included by all kernels: compiled once, which halves what a small kernel takes.
+PRELUDE = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "wgmma.h")
 
 
 def cache() -> Path:
@@ -68,7 +76,7 @@ def module(csrc: Path = CSRC) -> Path:
                 lambda s: _object(
                     s, csrc,
                     # Binding code is slow to optimise and its speed does not matter.
-                    ("-O0", *python, *names) if s.name == "bindings.cpp" else _optimised(s),
+                    ("-O0", *python, *names) if s.name == "bindings.cpp" else _flags(s),
                 ),
                 sources,
             )
@@ -79,12 +87,24 @@ def module(csrc: Path = CSRC) -> Path:
 def program(source: Path) -> Path:
     """Path of the executable made from one source file and the emulator."""
     sources = (source, *EMULATOR, CSRC / "cuda" / "tensor_map.cpp")
-    objects = [_object(s, CSRC, _optimised(s)) for s in sources]
+    objects = [_object(s, CSRC, _flags(s)) for s in sources]
     return _made(_hash(*(str(o) for o in objects)), source.stem, *map(str, objects))
 
 
-def _optimised(source: Path) -> tuple[str, ...]:
-    return ("-O3",) if source in EMULATOR else ("-O1",)  # kernels compile for longer than they run
+def _flags(source: Path) -> tuple[str, ...]:
+    return ("-O3",) if source in EMULATOR else (*KERNEL, *_prelude())
+
+
+@functools.cache
+def _prelude() -> tuple[str, ...]:
+    """What includes the prelude, as the compiler has stored it."""
+    text = "".join(f"#include <{name}>\n" for name in PRELUDE)
+    files = (f for name in PRELUDE for f in (HERE / name, *_included(HERE / name, CSRC)))
+    flags = (*FLAGS, *KERNEL, f"-I{HERE}")
+    key = _hash(compiler(), text, *(f.read_text() for f in files), *flags)
+    header = _written(cache() / key / "prelude.h", text)
+    _made(key, "prelude.h.gch", *flags, "-x", "c++-header", str(header))
+    return f"-I{header.parent}", "-include", header.name
 
 
 def _folders(csrc: Path) -> tuple[Path, ...]:
@@ -96,13 +116,17 @@ def _folders(csrc: Path) -> tuple[Path, ...]:
 def _instances() -> Path:
     """The folder of the generated header of the Hopper kernels' tiles."""
     text = runpy.run_path(str(INSTANCES))["header"]()
-    folder = cache() / _hash(text)
-    if not (folder / "hopper_instances.h").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, folder / "hopper_instances.h")
-    return folder
+    return _written(cache() / _hash(text) / "hopper_instances.h", text).parent
+
+
+def _written(file: Path, text: str) -> Path:
+    """The file with this text; other processes may be writing the same."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as made:
+            made.write(text)
+        os.replace(made.name, file)
+    return file
 
 
 def _included(source: Path, csrc: Path) -> list[Path]:
@@ -134,14 +158,18 @@ def _made(key: str, name: str, *arguments: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / name
-        run = subprocess.run(
-            [compiler(), *arguments, "-o", str(made)], capture_output=True, text=True
-        )
-        if run.returncode:
-            raise RuntimeError(f"{' '.join(run.args)}\n{run.stderr}")
-        os.replace(made, target)  # at once: other processes may be building the same
+    with (target.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # what another process is building is not built again
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / name
+            run = subprocess.run(
+                [compiler(), *arguments, "-o", str(made)], capture_output=True, text=True
+            )
+            if run.returncode:
+                raise RuntimeError(f"{' '.join(run.args)}\n{run.stderr}")
+            os.replace(made, target)
     return target
 
 

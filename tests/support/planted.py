@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,15 @@ from fastst.backends.cuda.hopper import instances
 from tests.support import ROOT
 
 CSRC = ROOT / "csrc"
+Plant = Callable[..., ModuleType]  # file, right, wrong, and options of ``library``
 
 # Left out of mutants of Hopper kernels to compile them quickly, as (file, pattern, replacement).
 NO_BF16 = (("hopper/instances.cuh", r" *if \(dtype == Dtype::bf16\).*\n", ""),)
+# Options of ``library`` for bugs in the headers of Hopper kernels, too.
+HOPPER: dict[str, Any] = dict(
+    unused=NO_BF16,
+    headers=("hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cuh"),
+)
 
 
 def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

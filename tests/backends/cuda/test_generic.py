@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from fastst.backends.cuda import library as native
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import fuzz, planted
 from tests.support.fuzz import Config
+from tests.support.planted import Plant
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -150,9 +149,9 @@ def test_time_is_cut_only_where_blocks_are_few(frames: int, blocks: int) -> None
     assert per_block == frames or blocks < 512
 
 
-def combine(rows: int, library: ModuleType | None = None) -> None:
+def combine(rows: int) -> None:
     """Parts of all sizes, some empty, of values far from 0."""
-    lib = library or native.library()
+    lib = native.library()
     random, channels = torch.Generator().manual_seed(rows), 40
     counts = torch.randint(0, 5, (rows,), generator=random)
     counts[rows // 2] = 4
@@ -197,11 +196,9 @@ UNUSED = (
 )
 
 
-def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_caught_without_a_bug(plant: Plant) -> None:
     """What is left of the library is right: so it is the bugs that are caught below."""
-    planted.few_tiles(monkeypatch)
-    library = planted.library(tmp_path, "reductions.cu", "", "", UNUSED)
-    monkeypatch.setattr(native, "emulated", lambda: library)
+    plant("reductions.cu", unused=UNUSED)
     for config in (GENERIC, REFLECT, DEPTHWISE):
         fuzz.hold(config, "cuda")
 
@@ -235,16 +232,9 @@ def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )  # fmt: skip
 def test_planted_bug_is_caught(
-    file: str,
-    right: str,
-    wrong: str,
-    config: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    file: str, right: str, wrong: str, config: Config, plant: Plant
 ) -> None:
-    planted.few_tiles(monkeypatch)
-    library = planted.library(tmp_path, file, right, wrong, UNUSED)
-    monkeypatch.setattr(native, "emulated", lambda: library)
+    plant(file, right, wrong, unused=UNUSED)
     with planted.caught():
         fuzz.hold(config, "cuda")
 
@@ -259,10 +249,7 @@ def test_planted_bug_is_caught(
         ("  sync_block();  // it may be called again\n", ""),
     ],
 )
-def test_planted_bug_in_statistics_is_caught(
-    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planted.few_tiles(monkeypatch)
-    library = planted.library(tmp_path, "reductions.cu", right, wrong, UNUSED)
+def test_planted_bug_in_statistics_is_caught(right: str, wrong: str, plant: Plant) -> None:
+    plant("reductions.cu", right, wrong, unused=UNUSED)
     with planted.caught():
-        combine(250, library)
+        combine(250)

@@ -5,12 +5,12 @@ Everything here ran on no GPU.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from fastst import dispatch
 from fastst.backends import cuda
 from fastst.backends.contract import Backend, PairBackward
 from fastst.backends.cuda import hopper as cuda_hopper
-from fastst.backends.cuda import library as native
 from fastst.backends.cuda.hopper import examples, gradient_tiles, instances, tiles, weight_tiles
 from fastst.backends.cuda.hopper.gradient_tiles import Axis, GradientTile
 from fastst.backends.cuda.hopper.launches import Gradient, Launches
@@ -32,6 +31,7 @@ from fastst.problem.spec import PairSpec, PairTensors, Problem
 from fastst.ranks import groups, statistics
 from tests.support import fuzz, hopper, planted
 from tests.support.fuzz import Config
+from tests.support.planted import Plant
 
 MODULE = importlib.import_module("fastst.backends.cuda.hopper.backward")
 
@@ -338,20 +338,19 @@ NORM = Config(
 )  # fmt: skip
 DEEP = replace(NORM, mid=200)  # whose chunks are more than stages
 STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
-HEADERS = ("hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cuh")
 
 
-def plant(file: str, right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted.few_tiles(monkeypatch)
-    library = planted.library(folder, f"hopper/{file}.cu", right, wrong, planted.NO_BF16, HEADERS)
-    monkeypatch.setattr(native, "emulated", lambda: library)
+@pytest.fixture
+def plant_anew(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """``plant``, of kernels whose tiles are chosen among those that are left."""
     wrapped = gradient_tiles.spatial_gradient.__wrapped__  # without what it remembers
     monkeypatch.setattr(gradient_tiles, "spatial_gradient", wrapped)
+    return functools.partial(plant, **planted.HOPPER)
 
 
-def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_caught_without_a_bug(plant_anew: Plant) -> None:
     """What is left of the library is right: so it is the bugs that are caught below."""
-    plant("spatial_gradient", "", "", tmp_path, monkeypatch)
+    plant_anew("hopper/spatial_gradient.cu")
     for config in (NORM, DEEP, STRIDED):
         fuzz.hold(config, "cuda")
 
@@ -379,13 +378,8 @@ def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )  # fmt: skip
 def test_planted_bug_is_caught(
-    file: str,
-    right: str,
-    wrong: str,
-    config: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    file: str, right: str, wrong: str, config: Config, plant_anew: Plant
 ) -> None:
-    plant(file, right, wrong, tmp_path, monkeypatch)
+    plant_anew(f"hopper/{file}.cu", right, wrong)
     with planted.caught():
         fuzz.hold(config, "cuda")

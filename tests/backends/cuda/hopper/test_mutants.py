@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,19 +10,17 @@ import torch
 from fastst import dispatch
 from fastst.backends import cuda
 from fastst.backends.cuda import hopper as cuda_hopper
-from fastst.backends.cuda import library as native
 from fastst.backends.cuda.hopper import tiles
 from fastst.backends.cuda.hopper.examples import examples
 from fastst.dispatch import quarantine, selfcheck
 from fastst.problem.spec import Problem
 from tests.support import fuzz, hopper, planted
 from tests.support.fuzz import Config
+from tests.support.planted import Plant
 
 
 @pytest.fixture(autouse=True)
-def _smallest_tiles(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What mutants have."""
-    planted.few_tiles(monkeypatch)
+def _tiles_are_chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("spatial", "temporal"):  # without what they remember
         monkeypatch.setattr(tiles, name, getattr(tiles, name).__wrapped__)
 
@@ -42,17 +39,10 @@ STEM = Config(
     x_layout="channels_last",
 )  # fmt: skip
 
-HEADERS = ("hopper/temporal.cuh", "hopper/pipeline.cuh", "hopper/accumulators.cuh")
 
-
-def plant(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
-    return planted.library(folder, file, right, wrong, planted.NO_BF16, HEADERS)
-
-
-def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_caught_without_a_bug(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of the library is right: so it is the bugs that are caught below."""
-    library = plant(tmp_path, "hopper/spatial.cu", "", "")
-    monkeypatch.setattr(native, "emulated", lambda: library)
+    plant("hopper/spatial.cu", **planted.HOPPER)
     hopper.in_clusters(monkeypatch)
     for config in (SPATIAL, TEMPORAL, STEM):
         fuzz.hold(config, "cuda", backward=False)
@@ -98,16 +88,11 @@ def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )  # fmt: skip
 def test_planted_bug_is_caught(
-    file: str,
-    right: str,
-    wrong: str,
-    config: Config,
-    tmp_path: Path,
+    file: str, right: str, wrong: str, config: Config, plant: Plant,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     """By blocks in clusters of two."""
-    library = plant(tmp_path, file, right, wrong)
-    monkeypatch.setattr(native, "emulated", lambda: library)
+    plant(file, right, wrong, **planted.HOPPER)
     hopper.in_clusters(monkeypatch)
     with planted.caught():
         fuzz.hold(config, "cuda", backward=False)
@@ -122,13 +107,13 @@ def test_planted_bug_is_caught(
     ],
 )
 def test_auto_passes_over_a_wrong_kernel(
-    file: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    file: str, right: str, wrong: str, plant: Plant, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Its self-check finds it, on what stands for a GPU, and says so once."""
-    library = plant(tmp_path, file, right, wrong)
+    plant(file, right, wrong, **planted.HOPPER)
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path))
     monkeypatch.setattr(selfcheck, "_verdicts", {})
-    monkeypatch.setattr(native, "emulated", lambda: library)
 
     def here(request: quarantine.Request) -> str:  # where the planted library is
         found = selfcheck.check(cuda.BACKEND, request.kind, request.device, request.dtype)

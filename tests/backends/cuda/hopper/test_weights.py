@@ -7,11 +7,11 @@ and results must be equal to float64's, whatever the order of the sums.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -25,6 +25,7 @@ from fastst.backends.cuda.hopper.launches import Gradient, Mid
 from fastst.backends.cuda.hopper.weight_tiles import Reach, WeightTile
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import fuzz, planted
+from tests.support.planted import Plant
 
 
 @pytest.fixture(autouse=True)
@@ -239,22 +240,21 @@ MUTANT = Case(channels=72, mid=45, out=72, size=(5, 5, 6), stride=(2, 1, 1), bat
 STEM = Case(
     channels=3, mid=45, kernel=(3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), size=(1, 9, 9)
 )
-FILE = "hopper/weight_gradient.cu"
 
 
-def plant(right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted.few_tiles(monkeypatch)
-    mutant = planted.library(folder, FILE, right, wrong, planted.NO_BF16)
-    monkeypatch.setattr(library, "emulated", lambda: mutant)
+@pytest.fixture
+def plant_small(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """Puts a bug into the weight gradient, with small tiles."""
     chosen = WeightTile(48, 3, 1, (5, 3, 1), 2, 2)
     monkeypatch.setattr(weights, "spatial_tile", lambda *_: chosen)
     chosen_temporal = dataclasses.replace(chosen, blocks=3)
     monkeypatch.setattr(weights, "temporal_tile", lambda *_: chosen_temporal)
+    return functools.partial(plant, "hopper/weight_gradient.cu", unused=planted.NO_BF16)
 
 
-def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_caught_without_a_bug(plant_small: Plant) -> None:
     """What is left of the library is right: so it is the bugs that are caught below."""
-    plant("", "", tmp_path, monkeypatch)
+    plant_small()
     for case in (MUTANT, STEM):
         check(case)
 
@@ -284,9 +284,7 @@ def test_nothing_is_caught_without_a_bug(tmp_path: Path, monkeypatch: pytest.Mon
         ("piece * p.narrow", "0", STEM),
     ],
 )
-def test_planted_bug_is_caught(
-    right: str, wrong: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant(right, wrong, tmp_path, monkeypatch)
+def test_planted_bug_is_caught(right: str, wrong: str, case: Case, plant_small: Plant) -> None:
+    plant_small(right, wrong)
     with planted.caught():
         check(case)
