@@ -11,6 +11,7 @@ try:
     from .dispatch.selection import BackendError, FallbackWarning, use_backend
     from .dispatch.selfcheck import SelfCheckWarning
     from .dispatch.tune import Measurement, tune
+    from .nn.conv3d import Conv3d
     from .nn.layers import Conv2Plus1d, ParallelConv2Plus1d
     from .rewrite.convert import convert, revert
     from .rewrite.factorize import factorize
@@ -35,6 +36,7 @@ def __getattr__(name: str) -> _Any:
 __all__ = [
     "BackendError",
     "Conv2Plus1d",
+    "Conv3d",
     "Explanation",
     "FallbackWarning",
     "Measurement",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,9 @@ from . import dispatch, ops
 from .backends import reference
 from .backends.contract import Begun
 from .machine import settings
-from .problem import activations, checks
+from .problem import activations, checks, conv3d_checks
+from .problem.conv3d import ConvTensors
+from .problem.norms import Norm
 from .problem.spec import (
     BatchNorm,
     PairSpec,
@@ -28,6 +30,13 @@ IntOrTriple = int | Sequence[int]
 PaddingArg = int | Sequence[int | tuple[int, int]] | str
 Pair = str | tuple[str, str]
 Causal = bool | Literal["strided"]
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance of each channel over (N, T, H, W), in float32 at least."""
+
+    mean: Tensor
+    var: Tensor
 
 
 def conv2plus1d(
@@ -293,6 +302,100 @@ def parallel_conv2plus1d(
     else:
         y = ops.parallel_conv2plus1d(tensors, spec, dispatch.requested())
     return y if batched else y.squeeze(0)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrTriple = 1,
+    padding: PaddingArg = 0,
+    dilation: IntOrTriple = 1,
+    groups: int = 1,
+    *,
+    padding_mode: Pair = "zeros",
+    causal: Causal = False,
+    input_norm: BatchNorm | Norm | None = None,
+    input_activation: str | None = None,
+    input_statistics: Statistics | None = None,
+    past: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    output_statistics: bool = False,
+) -> Any:
+    """A 3D convolution with what comes before it and what comes after it, as one operation::
+
+        z = input_activation(input_norm(x))
+        y = activation(conv3d(pad(cat(past, z)), weight) + bias + residual)
+
+    Padding pads what the convolution reads, z. Triples are in the order time, height, width.
+    Neither z nor anything padded or concatenated is kept: backward has x and the statistics of
+    its norm.
+
+    Args:
+        x: (N, C, T, H, W) or (C, T, H, W); float16, bfloat16, float32 or float64; any strides.
+        weight: (K, C/groups, kt, kh, kw).
+        bias: (K,).
+        stride, dilation: int or triple.
+        padding: int, (pt, ph, pw), "valid" or "same" (output size = input size; stride 1 only).
+            An entry of the triple may be a pair (before, after).
+        groups: of channels.
+        padding_mode: "zeros", "replicate", "reflect" or "circular"; or two of them, that of height
+            and width and that of time.
+        causal: as in ``conv2plus1d``; ``past`` takes the place of frames that were padded.
+        input_norm: a ``BatchNorm``, whose running statistics are updated in training; a ``Norm``
+            over groups of channels or the channels of each position; or None.
+        input_activation: of what the norm gives; names as in ``conv2plus1d``.
+        input_statistics: of x, where the convolution before has given them; for a ``BatchNorm`` in
+            training.
+        past: (N, C, P, H, W): frames of z before the first of x, as in a causal network's cache.
+        residual: of exactly the shape and the dtype of y, or None; any strides.
+        activation: of y, after the residual.
+        negative_slope: of leaky_relu, of both activations.
+        output_statistics: also return the ``Statistics`` of y, for a batch norm that follows; y has
+            neither residual nor activation then.
+
+    Returns:
+        (N, K, T', H', W'), or (K, T', H', W'), in the memory format ``nn.Conv3d`` would give; with
+        ``output_statistics`` a pair of it and its ``Statistics``.
+
+    Raises:
+        TypeError: arguments of a wrong type, or tensors whose dtypes differ.
+        ValueError: shapes, sizes or names that do not fit; says what was required and what came.
+        BackendError: the backend asked for cannot run this call.
+    """
+    x, batched = checks.batched("conv3d", x)
+    if isinstance(residual, Tensor) and not batched:
+        residual = residual.unsqueeze(0)
+    if isinstance(past, Tensor) and not batched:
+        past = past.unsqueeze(0)
+    mean, var = (None, None) if input_statistics is None else input_statistics
+    tensors = ConvTensors(x, weight, bias, None, None, mean, var, past, residual)
+    cast = _autocast_dtype(x)
+    spec = conv3d_checks.conv3d(
+        tensors, cast, input_norm, stride, padding, dilation, groups, padding_mode, causal,
+        input_activation, activation, negative_slope, output_statistics, batched,
+    )  # fmt: skip
+    if cast is not None:
+        x, weight, bias, past = _cast((x, weight, bias, past), cast)
+        tensors = tensors._replace(x=x, weight=weight, bias=bias, past=past)
+    batch = input_norm if isinstance(input_norm, BatchNorm) else None
+    if input_norm is not None:
+        tensors = tensors._replace(norm_weight=input_norm.weight, norm_bias=input_norm.bias)
+    if batch is not None and not batch.training:
+        tensors = tensors._replace(mean=batch.running_mean, var=batch.running_var)
+    if _composes(x):
+        norm = None if batch is None else _norm_function(batch)
+        y = reference.compose_conv3d(tensors, spec, norm)
+        found = (torch.var_mean(y, (0, 2, 3, 4), correction=0)[::-1]) if output_statistics else None
+    else:
+        y, taken, found = ops.conv3d(tensors, spec, dispatch.requested())
+        taken = taken if input_statistics is None else input_statistics
+        if batch is not None and taken is not None:
+            _update_running(batch, *taken, x.numel() // x.shape[1])
+    y = y if batched else y.squeeze(0)
+    return y if found is None else (y, Statistics(*found))
 
 
 def _recomputes(norm: BatchNorm | None) -> bool:

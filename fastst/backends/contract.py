@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..problem import activations
+from ..problem.conv3d import ConvProblem, ConvSpec, ConvTensors
 from ..problem.examples import of_kind, off_kinks
 from ..problem.spec import (
     PairProblem,
@@ -44,6 +45,10 @@ COMMON_PARALLEL_FIELDS = frozenset({
     "stride", "padding", "dilation", "groups", "padding_mode", "branch_activation", "activation",
     "slope", "combine",
 })  # fmt: skip
+COMMON_CONV_FIELDS = frozenset({
+    "stride", "padding", "dilation", "groups", "padding_mode", "input_activation", "norm",
+    "activation", "slope", "eps", "norm_groups", "per_frame",
+})  # fmt: skip
 
 
 class PairResult(NamedTuple):
@@ -66,6 +71,32 @@ class Begun(NamedTuple):
     mean: Tensor
     var: Tensor
     total: Tensor | None = None
+
+
+class ConvResult(NamedTuple):
+    """What the forward pass of ``conv3d`` leaves."""
+
+    y: Tensor
+    mean: Tensor | None = None  # of x, of ``problem.statistics_shape``, where the norm takes one
+    var: Tensor | None = None  # likewise: biased, or the mean of squares; None if given
+    out_mean: Tensor | None = None  # of y, with spec.output_statistics
+    out_var: Tensor | None = None  # likewise, biased
+
+
+class ConvBackward(NamedTuple):
+    """The arguments of ``conv3d_backward``."""
+
+    problem: ConvProblem
+    tensors: ConvTensors
+    dy: Tensor
+    mean: Tensor | None  # by which the norm has normalised x, whoever took them
+    var: Tensor | None
+    needs: Sequence[bool]  # of each of ``tensors``, whether its gradient is asked for
+
+    @property
+    def need(self) -> Any:
+        """``needs`` by the names of the tensors."""
+        return ConvTensors(*self.needs)  # type: ignore[arg-type]
 
 
 class BatchSlice(NamedTuple):
@@ -174,15 +205,16 @@ def _no_candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], obj
 class Backend:
     """One backend. None of its functions validates or chooses, and importing it fails nowhere.
 
-    A field of a specification that a backend does not list in ``pair_fields`` or
-    ``parallel_fields`` has its default value in every problem that it is given: dispatch refuses
-    all others.
+    A field of a specification that a backend does not list in ``pair_fields``, ``parallel_fields``
+    or ``conv_fields`` has its default value in every problem that it is given: dispatch refuses all
+    others.
 
     Attributes:
         name: what users ask for.
         device: kind of device whose tensors "auto" offers to it; None for all.
         pair_fields: fields of ``PairSpec`` that it honours.
         parallel_fields: the same of ``ParallelSpec``.
+        conv_fields: the same of ``ConvSpec``.
         why_not: why it cannot run a problem in a phase, as the end of "it …", or None.
         conv2plus1d: forward pass; the last argument: whether what backward needs is kept. With a
             residual or an outer activation nothing is, and the norm is none or frozen; a backend
@@ -193,6 +225,9 @@ class Backend:
             needed; of a batch slice those of parameters are to be added up, and stay wide.
         parallel_conv2plus1d: y.
         parallel_conv2plus1d_backward: the same of all tensors, from (problem, tensors, dy, needs).
+        conv3d: forward pass.
+        conv3d_backward: a gradient of each of ``ConvTensors`` but the residual, None where it is
+            not needed.
         why_not_auto: why "auto" passes it over although it could run the problem, or None.
         check_kind: the name of the self-check that must have passed before "auto" takes it for this
             problem, or None where it needs none.
@@ -213,6 +248,7 @@ class Backend:
     device: str | None = None
     pair_fields: frozenset[str]
     parallel_fields: frozenset[str] = field(default_factory=frozenset)
+    conv_fields: frozenset[str] = field(default_factory=frozenset)
     why_not: Callable[[Problem, Phase], str | None]
     conv2plus1d: Callable[[PairProblem, PairTensors, bool], PairResult]
     conv2plus1d_backward: Callable[[PairBackward], Gradients]
@@ -222,6 +258,8 @@ class Backend:
     parallel_conv2plus1d_backward: (
         Callable[[ParallelProblem, ParallelTensors, Tensor, Sequence[bool]], Gradients] | None
     ) = None
+    conv3d: Callable[[ConvProblem, ConvTensors], ConvResult] | None = None
+    conv3d_backward: Callable[[ConvBackward], Gradients] | None = None
     why_not_auto: Callable[[Problem, Phase], str | None] = no_reason
     check_kind: Callable[[Problem, Phase], str | None] = no_reason
     examples: Callable[[str, torch.dtype, Problem | None], Sequence[Example | Later]] | None = None
@@ -233,7 +271,11 @@ class Backend:
     candidate: Callable[[Problem, Phase, str], Callable[[], object]] = _no_candidate
 
     def __post_init__(self) -> None:
-        for spec, fields in ((PairSpec, self.pair_fields), (ParallelSpec, self.parallel_fields)):
+        for spec, fields in (
+            (PairSpec, self.pair_fields),
+            (ParallelSpec, self.parallel_fields),
+            (ConvSpec, self.conv_fields),
+        ):
             if unknown := fields - set(spec._fields):
                 raise TypeError(
                     f"backend {self.name!r} honours {', '.join(sorted(unknown))}, which are no "
@@ -263,11 +305,15 @@ class Backend:
         _, u, mean, var, *_ = self.conv2plus1d(problem, tensors, True)
         return self.conv2plus1d_backward(PairBackward(problem, tensors, [dy], u, mean, var, needs))
 
-    def why_unhonoured(self, spec: PairSpec | ParallelSpec) -> str | None:
+    def why_unhonoured(self, spec: PairSpec | ParallelSpec | ConvSpec) -> str | None:
         """Which setting of a specification it does not know, as the end of "it …", or None."""
         if isinstance(spec, ParallelSpec) and self.parallel_conv2plus1d is None:
             return "has no parallel_conv2plus1d"
-        honoured = self.pair_fields if isinstance(spec, PairSpec) else self.parallel_fields
+        if isinstance(spec, ConvSpec) and self.conv3d is None:
+            return "has no conv3d"
+        honoured = self.pair_fields
+        if not isinstance(spec, PairSpec):
+            honoured = self.conv_fields if isinstance(spec, ConvSpec) else self.parallel_fields
         for name, value in spec._asdict().items():
             if name not in honoured and value != spec._field_defaults[name]:
                 return f"does not know {name}={value!r}"

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import activations
+from ..problem.conv3d import ConvProblem, ConvSpec, ConvTensors
+from ..problem.norms import Norm, moments
 from ..problem.spec import (
     PairProblem,
     PairSpec,
@@ -21,49 +23,24 @@ from ..problem.spec import (
     ParallelProblem,
     ParallelSpec,
     ParallelTensors,
-    Pass,
     Problem,
 )
 from ..ranks import groups, statistics
 from .contract import (
+    COMMON_CONV_FIELDS,
     COMMON_PAIR_FIELDS,
     COMMON_PARALLEL_FIELDS,
     Backend,
+    ConvBackward,
+    ConvResult,
     Gradients,
     PairBackward,
     PairResult,
     Phase,
 )
+from .conv_pass import conv_pass
 
-_PAD_MODE = {"zeros": "constant"}
 _DIFFERENTIABLE = PairTensors._fields.index("norm_bias") + 1  # tensors that have a gradient
-
-
-def pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
-    """Pad (N, C, T, H, W) by (before, after) of t, h, w; pads nothing that is 0."""
-    t0, t1, h0, h1, w0, w1 = padding
-    if not any(padding):
-        return x
-    return F.pad(x, (w0, w1, h0, h1, t0, t1), _PAD_MODE.get(mode, mode))
-
-
-def conv_pass(x: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
-    """One pass as ``nn.Conv3d`` computes it; of 16 bits on CPUs, where oneDNN's is wrong, wider."""
-    if x.device.type == "cpu" and x.dtype.itemsize == 2:
-        wide = conv_pass(x.float(), weight.float(), None if bias is None else bias.float(), p)
-        return wide.to(x.dtype)
-    if x.device.type == "cpu":
-        # oneDNN's gradients of strided channels-last 3D convolutions read out of bounds.
-        x, weight = x.contiguous(), weight.contiguous()
-    steps, p = p.subsampling()
-    t0, t1, h0, h1, w0, w1 = p.padding
-    padding = (t0, h0, w0)
-    strided = any(step > 1 and pad for step, pad in zip(steps, padding, strict=True))
-    if p.padding_mode != "zeros" or padding != (t1, h1, w1) or strided:
-        x, padding = pad(x, p.padding, p.padding_mode), (0, 0, 0)
-    st, sh, sw = steps
-    x = x[:, :, ::st, ::sh, ::sw]
-    return F.conv3d(x, weight, bias, p.stride, padding, p.dilation, p.groups)
 
 
 def batch_norm(t: PairTensors, spec: PairSpec) -> Callable[[Tensor], Tensor]:
@@ -102,6 +79,48 @@ def compose_parallel(t: ParallelTensors, spec: ParallelSpec) -> Tensor:
     a = activations.apply(spec.branch_activation, a, spec.slope)
     b = activations.apply(spec.branch_activation, b, spec.slope)
     y = a + b if spec.combine == "add" else torch.cat((a, b), 1)
+    return activations.apply(spec.activation, y, spec.slope)
+
+
+def normalise(x: Tensor, t: ConvTensors, spec: ConvSpec) -> Tensor:
+    """The norm of what ``conv3d`` reads, by PyTorch's own operators."""
+    gamma, beta = t.norm_weight, t.norm_bias
+    if spec.norm == "none":
+        return x
+    if spec.norm == "frozen":
+        return F.batch_norm(x, t.mean, t.var, gamma, beta, False, 0.0, spec.eps)
+    if spec.norm == "batch":
+        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, spec.eps)
+    if spec.norm == "group":
+        if not spec.per_frame:
+            return F.group_norm(x, spec.norm_groups, gamma, beta, spec.eps)
+        frames = x.transpose(1, 2).flatten(0, 1)
+        frames = F.group_norm(frames, spec.norm_groups, gamma, beta, spec.eps)
+        return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    rows, c = x.movedim(1, -1), x.shape[1]
+    if spec.norm == "layer":
+        return F.layer_norm(rows, (c,), gamma, beta, spec.eps).movedim(-1, 1)
+    if spec.norm == "rms":
+        v = F.rms_norm(rows, (c,), gamma, spec.eps)
+    else:
+        v = F.normalize(rows, dim=-1, eps=spec.eps) * c**0.5
+        v = v if gamma is None else v * gamma
+    return (v if beta is None else v + beta).movedim(-1, 1)
+
+
+def compose_conv3d(
+    t: ConvTensors, spec: ConvSpec, norm: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """``conv3d`` by PyTorch's own differentiable operators, in the dtype of its tensors.
+
+    ``norm`` replaces the spec's normalisation, for callers that own running statistics.
+    """
+    v = normalise(t.x, t, spec) if norm is None else norm(t.x)
+    z = activations.apply(spec.input_activation, v, spec.slope)
+    if t.past is not None:
+        z = torch.cat((t.past, z), 2)
+    y = conv_pass(z, t.weight, t.bias, ConvProblem.of(t, spec).conv)
+    y = y if t.residual is None else y + t.residual
     return activations.apply(spec.activation, y, spec.slope)
 
 
@@ -159,6 +178,26 @@ def parallel_conv2plus1d_backward(
     return gradients(compose_parallel, tensors, problem.spec, dy, needs)
 
 
+def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
+    t, spec = _double(tensors), problem.spec
+    mean = var = out_mean = out_var = None
+    with torch.no_grad():
+        double = compose_conv3d(t, spec)
+        y = problem.empty_output(tensors.x).copy_(double)
+        if spec.norm not in ("none", "frozen") and t.var is None:
+            mean, var = moments(spec.norm_form, t.x, torch.float64)
+        if spec.output_statistics:
+            out_mean, out_var = moments(Norm("batch"), double, torch.float64)
+    found = (mean, var, out_mean, out_var)
+    wide = problem.accumulate_dtype
+    return ConvResult(y, *(None if s is None else s.to(wide) for s in found))
+
+
+def conv3d_backward(call: ConvBackward) -> Gradients:
+    bare = call.tensors._replace(residual=None)
+    return gradients(compose_conv3d, bare, call.problem.spec, call.dy, call.needs)
+
+
 def _double(tensors: Any) -> Any:
     return type(tensors)(*(None if t is None else t.detach().double() for t in tensors))
 
@@ -184,4 +223,7 @@ BACKEND = Backend(
     conv2plus1d_backward=conv2plus1d_backward,
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
+    conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},
+    conv3d=conv3d,
+    conv3d_backward=conv3d_backward,
 )

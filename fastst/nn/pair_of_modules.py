@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import dispatch, functional
-from ..backends import reference
+from ..backends.conv_pass import pad
 from ..functional import BatchNorm, Causal
 from ..problem import activations
 from ..problem.geometry import left_padding
@@ -25,6 +25,7 @@ from . import streaming
 
 RECOMPUTE = "_fastst_recompute"  # on spatial convolutions, by ``memory.set_memory_budget``
 _BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm, sync_batch_norm.SyncBatchNorm)
+NORMS = (*_BATCH_NORMS, nn.GroupNorm, nn.InstanceNorm3d, nn.LayerNorm, nn.RMSNorm)
 
 
 class Ending(NamedTuple):
@@ -256,8 +257,12 @@ def why_foreign(
     convs: Mapping[str, nn.Module],
     norms: Mapping[str, nn.Module | None],
     acts: Mapping[str, nn.Module | None],
+    known: Sequence[type[nn.Module]] = _BATCH_NORMS,
 ) -> str | None:
-    """Why calling a child might do more than its class says, or what no kernel knows."""
+    """Why calling a child might do more than its class says, or what no kernel knows.
+
+    ``known``: classes of norms.
+    """
     for label, child in {**convs, **norms, **acts}.items():
         if child is None:
             continue
@@ -265,7 +270,7 @@ def why_foreign(
         if label in convs and type(child) is not nn.Conv3d:
             kind = f"{type(child).__module__}.{kind}" if kind == "Conv3d" else kind
             return f"its {label} is a {kind}, not a plain nn.Conv3d"
-        if label in norms and type(child) not in _BATCH_NORMS:
+        if label in norms and type(child) not in known:
             return f"its {label} is a {kind}, which no kernel knows"
         if label in acts and activations.from_module(child) is None:
             return f"its {label} is a {kind}, which no kernel knows"
@@ -305,7 +310,7 @@ _FUNCTIONS = _functions()
 _METHODS = "forward", "_conv_forward", "_check_input_dim", "_call_impl"
 _OWN_METHODS = {None} | {
     method
-    for kind in (nn.Conv3d, *_BATCH_NORMS, *activations.MODULES)
+    for kind in (nn.Conv3d, *NORMS, *activations.MODULES)
     for method in (getattr(kind, name, None) for name in _METHODS)
     if getattr(method, "__globals__", {}).get("__name__", "").startswith(("torch.nn.", "fastst."))
 }
@@ -357,5 +362,5 @@ def pad_causally(x: Tensor, conv: Any, causal: Causal) -> Tensor:
         return x
     left = left_padding(conv.kernel_size[0], conv.stride[0], conv.dilation[0], causal)
     batched = x if x.dim() == 5 else x.unsqueeze(0)
-    padded = reference.pad(batched, (left, 0, 0, 0, 0, 0), str(conv.padding_mode))
+    padded = pad(batched, (left, 0, 0, 0, 0, 0), str(conv.padding_mode))
     return padded if x.dim() == 5 else padded.squeeze(0)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..backends import reference
+from ..backends.conv_pass import pad
 from ..problem.geometry import left_padding
 
 
@@ -76,12 +76,8 @@ def stream(
     layer: CausalPair, x: Tensor, state: tuple[Tensor, ...] | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See ``Conv2Plus1d.stream``."""
-    _check_layer(layer)
-    if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 1:
-        came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"stream: x must be (N, C, t, H, W) with t of at least 1, got {came}")
-    if x.shape[1] != layer.in_channels:
-        raise ValueError(f"stream: x must have {layer.in_channels} channels, got {tuple(x.shape)}")
+    check_chunk(layer.causal, layer.in_channels, x)
+    check_frame_by_frame("stream", layer.norm, layer.activation, strict=True)
     temporal = layer.temporal
     stride = temporal.stride[0]
     reach = temporal.dilation[0] * (temporal.kernel_size[0] - 1) + 1
@@ -93,9 +89,9 @@ def stream(
     if state is None:
         left = left_padding(temporal.kernel_size[0], stride, temporal.dilation[0], layer.causal)
         padding = (skip + left, 0, 0, 0, 0, 0)
-        frames = reference.pad(fresh, padding, str(temporal.padding_mode))
+        frames = pad(fresh, padding, str(temporal.padding_mode))
     else:
-        frames = torch.cat((_check_state(state, fresh, skip + reach), fresh), 2)
+        frames = torch.cat((check_state(state, fresh, skip + reach), fresh), 2)
 
     count = max(0, (frames.shape[2] - skip - reach) // stride + 1)
     end = skip + (count - 1) * stride + reach
@@ -108,6 +104,20 @@ def stream(
     return y[:, :, :count], (kept,)
 
 
+def check_chunk(causal: Any, in_channels: int, x: Any) -> None:
+    """
+    Raises:
+        ValueError: a layer that is not causal, or a chunk that it does not take.
+    """
+    if not causal:
+        raise ValueError("stream: requires a layer with causal=True, got causal=False")
+    if not isinstance(x, Tensor) or x.dim() != 5 or x.shape[2] < 1:
+        came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"stream: x must be (N, C, t, H, W) with t of at least 1, got {came}")
+    if x.shape[1] != in_channels:
+        raise ValueError(f"stream: x must have {in_channels} channels, got {tuple(x.shape)}")
+
+
 def _one(frames: Tensor, reach: int) -> tuple[int, ...]:
     return (*frames.shape[:2], reach, *frames.shape[3:])
 
@@ -116,13 +126,7 @@ def _activate(layer: CausalPair, u: Tensor) -> Tensor:
     return layer.activation(u if layer.norm is None else layer.norm(u))
 
 
-def _check_layer(layer: CausalPair) -> None:
-    if not layer.causal:
-        raise ValueError("stream: requires a layer with causal=True, got causal=False")
-    check_frame_by_frame("stream", layer.norm, layer.activation, strict=True)
-
-
-def _check_state(state: tuple[Tensor, ...], fresh: Tensor, limit: int) -> Tensor:
+def check_state(state: tuple[Tensor, ...], fresh: Tensor, limit: int) -> Tensor:
     if not isinstance(state, tuple) or len(state) != 1 or not isinstance(state[0], Tensor):
         raise TypeError(f"stream: state must be a tuple of one tensor, got {state!r}")
     (buffer,) = state

@@ -17,12 +17,15 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.contract import Backend, Begun
 from ..problem import activations
+from ..problem.conv3d import ConvSpec, ConvTensors
 from ..problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors
 from .registered import pair_gradients, results_of, second_pass, without_autocast
 from .schema import packed
 
+_TENSORS = {PairSpec: PairTensors, ParallelSpec: ParallelTensors, ConvSpec: ConvTensors}
 
-def _scatter(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+
+def scatter(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """One entry per tensor argument from the gradients of those that need one."""
     found = iter(grads)
     return [next(found) if n else None for n in needs]
@@ -45,7 +48,7 @@ class _PairFunction(torch.autograd.Function):
             results = torch.ops.fastst.conv2plus1d_train(*tensors, *packed(spec), backend)
         else:
             results = second_pass(PairTensors(*args), spec, backend, begun)
-        y, u, mean, var, *_ = _scatter(results, results_of(spec))
+        y, u, mean, var, *_ = scatter(results, results_of(spec))
         ctx.save_for_backward(u, mean, var, *tensors)
         statistics = results[1 if u is None else 2 :]
         ctx.mark_non_differentiable(*statistics)
@@ -75,8 +78,8 @@ class _PairFunction(torch.autograd.Function):
                     owner[0].device.type, pair_gradients, owner, u, mean, var, *tensors,
                     *packed(ctx.spec), ctx.backend, needs,
                 )  # fmt: skip
-            return None, None, None, None, *_scatter(found, needs)
-        grads = _backward(
+            return None, None, None, None, *scatter(found, needs)
+        grads = backward_of(
             torch.ops.fastst.conv2plus1d_backward, reference.compose_pair, owner[0], (u, mean, var),
             PairTensors(*tensors), ctx.spec, ctx.backend, needs,
         )  # fmt: skip
@@ -116,14 +119,14 @@ class _ParallelFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        grads = _backward(
+        grads = backward_of(
             torch.ops.fastst.parallel_conv2plus1d_backward, reference.compose_parallel, dy, (),
             ParallelTensors(*ctx.saved_tensors), ctx.spec, ctx.backend, ctx.needs_input_grad[2:],
         )  # fmt: skip
         return None, None, *grads
 
 
-def _backward(
+def backward_of(
     op: Callable[..., list[Tensor]],
     compose: Callable[..., Tensor],
     dy: Tensor,
@@ -139,12 +142,12 @@ def _backward(
         grads = _BackwardFunction.apply(op, compose, spec, backend, needs, kept, dy, *tensors)
     else:
         grads = op(dy, *kept, *tensors, *packed(spec), backend, list(needs))
-    return _scatter(grads, needs)
+    return scatter(grads, needs)
 
 
 def _composed_gradients(
     compose: Callable[..., Tensor],
-    spec: PairSpec | ParallelSpec,
+    spec: Any,
     needs: Sequence[bool],
     dy: Tensor,
     tensors: Sequence[Tensor | None],
@@ -152,7 +155,7 @@ def _composed_gradients(
     """Gradients by PyTorch's own operators, differentiable where autograd is on, and the aliases
     of dy and the tensors that they are functions of."""
     create_graph = torch.is_grad_enabled()
-    kind: Any = PairTensors if isinstance(spec, PairSpec) else ParallelTensors
+    kind: Any = _TENSORS[type(spec)]
     with torch.enable_grad():
         # Aliases, so that nothing is differentiated through one argument into another.
         aliases = kind(*(None if t is None else t.view_as(t) for t in tensors))
@@ -198,10 +201,10 @@ class _BackwardFunction(torch.autograd.Function):
             create_graph=higher, allow_unused=True,
         )  # fmt: skip
         needed = [t is not None and t.requires_grad for t in (dy, *tensors)]
-        return (None,) * 6 + tuple(_scatter(second, needed))
+        return (None,) * 6 + tuple(scatter(second, needed))
 
 
-def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -266,12 +269,12 @@ def conv2plus1d(
         begun: what ``first_pass`` has left of it.
     """
     outer = tensors.residual is not None or spec.outer_activation != "none"
-    if outer and (spec.norm == "batch" or _needs_grad(tensors)):
+    if outer and (spec.norm == "batch" or needs_grad(tensors)):
         bare = tensors._replace(residual=None), spec._replace(outer_activation="none")
         y, inner, last = conv2plus1d(*bare, backend, forward, begun)
         y = y if tensors.residual is None else y + tensors.residual
         return activations.apply(spec.outer_activation, y, spec.slope), inner, last
-    gradients = _needs_grad(tensors)
+    gradients = needs_grad(tensors)
     runs = forward or backend
     if not (gradients or spec.norm == "batch" or spec.output_statistics):
         return torch.ops.fastst.conv2plus1d(*tensors, *packed(spec), runs), None, None
@@ -282,7 +285,7 @@ def conv2plus1d(
         results = second_pass(tensors, without_u, runs, begun)
     else:
         results = torch.ops.fastst.conv2plus1d_train(*tensors, *packed(without_u), runs)
-    found: list[Any] = _scatter(results, results_of(without_u))
+    found: list[Any] = scatter(results, results_of(without_u))
     y, _, mean, var, count, out_mean, out_var = found
     return (
         y,
@@ -292,6 +295,6 @@ def conv2plus1d(
 
 
 def parallel_conv2plus1d(tensors: ParallelTensors, spec: ParallelSpec, backend: str) -> Tensor:
-    if _needs_grad(tensors):
+    if needs_grad(tensors):
         return _ParallelFunction.apply(spec, backend, *tensors)
     return torch.ops.fastst.parallel_conv2plus1d(*tensors, *packed(spec), backend)

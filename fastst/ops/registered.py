@@ -31,7 +31,7 @@ from .schema import (
 _library = torch.library.Library("fastst", "DEF")
 
 
-def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -64,7 +64,7 @@ def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, PairProbl
     return tensors, spec, problem, backend
 
 
-def _apart(results: Sequence[Tensor]) -> list[Tensor]:
+def apart(results: Sequence[Tensor]) -> list[Tensor]:
     """What an op returns must share no memory: rows that a kernel wrote to one table do."""
     seen: set[int] = set()
     apart = []
@@ -75,7 +75,7 @@ def _apart(results: Sequence[Tensor]) -> list[Tensor]:
     return apart
 
 
-def _as_laid_out(
+def as_laid_out(
     grads: Gradients, tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients that are needed, each in the shape, dtype and strides of its tensor."""
@@ -89,7 +89,7 @@ def _as_laid_out(
             if grad.dtype != like.dtype or grad.stride() != like.stride():
                 grad = torch.empty_like(t).copy_(grad)
         out.append(grad)
-    return _apart(out)
+    return apart(out)
 
 
 # ---- conv2plus1d
@@ -146,7 +146,7 @@ def _asked(r: PairResult, spec: PairSpec) -> list[Tensor]:
     """The results that an op of training returns."""
     results = (r.y, r.u, r.mean, r.var, r.total, r.out_mean, r.out_var)
     asked = [t for t, there in zip(results, results_of(spec), strict=True) if there]
-    return _apart(asked)  # type: ignore[arg-type]  # as the contract says
+    return apart(asked)  # type: ignore[arg-type]  # as the contract says
 
 
 def _conv2plus1d_train_fake(*args: Any) -> list[Tensor]:
@@ -185,8 +185,8 @@ def pair_gradients(
             grads = batch_slices.gradients(
                 lambda p: dispatch.choose(p, "backward", backend), count, call
             )
-            return _as_laid_out(grads, tensors, needs)
-    return _as_laid_out(chosen.conv2plus1d_backward(call), tensors, needs)
+            return as_laid_out(grads, tensors, needs)
+    return as_laid_out(chosen.conv2plus1d_backward(call), tensors, needs)
 
 
 def _conv2plus1d_backward_fake(
@@ -195,17 +195,17 @@ def _conv2plus1d_backward_fake(
     return [torch.empty_like(t) for t, n in zip(args[:PAIR], args[-1], strict=False) if n]
 
 
-_register(
+register(
     f"conv2plus1d({PAIR_TENSORS}, {PAIR_SPEC}, str backend) -> Tensor",
     _conv2plus1d,
     _conv2plus1d_fake,
 )
-_register(
+register(
     f"conv2plus1d_train({PAIR_TENSORS}, {PAIR_SPEC}, str backend) -> Tensor[]",
     _conv2plus1d_train,
     _conv2plus1d_train_fake,
 )
-_register(
+register(
     "conv2plus1d_backward(Tensor dy, Tensor? u, Tensor? batch_mean, Tensor? batch_var, "
     f"{PAIR_TENSORS}, {PAIR_SPEC}, str backend, bool[] needs) -> Tensor[]",
     _conv2plus1d_backward,
@@ -232,19 +232,19 @@ def _parallel_conv2plus1d_backward(dy: Tensor, *args: Any) -> list[Tensor]:
     tensors, _, problem, backend = parallel_arguments(args)
     run = dispatch.choose(problem, "backward", backend).parallel_conv2plus1d_backward
     assert run is not None  # else it had been refused
-    return _as_laid_out(run(problem, tensors, dy, needs), tensors, needs)
+    return as_laid_out(run(problem, tensors, dy, needs), tensors, needs)
 
 
 def _parallel_conv2plus1d_backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
     return [torch.empty_like(t) for t, n in zip(args[:PARALLEL], args[-1], strict=False) if n]
 
 
-_register(
+register(
     f"parallel_conv2plus1d({PARALLEL_TENSORS}, {PARALLEL_SPEC}, str backend) -> Tensor",
     _parallel_conv2plus1d,
     _parallel_conv2plus1d_fake,
 )
-_register(
+register(
     f"parallel_conv2plus1d_backward(Tensor dy, {PARALLEL_TENSORS}, {PARALLEL_SPEC}, "
     "str backend, bool[] needs) -> Tensor[]",
     _parallel_conv2plus1d_backward,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from ..problem.conv3d import ConvProblem, ConvSpec, ConvTensors
 from ..problem.spec import (
     PairProblem,
     PairSpec,
@@ -31,11 +32,20 @@ PARALLEL_TENSORS = (
     "Tensor? temporal_bias"
 )
 PARALLEL_SPEC = "int[] geometry, str names, float slope"
+CONV_TENSORS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? mean, Tensor? var, Tensor? past, Tensor? residual"
+)
+CONV_SPEC = (
+    "int[] geometry, str names, float slope, float eps, int norm_groups, bool per_frame, "
+    "bool output_statistics"
+)
 PAIR, PARALLEL = len(PairTensors._fields), len(ParallelTensors._fields)
+CONV = len(ConvTensors._fields)
 
 
 @remembered
-def packed(spec: PairSpec | ParallelSpec) -> tuple[Any, ...]:
+def packed(spec: PairSpec | ParallelSpec | ConvSpec) -> tuple[Any, ...]:
     """A specification as the ops take it: all ints, all names, then what is left, in its order."""
     stride, padding, dilation, groups, modes, *rest = spec
     names = ",".join([*modes, *[v for v in rest if isinstance(v, str)]])
@@ -65,8 +75,14 @@ def _parallel_spec(geometry: tuple[int, ...], names: str, slope: float) -> Paral
     return ParallelSpec._make((*_geometry(geometry, modes), branch, activation, slope, combine))
 
 
+@lru_cache(maxsize=4096)
+def _conv_spec(geometry: tuple[int, ...], names: str, *numbers: Any) -> ConvSpec:
+    *modes, before, norm, after = names.split(",")
+    return ConvSpec._make((*_geometry(geometry, modes), before, norm, after, *numbers))
+
+
 def _geometry(ints: tuple[int, ...], modes: Sequence[str]) -> tuple[tuple[Any, ...], ...]:
-    """The first five fields of both specifications."""
+    """The first five fields of all specifications."""
     return ints[:3], ints[3:9], ints[9:12], ints[12:], tuple(modes)
 
 
@@ -85,3 +101,10 @@ def parallel_arguments(
     tensors = ParallelTensors(*args[:PARALLEL])
     spec = _parallel_spec(tuple(geometry), names, slope)
     return tensors, spec, Problem.of(tensors, spec), backend
+
+
+def conv_arguments(args: Sequence[Any]) -> tuple[ConvTensors, ConvSpec, ConvProblem, str]:
+    """What the arguments of an op of ``conv3d`` describe, and its backend."""
+    geometry, *rest, backend = args[CONV:]
+    tensors, spec = ConvTensors(*args[:CONV]), _conv_spec(tuple(geometry), *rest)
+    return tensors, spec, ConvProblem.of(tensors, spec), backend

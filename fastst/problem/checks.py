@@ -59,7 +59,7 @@ def layer_input(layer: str, x: Tensor, in_channels: int) -> None:
             f"{layer}: x must be (N, C, T, H, W) or (C, T, H, W), got {tuple(x.shape)}"
         )
     if x.shape[-4] != in_channels:
-        raise ValueError(f"{layer}: {_as_read(x)}; this layer has in_channels={in_channels}")
+        raise ValueError(f"{layer}: {as_read(x)}; this layer has in_channels={in_channels}")
 
 
 def of_layer(layer: str, error: Exception) -> Exception:
@@ -70,7 +70,7 @@ def of_layer(layer: str, error: Exception) -> Exception:
     return type(error)(re.sub(r"\b(spatial|temporal)_(weight|bias)\b", r"\1.\2", told))
 
 
-def _as_read(x: Tensor) -> str:
+def as_read(x: Tensor) -> str:
     """Which channels x has, and how that is read where it may surprise."""
     shape, channels = tuple(x.shape), x.shape[-4]
     if x.dim() == 5:
@@ -80,7 +80,7 @@ def _as_read(x: Tensor) -> str:
     )
 
 
-def _same_dtype(
+def same_dtype(
     op: str,
     labels: Sequence[str],
     tensors: Sequence[Tensor | None],
@@ -139,7 +139,9 @@ def _identity(tensors: Any, cast: torch.dtype | None, norm: Any, settings: tuple
         TypeError, AttributeError, ValueError: other types among them.
     """
     if norm is not None:  # a BatchNorm; its momentum may be another one in every call
-        tensors, settings = (*tensors, *norm[:4]), (*settings, norm[4], *norm[6:])
+        told = norm[4:5] + norm[6:] if isinstance(norm, BatchNorm) else (norm[0], *norm[3:])
+        vectors = norm[:4] if isinstance(norm, BatchNorm) else norm[1:3]
+        tensors, settings = (*tensors, *vectors), (*settings, *told)
     seen = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
     return marshal.dumps(settings, 2), cast, type(norm), *seen
 
@@ -180,7 +182,7 @@ def pair(
     act = geometry.activation_name(f"{op}: activation", activation)
     kind, eps = "none", 0.0
     if norm is not None:
-        kind, eps = _norm(op, norm)
+        kind, eps = batch_norm(op, norm)
     outer = geometry.activation_name(f"{op}: outer_activation", outer_activation)
     spec = PairSpec(
         *found, act, float(negative_slope), kind, eps, order, bool(recompute), outer,
@@ -191,20 +193,20 @@ def pair(
     names = ("x", *(f"{p.kind}_{what}" for what in ("weight", "bias") for p in problem.passes))
     _weights_fit(op, names, tensors)
     if first.in_channels != tensors.x.shape[1] or second.in_channels != first.out_channels:
-        read = _as_read(tensors.x if batched else tensors.x[0])
+        read = as_read(tensors.x if batched else tensors.x[0])
         raise ValueError(
             f"{op}: channels must chain: {read}; the {first.kind} weight takes "
             f"{first.in_channels} (groups {first.groups}) and gives {first.out_channels}; the "
             f"{second.kind} weight takes {second.in_channels} (groups {second.groups})"
         )
-    _sizes(op, first, problem.size, problem.mid_size)
-    _sizes(op, second, problem.mid_size, problem.out_size)
+    sizes_fit(op, first, problem.size, problem.mid_size)
+    sizes_fit(op, second, problem.mid_size, problem.out_size)
     if tensors.residual is not None:
-        _residual(op, tensors.residual, problem)
+        residual_fits(op, tensors.residual, problem)
     if norm is not None:
         labels = ("running_mean", "running_var", "weight", "bias")
         for label, vector in zip(labels, norm[:4], strict=True):
-            _vector(op, f"norm.{label}", vector, first.out_channels, tensors.x.device)
+            vector_fits(op, f"norm.{label}", vector, first.out_channels, tensors.x.device)
     t, h, w = problem.mid_size
     values = tensors.x.shape[0] * t * h * w  # math.prod would break a compiled graph
     if kind == "batch" and values == 1 and not spec.group:
@@ -212,7 +214,7 @@ def pair(
             f"{op}: batch norm in training requires more than 1 value per channel, got the mid "
             f"tensor {(tensors.x.shape[0], first.out_channels, *problem.mid_size)}"
         )
-    _same_dtype(op, names, tensors[:5], cast, tensors.residual)
+    same_dtype(op, names, tensors[:5], cast, tensors.residual)
     return spec, values
 
 
@@ -221,10 +223,10 @@ def outer_norm(op: str, norm: Any, problem: Problem) -> None:
     Raises:
         TypeError, ValueError: a norm of the output that is none, or does not fit it.
     """
-    _norm(op, norm, "outer_norm")
+    batch_norm(op, norm, "outer_norm")
     labels = ("running_mean", "running_var", "weight", "bias")
     for label, t in zip(labels, norm[:4], strict=True):
-        _vector(op, f"outer_norm.{label}", t, problem.out_channels, problem.device)
+        vector_fits(op, f"outer_norm.{label}", t, problem.out_channels, problem.device)
     n, _, t_, h, w = problem.out_shape
     if norm.training and not norm.group and n * t_ * h * w == 1:
         raise ValueError(
@@ -233,7 +235,7 @@ def outer_norm(op: str, norm: Any, problem: Problem) -> None:
         )
 
 
-def _residual(op: str, residual: Any, problem: Problem) -> None:
+def residual_fits(op: str, residual: Any, problem: Problem) -> None:
     """
     Raises:
         TypeError: the residual is no tensor.
@@ -290,7 +292,7 @@ def parallel(
                 f"{op}: the {p.kind} weight takes {p.in_channels} channels (groups {p.groups}), "
                 f"but x has {tensors.x.shape[1]}"
             )
-        _sizes(op, p, problem.size, p.out_size(problem.size))
+        sizes_fit(op, p, problem.size, p.out_size(problem.size))
     sizes = spatial.out_size(problem.size), temporal.out_size(problem.size)
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -302,7 +304,7 @@ def parallel(
             f"{op}: combine='add' requires branches of equal channels, got "
             f"{spatial.out_channels} (spatial) and {temporal.out_channels} (temporal)"
         )
-    _same_dtype(op, ParallelTensors._fields, tensors, cast)
+    same_dtype(op, ParallelTensors._fields, tensors, cast)
     return spec
 
 
@@ -351,10 +353,10 @@ def _weights_fit(op: str, labels: Sequence[str], tensors: PairTensors | Parallel
                 f"{op}: {label} must be on the device of x, {x.device}, got {w.device}"
             )
     for label, w, bias in zip(labels[3:5], weights, tensors[3:5], strict=True):
-        _vector(op, label, bias, w.shape[0], x.device)
+        vector_fits(op, label, bias, w.shape[0], x.device)
 
 
-def _vector(op: str, label: str, t: Tensor | None, channels: int, device: torch.device) -> None:
+def vector_fits(op: str, label: str, t: Tensor | None, channels: int, device: torch.device) -> None:
     if t is None:
         return
     if not isinstance(t, Tensor):
@@ -365,7 +367,7 @@ def _vector(op: str, label: str, t: Tensor | None, channels: int, device: torch.
         raise ValueError(f"{op}: {label} must be on the device of x, {device}, got {t.device}")
 
 
-def _norm(op: str, norm: Any, label: str = "norm") -> tuple[str, float]:
+def batch_norm(op: str, norm: Any, label: str = "norm") -> tuple[str, float]:
     if not isinstance(norm, BatchNorm):
         raise TypeError(
             f"{op}: {label} must be a fastst.functional.BatchNorm or None, got "
@@ -378,7 +380,7 @@ def _norm(op: str, norm: Any, label: str = "norm") -> tuple[str, float]:
     return ("batch" if norm.training else "frozen"), float(norm.eps)
 
 
-def _sizes(op: str, p: Pass, size: Triple, out_size: Triple) -> None:
+def sizes_fit(op: str, p: Pass, size: Triple, out_size: Triple) -> None:
     """Kernel within the padded input, padding within what its mode can read."""
     for i, axis in enumerate(_AXES):
         before, after = p.padding[2 * i : 2 * i + 2]
@@ -386,11 +388,11 @@ def _sizes(op: str, p: Pass, size: Triple, out_size: Triple) -> None:
         if out_size[i] < 1:
             raise ValueError(
                 f"{op}: {axis} of {size[i]} with padding {before} + {after} must be at least the "
-                f"{p.kind} kernel's extent of {extent}"
+                f"{'' if p.kind == 'full' else p.kind + ' '}kernel's extent of {extent}"
             )
-        limit = {"reflect": size[i] - 1, "circular": size[i]}.get(p.padding_mode)
+        limit = {"reflect": size[i] - 1, "circular": size[i]}.get(p.modes[i])
         if limit is not None and max(before, after) > limit:
             raise ValueError(
-                f"{op}: padding_mode {p.padding_mode!r} requires a padding of at most {limit} for "
+                f"{op}: padding_mode {p.modes[i]!r} requires a padding of at most {limit} for "
                 f"a {axis} of {size[i]}, got {max(before, after)}"
             )

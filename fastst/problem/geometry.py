@@ -29,14 +29,18 @@ def resolve(
     groups: Any,
     padding_mode: Any,
     causal: Any,
+    past: int = 0,
 ) -> Geometry:
     """
+    Args:
+        past: frames before the first that a causal convolution is given, and does not pad.
+
     Raises:
         TypeError, ValueError: what is no geometry.
     """
     strides, dilations = triple(f"{op}: stride", stride, 1), triple(f"{op}: dilation", dilation, 1)
     both, modes = per_pass(f"{op}: groups", groups, int), padding_modes(op, padding_mode)
-    pads = resolve_padding(op, padding, kernel, strides, dilations, modes[1], causal)
+    pads = resolve_padding(op, padding, kernel, strides, dilations, modes[1], causal, past)
     return Geometry(strides, pads, dilations, both, modes)
 
 
@@ -104,6 +108,7 @@ def resolve_padding(
     dilation: Triple,
     temporal_mode: str,
     causal: Any,
+    past: int = 0,
 ) -> Padding:
     """Padding before and after each axis, from an int, a triple, "same" or "valid", and causal.
 
@@ -139,7 +144,9 @@ def resolve_padding(
                 f"{op}: causal='strided' requires a temporal stride of at most "
                 f"{extent[0] + 1} for this kernel, got {stride[0]}"
             )
-        each[0] = (left, 0)
+        if past > left:
+            raise ValueError(f"{op}: causal takes a past of at most {left} frames, got {past}")
+        each[0] = (left - past, 0)
     return tuple(p for pair in each for p in pair)  # type: ignore[return-value]
 
 

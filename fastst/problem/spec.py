@@ -132,9 +132,9 @@ class ParallelSpec(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One convolution of the pair: a spatial (1, kh, kw) or a temporal (kt, 1, 1) one."""
+    """One convolution: of a pair a spatial (1, kh, kw) or a temporal (kt, 1, 1) one."""
 
-    kind: str  # "spatial" | "temporal"
+    kind: str  # "spatial" | "temporal" | "full"
     in_channels: int
     out_channels: int
     kernel: Triple
@@ -143,6 +143,12 @@ class Pass(NamedTuple):
     dilation: Triple
     groups: int
     padding_mode: str
+    frame_mode: str | None = None  # the padding mode of time, where it is another one
+
+    @property
+    def modes(self) -> tuple[str, str, str]:
+        """Padding modes of t, h, w."""
+        return self.frame_mode or self.padding_mode, self.padding_mode, self.padding_mode
 
     def out_size(self, size: Triple) -> Triple:
         """(T, H, W) of the output for (T, H, W) of the input."""
@@ -214,8 +220,8 @@ class Problem:
 
     op: ClassVar[str]
 
-    spec: PairSpec | ParallelSpec
-    passes: tuple[Pass, Pass]
+    spec: Any  # narrowed by what a problem is
+    passes: tuple[Pass, ...]
     batch: int
     size: Triple  # (T, H, W) of x
     out_size: Triple
@@ -239,7 +245,7 @@ class Problem:
         """Describe a validated call. Remembered by sizes, so that it costs little on every one."""
         x, one, other = tensors[:3]
         found: Problem = _describe(
-            spec, x.shape, x.stride(), _offset(x), x.dtype, x.device,
+            spec, x.shape, x.stride(), offset_of(x), x.dtype, x.device,
             one.shape, one.stride(), other.shape, other.stride(),
             isinstance(tensors, PairTensors) and tensors.residual is not None,
         )  # fmt: skip
@@ -250,9 +256,9 @@ class Problem:
         return (self.batch, self.out_channels, *self.out_size)
 
     @property
-    def pass_sizes(self) -> tuple[Triple, Triple]:
+    def pass_sizes(self) -> tuple[Triple, ...]:
         """(T, H, W) of what each pass writes."""
-        return self.out_size, self.out_size
+        return (self.out_size,) * len(self.passes)
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
@@ -287,6 +293,7 @@ class PairProblem(Problem):
     op = "conv2plus1d"
 
     spec: PairSpec
+    passes: tuple[Pass, Pass]
     mid_size: Triple  # (T, H, W) after the first pass
     residual: bool  # whether one is added to y
 
@@ -321,6 +328,7 @@ class ParallelProblem(Problem):
     op = "parallel_conv2plus1d"
 
     spec: ParallelSpec
+    passes: tuple[Pass, Pass]
 
 
 @remembered
@@ -359,7 +367,7 @@ def _describe(
     )
 
 
-def _offset(x: Tensor) -> int:
+def offset_of(x: Tensor) -> int:
     """Bytes from an address that is a multiple of 16 to x; 0 where x has no memory."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return 0  # of fake tensors, among others

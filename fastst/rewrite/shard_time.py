@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..backends import reference
+from ..backends.conv_pass import pad
 from ..nn.layers import Conv2Plus1d, ParallelConv2Plus1d
 from ..problem.geometry import left_padding
 from ..ranks.frames import Window, read
@@ -175,7 +175,7 @@ class TimeShardedConv3d(_TimeSharded, nn.Conv3d):
         w = self._reversed_padding_repeated_twice  # of W, H, T
         padding = (0, w[2], w[0])
         if self.padding_mode != "zeros" or (w[2], w[0]) != (w[3], w[1]):
-            x = reference.pad(x, (0, 0, w[2], w[3], w[0], w[1]), self.padding_mode)
+            x = pad(x, (0, 0, w[2], w[3], w[0], w[1]), self.padding_mode)
             padding = (0, 0, 0)
         return F.conv3d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 

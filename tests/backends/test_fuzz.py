@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastst import functional
-from fastst.backends import aten, reference
+from fastst.backends import aten, conv_pass, reference
 from fastst.problem.spec import Pass
 from tests.support import fuzz
 from tests.support.fuzz import Config, Limits
@@ -124,12 +124,12 @@ def _pads_before_norm(patch: pytest.MonkeyPatch) -> None:
 
     def compose(t: Any, spec: Any, norm: Any = None) -> torch.Tensor:
         first, second = reference.Problem.of(t, spec).passes
-        u = reference.conv_pass(t.x, t.first_weight, t.first_bias, first)
-        u = reference.pad(u, second.padding, second.padding_mode)
+        u = conv_pass.conv_pass(t.x, t.first_weight, t.first_bias, first)
+        u = conv_pass.pad(u, second.padding, second.padding_mode)
         v = (norm or reference.batch_norm(t, spec))(u)
         z = reference.activations.apply(spec.activation, v, spec.slope)
         bare = second._replace(padding=(0,) * 6)
-        return reference.conv_pass(z, t.second_weight, t.second_bias, bare)
+        return conv_pass.conv_pass(z, t.second_weight, t.second_bias, bare)
 
     patch.setattr(reference, "compose_pair", compose)
 
@@ -139,7 +139,7 @@ def _swaps_asymmetric_padding(patch: pytest.MonkeyPatch) -> None:
         t0, t1, h0, h1, w0, w1 = padding
         return F.pad(x, (w1, w0, h1, h0, t1, t0), "constant" if mode == "zeros" else mode)
 
-    patch.setattr(reference, "pad", pad)
+    patch.setattr(conv_pass, "pad", pad)
 
 
 def _pads_one_less_and_more(patch: pytest.MonkeyPatch) -> None:

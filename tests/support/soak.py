@@ -33,7 +33,7 @@ from torch import Tensor
 
 import fastst
 from fastst import functional
-from fastst.backends import aten, reference
+from fastst.backends import aten, conv_pass
 from fastst.backends.aten import onednn
 from fastst.problem.spec import Pass
 from tests.support import fuzz
@@ -242,7 +242,7 @@ def _run_pass(dtype: torch.dtype, seed: int) -> str:
 
     def composed(*leaves: Tensor) -> list[Tensor]:
         x, *parameters = (leaf.detach().requires_grad_() for leaf in leaves)
-        y = reference.conv_pass(x, *parameters, p)
+        y = conv_pass.conv_pass(x, *parameters, p)
         return [y.detach(), *torch.autograd.grad(y, (x, *parameters), dy5.to(y.dtype))]
 
     truth = composed(*(leaf.double() for leaf in given))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...problem import activations
+from ...problem.conv3d import ConvProblem
 from ...problem.examples import example, kind_of
 from ...problem.spec import (
     PairProblem,
@@ -26,6 +27,7 @@ from ...problem.spec import (
 )
 from ...ranks import groups, statistics
 from ..contract import (
+    COMMON_CONV_FIELDS,
     COMMON_PAIR_FIELDS,
     COMMON_PARALLEL_FIELDS,
     Backend,
@@ -37,6 +39,7 @@ from ..contract import (
     no_reason,
 )
 from . import onednn
+from .convolution import conv3d, conv3d_backward
 from .rows import as_frames, as_rows, conv, conv_backward, from_frames, leave
 
 aten = torch.ops.aten
@@ -62,7 +65,7 @@ def _candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object
 def _check_kind(problem: Problem, phase: Phase) -> str | None:
     """On CPUs only, where a check takes tens of milliseconds, and in this process: a crash of
     PyTorch's own convolutions would come with the call, too."""
-    if problem.device.type != "cpu":
+    if problem.device.type != "cpu" or isinstance(problem, ConvProblem):
         return None
     return kind_of(problem) if phase == "forward" else f"{kind_of(problem)} backward"
 
@@ -347,6 +350,9 @@ BACKEND = Backend(
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     check_kind=_check_kind,
+    conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},
+    conv3d=conv3d,
+    conv3d_backward=conv3d_backward,
     mid_tensors_alive=_mid_tensors_alive,
     candidates=_candidates,
     candidate=_candidate,

@@ -185,7 +185,7 @@ def _few_channels(problem: Problem) -> tuple[Pass, Pass]:
 
 
 def _tensors(
-    problem: Problem, passes: tuple[Pass, Pass], batch: int, size: tuple[int, ...]
+    problem: Problem, passes: tuple[Pass, ...], batch: int, size: tuple[int, ...]
 ) -> tuple[Any, Any]:
     layout = torch.channels_last_3d if problem.channels_last else torch.contiguous_format
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -17,6 +17,16 @@ import fastst
 from fastst.functional import BatchNorm, conv2plus1d, parallel_conv2plus1d
 
 from .config import USUAL, Config, Limits, random_config
+from .conv3d import (
+    ConvConfig,
+    ConvLimits,
+    call_conv,
+    clear_conv,
+    compose_conv,
+    held_conv,
+    make_conv,
+    random_conv,
+)
 from .truth import MOMENTUM, compose, first_pass
 from .values import clear_of_kinks, make
 
@@ -48,12 +58,31 @@ def call(config: Config, t: dict[str, Tensor]) -> Tensor:
     return conv2plus1d(*main, norm=norm, residual=t.get("residual"), **config.kwargs())
 
 
+def _held(config: Config, tensors: dict[str, Tensor]) -> Any:
+    """Statistics of the batch in float64, where the norm takes some."""
+    return first_pass(config, tensors)[1:] if config.norm == "batch" else None
+
+
+class Kit(NamedTuple):
+    """What is known of one kind of configurations."""
+
+    make: Callable[..., tuple[dict[str, Tensor], Tensor]]
+    call: Callable[[Any, dict[str, Tensor]], Tensor]
+    compose: Callable[..., tuple[Tensor, Any]]
+    clear: Callable[[Any, dict[str, Tensor]], bool]
+    held: Callable[[Any, dict[str, Tensor]], Any]
+
+
+KITS: dict[type, Kit] = {
+    Config: Kit(make, call, compose, clear_of_kinks, _held),
+    ConvConfig: Kit(make_conv, call_conv, compose_conv, clear_conv, held_conv),
+}
 Results = dict[str, Tensor]
 
 
 def results(
-    function: Callable[[Config, dict[str, Tensor]], Tensor],
-    config: Config,
+    function: Callable[[Any, dict[str, Tensor]], Tensor],
+    config: Any,
     tensors: dict[str, Tensor],
     dy: Tensor | None,
     dtype: torch.dtype | None = None,
@@ -79,7 +108,7 @@ def results(
 
 
 def scales(
-    config: Config, tensors: dict[str, Tensor], dy: Tensor | None, truth: Results
+    config: Any, tensors: dict[str, Tensor], dy: Tensor | None, truth: Results
 ) -> dict[str, float]:
     """Largest magnitude that enters each result.
 
@@ -90,15 +119,18 @@ def scales(
     largest = {n: float(t.abs().max()) if t.numel() else 0.0 for n, t in truth.items()}
     if dy is None:
         return largest
-    statistics = None
-    if config.norm == "batch":
-        with torch.no_grad():
-            statistics = first_pass(config, tensors)[1:]
+    kit = KITS[type(config)]
+    with torch.no_grad():
+        taken = kit.held(config, tensors)
     generator = torch.Generator().manual_seed(config.seed)
     for draw in range(4):
         signs = torch.randint(2, dy.shape, generator=generator) * 2 - 1 if draw else 1
         held = results(
-            lambda c, t: compose(c, t, statistics)[0], config, tensors, dy * signs, torch.float64
+            lambda c, t: kit.compose(c, t, taken)[0],
+            config,
+            tensors,
+            dy * signs,
+            torch.float64,
         )
         for n in largest.keys() & held.keys() - {"y"}:
             largest[n] = max(largest[n], float(held[n].abs().max()))
@@ -137,7 +169,7 @@ def error(result: Tensor, truth: Tensor) -> float:
 
 
 def complaints(
-    config: Config, ours: Results, peers: list[Results], truth: Results, scale: dict[str, float]
+    config: Any, ours: Results, peers: list[Results], truth: Results, scale: dict[str, float]
 ) -> list[str]:
     """What of ``ours`` is further from the truth than the rule allows."""
     found = []
@@ -161,9 +193,7 @@ def complaints(
     return found
 
 
-def no_rounding(
-    config: Config, ours: Results, truth: Results, scale: dict[str, float]
-) -> list[str]:
+def no_rounding(config: Any, ours: Results, truth: Results, scale: dict[str, float]) -> list[str]:
     """What of ``ours`` is further from the truth than any order of summation explains."""
     eps = torch.finfo(config.dtype).eps
     found = []
@@ -176,7 +206,7 @@ def no_rounding(
 
 
 def check(
-    config: Config, backend: str = "auto", backward: bool = True, device: str = "cpu"
+    config: Config | ConvConfig, backend: str = "auto", backward: bool = True, device: str = "cpu"
 ) -> str | None:
     """Hold one backend to the rule for one configuration.
 
@@ -190,20 +220,21 @@ def check(
     Raises:
         AssertionError: the configuration, and everything that is wrong with its results.
     """
-    tensors, dy = make(config, device)
-    grad = dy if backward and clear_of_kinks(config, tensors) else None
+    kit = KITS[type(config)]
+    tensors, dy = kit.make(config, device)
+    grad = dy if backward and kit.clear(config, tensors) else None
     before = {n: t.clone() for n, t in tensors.items()}
     with fastst.use_backend(backend), poisoned():
         try:
-            ours = results(call, config, tensors, grad)
+            ours = results(kit.call, config, tensors, grad)
         except fastst.BackendError as refusal:
             return str(refusal)
     changed = [n for n, t in tensors.items() if not torch.equal(t, before[n])]
     on_cpu = {n: t.cpu() for n, t in tensors.items()}
     dy_cpu = None if grad is None else grad.cpu()
-    truth = results(lambda c, t: compose(c, t)[0], config, on_cpu, dy_cpu, torch.float64)
+    truth = results(lambda c, t: kit.compose(c, t)[0], config, on_cpu, dy_cpu, torch.float64)
     peers = [
-        results(lambda c, t, last=last: compose(c, t, None, last)[0], config, tensors, grad)
+        results(lambda c, t, last=last: kit.compose(c, t, None, last)[0], config, tensors, grad)
         for last in (False, True)
     ]
     found = complaints(config, ours, peers, truth, scales(config, on_cpu, dy_cpu, truth))
@@ -212,7 +243,9 @@ def check(
     return None
 
 
-def hold(config: Config, backend: str = "auto", backward: bool = True, device: str = "cpu") -> None:
+def hold(
+    config: Config | ConvConfig, backend: str = "auto", backward: bool = True, device: str = "cpu"
+) -> None:
     """``check``, where the backend must run: that it refuses is no wrong result but the end.
 
     Raises:
@@ -227,7 +260,7 @@ def hold(config: Config, backend: str = "auto", backward: bool = True, device: s
 def fuzz(
     backend: str,
     cases: int,
-    limits: Limits = USUAL,
+    limits: Limits | ConvLimits = USUAL,
     *,
     first: int = SEED,
     backward: bool = True,
@@ -243,7 +276,8 @@ def fuzz(
     cases = CASES or cases
     refused = []
     for seed in range(first, first + cases):
-        config = random_config(seed, limits)
+        draw: Any = random_conv if isinstance(limits, ConvLimits) else random_config
+        config = draw(seed, limits)
         try:
             why = check(config, backend, backward, device)
         except Exception as wrong:

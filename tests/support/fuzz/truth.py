@@ -35,7 +35,7 @@ def _conv(config: Config, kind: str, x: Tensor, t: dict[str, Tensor]) -> Tensor:
     return F.conv3d(x, weight, bias, stride, 0, dilation, groups)
 
 
-class _ChannelsLast(torch.autograd.Function):
+class ChannelsLast(torch.autograd.Function):
     """Identity whose value and gradient are in channels_last_3d."""
 
     @staticmethod
@@ -69,7 +69,7 @@ def compose(
     def conv(kind: str, x: Tensor) -> Tensor:
         if not channels_last:
             return _conv(config, kind, x, t)
-        return _ChannelsLast.apply(_conv(config, kind, _ChannelsLast.apply(x), t))
+        return ChannelsLast.apply(_conv(config, kind, ChannelsLast.apply(x), t))
 
     if config.parallel:
         a, b = (feed(config.branch_activation, conv(kind, t["x"])) for kind in config.kinds)

@@ -1,0 +1,166 @@
+"""Norms of what a convolution reads: over which values they take their statistics, and gradients.
+
+For all of them, channel by channel::
+
+    v = (x − mean)·r·γ + β,      r = 1/√(var + eps)
+
+where mean and var belong to a set of values of x: a channel ("batch", "frozen"), the channels of a
+group in a clip or a frame ("group"), the channels of one position ("layer", "rms", "l2"). "rms" and
+"l2" leave the mean out, and their var is the mean of squares; "l2" is
+``F.normalize(x, dim=1, eps=eps)·√C``, so r = 1/max(√var, eps/√C).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = ("none", "batch", "frozen", "group", "layer", "rms", "l2")
+_BY_CHANNEL = ("batch", "frozen")
+_CENTRED = ("batch", "frozen", "group", "layer")
+
+
+class Norm(NamedTuple):
+    """A norm by statistics of each clip, frame or position: no batch norm.
+
+    Attributes:
+        kind: "group" (``nn.GroupNorm``), "instance" (``nn.InstanceNorm3d``), "layer"
+            (``F.layer_norm`` over the channels of each position), "rms" (``F.rms_norm`` likewise)
+            or "l2" (``F.normalize`` likewise, times √C).
+        weight: (C,) γ, or None for ones.
+        bias: (C,) β, or None for zeros.
+        groups: of "group".
+        per_frame: "group" and "instance" see each frame by itself, not the whole clip.
+        eps: added to the variance or the mean square; of "l2" the least norm.
+    """
+
+    kind: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    groups: int = 1
+    per_frame: bool = False
+    eps: float = 1e-5
+
+
+def frame_by_frame(norm: Norm) -> bool:
+    """Whether v of a frame depends on no other frame."""
+    return norm.kind not in ("batch", "group", "instance") or norm.per_frame
+
+
+def size_of_statistics(norm: Norm, x: Sequence[int]) -> tuple[int, ...]:
+    """Shape of mean and variance for x of a shape: (C,), (N, G, 1 or T), or (N, T, H, W)."""
+    n, c, t, h, w = x
+    if norm.kind in _BY_CHANNEL:
+        return (c,)
+    if norm.kind == "group":
+        return n, norm.groups, t if norm.per_frame else 1
+    return n, t, h, w
+
+
+def part_of_statistics(
+    norm: Norm, statistic: Tensor | None, clips: slice, frames: slice
+) -> Tensor | None:
+    """Mean or variance as they are for some clips and frames of x."""
+    if statistic is None or norm.kind in _BY_CHANNEL:
+        return statistic
+    if norm.kind == "group":
+        return statistic[clips, :, frames] if norm.per_frame else statistic[clips]
+    return statistic[clips, frames]
+
+
+def is_centred(kind: str) -> bool:
+    return kind in _CENTRED
+
+
+def _split(norm: Norm, channels: int) -> tuple[int, tuple[int, ...]]:
+    """Groups of channels, and the axes of (N, G, C/G, T, H, W) over which statistics go."""
+    if norm.kind in _BY_CHANNEL:
+        return channels, (0, 2, 3, 4, 5)
+    if norm.kind == "group":
+        return norm.groups, (2, 4, 5) if norm.per_frame else (2, 3, 4, 5)
+    return 1, (2,)
+
+
+def _beside(norm: Norm, statistic: Tensor, x: Tensor) -> Tensor:
+    """A mean or variance as it broadcasts against (N, G, C/G, T, H, W)."""
+    if norm.kind in _BY_CHANNEL:
+        return statistic.view(1, -1, 1, 1, 1, 1)
+    if norm.kind == "group":
+        n, g, t = statistic.shape
+        return statistic.view(n, g, 1, t, 1, 1)
+    n, t, h, w = statistic.shape
+    return statistic.view(n, 1, 1, t, h, w)
+
+
+def _per_channel(norm: Norm, vector: Tensor, groups: int) -> Tensor:
+    """γ or β as it broadcasts against (N, G, C/G, T, H, W)."""
+    return vector.view(1, groups, -1, 1, 1, 1)
+
+
+def rstd(norm: Norm, var: Tensor, channels: int) -> Tensor:
+    """r of a variance."""
+    if norm.kind == "l2":
+        return var.sqrt().clamp_min(norm.eps / math.sqrt(channels)).reciprocal()
+    return (var + norm.eps).rsqrt()
+
+
+def moments(norm: Norm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Mean, unless it is left out, and biased variance of x, in a dtype and the shape above."""
+    groups, axes = _split(norm, x.shape[1])
+    values = x.unflatten(1, (groups, -1))
+    shape = size_of_statistics(norm, x.shape)
+    if is_centred(norm.kind):
+        var, mean = torch.var_mean(values.to(dtype), axes, correction=0)
+        return mean.view(shape), var.view(shape)
+    length = torch.linalg.vector_norm(values, 2, axes, dtype=dtype)
+    return None, length.square().div_(x.shape[1]).view(shape)
+
+
+def apply(norm: Norm, x: Tensor, mean: Tensor | None, var: Tensor, dtype: torch.dtype) -> Tensor:
+    """v of x by given statistics, in the dtype in which it is computed."""
+    groups, _ = _split(norm, x.shape[1])
+    values = x.unflatten(1, (groups, -1)).to(dtype)
+    r = _beside(norm, rstd(norm, var.to(dtype), x.shape[1]), x)
+    if norm.kind in (*_BY_CHANNEL, "group") and norm.weight is not None:
+        r = r * _per_channel(norm, norm.weight.to(dtype), groups)
+    v = values * r if mean is None else (values - _beside(norm, mean.to(dtype), x)).mul_(r)
+    if norm.kind not in (*_BY_CHANNEL, "group") and norm.weight is not None:
+        v.mul_(_per_channel(norm, norm.weight.to(dtype), groups))
+    if norm.bias is not None:
+        v.add_(_per_channel(norm, norm.bias.to(dtype), groups))
+    return v.flatten(1, 2)
+
+
+def gradient(
+    norm: Norm,
+    dv: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, γ and β where needed, in a dtype; statistics count as functions of x, but
+    those of "frozen"."""
+    groups, axes = _split(norm, x.shape[1])
+    r = _beside(norm, rstd(norm, var.to(dtype), x.shape[1]), x)
+    values, g = (a.unflatten(1, (groups, -1)).to(dtype) for a in (x, dv))
+    away = (values if mean is None else values - _beside(norm, mean.to(dtype), x)) * r
+    dgamma = (g * away).sum((0, 3, 4, 5)).flatten() if needs[1] else None
+    dbeta = g.sum((0, 3, 4, 5)).flatten() if needs[2] else None
+    if not needs[0]:
+        return None, dgamma, dbeta
+    if norm.weight is not None:
+        g = g * _per_channel(norm, norm.weight.to(dtype), groups)
+    if norm.kind != "frozen":
+        projected = (g * away).mean(axes, keepdim=True)
+        if norm.kind == "l2":  # where the norm is held at its least it is a constant
+            least = norm.eps / math.sqrt(x.shape[1])
+            projected = projected * (_beside(norm, var.to(dtype), x).sqrt() >= least)
+        centre = g.mean(axes, keepdim=True) if is_centred(norm.kind) else 0
+        g = g - away.mul_(projected) - centre
+    return (g * r).flatten(1, 2), dgamma, dbeta
