@@ -48,7 +48,7 @@ WITHOUT = {
     "in its place",
 }
 INSTRUCTIONS = {
-    "_cpu_avx2": "-mavx2 -mfma",
+    "_cpu_avx2": "-mavx2 -mfma -mf16c",
     "_cpu_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
 }
 

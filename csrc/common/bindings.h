@@ -1,5 +1,4 @@
-// What both Python modules take. Tensors come as addresses, sizes and strides, so that neither
-// needs torch.
+// What both Python modules take, beside tensors. Neither needs torch.
 #pragma once
 
 #include <common/api.h>
@@ -40,22 +39,11 @@ inline void bind_common(py::module_& m) {
       .value("branch_gradient", Write::branch_gradient)
       .value("norm_gradient", Write::norm_gradient);
 
-  const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
-  py::class_<View>(m, "View", kLocal)
-      .def(
-          py::init([=](uintptr_t data, std::array<int64_t, 5> size, std::array<int64_t, 5> stride) {
-            return View{pointer(data), size, stride};
-          }));
-  py::class_<Array>(m, "Array", kLocal)
-      .def(py::init<>())
-      .def(py::init([=](uintptr_t data, int64_t count) { return Array{pointer(data), count}; }));
   py::class_<Conv>(m, "Conv", kLocal)
       .def(py::init<std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>,
                     std::array<int64_t, 6>, int64_t, PadMode>(),
            py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
            py::arg("groups"), py::arg("mode"));
-  py::class_<Source>(m, "Source", kLocal)
-      .def(py::init<View, std::optional<View>, Array, Read, Activation, double>());
 }
 
 }  // namespace fastst

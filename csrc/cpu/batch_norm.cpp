@@ -33,18 +33,17 @@ struct Lines {
     const int64_t end = std::min(count, (chunk + 1) * per_chunk);
     for (int64_t i = chunk * per_chunk; i < end; ++i)
       body([&, i](const Tensor& t) {
-        return t.data + t.offset(i / (times * heights), i / heights % times, i % heights, 0);
+        return t.offset(i / (times * heights), i / heights % times, i % heights, 0);
       });
   }
 };
 
 const float* floats(const Array& a) { return static_cast<const float*>(a.data); }
 
-}  // namespace
-
-void batch_norm_backward(const View& dv, const View& y, const Array& mean, const Array& var,
-                         const Array& gamma, double eps, const std::optional<View>& dy,
-                         const Array& sums, int threads) {
+template <class S>
+void backward(const View& dv, const View& y, const Array& mean, const Array& var,
+              const Array& gamma, double eps, const std::optional<View>& dy, const Array& sums,
+              int threads) {
   const int64_t channels = y.size[1], padded = (channels + kLanes - 1) / kLanes * kLanes;
   const Tensor from(dv), at(y);
   const Lines lines(y, threads);
@@ -61,7 +60,7 @@ void batch_norm_backward(const View& dv, const View& y, const Array& mean, const
         centre[v] = load(floats(mean) + c + v * kLanes, n[v]);
       }
       lines.each(chunk, [&](const auto& place) {
-        const float *g = place(from) + c, *x = place(at) + c;
+        const S *g = from.at<S>(place(from)) + c, *x = at.at<S>(place(at)) + c;
         for (int64_t w = 0; w < lines.width; ++w, g += from.w, x += at.w)
           for (int v = 0; v < vectors; ++v) {
             const Vec d = load(g + v * kLanes, n[v]);
@@ -99,8 +98,8 @@ void batch_norm_backward(const View& dv, const View& y, const Array& mean, const
   const Tensor to(*dy);
   parallel_for(threads, lines.chunks, [&](int64_t chunk) {
     lines.each(chunk, [&](const auto& place) {
-      const float *g = place(from), *x = place(at);
-      float* out = place(to);
+      const S *g = from.at<S>(place(from)), *x = at.at<S>(place(at));
+      S* out = to.at<S>(place(to));
       for (int64_t w = 0; w < lines.width; ++w, g += from.w, x += at.w, out += to.w)
         for (int64_t c = 0; c < channels; c += kLanes) {
           const int64_t n = std::min<int64_t>(kLanes, channels - c);
@@ -108,6 +107,16 @@ void batch_norm_backward(const View& dv, const View& y, const Array& mean, const
           store(out + c, load(&s[c]) * load(g + c, n) + load(&p[c]) * centred + load(&q[c]), n);
         }
     });
+  });
+}
+
+}  // namespace
+
+void batch_norm_backward(const View& dv, const View& y, const Array& mean, const Array& var,
+                         const Array& gamma, double eps, const std::optional<View>& dy,
+                         const Array& sums, int threads) {
+  with_storage(y.storage, [&](auto s) {
+    backward<decltype(s)>(dv, y, mean, var, gamma, eps, dy, sums, threads);
   });
 }
 

@@ -1,12 +1,29 @@
-// What bindings.cpp calls: float32 on the CPU, in terms of common/api.h. Memory that is read and
-// memory that is written may not overlap.
+// What bindings.cpp calls, in terms of common/api.h. Tensors are stored in float32 or in 16 bits;
+// arithmetic, sums and arrays are in float32. Memory that is read and memory that is written may
+// not overlap.
 #pragma once
 
 #include <common/api.h>
+#include <storage.h>
 
+#include <functional>
 #include <optional>
 
 namespace fastst::cpu {
+
+struct View : fastst::View {
+  Storage storage = Storage::f32;
+};
+
+// As fastst::Source, of these views.
+struct Source {
+  View a;
+  std::optional<View> b;
+  Array coefficients;
+  Read read;
+  Activation act;
+  double slope;
+};
 
 // What becomes of Σ, the sums of a tap convolution.
 //   forward        out = outer(act(((Σ + bias) − mean)·scale + beta) + aux), aux the residual
@@ -37,44 +54,118 @@ int64_t tap_conv(const Source&, const View& weight, const Conv&, const View& out
 int64_t input_gradient(const Source&, const View& weight, const Conv&, const View& out,
                        const Epilogue&, Sums, int threads);
 
-struct PairPass {
+// One of two convolutions of the same source, without groups; both have the same stride.
+struct Branch {
   View weight;
-  Array bias;  // or none
+  Array bias;
   Conv conv;
+  View out;
+  std::optional<View> aux;
+  Activation outer;
 };
+// Each as tap_conv, with what the Epilogue says of both, one after the other in every tile of the
+// source, which is read once: the second may have the first one's out as its own out and aux.
+void branches(const Source&, const std::array<Branch, 2>&, const Epilogue&, Sums, int threads);
 
-// out = outer(second(act(norm(first(x)))) + residual), norm = (u − mean)·gamma/√(var + eps) + beta
-struct Pair {
+// y = act(branch(first(x)) + branch(second(x))), or both side by side.
+struct ParallelPlan {
+  std::array<Conv, 2> conv;
+  Activation branch, act;
+  double slope;
+  bool add;
+  Sums sums;
+};
+struct ParallelTensors {
   View x;
-  PairPass first, second;
-  Array mean, var, gamma, beta;  // (M,); no mean: no norm
-  double eps;
+  std::array<View, 2> weight;
+  std::array<Array, 2> bias;
+};
+void parallel(const ParallelPlan&, const ParallelTensors&, const View& out, int threads);
+// Gradients that are asked for, from those of what the two convolutions give.
+void parallel_backward(const ParallelPlan&, const ParallelTensors&, const std::array<View, 2>& dy,
+                       const std::optional<View>& dx,
+                       const std::array<std::optional<View>, 2>& dweight, int threads);
+
+enum class PairNorm { none, batch, frozen };
+
+// What a call of conv2plus1d computes, but for its tensors:
+// out = outer(second(act(norm(first(x)))) + residual), norm(u) = (u − mean)·gamma/√(var + eps) +
+// beta
+struct PairPlan {
+  std::array<Conv, 2> conv;
   Activation act, outer;
-  double slope;                      // of either
+  double slope, eps;
+  PairNorm norm;
   std::array<int64_t, 5> mid_shape;  // (N, T', H', W', M rounded up)
   int64_t strip;                     // floats of the mid tensor that stay in a second-level cache
   int64_t large;                     // floats of a tensor that does not stay in any
-  std::optional<View> residual;
-  View out;
+  Sums sums;
+
+  int64_t positions() const { return mid_shape[0] * mid_shape[1] * mid_shape[2] * mid_shape[3]; }
 };
-// In how many strips of the mid tensor.
-int64_t pair(const Pair&, Sums, int threads);
+
+// The tensors of a call, in the order of the op's schema; what there may be none of is empty.
+struct PairTensors {
+  View x;
+  std::array<View, 2> weight;
+  std::array<Array, 2> bias;
+  Array gamma, beta, mean, var;
+  std::optional<View> residual;
+
+  int64_t mid_channels() const { return weight[0].size[0]; }
+};
+
+// Without statistics of the batch: in how many strips of the mid tensor.
+int64_t pair(const PairPlan&, const PairTensors&, const View& out, int threads);
+
+// Mean and biased variance of each channel, or none.
+struct Statistics {
+  Array mean, var;
+};
+
+// u and, if asked for, its statistics.
+void pair_first(const PairPlan&, const PairTensors&, void* u, const Statistics&, int threads);
+// out and, if asked for, its statistics, from u and those of its norm.
+void pair_second(const PairPlan&, const PairTensors&, void* u, const Statistics& norm,
+                 const View& out, const Statistics& out_statistics, int threads);
+// Both. mid: as large as u, which it is afterwards if it is kept or the norm has statistics.
+void pair_training(const PairPlan&, const PairTensors&, void* mid, bool kept, const Statistics&,
+                   const View& out, const Statistics& out_statistics, int threads);
+
+// Gradients that are asked for; arrays (M,).
+struct PairGradients {
+  std::array<std::optional<View>, 2> weight;
+  Array bias, gamma, beta;
+};
+
+// What backward has of the forward pass, and room.
+struct PairKept {
+  void* u;  // or room for it, where it is to be computed again
+  bool again;
+  void* dv;  // room
+  Statistics norm;
+  Array means;  // (2, M): of dv and of dv·(u − mean), where they are known
+};
+
+// dy_read is called once dy is read no more, make_dx, where there is one, after that.
+void pair_backward(const PairPlan&, const PairTensors&, const View& dy, const PairKept&,
+                   const PairGradients&, const std::function<void()>& dy_read,
+                   const std::function<View()>& make_dx, int threads);
 
 // dweight (out, in/groups, kt, kh, kw) of any strides, from the input and the gradient of the
 // output.
 void weight_gradient(const Source& input, const Source& gradient, const Conv&, const View& dweight,
                      int threads);
 
-// out (5, C): mean, scale, beta of v = (u − mean)·scale + beta, and two rows of zeros. gamma and
-// beta may be missing.
-void norm_coefficients(const Array& mean, const Array& var, const Array& gamma, const Array& beta,
-                       double eps, const Array& out);
-
 // Gradients of v = norm(y), a batch norm with mean and biased variance of y itself: dy, unless it
-// is missing, and sums (2, K), those of beta and of gamma, from dv. K of dv, y and dy has stride 1.
+// is missing, and sums (2, K), those of beta and of gamma, from dv. K of dv, y and dy has stride 1,
+// and all three are stored alike.
 void batch_norm_backward(const View& dv, const View& y, const Array& mean, const Array& var,
                          const Array& gamma, double eps, const std::optional<View>& dy,
                          const Array& sums, int threads);
+
+// Whether the processor has instructions that multiply what is stored so.
+bool multiplies(Storage);
 
 // Multiplies panels in cache `rounds` times on each thread; how many operations that took.
 int64_t multiply_panels(int64_t rounds, int threads);

@@ -8,7 +8,8 @@
 
 namespace fastst::cpu {
 
-// Several problems may share a source: the residues of a transposed convolution with a stride.
+// Several problems may share a source: the residues of a transposed convolution with a stride, or
+// two branches.
 class Direct {
  public:
   using Ready = Packed;  // what a tile reads
@@ -56,11 +57,13 @@ class Direct {
     // A group of rows shares its taps: those of one frame if taps may lie outside.
     const int64_t frames = p.g.t.inside() ? 1 : tile.t1 - tile.t0;
     const int64_t each = tile.positions() / frames;
-    const int64_t most = most_rows(block.vectors), piece = p.lines ? kLine : most;
+    const int64_t most = most_rows(block.vectors);
+    const int64_t piece = p.lines ? kLine / bytes_of(p.out.storage) : most;
+    const int64_t held = kHeld / piece * piece;
     const Groups groups(each, most);
-    const int64_t batches = p.lines ? parts_of(each, kHeld) : groups.count;
+    const int64_t batches = p.lines ? parts_of(each, held) : groups.count;
     const auto start = [&](int64_t i) {
-      return p.lines ? std::min(i * kHeld, each) : groups.start(i);
+      return p.lines ? std::min(i * held, each) : groups.start(i);
     };
     const Offsets places(tile, [&](int64_t t, int64_t h, int64_t w) {
       return t * p.g.t.stride * packed.t + h * p.g.h.stride * packed.h +
@@ -104,7 +107,7 @@ class Direct {
   // Of the second-level cache: what a tile reads, and what a block of weights holds of one chunk.
   static constexpr int64_t kTileFloats = 96 << 10;
   static constexpr int64_t kBlockFloats = 112 << 10;
-  static constexpr int64_t kHeld = 112;  // a multiple of lanes and of rows
+  static constexpr int64_t kHeld = 112;  // positions whose sums wait
 
   // Input channels whose weights a block keeps in the cache.
   static int64_t chunk_of(const Weights& w) {
@@ -113,7 +116,7 @@ class Direct {
     return parts_of(w.in, parts_of(w.in, most));
   }
 
-  // What the tiles of all problems read together.
+  // What the tiles of all problems read together, which have strides in common.
   static Geometry joined(const std::vector<Problem>& problems) {
     Geometry g = problems[0].g;
     if (problems.size() == 1) return g;
@@ -124,6 +127,7 @@ class Direct {
       for (const Problem& p : problems) {
         const Axis& a = p.g.*axis;
         all.out = std::max(all.out, a.out);
+        if (!a.inside()) all.mode = a.mode;
         if (a.kernel == 0) continue;
         all.before = std::max(all.before, a.before);
         last = std::max(last, (a.kernel - 1) * a.dilation - a.before);

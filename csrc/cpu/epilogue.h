@@ -9,7 +9,8 @@
 namespace fastst::cpu {
 
 // Positions that are finished together, and where they lie in a tensor.
-constexpr int kMostPlaces = 2 * kMostRows;
+constexpr int kMostPlaces = 32;
+static_assert(kMostPlaces >= 2 * kMostRows && kMostPlaces * 2 >= kLine);
 struct Places {
   int64_t offset[kMostPlaces];
   int count = 0;
@@ -31,11 +32,11 @@ struct Partial {
 
 class Finisher {
  public:
-  Finisher(const Epilogue& e, const Tensor& out, const Tensor& aux, int64_t channels,
-           int64_t stored, const float* bias, const Norm& norm)
+  Finisher(const Epilogue& e, Activation outer, const Tensor& out, const Tensor& aux,
+           int64_t channels, int64_t stored, const float* bias, const Norm& norm)
       : write_(e.write),
         act_(e.act),
-        outer_(e.outer),
+        outer_(outer),
         slope_(static_cast<float>(e.slope)),
         large_(e.large),
         out_(out),
@@ -48,14 +49,15 @@ class Finisher {
   // Says that a vector of channels will be stored to these places.
   void expect(int64_t channel, const Places& to) const {
     if (large_) return;
-    float* base = out_.data + channel * out_.c;
+    const Tensor base = out_.from(channel);
+    const auto place = [&](int64_t at) { return base.shifted(at).data; };
     if (out_.c == 1) {
-      for (int r = 0; r < to.count; ++r) prefetch_to_write(base + to.offset[r]);
+      for (int r = 0; r < to.count; ++r) prefetch_to_write(place(to.offset[r]));
       return;
     }
     const int64_t wide = std::min<int64_t>(kLanes, stored_ - channel);
     const int64_t last = to.offset[to.count - 1];
-    for (int64_t i = 0; i < wide; ++i) prefetch_to_write(base + i * out_.c + last);
+    for (int64_t i = 0; i < wide; ++i) prefetch_to_write(place(i * out_.c + last));
   }
 
   // sums (places.count, pitch) of one vector of channels that starts at `channel`. Channels that
@@ -87,7 +89,7 @@ class Finisher {
       }
       activate_all(outer_, x, rows);
     }
-    put(x, channel, n, to);
+    with_storage(out_.storage, [&](auto s) { put<decltype(s)>(x, channel, n, to); });
   }
 
  private:
@@ -135,7 +137,12 @@ class Finisher {
   }
 
   void fetch(Vec* x, int64_t channel, int64_t n, const Places& from) const {
-    const float* base = aux_.data + channel * aux_.c;
+    with_storage(aux_.storage, [&](auto s) { fetch<decltype(s)>(x, channel, n, from); });
+  }
+
+  template <class S>
+  void fetch(Vec* x, int64_t channel, int64_t n, const Places& from) const {
+    const S* base = aux_.at<S>(channel * aux_.c);
     for (int r = 0, width; r < from.count; r += width) {
       width = aux_.c == 1 ? 1 : from.run(r);
       if (width == 1) {
@@ -150,12 +157,13 @@ class Finisher {
     }
   }
 
+  template <class S>
   void put(const Vec* x, int64_t channel, int64_t n, const Places& to) const {
     const int64_t wide = std::min<int64_t>(kLanes, stored_ - channel);
-    float* base = out_.data + channel * out_.c;
+    S* base = out_.at<S>(channel * out_.c);
     if (out_.c == 1) {
       for (int r = 0; r < to.count; ++r) {
-        float* p = base + to.offset[r];
+        S* p = base + to.offset[r];
         if (wide == kLanes)
           whole(p, n == kLanes ? x[r] : first(x[r], n));
         else
@@ -166,15 +174,14 @@ class Finisher {
     for (int r = 0, width; r < to.count; r += width) {
       width = to.run(r);
       if (width == 1) {
-        const Vec v = first(x[r], n);
-        for (int64_t i = 0; i < wide; ++i) base[i * out_.c + to.offset[r]] = v[i];
+        scatter(base + to.offset[r], out_.c, first(x[r], n), wide);
         continue;
       }
       Vec rows[kLanes];
       for (int j = 0; j < kLanes; ++j) rows[j] = j < width ? first(x[r + j], n) : Vec{};
       transpose(rows);
       for (int64_t i = 0; i < wide; ++i) {
-        float* p = base + i * out_.c + to.offset[r];
+        S* p = base + i * out_.c + to.offset[r];
         if (width == kLanes)
           whole(p, rows[i]);
         else
@@ -183,8 +190,9 @@ class Finisher {
     }
   }
 
-  void whole(float* p, Vec v) const {
-    if (large_ && reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0)
+  template <class S>
+  void whole(S* p, Vec v) const {
+    if (large_ && reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(S)) == 0)
       stream(p, v);
     else
       store(p, v);

@@ -24,14 +24,14 @@ using UnalignedVec = float __attribute__((vector_size(kLanes * 4), aligned(4), m
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
-inline void prefetch(const float* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
-}
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // For a store that follows: its line comes, to be owned, while something else is computed. In
 // assembler, since compilers take an ordinary prefetch, which owns nothing, unless told otherwise.
 // Processors that do not know the instruction skip it.
-inline void prefetch_to_write(const float* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
+inline void prefetch_to_write(const void* p) {
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+}
 
 // Past the caches, to an aligned address. What follows on another thread needs a fence.
 #if defined(__AVX512F__)
@@ -39,7 +39,7 @@ inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
 #else
 inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
 #endif
-constexpr int64_t kLine = 16;  // floats
+constexpr int64_t kLine = 64;  // bytes
 
 // Lanes that are all v (Vec{} + v would have to add, for the sake of −0).
 #if defined(__AVX512F__)

@@ -31,7 +31,7 @@ void compute(const std::vector<Problem>& problems, const Epilogue& e, const Way&
              const std::vector<Tile>& tiles, const Reductions* reductions, int threads) {
   std::vector<Finisher> finishers;
   for (const Problem& p : problems)
-    finishers.emplace_back(e, p.out, p.aux, p.weights.out, p.stored, p.bias, p.norm);
+    finishers.emplace_back(e, p.outer, p.out, p.aux, p.weights.out, p.stored, p.bias, p.norm);
   const auto multiply = [&](int64_t index, const typename Way::Ready& ready, const Work& work,
                             const float* weights) {
     const Problem& p = problems[work.problem];
@@ -89,11 +89,19 @@ void compute(const std::vector<Problem>& problems, const Epilogue& e, const Way&
     std::vector<typename Way::Ready> ready(count);
     parallel_for(threads, count,
                  [&](int64_t i) { ready[i] = way.pack(tiles[i], inputs + tile_at[i]); });
-    parallel_for(threads, many, [&](int64_t i) {
-      const Scratch weights(way.weights_size(works[i]));
-      way.pack_weights(works[i], weights);
-      for (int64_t tile = 0; tile < count; ++tile) multiply(tile, ready[tile], works[i], weights);
-    });
+    // What adds to what another problem has stored comes after it.
+    const auto waits = [&](int64_t i) {
+      return works[i].problem != works[i - 1].problem && problems[works[i].problem].adds;
+    };
+    for (int64_t begin = 0, end; begin < many; begin = end) {
+      for (end = begin + 1; end < many && !waits(end);) ++end;
+      parallel_for(threads, end - begin, [&](int64_t i) {
+        const Work& work = works[begin + i];
+        const Scratch weights(way.weights_size(work));
+        way.pack_weights(work, weights);
+        for (int64_t tile = 0; tile < count; ++tile) multiply(tile, ready[tile], work, weights);
+      });
+    }
     return;
   }
   const Scratch weights(weights_at.back());
@@ -181,47 +189,70 @@ Mirrored mirrored(const Conv& conv, int i, int64_t residue, int64_t in, int64_t 
           step};
 }
 
+const std::byte* start(const View& v) { return static_cast<const std::byte*>(v.data); }
+
 // Every stride-th position from `residue` on, along the axes of time, height and width.
 Tensor residue_of(const View& v, const std::array<int64_t, 3>& residue, const Conv& conv,
                   int64_t channel) {
   Tensor t = Tensor(v).from(channel);
-  t.data += t.offset(0, residue[0], residue[1], residue[2]);
+  t = t.shifted(t.offset(0, residue[0], residue[1], residue[2]));
   t.t *= conv.stride[0], t.h *= conv.stride[1], t.w *= conv.stride[2];
   return t;
+}
+
+// One group of a convolution.
+Problem problem_of(const Source& source, const View& weight, const Conv& conv, const View& out,
+                   const Epilogue& e, int64_t g) {
+  const int64_t in = weight.size[1], each = weight.size[0] / conv.groups;
+  Problem p{};
+  p.g = geometry(conv, source.a, out);
+  p.in = input_of(source, g * in, in);
+  p.weights = {start(weight) + g * each * weight.stride[0] * bytes_of(weight.storage),
+               weight.storage,
+               each,
+               in,
+               weight.stride[0],
+               weight.stride[1],
+               {weight.size[2], weight.size[3], weight.size[4]},
+               {weight.stride[2], weight.stride[3], weight.stride[4]}};
+  p.out = Tensor(out).from(g * each);
+  if (e.aux) p.aux = Tensor(*e.aux).from(g * each);
+  p.outer = e.outer;
+  p.first = g * each;
+  p.stored = g + 1 < conv.groups ? each : out.size[1] - g * each;
+  p.bias = from(e.bias, g * each);
+  p.norm = Norm(e.coefficients).from(g * each);
+  p.lines = e.large && p.out.c != 1;
+  return p;
 }
 
 }  // namespace
 
 int64_t tap_conv(const Source& source, const View& weight, const Conv& conv, const View& out,
                  const Epilogue& e, Sums sums, int threads) {
-  const int64_t in = weight.size[1], each = weight.size[0] / conv.groups;
   int64_t by_winograd = 0;
   std::optional<Reductions> reductions;
   if (e.reductions.count) reductions.emplace(e.write, weight.size[0]);
   for (int64_t g = 0; g < conv.groups; ++g) {
-    Problem p;
-    p.g = geometry(conv, source.a, out);
-    p.in = input_of(source, g * in, in);
-    p.weights = {static_cast<const float*>(weight.data) + g * each * weight.stride[0],
-                 each,
-                 in,
-                 weight.stride[0],
-                 weight.stride[1],
-                 {weight.size[2], weight.size[3], weight.size[4]},
-                 {weight.stride[2], weight.stride[3], weight.stride[4]}};
-    p.out = Tensor(out).from(g * each);
-    if (e.aux) p.aux = Tensor(*e.aux).from(g * each);
-    p.first = g * each;
-    p.stored = g + 1 < conv.groups ? each : out.size[1] - g * each;
-    p.bias = from(e.bias, g * each);
-    p.norm = Norm(e.coefficients).from(g * each);
-    p.lines = e.large && p.out.c != 1;
     Pass pass(e, reductions ? &*reductions : nullptr, sums, threads);
-    pass.add(p);
+    pass.add(problem_of(source, weight, conv, out, e, g));
     by_winograd += pass.run();
   }
   if (reductions) reductions->combine(static_cast<float*>(e.reductions.data));
   return by_winograd;
+}
+
+void branches(const Source& source, const std::array<Branch, 2>& both, const Epilogue& e, Sums sums,
+              int threads) {
+  Pass pass(e, nullptr, sums, threads);
+  for (const Branch& b : both) {
+    Epilogue own = e;
+    own.bias = b.bias, own.aux = b.aux;
+    Problem p = problem_of(source, b.weight, b.conv, b.out, own, 0);
+    p.adds = b.aux.has_value(), p.outer = b.outer;
+    pass.add(p);
+  }
+  pass.run();
 }
 
 int64_t input_gradient(const Source& source, const View& weight, const Conv& conv, const View& out,
@@ -239,13 +270,16 @@ int64_t input_gradient(const Source& source, const View& weight, const Conv& con
     p.stored = g + 1 < conv.groups ? each : out.size[1] - g * each;
     p.bias = from(e.bias, g * each);
     p.norm = Norm(e.coefficients).from(g * each);
+    p.outer = e.outer;
     Pass pass(e, reductions ? &*reductions : nullptr, sums, threads);
     std::array<int64_t, 3> r;
     for (r[0] = 0; r[0] < std::min(conv.stride[0], out.size[2]); ++r[0])
       for (r[1] = 0; r[1] < std::min(conv.stride[1], out.size[3]); ++r[1])
         for (r[2] = 0; r[2] < std::min(conv.stride[2], out.size[4]); ++r[2]) {
           Mirrored m[3];
-          p.weights = {static_cast<const float*>(weight.data) + g * in * weight.stride[0],
+          const int64_t bytes = bytes_of(weight.storage);
+          p.weights = {start(weight) + g * in * weight.stride[0] * bytes,
+                       weight.storage,
                        each,
                        in,
                        weight.stride[1],
@@ -256,7 +290,7 @@ int64_t input_gradient(const Source& source, const View& weight, const Conv& con
             m[i] = mirrored(conv, i, r[i], out.size[2 + i], source.a.size[2 + i]);
             p.weights.size[i] = m[i].axis.kernel;
             p.weights.stride[i] = -m[i].tap_step * weight.stride[2 + i];
-            p.weights.data += m[i].last_tap * weight.stride[2 + i];
+            p.weights.data += m[i].last_tap * weight.stride[2 + i] * bytes;
           }
           p.g = {m[0].axis, m[1].axis, m[2].axis, out.size[0]};
           p.out = residue_of(out, r, conv, g * each);

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <activation.h>
-#include <common/api.h>
-#include <simd.h>
+#include <cpu.h>
+#include <storage.h>
 
 #include <algorithm>
 #include <cstring>
@@ -79,21 +79,28 @@ struct Norm {
 };
 
 struct Tensor {
-  float* data = nullptr;
+  std::byte* data = nullptr;
+  Storage storage = Storage::f32;
   int64_t n = 0, c = 0, t = 0, h = 0, w = 0;  // strides
 
   Tensor() = default;
   explicit Tensor(const View& v)
-      : data(static_cast<float*>(v.data)),
+      : data(static_cast<std::byte*>(v.data)),
+        storage(v.storage),
         n(v.stride[0]),
         c(v.stride[1]),
         t(v.stride[2]),
         h(v.stride[3]),
         w(v.stride[4]) {}
-  Tensor from(int64_t channel) const {
-    Tensor shifted = *this;
-    if (data) shifted.data += channel * c;
-    return shifted;
+  Tensor from(int64_t channel) const { return data ? shifted(channel * c) : *this; }
+  Tensor shifted(int64_t elements) const {
+    Tensor t = *this;
+    t.data += elements * bytes_of(storage);
+    return t;
+  }
+  template <class S>
+  S* at(int64_t elements) const {
+    return reinterpret_cast<S*>(data) + elements;
   }
   int64_t offset(int64_t in, int64_t it, int64_t ih, int64_t iw) const {
     return in * n + it * t + ih * h + iw * w;
@@ -149,27 +156,23 @@ inline int64_t packed_size(const Geometry& g, const Tile& tile, int64_t channels
   return packed_strides(g, tile, channels, nullptr).t * g.t.extent(tile.t1 - tile.t0);
 }
 
-// n ≤ kLanes values at a constant step.
-inline Vec gather(const float* p, int64_t step, int64_t n) {
-  if (step == 1) return n == kLanes ? load(p) : load(p, n);
-  Vec v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i * step];
-  return v;
-}
-
-// Reads neighbours in w as the Source says and lays their channels side by side, those of the next
-// one `pitch` floats on.
-template <Read R, Activation K>
+// Reads neighbours in w as the Source says and lays their channels side by side as floats, those of
+// the next one `pitch` on. S: what a and b are stored in.
+template <Read R, Activation K, class S>
 class Reader {
  public:
   explicit Reader(const Input& input) : in_(input), few_(input.channels) {}
 
-  void operator()(const float* a, const float* b, int64_t count, float* to, int64_t pitch) const {
+  // From the elements `a` and `b` of the two tensors on.
+  void operator()(int64_t a, int64_t b, int64_t count, float* to, int64_t pitch) const {
+    read(in_.a.at<S>(a), in_.b.data ? in_.b.at<S>(b) : nullptr, count, to, pitch);
+  }
+
+ private:
+  void read(const S* a, const S* b, int64_t count, float* to, int64_t pitch) const {
     const int64_t channels = in_.channels;
-    if (R == Read::plain && in_.a.c == 1 && in_.a.w == channels && pitch == channels) {
-      std::memcpy(to, a, count * channels * sizeof(float));
-      return;
-    }
+    if (R == Read::plain && in_.a.c == 1 && in_.a.w == channels && pitch == channels)
+      return copy(a, count * channels, to);
     if (R == Read::plain && in_.a.w == 1 && channels <= kFew && pitch == channels) {
       interleave(a, count, to);
       return;
@@ -178,7 +181,7 @@ class Reader {
       const int64_t n = std::min<int64_t>(kLanes, channels - c);
       const Coefficients k(in_.norm, c, n);
       const auto put = [&](Vec v, int64_t w) {
-        const float* second = R == Read::norm_gradient ? b + w * in_.b.w + c * in_.b.c : nullptr;
+        const S* second = R == Read::norm_gradient ? b + w * in_.b.w + c * in_.b.c : nullptr;
         v = prologue(v, k, R == Read::norm_gradient ? gather(second, in_.b.c, n) : Vec{});
         if (n == kLanes)
           store(to + w * pitch + c, v);
@@ -187,7 +190,7 @@ class Reader {
       };
       if (in_.a.c == 1 && (R != Read::norm_gradient || in_.b.c == 1) && n == kLanes) {
         for (int64_t w = 0; w < count; ++w) {
-          const float* second = R == Read::norm_gradient ? b + w * in_.b.w + c : nullptr;
+          const S* second = R == Read::norm_gradient ? b + w * in_.b.w + c : nullptr;
           const Vec u = R == Read::norm_gradient ? load(second) : Vec{};
           store(to + w * pitch + c, prologue(load(a + w * in_.a.w + c), k, u));
         }
@@ -203,7 +206,7 @@ class Reader {
         Vec rows[kLanes];
         for (int64_t i = n; i < kLanes; ++i) rows[i] = Vec{};
         for (int64_t i = 0; i < n; ++i) {
-          const float* p = a + (c + i) * in_.a.c + w;
+          const S* p = a + (c + i) * in_.a.c + w;
           rows[i] = width == kLanes ? load(p) : load(p, width);
           prefetch(p + in_.a.h);  // too many streams for the processor to do so
         }
@@ -213,7 +216,16 @@ class Reader {
     }
   }
 
- private:
+  static void copy(const S* from, int64_t count, float* to) {
+    if constexpr (std::is_same_v<S, float>) {
+      std::memcpy(to, from, count * sizeof(float));
+    } else {
+      const int64_t whole = count / kLanes * kLanes;
+      for (int64_t i = 0; i < whole; i += kLanes) store(to + i, load(from + i));
+      if (whole < count) store(to + whole, load(from + whole, count - whole), count - whole);
+    }
+  }
+
   struct Coefficients {
     Vec mean{}, scale{}, beta{}, p{}, q{};
     Coefficients(const Norm& norm, int64_t c, int64_t n) {
@@ -226,7 +238,7 @@ class Reader {
 
   // The few channels of a clip, each of them stored by itself.
   static constexpr int kFew = 4;
-  void interleave(const float* a, int64_t count, float* to) const {
+  void interleave(const S* a, int64_t count, float* to) const {
     const int64_t channels = in_.channels;
     for (int64_t w = 0; w < count; w += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, count - w);
@@ -268,15 +280,18 @@ class Reader {
 
 template <class F>
 void with_reader(const Input& in, F f) {
-  switch (in.read) {
-    case Read::plain:
-      return f(Reader<Read::plain, Activation::none>(in));
-    case Read::norm_gradient:
-      return f(Reader<Read::norm_gradient, Activation::none>(in));
-    case Read::norm_act:
-      return with_activation(in.act,
-                             [&](auto k) { f(Reader<Read::norm_act, decltype(k)::value>(in)); });
-  }
+  with_storage(in.a.storage, [&](auto s) {
+    using S = decltype(s);
+    switch (in.read) {
+      case Read::plain:
+        return f(Reader<Read::plain, Activation::none, S>(in));
+      case Read::norm_gradient:
+        return f(Reader<Read::norm_gradient, Activation::none, S>(in));
+      case Read::norm_act:
+        return with_activation(
+            in.act, [&](auto k) { f(Reader<Read::norm_act, decltype(k)::value, S>(in)); });
+    }
+  });
 }
 
 // Fills what the outputs of a tile read. Frames that are zeros are left as they are: taps skip
@@ -299,8 +314,7 @@ inline void pack_tile(const Geometry& g, const Tile& tile, const Input& in, floa
           if (w < 0)
             std::memset(row + begin * at.w, 0, count * at.w * sizeof(float));
           else
-            read(in.a.data + in.a.offset(tile.n, t, h, w),
-                 in.b.data ? in.b.data + in.b.offset(tile.n, t, h, w) : nullptr, count,
+            read(in.a.offset(tile.n, t, h, w), in.b.offset(tile.n, t, h, w), count,
                  row + begin * at.w, at.w);
         };
         for (int64_t i = 0; i < from; ++i) piece(i, 1);
@@ -311,15 +325,16 @@ inline void pack_tile(const Geometry& g, const Tile& tile, const Input& in, floa
   });
 }
 
-// Whether the tiles can be read where they are: nothing to compute, no padding in space.
+// Whether the tiles can be read where they are: floats, nothing to compute, no padding in space.
 inline bool readable_in_place(const Geometry& g, const Input& in) {
   const bool frames = g.t.mode == PadMode::zeros || g.t.inside();
-  return in.read == Read::plain && in.a.c == 1 && g.h.inside() && g.w.inside() && frames;
+  const bool plain = in.read == Read::plain && in.a.storage == Storage::f32 && in.a.c == 1;
+  return plain && g.h.inside() && g.w.inside() && frames;
 }
 
 inline Packed in_place(const Geometry& g, const Tile& tile, const Input& in) {
   const Tensor& a = in.a;
-  return {a.data + a.offset(tile.n, g.t.first(tile.t0), g.h.first(tile.h0), g.w.first(tile.w0)),
+  return {a.at<float>(a.offset(tile.n, g.t.first(tile.t0), g.h.first(tile.h0), g.w.first(tile.w0))),
           a.t, a.h, a.w};
 }
 

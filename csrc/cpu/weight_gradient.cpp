@@ -67,7 +67,8 @@ std::vector<Segment> segments(const Reads& x, const Box& box, const std::array<i
 }
 
 // to[m·stride + r] = from[r·step + m] for neighbouring r < rows.
-void write_rows(const float* from, int64_t step, int64_t rows, int64_t channels, float* to,
+template <class S>
+void write_rows(const float* from, int64_t step, int64_t rows, int64_t channels, S* to,
                 int64_t stride) {
   for (int64_t m = 0; m < channels; m += kLanes) {
     const int64_t some = std::min<int64_t>(kLanes, channels - m);
@@ -82,9 +83,10 @@ void write_rows(const float* from, int64_t step, int64_t rows, int64_t channels,
 }
 
 // dw[m, c, tap] = block[c·taps + tap][m] for one panel of x and one of dy.
+template <class S>
 void write_block(const float* block, const Panel& in, const Panel& out, const View& dw) {
   const int64_t taps = dw.size[2] * dw.size[3] * dw.size[4];
-  float* to = static_cast<float*>(dw.data) + out.channel * dw.stride[0] + in.channel * dw.stride[1];
+  S* to = static_cast<S*>(dw.data) + out.channel * dw.stride[0] + in.channel * dw.stride[1];
   const bool dense = dw.stride[1] == taps && (dw.size[4] == 1 || dw.stride[4] == 1) &&
                      (dw.size[3] == 1 || dw.stride[3] == dw.size[4]) &&
                      (dw.size[2] == 1 || dw.stride[2] == dw.size[3] * dw.size[4]);
@@ -93,15 +95,21 @@ void write_block(const float* block, const Panel& in, const Panel& out, const Vi
   for (int64_t t = 0; t < dw.size[2]; ++t)
     for (int64_t h = 0; h < dw.size[3]; ++h)
       for (int64_t w = 0; w < dw.size[4]; ++w, block += out.width) {
-        float* at = to + t * dw.stride[2] + h * dw.stride[3] + w * dw.stride[4];
+        S* at = to + t * dw.stride[2] + h * dw.stride[3] + w * dw.stride[4];
         if (dw.stride[1] == 1) {
           write_rows(block, taps * out.width, in.channels, out.channels, at, dw.stride[0]);
           continue;
         }
         for (int64_t c = 0; c < in.channels; ++c)
-          for (int64_t m = 0; m < out.channels; ++m)
-            at[c * dw.stride[1] + m * dw.stride[0]] = block[c * taps * out.width + m];
+          for (int64_t m = 0; m < out.channels; m += kLanes)
+            scatter(at + c * dw.stride[1] + m * dw.stride[0], dw.stride[0],
+                    load(block + c * taps * out.width + m),
+                    std::min<int64_t>(kLanes, out.channels - m));
       }
+}
+
+void write_block(const float* block, const Panel& in, const Panel& out, const View& dw) {
+  with_storage(dw.storage, [&](auto s) { write_block<decltype(s)>(block, in, out, dw); });
 }
 
 // One group of channels.
@@ -261,7 +269,7 @@ void weight_gradient(const Source& x, const Source& dy, const Conv& conv, const 
     Group(in.from(i * in.channels, in.channels), out.from(i * out.channels, out.channels), g, part,
           threads)
         .run();
-    part.data = static_cast<float*>(part.data) + out.channels * dw.stride[0];
+    part.data = Tensor(part).shifted(out.channels * dw.stride[0]).data;
   }
 }
 

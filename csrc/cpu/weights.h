@@ -5,7 +5,7 @@
 #include <common/api.h>
 #include <microkernel.h>
 #include <parallel.h>
-#include <simd.h>
+#include <storage.h>
 
 #include <algorithm>
 #include <array>
@@ -14,8 +14,9 @@
 namespace fastst::cpu {
 
 struct Weights {
-  const float* data;  // of the first tap and channels; strides may be negative
-  int64_t out, in;    // channels
+  const std::byte* data;  // of the first tap and channels; strides may be negative
+  Storage storage;
+  int64_t out, in;  // channels
   int64_t out_stride, in_stride;
   std::array<int64_t, 3> size, stride;  // taps
 };
@@ -55,6 +56,17 @@ class WeightPacker {
   }
 
   void pack(const Block& b, float* to) const {
+    with_storage(w_.storage, [&](auto s) { pack<decltype(s)>(b, to); });
+  }
+
+ private:
+  static constexpr int kMixed = 16;
+  struct Entry {
+    int64_t offset, row;
+  };
+
+  template <class S>
+  void pack(const Block& b, float* to) const {
     const bool rows = w_.out_stride == 1, mixed = !rows && w_.out_stride <= kMixed;
     const int64_t pitch = b.vectors * kLanes;
     // In the order of memory, of which a transposition reads as many stretches as there are lanes.
@@ -71,7 +83,7 @@ class WeightPacker {
         for (int v = begin; v < begin + together; ++v) {
           const int64_t first = (b.vector + v) * kLanes;
           const int64_t n = std::min<int64_t>(kLanes, w_.out - first);
-          const float* from = w_.data + first * w_.out_stride + e->offset;
+          const S* from = reinterpret_cast<const S*>(w_.data) + first * w_.out_stride + e->offset;
           float* column = to + v * kLanes;
           if (rows)
             store(column + e->row * pitch, load(from, n));
@@ -84,14 +96,9 @@ class WeightPacker {
       }
   }
 
- private:
-  static constexpr int kMixed = 16;
-  struct Entry {
-    int64_t offset, row;
-  };
-
   // Entries that are neighbours in memory, of n output channels: a transposition.
-  void turn(const Entry* e, int length, const float* from, int64_t n, int64_t ahead, float* column,
+  template <class S>
+  void turn(const Entry* e, int length, const S* from, int64_t n, int64_t ahead, float* column,
             int64_t pitch) const {
     Vec rows[kLanes] = {};
     for (int64_t o = 0; o < n; ++o) {
@@ -104,7 +111,8 @@ class WeightPacker {
 
   // Entries between which the next output channel does not begin: each takes every out_stride-th
   // float of a stretch of memory. The next stretches lie `ahead`, in other pages.
-  void pick(const Entry* e, int length, const float* from, int64_t n, int64_t ahead, float* column,
+  template <class S>
+  void pick(const Entry* e, int length, const S* from, int64_t n, int64_t ahead, float* column,
             int64_t pitch) const {
     const int64_t floats = (n - 1) * w_.out_stride + e[length - 1].offset - e->offset + 1;
     Vec read[2 * kMixed];

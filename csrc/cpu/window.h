@@ -132,9 +132,8 @@ inline void pack_panels(const Reads& r, const Input& in, const Panel* begin, con
             const Row read(part);
             const auto piece = [&](int64_t e, int64_t count) {
               const int64_t x = row.source(w.first + e * w.step);
-              const float* a = part.a.data + in.a.offset(n, at, line, x);
-              const float* b = part.b.data ? part.b.data + in.b.offset(n, at, line, x) : nullptr;
-              read(a, b, count, panel + (entry + e) * p->width, p->width);
+              read(in.a.offset(n, at, line, x), in.b.offset(n, at, line, x), count,
+                   panel + (entry + e) * p->width, p->width);
             };
             for (int64_t e = 0; e < from; ++e) piece(e, 1);
             if (until > from) piece(from, until - from);

@@ -18,6 +18,17 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
       .value("f64", Dtype::f64);
 
   bind_common(m);
+  const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+  py::class_<View>(m, "View", kLocal)
+      .def(
+          py::init([=](uintptr_t data, std::array<int64_t, 5> size, std::array<int64_t, 5> stride) {
+            return View{pointer(data), size, stride};
+          }));
+  py::class_<Array>(m, "Array", kLocal)
+      .def(py::init<>())
+      .def(py::init([=](uintptr_t data, int64_t count) { return Array{pointer(data), count}; }));
+  py::class_<Source>(m, "Source", kLocal)
+      .def(py::init<View, std::optional<View>, Array, Read, Activation, double>());
 
   py::class_<Branch>(m, "Branch", kLocal).def(py::init<Source, View, Array, Conv, Activation>());
   py::class_<TapConv>(m, "TapConv", kLocal)

@@ -93,10 +93,10 @@ class Launcher:
         )  # fmt: skip
 
     def conv(self, p: Pass) -> Any:
-        return _conv(self.lib, p)
+        return conv(self.lib, p)
 
 
 @functools.lru_cache(maxsize=4096)
-def _conv(lib: ModuleType, p: Pass) -> Any:
+def conv(lib: ModuleType, p: Pass) -> Any:
     mode = getattr(lib.PadMode, p.padding_mode if any(p.padding) else "zeros")
     return lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode)

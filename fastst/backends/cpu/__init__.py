@@ -1,4 +1,6 @@
-"""Native float32 kernels for x86-64 CPUs: AVX-512 or AVX2, on PyTorch's own threads.
+"""Native kernels for x86-64 CPUs: AVX-512 or AVX2, on PyTorch's own threads.
+
+Tensors are in float32, bfloat16 or float16; arithmetic, accumulation and statistics in float32.
 
 Both passes of a pair are tap convolutions (csrc/cpu/tap_conv.cpp): what lies between them is done
 where the first stores and the second loads.
@@ -6,18 +8,24 @@ where the first stores and the second loads.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...problem import slicing
 from ...problem.spec import PairProblem, PairTensors, Problem
-from ..contract import COMMON_PAIR_FIELDS, Backend, Begun, PairResult, Phase
-from . import backward
+from ..contract import (
+    COMMON_PAIR_FIELDS,
+    COMMON_PARALLEL_FIELDS,
+    Backend,
+    Begun,
+    PairResult,
+    Phase,
+)
+from . import backward, library
 from .backward import conv2plus1d_backward
-from .library import Launcher, floats, load, norm_coefficients
+from .library import STORED, buffer, floats, load, multiplies, rows
 from .norm import norm_backward
+from .parallel import parallel_conv2plus1d, parallel_conv2plus1d_backward
 
 # Fewer output channels of a group than this leave most lanes of a vector empty.
 _LEAST_PER_GROUP = 8
@@ -26,8 +34,8 @@ _LEAST_PER_GROUP = 8
 def _why_not(problem: Problem, phase: Phase) -> str | None:
     if problem.device.type != "cpu":
         return f"runs on the CPU, the tensors are on {problem.device}"
-    if problem.dtype != torch.float32:
-        return f"computes in float32 only, not in {str(problem.dtype).removeprefix('torch.')}"
+    if problem.dtype not in STORED:
+        return "computes float32, bfloat16 and float16, the tensors are in float64"
     why = backward.why_not(problem) if phase == "backward" else None
     if why is not None:
         return why
@@ -40,6 +48,9 @@ def _mid_tensors_alive(problem: PairProblem) -> int:
 
 
 def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
+    if problem.dtype != torch.float32 and multiplies(problem.dtype):
+        name = str(problem.dtype).removeprefix("torch.")
+        return f"multiplies in float32 what this processor multiplies in {name}"
     for p in problem.passes:
         if p.groups > 1 and p.out_channels // p.groups < _LEAST_PER_GROUP:
             return (
@@ -50,80 +61,54 @@ def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
 
 
 def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
-    spec = problem.spec
-    k = Launcher(problem)
+    spec, y = problem.spec, problem.empty_output(tensors.x)
     if not (save or spec.norm == "batch"):
-        y = problem.empty_output(tensors.x)
-        k.pair(tensors, y)
+        library.pair(problem, tensors, y)
         return PairResult(y, outer=True)
-    first, w1, b1 = problem.passes[0], tensors.first_weight, tensors.first_bias
-    m = problem.mid_channels
-    mean, var, coefficients = tensors.mean, tensors.var, None
-    if spec.norm == "frozen":
-        assert mean is not None and var is not None
-        coefficients = norm_coefficients(k, tensors, mean, var)
     kept = save and not spec.recompute
     # Where backward is cut into parts, no buffer as large as u is to stay behind.
-    mid = k.rows(kept or (save and slicing.count(problem, _mid_tensors_alive(problem)) > 1))
-    if kept or spec.norm == "batch":  # u itself is stored
-        statistics = floats(2, m) if spec.norm == "batch" else None
-        epilogue = k.epilogue(bias=b1, reductions=statistics)
-        k.tap_conv(k.plain(tensors.x), w1, first, mid, epilogue)
-        if statistics is not None:
-            mean, var = statistics
-            coefficients = norm_coefficients(k, tensors, mean, var)
-        source = k.norm_act(mid[:, :m], coefficients, spec.activation)
-    else:  # act(norm(u)) is, in its place
-        epilogue = k.epilogue(bias=b1, coefficients=coefficients, act=spec.activation)
-        k.tap_conv(k.plain(tensors.x), w1, first, mid, epilogue)
-        source = k.plain(mid[:, :m])
-    y, out = _second_pass(k, problem, tensors, source)
-    batch = spec.norm == "batch"
-    return PairResult(
-        y, mid.permute(0, 2, 3, 4, 1) if kept else None, mean if batch else None,
-        var if batch else None, None, True, *(() if out is None else out),
-    )  # fmt: skip
+    cut = save and slicing.count(problem, _mid_tensors_alive(problem)) > 1
+    mid = rows(problem) if kept or cut else buffer(problem)
+    inner = _statistics(spec.norm == "batch", problem.mid_channels)
+    outer = _statistics(spec.output_statistics, problem.out_channels)
+    lib, plan = library.library(), library.plan(problem)
+    lib.pair_training(plan, tensors, mid, kept, *inner, y, *outer, torch.get_num_threads())
+    return PairResult(y, mid if kept else None, *inner, None, True, *outer)
 
 
 def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
-    k, statistics = Launcher(problem), floats(2, problem.mid_channels)
-    mid, epilogue = k.rows(), k.epilogue(bias=tensors.first_bias, reductions=statistics)
-    k.tap_conv(k.plain(tensors.x), tensors.first_weight, problem.passes[0], mid, epilogue)
-    return Begun(mid.permute(0, 2, 3, 4, 1), *statistics)
+    u, m = rows(problem), problem.mid_channels
+    mean, var = floats(m), floats(m)
+    lib, plan = library.library(), library.plan(problem)
+    lib.pair_first(plan, tensors, u, mean, var, torch.get_num_threads())
+    return Begun(u, mean, var)
 
 
 def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
-    k = Launcher(problem)
-    u = begun.u.permute(0, 4, 1, 2, 3)[:, : problem.mid_channels]
-    coefficients = norm_coefficients(k, tensors, begun.mean, begun.var)
-    source = k.norm_act(u, coefficients, problem.spec.activation)
-    y, out = _second_pass(k, problem, tensors, source)
-    return PairResult(y, *begun, True, *(() if out is None else out))
-
-
-def _second_pass(
-    k: Launcher, problem: PairProblem, tensors: PairTensors, source: Any
-) -> tuple[Tensor, Tensor | None]:
-    """y and, if asked for, its statistics."""
-    spec = problem.spec
     y = problem.empty_output(tensors.x)
-    out = floats(2, problem.out_channels) if spec.output_statistics else None
-    epilogue = k.epilogue(
-        bias=tensors.second_bias, outer=spec.outer_activation, aux=tensors.residual, reductions=out
-    )
-    k.tap_conv(source, tensors.second_weight, problem.passes[1], y, epilogue)
-    return y, out
+    outer = _statistics(problem.spec.output_statistics, problem.out_channels)
+    lib, plan = library.library(), library.plan(problem)
+    lib.pair_second(plan, tensors, *begun[:3], y, *outer, torch.get_num_threads())
+    return PairResult(y, *begun, True, *outer)
+
+
+def _statistics(wanted: bool, channels: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where mean and variance are to be written, if they are wanted."""
+    return (floats(channels), floats(channels)) if wanted else (None, None)
 
 
 BACKEND = Backend(
     name="cpu",
     device="cpu",
     pair_fields=COMMON_PAIR_FIELDS | {"output_statistics"},
+    parallel_fields=COMMON_PARALLEL_FIELDS,
     why_not=_why_not,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,
     first_pass=first_pass,
     second_pass=second_pass,
+    parallel_conv2plus1d=parallel_conv2plus1d,
+    parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     why_not_auto=_why_not_auto,
     gives_output_statistics=lambda problem: True,  # from the epilogue that writes y
     norm_backward=norm_backward,

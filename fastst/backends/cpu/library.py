@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import threading
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.spec import PairProblem, PairTensors, Pass
+from ...problem.spec import PairProblem, PairTensors, Pass, Problem
 from .. import native
 
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
-_LARGEST_BUFFER = 64 << 20  # floats that a thread keeps between calls
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of tensors that kernels take
+_INTERFACE = 2  # of csrc/cpu/bindings.cpp
+_LARGEST_BUFFER = 256 << 20  # bytes that a thread keeps between calls
 _buffers = threading.local()
 
 
@@ -36,6 +39,8 @@ def load() -> ModuleType | str:
     found = native.load(name, "a C++ compiler", "FASTST_BUILD_CPU")
     if isinstance(found, str):
         return found
+    if getattr(found, "INTERFACE", 1) != _INTERFACE:
+        return f"needs fastst.{name} of these sources, it is of others: build fastst again"
     found.use_openmp(_gomp_parallel())
     return found
 
@@ -74,56 +79,33 @@ def _loaded_runtimes() -> Iterator[str]:
     yield from sorted(found, key=lambda f: (not f.startswith(home), f))
 
 
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the processor has instructions that multiply numbers of this dtype."""
+    found: bool = library().multiplies(dtype)
+    return found
+
+
 class Launcher(native.Launcher):
-    """Launches of one call."""
+    """Launches of single convolutions of a call; ``pair`` and its like make a call as a whole."""
 
     sums = "best"  # or "direct", "winograd": how convolutions sum their products
     strip = 192 << 10  # floats of a mid tensor that stay in a second-level cache of 1 MiB
     large = 1 << 20  # floats of a tensor that other layers push out of the last-level one
 
-    def __init__(self, problem: PairProblem) -> None:
+    def __init__(self, problem: Problem) -> None:
         super().__init__(library(), problem, torch.float32)
-        self.problem = problem
         self.threads = torch.get_num_threads()
         self.way = getattr(self.lib.Sums, self.sums)
 
-    def rows(self, kept: bool = True) -> Tensor:
-        """Uninitialised memory like u: (N, M rounded up to 8, T', H', W'), channels last.
+    def view(self, t: Tensor) -> Tensor:
+        return t  # the library asks tensors itself
 
-        What nobody keeps lies in a buffer that the thread uses again for its next call: the pages
-        of a fresh one cost about as much as filling them.
-        """
-        n, t, h, w, m = self.problem.mid_shape
-        count = n * t * h * w * m
-        size, stride = (n, m, t, h, w), (t * h * w * m, 1, h * w * m, w * m, m)
-        if kept or count > _LARGEST_BUFFER:
-            return torch.empty_strided(size, stride, dtype=torch.float32, device="cpu")
-        buffer: Tensor | None = getattr(_buffers, "rows", None)
-        if buffer is None or buffer.numel() < count:
-            buffer = _buffers.rows = floats(count)
-        return buffer.as_strided(size, stride)
-
-    def pair(self, tensors: PairTensors, y: Tensor) -> int:
-        """y = a pair without norm or with a frozen one; in how many strips of its mid tensor."""
-        lib, t, spec = self.lib, tensors, self.problem.spec
-        first, second = self.problem.passes
-        frozen = spec.norm == "frozen"
-        norm = (t.mean, t.var, t.norm_weight, t.norm_bias) if frozen else (None,) * 4
-
-        def of(p: Pass, weight: Tensor, bias: Tensor | None) -> Any:
-            return lib.PairPass(self.view(weight), self.array(bias), self.conv(p))
-
-        residual = None if t.residual is None else self.view(t.residual)
-        strips: int = lib.pair(
-            lib.Pair(
-                self.view(t.x), of(first, t.first_weight, t.first_bias),
-                of(second, t.second_weight, t.second_bias), *map(self.array, norm), spec.eps,
-                self.act(spec.activation), self.act(spec.outer_activation), self.slope,
-                self.problem.mid_shape, self.strip, self.large, residual, self.view(y),
-            ),
-            self.way, self.threads,
-        )  # fmt: skip
-        return strips
+    def array(self, t: Tensor | None) -> Tensor | None:
+        if t is not None:
+            t = t.to(self.accumulate).contiguous()
+            self.kept.append(t)
+        return t
 
     def epilogue(
         self,
@@ -136,44 +118,60 @@ class Launcher(native.Launcher):
         aux: Tensor | None = None,
         reductions: Tensor | None = None,
     ) -> Any:
-        lib = self.lib
-        return lib.Epilogue(
-            getattr(lib.Write, write), self.array(bias), self.array(coefficients), self.act(act),
-            self.act(outer), self.slope, None if aux is None else self.view(aux),
-            self.array(reductions),
+        return self.lib.Epilogue(
+            getattr(self.lib.Write, write), self.array(bias), self.array(coefficients),
+            self.act(act), self.act(outer), self.slope, aux, reductions,
         )  # fmt: skip
 
     def tap_conv(self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any) -> int:
         """out = epilogue(one pass of the pair); how many of its groups went Winograd's way."""
-        w, y = self.view(weight), self.view(out)
-        found: int = self.lib.tap_conv(source, w, self.conv(p), y, epilogue, self.way, self.threads)
-        return found
-
-    def input_gradient(
-        self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any
-    ) -> int:
-        """out = epilogue(gradient of a pass's input from that of its output); as ``tap_conv``."""
-        w, y = self.view(weight), self.view(out)
-        found: int = self.lib.input_gradient(
-            source, w, self.conv(p), y, epilogue, self.way, self.threads
+        found: int = self.lib.tap_conv(
+            source, weight, self.conv(p), out, epilogue, self.way, self.threads
         )
         return found
 
-    def weight_gradient(self, x: Any, dy: Any, weight: Tensor, p: Pass) -> Tensor:
-        """Gradient of a pass's weight, in its strides, from the sources of input and output."""
-        dw = torch.empty_like(weight)
-        self.lib.weight_gradient(x, dy, self.conv(p), self.view(dw), self.threads)
-        return dw
+
+def plan(problem: PairProblem) -> Any:
+    """What a call computes, for the library; made once."""
+    return _plan(problem, Launcher.sums, Launcher.strip, Launcher.large)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: PairProblem, sums: str, strip: int, large: int) -> Any:
+    lib, spec = library(), problem.spec
+    return lib.PairPlan(
+        [native.conv(lib, p) for p in problem.passes], getattr(lib.Activation, spec.activation),
+        getattr(lib.Activation, spec.outer_activation), float(spec.slope), spec.eps,
+        getattr(lib.PairNorm, spec.norm), problem.mid_shape, strip, large, getattr(lib.Sums, sums),
+    )  # fmt: skip
+
+
+def pair(problem: PairProblem, tensors: PairTensors, y: Tensor) -> int:
+    """y = a pair without norm or with a frozen one; in how many strips of its mid tensor."""
+    strips: int = library().pair(plan(problem), tensors, y, torch.get_num_threads())
+    return strips
+
+
+def rows(problem: PairProblem) -> Tensor:
+    """Uninitialised u."""
+    return torch.empty(problem.mid_shape, dtype=problem.dtype, device="cpu")
+
+
+def buffer(problem: PairProblem) -> Tensor:
+    """Memory as large as u that nobody keeps.
+
+    The thread uses it again for its next call: the pages of a fresh one cost about as much as
+    filling them.
+    """
+    words = -(-math.prod(problem.mid_shape) * problem.dtype.itemsize // 4)
+    if 4 * words > _LARGEST_BUFFER:
+        return floats(words)
+    found: Tensor | None = getattr(_buffers, "rows", None)
+    if found is None or found.numel() < words:
+        found = _buffers.rows = floats(words)
+    return found
 
 
 def floats(*shape: int) -> Tensor:
     """Uninitialised memory for the kernels, whatever PyTorch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def norm_coefficients(k: Launcher, tensors: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
-    """(5, M): mean, scale and shift of v = (u − mean)·scale + shift, and two rows of zeros."""
-    table = floats(5, mean.shape[0])
-    norm = (mean, var, tensors.norm_weight, tensors.norm_bias)
-    k.lib.norm_coefficients(*map(k.array, norm), k.problem.spec.eps, k.array(table))
-    return table

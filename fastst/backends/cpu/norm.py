@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +24,10 @@ def norm_backward(
     Such a channel PyTorch adds up position by position in float32, which costs a digit; others it
     adds up in pieces.
     """
-    if not y.stride(1) == dv.stride(1) == 1:
+    if not y.stride(1) == dv.stride(1) == 1 or y.dtype != dv.dtype:
         return None
-    lib = library()
-
-    def view(t: Tensor) -> Any:
-        return lib.View(t.data_ptr(), t.shape, t.stride())
-
-    vectors = [t if t is None else t.contiguous() for t in (mean, var, weight)]
-    arrays = [lib.Array() if t is None else lib.Array(t.data_ptr(), t.numel()) for t in vectors]
     dy = torch.empty_like(y) if needs[0] else None
     sums = floats(2, y.shape[1])
-    lib.batch_norm_backward(
-        view(dv), view(y), *arrays, eps, None if dy is None else view(dy),
-        lib.Array(sums.data_ptr(), sums.numel()), torch.get_num_threads(),
-    )  # fmt: skip
+    library().batch_norm_backward(dv, y, mean, var, weight, eps, dy, sums, torch.get_num_threads())
     dbeta, dgamma = sums
     return [dy, dgamma, dbeta]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
 import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,13 +158,13 @@ def test_nan_and_infinity_reach_what_pytorch_lets_them(bad: float, norm: bool) -
 def strips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Cuts mid tensors that are small, too; in how many strips each call did."""
     counts: list[int] = []
-    pair = library.Launcher.pair
+    pair = library.pair
 
-    def counted(self: library.Launcher, *args: Any) -> int:
-        counts.append(pair(self, *args))
+    def counted(*args: Any) -> int:
+        counts.append(pair(*args))
         return counts[-1]
 
-    monkeypatch.setattr(library.Launcher, "pair", counted)
+    monkeypatch.setattr(library, "pair", counted)
     monkeypatch.setattr(library.Launcher, "strip", 2000)
     monkeypatch.setattr(library.Launcher, "large", 0)
     return counts
@@ -242,14 +244,15 @@ class Spatial:
         self.x, self.weight = torch.randn(1, 40, 3, 23, 18), torch.randn(50, 40, 1, 3, 3) / 20
         t = PairTensors(self.x, self.weight, torch.empty(41, 50, 1, 1, 1))
         spec = PairSpec(stride=(1, stride, stride), padding=(0, 0, 1, 1, 1, 1))
-        self.call = library.Launcher(Problem.of(t, spec))
+        self.problem = Problem.of(t, spec)
+        self.call = library.Launcher(self.problem)
         self.call.way = self.call.lib.Sums.winograd
-        self.taps = self.call.problem.passes[0]
+        self.taps = self.problem.passes[0]
 
     def __call__(self, **epilogue: Any) -> tuple[int, torch.Tensor]:
         """Whether it stayed with them, and u."""
-        u, how = self.call.rows(), self.call.epilogue(**epilogue)
-        source = self.call.plain(self.x)
+        u = library.rows(self.problem).permute(0, 4, 1, 2, 3)
+        source, how = self.call.plain(self.x), self.call.epilogue(**epilogue)
         return self.call.tap_conv(source, self.weight, self.taps, u, how), u[:, :50]
 
 
@@ -311,8 +314,9 @@ def test_winograd_is_chosen_where_it_pays() -> None:
         weight = torch.zeros(m, x[1], 1, 3, 3)
         t = PairTensors(torch.zeros(x), weight, torch.empty(1, m, 1, 1, 1))
         spec = PairSpec(stride=(1, stride, stride), padding=(0, 0, 1, 1, 1, 1))
-        call = library.Launcher(Problem.of(t, spec))
-        (taps, _), u = call.problem.passes, call.rows()
+        of_zeros = Problem.of(t, spec)
+        call, u = library.Launcher(of_zeros), library.rows(of_zeros).permute(0, 4, 1, 2, 3)
+        taps = of_zeros.passes[0]
         return call.tap_conv(call.plain(t.x), weight, taps, u, call.epilogue())
 
     assert taken((1, 64, 2, 56, 56), 64)
@@ -334,7 +338,7 @@ def test_auto_takes_it_and_explain_says_so() -> None:
 
 
 def test_refusals_have_reasons() -> None:
-    assert "float32 only, not in float64" in str(
+    assert "the tensors are in float64" in str(
         cpu.BACKEND.why_not(problem(dtype=torch.float64), "forward")
     )
     mirrored = problem(padding_mode=("reflect", "zeros"))
@@ -368,6 +372,8 @@ def test_a_missing_or_broken_library_says_how_to_get_it(monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     monkeypatch.setattr("importlib.import_module", broken)
     assert "cannot be loaded (file too short): install fastst again" in library.load.__wrapped__()
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(INTERFACE=1))
+    assert "of these sources, it is of others: build" in library.load.__wrapped__()
 
 
 @pytest.mark.slow
