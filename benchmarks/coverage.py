@@ -13,9 +13,10 @@ HARDWARE = {
     "avx512": ("x86-64", "AVX-512"),
     "avx2": ("x86-64", "AVX2"),
     "cpu": ("other", "CPUs"),
-    "8": ("Ampere, Ada", "NVIDIA 8.x"),
-    "9": ("Hopper", "NVIDIA 9.0"),
-    "10": ("Blackwell", "NVIDIA 10+"),
+    "8": ("NVIDIA", "8.x"),
+    "9": ("NVIDIA", "9.0"),
+    "10": ("NVIDIA", "10 on"),
+    "amd": ("AMD", "gfx9, 11, 12"),
     "gpu": ("other", "GPUs"),
 }
 NVIDIA = ("8", "9", "10")
@@ -23,6 +24,7 @@ STATES = {  # from the best to none: colour, and what it means
     "measured": ("good", "measured: agreed with float64 in a recorded run, with its times"),
     "tested": ("some", "tested: the tests run there"),
     "emulated": ("-plain", "emulated: compiled, and run in an emulator on a CPU; never on the GPU"),
+    "compiled": ("-plain", "compiled: for gfx942 and gfx1100; run nowhere"),
     "untried": ("-plain", "untried: PyTorch's own operators, which should run there"),
     "no": ("none", "not possible"),
 }
@@ -44,10 +46,10 @@ LINES = [
     Line("cuda", "dense pairs, Hopper", _on("emulated", "9")),
     Line("cuda", "depthwise pairs", _on("emulated", *NVIDIA)),
     Line("cuda", "everything else", _on("emulated", *NVIDIA)),
-    Line("triton", "everything", _on("emulated", *NVIDIA)),
+    Line("triton", "everything", _on("emulated", *NVIDIA) | _on("compiled", "amd")),
     Line("cpu", "pairs in float32", _on("tested", "avx512", "avx2")),
     Line("aten", "everything", {
-        **_on("tested", "avx512", "avx2"), **_on("untried", "cpu", *NVIDIA, "gpu"),
+        **_on("tested", "avx512", "avx2"), **_on("untried", "cpu", *NVIDIA, "amd", "gpu"),
     }),
 ]  # fmt: skip
 _FAMILIES: dict[str, Callable[[str], bool]] = {
@@ -93,18 +95,18 @@ def picture(records: dict[str, Record]) -> Card:
     table = states(records)
     gpus = any(known[h] == "measured" for _, known in table for h in NVIDIA)
     title = "What has run where" if gpus else "What has run where: so far, only CPUs"
-    card = Card(760, title)
+    card = Card(800, title)
     card.description = "; ".join(
         f"{line.backend}, {line.what}: "
         + ", ".join(f"{' '.join(HARDWARE[h])} {state}" for h, state in known.items())
         for line, known in table
     )
-    left, wide, high = 172, 80, 46
+    left, wide, high = 172, 76, 46
     top = card.heading() + 12
     for i, (first, second) in enumerate(HARDWARE.values()):
         middle = left + wide * i + wide / 2
         card.text(middle, top, first, 13, "faint", "middle")
-        card.text(middle, top + 17, second, 13, "ink", "middle", bold=True)
+        card.text(middle, top + 17, second, 12, "ink", "middle", bold=True)
     y = top + 30
     for line, known in table:
         card.text(24, y + 18, line.backend, 15, bold=True)
