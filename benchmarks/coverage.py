@@ -47,7 +47,7 @@ LINES = [
     Line("cuda", "depthwise pairs", _on("emulated", *NVIDIA)),
     Line("cuda", "everything else", _on("emulated", *NVIDIA)),
     Line("triton", "everything", _on("emulated", *NVIDIA) | _on("compiled", "amd")),
-    Line("cpu", "pairs in float32", _on("tested", "avx512", "avx2")),
+    Line("cpu", "all but float64", _on("tested", "avx512", "avx2")),
     Line("aten", "everything", {
         **_on("tested", "avx512", "avx2"), **_on("untried", "cpu", *NVIDIA, "amd", "gpu"),
     }),

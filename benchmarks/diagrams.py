@@ -9,7 +9,7 @@ WIDTH = 760
 CHOICES = (  # in the order in which "auto" asks them
     ("cuda", "NVIDIA GPUs: dense pairs on Hopper, depthwise ones"),
     ("triton", "GPUs: kernels that the first call compiles"),
-    ("cpu", "x86-64 CPUs: float32, with AVX2 or AVX-512"),
+    ("cpu", "x86-64 CPUs: all but float64, with AVX2 or AVX-512"),
     ("aten", "everything else: PyTorch's own convolutions"),
 )
 
