@@ -43,10 +43,12 @@ $(SETUP): $(TOOLS) setup.py $(filter csrc/%,$(NATIVE))
 	@$(BIN)/python -m tests.support.peers
 	@touch $@
 
-# Only what the demo needs: no tools, no other people's models and, unless it is asked for, no CUDA.
+# Only what the demo needs: no tools, no other people's models, one instruction set of the CPU library
+# and, unless it is asked for, no CUDA.
 $(DEMO): pyproject.toml constraints.txt setup.py $(filter csrc/%,$(NATIVE)) | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt torch 'setuptools>=77' pybind11 ninja
-	FASTST_BUILD_CUDA=$${FASTST_BUILD_CUDA:-0} $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[demo]'
+	FASTST_BUILD_CUDA=$${FASTST_BUILD_CUDA:-0} FASTST_BUILD_CPU=$${FASTST_BUILD_CPU:-native} \
+	    $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[demo]'
 	@touch $@
 
 # Where everything is set up already, that will do.

@@ -4,7 +4,8 @@
 with a C++ compiler on x86-64.
 
 FASTST_BUILD_CUDA, FASTST_BUILD_CPU: "auto" (default: try to build it, and install without it where
-that fails), "1" (it must be built, or the installation fails), "0" (do not). CXX: the C++ compiler.
+that fails), "1" (it must be built, or the installation fails), "0" (do not); for the CPU "native",
+too: "auto" for the instruction set of this machine alone. CXX: the C++ compiler.
 TORCH_CUDA_ARCH_LIST: architectures, as PyTorch extensions take them, e.g. "8.0;9.0a+PTX".
 What is left out, and why, is written to fastst/_left_out.json: fastst tells it where it is missed.
 The rest of the package is described in pyproject.toml. Nothing here needs torch or a GPU.
@@ -67,6 +68,13 @@ def find_cxx() -> str | None:
     if named := os.environ.get("CXX"):
         return named if shutil.which(named.split()[0]) else None
     return shutil.which("g++") or shutil.which("clang++")
+
+
+def native() -> str:
+    """The CPU library that this machine takes."""
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(found[1].split() if found else ())
+    return "_cpu_avx512" if wide else "_cpu_avx2"
 
 
 def missing_cxx() -> str:
@@ -235,6 +243,7 @@ def first_error(said: list[str]) -> str:
     return (found or said or ["it said nothing"])[0][:300]
 
 
+WANTED = " was set"  # ends the reason of what was not to be built
 # Why libraries are not there, by name.
 left_out: dict[str, str] = {}
 
@@ -244,8 +253,12 @@ def record(package: Path) -> None:
     package.mkdir(parents=True, exist_ok=True)
     (package / "_left_out.json").write_text(json.dumps(left_out, indent=2) + "\n")
     for variable, without in WITHOUT.items():
-        whys = {why for name, why in left_out.items() if VARIABLES[name] == variable}
-        if whys and os.environ.get(variable) != "0":
+        whys = {
+            why
+            for name, why in left_out.items()
+            if VARIABLES[name] == variable and not why.endswith(WANTED)
+        }
+        if whys:
             print(
                 f"fastst is installed {without}. Reason: {'; '.join(sorted(whys))}. To get it: "
                 f"{NEEDED[variable]}; then install fastst again. {variable}=1 makes this an error.",
@@ -266,13 +279,14 @@ def extensions() -> list[Extension]:
     found = []
     for name, variable in VARIABLES.items():
         setting = os.environ.get(variable, "auto")
-        if setting not in ("auto", "0", "1"):
-            sys.exit(f"{variable} must be auto, 0 or 1, got {setting!r}")
-        if setting == "0":
-            left_out[name] = f"{variable}=0 was set"
+        known = ("auto", "0", "1", *(["native"] if variable == "FASTST_BUILD_CPU" else []))
+        if setting not in known:
+            sys.exit(f"{variable} must be {', '.join(known[:-1])} or {known[-1]}, got {setting!r}")
+        if setting == "0" or (setting == "native" and name != native()):
+            left_out[name] = f"{variable}={setting}{WANTED}"
         elif missing[variable] is None:
-            found.append(Extension(f"fastst.{name}", sources=[], optional=setting == "auto"))
-        elif setting == "auto":
+            found.append(Extension(f"fastst.{name}", sources=[], optional=setting != "1"))
+        elif setting != "1":
             left_out[name] = missing[variable]
         else:
             needed = NEEDED[variable]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import ROOT
 
@@ -144,7 +145,21 @@ def test_what_was_not_wanted_is_left_out_without_a_word(source: Path) -> None:
     )}  # fmt: skip
 
 
+def test_native_builds_for_this_machine_alone(source: Path) -> None:
+    done, left_out = build(source, {"g++": WORKING}, FASTST_BUILD_CPU="native")
+    assert done.returncode == 0 and not lines(done)
+    (built,) = [f.name.split(".")[0] for f in (source.parent / "built").rglob("*.so")]
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert built == ("_cpu_avx512" if wide else "_cpu_avx2")
+    assert left_out == {
+        "_C": "FASTST_BUILD_CUDA=0 was set",
+        "_cpu_avx2" if wide else "_cpu_avx512": "FASTST_BUILD_CPU=native was set",
+    }
+
+
 def test_an_unknown_setting_is_refused(source: Path) -> None:
     done, _ = build(source, {}, FASTST_BUILD_CPU="yes")
     assert done.returncode != 0
-    assert "FASTST_BUILD_CPU must be auto, 0 or 1, got 'yes'" in done.stderr
+    assert "FASTST_BUILD_CPU must be auto, 0, 1 or native, got 'yes'" in done.stderr
+    done, _ = build(source, {}, FASTST_BUILD_CUDA="native")
+    assert "FASTST_BUILD_CUDA must be auto, 0 or 1, got 'native'" in done.stderr
