@@ -39,7 +39,7 @@ def units(device: torch.device, dtypes: Sequence[torch.dtype], dry: bool) -> Ite
     for backend, kind, dtype in check.checks(device, dtypes):
         if dry and kind not in _DRY:
             continue
-        examples = (backend.examples or backend.usual_examples)(kind, dtype, None)
+        examples = selfcheck.examples_of(backend, kind, dtype, device)
         for index, example in enumerate(examples):
             yield Unit(backend.name, kind, dtype, index, example.name or f"{kind} {index}")
 
@@ -57,7 +57,7 @@ def run(
             print(f"{unit.backend} {unit.dtype} {unit.name} ...", flush=True)
             start = time.monotonic()
             request = quarantine.Request(
-                unit.backend, unit.kind, device, unit.dtype, None, False, unit.number
+                unit.backend, device, unit.dtype, False, kind=unit.kind, only=unit.number
             )
             try:
                 why = quarantine.checked(request)

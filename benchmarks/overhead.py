@@ -113,6 +113,8 @@ def per_call(device: torch.device, rounds: int) -> list[dict[str, Any]]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
+        if device.type == "cuda" and mode == "eval":
+            rows += graphed(device, steps, rounds)
         for cold, caches in ((False, ""), (True, ", cold caches")):
             samples = host_us(steps, rounds, synchronize, cold)
             for name, values in samples.items():
@@ -125,6 +127,43 @@ def per_call(device: torch.device, rounds: int) -> list[dict[str, Any]]:
                         "vs_users": ratios(samples[peers.BASELINE], values),
                     }
                 )
+    return rows
+
+
+def graphed(
+    device: torch.device, steps: Mapping[str, Callable[[], Any]], rounds: int
+) -> list[dict[str, Any]]:
+    """µs of the device per replay of a captured forward pass, which must give what the call gives.
+
+    Raises:
+        RuntimeError: it gives something else.
+    """
+    rows = []
+    for name, step in steps.items():
+        side = torch.cuda.Stream(device)
+        with torch.cuda.stream(side):  # as PyTorch asks for: warm, on a stream of its own
+            expected = step().clone()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = step()
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize(device)
+        if not torch.equal(y, expected):
+            raise RuntimeError(f"{name}: a captured graph gives other results than the call")
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        for _ in range(rounds):
+            begin.record()
+            for _ in range(CALLS):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / CALLS * 1e3)
+        median, quartiles = Spread.of(times).median, Spread.of(times)[::2]
+        told = {"call": "forward, CUDA graph", "contender": name}
+        rows.append(told | {"us": median, "us_quartiles": quartiles})
     return rows
 
 

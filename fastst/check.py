@@ -15,13 +15,13 @@ import pickle
 import queue
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from .backends.contract import Backend
+from .backends.contract import Backend, Example, Later
 from .dispatch import quarantine, selfcheck
 from .dispatch.selection import BACKENDS
 from .machine import settings
@@ -67,7 +67,7 @@ def _problem(device: torch.device) -> Problem:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m fastst.check", description=__doc__)
     parser.add_argument("--all", action="store_true", help="float32 and float64 as well")
-    parser.add_argument("--again", action="store_true", help="what has a verdict, too")
+    parser.add_argument("--again", action="store_true", help="without the verdicts so far")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
@@ -75,8 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     states = set()
     print(_row("device", "backend", "kernels", "dtype", "state"))
     for device in devices():
+        if options.again:
+            selfcheck.discard(device)
         for backend, kind, dtype in checks(device, _ALL if options.all else _USUAL):
-            state, why = selfcheck.verdict(backend, kind, device, dtype, again=options.again)
+            state, why = selfcheck.verdict(backend, kind, device, dtype)
             name = str(dtype).removeprefix("torch.")
             print(_row(str(device), backend.name, kind, name, state, why), flush=True)
             states.add(state)
@@ -90,15 +92,53 @@ def _row(*cells: str) -> str:
     return "  ".join(f"{c:{w}}" for c, w in zip(cells, widths, strict=False)).rstrip()
 
 
+def _examples(request: quarantine.Request) -> Sequence[Example | Later]:
+    backend = BACKENDS[request.backend]
+    if request.like is not None:
+        return backend.rehearse(request.like, request.phase, request.way)
+    found = selfcheck.examples_of(backend, request.kind, request.dtype, request.device)
+    return found if request.only is None else [found[request.only]]
+
+
+def answer(request: quarantine.Request, say: Callable[..., object]) -> bool:
+    """Check what is asked for; whether nothing runs any more on the device after it.
+
+    Args:
+        say: is told "doing" before each example and, at the end, "verdict" or "postponed".
+    """
+    try:
+        if request.device.type == "cuda":
+            torch.cuda.set_device(request.device)
+            precision = "tf32" if request.tf32 else "ieee"
+            torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        verdict = selfcheck.check(
+            BACKENDS[request.backend], _examples(request), request.device, request.dtype,
+            begin=lambda name: say(doing=name),
+        )  # fmt: skip
+    except quarantine.Postponed as why:
+        say(postponed=str(why))
+        return False
+    except Exception as error:  # of what stands around the kernels: it says nothing of them
+        say(postponed=f"{type(error).__name__}: {error}")
+        return False
+    lost = verdict is not None and selfcheck.state(verdict) == "fault"
+    say(verdict=verdict or "", last=lost)
+    return lost
+
+
 def _serve() -> NoReturn:
-    """Check what is asked for on stdin, a line each, until nothing is."""
+    """Answer what is asked on stdin, a line each, until nothing is."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints, the answers stay clean
     asked: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:
-        for line in sys.stdin.buffer:
-            asked.put(line)
+        left = b""
+        # Not from sys.stdin: a process that ends wants its lock, and aborts where a thread has it.
+        while data := os.read(0, 1 << 16):
+            *lines, left = (left + data).split(b"\n")
+            for line in lines:
+                asked.put(line)
         os._exit(0)  # the parent is gone
 
     def say(**what: Any) -> None:
@@ -106,29 +146,13 @@ def _serve() -> NoReturn:
         answers.flush()
 
     threading.Thread(target=read, daemon=True).start()
-    say(ready=True)
-    while True:
-        try:
-            line = asked.get(timeout=_IDLE_SECONDS)
-        except queue.Empty:
-            os._exit(0)
-        request: quarantine.Request = pickle.loads(base64.b64decode(line))
-        if request.device.type == "cuda":
-            torch.cuda.set_device(request.device)
-            precision = "tf32" if request.tf32 else "ieee"
-            torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-        try:
-            verdict = selfcheck.check(
-                BACKENDS[request.backend], request.kind, request.device, request.dtype,
-                request.like, begin=lambda name: say(doing=name), only=request.only,
-            )  # fmt: skip
-        except quarantine.Postponed as why:
-            say(postponed=str(why))
-            continue
-        last = verdict is not None and selfcheck.state(verdict) == "fault"
-        say(verdict=verdict or "", last=last)
-        if last:
-            os._exit(0)
+    try:
+        say(ready=True)
+        while not answer(pickle.loads(base64.b64decode(asked.get(timeout=_IDLE_SECONDS))), say):
+            pass
+    except (queue.Empty, BrokenPipeError):
+        pass
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ class Example(NamedTuple):
     tensors: Any  # on the CPU
     run: Callable[[Any, Any], Sequence[Tensor]]  # of the problem and tensors where they are checked
     dy: Tensor | None = None  # with it, gradients are compared
-    name: str = ""  # of the kernels and configurations that it runs
+    name: str = ""
+    instances: Sequence[str] = ()  # kernels with their configurations, of those that it runs
+    wanted: Sequence[str] | None = None  # gradients by their tensors; None: all
 
 
 class Later(NamedTuple):
@@ -157,6 +159,7 @@ class Later(NamedTuple):
 
     name: str
     make: Callable[[], Example]
+    instances: Sequence[str] = ()
 
 
 def gradient_example(
@@ -191,6 +194,14 @@ def _no(problem: PairProblem) -> bool:
 
 def _no_kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
     return ()
+
+
+def no_instances(problem: Problem, phase: Phase, way: str | None = None) -> Sequence[str]:
+    return ()
+
+
+def _no_rehearsal(problem: Problem, phase: Phase, way: str | None) -> Sequence[Example | Later]:
+    raise LookupError("what launches no kernels of its own has no rehearsal")
 
 
 def _no_candidates(problem: Problem, phase: Phase) -> Sequence[str]:
@@ -229,11 +240,13 @@ class Backend:
         conv3d_backward: a gradient of each of ``ConvTensors`` but the residual, None where it is
             not needed.
         why_not_auto: why "auto" passes it over although it could run the problem, or None.
-        check_kind: the name of the self-check that must have passed before "auto" takes it for this
-            problem, or None where it needs none.
-        examples: the calls of a check, by its kind and dtype, and like which problem, where that is
-            known; None: ``usual_examples``.
-        kinds: of self-checks that can be made on a device in a dtype, for ``fastst.check``.
+        instances: kernels with their configurations, by name, that it launches for a phase of a
+            problem in one of its ``candidates`` (None: in the one that calls take): each must have
+            passed a self-check before "auto" takes it.
+        rehearse: calls that run all of these, and as little else as may be.
+        examples: the calls of a check without a problem, by its kind, dtype and device; None:
+            ``usual_examples``.
+        kinds: of such checks on a device in a dtype, for ``fastst.check``.
         gives_output_statistics: whether it gives those of y without reading y again.
         norm_backward: gradients of y, weight and bias of v, the batch norm of y by its own
             statistics, from (dv, y, mean, var, weight, eps, needs); None where PyTorch's are as
@@ -261,8 +274,9 @@ class Backend:
     conv3d: Callable[[ConvProblem, ConvTensors], ConvResult] | None = None
     conv3d_backward: Callable[[ConvBackward], Gradients] | None = None
     why_not_auto: Callable[[Problem, Phase], str | None] = no_reason
-    check_kind: Callable[[Problem, Phase], str | None] = no_reason
-    examples: Callable[[str, torch.dtype, Problem | None], Sequence[Example | Later]] | None = None
+    instances: Callable[[Problem, Phase, str | None], Sequence[str]] = no_instances
+    rehearse: Callable[[Problem, Phase, str | None], Sequence[Example | Later]] = _no_rehearsal
+    examples: Callable[[str, torch.dtype, torch.device], Sequence[Example | Later]] | None = None
     kinds: Callable[[torch.device, torch.dtype], Sequence[str]] = _no_kinds
     gives_output_statistics: Callable[[PairProblem], bool] = _no
     norm_backward: Callable[..., list[Tensor | None] | None] | None = None
@@ -282,9 +296,7 @@ class Backend:
                     f"fields of {spec.__name__}"
                 )
 
-    def usual_examples(
-        self, kind: str, dtype: torch.dtype, like: Problem | None = None
-    ) -> list[Example]:
+    def usual_examples(self, kind: str, dtype: torch.dtype) -> list[Example]:
         """One call of a kind of ``problem.examples``; with " backward" behind it, its gradients."""
         kind, _, phase = kind.partition(" ")
         spec, tensors = of_kind(kind, dtype)

@@ -23,6 +23,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
+from ..backends.contract import Phase
 from ..machine import settings
 from ..problem.spec import Problem
 
@@ -33,15 +34,17 @@ _log = logging.getLogger("fastst")
 
 
 class Request(NamedTuple):
-    """What is to be checked."""
+    """What is to be checked: examples of a kind, or the kernels of a problem."""
 
     backend: str
-    kind: str
     device: torch.device
     dtype: torch.dtype
-    like: Problem | None
     tf32: bool
-    only: int | None = None  # of the examples, the one that is to be run
+    kind: str = ""
+    only: int | None = None  # of the examples of a kind, the one that is to be run
+    like: Problem | None = None
+    phase: Phase = "forward"
+    way: str | None = None  # of the problem's, the one that is to be run
 
 
 class Postponed(Exception):

@@ -140,10 +140,7 @@ def _why_unhonoured(backend: Backend, problem: Problem) -> str | None:
 def _why_not_auto(backend: Backend, problem: Problem, phase: Phase) -> str | None:
     """Why "auto" does not take a backend: it cannot, need not, or has been seen to be wrong."""
     why = _why_not(backend, problem, phase) or backend.why_not_auto(problem, phase)
-    if why is not None:
-        return why
-    kind = backend.check_kind(problem, phase)
-    return None if kind is None else selfcheck.why_broken(backend, problem, kind)
+    return selfcheck.why_broken(backend, problem, phase) if why is None else why
 
 
 def chosen(problem: Problem, phase: Phase, name: str) -> Backend:
@@ -220,6 +217,8 @@ def choose_with_statistics(problem: PairProblem, asking: PairProblem, name: str)
     """
     backend = _choose(problem, "forward", name)
     why = _why_unhonoured(backend, asking)
+    if why is None and name == "auto":  # those with the statistics are other kernels
+        why = selfcheck.why_broken(backend, asking, "forward")
     if why is not None:
         record_composed("BatchNorm3d after a pair", f"backend {backend.name!r} {why}")
     return backend if why is None else None

@@ -10,20 +10,23 @@ docs/first-contact.md.
 from __future__ import annotations
 
 import errno
+import hashlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import reference
-from ..backends.contract import Backend, Later
+from ..backends.contract import Backend, Example, Later, Phase
 from ..machine import cache
+from ..problem.examples import kind_of
 from ..problem.spec import PairSpec, Problem
 from . import quarantine
 from .quarantine import Postponed, Request
@@ -32,6 +35,7 @@ from .quarantine import Postponed, Request
 # roundings of a right result stay under 2 of these, a wrong tap is off by tens of percent.
 _ULPS = 8
 _AGAIN_SECONDS = 60.0  # until what could not be checked is tried again
+_ENOUGH = 3  # hangs and faults after which a backend is left out unchecked
 _verdicts: dict[str, str] = {}  # by key; empty: passed
 _postponed: dict[str, tuple[float, str]] = {}  # by key: when, and why
 _lock = RLock()
@@ -41,98 +45,162 @@ class SelfCheckWarning(UserWarning):
     """A kernel family failed its self-check here, or had none, and is not chosen by ``auto``."""
 
 
-def why_broken(backend: Backend, problem: Problem, kind: str) -> str | None:
-    """Why the backend's kernels for such problems are not to be launched here, or None.
+def why_broken(
+    backend: Backend, problem: Problem, phase: Phase, way: str | None = None
+) -> str | None:
+    """Why a backend's kernels for a problem are not to be launched here, or None.
 
-    Checks on first use and warns once if that fails. Inside a CUDA graph capture nothing is
-    checked, but what is known is read.
+    Checks on first use those of which nothing is known, and warns once where one fails. Inside a
+    CUDA graph capture nothing is checked, but what is known is read.
+
+    Args:
+        way: one of ``Backend.candidates``; None: the one that calls take.
     """
-    device, dtype = problem.device, problem.dtype
-    key = _key(backend.name, kind, device, dtype)
-    if key in _verdicts:  # without the lock: a check in another thread may take long
-        return _verdicts[key] or None
+    names = backend.instances(problem, phase, way)
+    if not names:
+        return None
+    keys = _keys(backend.name, tuple(names), problem.device, problem.dtype, _tf32(problem.device))
+    found = _known(keys)  # without the lock: a check in another thread may take long
+    if found is not None:
+        return found or None
     with _lock:
-        if _known(key):
-            return _verdicts[key] or None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _read()
+        if (found := _known(keys)) is not None:
+            return found or None
+        if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "has not been checked before this graph capture"
-        when, why = _postponed.get(key, (0.0, ""))
+        when, why = _postponed.get(keys.together, (0.0, ""))
         if why and time.monotonic() - when < _AGAIN_SECONDS:
             return why
-        what = f"{kind} layers in {dtype}"
+        if given_up := _given_up(backend.name, problem):
+            return given_up
+        what = f"{kind_of(problem)} layers such as this one, {phase}, in {problem.dtype}"
         with cache.locked(_file()):  # ranks of a node share one check
-            if not _known(key):
+            _read()
+            if (found := _known(keys)) is None:
                 try:
-                    _verdicts[key] = _checked(backend, kind, device, dtype, problem)
+                    found = _checked(backend, problem, phase, way)
                 except Postponed as reason:
                     why = f"could not be checked: {reason}"
-                    _postponed[key] = time.monotonic(), why
+                    _postponed[keys.together] = time.monotonic(), why
                     _warn(f"fastst leaves backend {backend.name!r} out for {what}: it {why}")
                     return why
-                cache.add(_file(), {key: _verdicts[key]})
-        if _verdicts[key]:
-            _warn(
-                f"fastst no longer chooses backend {backend.name!r} for {what}: it {_verdicts[key]}"
-            )
-        return _verdicts[key] or None
+                _keep({keys.together: found} if found else dict.fromkeys(keys.each, ""))
+        if found:
+            _warn(f"fastst no longer chooses backend {backend.name!r} for {what}: it {found}")
+        return found or None
+
+
+def _checked(backend: Backend, problem: Problem, phase: Phase, way: str | None) -> str:
+    """The verdict on kernels that nobody has seen run here; empty: passed."""
+    device, dtype = problem.device, problem.dtype
+    if backend.device != "cuda":
+        return check(backend, backend.rehearse(problem, phase, way), device, dtype) or ""
+    return quarantine.checked(
+        Request(
+            backend.name, device, dtype, _tf32(device), like=problem, phase=phase, way=way,
+        )
+    )  # fmt: skip
+
+
+class _Keys(NamedTuple):
+    """Of verdicts on what a call launches."""
+
+    together: str  # on all of it: what is wrong with it as a whole
+    each: tuple[str, ...]
+
+
+@lru_cache(maxsize=4096)
+def _keys(
+    backend: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, tf32: bool
+) -> _Keys:
+    digest = hashlib.sha256(" | ".join(sorted(names)).encode()).hexdigest()[:10]
+    together, *each = (
+        _key(backend, name, device, dtype) for name in (f"{len(names)} kernels {digest}", *names)
+    )
+    return _Keys(together, tuple(each))
+
+
+def _read() -> None:
+    """Add what other processes have found."""
+    _verdicts.update({k: v for k, v in cache.read(_file()).items() if k not in _verdicts})
+
+
+def _known(keys: _Keys) -> str | None:
+    """The verdict on a call, empty where all that it launches has passed; None: there is none."""
+    if (found := _verdicts.get(keys.together)) is not None:
+        return found
+    return "" if all(_verdicts.get(k) == "" for k in keys.each) else None
+
+
+def _keep(found: dict[str, str]) -> None:
+    _verdicts.update(found)
+    cache.add(_file(), found)
+
+
+def _given_up(backend: str, problem: Problem) -> str | None:
+    """Why a backend is not even checked: each hang of its kernels has cost minutes."""
+    start = f"{cache.machine(problem.device)} | {cache.versions()} | {backend} | "
+    bad = [v for k, v in _verdicts.items() if k.startswith(start) and state(v) in ("hang", "fault")]
+    if len(bad) < _ENOUGH:
+        return None
+    return (
+        f"is left out on this machine, where {len(bad)} of its self-checks ended in a hang or a "
+        f"fault (python -m fastst.check --again tries again); the last {bad[-1]}"
+    )
 
 
 def verdict(
-    backend: Backend, kind: str, device: torch.device, dtype: torch.dtype, again: bool = False
+    backend: Backend, kind: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str]:
-    """State and reason of a check without a call, which is made where there is none or again."""
+    """State and reason of a check without a call, which is made where there is none."""
     key = _key(backend.name, kind, device, dtype)
     with _lock, cache.locked(_file()):
-        if again or not _known(key):
+        _read()
+        if key not in _verdicts:
             try:
-                found = _checked(backend, kind, device, dtype, None)
+                request = Request(backend.name, device, dtype, _tf32(device), kind=kind)
+                found = quarantine.checked(request)
             except Postponed as why:
                 return "unknown", f"could not be checked: {why}"
-            _verdicts[key] = found
-            cache.add(_file(), {key: found})
+            passed: dict[str, str] = {}
+            if not found:  # and so did everything that it ran
+                examples = examples_of(backend, kind, dtype, device)
+                passed = {
+                    _key(backend.name, name, device, dtype): ""
+                    for e in examples for name in e.instances
+                }  # fmt: skip
+            _keep({**passed, key: found})
         return state(_verdicts[key]), _verdicts[key]
 
 
-def _known(key: str) -> bool:
-    """Whether there is a verdict, here or on the disk."""
-    if key not in _verdicts:
-        found = cache.read(_file())
-        _verdicts.update({k: v for k, v in found.items() if k not in _verdicts})
-    return key in _verdicts
+def examples_of(
+    backend: Backend, kind: str, dtype: torch.dtype, device: torch.device
+) -> Sequence[Example | Later]:
+    """What a check without a call runs."""
+    if backend.examples is None:
+        return backend.usual_examples(kind, dtype)
+    return backend.examples(kind, dtype, device)
 
 
 def _warn(message: str) -> None:
     warnings.warn(message, SelfCheckWarning, stacklevel=4)
 
 
-def _checked(
-    backend: Backend, kind: str, device: torch.device, dtype: torch.dtype, like: Problem | None
-) -> str:
-    """The verdict on kernels that nobody has seen run here; empty: passed."""
-    if backend.device == "cuda":
-        return quarantine.checked(Request(backend.name, kind, device, dtype, like, _tf32(device)))
-    return check(backend, kind, device, dtype, like) or ""
-
-
 def check(
     backend: Backend,
-    kind: str,
+    examples: Sequence[Example | Later],
     device: torch.device,
     dtype: torch.dtype,
-    like: Problem | None = None,
     begin: Callable[[str], object] = lambda name: None,
-    only: int | None = None,
 ) -> str | None:
     """Compare a backend with float64 on small random data, twice, in this process.
 
     Args:
         backend: whose kernels; ``aten``'s for PyTorch's own convolutions.
-        kind: as ``Backend.check_kind`` names it.
+        examples: what is run.
         device, dtype: what to run on.
-        like: a problem whose kernels are checked, where the backend has a rehearsal of it; what is
-            compiled for the check then serves the call.
         begin: told the name of each example before anything of it is launched.
-        only: the one example that is run, counted from 0; None for all.
 
     Returns:
         None, or what is wrong, as the end of a sentence about the backend.
@@ -140,40 +208,56 @@ def check(
     Raises:
         Postponed: it cannot be told, for want of memory or of something else around the kernels.
     """
-    allowed = _ULPS * _rounding(dtype, device)
     # Whatever the caller's modes are: default device, autocast, inference, fake tensors.
     with (
         _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False),
         torch.autocast(device.type, enabled=False),
     ):  # fmt: skip
-        found = (backend.examples or backend.usual_examples)(kind, dtype, like)
-        for number, example in enumerate(found, 1):
-            if only is not None and number != only + 1:
-                continue
-            name = example.name or f"example {number} of {len(found)} of {kind!r} in {dtype}"
+        for number, example in enumerate(examples, 1):
+            name = example.name or f"example {number} of {len(examples)} in {dtype}"
             begin(name)
-            spec, tensors, run, dy, _ = example.make() if isinstance(example, Later) else example
-            try:
-                there = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
-                true = _truth(spec, there, dy)
-                runs = []
-                for _ in range(2):
-                    with torch.no_grad():
-                        results = run(Problem.of(there, spec), there)
-                    # Where a fault is reported: at the latest when results are copied.
-                    runs.append([t.cpu() for t in results])
-            except Exception as failure:  # a compiler or a driver that fails is a verdict, too
-                return _failure(failure, name)
-            for (what, t), got, again in zip(true, *runs, strict=True):
-                error = float((got.double() - t).abs().max() / t.abs().max())
-                if not error <= allowed:
-                    return (
-                        f"is off by {error:.2g} of the largest {what} in its self-check, "
-                        f"over {allowed:.2g} ({name})"
-                    )
-                if not torch.equal(got, again):
-                    return f"gave another {what} when it ran again in its self-check ({name})"
+            why = _compared(example, name, device, dtype)
+            if why is not None:
+                return why
     return None
+
+
+def _compared(
+    example: Example | Later, name: str, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """What is wrong with the results of an example."""
+    allowed = _ULPS * _rounding(dtype, device)
+    if isinstance(example, Later):
+        example = example.make()
+    try:
+        there = type(example.tensors)(*(_moved(t, device) for t in example.tensors))
+        true = _truth(example, there)
+        runs = []
+        for _ in range(2):
+            with torch.no_grad():
+                results = example.run(Problem.of(there, example.spec), there)
+            # Where a fault is reported: at the latest when results are copied.
+            runs.append([t.cpu() for t in results])
+    except Exception as failure:  # a compiler or a driver that fails is a verdict, too
+        return _failure(failure, name)
+    for (what, t), got, again in zip(true, *runs, strict=True):
+        error = float((got.double() - t).abs().max() / t.abs().max())
+        if not error <= allowed:
+            return (
+                f"is off by {error:.2g} of the largest {what} in its self-check, "
+                f"over {allowed:.2g} ({name})"
+            )
+        if not torch.equal(got, again):
+            return f"gave another {what} when it ran again in its self-check ({name})"
+    return None
+
+
+def _moved(t: Tensor | None, device: torch.device) -> Tensor | None:
+    """t with all that it lies in: of the same strides, and as far from an aligned address."""
+    if t is None or t.device == device:
+        return t
+    whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(device)
+    return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 # What CUDA calls errors of a kernel, all of which end the context; out of memory is none of them.
@@ -210,8 +294,9 @@ def state(verdict: str) -> str:
     return next(found, "failed") if verdict else "passed"
 
 
-def _truth(spec: Any, tensors: Any, dy: Tensor | None) -> list[tuple[str, Tensor]]:
-    """The output or, with dy, the gradients, in float64 and by name."""
+def _truth(example: Example, tensors: Any) -> list[tuple[str, Tensor]]:
+    """The output or, with dy, the gradients that are wanted, in float64 and by name."""
+    spec, dy = example.spec, example.dy
     pair = isinstance(spec, PairSpec)
     compose: Any = reference.compose_pair if pair else reference.compose_parallel
     double = {n: t.double() for n, t in tensors._asdict().items() if t is not None}
@@ -219,7 +304,8 @@ def _truth(spec: Any, tensors: Any, dy: Tensor | None) -> list[tuple[str, Tensor
         with torch.no_grad():
             return [("output", compose(tensors._replace(**double), spec).cpu())]
     with torch.enable_grad():
-        leaves = {n: t.requires_grad_() for n, t in double.items() if n not in ("mean", "var")}
+        wanted = example.wanted or [n for n in double if n not in ("mean", "var")]
+        leaves = {n: double[n].requires_grad_() for n in wanted}
         y = compose(tensors._replace(**double), spec)
         grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y))
     return [(f"gradient of {n}", g.cpu()) for n, g in zip(leaves, grads, strict=True)]
@@ -245,6 +331,14 @@ def forget() -> None:
     """Drop what this process knows, not the file."""
     _verdicts.clear()
     _postponed.clear()
+
+
+def discard(device: torch.device) -> None:
+    """Drop every verdict on a device, from the file, too."""
+    start = f"{cache.machine(device)} | "
+    with _lock, cache.locked(_file()):
+        forget()
+        cache.add(_file(), {}, without=lambda key: key.startswith(start))
 
 
 def postponed() -> dict[str, str]:

@@ -14,7 +14,7 @@ import platform
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -94,13 +94,16 @@ def read(path: Path) -> dict[str, str]:
         return {}
 
 
-def add(path: Path, found: dict[str, str]) -> dict[str, str]:
+def add(
+    path: Path, found: dict[str, str], without: Callable[[str], bool] = lambda key: False
+) -> dict[str, str]:
     """Add entries to a file, which others may have written to; returns all of them.
 
-    Atomic. Where the file cannot be written, a warning says that they last for this process.
+    Those whose keys are to be ``without`` go. Atomic. Where the file cannot be written, a warning
+    says that they last for this process.
     """
     with locked(path.with_name(path.name + ".add")):
-        merged = {**read(path), **found}
+        merged = {k: v for k, v in read(path).items() if not without(k)} | found
         partial = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

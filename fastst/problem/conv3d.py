@@ -80,6 +80,7 @@ class ConvProblem(Problem):
         x, w = tensors[:2]
         found: ConvProblem = _describe(
             spec, x.shape, x.stride(), offset_of(x), x.dtype, x.device, w.shape, w.stride(),
+            tuple([getattr(t, "dtype", None) for t in tensors[2:]]),
             0 if tensors.past is None else tensors.past.shape[2], tensors.residual is not None,
         )  # fmt: skip
         return found
@@ -120,6 +121,7 @@ def _describe(
     device: torch.device,
     w: Sequence[int],
     w_stride: Sequence[int],
+    others: tuple[torch.dtype | None, ...],
     past: int,
     residual: bool,
 ) -> ConvProblem:
@@ -136,5 +138,5 @@ def _describe(
     out = conv.out_size((past + size[0], *size[1:]))
     return ConvProblem(
         spec, (conv,), x[0], size, out, w[0], dtype, device, channels_last, tuple(x_stride),
-        x_offset, past, residual,
+        x_offset, (tuple(w_stride),), others, past, residual,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -16,6 +17,7 @@ from .spec import (
     ParallelProblem,
     ParallelSpec,
     ParallelTensors,
+    Pass,
     Problem,
 )
 
@@ -74,20 +76,74 @@ def pair_tensors(
 
 
 def filled(shapes: Any) -> Any:
-    """Random tensors on the CPU like those that are given."""
+    """Random tensors on the CPU, in memory as those that are given."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def fill(name: str, t: Tensor) -> Tensor:
-        drawn = torch.randn(t.shape, generator=generator, device="cpu")
+        reach = t.storage_offset() + 1 + _reach(t.shape, t.stride())
+        drawn = torch.randn(reach, generator=generator, device="cpu")
         if name.endswith("_weight") and t.dim() == 5:
             drawn /= math.prod(t.shape[1:]) ** 0.5
         if name == "var":
             drawn = drawn.abs() + 0.5
-        return torch.empty_like(t, device="cpu").copy_(drawn)
+        return drawn.to(t.dtype).as_strided(t.shape, t.stride(), t.storage_offset())
 
     return type(shapes)(
         **{n: None if t is None else fill(n, t) for n, t in shapes._asdict().items()}
     )
+
+
+def resembling(
+    problem: Problem, batch: int, size: Sequence[int], passes: Sequence[Pass] | None = None
+) -> tuple[Any, Any]:
+    """Tensors on "meta", laid out as those of a problem, of other sizes; and its specification.
+
+    x has the very strides and offset of the problem's where only the batch is another.
+    """
+    passes = passes or problem.passes
+    names = (PairTensors if isinstance(problem, PairProblem) else ParallelTensors)._fields[3:]
+    there = {n: d for n, d in zip(names, problem.others, strict=True) if d is not None}
+
+    def empty(*shape: int, like: torch.dtype = problem.dtype) -> Tensor:
+        return torch.empty(shape, dtype=like, device="meta")
+
+    x = empty(batch, passes[0].in_channels, *size)
+    if tuple(size) == problem.size and passes[0].in_channels == problem.passes[0].in_channels:
+        offset = problem.x_offset // problem.dtype.itemsize
+        reach = offset + 1 + _reach(x.shape, problem.x_stride)
+        x = empty(reach).as_strided(x.shape, problem.x_stride, offset)
+    elif problem.x_stride[1] == 1:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    shapes = [(p.out_channels, p.in_channels // p.groups, *p.kernel) for p in passes]
+    one, other = (
+        _strided(empty(*shape), strides)
+        for shape, strides in zip(shapes, problem.weight_strides, strict=True)
+    )
+    groups = {p.kind: p.groups for p in passes}
+    spec: Any = problem.spec._replace(groups=(groups["spatial"], groups["temporal"]))
+    of = [p.out_channels for p in passes]
+    if not isinstance(problem, PairProblem):
+        biases = {n: empty(of["temporal" in n], like=d) for n, d in there.items()}
+        return ParallelTensors(x, one, other, **biases), spec
+    tensors = PairTensors(x, one, other)
+    spec = spec._replace(group="")
+    rest = {n: empty(of[n == "second_bias"], like=d) for n, d in there.items() if n != "residual"}
+    if problem.residual_stride is not None:
+        y = empty(*Problem.of(tensors, spec).out_shape)
+        rest["residual"] = _strided(y, problem.residual_stride)
+    return tensors._replace(**rest), spec
+
+
+def _strided(t: Tensor, strides: Sequence[int]) -> Tensor:
+    """t with its axes in the order in memory that strides are of."""
+    order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
+    inner = torch.empty([t.shape[d] for d in order], dtype=t.dtype, device=t.device)
+    return inner.permute([order.index(d) for d in range(t.dim())])
+
+
+def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """From the first to the last element in memory."""
+    return sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 KINDS = ("dense", "grouped", "depthwise", "parallel")
@@ -108,6 +164,65 @@ def of_kind(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return PairSpec(**common, norm="frozen", activation="relu"), tensors
 
 
+# Layers of networks, by which every multiprocessor of a GPU walks over several tiles: (C, M, K) or
+# (C, K, K), (T, H, W), (kt, kh, kw), groups, stride in time and space.
+_LAYERS: dict[str, tuple[Any, ...]] = {
+    "dense": (
+        ((3, 45, 64), (16, 112, 112), (3, 7, 7), 1, (1, 2)),  # R(2+1)D-18
+        ((64, 144, 64), (16, 56, 56), (3, 3, 3), 1, (1, 1)),
+        ((64, 230, 128), (16, 56, 56), (3, 3, 3), 1, (2, 2)),
+        ((128, 288, 128), (8, 28, 28), (3, 3, 3), 1, (1, 1)),
+        ((128, 460, 256), (8, 28, 28), (3, 3, 3), 1, (2, 2)),
+        ((256, 576, 256), (4, 14, 14), (3, 3, 3), 1, (1, 1)),
+        ((256, 921, 512), (4, 14, 14), (3, 3, 3), 1, (2, 2)),
+        ((512, 1152, 512), (2, 7, 7), (3, 3, 3), 1, (1, 1)),
+        ((64, 192, 192), (16, 56, 56), (3, 3, 3), 1, (1, 1)),  # S3D
+        ((96, 128, 128), (16, 28, 28), (3, 3, 3), 1, (1, 1)),
+    ),
+    "grouped": (((64, 64, 64), (16, 56, 56), (3, 3, 3), 4, (1, 1)),),
+    "depthwise": (  # as in X3D and MoViNet
+        ((24, 24, 24), (16, 112, 112), (5, 3, 3), 24, (1, 1)),
+        ((56, 56, 56), (16, 56, 56), (3, 3, 3), 56, (1, 2)),
+        ((112, 112, 112), (16, 28, 28), (3, 3, 3), 112, (1, 1)),
+        ((216, 216, 216), (16, 14, 14), (3, 3, 3), 216, (1, 1)),
+    ),
+    "parallel": (((64, 64, 64), (16, 56, 56), (3, 3, 3), 1, (1, 1)),),
+}  # fmt: skip
+_CLIPS = 8
+
+
+def problems(kind: str, dtype: torch.dtype, device: torch.device) -> list[Problem]:
+    """Layers of networks, on batches of clips, as they train and as they serve.
+
+    Args:
+        kind: one of ``KINDS``.
+    """
+    found: list[Problem] = []
+    for (c, m, k), size, (kt, kh, kw), groups, (st, s) in _LAYERS[kind]:
+
+        def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=like, device="meta")
+
+        x = empty(_CLIPS, c, *size).contiguous(memory_format=torch.channels_last_3d)
+        one = empty(m, c // groups, 1, kh, kw)
+        other = empty(k, (c if kind == "parallel" else m) // groups, kt, 1, 1)
+        pads = (kt // 2,) * 2 + (kh // 2,) * 2 + (kw // 2,) * 2
+        common: dict[str, Any] = {
+            "stride": (st, s, s), "padding": pads, "groups": (groups, groups),
+            "activation": "relu",
+        }  # fmt: skip
+        if kind == "parallel":
+            spec, tensors = ParallelSpec(**common), ParallelTensors(x, one, other)
+            found.append(replace(Problem.of(tensors, spec), device=device))
+            continue
+        norm = [empty(m, like=torch.float64 if dtype == torch.float64 else torch.float32)] * 4
+        for name, given in (("batch", 2), ("frozen", 4)):
+            of = dict(zip(("norm_weight", "norm_bias", "mean", "var"), norm[:given], strict=False))
+            pair = Problem.of(PairTensors(x, one, other, **of), PairSpec(**common, norm=name))
+            found.append(replace(pair, device=device))
+    return found
+
+
 def kind_of(problem: Problem) -> str:
     """The kind of ``of_kind`` that stands for a problem."""
     if not isinstance(problem, PairProblem):
@@ -120,18 +235,43 @@ def kind_of(problem: Problem) -> str:
 
 def off_kinks(spec: Any, tensors: Any) -> Any:
     """With values so far from the kinks of activations that no rounding leads to another side."""
-
-    def places(t: Tensor) -> Tensor:
-        return torch.tensor([-4.5, -1.5, 1.5, 4.5]).repeat(len(t))[: len(t)].to(t)
-
-    if getattr(spec, "norm", "none") != "none":
-        near = torch.full_like(tensors.norm_weight, 0.1)
-        return tensors._replace(norm_weight=near, norm_bias=places(tensors.norm_bias))
     one, other, bias, second = tensors._fields[1:5]
-    found = tensors._replace(
-        **{one: getattr(tensors, one) * 0.1, bias: places(getattr(tensors, bias))}
-    )
-    if isinstance(tensors, PairTensors):
-        return found
-    above = torch.full_like(getattr(tensors, second), 0.7)
-    return found._replace(**{other: getattr(tensors, other) * 0.1, second: above})
+    norm = getattr(spec, "norm", "none")
+    if norm == "frozen":  # v = (u − mean) / 10
+        return tensors._replace(
+            mean=_places(tensors.mean) * 10, var=torch.full_like(tensors.var, 100.0),
+            **_filled(tensors, norm_weight=1.0, norm_bias=0.0),
+        )  # fmt: skip
+    if norm == "batch":
+        if tensors.norm_weight is not None and tensors.norm_bias is not None:
+            near, beta = _filled(tensors, norm_weight=0.1), _places(tensors.norm_bias)
+            return tensors._replace(**near, norm_bias=beta)
+        # Nothing moves v away from 0: of two values alone it is ±1.
+        x, weight = torch.sign(tensors.x), getattr(tensors, one)
+        tap = [n // 2 for n in weight.shape[2:]]
+        delta = torch.zeros_like(weight)
+        delta[:, 0, tap[0], tap[1], tap[2]] = 1
+        return tensors._replace(x=tensors.x.copy_(x), **{one: delta})
+    if isinstance(tensors, PairTensors) and getattr(tensors, bias) is not None:
+        biased = _places(getattr(tensors, bias))
+        return tensors._replace(**{one: getattr(tensors, one) * 0.1, bias: biased})
+    weights = (one,) if isinstance(tensors, PairTensors) else (one, other)
+    biases = (bias, second)[: len(weights)]
+    if all(getattr(tensors, b) is not None for b in biases):
+        smaller = {n: getattr(tensors, n) * 0.1 for n in weights}
+        above = _places(getattr(tensors, bias))
+        return tensors._replace(**smaller, **{bias: above}, **_filled(tensors, **{second: 0.7}))
+    # Sums of equal terms are exact: none comes close to a kink that it does not meet.
+    steps = {n: torch.sign(getattr(tensors, n)) * 0.28 for n in weights}
+    x = tensors.x.copy_(torch.sign(tensors.x))
+    return tensors._replace(x=x, **steps, **_filled(tensors, **dict.fromkeys(biases, 0.0)))
+
+
+def _places(t: Tensor) -> Tensor:
+    return torch.tensor([-4.5, -1.5, 1.5, 4.5]).repeat(len(t))[: len(t)].to(t)
+
+
+def _filled(tensors: Any, **values: float) -> dict[str, Tensor]:
+    """The tensors of these names that there are, each full of a value."""
+    found = ((n, getattr(tensors, n), v) for n, v in values.items())
+    return {n: torch.full_like(t, v) for n, t, v in found if t is not None}

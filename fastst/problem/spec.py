@@ -231,6 +231,8 @@ class Problem:
     channels_last: bool  # memory format of the output
     x_stride: tuple[int, ...]  # of x, in elements
     x_offset: int  # bytes from an address that is a multiple of 16 to x
+    weight_strides: tuple[tuple[int, ...], ...]  # in the order of the tensors
+    others: tuple[torch.dtype | None, ...]  # of the tensors after the weights; None: there is none
 
     @overload
     @staticmethod
@@ -247,7 +249,8 @@ class Problem:
         found: Problem = _describe(
             spec, x.shape, x.stride(), offset_of(x), x.dtype, x.device,
             one.shape, one.stride(), other.shape, other.stride(),
-            isinstance(tensors, PairTensors) and tensors.residual is not None,
+            tuple([getattr(t, "dtype", None) for t in tensors[3:]]),
+            _stride(tensors.residual) if isinstance(tensors, PairTensors) else None,
         )  # fmt: skip
         return found
 
@@ -295,7 +298,12 @@ class PairProblem(Problem):
     spec: PairSpec
     passes: tuple[Pass, Pass]
     mid_size: Triple  # (T, H, W) after the first pass
-    residual: bool  # whether one is added to y
+    residual_stride: tuple[int, ...] | None  # of what is added to y
+
+    @property
+    def residual(self) -> bool:
+        """Whether something is added to y."""
+        return self.residual_stride is not None
 
     @property
     def pass_sizes(self) -> tuple[Triple, Triple]:
@@ -343,20 +351,22 @@ def _describe(
     one_stride: Sequence[int],
     other: Sequence[int],
     other_stride: Sequence[int],
-    residual: bool,
+    others: tuple[torch.dtype | None, ...],
+    residual_stride: tuple[int, ...] | None,
 ) -> Problem:
     """The problem of tensors with these shapes and strides; weights in the order of the tensors."""
     size: Triple = tuple(x[2:])  # type: ignore[assignment]
     layouts = ((x, x_stride), (one, one_stride), (other, other_stride))
     channels_last = any(is_channels_last(shape, stride) for shape, stride in layouts)
-    layout = (dtype, device, channels_last, tuple(x_stride), x_offset)
+    strides = tuple(one_stride), tuple(other_stride)
+    layout = (dtype, device, channels_last, tuple(x_stride), x_offset, strides, others)
     if isinstance(spec, PairSpec):
         ws, wt = in_execution_order(spec.order, one, other)  # swapping twice is no swap
         first, second = in_execution_order(spec.order, *_passes(spec, ws, wt))
         mid_size = first.out_size(size)
         return PairProblem(
             spec, (first, second), x[0], size, second.out_size(mid_size), second.out_channels,
-            *layout, mid_size, residual,
+            *layout, mid_size, residual_stride,
         )  # fmt: skip
     # Both branches stride in all three dimensions; each pads only its own.
     spatial, temporal = (p._replace(stride=spec.stride) for p in _passes(spec, one, other))
@@ -365,6 +375,10 @@ def _describe(
     return ParallelProblem(
         spec, (spatial, temporal), x[0], size, spatial.out_size(size), out_channels, *layout
     )
+
+
+def _stride(t: Tensor | None) -> tuple[int, ...] | None:
+    return t.stride() if isinstance(t, Tensor) else None
 
 
 def offset_of(x: Tensor) -> int:

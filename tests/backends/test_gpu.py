@@ -12,6 +12,7 @@ import torch
 from benchmarks import instances
 from fastst.dispatch import quarantine, selfcheck
 from tests.support import ROOT
+from tests.support.standin import StandIn
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GPU = torch.device("cuda", 0)
@@ -23,7 +24,9 @@ UNITS = list(instances.units(GPU, DTYPES, dry=False)) if torch.cuda.is_available
 def test_instance(unit: instances.Unit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_CHECK_SECONDS", "60")
     print(unit, flush=True)
-    request = quarantine.Request(unit.backend, unit.kind, GPU, unit.dtype, None, False, unit.number)
+    request = quarantine.Request(
+        unit.backend, GPU, unit.dtype, False, kind=unit.kind, only=unit.number
+    )
     try:
         why = quarantine.checked(request)
     except quarantine.Postponed as reason:
@@ -41,10 +44,11 @@ def test_ten_thousand_steps_beside_a_busy_stream_give_the_same_bits() -> None:
 def test_units_are_of_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a Hopper GPU would be asked for, listed without one."""
     from fastst.backends import cuda
-    from fastst.backends.cuda import examples
+    from fastst.backends.cuda import depthwise, examples
     from fastst.backends.cuda.hopper import instances, weight_tiles
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    StandIn(monkeypatch)
+    monkeypatch.setattr(depthwise, "_stages", lambda problem, backward: 2)
     assert [*examples.kinds(GPU, torch.bfloat16)] == [
         "depthwise", "depthwise backward", "hopper", "hopper backward"
     ]  # fmt: skip
@@ -53,7 +57,7 @@ def test_units_are_of_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert make is not None
     names = "\n".join(
         e.name for kind in examples.kinds(GPU, torch.bfloat16)
-        for e in make(kind, torch.bfloat16, None)
+        for e in make(kind, torch.bfloat16, GPU)
     )  # fmt: skip
     for columns, _, _ in instances.SPATIAL:
         assert f"spatial {columns} columns" in names
@@ -66,5 +70,5 @@ def test_units_are_of_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for columns, count in weight_tiles.TILES:
         assert f"weight gradients {columns} × {count}" in names
     assert "clusters of 2" in names
-    assert "gradients of (512, 1152, 512) on 8 × " in names  # real stages, several waves
+    assert "dense backward of all" in names and "on (16, 8, 28, 28)" in names  # waves
     assert "gradients of depthwise 5 × 5² stride 2" in names

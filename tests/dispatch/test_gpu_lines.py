@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from fastst import check, info
 from fastst.backends import triton
+from fastst.backends.contract import Phase
 from fastst.backends.cuda import examples
 from fastst.backends.triton import launch, rehearsal
 from fastst.dispatch import quarantine, selfcheck
@@ -28,10 +30,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     monkeypatch.delenv("FASTST_CUDA_EMULATE", raising=False)
     monkeypatch.setattr(selfcheck, "_verdicts", {})
     monkeypatch.setattr(selfcheck, "_postponed", {})
-    for cached in (cache.machine, launch.capability):
+    for cached in (cache.machine, launch.capability_of, launch.counted):
         cached.cache_clear()
     yield StandIn(monkeypatch)
-    for cached in (cache.machine, launch.capability):
+    for cached in (cache.machine, launch.capability_of, launch.counted):
         cached.cache_clear()
 
 
@@ -46,10 +48,12 @@ def test_one_check_serves_all_gpus_of_a_model(
     asked: list[torch.device] = []
     monkeypatch.setattr(quarantine, "checked", lambda r: asked.append(r.device) or "")
     for device in GPUS:
-        assert selfcheck.why_broken(triton.BACKEND, on(device), "dense forward") is None
+        assert selfcheck.why_broken(triton.BACKEND, on(device), "forward") is None
     assert asked == [GPUS[0], GPUS[2]]
     assert "H200 driver 13000" in cache.machine(GPUS[1])
-    assert selfcheck.seen() == {"triton": {"passed": 2}}
+    count = len(set(triton.BACKEND.instances(on(GPUS[0]), "forward", None)))
+    other = len(set(triton.BACKEND.instances(on(GPUS[2]), "forward", None)))
+    assert selfcheck.seen() == {"triton": {"passed": count + other}}
 
 
 def test_a_capture_reads_the_disk_and_checks_nothing(
@@ -57,13 +61,15 @@ def test_a_capture_reads_the_disk_and_checks_nothing(
 ) -> None:
     monkeypatch.setattr(quarantine, "checked", lambda request: pytest.fail("checked"))
     gpus.capturing = True
-    why = selfcheck.why_broken(triton.BACKEND, on(GPUS[0]), "dense forward")
+    why = selfcheck.why_broken(triton.BACKEND, on(GPUS[0]), "forward")
     assert why == "has not been checked before this graph capture"
-    key = selfcheck._key("triton", "dense forward", GPUS[0], torch.float16)
+    names = tuple(triton.BACKEND.instances(on(GPUS[0]), "forward", None))
+    keys = selfcheck._keys("triton", names, GPUS[0], torch.float16, False)
     for verdict in ("", "is off by 1"):
         selfcheck.forget()
-        cache.add(selfcheck._file(), {key: verdict})  # by another process
-        found = selfcheck.why_broken(triton.BACKEND, on(GPUS[0]), "dense forward")
+        found = {keys.together: verdict} if verdict else dict.fromkeys(keys.each, "")
+        cache.add(selfcheck._file(), found)  # by another process
+        found = selfcheck.why_broken(triton.BACKEND, on(GPUS[0]), "forward")
         assert found == (verdict or None)
 
 
@@ -76,11 +82,17 @@ def test_the_command_takes_a_gpu_of_each_model(gpus: StandIn) -> None:
     assert "cuda:2: NVIDIA A100" in "\n".join(info._devices())
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 16, 17, 32, 5000])
-def test_rehearsals_on_a_gpu_fill_several_waves(gpus: StandIn, batch: int) -> None:
-    problem = replace(on(GPUS[0]), batch=batch, size=(16, 56, 56))
-    clips = rehearsal._clips(problem, (3, 8, 8))
-    assert 1 <= clips <= batch
-    assert (clips % 16 == 0) == (batch % 16 == 0)  # as the compiler sees it
-    assert (clips == 1) == (batch == 1)
-    assert clips == batch or clips * 3 * 8 * 8 > 120_000
+@pytest.mark.parametrize("batch", [1, 7, 16, 5000])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_rehearsals_on_a_gpu_fill_several_waves(gpus: StandIn, batch: int, phase: Phase) -> None:
+    """And run what the call would run."""
+    spec, tensors = of_kind("dense", torch.float16)
+    x = torch.empty(batch, 18, 16, 56, 56, dtype=torch.float16, device="meta")
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    problem = replace(Problem.of(tensors._replace(x=x), spec), device=GPUS[0])
+    needed = set(triton.BACKEND.instances(problem, phase, None))
+    found = [e.make() for e in rehearsal.rehearse(problem, phase)]
+    assert needed <= {name for e in found for name in e.instances}
+    for e in found:
+        n, _, *size = e.tensors.x.shape
+        assert min(9 << 14, math.prod((batch, 16, 56, 56))) / 1.5 < n * math.prod(size) < 200_000

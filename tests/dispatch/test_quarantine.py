@@ -18,7 +18,7 @@ import torch
 
 from fastst import check
 from fastst.backends import cuda, triton
-from fastst.backends.cuda import library
+from fastst.backends.cuda import examples, library
 from fastst.dispatch import quarantine, selfcheck
 from fastst.machine import cache
 from fastst.problem.examples import of_kind
@@ -47,6 +47,12 @@ def problem(kind: str = "dense") -> Problem:
     return Problem.of(tensors, spec)
 
 
+def depthwise() -> Problem:
+    """One that the CUDA kernels take."""
+    spec, tensors, *_ = examples._depthwise(False, torch.float16)[0]
+    return Problem.of(tensors, spec)
+
+
 # plant, what the verdict or the reason says, the state that is kept
 KINDS = [
     ("wrong", "is off by 0.5 of the largest output", "wrong"),
@@ -62,25 +68,27 @@ KINDS = [
     ("SIGTERM", "could not be checked: its check was ended .SIGTERM.", None),
     ("SIGKILL", "could not be checked: its check was ended .SIGKILL.", None),
     ("exit", "could not be checked: its check was ended .status 3.", None),
+    ("around", "could not be checked: RuntimeError: nothing of a kernel", None),
+    ("ends", "could not be checked: its check was ended .status 1.: KeyboardInterrupt", None),
 ]
 
 
-def planted(backend: Any, kind: str, plant: str, text: str, state: str | None, mp: Any) -> None:
+def planted(backend: Any, plant: str, text: str, state: str | None, mp: Any) -> None:
     mp.setenv("FASTST_TEST_PLANT", plant)
     if plant == "hang":  # time to start, and then to hang
         process = quarantine._current()
         mp.setenv("FASTST_CHECK_SECONDS", "12")
         assert process.alive()
-    call = problem("depthwise" if backend is cuda.BACKEND else "dense")
+    call = problem() if backend is triton.BACKEND else depthwise()
     with pytest.warns(selfcheck.SelfCheckWarning, match=text):
-        why = selfcheck.why_broken(backend, call, kind)
+        why = selfcheck.why_broken(backend, call, "forward")
     assert why is not None
     kept = cache.read(selfcheck._file())
     if state is None:
         assert kept == {} and list(selfcheck.postponed().values()) == [why]
         with warnings.catch_warnings():  # not at once again, and said once
             warnings.simplefilter("error")
-            assert selfcheck.why_broken(backend, call, kind) == why
+            assert selfcheck.why_broken(backend, call, "forward") == why
         return
     assert list(kept.values()) == [why]
     assert selfcheck.state(why) == state
@@ -89,14 +97,14 @@ def planted(backend: Any, kind: str, plant: str, text: str, state: str | None, m
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mp.setattr(quarantine, "checked", lambda request: pytest.fail("checked again"))
-        assert selfcheck.why_broken(backend, call, kind) == why
+        assert selfcheck.why_broken(backend, call, "forward") == why
 
 
 @pytest.mark.parametrize(("plant", "text", "state"), KINDS)
 def test_planted_in_triton(
     plant: str, text: str, state: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted(triton.BACKEND, "dense forward", plant, text, state, monkeypatch)
+    planted(triton.BACKEND, plant, text, state, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +117,7 @@ def test_planted_in_emulated_cuda(
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     if isinstance(found := library.emulated(), str):
         pytest.skip(found)
-    planted(cuda.BACKEND, "depthwise", plant, text, state, monkeypatch)
+    planted(cuda.BACKEND, plant, text, state, monkeypatch)
 
 
 @pytest.mark.slow
@@ -122,27 +130,34 @@ def test_right_kernels_pass_whatever_the_modes_of_the_caller(
         torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode(),
         FakeTensorMode(), torch.no_grad(),
     ]  # fmt: skip
-    call = problem()
+
+    def call(eps: int) -> Problem:  # each with kernels of its own
+        spec, tensors = of_kind("dense", torch.float16)
+        return Problem.of(tensors, spec._replace(eps=1e-5 * (1 + eps)))
+
     for i, mode in enumerate(modes):
         with mode:
-            assert selfcheck.why_broken(triton.BACKEND, call, f"dense forward {i}") is None
+            assert selfcheck.why_broken(triton.BACKEND, call(i), "forward") is None
             # In this process, as for PyTorch's own convolutions.
             from fastst.backends import aten
 
-            assert selfcheck.check(aten.BACKEND, "dense", CPU, torch.float32) is None
+            few = aten.BACKEND.usual_examples("dense", torch.float32)
+            assert selfcheck.check(aten.BACKEND, few, CPU, torch.float32) is None
     one = quarantine._process
     assert one is not None and one.alive()  # that served all of them
 
     found: list[str | None] = []  # in a thread of the autograd engine
     thread = threading.Thread(
-        target=lambda: found.append(selfcheck.why_broken(triton.BACKEND, call, "dense backward"))
+        target=lambda: found.append(
+            selfcheck.why_broken(triton.BACKEND, problem("parallel"), "backward")
+        )
     )
     thread.start()
     thread.join()
     assert found == [None]
     assert quarantine._process is one
     one.end()  # as after a minute without a question
-    assert selfcheck.why_broken(triton.BACKEND, call, "grouped forward") is None
+    assert selfcheck.why_broken(triton.BACKEND, problem("grouped"), "forward") is None
 
 
 @pytest.mark.slow
@@ -155,7 +170,7 @@ def test_ranks_share_one_check(tmp_path: Path) -> None:
         "first = quarantine.checked\n"
         f"def checked(r): open({str(tmp_path / 'asked')!r}, 'a').write('x'); return first(r)\n"
         "quarantine.checked = checked\n"
-        "print(selfcheck.why_broken(triton.BACKEND, problem(), 'dense forward'))\n"
+        "print(selfcheck.why_broken(triton.BACKEND, problem(), 'forward'))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ranks = [
@@ -191,8 +206,8 @@ def test_without_a_place_for_files(home: str | None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(quarantine, "checked", lambda request: "")
     call = problem()
     with pytest.warns(UserWarning, match="for this process only"):
-        assert selfcheck.why_broken(triton.BACKEND, call, "dense forward") is None
-    assert selfcheck.why_broken(triton.BACKEND, call, "dense forward") is None
+        assert selfcheck.why_broken(triton.BACKEND, call, "forward") is None
+    assert selfcheck.why_broken(triton.BACKEND, call, "forward") is None
 
 
 def test_a_user_who_interrupts_leaves_no_verdict_and_no_process(
@@ -205,7 +220,7 @@ def test_a_user_who_interrupts_leaves_no_verdict_and_no_process(
 
     monkeypatch.setattr(process, "_next", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        selfcheck.why_broken(triton.BACKEND, problem(), "dense forward")
+        selfcheck.why_broken(triton.BACKEND, problem(), "forward")
     assert not process.alive()
     assert cache.read(selfcheck._file()) == {} and selfcheck.postponed() == {}
 
@@ -216,15 +231,16 @@ def test_what_cannot_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(sys, "executable", executable)
         monkeypatch.setattr(selfcheck, "_postponed", {})
         with pytest.warns(selfcheck.SelfCheckWarning, match="could not be checked"):
-            assert selfcheck.why_broken(triton.BACKEND, problem(), "dense forward")
+            assert selfcheck.why_broken(triton.BACKEND, problem(), "forward")
     assert cache.read(selfcheck._file()) == {}
 
 
 def test_it_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = selfcheck._key("triton", "dense forward", CPU, torch.float16)
-    selfcheck._postponed[key] = time.monotonic() - 61, "could not be checked: memory"
+    names = tuple(triton.BACKEND.instances(problem(), "forward", None))
+    keys = selfcheck._keys("triton", names, CPU, torch.float16, False)
+    selfcheck._postponed[keys.together] = time.monotonic() - 61, "could not be checked: memory"
     monkeypatch.setattr(quarantine, "checked", lambda request: "")
-    assert selfcheck.why_broken(triton.BACKEND, problem(), "dense forward") is None
+    assert selfcheck.why_broken(triton.BACKEND, problem(), "forward") is None
 
 
 # ---- python -m fastst.check

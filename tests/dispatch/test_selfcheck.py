@@ -15,6 +15,7 @@ import fastst
 from fastst import dispatch
 from fastst.backends import aten
 from fastst.backends import triton as backend
+from fastst.backends.contract import Backend, Example
 from fastst.dispatch import quarantine, selection, selfcheck
 from fastst.machine import gpu
 from fastst.problem.examples import of_kind
@@ -33,6 +34,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "processors", lambda capability: 1)
 
 
+def usual(some: Backend, kind: str, dtype: torch.dtype) -> list[Example]:
+    """A call of the kind."""
+    return some.usual_examples(kind, dtype)
+
+
 def dense() -> Problem:
     spec, tensors = of_kind("dense", torch.float32)
     return Problem.of(tensors, spec)
@@ -41,15 +47,16 @@ def dense() -> Problem:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_kernels_pass(kind: str, dtype: torch.dtype) -> None:
-    assert selfcheck.check(backend.BACKEND, kind, DEVICE, dtype) is None
-    assert selfcheck.check(aten.BACKEND, kind, DEVICE, dtype) is None
+    for some in (backend.BACKEND, aten.BACKEND):
+        assert selfcheck.check(some, usual(some, kind, dtype), DEVICE, dtype) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_tap_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taps = backend.arguments.taps
     monkeypatch.setattr(backend.arguments, "taps", lambda p: taps(p)._replace(before=(1, 1, 0)))
-    why = selfcheck.check(backend.BACKEND, kind, DEVICE, torch.bfloat16)
+    few = usual(backend.BACKEND, kind, torch.bfloat16)
+    why = selfcheck.check(backend.BACKEND, few, DEVICE, torch.bfloat16)
     assert why is not None and "is off by" in why
 
 
@@ -61,7 +68,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def test_pytorchs_convolutions_pass_on_this_cpu(dtype: torch.dtype) -> None:
     for kind in KINDS:
         for phase in ("", " backward"):
-            assert selfcheck.check(aten.BACKEND, kind + phase, CPU, dtype) is None
+            few = usual(aten.BACKEND, kind + phase, dtype)
+            assert selfcheck.check(aten.BACKEND, few, CPU, dtype) is None
 
 
 @pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")
@@ -97,18 +105,18 @@ def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
 
     def checked(request: quarantine.Request) -> str:
-        runs.append(request.kind)
+        runs.append(request.phase)
         return "is off by 1"
 
     monkeypatch.setattr(quarantine, "checked", checked)
     with pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'triton'"):
-        assert selfcheck.why_broken(backend.BACKEND, problem, "dense") == "is off by 1"
+        assert selfcheck.why_broken(backend.BACKEND, problem, "forward") == "is off by 1"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert selfcheck.why_broken(backend.BACKEND, problem, "dense") == "is off by 1"
+        assert selfcheck.why_broken(backend.BACKEND, problem, "forward") == "is off by 1"
         selfcheck.forget()  # another process
-        assert selfcheck.why_broken(backend.BACKEND, problem, "dense") == "is off by 1"
-    assert runs == ["dense"]
+        assert selfcheck.why_broken(backend.BACKEND, problem, "forward") == "is off by 1"
+    assert runs == ["forward"]
     assert list(selfcheck.verdicts().values()) == ["is off by 1"]
 
 
@@ -116,15 +124,16 @@ def test_a_broken_file_is_checked_again(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "selfcheck.json").write_text("{")
     problem = dense()
     monkeypatch.setattr(quarantine, "checked", lambda request: "")
-    assert selfcheck.why_broken(backend.BACKEND, problem, "dense") is None
-    assert list(selfcheck.verdicts().values()) == [""]
+    assert selfcheck.why_broken(backend.BACKEND, problem, "forward") is None
+    assert set(selfcheck.verdicts().values()) == {""}
 
 
 def test_auto_avoids_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = dense()
     problem = replace(problem, device=torch.device("cuda", 0))
     monkeypatch.setattr(backend.BACKEND, "why_not", lambda problem, phase: None)
-    monkeypatch.setattr(selfcheck, "why_broken", lambda backend, problem, kind: "is off by 1")
+    only = lambda some, *call: "is off by 1" if some is backend.BACKEND else None  # noqa: E731
+    monkeypatch.setattr(selfcheck, "why_broken", only)
     monkeypatch.setattr(selection, "AUTO", ("triton", "aten"))
     monkeypatch.setattr(selection, "_warned", set())
     with pytest.warns(dispatch.FallbackWarning, match="is off by 1"):
@@ -138,5 +147,6 @@ def test_failing_to_run_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no ptxas")
 
     monkeypatch.setattr(backend.launch, "run", broken)
-    why = selfcheck.check(backend.BACKEND, "dense", DEVICE, torch.float32)
+    few = usual(backend.BACKEND, "dense", torch.float32)
+    why = selfcheck.check(backend.BACKEND, few, DEVICE, torch.float32)
     assert why is not None and "no ptxas" in why

@@ -32,6 +32,7 @@ from ..contract import (
     COMMON_PARALLEL_FIELDS,
     Backend,
     Begun,
+    Example,
     Gradients,
     PairBackward,
     PairResult,
@@ -62,12 +63,17 @@ def _candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object
     return lambda: onednn.run(name, problem, tensors)
 
 
-def _check_kind(problem: Problem, phase: Phase) -> str | None:
+def _instances(problem: Problem, phase: Phase, way: str | None = None) -> Sequence[str]:
     """On CPUs only, where a check takes tens of milliseconds, and in this process: a crash of
     PyTorch's own convolutions would come with the call, too."""
     if problem.device.type != "cpu" or isinstance(problem, ConvProblem):
-        return None
-    return kind_of(problem) if phase == "forward" else f"{kind_of(problem)} backward"
+        return ()
+    return (kind_of(problem) if phase == "forward" else f"{kind_of(problem)} backward",)
+
+
+def _rehearse(problem: Problem, phase: Phase, way: str | None = None) -> Sequence[Example]:
+    (kind,) = _instances(problem, phase)
+    return BACKEND.usual_examples(kind, problem.dtype)
 
 
 def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
@@ -349,7 +355,8 @@ BACKEND = Backend(
     second_pass=second_pass,
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
-    check_kind=_check_kind,
+    instances=_instances,
+    rehearse=_rehearse,
     conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},
     conv3d=conv3d,
     conv3d_backward=conv3d_backward,

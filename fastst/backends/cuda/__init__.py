@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ..contract import (
     PairResult,
     Phase,
 )
+from ..rehearsal import Calls
 from . import depthwise, examples, hopper
 from .library import Launcher, emulated, emulating, launching, load
 
@@ -72,13 +74,6 @@ def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
 
 def _hopper_lacks(problem: PairProblem, phase: Phase) -> str | None:
     return hopper.why_not(problem) if phase == "forward" else hopper.backward_why_not(problem)
-
-
-def _check_kind(problem: Problem, phase: Phase) -> str | None:
-    """None of the generic kernels: "auto" never comes to them."""
-    assert isinstance(problem, PairProblem)
-    family = "depthwise" if depthwise.why_not(problem) is None else "hopper"
-    return family if phase == "forward" else f"{family} backward"
 
 
 def _gives_output_statistics(problem: PairProblem) -> bool:
@@ -271,6 +266,12 @@ def parallel_conv2plus1d_backward(
     return dx, dws, dwt, dbs, dbt
 
 
+CALLS = Calls(
+    lambda problem, tensors, save, like: conv2plus1d(problem, tensors, save),
+    first_pass, second_pass, conv2plus1d_backward,
+    lambda problem, tensors, like: parallel_conv2plus1d(problem, tensors),
+    parallel_conv2plus1d_backward,
+)  # fmt: skip
 BACKEND = Backend(
     name="cuda",
     device="cuda",
@@ -284,8 +285,9 @@ BACKEND = Backend(
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     why_not_auto=_why_not_auto,
-    check_kind=_check_kind,
-    examples=examples.examples,
+    instances=examples.instances,
+    rehearse=partial(examples.rehearse, CALLS),
+    examples=partial(examples.examples, CALLS),
     kinds=examples.kinds,
     gives_output_statistics=_gives_output_statistics,
     mid_tensors_alive=_mid_tensors_alive,

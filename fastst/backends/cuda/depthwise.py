@@ -85,6 +85,14 @@ def _fitting_stages(
     return next(fits, 0)
 
 
+def instance(problem: PairProblem, phase: str) -> str:
+    """The name of the kernel of a phase, and of its tile."""
+    spatial, temporal = problem.passes
+    k, kt, stride = spatial.kernel[1], temporal.kernel[0], spatial.stride[1]
+    stages = _stages(problem, phase == "backward")
+    return f"depthwise {phase}, {kt} × {k}² of stride {stride}, {stages} stages"
+
+
 def frames_per_block(frames: int, blocks: int) -> int:
     """Frames that one block walks over, where whole clips would make ``blocks`` blocks."""
     parts = min(-(-_FILLING_BLOCKS // max(blocks, 1)), max(1, frames // _LEAST_FRAMES))

@@ -1,20 +1,85 @@
-"""Calls of every kind of the CUDA kernels that "auto" may choose, for the self-check."""
+"""Calls of the CUDA kernels that "auto" may choose, for the self-check.
+
+Of a problem those that it launches, on fewer clips and, where that leaves the tiles as they are, on
+smaller frames; of a kind every instance.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...problem.examples import pair_tensors
-from ...problem.spec import PairProblem, PairSpec, PairTensors, Problem
-from ..contract import Example, Gradients, Later, PairBackward, gradient_example
-from . import depthwise
+from ...problem.examples import pair_tensors, problems, resembling
+from ...problem.spec import PairProblem, PairSpec, PairTensors, Problem, Triple
+from .. import rehearsal
+from ..contract import Example, Gradients, Later, PairBackward, Phase, gradient_example
+from ..rehearsal import POSITIONS, Smaller, Way, as_called
+from . import depthwise, hopper
 from .hopper import examples as hopper_examples
 from .library import emulating
+
+_SIZES: tuple[Triple, ...] = ((8, 28, 28), (16, 56, 56))  # tried before a problem's own
+
+
+def instances(problem: Problem, phase: Phase, way: str | None = None) -> Sequence[str]:
+    """Kernels with their tiles that a phase of a problem launches.
+
+    Of its generic kernels, to which "auto" never comes, none.
+    """
+    return _instances(problem, phase)
+
+
+@functools.lru_cache(maxsize=4096)
+def _instances(problem: Problem, phase: Phase) -> tuple[str, ...]:
+    if not isinstance(problem, PairProblem):
+        return ()
+    spec = problem.spec
+    ending = f", norm {spec.norm}, {spec.activation}" + ", recompute" * spec.recompute
+    if depthwise.why_not(problem) is None:
+        names = [depthwise.instance(problem, phase)]
+    else:
+        names = hopper.kernel_names(problem, phase)
+    return tuple(name + ending for name in names)
+
+
+def rehearse(
+    calls: rehearsal.Calls, problem: Problem, phase: Phase, way: str | None = None
+) -> Sequence[Later]:
+    """Run the instances of ``problem`` on few clips: all that blocks need for several waves."""
+    problem = as_called(problem, phase)
+
+    def names(way: Way, made: tuple[Any, Any]) -> Sequence[str]:
+        # Each way launches the same instances; only the first brings some of its own.
+        tensors, spec = made
+        small = replace(Problem.of(tensors, spec), device=problem.device)
+        return [f"{n}{way.name}" for n in _instances(small, phase)]
+
+    found = rehearsal.rehearse(
+        problem, phase, rehearsal.ways(calls, problem, phase), names, lambda: _smaller(problem)
+    )
+    return [e._replace(instances=_instances(problem, phase)) for e in found]
+
+
+def _smaller(problem: Problem) -> Iterator[Smaller]:
+    for size in _SIZES:
+        least: Any = tuple(map(min, problem.size, size))
+        tensors, spec = resembling(problem, 1, least)
+        if min(Problem.of(tensors, spec).out_size) > 0:
+            yield problem.passes, _clips(problem, least), least
+    yield problem.passes, _clips(problem, problem.size), problem.size
+    yield problem.passes, problem.batch, problem.size
+
+
+def _clips(problem: Problem, size: Triple) -> int:
+    """So many that blocks walk over several tiles, where the problem has as many."""
+    return max(1, min(POSITIONS, problem.batch * math.prod(problem.size)) // math.prod(size))
 
 
 def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
@@ -29,35 +94,39 @@ def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
 
 
 def examples(
-    kind: str, dtype: torch.dtype, like: Problem | None = None
+    calls: rehearsal.Calls, kind: str, dtype: torch.dtype, device: torch.device
 ) -> Sequence[Example | Later]:
-    """
+    """Every tile on small problems and, on a GPU, layers of networks.
+
     Args:
         kind: one of ``kinds``.
     """
-    if kind.startswith("depthwise"):
-        return _depthwise(kind.endswith("backward"), dtype)
-    return hopper_examples.examples(kind, dtype, like)
-
-
-def _depthwise(gradients: bool, dtype: torch.dtype) -> list[Example | Later]:
-    """Every instance, with borders that no tile ends at and, on a GPU, of several waves."""
+    family, phase = kind.split()[0], "backward" if kind.endswith("backward") else "forward"
     found: list[Example | Later] = []
-    for k, kt, stride in product(depthwise.KERNELS, depthwise.KERNELS, depthwise.STRIDES):
-        for batch, x in ((True, (1, 24, 5, 9, 10)), (False, (8, 192, 16, 28, 28))):
-            name = "gradients of " * gradients + f"depthwise {kt} × {k}² stride {stride} on {x}"
-            make = functools.partial(_example, (k, kt, stride), x, batch, dtype, name, gradients)
-            if batch:
-                found.append(make())
-            elif not emulating():
-                found.append(Later(name, make))
+    if family == "depthwise":
+        found += _depthwise(phase == "backward", dtype)
+    else:
+        found += hopper_examples.examples(kind, dtype)
+    if device.type == "cuda":
+        for problem in problems("depthwise" if family == "depthwise" else "dense", dtype, device):
+            if any(name.startswith(family) for name in _instances(problem, phase)):
+                found += rehearse(calls, problem, phase)  # type: ignore[arg-type]
     return found
+
+
+def _depthwise(gradients: bool, dtype: torch.dtype) -> list[Example]:
+    """Every instance, with borders that no tile ends at."""
+    name = "gradients of " * gradients + "depthwise {} × {}² stride {} on {}"
+    x = (1, 24, 5, 9, 10)
+    return [
+        _example((k, kt, stride), x, dtype, name.format(kt, k, stride, x), gradients)
+        for k, kt, stride in product(depthwise.KERNELS, depthwise.KERNELS, depthwise.STRIDES)
+    ]
 
 
 def _example(
     instance: tuple[int, int, int],
     x: tuple[int, ...],
-    batch: bool,
     dtype: torch.dtype,
     name: str,
     gradients: bool,
@@ -66,10 +135,8 @@ def _example(
     c = x[1]
     tensors = pair_tensors(dtype, x, (c, 1, 1, k, k), (c, 1, kt, 1, 1))
     pads = (kt // 2,) * 2 + (k // 2,) * 4
-    spec = PairSpec((1, stride, stride), pads, groups=(c, c), activation="silu")
-    spec = spec._replace(norm="batch" if batch else "frozen")
-    if batch:
-        tensors = tensors._replace(mean=None, var=None, first_bias=None)
+    spec = PairSpec((1, stride, stride), pads, groups=(c, c), activation="silu", norm="batch")
+    tensors = tensors._replace(mean=None, var=None, first_bias=None)
     if not gradients:
         return Example(spec, tensors, lambda p, t: [depthwise.forward(p, t, False).y], name=name)
 

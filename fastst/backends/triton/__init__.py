@@ -18,7 +18,7 @@ from ..contract import COMMON_PAIR_FIELDS, COMMON_PARALLEL_FIELDS, Backend, Phas
 from . import backward, launch, pair, tiles
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
-from .rehearsal import check_kind, examples, kinds
+from .rehearsal import examples, instances, kinds, rehearse
 
 _ON_CPU = "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set at start"
 
@@ -94,7 +94,8 @@ BACKEND = Backend(
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     why_not_auto=_why_not_auto,
-    check_kind=check_kind,
+    instances=instances,
+    rehearse=rehearse,
     examples=examples,
     kinds=kinds,
     gives_output_statistics=lambda problem: True,  # from the epilogue that writes y

@@ -57,7 +57,11 @@ def trial(problem: PairProblem, way: str) -> Callable[[], None]:
 
 
 def conv2plus1d_backward(call: PairBackward) -> Gradients:
-    way = choices.choice("triton", call.problem, "backward")
+    return run(call, choices.choice("triton", call.problem, "backward"))
+
+
+def run(call: PairBackward, way: str | None) -> Gradients:
+    """Gradients in one of the ``ways``; None: the best guess."""
     known = way is not None and way in ways(call.problem)
     return _backward(call, int(way.removeprefix("tiles ")) if way and known else 0)
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
+import os
 import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,9 +59,13 @@ def interpreted() -> bool:
     return modules is not None and type(modules.tap_conv.tap_conv).__name__ == "InterpretedFunction"
 
 
-@functools.cache
 def capability(device: torch.device) -> gpu.Capability:
     """Compute capability; that of the data-centre Hopper where the interpreter stands in."""
+    return capability_of(_watch.device if device.type == "meta" and _watch.device else device)
+
+
+@functools.cache
+def capability_of(device: torch.device) -> gpu.Capability:
     if device.type == "cuda" and torch.version.hip is not None:
         return gpu.amd(torch.cuda.get_device_properties(device).gcnArchName)
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
@@ -72,6 +81,8 @@ def triton_version() -> tuple[int, ...]:
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a usual number where the interpreter stands in."""
+    if device.type == "meta" and _watch.device:
+        device = _watch.device
     return counted(device) if device.type == "cuda" else gpu.processors(capability(device))
 
 
@@ -87,6 +98,97 @@ def tf32_allowed() -> bool:
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
+class Launch(NamedTuple):
+    """A kernel that is to be started, and with what."""
+
+    kernel: Any
+    config: tiles.Config | None
+    args: tuple[Any, ...]
+    meta: Mapping[str, Any]
+
+    @property
+    def instance(self) -> str:
+        """Its name with what it is compiled for.
+
+        Left out is WIDE: no check can have the 2³¹ positions from which coordinates have 64 bits.
+        """
+        unseen = getattr(self.kernel, "do_not_specialize", None)
+        if unseen is None:  # the interpreter keeps it elsewhere
+            unseen = self.kernel.kwargs["do_not_specialize"] or ()
+        names = self.kernel.arg_names
+        known = [_known(v, n not in unseen) for n, v in zip(names, self.args, strict=False)]
+        constants = sorted((k, v) for k, v in self.meta.items() if k != "WIDE")
+        text = repr((known, self.config, constants))
+        return f"{self.kernel.__name__} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def compile(self, device: torch.device) -> None:
+        """Compile it, where that has not been done, and start nothing."""
+        options = {} if self.config is None else tiles.launch_options(self.config)
+        with torch.cuda.device(device):
+            self.kernel.warmup(*self.args, grid=(1,), **self.meta, **options)
+
+
+def compile_all(launches: Sequence[Launch], device: torch.device) -> None:
+    """Compile kernels side by side: an assembler of its own takes half of the time of each.
+
+    What does not compile says so when it is launched.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(each.compile, device) for each in launches]:
+            done.exception()
+
+
+def _known(value: Any, specialised: bool = True) -> Any:
+    """What the compiler knows of an argument."""
+    if isinstance(value, tuple):  # whose integers it knows in any case
+        return tuple(_known(v) for v in value)
+    if isinstance(value, Tensor):
+        return value.dtype, value.storage_offset() * value.itemsize % 16 == 0
+    if isinstance(value, int):
+        wide = not -(1 << 31) <= value < 1 << 31
+        return (wide, value == 1, value % 16 == 0) if specialised else wide
+    return value if value is None else type(value).__name__
+
+
+class _Watch(threading.local):
+    """Who looks at the launches of this thread: is told of each, and says whether it is made."""
+
+    told: Callable[[Launch], bool] | None = None
+    device: torch.device | None = None  # that meta tensors stand for
+
+
+_watch = _Watch()
+
+
+@contextlib.contextmanager
+def watched(told: Callable[[Launch], bool], device: torch.device | None = None) -> Iterator[None]:
+    """Ask ``told`` before every launch of this thread.
+
+    Args:
+        told: whether to make it.
+        device: that tensors on "meta" stand for.
+    """
+    before = _watch.told, _watch.device
+    _watch.told, _watch.device = told, device
+    try:
+        yield
+    finally:
+        _watch.told, _watch.device = before
+
+
+def noted(device: torch.device, call: Callable[[], object]) -> list[Launch]:
+    """The launches that a call on meta tensors would make on a device; none is made."""
+    found: list[Launch] = []
+
+    def note(launch: Launch) -> bool:
+        found.append(launch)
+        return False
+
+    with watched(note, device):
+        call()
+    return found
+
+
 def run(
     kernel: Any,
     grid: tuple[int, ...],
@@ -95,6 +197,9 @@ def run(
     **meta: Any,
 ) -> None:
     """Run a kernel on the device of its first tensor."""
+    told = _watch.told
+    if told is not None and not told(Launch(kernel, config, args, meta)):
+        return
     device = next(a.device for a in args if isinstance(a, Tensor))
     guard: Any = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     if config is not None:

@@ -1,64 +1,50 @@
-"""A small problem that runs the very kernels of a large one: what the self-check compares.
+"""Small problems that run the very kernels of a large one: what the self-check compares.
 
 Triton compiles a kernel anew for every tile configuration, for what is known of each integer
-(that it is 1, or a multiple of 16) and for which tensors there are. A check on a problem of its own
-would double what a first call compiles; one on this problem compiles what the call needs anyway.
+(that it is 1, or a multiple of 16) and for which tensors there are. So what the check of a problem
+compiles then serves its call, and a problem of other sizes with the same instances needs no check.
+Which ones a problem has its own host code tells, on tensors without memory.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...problem.examples import KINDS, filled, kind_of, of_kind, off_kinks
-from ...problem.spec import (
-    PairProblem,
-    PairSpec,
-    PairTensors,
-    ParallelProblem,
-    ParallelSpec,
-    ParallelTensors,
-    Pass,
-    Problem,
-)
-from ..contract import (
-    Example,
-    Gradients,
-    PairBackward,
-    Phase,
-    apply_ending,
-    gradient_example,
-)
+from ...machine import choices
+from ...problem.examples import KINDS, of_kind, problems, resembling
+from ...problem.spec import PairProblem, Pass, Problem
+from .. import rehearsal
+from ..contract import Later, Phase
+from ..rehearsal import POSITIONS, Calls, Smaller, Way, as_called
 from . import arguments, backward, launch, pair, tiles
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
 
-_POSITIONS = 1 << 17  # of a rehearsal on a GPU
 _FEW, _SAME = 256, 128  # channels up to which all are kept; beyond, the same modulo 128
 
 
-def check_kind(problem: Problem, phase: Phase) -> str:
-    """All that a call's kernels and their configurations depend on, as one name."""
-    return f"{kind_of(problem)} {phase} {_digest(problem)}"
+def instances(problem: Problem, phase: Phase, way: str | None = None) -> Sequence[str]:
+    """Kernels, with all that they are compiled for, that a phase of a problem launches.
+
+    Args:
+        way: one of its ``ways``; None: the one that its calls take.
+    """
+    way = way or choices.choice("triton", problem, phase)
+    return _instances(problem, phase, way, launch.tf32_allowed())
 
 
-@functools.lru_cache(maxsize=4096)
-def _digest(problem: Problem) -> str:
-    spec: Any = problem.spec
-    if isinstance(problem, PairProblem):
-        spec = problem.spec._replace(group=""), problem.residual
-    known = (
-        spec, problem.passes, problem.batch, problem.size, problem.x_stride, problem.x_offset,
-        problem.channels_last,
-    )  # fmt: skip
-    return hashlib.sha256(repr(known).encode()).hexdigest()[:10]
+@lru_cache(maxsize=4096)
+def _instances(problem: Problem, phase: Phase, way: str | None, tf32: bool) -> tuple[str, ...]:
+    problem = as_called(problem, phase)
+    made = resembling(problem, problem.batch, problem.size)
+    found = (_noted(problem, phase, w, made) for w in rehearsal.ways(_calls(way), problem, phase))
+    return tuple(dict.fromkeys(name for names in found for name in names))
 
 
 def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
@@ -68,86 +54,75 @@ def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
     return [f"{kind} {phase}" for kind in KINDS for phase in ("forward", "backward")]
 
 
-def examples(kind: str, dtype: torch.dtype, like: Problem | None = None) -> list[Example]:
-    """Of a problem its rehearsal; where none is known, a call of the kind."""
-    gradients = "backward" in kind.split()
-    if like is not None:
-        example = rehearse(like)
-        found = [example._replace(name=f"{kind} of {like.spec} on {(like.batch, *like.size)}")]
-    else:
-        spec, tensors = of_kind(kind.split()[0], dtype)
-        parallel = isinstance(spec, ParallelSpec)
-        run = _parallel if parallel else _pair
-        found = [Example(spec, tensors, run, name=f"{kind} in {dtype}")]
-    return [_gradients(e) if gradients else e for e in found]
+def examples(kind: str, dtype: torch.dtype, device: torch.device) -> list[Later]:
+    """Of one whose sizes are no multiples of a tile and, on a GPU, of layers of networks."""
+    kind, phase = kind.split()
+    spec, tensors = of_kind(kind, dtype)
+    layers = [replace(Problem.of(tensors, spec), device=device)]
+    if device.type == "cuda":
+        layers += problems(kind, dtype, device)
+    return [e for p in layers for e in rehearse(p, phase)]  # type: ignore[arg-type]
 
 
-def _parallel(problem: ParallelProblem, t: ParallelTensors) -> list[Tensor]:
-    return [parallel_conv2plus1d(problem, t)]
+def rehearse(problem: Problem, phase: Phase, way: str | None = None) -> list[Later]:
+    """Run the instances of ``problem``, in a small part of its time."""
+    way = way or choices.choice("triton", problem, phase)
+    problem = as_called(problem, phase)
+    ways = rehearsal.ways(_calls(way), problem, phase)
+    if problem.device.type == "cuda":
+        made = resembling(problem, problem.batch, problem.size)
+        found = {e.instance: e for w in ways for e in _launches(problem, phase, w, made)}
+        launch.compile_all([*found.values()], problem.device)
+    return rehearsal.rehearse(
+        problem, phase, ways, partial(_noted, problem, phase), partial(_smaller, problem)
+    )
 
 
-def _pair(problem: PairProblem, t: PairTensors) -> list[Tensor]:
-    return [pair.conv2plus1d(problem, t, False).y]
+def _calls(way: str | None) -> Calls:
+    return Calls(
+        lambda problem, t, save, like: pair.run(problem, t, save, way, like),
+        pair.first_pass, pair.second_pass, lambda call: backward.run(call, way),
+        parallel_conv2plus1d, parallel_conv2plus1d_backward,
+    )  # fmt: skip
 
 
-def _gradients(example: Example) -> Example:
-    """The same tensors, forward and backward."""
-    spec, tensors = example.spec, example.tensors
-    if isinstance(spec, PairSpec):  # what an op with gradients never has
-        spec = spec._replace(outer_activation="none", output_statistics=False)
-        tensors = tensors._replace(residual=None)
-        if spec.norm == "batch":  # which takes a bias away again: its gradient is 0
-            tensors = tensors._replace(first_bias=None)
-
-    def run(problem: Any, t: Any, dy: Tensor, needs: Sequence[bool]) -> Gradients:
-        if isinstance(problem, ParallelProblem):
-            return parallel_conv2plus1d_backward(problem, t, dy, needs)
-        _, u, mean, var, *_ = pair.conv2plus1d(problem, t, True)
-        return backward.conv2plus1d_backward(PairBackward(problem, t, [dy], u, mean, var, needs))
-
-    return gradient_example(spec, off_kinks(spec, tensors), run, example.name)
+def _noted(problem: Problem, phase: Phase, way: Way, made: tuple[Any, Any]) -> list[str]:
+    """Instances that a way launches for tensors on "meta"."""
+    return [each.instance for each in _launches(problem, phase, way, made)]
 
 
-def rehearse(problem: Problem) -> Example:
-    """Run by the kernels of ``problem`` in its configurations, in a small part of its time.
+def _launches(
+    problem: Problem, phase: Phase, way: Way, made: tuple[Any, Any]
+) -> list[launch.Launch]:
+    tensors, spec = made
+    small = Problem.of(tensors, spec)
+    dy = small.empty_output(tensors.x) if phase == "backward" else None
+    like = replace(problem, spec=spec)
+    return launch.noted(problem.device, lambda: way.run(small, tensors, like, dy))
 
-    Of what a problem does not tell, a bias before a norm is taken to be absent, as in most
-    networks, every other one to be there.
-    """
-    first, second = _few_channels(problem)
+
+def _smaller(problem: Problem) -> Iterator[Smaller]:
+    """Passes, clips and size of problems that may have the same instances, small ones first."""
     size = problem.size
     for axis in (2, 1, 0):  # strides along an axis depend on the sizes of those behind it
         least = max(3, *(p.dilation[axis] * (p.kernel[axis] - 1) + 1 for p in problem.passes))
         for n in range(min(least, size[axis]), size[axis] + 1):
-            trial = tuple(n if i == axis else s for i, s in enumerate(size))
-            if _known(_tensors(problem, (first, second), 2, trial)) == _known(
-                _tensors(problem, problem.passes, problem.batch, problem.size)
-            ):
-                size = trial  # type: ignore[assignment]
+            trial: Any = tuple(n if i == axis else s for i, s in enumerate(size))
+            if _laid_out(problem, trial) == _laid_out(problem, problem.size):
+                size = trial
                 break
-    shapes, spec = _tensors(problem, (first, second), _clips(problem, size), size)
-    tensors = filled(shapes)
-    if isinstance(problem, ParallelProblem):
-        return Example(spec, tensors, lambda p, t: [parallel_conv2plus1d(p, t, problem)])
-    assert isinstance(problem, PairProblem)
-    save = spec.norm == "batch" and not spec.recompute
-    like = replace(problem, spec=spec)
-
-    def run(small: PairProblem, t: PairTensors) -> list[Tensor]:
-        return [apply_ending(pair.run(small, t, save, like=like), small, t)]
-
-    return Example(spec, tensors, run)
+    for passes, least_size in (
+        (_few_channels(problem), size), (problem.passes, size), (problem.passes, problem.size),
+    ):  # fmt: skip
+        yield passes, _clips(problem, least_size), least_size
+    yield problem.passes, problem.batch, problem.size
 
 
 def _clips(problem: Problem, size: tuple[int, int, int]) -> int:
     """On a GPU so many that its multiprocessors go through several waves of tiles."""
     if problem.device.type != "cuda":
         return min(problem.batch, 2)
-    some = min(_POSITIONS, problem.batch * math.prod(problem.size))
-    few = min(problem.batch, max(2, some // math.prod(size)))
-    if problem.batch % 16 == 0:  # as the compiler sees it
-        return max(16, few - few % 16)
-    return few if few % 16 else few - 1
+    return max(1, min(POSITIONS, problem.batch * math.prod(problem.size)) // math.prod(size))
 
 
 def _few_channels(problem: Problem) -> tuple[Pass, Pass]:
@@ -184,41 +159,9 @@ def _few_channels(problem: Problem) -> tuple[Pass, Pass]:
     )
 
 
-def _tensors(
-    problem: Problem, passes: tuple[Pass, ...], batch: int, size: tuple[int, ...]
-) -> tuple[Any, Any]:
-    layout = torch.channels_last_3d if problem.channels_last else torch.contiguous_format
-
-    def empty(*shape: int, like: torch.dtype = problem.dtype) -> Tensor:
-        made = torch.empty(shape, dtype=like, device="meta")
-        return made.contiguous(memory_format=layout) if made.dim() == 5 else made
-
-    x = torch.empty(batch, passes[0].in_channels, *size, dtype=problem.dtype, device="meta")
-    if problem.x_stride[1] == 1:
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-    weights = [empty(p.out_channels, p.in_channels // p.groups, *p.kernel) for p in passes]
-    normed = isinstance(problem, PairProblem) and problem.spec.norm != "none"
-    biases = [None if normed and i == 0 else empty(p.out_channels) for i, p in enumerate(passes)]
-    groups = {p.kind: p.groups for p in passes}
-    spec: Any = problem.spec._replace(groups=(groups["spatial"], groups["temporal"]))
-    if not isinstance(problem, PairProblem):
-        return ParallelTensors(x, *weights, *biases), spec
-    spec = spec._replace(group="")
-    norm: dict[str, Tensor] = {}
-    if normed:
-        names = ("norm_weight", "norm_bias", "mean", "var")[: 4 if spec.norm == "frozen" else 2]
-        m = passes[0].out_channels
-        norm = {name: empty(m, like=problem.accumulate_dtype) for name in names}
-    tensors = PairTensors(x, *weights, *biases, **norm)
-    if problem.residual:
-        small = Problem.of(tensors, spec)
-        tensors = tensors._replace(residual=empty(*small.out_shape))
-    return tensors, spec
-
-
-def _known(made: tuple[Any, Any]) -> list[Any]:
-    """What the compiler knows of the tensors that the kernels see."""
-    tensors, spec = made
+def _laid_out(problem: Problem, size: Sequence[int]) -> list[Any]:
+    """What the compiler knows of the strides of what the kernels see."""
+    tensors, spec = resembling(problem, problem.batch, size)
     small = Problem.of(tensors, spec)
     y = small.empty_output(tensors.x)
     seen = [tensors.x, y]

@@ -18,7 +18,7 @@ import fastst
 from fastst import dispatch
 from fastst.backends import conv_pass, reference
 from fastst.backends import triton as backend
-from fastst.backends.contract import no_reason
+from fastst.backends.contract import no_instances, no_reason
 from fastst.backends.triton import single, tiles
 from fastst.functional import conv2plus1d
 from fastst.machine import choices, gpu
@@ -228,7 +228,7 @@ def test_training_mixes_with_another_backward() -> None:
             device=None,
             why_not=refusing,
             why_not_auto=no_reason,
-            check_kind=no_reason,
+            instances=no_instances,
         ),
         dispatch.recording() as calls,
     ):

@@ -39,6 +39,7 @@ def _spoil(results: list[Any]) -> list[Any]:
         "compile": ValueError("PTXAS error: no such instruction"),
         "disk": OSError(errno.ENOSPC, "No space left on device"),
         "busy": RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+        "ends": KeyboardInterrupt("in the thread that checks"),
     }
     if PLANT in raised:
         raise raised[PLANT]
@@ -51,15 +52,24 @@ def _plant() -> None:
     for backend in selection.BACKENDS.values():
         if backend.device != "cuda":
             continue
-        original = backend.examples or backend.usual_examples
+        first, kinds = backend.rehearse, backend.examples
 
-        def examples(kind: str, dtype: Any, like: Any = None, original: Any = original) -> Any:
-            first, *others = original(kind, dtype, None)
+        def spoilt(example: Any) -> Any:
+            return example._replace(run=lambda p, t: _spoil(list(example.run(p, t))))
+
+        def rehearse(*call: Any, original: Any = first) -> Any:
+            if PLANT == "around":
+                raise RuntimeError("nothing of a kernel")
+            example = original(*call)[0]
+            return [spoilt(example.make() if hasattr(example, "make") else example)]
+
+        def examples(kind: str, *rest: Any, original: Any = kinds) -> Any:
+            one, *others = original(kind, *rest)
             if not kind.startswith(KIND):
-                return [first, *others]
-            return [first._replace(run=lambda p, t: _spoil(list(first.run(p, t))))]
+                return [one, *others]
+            return [spoilt(one.make() if hasattr(one, "make") else one), *others]
 
-        backend.examples = examples
+        backend.rehearse, backend.examples = rehearse, examples
 
 
 if PLANT and "fastst.check" in sys.orig_argv:

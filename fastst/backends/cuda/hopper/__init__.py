@@ -23,12 +23,14 @@ from .launches import (
     spatial_gradient_tile,
     spatial_tile,
     stem_why_not,
+    temporal_gradient_tile,
     temporal_tile,
 )
 from .tiles import HopperTile
 
 __all__ = [
-    "backward", "backward_why_not", "first_pass", "forward", "second_pass", "why_not",
+    "backward", "backward_why_not", "first_pass", "forward", "kernel_names", "second_pass",
+    "why_not",
 ]  # fmt: skip
 
 STRIDES = (1, 2)
@@ -127,6 +129,33 @@ def _why_no_boxes(problem: PairProblem) -> str | None:
 def output_statistics(problem: PairProblem) -> bool:
     """Whether y comes with its statistics: from the temporal kernel, not from that of the stem."""
     return why_not(problem) is None and stem_why_not(problem) is not None
+
+
+def kernel_names(problem: PairProblem, phase: str) -> list[str]:
+    """Names of the kernels of a phase, with what their tiles are compiled for and copy at once."""
+    stem = stem_why_not(problem) is None
+    spatial, temporal = problem.passes
+    strides = f"strides {temporal.stride[0]} and {spatial.stride[1:]}"
+
+    def of(name: str, tile: Any) -> str:
+        parts = [f"{k} {v}" for k, v in vars(tile).items() if k not in ("box", "grid", "splits")]
+        return f"hopper {name}, {strides}, {', '.join(parts)}"
+
+    forward = [f"hopper stem, {strides}"]
+    if not stem:
+        forward = [of("spatial", spatial_tile(problem)), of("temporal", temporal_tile(problem))]
+    if phase == "forward":
+        return forward
+    sources = 2 if problem.spec.norm == "batch" else 0
+    straight = problem.spec.norm == "none" and problem.spec.activation == "none"
+    found = [
+        ("temporal gradient", temporal_gradient_tile(problem)),
+        ("spatial gradient", spatial_gradient_tile(problem)),
+        ("spatial weights", weights.spatial_tile(problem, sources)),
+        ("temporal weights", weights.temporal_tile(problem, 0 if straight else 1)),
+    ]
+    again = forward[:1] if problem.spec.recompute else []
+    return [*again, *(of(name, tile) for name, tile in found)]
 
 
 def _outer(spec: PairSpec, tensors: PairTensors) -> tuple[bool, dict[str, Any]]:

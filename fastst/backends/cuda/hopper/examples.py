@@ -1,8 +1,7 @@
-"""Calls that run every instance of the Hopper kernels, for the self-check."""
+"""Small calls that run every tile of the Hopper kernels, for the self-check."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,31 +9,17 @@ import torch
 from torch import Tensor
 
 from ....problem.examples import pair_tensors
-from ....problem.spec import PairProblem, PairSpec, PairTensors, Problem
-from ...contract import Example, Gradients, Later, PairBackward, gradient_example
-from ..library import emulating
+from ....problem.spec import PairProblem, PairSpec, PairTensors
+from ...contract import Example, Gradients, PairBackward, gradient_example
 from . import backward, forward, gradient_tiles, tiles, weight_tiles
 
-# (C, M, K), (T, H, W), stride: pairs of R(2+1)D-18 and of torchvision's, by which every processor
-# of a GPU walks over several tiles, with the stages and the shared boxes that real calls have.
-_LAYERS = (
-    ((64, 144, 64), (16, 56, 56), 1), ((64, 230, 128), (16, 56, 56), 2),
-    ((128, 288, 128), (16, 28, 28), 1), ((256, 576, 256), (16, 28, 28), 1),
-    ((512, 1152, 512), (16, 14, 14), 1), ((64, 320, 96), (16, 28, 28), 1),
-)  # fmt: skip
-_CLIPS = 8
 
-
-def examples(
-    kind: str, dtype: torch.dtype, like: Problem | None = None
-) -> Sequence[Example | Later]:
+def examples(kind: str, dtype: torch.dtype) -> list[Example]:
     """
     Args:
         kind: "hopper" or "hopper backward".
     """
-    found = _forward(dtype) if kind == "hopper" else _backward(dtype)
-    # On the host they would take hours.
-    return found if emulating() else [*found, *_real(kind == "hopper backward", dtype)]
+    return _forward(dtype) if kind == "hopper" else _backward(dtype)
 
 
 def _forward(dtype: torch.dtype) -> list[Example]:
@@ -106,34 +91,6 @@ def _backward(dtype: torch.dtype) -> list[Example]:
     spec = spec._replace(activation="silu", recompute=True)
     stem = _gradients(spec, tensors._replace(first_bias=None), "gradients of the stem")
     return [*examples, stem]
-
-
-def _real(gradients: bool, dtype: torch.dtype) -> list[Later]:
-    """Layers of networks as they are: many tiles a block, all stages that the memory has."""
-    found = []
-    for channels, size, stride in _LAYERS:
-        name = f"{channels} on {_CLIPS} × {size}" + " with stride 2" * (stride == 2)
-        name = f"gradients of {name}" if gradients else name
-        make = functools.partial(_layer, channels, size, stride, gradients, dtype, name)
-        found.append(Later(name, make))
-    return found
-
-
-def _layer(
-    channels: tuple[int, int, int],
-    size: tuple[int, int, int],
-    stride: int,
-    gradients: bool,
-    dtype: torch.dtype,
-    name: str,
-) -> Example:
-    c, m, k = channels
-    tensors = pair_tensors(dtype, (_CLIPS, c, *size), (m, c, 1, 3, 3), (k, m, 3, 1, 1))
-    tensors = tensors._replace(mean=None, var=None, first_bias=None)
-    spec = PairSpec(stride=(stride,) * 3, padding=(1,) * 6, norm="batch", activation="silu")
-    if gradients:
-        return _gradients(spec, tensors, name)
-    return Example(spec, tensors, lambda p, t: [forward(p, t, False).y], name=name)
 
 
 def _stem(dtype: torch.dtype, height: int, width: int) -> tuple[PairSpec, PairTensors]:

@@ -1,0 +1,175 @@
+"""Small problems that run the very kernels of a large one: what the self-check compares.
+
+A kernel with all that it is compiled for, and its tile, is an *instance*; each backend names those
+that a problem launches. A rehearsal runs all instances of its problem and, as far as that goes, no
+others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem.examples import filled, kind_of, off_kinks, resembling
+from ..problem.spec import (
+    PairProblem,
+    PairTensors,
+    ParallelProblem,
+    ParallelTensors,
+    Pass,
+    Problem,
+    Triple,
+)
+from .contract import (
+    BatchSlice,
+    Begun,
+    Example,
+    Gradients,
+    Later,
+    PairBackward,
+    PairResult,
+    Phase,
+    apply_ending,
+)
+
+# Of a rehearsal on a GPU: several waves of blocks, and more partial sums than one program combines.
+POSITIONS = 9 << 14
+
+Smaller = tuple[Sequence[Pass], int, Triple]  # passes, clips and size
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The functions of a backend, each with the problem in whose configurations it is to run."""
+
+    forward: Callable[[PairProblem, PairTensors, bool, PairProblem], PairResult]
+    first: Callable[[PairProblem, PairTensors], Begun]
+    second: Callable[[PairProblem, PairTensors, Begun], PairResult]
+    backward: Callable[[PairBackward], Gradients]
+    parallel: Callable[[ParallelProblem, ParallelTensors, ParallelProblem], Tensor]
+    parallel_backward: Callable[
+        [ParallelProblem, ParallelTensors, Tensor, Sequence[bool]], Gradients
+    ]
+
+
+class Way(NamedTuple):
+    """One of the ways that calls of a phase take through the kernels."""
+
+    name: str
+    run: Callable[[Any, Any, Any, Any], list[Tensor]]  # of problem, tensors, like which one, dy
+    wanted: tuple[str, ...] | None = None  # gradients by their tensors; None: all
+
+
+def ways(calls: Calls, problem: Problem, phase: Phase) -> list[Way]:
+    if phase == "backward":
+        few = ("x",), ("first_weight", "second_weight")
+        if isinstance(problem, ParallelProblem):
+            few = ("x",), ("spatial_weight", "temporal_weight")
+        found = [
+            Way(f" of {' and '.join(w or ('all',))}", partial(_gradients, calls, w, False), w)
+            for w in (None, *few)
+        ]
+        if isinstance(problem, PairProblem) and problem.spec.recompute:
+            found.append(Way(" of a slice", partial(_gradients, calls, None, True)))
+        return found
+    if isinstance(problem, ParallelProblem):
+        return [Way("", lambda p, t, like, _: [calls.parallel(p, t, like)])]
+    assert isinstance(problem, PairProblem)
+    found = [Way("", partial(_pair, calls, False))]
+    if not problem.residual and problem.spec.outer_activation == "none":  # as ops of training are
+        found.append(Way(" that keeps u", partial(_pair, calls, True)))
+        if problem.spec.norm == "batch":
+            found.append(Way(" in two calls", partial(_two_calls, calls)))
+    return found
+
+
+def _pair(calls: Calls, save: bool, problem: Any, t: PairTensors, like: Any, _: None) -> list[Any]:
+    result = calls.forward(problem, t, save, like)
+    return [apply_ending(result, problem, t)]
+
+
+def _two_calls(calls: Calls, problem: Any, t: PairTensors, like: Any, _: None) -> list[Tensor]:
+    return [calls.second(problem, t, calls.first(problem, t)).y]
+
+
+def _gradients(
+    calls: Calls, wanted: Sequence[str] | None, sliced: bool, problem: Any, t: Any, like: Any,
+    dy: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    needs = [
+        v is not None and (n in wanted if wanted else n not in ("mean", "var"))
+        for n, v in t._asdict().items()
+    ]
+    if isinstance(problem, ParallelProblem):
+        found = calls.parallel_backward(problem, t, dy, needs)
+    else:
+        _, u, mean, var, *_ = calls.forward(problem, t, True, problem)
+        part = None
+        if sliced:
+            zeros = t.x.new_zeros(2, problem.mid_channels, dtype=problem.accumulate_dtype)
+            part = BatchSlice(None, zeros if problem.spec.norm == "batch" else None)
+        found = calls.backward(PairBackward(problem, t, [dy], u, mean, var, needs, part))
+    return [g for g, n in zip(found, needs, strict=False) if n and g is not None]
+
+
+@lru_cache(maxsize=4096)
+def as_called(problem: Problem, phase: Phase) -> Problem:
+    """A problem as a call of a phase sees it: an op with gradients has no ending."""
+    if phase == "forward" or not isinstance(problem, PairProblem):
+        return problem
+    spec = problem.spec._replace(outer_activation="none")
+    return replace(problem, spec=spec, residual_stride=None, others=(*problem.others[:-1], None))
+
+
+def rehearse(
+    problem: Problem,
+    phase: Phase,
+    found: Iterable[Way],
+    instances: Callable[[Way, tuple[Any, Any]], Sequence[str]],
+    smaller: Callable[[], Iterable[Smaller]],
+) -> list[Later]:
+    """Examples that run the instances of ``problem``, as ``as_called`` gives it.
+
+    Args:
+        found: its ways; those that bring no instance of their own are left out.
+        instances: of a way, for tensors on "meta" and a specification.
+        smaller: what might have the same instances, from the smallest on; the last one has.
+    """
+    examples: list[Later] = []
+    seen: set[str] = set()
+    for way in found:
+        whole = instances(way, resembling(problem, problem.batch, problem.size))
+        if seen and seen.issuperset(whole):
+            continue
+        for passes, batch, size in smaller():
+            made = resembling(problem, batch, size, passes)
+            if set(whole).issubset(instances(way, made)):
+                break
+        name = f"{kind_of(problem)} {phase}{way.name}: {problem.spec} on {(batch, *size)}"
+        make = partial(_example, way, problem, made, phase == "backward", name, whole)
+        examples.append(Later(name, make, whole))
+        seen |= set(whole)
+    return examples
+
+
+def _example(
+    way: Way, problem: Problem, made: tuple[Any, Any], gradients: bool, name: str,
+    instances: Sequence[str],
+) -> Example:  # fmt: skip
+    shapes, spec = made
+    tensors, dy, like = filled(shapes), None, replace(problem, spec=spec)
+    if gradients:
+        tensors = off_kinks(spec, tensors)
+        dy = Problem.of(tensors, spec).empty_output(tensors.x)
+        generator = torch.Generator("cpu").manual_seed(1)
+        dy.copy_(torch.randn(dy.shape, generator=generator, device="cpu"))
+
+    def run(small: Any, t: Any) -> list[Tensor]:
+        return way.run(small, t, like, None if dy is None else dy.to(t.x.device))
+
+    return Example(spec, tensors, run, dy, name, instances, way.wanted)

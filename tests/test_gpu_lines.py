@@ -1,0 +1,305 @@
+"""Every line that only a GPU reaches, run with a stand-in for CUDA; and the list of the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastst
+from benchmarks import gpu_run, instances, layers, measure, models, overhead, probe, record, shapes
+from fastst import check, demo, dispatch, info
+from fastst.backends import triton
+from fastst.backends.cuda import library
+from fastst.backends.triton import launch
+from fastst.demo import measure as demo_measure
+from fastst.dispatch import quarantine, selection, selfcheck
+from fastst.problem.examples import of_kind
+from fastst.problem.spec import Problem
+from fastst.rewrite import optimize
+from tests.support import ROOT, gpu_lines
+from tests.support.standin import StandIn, kernels
+
+pytest.importorskip("triton", reason="Triton is not installed")
+GPU = torch.device("cuda", 0)
+
+# Those that no stand-in runs, as (file, part of the line): why.
+LEFT: dict[tuple[str, str], str] = {}
+
+
+class Setting:
+    """What a scenario gets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.mp, self.folder = monkeypatch, folder
+        self.gpus = StandIn(monkeypatch, processors=1)  # few programs of the interpreter
+
+
+def pair(channels: int, groups: int = 1) -> nn.Module:
+    return fastst.Conv2Plus1d(
+        channels, channels, 3, padding=1, mid_channels=channels, groups=groups, norm="batch",
+        bias=False,
+    )  # fmt: skip
+
+
+def step(model: nn.Module, channels: int, dtype: torch.dtype = torch.float16) -> list[str]:
+    """A training step and a call in eval mode on "cuda"; the backends that ran."""
+    model = model.to("cuda", dtype)
+    x = torch.randn(1, channels, 3, 5, 6, device="cuda", dtype=dtype)
+    x = x.to(memory_format=torch.channels_last_3d).requires_grad_()
+    assert x.device == GPU
+    with dispatch.recording() as calls:
+        torch.autograd.backward(model(x).float().square().sum())
+        with torch.no_grad():
+            model.eval()(x)
+    assert x.grad is not None and bool(x.grad.isfinite().all())
+    return [call.chosen for call in calls]
+
+
+def triton_runs(s: Setting) -> None:
+    with kernels(s.mp):
+        assert step(pair(8), 8) == ["triton"] * 3
+        ways = triton.BACKEND.candidates
+        spec, tensors = of_kind("dense", torch.float16)
+        problem = Problem.of(tensors, spec)
+        assert problem.device == GPU
+        with launch.watched(lambda launch: False):  # the host's part is enough
+            for phase in ("forward", "backward"):
+                triton.BACKEND.candidate(problem, phase, ways(problem, phase)[-1])()  # type: ignore[arg-type]
+    assert 0 in s.gpus.synchronized
+
+
+def hip(s: Setting) -> None:
+    s.mp.setattr(torch.version, "hip", "6.4")
+    launch.capability_of.cache_clear()
+    assert launch.capability(GPU) == (0, 0x942)
+    assert not launch.tf32_allowed()
+    launch.capability_of.cache_clear()
+
+
+def cuda_runs(s: Setting) -> None:
+    if isinstance(found := library.emulated(), str):
+        pytest.skip(found)
+    with kernels(s.mp, native=True):
+        assert set(step(pair(8, groups=8), 8)) == {"cuda"}  # depthwise
+        assert set(step(pair(16), 16)) == {"cuda"}  # Hopper
+        assert "multiprocessors" in "\n".join(info._devices())
+        told = "\n".join(info._backends())
+        assert "cuda, on cuda" in told, told
+
+
+def a_check_in_the_other_process(s: Setting) -> None:
+    told: list[dict[str, Any]] = []
+    with kernels(s.mp):
+        request = quarantine.Request("aten", GPU, torch.float32, False, kind="dense")
+        assert not check.answer(request, lambda **what: told.append(what))
+    assert told[-1] == {"verdict": "", "last": False}
+    assert [d.index for d in check.devices()] == [2, 0]
+    with kernels(s.mp):
+        assert any(k == "dense forward" for k in triton.BACKEND.kinds(GPU, torch.float16))
+
+
+def selfcheck_in_a_capture(s: Setting) -> None:
+    s.gpus.capturing = True
+    with kernels(s.mp):
+        spec, tensors = of_kind("grouped", torch.float16)
+        why = selfcheck.why_broken(triton.BACKEND, Problem.of(tensors, spec), "forward")
+    assert why == "has not been checked before this graph capture"
+
+
+def clocks_memory_and_kernel_names(s: Setting) -> None:
+    class Profile:
+        profiler = SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events))
+
+        def __init__(self, **kwargs: Any) -> None:
+            assert torch.profiler.ProfilerActivity.CUDA in kwargs["activities"]
+
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def event(name: str, kind: str) -> Any:
+        return SimpleNamespace(name=lambda: name, device_type=lambda: f"DeviceType.{kind}")
+
+    events = [
+        event("aten::conv3d", "CPU"), event("Memset (Device)", "CUDA"), event("tap_conv", "CUDA"),
+        event("vol2col_kernel", "CUDA"),
+    ]  # fmt: skip
+    s.mp.setattr(measure, "profile", Profile)
+    with kernels(s.mp):
+        seen = measure.observe(lambda: torch.ones(3, device="cuda"), GPU)
+        assert seen == (1 << 20, ("tap_conv", "vol2col_kernel"), "vol2col")
+        clock = measure.Clock(GPU)
+        x = torch.ones(4, device="cuda")
+        calls = {"a": measure.Timed(lambda i: x + i)}
+        samples = measure.interleave(clock, calls, 0.0, 2, 0, 3)
+        assert len(samples["a"]) == 3 and min(samples["a"]) >= 0
+        s.mp.setattr(torch, "mm", lambda a, b: None)  # of sizes that suit a GPU
+        s.mp.setattr(torch, "randn", lambda *shape, **how: None)
+        s.mp.setattr(time_of := measure.time, "perf_counter", count())
+        assert time_of is not None
+        found = measure.ceilings(GPU, ["bf16"], dry=True)
+    assert found["copy_gbs"] > 0 and set(found["gemm_tflops"]) == {"bf16"}
+
+
+def count() -> Callable[[], float]:
+    state = [0.0]
+
+    def tick() -> float:
+        state[0] += 0.001
+        return state[0]
+
+    return tick
+
+
+def benchmarks_of_layers(s: Setting) -> None:
+    s.mp.setattr(selection, "AUTO", ("aten",))
+    s.mp.setattr(measure, "observe", lambda call, device: measure.Observed(0, (), None))
+    small = layers.Options(GPU, rounds=2, seconds=0.0)
+    kept = record.Record(s.folder / "record.json", GPU, fresh=True)
+    case = next(c for c in shapes.ALL if c.name == "mid-45").tiny()
+    with kernels(s.mp):
+        assert layers.run(kept, [case], ["eval"], ["fp32"], small) == 0
+        row = next(r for r in kept.data["layers"] if r["contender"] == "fastst auto")
+        assert row["refused"] is None and row["ms"] > 0
+    assert kept.data["machine"]["gpu"] == "NVIDIA H200"
+    assert kept.data["place"] == "nvidia-h200"
+
+
+def benchmarks_of_the_host(s: Setting) -> None:
+    graphs: list[Any] = []
+    s.mp.setattr(selection, "AUTO", ("aten",))
+    capture = torch.cuda.CUDAGraph
+    s.mp.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(capture()) or graphs[-1])
+    with kernels(s.mp):
+        y, x = torch.zeros(2, device="cuda"), torch.ones(2, device="cuda")
+
+        def call() -> torch.Tensor:
+            if graphs:
+                graphs[-1].again = lambda: y.copy_(x)
+            return y.copy_(x)
+
+        (row,) = overhead.graphed(GPU, {"eager": call}, 3)
+        assert row["us"] >= 0 and graphs[-1].replays == 1 + 3 * overhead.CALLS
+        graphs.clear()
+        with pytest.raises(RuntimeError, match="gives other results"):
+            overhead.graphed(GPU, {"eager": lambda: y.copy_(x)}, 3)
+        s.mp.setattr(overhead, "graphed", lambda *_: [])
+        s.mp.setattr(overhead, "EVICTION", 64)
+        assert {r["contender"] for r in overhead.per_call(GPU, 1)} >= {"fastst"}
+
+
+def benchmarks_of_networks(s: Setting) -> None:
+    trained: list[int] = []
+
+    class Step:
+        def __init__(self, base: Any, variant: Any, xs: Any, *rest: Any) -> None:
+            self.clips = len(xs[0])
+
+        def __call__(self, i: int) -> None:
+            trained.append(self.clips)
+            if self.clips * 2**30 > s.gpus.fraction * (141 << 30):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    s.mp.setattr(models, "ModelStep", Step)
+    clip = models.Clip(2, 8, 32, 8, dry=True)
+    s.mp.setattr(models.Clip, "network", lambda self: nn.Linear(1, 1))
+    with kernels(s.mp):
+        rows = models.training_batches(clip, GPU, "bf16", [5.0], 64)
+    assert {r["batch"] for r in rows} == {5} and s.gpus.fraction == 1.0
+
+
+def stress_beside_a_stream(s: Setting) -> None:
+    s.mp.setattr(selection, "AUTO", ("aten",))
+    s.mp.setattr(probe, "Case", lambda *of: shapes.Case(*of).tiny())
+    drawn = torch.randn
+
+    def randn(*shape: Any, **how: Any) -> torch.Tensor:  # what keeps a GPU busy is small here
+        return drawn(8, 8, **how) if shape == (2048, 2048) else drawn(*shape, **how)
+
+    s.mp.setattr(torch, "randn", randn)
+    with kernels(s.mp):
+        assert probe.stress(GPU, 2) == 0
+    s.mp.setattr(probe, "stress", lambda device, n: 0)
+    s.mp.setattr(torch.cuda, "is_available", lambda: False)
+    assert probe.main(["--stress", "1"]) == 0
+
+
+def whole_runs(s: Setting) -> None:
+    assert gpu_run.architecture() == "9.0a"
+    good = gpu_run.Stage("good", 1, ["true"])
+    s.mp.setattr(gpu_run, "stages", lambda *_: [good])
+    assert gpu_run.main(["--out", str(s.folder), "--minutes", "1", "--commit", "abc"]) == 0
+    data = json.loads((s.folder / "record.json").read_text())
+    assert data["machine"]["capability"] == "9.0"
+    s.mp.setattr(instances, "units", lambda *_: iter(()))
+    assert instances.main(["--out", str(s.folder / "units.json")]) == 1  # no units
+    from benchmarks import coverage, report, tables
+
+    assert coverage.hardware(data) == "9"
+    assert "NVIDIA H200" in tables.machine_line(data)
+    assert isinstance(report.show(data), str)
+
+
+def the_rest(s: Setting) -> None:
+    from fastst.demo import __main__ as demo_main
+
+    assert demo is not None and demo_main._machine(GPU) == "NVIDIA H200"
+    demo_measure._wait_for(GPU)
+    s.mp.setattr(selection, "AUTO", ("aten",))
+    with kernels(s.mp):
+        assert demo_main._options([]).device == torch.device("cuda")
+        model = nn.Sequential(pair(8)).to("cuda").eval()
+        x = torch.randn(1, 8, 3, 5, 6, device="cuda")
+        optimize._fastest_format(model, x, 0.001)
+    with contextlib.suppress(SystemExit):
+        layers.main(["--help"])
+
+
+SCENARIOS = [
+    triton_runs, hip, cuda_runs, a_check_in_the_other_process, selfcheck_in_a_capture,
+    clocks_memory_and_kernel_names, benchmarks_of_layers, benchmarks_of_the_host,
+    benchmarks_of_networks, stress_beside_a_stream, whole_runs, the_rest,
+]  # fmt: skip
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FASTST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTST_CUDA_EMULATE", raising=False)
+    yield
+    selfcheck.forget()
+
+
+@pytest.mark.slow
+def test_every_line_that_only_a_gpu_reaches_runs(
+    fresh: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = gpu_lines.lines()
+    with gpu_lines.traced({file for file, _ in wanted}) as ran:
+        for scenario in SCENARIOS:
+            with pytest.MonkeyPatch.context() as mp:
+                for name, empty in (("_verdicts", {}), ("_postponed", {})):
+                    mp.setattr(selfcheck, name, empty)
+                mp.setattr(quarantine, "checked", lambda request: "")
+                folder = tmp_path / scenario.__name__
+                folder.mkdir()
+                scenario(Setting(mp, folder))
+    missing = {
+        (str(Path(file).relative_to(ROOT)), text) for (file, n), text in wanted.items()
+        if (file, n) not in ran
+    }  # fmt: skip
+    told = [f"{f}: {t}: {why}" for (f, t), why in LEFT.items()]
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} lines ran; not run:", *told, sep="\n  ")
+    unknown = {m for m in missing if not any(m[0] == f and t in m[1] for f, t in LEFT)}
+    assert not unknown
+    assert len(LEFT) <= 10
