@@ -34,15 +34,16 @@ from torch import Tensor
 import fastst
 from fastst import functional
 from fastst.backends import aten, conv_pass
-from fastst.backends.aten import onednn
+from fastst.backends.aten import convolution, onednn
 from fastst.problem.spec import Pass
 from tests.support import fuzz
 from tests.support.fuzz import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 # "composed" is what double backward and functorch run, "passes" the single convolutions of aten and
-# of what is composed: a hundred times as many in the same time.
-PATHS = ("passes", "aten", "composed", "reference", "auto")
+# of what is composed, "conv3d" those of conv3d: a hundred times as many in the same time.
+PATHS = ("passes", "conv3d", "aten", "composed", "reference", "auto")
+SINGLE = ("passes", "conv3d")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # "" is the best of the machine. oneDNN takes no more than what is named, if the machine has it.
 ISAS = ("", "AVX512_CORE_BF16", "AVX512_CORE", "AVX2", "SSE41")
@@ -146,7 +147,7 @@ def _forked(path: str, dtype: str, first: int, end: int) -> Iterator[str]:
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if seed < end:
         why = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        drawn = _draw_pass(seed) if path == "passes" else _config(path, dtype, seed)
+        drawn = _draw_pass(path, seed) if path in SINGLE else _config(path, dtype, seed)
         yield f"crash seed {seed}: {why} in {drawn}"
 
 
@@ -162,8 +163,8 @@ def _config(path: str, dtype: str, seed: int) -> Config:
 
 def _run(path: str, dtype: str, seed: int) -> str:
     """One configuration, every result held to what cannot be rounding."""
-    if path == "passes":
-        return _run_pass(getattr(torch, dtype), seed)
+    if path in SINGLE:
+        return _run_pass(path, getattr(torch, dtype), seed)
     config = _config(path, dtype, seed)
     tensors, dy = fuzz.make(config)
     grad = dy if fuzz.clear_of_kinks(config, tensors) else None
@@ -188,8 +189,8 @@ def _run(path: str, dtype: str, seed: int) -> str:
     return f"wrong seed {seed}: {'; '.join(found)} in {config}" if found else "right"
 
 
-def _draw_pass(seed: int) -> tuple[Pass, tuple[int, int, int, int]]:
-    """One convolution of a pair, and N, T, H, W of its input."""
+def _draw_pass(path: str, seed: int) -> tuple[Pass, tuple[int, int, int, int]]:
+    """One convolution, of a pair or of ``conv3d``, and N, T, H, W of its input."""
     rng = random.Random(seed)
     channels = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 31, 32, 33, 45, 48, 64)
     while True:
@@ -199,8 +200,8 @@ def _draw_pass(seed: int) -> tuple[Pass, tuple[int, int, int, int]]:
         elif rng.random() < 0.25:
             g = rng.choice((2, 3, 4))
             c, k = (g * rng.choice((1, 2, 3, 5, 8, 16)) for _ in range(2))
-        kind = rng.choice(("spatial", "temporal"))
-        axes = (1, 2) if kind == "spatial" else (0,)
+        kind = "full" if path == "conv3d" else rng.choice(("spatial", "temporal"))
+        axes = {"full": (0, 1, 2), "spatial": (1, 2), "temporal": (0,)}[kind]
         taps = (1, 1, 2, 3, 3, 4, 5, 7)
         kernel = tuple(rng.choice(taps) if i in axes else 1 for i in range(3))
         stride = tuple(rng.choice((1, 1, 2, 3)) for _ in range(3))
@@ -210,19 +211,16 @@ def _draw_pass(seed: int) -> tuple[Pass, tuple[int, int, int, int]]:
             for i, (d, n) in enumerate(zip(dilation, kernel, strict=True))
         ]
         padding = tuple(n for pad in pads for n in (pad, rng.choice((pad, pad, pad + 1))))
-        if kind == "spatial":
-            padding = (0, 0, *padding[2:])
-        else:
-            padding = (*padding[:2], 0, 0, 0, 0)
+        padding = tuple(n if i // 2 in axes else 0 for i, n in enumerate(padding))
         batch, size = rng.choice((1, 2, 3, 5)), tuple(rng.randint(1, n) for n in (12, 20, 32))
         p = Pass(kind, c, k, kernel, stride, padding, dilation, g, "zeros")
         if min(p.out_size(size)) >= 1 and batch * math.prod(size) * c * k < 3e6 * g:
             return p, (batch, *size)
 
 
-def _run_pass(dtype: torch.dtype, seed: int) -> str:
+def _run_pass(path: str, dtype: torch.dtype, seed: int) -> str:
     """The same of one convolution, by the calls of aten and by those of what is composed."""
-    p, (n, t, h, w) = _draw_pass(seed)
+    p, (n, t, h, w) = _draw_pass(path, seed)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -246,12 +244,18 @@ def _run_pass(dtype: torch.dtype, seed: int) -> str:
         return [y.detach(), *torch.autograd.grad(y, (x, *parameters), dy5.to(y.dtype))]
 
     truth = composed(*(leaf.double() for leaf in given))
-    y = aten.conv(rows, weight, bias, p)
-    dx, dw, db = aten.conv_backward(dy, rows, weight, p, (True, True, True))
-    rearranged = [y.permute(0, 4, 1, 2, 3), dx.permute(0, 4, 1, 2, 3), dw, db]
+    every = (True, True, True)
+    if path == "conv3d":
+        x = given[0]
+        ours = [conv_pass.conv_pass(x, weight, bias, p)]
+        ours += convolution.conv_gradients(dy5, x, weight, p, every)
+    else:
+        y = aten.conv(rows, weight, bias, p)
+        dx, dw, db = aten.conv_backward(dy, rows, weight, p, every)
+        ours = [y.permute(0, 4, 1, 2, 3), dx.permute(0, 4, 1, 2, 3), dw, db]
     bound = fuzz.VENDOR_BUG.get(dtype, 4096.0) * torch.finfo(dtype).eps
     found = []
-    for how, results in (("aten", rearranged), ("composed", composed(*given))):
+    for how, results in (("aten", ours), ("composed", composed(*given))):
         for name, got, true in zip(("y", "dx", "dw", "db"), results, truth, strict=True):
             largest = float(true.abs().max())
             if name == "db":  # a sum that may cancel

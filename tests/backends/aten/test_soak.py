@@ -30,6 +30,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("passes", "float32", "AVX2", 40),
         ("passes", "float16", "", 40),
         ("passes", "bfloat16", "", 40),
+        ("conv3d", "float32", "", 40),
         ("aten", "float32", "", 20),
     ],
 )
