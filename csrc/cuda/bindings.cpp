@@ -38,7 +38,7 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
       .def(py::init<View, View, View, Array, Array, Array, std::array<int64_t, 3>,
                     std::array<int64_t, 6>, Activation, double, int64_t, int64_t>());
   py::class_<HopperOutput>(m, "HopperOutput", kLocal)
-      .def(py::init<View, std::optional<View>, Array, Array, Array, int64_t, Activation, double>());
+      .def(py::init<View, std::optional<View>, Array, Array, int64_t, Activation, double>());
   py::class_<HopperTile>(m, "HopperTile", kLocal)
       .def(py::init<int64_t, int64_t, int64_t, std::array<int64_t, 3>, int64_t, int64_t, int64_t,
                     int64_t>());
@@ -62,14 +62,40 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
       .def(py::init<View, std::optional<View>, View, Conv, bool, bool, Array, Activation, double,
                     Array, Array, int64_t, HopperWeightTile>());
 
+  py::enum_<Row>(m, "Row", kLocal)
+      .value("zero", Row::zero)
+      .value("one", Row::one)
+      .value("mean", Row::mean)
+      .value("scale", Row::scale)
+      .value("beta", Row::beta)
+      .value("shift", Row::shift)
+      .value("biased", Row::biased)
+      .value("p", Row::p)
+      .value("q", Row::q)
+      .value("r", Row::r);
+  py::enum_<Order>(m, "Order", kLocal)
+      .value("forward", Order::forward)
+      .value("mirrored", Order::mirrored)
+      .value("stem", Order::stem);
+  py::class_<PerChannel>(m, "PerChannel", kLocal)
+      .def(py::init<>())
+      .def(py::init([](uintptr_t data, Dtype dtype) {
+        return PerChannel{reinterpret_cast<void*>(data), dtype};
+      }));
+  py::class_<Norm>(m, "Norm", kLocal)
+      .def(py::init<PerChannel, PerChannel, PerChannel, PerChannel, PerChannel, double, int64_t>());
+  py::class_<Table>(m, "Table", kLocal).def(py::init<Norm, Array, std::vector<Row>>());
+  py::class_<Packing>(m, "Packing", kLocal).def(py::init<View, Array, int64_t, Order>());
+  py::class_<RowSum>(m, "RowSum", kLocal).def(py::init<Array, Array, int64_t>());
+
   m.def("tap_conv", unlocked(tap_conv));
   m.def("weight_gradient", unlocked(weight_gradient));
   m.def("channel_statistics", unlocked(channel_statistics));
   m.def("channel_sums", unlocked(channel_sums));
   m.def("sum_rows", unlocked(sum_rows));
   m.def("combine_statistics", unlocked(combine_statistics));
-  m.def("norm_coefficients", unlocked(norm_coefficients));
-  m.def("norm_gradient_coefficients", unlocked(norm_gradient_coefficients));
+  m.def("norm_gradient", unlocked(norm_gradient));
+  m.def("pack", unlocked(pack));
 
   m.def("depthwise_forward", unlocked(depthwise_forward));
   m.def("depthwise_backward", unlocked(depthwise_backward));

@@ -45,7 +45,7 @@ struct Depthwise {
 struct HopperOutput {
   View out;  // channels-last, stored channels a multiple of 8: zeros from `channels` on
   std::optional<View> residual;  // channels are neighbours
-  Array scale, shift;            // of whole tiles of columns
+  Array affine;                  // (2, whole tiles of columns): scale, shift
   Array partials;                // (grid·consuming warps, 3, channels), or none
   int64_t channels;
   Activation act;
@@ -85,7 +85,7 @@ struct HopperGradientTile {
 struct HopperSpatialGradient {
   View g;                 // channels-last, frames of all clips evenly apart
   std::optional<View> u;  // laid out as g; none: du = g
-  Array affine;           // (2, ⌈M/64⌉·64): p, r; only with u
+  Array affine;           // (2, ⌈M/64⌉·64): r, p; only with u
   Array weight;           // (tiles of columns, ⌈M/64⌉, kw, kh, columns, 64), taps mirrored
   Conv conv;
   View out;  // channels-last, channels a multiple of 8
@@ -135,7 +135,7 @@ struct HopperWeightGradient {
   View other;             // channels-last; narrow: 8 channels
   Conv conv;
   bool temporal, narrow;  // narrow: rows of dW are (8 taps of a row of the kernel, 8 channels)
-  Array coefficients;     // (3, mid channels): scale, shift and second of what multiplies,
+  Array coefficients;     // (3, mid channels or more): scale, shift and second of what multiplies,
                           // act(scale·mid + second·u + shift); none: mid
   Activation act;
   double slope;
@@ -160,6 +160,46 @@ struct HopperStem {
   int64_t grid;
 };
 
+// ---- what the kernels above read besides tensors, made ready by one launch
+
+// (channels,) in a dtype of its own, or none.
+struct PerChannel {
+  void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+};
+
+// A norm of u: v = gamma·(u − mean)/√(var + eps) + beta; without a variance v = u. bias: what a
+// convolution adds to its sums before.
+struct Norm {
+  PerChannel mean, var, gamma, beta, bias;
+  double eps = 0;
+  int64_t channels = 0;
+};
+
+// Of v = scale·u + shift, and with a bias of scale·u + biased; of
+// du = scale·dv + p·u + r = scale·dv + p·(u − mean) + q.
+enum class Row { zero, one, mean, scale, beta, shift, biased, p, q, r };
+
+struct Table {
+  Norm norm;
+  Array out;  // (rows, columns): zeros from the norm's channels on
+  std::vector<Row> rows;
+};
+
+// How rows of 64 elements of the reduction are made of a weight (O, I, kt, kh, kw).
+enum class Order {
+  forward,   // (tiles of columns O, ⌈I/64⌉, kw, kh or kt, columns, 64)
+  mirrored,  // (tiles of columns I, ⌈O/64⌉, kw, kh or kt, columns, 64), taps from the last on
+  stem,      // (tiles of columns O, 4, columns, 64): of 8 × 8 × 4 (kh, kw, I)
+};
+
+struct Packing {
+  View weight;
+  Array packed;  // zeros where there is no element
+  int64_t columns;
+  Order order;
+};
+
 using Stream = uintptr_t;  // a cudaStream_t
 
 void tap_conv(Dtype, const TapConv&, Stream);
@@ -173,16 +213,22 @@ void channel_statistics(Dtype, const View& u, Array partials, int64_t splits, St
 // partials (splits, 2, C): Σ s and Σ s·(u − mean); the second only with u.
 void channel_sums(Dtype, const Source& s, std::optional<View> u, Array partials, int64_t splits,
                   Stream);
-// (rows, columns) → (columns,)
-void sum_rows(Dtype, Array partials, Array out, int64_t rows, Stream);
-// (splits, 3, C) → mean (C,) and biased variance (C,)
-void combine_statistics(Dtype, Array partials, Array mean, Array var, int64_t splits, Stream);
-// Rows mean, scale, beta of the coefficients; p and q become 0.
-void norm_coefficients(Dtype, Array mean, Array var, Array gamma, Array beta, double eps,
-                       Array coefficients, Stream);
-// Rows p and q from sums (2, C), for statistics over `count` values; and dgamma (C,).
-void norm_gradient_coefficients(Dtype, Array sums, Array var, double eps, double count, bool batch,
-                                Array dgamma, Array coefficients, Stream);
+// Each (rows, columns) → (columns,)
+struct RowSum {
+  Array partials, out;
+  int64_t rows;
+};
+void sum_rows(Dtype, const std::vector<RowSum>&, Stream);
+// (splits, 3, C) → mean (C,) and biased variance (C,), and tables whose norms take these.
+void combine_statistics(Dtype, Array partials, Array mean, Array var, int64_t splits,
+                        const std::vector<Table>&, Stream);
+// Packed weights and tables, at most 4 of each; p, q and r are 0.
+void pack(Dtype, const std::vector<Packing>&, const std::vector<Table>&, Stream);
+// Gradients (C,) of gamma, of beta and of the bias, or none, from partials (rows, 2, C) of Σdv and
+// Σdv·(u − mean); tables with p, q and r, which are 0 unless the statistics are of this batch, of
+// `count` values.
+void norm_gradient(Dtype, const Norm&, Array partials, int64_t rows, double count, bool batch,
+                   const std::array<Array, 3>& gradients, const std::vector<Table>&, Stream);
 
 // What is absent is not computed. partials (blocks, 3, C): statistics of u.
 void depthwise_forward(Dtype, const Depthwise&, std::optional<View> y, std::optional<View> u,

@@ -2,7 +2,9 @@
 //
 // Deterministic: each block reduces a chunk of positions for 32 channels, and a second kernel adds
 // the partials of the chunks in a fixed order.
+#include <algorithm>
 #include <device/launch.cuh>
+#include <device/tables.cuh>
 #include <device/tensor.cuh>
 
 namespace fastst {
@@ -108,15 +110,30 @@ __global__ void sums_kernel(const __grid_constant__ Reader<T> s,
   }
 }
 
+constexpr int kMaxSums = 2;
+
 template <class A>
-__global__ void sum_rows_kernel(Global<const A> partials, Global<A> out, int64_t rows,
-                                int64_t columns) {
+struct RowSums {
+  struct Each {
+    Global<const A> partials;
+    Global<A> out;
+    int64_t rows, columns, blocks;
+  };
+  Each each[kMaxSums];
+};
+
+template <class A>
+__global__ void sum_rows_kernel(const __grid_constant__ RowSums<A> sums) {
+  const bool second = blockIdx.x >= sums.each[0].blocks;
+  const auto& of = sums.each[second];
+  const int64_t block = int64_t(blockIdx.x) - (second ? sums.each[0].blocks : 0);
+  const int64_t c = block * kColumns + threadIdx.x;
   Sums<A> sum;
-  if (column() < columns)
-    for (int64_t r = threadIdx.y; r < rows; r += kLanes)
-      sum.first += partials[r * columns + column()];
+  if (c < of.columns)
+    for (int64_t r = threadIdx.y; r < of.rows; r += kLanes)
+      sum.first += of.partials[r * of.columns + c];
   sum = merge_lanes(sum);
-  if (threadIdx.y == 0 && column() < columns) out[column()] = sum.first;
+  if (threadIdx.y == 0 && c < of.columns) of.out[c] = sum.first;
 }
 
 // Count, mean and squares of a lane's rows of one column, kAhead of them at a time, so that a
@@ -157,7 +174,7 @@ class RowBatches {
 template <class A>
 __global__ void __launch_bounds__(kColumns* kRowLanes, 1)
     combine_statistics_kernel(Global<const A> partials, Global<A> mean, Global<A> var, int64_t rows,
-                              int64_t channels) {
+                              int64_t channels, const __grid_constant__ Tables<A> tables) {
   const RowBatches<A> all(partials, rows, channels);
   Sums<A> sums;
   all.each([&](A n, A row, A) { sums.first += n, sums.second += n * row; });
@@ -166,38 +183,47 @@ __global__ void __launch_bounds__(kColumns* kRowLanes, 1)
   Sums<A> squares;
   all.each([&](A n, A row, A m2) { squares.first += m2 + n * (row - centre) * (row - centre); });
   squares = merge_lanes<kRowLanes>(squares);
-  if (threadIdx.y != 0 || column() >= channels) return;
-  mean[column()] = centre;
-  var[column()] = squares.first / count;
+  if (threadIdx.y != 0) return;
+  const A variance = squares.first / count;
+  if (column() < channels) mean[column()] = centre, var[column()] = variance;
+  tables.write(column(),
+               [&](const NormOf<A>& norm) { return norm.read(column(), centre, variance); });
 }
 
+// p = −s·rstd²·Σdv(u − mean)/n and q = −s·Σdv/n. Rows as in RowBatches, of two sums each.
 template <class A>
-__global__ void norm_coefficients_kernel(Global<const A> mean, Global<const A> var,
-                                         Global<const A> gamma, Global<const A> beta, A eps,
-                                         Global<A> out, int64_t channels) {
-  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (c >= channels) return;
-  out[c] = mean[c];
-  out[channels + c] = (gamma ? gamma[c] : A(1)) / sqrt(var[c] + eps);
-  out[2 * channels + c] = beta ? beta[c] : A(0);
-  out[3 * channels + c] = out[4 * channels + c] = A(0);
+__global__ void __launch_bounds__(kColumns* kRowLanes, 1)
+    norm_gradient_kernel(Global<const A> partials, int64_t rows, A count, bool batch,
+                         Global<A> dgamma, Global<A> dbeta, Global<A> dbias, int64_t channels,
+                         const __grid_constant__ NormOf<A> norm,
+                         const __grid_constant__ Tables<A> tables) {
+  constexpr int kAhead = 8;
+  const int64_t c = column();
+  Sums<A> sums;
+  for (int64_t first = threadIdx.y; c < channels && first < rows; first += kAhead * kRowLanes) {
+    Sums<A> row[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t r = first + i * kRowLanes;
+      if (r < rows) row[i] = {partials[r * 2 * channels + c], partials[(r * 2 + 1) * channels + c]};
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) sums.merge(row[i]);
+  }
+  sums = merge_lanes<kRowLanes>(sums);
+  if (threadIdx.y != 0) return;
+  OfChannel<A> of;
+  if (c < channels) {
+    of = norm.read(c);
+    const A rstd = norm.normalises ? A(1) / sqrt(norm.var.read(c, A(0)) + norm.eps) : A(1);
+    if (dgamma) dgamma[c] = rstd * sums.second;
+    if (dbeta) dbeta[c] = sums.first;
+    if (dbias) dbias[c] = batch ? A(0) : of.scale * sums.first;  // the mean takes its own sum away
+    if (batch) of.p = -of.scale * rstd * rstd * sums.second / count;
+    if (batch) of.q = -of.scale * sums.first / count;
+  }
+  tables.write(c, [&](const NormOf<A>&) { return of; });
 }
-
-// du = s·dv + p·(u − mean) + q with p = −s·rstd²·Σdv(u − mean)/n and q = −s·Σdv/n.
-template <class A>
-__global__ void norm_gradient_kernel(Global<const A> sums, Global<const A> var, A eps, A count,
-                                     bool batch, Global<A> dgamma, Global<A> coefficients,
-                                     int64_t channels) {
-  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (c >= channels) return;
-  const A rstd = A(1) / sqrt(var[c] + eps), scale = coefficients[channels + c];
-  const A dv = sums[c], dv_u = sums[channels + c];
-  dgamma[c] = rstd * dv_u;
-  coefficients[3 * channels + c] = batch ? -scale * rstd * rstd * dv_u / count : A(0);
-  coefficients[4 * channels + c] = batch ? -scale * dv / count : A(0);
-}
-
-constexpr int kThreads = 256;
 
 std::string channels_text(int64_t channels) { return std::to_string(channels) + " channels"; }
 
@@ -242,44 +268,51 @@ void channel_sums(Dtype dtype, const Source& s, std::optional<View> u, Array par
   });
 }
 
-void sum_rows(Dtype dtype, Array partials, Array sums, int64_t rows, Stream stream) {
+void sum_rows(Dtype dtype, const std::vector<RowSum>& wanted, Stream stream) {
+  if (wanted.empty() || wanted.size() > size_t(kMaxSums))
+    throw std::invalid_argument("sum_rows needs 1 or 2 sums");
   with_accumulator(dtype, [&](auto accumulator) {
     using A = decltype(accumulator);
-    launch("sum_rows", sum_rows_kernel<A>, dim3(divide_up(sums.count, kColumns)),
-           dim3(kColumns, kLanes), sizeof(Sums<A>) * kColumns * kLanes, stream,
-           std::to_string(rows) + " rows of " + std::to_string(sums.count), in<A>(partials),
-           out<A>(sums), rows, sums.count);
+    RowSums<A> sums{};
+    int64_t blocks = 0;
+    std::string what;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      const RowSum& w = wanted[i];
+      const int64_t own = divide_up(w.out.count, kColumns);
+      sums.each[i] = {in<A>(w.partials), out<A>(w.out), w.rows, w.out.count, own};
+      blocks += own;
+      what += std::to_string(w.rows) + " rows of " + std::to_string(w.out.count) + " ";
+    }
+    launch("sum_rows", sum_rows_kernel<A>, dim3(blocks), dim3(kColumns, kLanes),
+           sizeof(Sums<A>) * kColumns * kLanes, stream, what, sums);
   });
 }
 
 void combine_statistics(Dtype dtype, Array partials, Array mean, Array var, int64_t splits,
-                        Stream stream) {
+                        const std::vector<Table>& tables, Stream stream) {
   with_accumulator(dtype, [&](auto accumulator) {
     using A = decltype(accumulator);
+    const Tables<A> made(tables);
     launch("combine_statistics", combine_statistics_kernel<A>,
-           dim3(divide_up(mean.count, kColumns)), dim3(kColumns, kRowLanes),
-           sizeof(Sums<A>) * kColumns * kRowLanes, stream, channels_text(mean.count),
-           in<A>(partials), out<A>(mean), out<A>(var), splits, mean.count);
+           dim3(divide_up(std::max(mean.count, made.columns()), kColumns)),
+           dim3(kColumns, kRowLanes), sizeof(Sums<A>) * kColumns * kRowLanes, stream,
+           channels_text(mean.count), in<A>(partials), out<A>(mean), out<A>(var), splits,
+           mean.count, made);
   });
 }
 
-void norm_coefficients(Dtype dtype, Array mean, Array var, Array gamma, Array beta, double eps,
-                       Array coefficients, Stream stream) {
+void norm_gradient(Dtype dtype, const Norm& norm, Array partials, int64_t rows, double count,
+                   bool batch, const std::array<Array, 3>& gradients,
+                   const std::vector<Table>& tables, Stream stream) {
   with_accumulator(dtype, [&](auto accumulator) {
     using A = decltype(accumulator);
-    launch("norm_coefficients", norm_coefficients_kernel<A>, dim3(divide_up(mean.count, kThreads)),
-           dim3(kThreads), 0, stream, channels_text(mean.count), in<A>(mean), in<A>(var),
-           in<A>(gamma), in<A>(beta), A(eps), out<A>(coefficients), mean.count);
-  });
-}
-
-void norm_gradient_coefficients(Dtype dtype, Array sums, Array var, double eps, double count,
-                                bool batch, Array dgamma, Array coefficients, Stream stream) {
-  with_accumulator(dtype, [&](auto accumulator) {
-    using A = decltype(accumulator);
-    launch("norm_gradient", norm_gradient_kernel<A>, dim3(divide_up(var.count, kThreads)),
-           dim3(kThreads), 0, stream, channels_text(var.count), in<A>(sums), in<A>(var), A(eps),
-           A(count), batch, out<A>(dgamma), out<A>(coefficients), var.count);
+    const Tables<A> made(tables);
+    launch("norm_gradient", norm_gradient_kernel<A>,
+           dim3(divide_up(std::max(norm.channels, made.columns()), kColumns)),
+           dim3(kColumns, kRowLanes), sizeof(Sums<A>) * kColumns * kRowLanes, stream,
+           channels_text(norm.channels), in<A>(partials), rows, A(count), batch,
+           out<A>(gradients[0]), out<A>(gradients[1]), out<A>(gradients[2]), norm.channels,
+           NormOf<A>(norm), made);
   });
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import tune
+from ..machine import served
 from .convert import convert
 from .convert.converter import serve
 
@@ -29,7 +30,8 @@ def optimize_for_inference(
     are called.
 
     Weights are put in one memory format, so that nothing has to be rearranged between operations:
-    with a sample in the one that is measured to be the faster, else by a rule.
+    with a sample in the one that is measured to be the faster, else by a rule. What backends make
+    of weights they keep until a version counter says that the weights have changed.
 
     Args:
         model: left as it is, and in its mode.
@@ -64,6 +66,7 @@ def optimize_for_inference(
     if sample is not None:
         memory_format = _fastest_format(optimised, sample, seconds)
     _lay_out(optimised, memory_format or _usual_format(optimised))
+    served.serve(p for p in optimised.parameters() if p.dim() == 5)
     return optimised
 
 

@@ -33,8 +33,8 @@ struct Epilogue {
   Epilogue() = default;
   explicit Epilogue(const HopperOutput& o)
       : out(global<T>(o.out.data, o.out.span())),
-        scale(global<const float>(o.scale.data, o.scale.count)),
-        shift(global<const float>(o.shift.data, o.shift.count)),
+        scale(global<const float>(o.affine.data, o.affine.count)),
+        shift(scale + o.affine.count / 2),
         partials(global<float>(o.partials.data, o.partials.count)),
         channels(narrow_size(o.channels)),
         stored(narrow_size(o.out.size[1])),

@@ -57,7 +57,7 @@ struct Parameters {
   int columns[kMaxTaps];        // through a column of the kernel: the same
   uint8_t parity[kMaxTaps];     // and the column of a cell that reads through it
   bool affine;
-  Global<const float> norm_p, norm_r;  // (64 · chunks)
+  Global<const float> norm_r, norm_p;  // (64 · chunks)
   Global<T> out;
   int64_t frame_stride, row_stride, pixel_stride;  // of out
   int stored;                                      // channels of out, a multiple of 8
@@ -379,8 +379,8 @@ void run(Dtype dtype, const HopperSpatialGradient& g, Stream stream) {
   p.pixel_stride = g.out.stride[4];
   p.out = global<T>(g.out.data, g.out.span());
   p.affine = g.u.has_value();
-  p.norm_p = global<const float>(g.affine.data, g.affine.count);
-  p.norm_r = p.norm_p + g.affine.count / 2;
+  p.norm_r = global<const float>(g.affine.data, g.affine.count);
+  p.norm_p = p.norm_r + g.affine.count / 2;
   require(p.box_frames * p.h.cells * p.w.cells <= kCells, "at most 128 cells",
           p.box_frames * p.h.cells * p.w.cells);
   require(p.box_rows() <= kMaxRows, "boxes of at most 1024 positions", p.box_rows());

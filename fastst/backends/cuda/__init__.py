@@ -174,9 +174,11 @@ def conv2plus1d_backward(call: PairBackward) -> Gradients:
             )  # fmt: skip
             call.dy_owner.clear()
             del dy
-            if coefficients is not None and var is not None:
+            if coefficients is not None and mean is not None and var is not None:
                 sums = k.sums(k.plain(dv, coefficients), dv.shape, u)
-                dgamma = k.norm_gradient_coefficients(sums, var, coefficients, call.means)
+                dgamma = k.norm_gradient_coefficients(
+                    tensors, sums, (mean, var), coefficients, call.means
+                )
                 dbeta = sums[0]
             du = k.norm_gradient(dv, u, coefficients)
             if need.first_weight:

@@ -144,7 +144,7 @@ class _Launches:
             k.dtype, argument, k.view(dy), None if dx is None else k.view(dx), k.array(partials),
             k.stream,
         )  # fmt: skip
-        return k.sum_rows(partials)
+        return k.sum_rows(partials)[0]
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -226,9 +226,9 @@ def backward(call: PairBackward) -> Gradients:
         # Through batch statistics du depends on sums over all of dv: it takes a pass of its own.
         sums = launches.backward(coefficients, dy, None if batch else rows)
         dwt, dbt = sums[taps : taps + kt], sums[taps + kt + 1]
-        if coefficients is not None and var is not None:
+        if coefficients is not None and mean is not None and var is not None:
             dbeta = sums[-2]
-            dgamma = k.norm_gradient_coefficients(sums[-2:], var, coefficients)
+            dgamma = k.norm_gradient_coefficients(tensors, sums[-2:], (mean, var), coefficients)
             if batch and (need.x or need.first_weight or need.first_bias):
                 sums = launches.backward(coefficients, dy, rows)
         if dx is not None and rows is not dx and rows is not None:

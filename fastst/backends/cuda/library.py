@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,16 @@ _DTYPES = {
 _LARGEST_GRID_YZ = 65535
 # Enough blocks to fill a large GPU several times over; more only lengthens the second stage.
 _REDUCTION_BLOCKS = 2048
+_COEFFICIENTS = ("mean", "scale", "beta", "p", "q")
 _EMULATOR = Path(__file__).parents[3] / "emulator" / "build.py"
+
+
+# Descriptions of the tables that statistics (mean, var) make.
+Tables = Callable[[Tensor, Tensor], Sequence[Any]]
+
+
+def _no_tables(mean: Tensor, var: Tensor) -> Sequence[Any]:
+    return ()
 
 
 def emulating() -> bool:
@@ -71,13 +80,18 @@ def library() -> ModuleType:
     return native.required("cuda", emulated() if emulating() else load())
 
 
+@functools.cache
+def _dtypes(lib: ModuleType) -> dict[torch.dtype, Any]:
+    return {dtype: getattr(lib.Dtype, name) for dtype, name in _DTYPES.items()}
+
+
 class Launcher(native.Launcher):
     """Launches of one call, on the current stream of its device."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(library(), problem, problem.accumulate_dtype)
         self.problem = problem
-        self.dtype = getattr(self.lib.Dtype, _DTYPES[problem.dtype])
+        self.dtype = _dtypes(self.lib)[problem.dtype]
         pair, size = PairSpec(), problem.out_size
         if isinstance(problem, PairProblem):
             pair, size = problem.spec, problem.mid_size
@@ -129,14 +143,21 @@ class Launcher(native.Launcher):
             self.dtype, x, dy, self.conv(p), self.view(weight), self.array(partials), splits,
             self.stream,
         )  # fmt: skip
-        return self.sum_rows(partials)
+        return self.sum_rows(partials)[0]
 
-    def sum_rows(self, partials: Tensor) -> Tensor:
-        """Their sum over the first axis; nothing that is launched later may read them."""
-        out = self.empty(*partials.shape[1:])
-        rows = partials.shape[0]
-        self.lib.sum_rows(self.dtype, self.array(partials), self.array(out), rows, self.stream)
-        self.kept = [t for t in self.kept if t is not partials]
+    def sum_rows(self, *partials: Tensor) -> list[Tensor]:
+        """The sum of each over the first axis; nothing that is launched later may read them."""
+        lib = self.lib
+        out = [self.empty(*p.shape[1:]) for p in partials]
+        lib.sum_rows(
+            self.dtype,
+            [
+                lib.RowSum(self.array(p), self.array(o), p.shape[0])
+                for p, o in zip(partials, out, strict=True)
+            ],
+            self.stream,
+        )
+        self.kept = [t for t in self.kept if all(t is not p for p in partials)]
         return out
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,21 +170,26 @@ class Launcher(native.Launcher):
         )
         return self.combine_statistics(partials)
 
-    def moments(self, partials: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance from (splits, 3, C)."""
+    def moments(self, partials: Tensor, tables: Tables = _no_tables) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance from (splits, 3, C), and the tables that they make."""
         mean, var = self.empty(partials.shape[2]), self.empty(partials.shape[2])
         self.lib.combine_statistics(
             self.dtype, self.array(partials), self.array(mean), self.array(var),
-            partials.shape[0], self.stream,
+            partials.shape[0], tables(mean, var), self.stream,
         )  # fmt: skip
         return mean, var
 
-    def combine_statistics(self, partials: Tensor) -> tuple[Tensor, Tensor]:
+    def combine_statistics(
+        self, partials: Tensor, tables: Tables = _no_tables
+    ) -> tuple[Tensor, Tensor]:
         """The same for u, of all ranks of the group."""
+        if not self.group:
+            return self.moments(partials, tables)
         mean, var = self.moments(partials)
-        if self.group:
-            group = groups.resolve(self.group)
-            mean, var, self.total = statistics.pool_statistics(mean, var, self.count, group)
+        group = groups.resolve(self.group)
+        mean, var, self.total = statistics.pool_statistics(mean, var, self.count, group)
+        if made := tables(mean, var):
+            self.lib.pack(self.dtype, [], made, self.stream)
         return mean, var
 
     def sums(self, source: Any, shape: Sequence[int], u: Tensor | None = None) -> Tensor:
@@ -175,32 +201,86 @@ class Launcher(native.Launcher):
             self.dtype, source, None if u is None else self.view(u), self.array(partials), splits,
             self.stream,
         )  # fmt: skip
-        return self.sum_rows(partials)
+        return self.sum_rows(partials)[0]
+
+    def _channels(self, t: Tensor | None) -> Any:
+        """(C,) as it lies."""
+        if t is None:
+            return self.lib.PerChannel()
+        if t.stride(0) != 1 and t.shape[0] > 1:
+            t = t.contiguous()
+        self.kept.append(t)
+        return self.lib.PerChannel(t.data_ptr(), _dtypes(self.lib)[t.dtype])
+
+    def norm(
+        self,
+        channels: int,
+        bias: Tensor | None = None,  # of the convolution before
+        t: PairTensors | None = None,
+        mean: Tensor | None = None,
+        var: Tensor | None = None,
+    ) -> Any:
+        """The library's description; without statistics of what only has a bias."""
+        each: tuple[Tensor | None, ...] = (None,) * 4
+        if t is not None and var is not None:
+            each = mean, var, t.norm_weight, t.norm_bias
+        return self.lib.Norm(*map(self._channels, (*each, bias)), self.eps, channels)
+
+    def table(self, norm: Any, out: Tensor, rows: Sequence[str]) -> Any:
+        """To fill ``out`` (rows, columns), by the names of the library's ``Row``."""
+        kinds = [getattr(self.lib.Row, name) for name in rows]
+        return self.lib.Table(norm, self.array(out), kinds)
 
     def norm_coefficients(self, t: PairTensors, mean: Tensor, var: Tensor) -> Tensor:
         """(5, M): mean, scale, beta, p, q."""
         out = self.empty(5, mean.shape[0])
-        self.lib.norm_coefficients(
-            self.dtype, self.array(mean), self.array(var), self.array(t.norm_weight),
-            self.array(t.norm_bias), self.eps, self.array(out), self.stream,
-        )  # fmt: skip
+        norm = self.norm(mean.shape[0], None, t, mean, var)
+        self.lib.pack(self.dtype, [], [self.table(norm, out, _COEFFICIENTS)], self.stream)
         return out
 
     def norm_gradient_coefficients(
-        self, sums: Tensor, var: Tensor, coefficients: Tensor, means: Tensor | None = None
-    ) -> Tensor:
+        self, t: PairTensors, sums: Tensor, statistics: Sequence[Tensor], coefficients: Tensor,
+        means: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """dgamma; fills rows p and q of the coefficients. Means as of ``BatchSlice``."""
-        dgamma, count = self.empty(var.shape[0]), self.count
-        if self.group and means is None:
-            means = statistics.pool_means(sums, count, groups.resolve(self.group))
-        local = None if means is None else sums[1] * (var + self.eps).rsqrt()
-        if means is not None:
-            sums = means * count
-        self.lib.norm_gradient_coefficients(
-            self.dtype, self.array(sums), self.array(var), self.eps, float(count),
-            self.batch_norm, self.array(dgamma), self.array(coefficients), self.stream,
-        )  # fmt: skip
-        return dgamma if local is None else local
+        norm = self.norm(sums.shape[1], None, t, *statistics)
+        dgamma = self.empty(sums.shape[1])
+        tables = [self.table(norm, coefficients, _COEFFICIENTS)]
+        self.norm_gradients(norm, sums[None], (dgamma, None, None), tables, means)
+        return dgamma
+
+    def norm_gradients(
+        self,
+        norm: Any,
+        partials: Tensor,
+        gradients: Sequence[Tensor | None],
+        tables: Sequence[Any],
+        means: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            norm: as of ``norm``.
+            partials: (rows, 2, C) of Σdv and Σdv·(u − mean).
+            gradients: (C,) to fill: dgamma, dbeta and that of a bias before the norm.
+            tables: to fill; their p, q and r follow from the sums.
+            means: as of ``BatchSlice``.
+        """
+        lib, local = self.lib, None
+        if means is not None or self.group:
+            local = partials[0] if len(partials) == 1 else self.sum_rows(partials)[0]
+            if means is None:
+                means = statistics.pool_means(local, self.count, groups.resolve(self.group))
+
+        def launch(partials: Tensor, gradients: Sequence[Tensor | None], tables: Any) -> None:
+            lib.norm_gradient(
+                self.dtype, norm, self.array(partials), len(partials), float(self.count),
+                self.batch_norm, [self.array(g) for g in gradients], tables, self.stream,
+            )  # fmt: skip
+
+        if local is None or means is None:
+            return launch(partials, gradients, tables)
+        launch(local[None], gradients, [])
+        launch((means * self.count)[None], [None] * 3, tables)
 
 
 @contextlib.contextmanager

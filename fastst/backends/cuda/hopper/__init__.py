@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ....problem.spec import PairProblem, PairSpec, PairTensors
 from ...contract import Begun, PairResult
-from ..library import emulating, launching
+from ..library import Launcher, emulating, launching
 from . import weights
 from .backward import backward
 from .launches import (
     ROW,
+    STEM,
     Launches,
-    affine_of,
     rows_of,
     spatial_gradient_tile,
     spatial_tile,
@@ -26,6 +26,7 @@ from .launches import (
     temporal_gradient_tile,
     temporal_tile,
 )
+from .packing import AFFINE, PROLOGUE, Packing, Ready, Table, chunked, from_statistics, ready
 from .tiles import HopperTile
 
 __all__ = [
@@ -161,13 +162,13 @@ def kernel_names(problem: PairProblem, phase: str) -> list[str]:
 def _outer(spec: PairSpec, tensors: PairTensors) -> tuple[bool, dict[str, Any]]:
     """Whether the last epilogue takes in what ends a residual block, and its arguments."""
     r = tensors.residual
-    arguments: dict[str, Any] = {"shift": tensors.second_bias}
+    arguments: dict[str, Any] = {}
     fits = spec.outer_activation in EPILOGUES
     if r is not None:  # read in pairs of channels, from pixels evenly apart
         even = all(s % 2 == 0 for s in (*r.stride()[2:], r.stride(0))) and r.data_ptr() % 4 == 0
         fits = fits and even and r.stride(1) == 1 and r.stride(3) == r.stride(4) * r.shape[4]
     if fits:
-        arguments |= {"residual": r, "activation": spec.outer_activation}
+        arguments = {"residual": r, "activation": spec.outer_activation}
     return fits, arguments
 
 
@@ -181,63 +182,99 @@ def forward(
     if stem_why_not(problem) is None:
         return _stem(problem, tensors, save)
     tile, temporal = tiles or (spatial_tile(problem), temporal_tile(problem))
-    spec = problem.spec
-    keep = save and not spec.recompute
-    m = problem.mid_channels
-    bs = tensors.first_bias
+    spec, m = problem.spec, problem.mid_channels
+    keep, batch = save and not spec.recompute, spec.norm == "batch"
+    folded = not batch and not keep  # what is stored is nearer to z
+    activation, prologue = "none", spec.activation
+    if folded and prologue in EPILOGUES:
+        activation, prologue = prologue, "none"
+    mean, var = tensors.mean, tensors.var
     with launching(problem) as k:
         launches = Launches(k, problem)
+
+        def make() -> Ready:
+            packing = Packing(k)
+            bias = k.norm(m, tensors.first_bias)
+            norm = k.norm(m, tensors.first_bias, tensors, mean, var)
+            ready = Ready(
+                packing.weight(tensors.first_weight, tile.columns),
+                packing.table(norm if folded else bias, tile.whole(problem.mid_shape[-1]), AFFINE),
+                *_second(k, packing, problem, tensors, temporal),
+            )
+            if not batch and (prologue != "none" or (spec.norm == "frozen" and not folded)):
+                table = packing.table(bias if folded else norm, chunked(m), PROLOGUE)
+                ready = ready._replace(prologue=table)
+            packing.launch()
+            return ready
+
+        r = ready(k, problem, tensors, (tile.columns, temporal.columns, folded, prologue), make)
         x = rows_of(tensors.x)
         rows = x.new_empty(problem.mid_shape)
         u = rows.permute(0, 4, 1, 2, 3)
-        mean, var = tensors.mean, tensors.var
-        affine: tuple[Tensor | None, Tensor | None] | None = None
-        epilogue: dict[str, Any] = {"scale": None, "shift": bs}
-        prologue = spec.activation
-        if spec.norm == "frozen":
-            assert mean is not None and var is not None
-            affine = affine_of(k.norm_coefficients(tensors, mean, var))
-        if spec.norm != "batch" and not keep:  # what is stored is nearer to z
-            if affine is not None:
-                scale, shift = affine
-                assert scale is not None and shift is not None
-                epilogue = {"scale": scale, "shift": shift if bs is None else shift + bs * scale}
-                affine = None
-            if prologue in EPILOGUES:
-                epilogue["activation"], prologue = prologue, "none"
+        assert r.first is not None and r.first_affine is not None
         partials = launches.spatial(
-            x, tensors.first_weight, u, tile, statistics=spec.norm == "batch", **epilogue
+            x, r.first, r.first_affine, u, tile, statistics=batch, activation=activation
         )
+        table = r.prologue
         if partials is not None:
-            mean, var = k.combine_statistics(partials)
-            affine = affine_of(k.norm_coefficients(tensors, mean, var))
-        if affine is None and prologue != "none":
-            affine = (None, None)
-        y = problem.empty_output(x)
-        outer, epilogue = _outer(spec, tensors)
-        partials = launches.temporal(
-            u[:, :m], tensors.second_weight, y, temporal, affine, prologue,
-            statistics=spec.output_statistics, **epilogue,
-        )  # fmt: skip
-        last = (None, None) if partials is None else k.moments(partials)
-    if spec.norm != "batch":
+            table, tables = from_statistics(k, tensors, chunked(m), PROLOGUE)
+            mean, var = k.combine_statistics(partials, tables)
+        y, outer, last = _temporal(launches, tensors, u, r, temporal, table, prologue)
+    if not batch:
         mean = var = None
     return PairResult(y, rows if keep else None, mean, var, k.total, outer, *last)
+
+
+def _second(
+    k: Launcher, packing: Packing, problem: PairProblem, tensors: PairTensors, tile: HopperTile
+) -> tuple[Tensor, Table]:
+    """Weight of the second pass, and the table of its epilogue."""
+    channels = problem.out_channels
+    table = packing.table(k.norm(channels, tensors.second_bias), tile.whole(channels), AFFINE)
+    return packing.weight(tensors.second_weight, tile.columns), table
+
+
+def _temporal(
+    launches: Launches,
+    tensors: PairTensors,
+    u: Tensor,
+    r: Ready,
+    tile: HopperTile,
+    table: Table | None,
+    prologue: str,
+) -> tuple[Tensor, bool, tuple[Tensor | None, Tensor | None]]:
+    """y, whether its ending is in it, and its statistics where they are asked for."""
+    problem, k = launches.problem, launches.k
+    y = problem.empty_output(tensors.x)
+    outer, epilogue = _outer(problem.spec, tensors)
+    assert r.second is not None and r.second_affine is not None
+    partials = launches.temporal(
+        u[:, : problem.mid_channels], r.second, r.second_affine, y, tile, table, prologue,
+        statistics=problem.spec.output_statistics, **epilogue,
+    )  # fmt: skip
+    return y, outer, (None, None) if partials is None else k.moments(partials)
 
 
 def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
     """u and its statistics, of a norm over the batch."""
     rows = tensors.x.new_empty(problem.mid_shape)
-    u, bias = rows.permute(0, 4, 1, 2, 3), tensors.first_bias
+    u, m = rows.permute(0, 4, 1, 2, 3), problem.mid_channels
+    stem = stem_why_not(problem) is None
     with launching(problem) as k:
-        launches = Launches(k, problem)
-        if stem_why_not(problem) is None:
-            partials = launches.stem(tensors, u, None, shift=bias, statistics=True)
+        launches, packing = Launches(k, problem), Packing(k)
+        bias = k.norm(m, tensors.first_bias)
+        if stem:
+            packed = packing.weight(tensors.first_weight, STEM[1], "stem")
+            affine = packing.table(bias, STEM[1], AFFINE)
+            packing.launch()
+            partials = launches.stem(tensors.x, packed, affine, u, statistics=True)
         else:
-            partials = launches.spatial(
-                rows_of(tensors.x), tensors.first_weight, u, spatial_tile(problem),
-                statistics=True, scale=None, shift=bias,
-            )  # fmt: skip
+            tile = spatial_tile(problem)
+            packed = packing.weight(tensors.first_weight, tile.columns)
+            affine = packing.table(bias, tile.whole(problem.mid_shape[-1]), AFFINE)
+            packing.launch()
+            x = rows_of(tensors.x)
+            partials = launches.spatial(x, packed, affine, u, tile, statistics=True)
         assert partials is not None
         mean, var = k.combine_statistics(partials)
     return Begun(rows, mean, var, k.total)
@@ -245,47 +282,63 @@ def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
 
 def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
     """y of a pair that ``first_pass`` has begun."""
-    spec, bias, partials = problem.spec, tensors.first_bias, None
+    if stem_why_not(problem) is None:  # which computes u again
+        return _stem(problem, tensors, False, begun)
+    tile, m = temporal_tile(problem), problem.mid_channels
     with launching(problem) as k:
-        launches = Launches(k, problem)
-        scale, shift = affine_of(k.norm_coefficients(tensors, begun.mean, begun.var))
-        y = problem.empty_output(tensors.x)
-        outer, epilogue = _outer(spec, tensors)
-        if stem_why_not(problem) is None:  # which computes u again
-            assert scale is not None and shift is not None
-            shift = shift if bias is None else shift + bias * scale
-            launches.stem(tensors, y, (scale, shift), **epilogue)
-        else:
-            u = begun.u.permute(0, 4, 1, 2, 3)[:, : problem.mid_channels]
-            partials = launches.temporal(
-                u, tensors.second_weight, y, temporal_tile(problem), (scale, shift),
-                spec.activation, statistics=spec.output_statistics, **epilogue,
-            )  # fmt: skip
-        last = () if partials is None else k.moments(partials)
+        launches, packing = Launches(k, problem), Packing(k)
+        norm = k.norm(m, None, tensors, begun.mean, begun.var)
+        r = Ready(None, None, *_second(k, packing, problem, tensors, tile))
+        table = packing.table(norm, chunked(m), PROLOGUE)
+        packing.launch()
+        u = begun.u.permute(0, 4, 1, 2, 3)
+        y, outer, last = _temporal(launches, tensors, u, r, tile, table, problem.spec.activation)
     return PairResult(y, *begun, outer, *last)
 
 
-def _stem(problem: PairProblem, tensors: PairTensors, save: bool) -> PairResult:
+def _stem(
+    problem: PairProblem, tensors: PairTensors, save: bool, begun: Begun | None = None
+) -> PairResult:
     """u stays in registers; where it is kept, or counted, another launch computes it first."""
-    spec = problem.spec
-    keep, batch = save and not spec.recompute, spec.norm == "batch"
+    spec, m = problem.spec, problem.mid_channels
+    batch = spec.norm == "batch"
+    keep, counts = save and not spec.recompute, batch and begun is None
     mean, var, rows = tensors.mean, tensors.var, None
-    bias = tensors.first_bias
+    if begun is not None:
+        mean, var = begun.mean, begun.var
+    bias, (_, mid, most) = tensors.first_bias, STEM
     with launching(problem) as k:
         launches = Launches(k, problem)
-        if keep or batch:
+
+        def make() -> Ready:
+            packing = Packing(k)
+            ready = Ready(
+                packing.weight(tensors.first_weight, mid, "stem"),
+                packing.table(k.norm(m, bias), mid, AFFINE),
+                packing.weight(tensors.second_weight, most),
+                packing.table(k.norm(problem.out_channels, tensors.second_bias), most, AFFINE),
+                None if counts
+                else packing.table(k.norm(m, bias, tensors, mean, var), mid, AFFINE),
+            )  # fmt: skip
+            packing.launch()
+            return ready
+
+        r = make() if batch else ready(k, problem, tensors, "stem", make)
+        assert r.first is not None and r.first_affine is not None
+        assert r.second is not None and r.second_affine is not None
+        table = r.prologue
+        if keep or counts:
             rows = tensors.x.new_empty(problem.mid_shape)
             u = rows.permute(0, 4, 1, 2, 3)
-            partials = launches.stem(tensors, u, None, shift=bias, statistics=batch)
+            partials = launches.stem(tensors.x, r.first, r.first_affine, u, statistics=counts)
             if partials is not None:
-                mean, var = k.combine_statistics(partials)
-        scale: Tensor | None = None
-        shift = bias
-        if mean is not None and var is not None:
-            scale, shift = affine_of(k.norm_coefficients(tensors, mean, var))
-            shift = shift if bias is None else shift + bias * scale
+                table, tables = from_statistics(k, tensors, mid, AFFINE, bias)
+                mean, var = k.combine_statistics(partials, tables)
         y = problem.empty_output(tensors.x)
         outer, epilogue = _outer(spec, tensors)
-        launches.stem(tensors, y, (scale, shift), **epilogue)
+        assert table is not None
+        launches.stem(tensors.x, r.first, r.second_affine, y, (r.second, table), **epilogue)
+    if begun is not None:
+        return PairResult(y, *begun, outer)
     kept = rows if keep else None
     return PairResult(y, kept, mean if batch else None, var if batch else None, k.total, outer)

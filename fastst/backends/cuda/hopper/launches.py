@@ -1,8 +1,7 @@
 """Launches of the Hopper kernels, as functions of tensors.
 
 Everything is channels-last, and x is read as it lies: ``why_not`` refuses what would have to be
-copied first. Weights are packed for every call: rows of 64 elements of the reduction, one for each
-output channel of a tile.
+copied first. Weights come packed, and coefficients in tables (``packing``).
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ....machine.gpu import round_up
-from ....problem.spec import PairProblem, PairTensors
+from ....problem.spec import PairProblem
 from ..depthwise import channels_last
 from ..library import Launcher, emulating
 from . import gradient_tiles
 from . import tiles as configs_hopper
 from .gradient_tiles import Axis, GradientTile
+from .packing import Table
 from .tiles import HopperTile
 
 ROW = 8  # channels that are a multiple of it fill the 16-byte rows that the copy engine needs
@@ -32,7 +31,7 @@ class Mid(NamedTuple):
     """z = activation(scale·u + shift), the input of the temporal pass."""
 
     u: Tensor  # (N, M, T, H, W), channels-last
-    affine: Tensor | None  # (2, ⌈M/64⌉·64): scale, shift; none: 1, 0
+    table: Table | None  # (3, ⌈M/64⌉·64): scale, shift, 0; none: 1, 0
     activation: str
 
 
@@ -41,7 +40,7 @@ class Gradient(NamedTuple):
 
     g: Tensor  # (N, M, T, H, W), channels-last
     u: Tensor | None = None  # laid out as g; none: du = g
-    affine: Tensor | None = None  # (2, ⌈M/64⌉·64): p, r
+    table: Table | None = None  # (3, ⌈M/64⌉·64): 1, r, p
 
 
 def stem_why_not(problem: PairProblem) -> str | None:
@@ -105,14 +104,6 @@ def temporal_gradient_tile(problem: PairProblem) -> HopperTile:
     )  # fmt: skip
 
 
-def pack(weight: Tensor, columns: int) -> Tensor:
-    """(O, I, a, b) as (tiles of columns, ⌈I/64⌉, a, b, columns, 64), zeros where there is none."""
-    o, i, a, b = weight.shape
-    tiles, chunks = -(-o // columns), -(-i // 64)
-    padded = F.pad(weight, (0, 0, 0, 0, 0, chunks * 64 - i, 0, tiles * columns - o))
-    return padded.view(tiles, columns, chunks, 64, a, b).permute(0, 2, 4, 5, 1, 3).contiguous()
-
-
 def rows_of(t: Tensor) -> Tensor:
     """t with strides of axes of size 1 that fit the others, as tensor maps want them."""
     strides = list(t.stride())
@@ -139,96 +130,76 @@ def evenly_framed(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.channels_last_3d)
 
 
-def affine_of(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of v = scale·u + shift."""
-    mean, scale, beta = coefficients[:3]
-    return scale, beta - mean * scale
-
-
 class Launches:
     def __init__(self, k: Launcher, problem: PairProblem) -> None:
         self.k, self.problem = k, problem
-
-    def coefficients(self, scale: Tensor | None, shift: Tensor | None, columns: int) -> Tensor:
-        """(2, columns): scale and shift, 1 and 0 where there is none; 0 for columns of padding."""
-        m = self.problem.mid_channels
-        both = self.k.empty(2, columns).zero_()
-        both[0, :m] = 1 if scale is None else scale
-        if shift is not None:
-            both[1, :m] = shift
-        return both
 
     def _tile(self, t: HopperTile) -> Any:
         return self.k.lib.HopperTile(
             t.columns, t.groups, t.blocks, t.box, t.share, t.stages, t.grid, t.cluster
         )
 
-    def _packed(self, weight: Tensor, columns: int) -> Any:
-        packed = pack(weight, columns)
+    def _array(self, packed: Tensor) -> Any:
         self.k.kept.append(packed)
         return self.k.lib.Array(packed.data_ptr(), packed.numel())
+
+    def _rows(self, table: Table | None, first: int = 0) -> Any:
+        if table is None:
+            return self.k.lib.Array()
+        self.k.kept.append(table.values)
+        return table.array(self.k.lib, first)
 
     def _output(
         self,
         out: Tensor,
         channels: int,
-        columns: int,  # of whole tiles
+        affine: Table,  # (2, whole tiles of columns): scale, shift
         warps: int,  # that write partials
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
         activation: str = "none",
         residual: Tensor | None = None,
         statistics: bool = False,
     ) -> tuple[Any, Tensor | None]:
         """The library's description, and the partials that will be written."""
         k = self.k
-        affine = k.empty(2, columns).zero_()
-        affine[0, :channels] = 1 if scale is None else scale
-        if shift is not None:
-            affine[1, :channels] = shift
         partials = k.empty(warps, 3, channels) if statistics else None
         output = k.lib.HopperOutput(
-            k.view(out), None if residual is None else k.view(residual), k.array(affine[0]),
-            k.array(affine[1]), k.array(partials), channels, k.act(activation), k.slope,
+            k.view(out), None if residual is None else k.view(residual), self._rows(affine),
+            k.array(partials), channels, k.act(activation), k.slope,
         )  # fmt: skip
         return output, partials
 
     def spatial(
-        self, x: Tensor, weight: Tensor, u: Tensor, tile: HopperTile, **epilogue: Any
+        self, x: Tensor, packed: Tensor, affine: Table, u: Tensor, tile: HopperTile, **epilogue: Any
     ) -> Tensor | None:
         """Fills u (N, stored channels, T, H, W); partial statistics where asked for."""
         k, p = self.k, self.problem.passes[0]
-        columns = tile.column_tiles(u.shape[1]) * tile.columns
         warps = tile.grid * 4 * tile.groups
-        output, partials = self._output(u, p.out_channels, columns, warps, **epilogue)
-        packed = self._packed(weight.flatten(2, 3).transpose(2, 3), tile.columns)
-        argument = k.lib.HopperSpatial(k.view(x), packed, k.conv(p), output, self._tile(tile))
+        output, partials = self._output(u, p.out_channels, affine, warps, **epilogue)
+        argument = k.lib.HopperSpatial(
+            k.view(x), self._array(packed), k.conv(p), output, self._tile(tile)
+        )
         k.lib.hopper_spatial(k.dtype, argument, k.stream)
         return partials
 
     def temporal(
         self,
         u: Tensor,
-        weight: Tensor,
+        packed: Tensor,
+        affine: Table,
         y: Tensor,
         tile: HopperTile,
-        affine: tuple[Tensor | None, Tensor | None] | None,
+        table: Table | None,
         prologue: str,
         **epilogue: Any,
     ) -> Tensor | None:
-        """Fills y from z = prologue(scale·u + shift), or from u where ``affine`` is None; partial
+        """Fills y from z = prologue(scale·u + shift), or from u where ``table`` is None; partial
         statistics where asked for."""
         k, p = self.k, self.problem.passes[1]
-        columns = tile.column_tiles(y.shape[1]) * tile.columns
         warps = tile.grid * 4 * tile.groups
-        output, partials = self._output(y, p.out_channels, columns, warps, **epilogue)
-        coefficients = None
-        if affine is not None:
-            coefficients = self.coefficients(*affine, columns=-(-p.in_channels // 64) * 64)
-        packed = self._packed(weight.flatten(3), tile.columns)
+        output, partials = self._output(y, p.out_channels, affine, warps, **epilogue)
         argument = k.lib.HopperTemporal(
-            k.view(u), packed, k.conv(p), k.array(coefficients), k.act(prologue), k.slope, output,
-            self._tile(tile),
+            k.view(u), self._array(packed), k.conv(p), self._rows(table), k.act(prologue), k.slope,
+            output, self._tile(tile),
         )  # fmt: skip
         k.lib.hopper_temporal(k.dtype, argument, k.stream)
         return partials
@@ -236,41 +207,34 @@ class Launches:
     def temporal_gradient(
         self,
         dy: Tensor,
-        weight: Tensor,
+        packed: Tensor,
+        table: Table,  # (4, whole tiles of columns): mean, scale, beta, what dv is multiplied by
         g: Tensor,
         tile: HopperTile,
         u: Tensor | None,
-        coefficients: Tensor | None,  # (5, M), as of Launcher.norm_coefficients
         statistics: bool,
     ) -> Tensor | None:
-        """Fills g, dv times the norm's scale; (2, M), Σdv and Σdv·(u − mean), where asked for."""
+        """Fills g, dv times the norm's scale; partials (rows, 2, M) of Σdv and Σdv·(u − mean),
+        where asked for."""
         k, p = self.k, self.problem.passes[1]
         m = p.in_channels
-        columns = tile.column_tiles(g.shape[1]) * tile.columns
-        rows = k.empty(4, columns).zero_()  # mean, scale, beta and what dv is multiplied by
-        rows[1::2, :m] = 1
-        if coefficients is not None:
-            rows[:3, :m] = coefficients[:3]
-            rows[3, :m] = coefficients[1]
         partials = k.empty(tile.grid * 4 * tile.groups, 2, m) if statistics else None
-        packed = self._packed(weight.flatten(3).flip(2).transpose(0, 1), tile.columns)
         argument = k.lib.HopperTemporalGradient(
-            k.view(dy), packed, k.conv(p), k.view(g), None if u is None else k.view(u),
-            k.array(rows), k.array(partials), m, k.act(self.problem.spec.activation), k.slope,
+            k.view(dy), self._array(packed), k.conv(p), k.view(g), None if u is None else k.view(u),
+            self._rows(table), k.array(partials), m, k.act(self.problem.spec.activation), k.slope,
             self._tile(tile),
         )  # fmt: skip
         k.lib.hopper_temporal_gradient(k.dtype, argument, k.stream)
-        return None if partials is None else k.sum_rows(partials)
+        return partials
 
     def spatial_gradient(
-        self, du: Gradient, weight: Tensor, dx: Tensor, tile: GradientTile
+        self, du: Gradient, packed: Tensor, dx: Tensor, tile: GradientTile
     ) -> None:
         """Fills dx (N, stored channels, T, H, W)."""
         k = self.k
-        mirrored = weight.flatten(2, 3).flip(2, 3).permute(1, 0, 3, 2)
         argument = k.lib.HopperSpatialGradient(
-            k.view(du.g), None if du.u is None else k.view(du.u), k.array(du.affine),
-            self._packed(mirrored, tile.columns), k.conv(self.problem.passes[0]), k.view(dx),
+            k.view(du.g), None if du.u is None else k.view(du.u), self._rows(du.table, 1),
+            self._array(packed), k.conv(self.problem.passes[0]), k.view(dx),
             k.lib.HopperGradientTile(
                 tile.columns, tile.blocks, tile.box, tile.stages, tile.grid, tile.cluster
             ),
@@ -279,28 +243,24 @@ class Launches:
 
     def stem(
         self,
-        tensors: PairTensors,
+        x: Tensor,
+        packed: Tensor,
+        affine: Table,
         out: Tensor,
-        affine: tuple[Tensor | None, Tensor | None] | None,
+        pair: tuple[Tensor, Table] | None = None,
         **epilogue: Any,
     ) -> Tensor | None:
-        """Fills u, or y where ``affine`` says what goes through the activation."""
+        """Fills u; or y, with the second weight and a table (2, 48) of what goes through the
+        activation, scale·conv(x) + shift."""
         k, problem, spec = self.k, self.problem, self.problem.spec
-        _, mid, most = STEM
-        ws, wt = tensors.first_weight[:, :, 0], tensors.second_weight.flatten(3)
-        # (M, C, 7, 7) as (M, kh, kw, c) of 8 × 8 × 4
-        rows = F.pad(ws, (0, 1, 0, 1, 0, 4 - ws.shape[1])).permute(0, 2, 3, 1)
-        spatial = self._packed(rows.reshape(len(rows), -1, 1, 1), mid)
-        pair = affine is not None
-        temporal = self._packed(wt, most) if pair else k.lib.Array()
-        coefficients = None if affine is None else self.coefficients(*affine, columns=mid)
+        weight, table = (k.lib.Array(), None) if pair is None else (self._array(pair[0]), pair[1])
         processors = _processors(problem.device)
         grid, piece = configs_hopper.stem(problem.batch, out.shape[2:], processors)
         warps = grid * 4 * configs_hopper.STEM_GROUPS
-        channels = problem.out_channels if pair else problem.mid_channels
-        output, partials = self._output(out, channels, most if pair else mid, warps, **epilogue)
+        channels = problem.mid_channels if pair is None else problem.out_channels
+        output, partials = self._output(out, channels, affine, warps, **epilogue)
         argument = k.lib.HopperStem(
-            k.view(tensors.x), spatial, temporal, spec.padding, k.array(coefficients),
+            k.view(x), self._array(packed), weight, spec.padding, self._rows(table),
             k.act(spec.activation), k.slope, output, piece, grid,
         )  # fmt: skip
         k.lib.hopper_stem(k.dtype, argument, k.stream)

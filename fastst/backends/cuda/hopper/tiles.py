@@ -47,8 +47,9 @@ class HopperTile:
     grid: int  # blocks, which walk over the tiles
     cluster: int = 1  # blocks, 1 or 2, that copy the weights to each other
 
-    def column_tiles(self, channels: int) -> int:
-        return math.ceil(channels / self.columns)
+    def whole(self, channels: int) -> int:
+        """Columns of all tiles."""
+        return round_up(channels, self.columns)
 
 
 def _clocks(products: float, own: float, common: float, cluster: int, rows: int) -> float:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from ....problem.spec import PairProblem, Pass
 from ..depthwise import channels_last
 from ..library import Launcher
 from .launches import ROW, Gradient, Mid, _processors, evenly_framed, rows_of
+from .packing import Table
 from .weight_tiles import TILES, Reach, WeightTile, weight_gradient
 
 TAPS = 49  # most, of a kernel
@@ -69,7 +69,7 @@ def temporal_tile(
     frames, height, width = problem.mid_size
     return weight_gradient(
         (height * width, frames, problem.batch), reach, taps, p.out_channels,
-        round_up(p.in_channels, ROW), sources, False, _processors(problem.device),
+        round_up(p.in_channels, ROW), sources, False, _processors(problem.device), instances,
     )  # fmt: skip
 
 
@@ -88,11 +88,8 @@ def spatial(
     if narrow and c < NARROW:  # rows of 16 bytes
         x = F.pad(x.permute(0, 2, 3, 4, 1), (0, NARROW - c)).permute(0, 4, 1, 2, 3)
     x = evenly_framed(channels_last(x))
-    coefficients = None
-    if du.affine is not None:
-        coefficients = torch.stack((torch.ones_like(du.affine[0]), du.affine[1], du.affine[0]))
     tile = spatial_tile(problem, 0 if du.u is None else 2, instances)
-    sums = _sums(k, du.g, du.u, x, p, tile, coefficients, "none", narrow)
+    (sums,) = k.sum_rows(_partials(k, du.g, du.u, x, p, tile, du.table, "none", narrow))
     if narrow:
         taps = sums.view(kh, NARROW, NARROW, -1)[:, :kw, :c, :m]
     else:
@@ -114,18 +111,16 @@ def temporal(
     dy (N, K, T', H, W) is channels-last.
     """
     m, p = weight.shape[1], problem.passes[1]
-    coefficients = None
-    if z.affine is not None:
-        coefficients = torch.cat((z.affine, torch.zeros_like(z.affine[:1])))
-    tile = temporal_tile(problem, 0 if coefficients is None else 1, instances)
+    tile = temporal_tile(problem, 0 if z.table is None else 1, instances)
     assert tile is not None
-    sums, tap = None, _through(p)
+    parts, tap = [], _through(p)
     if biased and tap is not None:
-        sums = k.empty(tile.splits, dy.shape[1])
-    dwt = _sums(k, z.u, None, dy, p, tile, coefficients, z.activation, sums=sums, tap=tap or 0)
-    dbt = None
-    if biased:
-        dbt = k.sums(k.plain(dy), dy.shape)[0] if sums is None else k.sum_rows(sums)
+        parts = [k.empty(tile.splits, dy.shape[1])]
+    partials = _partials(
+        k, z.u, None, dy, p, tile, z.table, z.activation, sums=next(iter(parts), None), tap=tap or 0
+    )
+    dwt, *rest = k.sum_rows(partials, *parts)
+    dbt = rest[0] if rest else k.sums(k.plain(dy), dy.shape)[0] if biased else None
     return dwt[..., :m].permute(1, 2, 0)[..., None, None], dbt
 
 
@@ -137,28 +132,29 @@ def _through(p: Pass) -> int | None:
     return next(found, None)
 
 
-def _sums(
+def _partials(
     k: Launcher,
     mid: Tensor,
     u: Tensor | None,
     other: Tensor,
     p: Pass,
     tile: WeightTile | None,
-    coefficients: Tensor | None,  # (3, M and more): scale, shift, second
+    table: Table | None,  # (3, M and more): scale, shift, second
     activation: str,
     narrow: bool = False,
     sums: Tensor | None = None,  # (splits, rows), to be filled with Σ other
     tap: int = 0,
 ) -> Tensor:
-    """(taps, rows, stored mid channels)"""
+    """(splits, taps, rows, stored mid channels)"""
     assert tile is not None  # as why_not says
     columns = round_up(mid.shape[1], ROW)
     rows = 64 if narrow else other.shape[1]
     taps = math.prod(p.kernel[:2]) * (1 if narrow else p.kernel[2])
     partials = k.empty(tile.splits, taps, rows, columns)
     array: Any = k.lib.Array()
-    if coefficients is not None:
-        array = k.array(coefficients[:, :columns])
+    if table is not None:
+        k.kept.append(table.values)
+        array = table.array(k.lib)
     argument = k.lib.HopperWeightGradient(
         k.view(_stored(mid)), None if u is None else k.view(_stored(u)), k.view(rows_of(other)),
         k.conv(p), p.kind == "temporal", narrow, array, k.act(activation), k.slope,
@@ -168,7 +164,7 @@ def _sums(
         ),
     )  # fmt: skip
     k.lib.hopper_weight_gradient(k.dtype, argument, k.stream)
-    return k.sum_rows(partials)
+    return partials
 
 
 def _stored(t: Tensor) -> Tensor:

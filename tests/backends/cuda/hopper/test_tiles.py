@@ -49,7 +49,7 @@ def multiplied(problem: Problem) -> tuple[int, int]:
     boxes = (
         math.prod(math.ceil(n / b) for n, b in zip((frames, h, w), box, strict=True)) * a.cluster
     )
-    columns = a.column_tiles(problem.mid_shape[-1]) * a.columns
+    columns = a.whole(problem.mid_shape[-1])
     first = boxes * 64 * a.groups * a.blocks * columns
     first *= math.prod(spatial.kernel) * 16 * steps(spatial.in_channels)
     t, pixels = problem.out_size[0], math.prod(problem.out_size[1:])
@@ -58,7 +58,7 @@ def multiplied(problem: Problem) -> tuple[int, int]:
         math.ceil(problem.batch / clips) * math.ceil(pixels / n_pixels) * math.ceil(t / n_frames)
     )
     second = round_up(boxes, b.cluster) * 128 * n_frames
-    second *= b.column_tiles(temporal.out_channels) * b.columns
+    second *= b.whole(temporal.out_channels)
     return first, second * temporal.kernel[0] * 16 * steps(temporal.in_channels)
 
 
