@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+import pytest
 import torch
 
 from fastst.problem.spec import PairSpec, PairTensors, Problem, in_execution_order
@@ -19,6 +22,27 @@ def forward(config: Config) -> None:
 def check(config: Config) -> None:
     """Hold the forward pass and every gradient to the rule."""
     fuzz.hold(config, "triton", device=DEVICE)
+
+
+def planted_bugs(
+    mutants: Mapping[str, tuple[str, str, str]], checks: Callable[[str, pytest.MonkeyPatch], None]
+) -> Callable[..., None]:
+    """A test that ``checks`` see each bug.
+
+    Args:
+        mutants: by what is wrong, a module of the kernels, a text in it, and what stands instead.
+        checks: called with the name of the bug; an AssertionError tells it.
+    """
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
+    @pytest.mark.parametrize("name", mutants)
+    def test(name: str, mutated: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+        mutated(*mutants[name])
+        with pytest.raises(AssertionError):
+            checks(name, monkeypatch)
+
+    return test
 
 
 def problem_of(config: Config, recompute: bool = False) -> tuple[Problem, PairTensors]:

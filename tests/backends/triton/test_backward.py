@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from fastst.functional import BatchNorm, conv2plus1d
 from fastst.machine import choices
 from tests.support import fuzz
 from tests.support.fuzz import Config, Limits
-from tests.support.triton import DEVICE, check, problem_of
+from tests.support.triton import DEVICE, check, planted_bugs, problem_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.usefixtures("few_programs")
@@ -337,12 +337,4 @@ def test_nothing_is_seen_without_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     all_checks(monkeypatch)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
-@pytest.mark.parametrize("name", MUTANTS)
-def test_planted_bugs_are_seen(
-    name: str, mutated: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mutated(*MUTANTS[name])
-    with pytest.raises(AssertionError):
-        all_checks(monkeypatch)
+test_planted_bugs_are_seen = planted_bugs(MUTANTS, lambda name, patch: all_checks(patch))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ import fastst
 from fastst.functional import parallel_conv2plus1d
 from tests.support import fuzz
 from tests.support.fuzz import Config, Limits
-from tests.support.triton import DEVICE, check
+from tests.support.triton import DEVICE, check, planted_bugs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.usefixtures("few_programs")
@@ -164,14 +163,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
-@pytest.mark.parametrize("name", MUTANTS)
-def test_planted_bugs_are_seen(
-    name: str,
-    mutated: Callable[..., None],
-) -> None:
-    case, *mutation = MUTANTS[name]
-    mutated(*mutation)
-    with pytest.raises(AssertionError):
-        check(CASES[case])
+test_planted_bugs_are_seen = planted_bugs(
+    {name: bug for name, (_, *bug) in MUTANTS.items()},
+    lambda name, patch: check(CASES[MUTANTS[name][0]]),
+)
