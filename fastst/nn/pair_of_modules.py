@@ -7,7 +7,8 @@ their class says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -266,14 +267,13 @@ def why_foreign(
     for label, child in {**convs, **norms, **acts}.items():
         if child is None:
             continue
-        kind = type(child).__name__
-        if label in convs and type(child) is not nn.Conv3d:
-            kind = f"{type(child).__module__}.{kind}" if kind == "Conv3d" else kind
-            return f"its {label} is a {kind}, not a plain nn.Conv3d"
-        if label in norms and type(child) not in known:
-            return f"its {label} is a {kind}, which no kernel knows"
-        if label in acts and activations.from_module(child) is None:
-            return f"its {label} is a {kind}, which no kernel knows"
+        kind = type(child)
+        if label in convs:
+            if kind is not nn.Conv3d:
+                name = f"{kind.__module__}.Conv3d" if kind.__name__ == "Conv3d" else kind.__name__
+                return f"its {label} is a {name}, not a plain nn.Conv3d"
+        elif kind not in known if label in norms else activations.from_module(child) is None:
+            return f"its {label} is a {kind.__name__}, which no kernel knows"
         if (
             child._forward_hooks
             or child._forward_pre_hooks
@@ -281,39 +281,51 @@ def why_foreign(
             or child._backward_pre_hooks
         ):
             return f"its {label} has hooks"
-        name = _replaced_method(child)
-        if name is not None:
-            return f"the {name} of its {label} was replaced"
+        replaced = _replaced_method(child)
+        if replaced is not None:
+            return f"the {replaced} of its {label} was replaced"
     if torch_module._has_any_global_hook():
         return "global module hooks are registered"
-    if _functions() != _FUNCTIONS:
+    if _read_functions(F) != _FUNCTIONS:
         return "a function of torch.nn.functional was replaced"
     return None
 
 
+class _Methods(NamedTuple):
+    """What the forward of a class of modules runs."""
+
+    names: tuple[str, ...]
+    read: Callable[[type], Any]  # as they are now
+    own: tuple[Any, ...]  # as they were; None where somebody had replaced one before
+
+    @classmethod
+    def of(cls, kind: type[nn.Module]) -> _Methods:
+        def is_own(method: Any) -> bool:
+            home = getattr(method, "__globals__", {}).get("__name__", "")
+            return home.startswith(("torch.nn.", "fastst."))
+
+        names = tuple(name for name in _METHODS if hasattr(kind, name))
+        read = operator.attrgetter(*names)
+        return cls(names, read, tuple(m if is_own(m) else None for m in read(kind)))
+
+
 def _replaced_method(module: nn.Module) -> str | None:
     """The method of a module that somebody replaced, on the module or on its class."""
-    own, kind = vars(module), type(module)
-    for name in _METHODS:
-        if name in own or getattr(kind, name, None) not in _OWN_METHODS:
-            return name
-    return None
+    kind, here = type(module), vars(module)
+    known = _OWN_METHODS[kind]
+    now = known.read(kind)
+    if now == known.own and here.keys().isdisjoint(_METHODS):
+        return None
+    of_class = (n for n, a, b in zip(known.names, now, known.own, strict=True) if a is not b)
+    return next((n for n in _METHODS if n in here), None) or next(of_class)
 
 
-def _functions() -> tuple[Any, ...]:
-    """What the forwards of the modules call, as it is now."""
-    return F.conv3d, F.batch_norm, *(getattr(F, name) for name in activations.FUNCTIONS)
-
-
-_FUNCTIONS = _functions()
+# What the forwards of the modules call, as it was.
+_read_functions = operator.attrgetter("conv3d", "batch_norm", *activations.FUNCTIONS)
+_FUNCTIONS = _read_functions(F)
 # Tools replace what convolutions and norms run: seamless tiling, LoRA, split-GPU loaders.
-_METHODS = "forward", "_conv_forward", "_check_input_dim", "_call_impl"
-_OWN_METHODS = {None} | {
-    method
-    for kind in (nn.Conv3d, *NORMS, *activations.MODULES)
-    for method in (getattr(kind, name, None) for name in _METHODS)
-    if getattr(method, "__globals__", {}).get("__name__", "").startswith(("torch.nn.", "fastst."))
-}
+_METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
+_OWN_METHODS = {kind: _Methods.of(kind) for kind in (nn.Conv3d, *NORMS, *activations.MODULES)}
 
 
 def held(module: nn.Module, kind: str, *names: str) -> list[Any]:

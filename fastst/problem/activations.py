@@ -68,6 +68,7 @@ ACTIVATIONS = {
 MODULES = tuple(dict.fromkeys(a.module for a in ACTIVATIONS.values()))
 FUNCTIONS = tuple(dict.fromkeys(a.function for a in ACTIVATIONS.values() if a.function))
 _SLOPE = 0.01  # where an activation has none
+_BY_MODULE = {m: [(n, a) for n, a in ACTIVATIONS.items() if a.module is m] for m in MODULES}
 
 
 def apply(name: str, v: Tensor, slope: float, inplace: bool = False) -> Tensor:
@@ -90,8 +91,7 @@ def from_module(module: nn.Module | None) -> tuple[str, float] | None:
     """Name and slope of a module, or None where no kernel knows it. Subclasses are not trusted."""
     if module is None:
         return "none", _SLOPE
-    for name, known in ACTIVATIONS.items():
-        told = ((getattr(module, k, None), v) for k, v in known.settings.items())
-        if type(module) is known.module and all(a == b for a, b in told):
+    for name, known in _BY_MODULE.get(type(module), ()):
+        if all(getattr(module, k, None) == v for k, v in known.settings.items()):
             return name, float(getattr(module, known.slope)) if known.slope else _SLOPE
     return None
