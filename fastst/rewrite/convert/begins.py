@@ -20,7 +20,7 @@ from . import rules
 from .promise import Promise, real
 
 ATTRIBUTE = "_conv_forward"
-_FORWARDS = {kind: kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_FORWARDS = tuple(kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 _LONGEST = 64  # calls between two promises of a convolution that never pairs
 _PATIENCE = 4  # chains in a row that end nowhere, before the convolution is asked less often
 
@@ -79,7 +79,7 @@ class Begins:
                 x.link.plan = x.link.plan._replace(ends=self)
                 if not zeros:
                     return type(conv)._conv_forward(conv, x, weight, bias)
-                made = rules.conv3d(x, weight, bias, *how)
+                made = rules.SECOND[weight.dim()](x, weight, bias, *how)
                 if made is not NotImplemented:
                     return made
                 x = real(x, f"{type(conv).__name__} {self.name}")
@@ -107,7 +107,7 @@ class Begins:
             return False
         if torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state():
             return False
-        if type(conv)._conv_forward is not _FORWARDS[nn.Conv3d]:
+        if type(conv)._conv_forward not in _FORWARDS:
             return False
         if self.waits:
             self.waits -= 1
@@ -154,7 +154,7 @@ class Begins:
             shift = shift * scale
             if norm.bias is not None:
                 shift = shift + norm.bias.double()
-            wide = weight.double() * scale.view(-1, 1, 1, 1, 1)
+            wide = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
             made = torch.empty_like(weight).copy_(wide), shift.to(weight.dtype)
         self._folded = tensors, versions, made
         return made

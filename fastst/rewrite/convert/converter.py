@@ -129,6 +129,7 @@ def _separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
     convs: dict[str, Any] = {}
     left: list[Left] = []
     layers: list[str] = []
+    kinds = {separable(m) for m in model.modules()} - {None}  # a 2D network has no pairs
     for name, module in model.named_modules():
         if any(above in layers for above in ("", *holders(name))):
             continue
@@ -136,7 +137,7 @@ def _separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
             layers.append(name)
             what = f"is one operation already, a {type(module).__name__}"
             left.append(Left(name, what))
-        elif separable(module) is not None:
+        elif separable(module) is not None and (len(kinds) > 1 or len(module.kernel_size) == 3):
             why = _why_never(module)
             if why is None:
                 convs[name] = module
@@ -171,13 +172,18 @@ def _neighbours(convs: dict[str, Any]) -> list[Replaced]:
 
 
 def separable(module: Any) -> str | None:
-    """ "spatial" or "temporal" for a 3D convolution that does something along these axes only."""
+    """ "spatial" or "temporal" for a convolution that does something along these axes only.
+
+    One over time alone is a 1D convolution; a 2D one is either of frames, or of frames and pixels.
+    """
     kernel, stride = getattr(module, "kernel_size", None), getattr(module, "stride", None)
     if not (isinstance(kernel, tuple) and isinstance(stride, tuple)):
         return None
-    if not len(kernel) == len(stride) == 3 or not hasattr(module, "in_channels"):
+    if len(kernel) != len(stride) or not hasattr(module, "in_channels"):
         return None
     acts = [k != 1 or s != 1 for k, s in zip(kernel, stride, strict=True)]
+    if len(acts) == 2 and acts[1]:
+        acts = [False, *acts]
     if acts[0] and not any(acts[1:]):
         return "temporal"
     return "spatial" if any(acts[1:]) and not acts[0] else None
@@ -186,11 +192,10 @@ def separable(module: Any) -> str | None:
 def _why_never(module: Any) -> str | None:
     """Why a convolution is none that could answer with a promise, or None."""
     kind = type(module)
-    if not isinstance(module, nn.Conv3d):
+    base = next((c for c in (nn.Conv3d, nn.Conv2d, nn.Conv1d) if isinstance(module, c)), None)
+    if base is None:
         return f"it is a {kind.__module__}.{kind.__name__}, not an nn.Conv3d"
     own = vars(module).get(ATTRIBUTE)
-    if kind._conv_forward is not nn.Conv3d._conv_forward or not isinstance(
-        own, (Begins, type(None))
-    ):
-        return "its _conv_forward is another one than that of nn.Conv3d"
+    if kind._conv_forward is not base._conv_forward or not isinstance(own, (Begins, type(None))):
+        return f"its _conv_forward is another one than that of nn.{base.__name__}"
     return None

@@ -24,6 +24,7 @@ class Ending(NamedTuple):
     name: str
     run: Callable[..., Tensor]  # the pair, of its tensors and what ends it
     slope: float | None  # of leaky_relu, which both activations share
+    sums: bool  # whether it can take a shortcut in
     norm: BatchNorm | None = None
     residual: bool = False
     ran: tuple[list[None], ...] = ()  # an element for each time that the pair has run
@@ -56,9 +57,12 @@ class Ending(NamedTuple):
 
 def defer(
     begun: Any, run: Callable[..., Tensor], tensors: dict[str, Tensor], slope: float | None,
-    shape: Any, dtype: torch.dtype,
+    shape: Any, dtype: torch.dtype, sums: bool,
 ) -> Tensor:  # fmt: skip
-    """The output of a pair, as a promise where that may lead to something."""
+    """The output of a pair, as a promise where that may lead to something.
+
+    ``sums``: whether the operation can take a shortcut of that shape in.
+    """
     x = tensors["first input"]
     state = State(x.device)
     served = begun.served and not (state.grad and x.requires_grad) and state.autocast is None
@@ -69,7 +73,7 @@ def defer(
         kept = tuple((name, Kept(t)) for name, t in tensors.items())
     except CannotDefer:
         return run(tensors)
-    plan = Ending(begun, begun.name, run, slope, ran=([],))
+    plan = Ending(begun, begun.name, run, slope, sums, ran=([],))
     link = Link(None, plan.finish, plan, kept, state, shape)
     return promise(link, dtype)
 
@@ -102,7 +106,7 @@ def batch_norm(p: Promise, norm: BatchNorm) -> Any:
 def add(p: Promise, other: Any, in_place: bool) -> Any:
     """The sum with a shortcut of the same shape and dtype."""
     plan: Ending = p.link.plan
-    if plan.residual or plan.activation is not None or type(other) is not Tensor:
+    if not plan.sums or plan.residual or plan.activation is not None or type(other) is not Tensor:
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
         dtype = p.dtype

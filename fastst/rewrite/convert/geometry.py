@@ -22,6 +22,30 @@ class Pass(NamedTuple):
     groups: int
 
 
+class First(NamedTuple):
+    """A first convolution, and how to compute it alone."""
+
+    pass_: Pass
+    shape: torch.Size  # of its output
+    names: str  # of the axes of its input
+    padded: tuple[int, ...] | None  # by ``F.pad`` before it
+    how: tuple[Any, ...]  # its other arguments
+
+
+class Read(NamedTuple):
+    """A convolution's numbers, those of a size along time, height and width."""
+
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    sides: Any
+    dilation: tuple[int, int, int]
+    groups: int
+    axes: tuple[int, ...]  # which of the three its dimensions are
+
+
+_NAMES = {(0,): "bct", (0, 1): "bctp", (1, 2): "bchw", (0, 1, 2): "bcthw"}
+
+
 @lru_cache(maxsize=4096)
 def first_pass(
     x: Sequence[int],
@@ -33,69 +57,97 @@ def first_pass(
     groups: Any,
     mode: str,
     widths: Any,
-) -> Any:
-    """A first convolution: its pass, the shape of its output, and how to compute it."""
+) -> First | None:
+    """A first convolution of x, or None where it is none, or may be refused."""
     read = _read(w, stride, padding, dilation, groups)
     if read is None or mode not in ("zeros", "replicate", "reflect", "circular"):
         return None
-    triples, groups = read[:3], read[3]
     if mode != "zeros":
-        w0, w1, h0, h1, t0, t1 = widths
-        sides = ((t0, t1), (h0, h1), (w0, w1))
-    else:
-        sides = triples[1]
-    kind = _kind(w, triples[0], sides)
+        pairs = tuple(zip(widths[::2], widths[1::2], strict=True))
+        read = read._replace(sides=_lifted(pairs[::-1], read.axes, (0, 0)))
+    groups, kind = read.groups, _kind(read)
     if kind is None or x[1] != w[1] * groups or w[0] % groups or (b and tuple(b) != (w[0],)):
         return None
     limit = {"reflect": 1, "circular": 0}.get(mode)
     size = []
-    for n, k, s, d, p in zip(x[2:], w[2:], triples[0], triples[2], sides, strict=True):
+    for n, k, i in zip(x[2:], w[2:], read.axes, strict=True):
+        s, d, p = read.stride[i], read.dilation[i], read.sides[i]
         if limit is not None and max(p) > n - limit:
             return None
         size.append((n + sum(p) - d * (k - 1) - 1) // s + 1)
     if min(*size, x[0]) < 1 or min(x[2:]) < 1:
         return None
-    first = Pass(kind, triples[0], Pad(sides, mode), triples[2], groups)
-    padded = tuple(widths) if mode != "zeros" else None
-    how = triples[0], (0, 0, 0) if padded else padding, triples[2], groups
-    return first, torch.Size((x[0], w[0], *size)), padded, how
+    first = Pass(kind, read.stride, Pad(read.sides, mode), read.dilation, groups)
+    strides, dilations = ([v[i] for i in read.axes] for v in (read.stride, read.dilation))
+    how = strides, padding if mode == "zeros" else 0, dilations, groups
+    padded = None if mode == "zeros" else tuple(widths)
+    return First(first, torch.Size((x[0], w[0], *size)), _NAMES[read.axes], padded, how)
 
 
-def _read(w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: Any) -> Any:
-    """(stride, padding as pairs, dilation, groups) of ``conv3d``, or None where they are odd."""
+def _read(w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: Any) -> Read | None:
+    """The arguments of a convolution, or None where they are odd."""
+    rank = len(w) - 2
     try:
-        strides, dilations = _triple(stride), _triple(dilation)
+        strides, dilations = _sizes(stride, rank), _sizes(dilation, rank)
         extent = [d * (k - 1) for d, k in zip(dilations, w[2:], strict=True)]
         if padding == "valid":
-            sides = ((0, 0),) * 3
+            sides = [(0, 0)] * rank
         elif padding == "same":
-            if strides != (1, 1, 1):
+            if max(strides) > 1:
                 return None
-            sides = tuple((e // 2, e - e // 2) for e in extent)  # type: ignore[assignment]
+            sides = [(e // 2, e - e // 2) for e in extent]
         else:
-            sides = tuple((p, p) for p in _triple(padding))  # type: ignore[assignment]
+            sides = [(p, p) for p in _sizes(padding, rank)]
         groups = operator.index(groups)
     except (TypeError, ValueError):
         return None
     if groups < 1 or min(strides) < 1 or min(dilations) < 1 or min(map(min, sides)) < 0:
         return None
-    return strides, sides, dilations, groups
+    axes = {1: (0,), 2: (1, 2), 3: (0, 1, 2)}[rank]
+    if (
+        rank == 2
+        and (w[2] > 1 or strides[0] > 1)
+        and (w[3], strides[1], sides[1]) == (1, 1, (0, 0))
+    ):
+        axes = (0, 1)  # of frames and pixels
+    kernel, strides, dilations = (_lifted(v, axes, 1) for v in (w[2:], strides, dilations))
+    return Read(kernel, strides, _lifted(sides, axes, (0, 0)), dilations, groups, axes)
 
 
-def _triple(value: Any) -> tuple[int, int, int]:
+def _lifted(values: Sequence[Any], axes: Sequence[int], fill: Any) -> Any:
+    """Values of some of time, height and width as those of all three."""
+    found = [fill] * 3
+    for i, value in zip(axes, values, strict=True):
+        found[i] = value
+    return tuple(found)
+
+
+def _sizes(value: Any, rank: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    a, b, c = map(operator.index, values * 3 if len(values) == 1 else values)
-    return a, b, c
+    values = values * rank if len(values) == 1 else values
+    if len(values) != rank:
+        raise ValueError
+    return tuple(map(operator.index, values))
 
 
-def _kind(w: Sequence[int], stride: Sequence[int], sides: Any) -> str | None:
+def _kind(read: Read) -> str | None:
     """Along which axes a convolution does something, if they are those of one pass."""
     acts = [
-        k != 1 or s != 1 or tuple(p) != (0, 0) for k, s, p in zip(w[2:], stride, sides, strict=True)
+        k != 1 or s != 1 or tuple(p) != (0, 0)
+        for k, s, p in zip(read.kernel, read.stride, read.sides, strict=True)
     ]
     if acts[0] and not any(acts[1:]):
         return "temporal"
     return "spatial" if any(acts[1:]) and not acts[0] else None
+
+
+def acted(first: Pass, w: Sequence[int], *settings: Any) -> tuple[int, ...] | None:
+    """Which dimensions of its input are those of a second convolution, of any rank."""
+    read = _read(w, *settings)
+    if read is None or _kind(read) in (None, first.kind):
+        return None
+    wanted = (1, 2) if first.kind == "temporal" else (0,)
+    return tuple(2 + read.axes.index(i) for i in wanted) if set(wanted) <= set(read.axes) else None
 
 
 @lru_cache(maxsize=4096)
@@ -112,14 +164,14 @@ def second_pass(
 ) -> Any:
     """Settings of ``conv2plus1d`` for a second convolution of z, and (T, H, W) of its output.
 
-    None where it is none.
+    None where it is none. z is 5-D and padded, the weight of any rank.
     """
     read = _read(w, stride, padding, dilation, groups)
     if read is None:
         return None
-    stride, sides, dilation, groups = read
+    _, stride, sides, dilation, groups, _ = read
     other = "temporal" if first.kind == "spatial" else "spatial"
-    if _kind(w, stride, sides) != other:
+    if _kind(read) != other:
         return None
     around = merge([*pads, Pad(tuple(map(tuple, sides)), "zeros")], other)
     if isinstance(around, str) or z[1] != w[1] * groups or w[0] % groups:
@@ -128,7 +180,7 @@ def second_pass(
         return None
     size = [
         (n + sum(p) - d * (k - 1) - 1) // s + 1
-        for n, k, s, d, p in zip(z[2:], w[2:], stride, dilation, sides, strict=True)
+        for n, k, s, d, p in zip(z[2:], read.kernel, stride, dilation, sides, strict=True)
     ]
     if min(size) < 1:
         return None

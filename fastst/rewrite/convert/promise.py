@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -199,11 +200,13 @@ class Link:
         state: in which it was called.
         value: the result, once somebody wanted it.
         readers: how many links have this one before them.
+        views: links that see the memory of the value, or a copy of it; ``sees``: this is one.
         taken: whether an operation has this link in it.
     """
 
     __slots__ = (
-        "before", "kept", "plan", "readers", "run", "shape", "state", "taken", "value", "version",
+        "__weakref__", "before", "kept", "plan", "readers", "run", "sees", "shape", "state",
+        "taken", "value", "version", "views",
     )  # fmt: skip
 
     def __init__(
@@ -219,7 +222,8 @@ class Link:
         self.shape = shape
         self.value: Tensor | None = None
         self.version: int | None = None
-        self.readers, self.taken = 0, False
+        self.readers, self.taken, self.sees = 0, False, False
+        self.views: list[weakref.ref[Link]] = []
         if before is not None:
             before.readers += 1
 
@@ -237,11 +241,24 @@ class Link:
 
     def compute(self, reader: Any = "C++") -> Tensor:
         """The value, as separate calls make it, for whoever reads it."""
-        if self.value is not None:
-            return self.value
-        self.plan.told(f"its output goes to {getattr(reader, '__name__', reader)}")
-        self.value = self._fresh()
-        self.version = None if self.value.is_inference() else self.value._version
+        if self.value is None:
+            self.plan.told(f"its output goes to {getattr(reader, '__name__', reader)}")
+        return self._settled()
+
+    def see(self, view: Link) -> None:
+        """Take up a link that may see the memory of the value."""
+        view.sees = True
+        self.views.append(weakref.ref(view))
+
+    def _settled(self) -> Tensor:
+        """The value; what sees its memory is made with it, before anybody can write to it."""
+        if self.value is None and self.sees and self.before is not None:
+            self.before._settled()  # may have made this one
+        if self.value is None:
+            self.value = value = self._fresh()
+            self.version = None if value.is_inference() else value._version
+            for view in filter(None, (ref() for ref in self.views)):
+                view._settled()
         return self.value
 
     def _fresh(self) -> Tensor:

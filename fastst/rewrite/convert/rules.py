@@ -6,7 +6,7 @@ Only values decide: shapes, strides and functions as they arrive, never names or
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,45 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ... import functional
 from ...functional import BatchNorm
 from ...problem import activations
-from . import endings
-from .geometry import Pass, first_pass, second_pass
-from .padding import Pad
-from .promise import (
-    RULES,
-    CannotDefer,
-    Kept,
-    Link,
-    Promise,
-    State,
-    promise,
-    real,
-    replace,
-    valueless,
-)
+from . import endings, forms, views
+from .chain import Plan, dtype_of, extended, is_open
+from .forms import Form
+from .geometry import first_pass, second_pass
+from .promise import RULES, CannotDefer, Kept, Link, Promise, State, promise, real, valueless
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
-
-
-class Plan(NamedTuple):
-    """What a chain of calls is, as one operation."""
-
-    begun: Any  # the ``Begins`` of the first convolution
-    name: str  # what messages call it
-    first: Pass
-    convolution: Link
-    norm: BatchNorm | None = None
-    activation: tuple[str, float] | None = None
-    pads: tuple[Pad, ...] = ()  # before the second convolution
-    ends: Any = None  # the ``Begins`` of the second one, where it has one
-    half: Any = None  # what the first pass has left, where a norm in training asked for it
-
-    def told(self, why: str) -> None:
-        """The chain is computed as separate calls."""
-        if self.convolution.taken:
-            self.begun.wasted(ending=False)
-        else:
-            self.begun.missed(self, why)
+_CONV: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by rank
 
 
 # ---- the first convolution
@@ -67,7 +37,7 @@ def begin(
 
     That is also all that the convolution would refuse.
     """
-    if type(x) not in _PLAIN or x.dim() != 5:
+    if type(x) not in _PLAIN or x.dim() != weight.dim():
         return None
     if not (_plain(x.device, x, weight, bias) and _settled(weight, bias)):
         return None
@@ -79,13 +49,14 @@ def begin(
         return None
     if found is None or dtype is None:
         return None
-    first, shape, padded, (stride, padding, dilation, groups) = found
-    mode = "constant" if first.padding.mode == "zeros" else first.padding.mode
+    mode = found.pass_.padding.mode
+    mode, padded, how = "constant" if mode == "zeros" else mode, found.padded, found.how
+    convolve = _CONV[weight.dim()]
 
     def run(_: None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if padded is not None:
             input = F.pad(input, padded, mode)
-        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+        return convolve(input, weight, bias, *how)
 
     try:
         kept = [("input", Kept(x)), ("weight", Kept(weight))]
@@ -93,8 +64,8 @@ def begin(
             kept.append(("bias", Kept(bias)))
     except CannotDefer:
         return None
-    link = Link(None, run, None, tuple(kept), state, shape)
-    link.plan = Plan(begun, name, first, link)
+    link = Link(None, run, None, tuple(kept), state, found.shape)
+    link.plan = Plan(begun, name, found.pass_, found.names, link)
     return promise(link, dtype)
 
 
@@ -128,36 +99,9 @@ def _result_dtype(state: State, *tensors: Tensor | None) -> torch.dtype | None:
 # ---- what may stand between
 
 
-def _extended(
-    p: Promise,
-    run: Callable[..., Tensor],
-    kept: tuple[tuple[str, Kept], ...] = (),
-    shape: Any = None,
-    in_place: bool = False,
-    **plan: Any,
-) -> Promise:
-    link = p.link
-    state = State(link.state.device)
-    longer = Link(link, run, link.plan._replace(**plan), kept, state, shape or link.shape)
-    dtype = _dtype(p)
-    return replace(p, longer, dtype) if in_place else promise(longer, dtype)
-
-
-def _dtype(p: Promise) -> torch.dtype:
-    with torch._C.DisableTorchFunctionSubclass():
-        return p.dtype
-
-
 def extends(p: Promise) -> bool:
     """Whether a promise is of a first convolution, not of a pair."""
     return type(p.link.plan) is Plan
-
-
-def _open(p: Any) -> bool:
-    """Whether nobody has computed a promise yet, and its state is still the current one."""
-    if type(p) is not Promise or p.link.value is not None or type(p.link.plan) is not Plan:
-        return False
-    return bool(p.link.state == State(p.link.state.device))
 
 
 def _batch_norm(
@@ -174,10 +118,12 @@ def _batch_norm(
     if endings.ends(input):
         norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
         return endings.batch_norm(input, norm) if _fits(norm, input) else NotImplemented
-    if not _open(input) or not (training or (running_mean is not None and running_var is not None)):
+    if not is_open(input) or not (training or None not in (running_mean, running_var)):
         return NotImplemented
     plan, shape = input.link.plan, input.link.shape
-    if plan.norm is not None or plan.activation is not None or plan.pads:
+    if plan.norm is not None or plan.activation is not None or plan.padded:
+        return NotImplemented
+    if not plan.channels(shape):
         return NotImplemented
     norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
     if not _fits(norm, input):
@@ -207,7 +153,7 @@ def _batch_norm(
             u, running_mean, running_var, **affine, training=training, momentum=momentum, eps=eps
         )
 
-    return _extended(input, separately, kept, norm=norm, half=run)
+    return extended(input, separately, kept, norm=norm, half=run)
 
 
 def _fits(norm: BatchNorm, p: Promise) -> bool:
@@ -217,7 +163,7 @@ def _fits(norm: BatchNorm, p: Promise) -> bool:
         return False
     if type(momentum) not in (int, float) or type(eps) not in (int, float):
         return False
-    dtype, tensors = _dtype(p), [t for t in (mean, var, weight, bias) if t is not None]
+    dtype, tensors = dtype_of(p), [t for t in (mean, var, weight, bias) if t is not None]
     for t in tensors:
         if not _plain(p.link.state.device, t) or t.shape != p.link.shape[1:2]:
             return False
@@ -229,27 +175,30 @@ def _fits(norm: BatchNorm, p: Promise) -> bool:
 def _begin(link: Link, norm: BatchNorm) -> Any:
     """Run the first convolution, for the pair that it was last in or a likely one."""
     plan: Plan = link.plan
-    m = link.shape[1]
-    likely = ((m, m, 3, 1, 1), 1, (1, 0, 0), 1, 1)
-    if plan.first.kind == "temporal":
-        likely = ((m, m, 1, 3, 3), 1, (0, 1, 1), 1, 1)
-    for shape, *how in filter(None, (plan.begun.guess, likely)):
-        settings = second_pass(plan.first, (), link.shape, tuple(shape), False, *how)
+    u = plan.convolution.shape
+    if plan.names not in ("bcthw", "bchw"):  # whose pixels or clips show later
+        return None
+    temporal, m = plan.first.kind == "temporal", u[1]
+    shape = u if len(u) == 5 else torch.Size((*u[:2], 1, *u[2:]))
+    likely = ((m, m, 1, 3, 3), 1, (0, 1, 1)) if temporal else ((m, m, 3, 1, 1), 1, (1, 0, 0))
+    for guess in filter(None, (plan.begun.guess, (*likely, 1, 1))):
+        settings = second_pass(plan.first, (), shape, guess[0], False, *guess[1:])
         if settings is None:
             continue
-        settings = settings[0]
         x, weight, bias = _convolved(plan)
         if not link.unchanged():
             return None
-        guess = torch.empty(tuple(shape), dtype=weight.dtype, device=weight.device)
-        for _, kept in link.kept:
+        second = torch.empty(guess[0], dtype=weight.dtype, device=weight.device)
+        for _, kept in plan.convolution.kept:
             kept.release()
-        pairs: list[Any] = [[weight, bias], [guess, None]]
-        if plan.first.kind == "temporal":
+        if len(u) == 4:
+            x = x.unsqueeze(2)
+        pairs: list[Any] = [[forms.lifted(weight, temporal), bias], [second, None]]
+        if temporal:
             pairs.reverse()
         (ws, bs), (wt, bt) = pairs
-        half = functional.begin(x, ws, wt, bs, bt, norm=norm, **settings)
-        for _, kept in link.kept:
+        half = functional.begin(x, ws, wt, bs, bt, norm=norm, **settings[0])
+        for _, kept in plan.convolution.kept:
             kept.hold()
         return half
     return None
@@ -277,16 +226,16 @@ def _activation(
             return NotImplemented
         if endings.ends(input):
             return endings.activation(input, kind, slope, in_place)
-        if not _open(input):
+        if not is_open(input):
             return NotImplemented
         plan = input.link.plan
-        if plan.activation is not None or plan.pads:
+        if plan.activation is not None or plan.padded:
             return NotImplemented
 
         def run(v: Tensor) -> Tensor:
             return activations.apply(kind, v, slope)
 
-        return _extended(input, run, in_place=in_place, activation=(kind, slope))
+        return extended(input, run, in_place=in_place, activation=(kind, slope))
 
     return rule
 
@@ -307,64 +256,45 @@ def _named(name: str, args: Any, kwargs: Any) -> tuple[str, float, bool] | None:
     return name, float(slope), bool(in_place)
 
 
-def _pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
-    if not _open(input) or value not in (None, 0) or mode not in _MODES:
-        return NotImplemented
-    if not isinstance(pad, (tuple, list)) or len(pad) not in (2, 4, 6):
-        return NotImplemented
-    if not all(type(w) is int and w >= 0 for w in pad) or (mode != "constant" and len(pad) != 6):
-        return NotImplemented
-    w = [*pad, *(0,) * (6 - len(pad))]
-    sides = ((w[4], w[5]), (w[2], w[3]), (w[0], w[1]))
-    n, c, *size = input.link.shape
-    limit = {"reflect": 1, "circular": 0}.get(mode)
-    if limit is not None and any(max(s) > n - limit for s, n in zip(sides, size, strict=True)):
-        return NotImplemented
-    shape = torch.Size((n, c, *(n + sum(s) for s, n in zip(sides, size, strict=True))))
-    widths = tuple(pad)
-    return _extended(
-        input, lambda z: F.pad(z, widths, mode), shape=shape,
-        pads=(*input.link.plan.pads, Pad(sides, _MODES[mode])),
-    )  # fmt: skip
-
-
-_MODES = {"constant": "zeros", "replicate": "replicate", "reflect": "reflect",
-          "circular": "circular"}  # fmt: skip
-
-
 # ---- the second convolution
 
 
-def conv3d(
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: Any = 1,
-) -> Any:
-    if not _open(input) or type(weight) is Promise or type(bias) is Promise:
-        return NotImplemented
-    link = input.link
+def _second_of(rank: int) -> Callable[..., Any]:
+    """The rule of a second convolution of tensors of that rank."""
+
+    def rule(
+        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+        dilation: Any = 1, groups: Any = 1,
+    ) -> Any:  # fmt: skip
+        if not is_open(input) or not isinstance(weight, Tensor) or len(input.link.shape) != rank:
+            return NotImplemented
+        if not _plain(input.link.state.device, weight, bias) or weight.dim() != rank:
+            return NotImplemented
+        settings = (tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation))
+        return _second(input.link, weight, bias, (*settings, groups))
+
+    return rule
+
+
+SECOND = {rank: _second_of(rank) for rank in _CONV}
+
+
+def _second(link: Link, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]) -> Any:
     plan: Plan = link.plan
-    if not _plain(link.state.device, weight, bias) or weight.dim() != 5:
-        return NotImplemented
     if not _selected(plan):
         return NotImplemented
     try:
-        stride, padding, dilation = (
-            tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)
-        )
-        settings = second_pass(
-            plan.first, plan.pads, link.shape, weight.shape, bias is not None and bias.shape,
-            stride, padding, dilation, groups,
-        )  # fmt: skip
-    except TypeError:
-        settings = None
-    if settings is None or not link.unchanged():
+        found = _fitting(link, weight.shape, bias is not None and bias.shape, how)
+    except TypeError:  # settings that do not hash
+        found = None
+    if found is None or not link.unchanged():
         return NotImplemented
-    settings, size = settings
+    settings, shape, form = found
+    half = plan.half
+    if form is not None and half is not None:
+        half = form.divided(half)
+        if half is None:
+            return NotImplemented
     x, *first = _convolved(plan)
     dtype = _result_dtype(link.state, x, first[0], first[1], weight, bias)
     if dtype is None:
@@ -373,19 +303,25 @@ def conv3d(
         kept.release()
     name, slope = plan.activation or ("none", 0.01)
     plan.convolution.taken = True
-    plan.begun.took(plan, (weight.shape, stride, padding, dilation, groups))
+    alike = weight.shape if form is None else forms.lifted_shape(weight.shape, plan.first)
+    plan.begun.took(plan, (alike, *how))
     recompute, own = _recompute(plan), len(plan.convolution.kept)
-    kept = link.all_kept()
+    sources = link.all_kept()
     tensors = {"second weight": weight, "second bias": bias}
-    tensors |= {f"first {n}": k.tensor for n, k in kept[:own]}
-    tensors |= {f"norm {n}": k.tensor for n, k in kept[own:]}
+    tensors |= {f"first {n}": k.tensor for n, k in sources[:own]}
+    tensors |= {f"norm {n}": k.tensor for n, k in sources[own:]}
 
     def run(given: dict[str, Any], second: Any = None, **ending: Any) -> Tensor:
+        x = given["first input"]
         pairs: list[Any] = [
             [given["first weight"], given.get("first bias")],
             second or [given["second weight"], given.get("second bias")],
         ]
-        if plan.first.kind == "temporal":
+        temporal = plan.first.kind == "temporal"
+        if form is not None:
+            x = forms.arranged(x, form.x)
+            pairs = [[forms.lifted(w, temporal is (i == 0)), b] for i, (w, b) in enumerate(pairs)]
+        if temporal:
             pairs.reverse()
         (ws, bs), (wt, bt) = pairs
         norm = plan.norm
@@ -396,18 +332,34 @@ def conv3d(
             }
             norm = norm._replace(**changed)
         options = {"negative_slope": slope, **ending}
-        return functional.conv2plus1d(
-            given["first input"], ws, wt, bs, bt, **settings, activation=name, norm=norm,
-            recompute=recompute, begun=plan.half, **options,
+        y = functional.conv2plus1d(
+            x, ws, wt, bs, bt, **settings, activation=name, norm=norm, recompute=recompute,
+            begun=half, **options,
         )  # fmt: skip
+        return y if form is None else forms.laid_out(forms.arranged(y, form.y))
 
-    shape = torch.Size((link.shape[0], weight.shape[0], *size))
     shared = slope if name == "leaky_relu" else None
     given = {n: t for n, t in tensors.items() if t is not None}
-    y = endings.defer(plan.begun, run, given, shared, shape, dtype)
+    y = endings.defer(plan.begun, run, given, shared, shape, dtype, form is None)
     for _, kept in link.all_kept():
         kept.held_again()
     return y
+
+
+def _fitting(
+    link: Link, w: torch.Size, b: Any, how: tuple[Any, ...]
+) -> tuple[dict[str, Any], torch.Size, Form | None] | None:
+    """Settings of the pair with a second convolution, the shape of y, and the form, if any."""
+    plan: Plan = link.plan
+    if plan.axes is None and plan.names == "bcthw":
+        found = second_pass(plan.first, plan.pads, link.shape, w, b, *how)
+        return found and (found[0], torch.Size((link.shape[0], w[0], *found[1])), None)
+    x = plan.convolution.kept[0][1].tensor
+    form = forms.form(
+        plan.first, plan.names, x.shape, plan.convolution.shape, plan.axes_of(link.shape),
+        link.shape, w, b, *how,
+    )  # fmt: skip
+    return None if form is None else (form.settings, form.shape, form)
 
 
 def _selected(plan: Plan) -> bool:
@@ -442,8 +394,8 @@ RULES.update({
     Tensor.__iadd__: _add(True),
     Tensor.add_: _add(True),
     F.batch_norm: _batch_norm,
-    F.pad: _pad,
-    F.conv3d: conv3d,
+    **{function: SECOND[rank] for rank, function in _CONV.items()},
+    **views.FOLLOWED,
     **{getattr(F, name): _activation(name, getattr(F, name)) for name in activations.FUNCTIONS},
     torch.relu: _activation("relu", torch.relu),
     Tensor.relu: _activation("relu", torch.relu),

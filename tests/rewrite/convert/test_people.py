@@ -236,13 +236,10 @@ class PreActivated(nn.Module):
 # How many pairs run as one operation in a call of the converted block.
 PEOPLE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "mmaction2": (MMBackbone, 6),
-    "cosmos": (
-        lambda: nn.Sequential(CosmosBlock(4, 4), CosmosBlock(4, 6)),
-        0,
-    ),  # its padding is a cat
-    "movinet": (lambda: ConvBlock3D(4, 6, (3, 3, 3), (1, 2, 2)), 0),
-    "movinet, same": (lambda: ConvBlock3D(4, 6, (3, 3, 5), same=True), 0),
-    "movinet, same, strided": (lambda: ConvBlock3D(4, 6, (3, 3, 3), (1, 2, 2), same=True), 0),
+    "cosmos": (lambda: nn.Sequential(CosmosBlock(4, 4), CosmosBlock(4, 6)), 4),
+    "movinet": (lambda: ConvBlock3D(4, 6, (3, 3, 3), (1, 2, 2)), 1),
+    "movinet, same": (lambda: ConvBlock3D(4, 6, (3, 3, 5), same=True), 1),
+    "movinet, same, strided": (lambda: ConvBlock3D(4, 6, (3, 3, 3), (1, 2, 2), same=True), 1),
     "p3d a": (lambda: P3D("A"), 1),
     "p3d b": (lambda: P3D("B"), 0),
     "p3d c": (lambda: P3D("C"), 1),

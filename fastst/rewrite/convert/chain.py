@@ -1,0 +1,94 @@
+"""A first convolution and what follows it: what is known of that, and how it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...functional import BatchNorm
+from .axes import Axes, Dim, whole
+from .geometry import Pass
+from .padding import Pad
+from .promise import Kept, Link, Promise, State, promise, replace
+
+
+class Plan(NamedTuple):
+    """What a chain of calls is, as one operation."""
+
+    begun: Any  # the ``Begins`` of the first convolution
+    name: str  # what messages call it
+    first: Pass
+    names: str  # of the axes of its input
+    convolution: Link
+    norm: BatchNorm | None = None
+    activation: tuple[str, float] | None = None
+    pads: tuple[Pad, ...] = ()  # before the second convolution, where ``axes`` is None
+    axes: Axes | None = None  # None where the dimensions are those that the convolution left
+    ends: Any = None  # the ``Begins`` of the second one, where it has one
+    half: Any = None  # what the first pass has left, where a norm in training asked for it
+
+    def told(self, why: str) -> None:
+        """The chain is computed as separate calls."""
+        if self.convolution.taken:
+            self.begun.wasted(ending=False)
+        else:
+            self.begun.missed(self, why)
+
+    @property
+    def padded(self) -> bool:
+        return bool(self.pads or (self.axes is not None and self.axes.padded))
+
+    def axes_of(self, shape: torch.Size) -> Axes:
+        """What the dimensions of a value of this shape are; none of it is padded yet."""
+        return self.axes or Axes(whole(self.names, shape))
+
+    def channels(self, shape: torch.Size) -> bool:
+        """Whether dimension 1 still is that of the channels."""
+        if self.axes is None:
+            return True
+        c: Dim = whole("c", self.convolution.shape[1:2])[0]
+        return self.axes.dims[1] == c
+
+
+def is_open(p: Any) -> bool:
+    """Whether nobody has computed a promise yet, and its state is still the current one."""
+    if type(p) is not Promise or p.link.value is not None or type(p.link.plan) is not Plan:
+        return False
+    return bool(p.link.state == State(p.link.state.device))
+
+
+def dtype_of(p: Promise) -> torch.dtype:
+    with torch._C.DisableTorchFunctionSubclass():
+        return p.dtype
+
+
+def extended(
+    p: Promise,
+    run: Callable[..., Tensor],
+    kept: tuple[tuple[str, Kept], ...] = (),
+    shape: torch.Size | None = None,
+    in_place: bool = False,
+    **plan: Any,
+) -> Any:
+    """The promise of what ``run`` makes of another one's value, in memory of its own or in place.
+
+    Others that see the same memory must see what is written to it: that is left to PyTorch.
+    """
+    link = p.link
+    if in_place and (link.sees or any(view() is not None for view in link.views)):
+        return NotImplemented
+    state = State(link.state.device)
+    longer = Link(link, run, link.plan._replace(**plan), kept, state, shape or link.shape)
+    dtype = dtype_of(p)
+    return replace(p, longer, dtype) if in_place else promise(longer, dtype)
+
+
+def seen(p: Promise, call: Callable[[Tensor], Tensor], shape: torch.Size, plan: Any) -> Promise:
+    """The promise of what ``call`` makes of another one's value: its memory, or a copy of it."""
+    link = p.link
+    longer = Link(link, call, plan, (), State(link.state.device), shape)
+    link.see(longer)
+    return promise(longer, dtype_of(p))

@@ -1,0 +1,308 @@
+"""Promises in other shapes, padded, and joined to their own first frames."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .axes import Atom, Axes, Padded, merges, reshaped, whole
+from .chain import Plan, dtype_of, extended, is_open, seen
+from .padding import Pad
+from .promise import Link, Promise, State, promise
+
+# ---- other shapes
+
+
+def _reordered(p: Any, order: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
+    plan: Plan = p.link.plan
+    if plan.pads or sorted(order) != list(range(len(p.link.shape))):
+        return NotImplemented
+    axes = plan.axes_of(p.link.shape)
+    axes = axes._replace(dims=tuple(axes.dims[i] for i in order))
+    return _in_shape(p, axes, [p.link.shape[i] for i in order], call)
+
+
+def _resized(
+    p: Any, sizes: Sequence[Any], call: Callable[[Tensor], Tensor], view: bool = False
+) -> Any:
+    plan, shape = p.link.plan, p.link.shape
+    if plan.pads or not all(type(n) is int for n in sizes) or not shape.numel():
+        return NotImplemented
+    known = prod(n for n in sizes if n != -1)
+    if list(sizes).count(-1) > 1 or known <= 0 or shape.numel() % known:
+        return NotImplemented
+    sizes = [shape.numel() // known if n == -1 else n for n in sizes]
+    if prod(sizes) != shape.numel():
+        return NotImplemented
+    axes = plan.axes_of(shape)
+    dims = reshaped(axes.dims, sizes)
+    if dims is None or (view and merges(dims)):  # which PyTorch may refuse
+        return NotImplemented
+    return _in_shape(p, axes._replace(dims=dims), sizes, call)
+
+
+def _in_shape(
+    p: Promise, axes: Axes, shape: Sequence[int], call: Callable[[Tensor], Tensor]
+) -> Promise:
+    plan: Plan = p.link.plan
+    back = not axes.padded and axes.dims == whole(plan.names, plan.convolution.shape)
+    known = None if back and tuple(shape) == plan.convolution.shape else axes
+    return seen(p, call, torch.Size(shape), plan._replace(axes=known))
+
+
+def _sizes(args: Sequence[Any]) -> Sequence[Any]:
+    """Of a call with sizes one by one, or in a sequence."""
+    return args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+
+
+def _dim(p: Promise, dim: Any) -> int:
+    dim, rank = operator.index(dim), len(p.link.shape)
+    if not -rank <= dim < rank:
+        raise IndexError
+    return dim % rank
+
+
+def _rule(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Of an open promise and plain arguments; anything that it does not take is PyTorch's."""
+
+    def guarded(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_open(input):
+            return NotImplemented
+        try:
+            return rule(input, *args, **kwargs)
+        except (TypeError, ValueError, IndexError):
+            return NotImplemented
+
+    return guarded
+
+
+def _permute(p: Promise, *dims: Any) -> Any:
+    order = [_dim(p, d) for d in _sizes(dims)]
+    return _reordered(p, order, lambda u: u.permute(order))
+
+
+def _transpose(p: Promise, dim0: Any, dim1: Any) -> Any:
+    a, b = _dim(p, dim0), _dim(p, dim1)
+    order = list(range(len(p.link.shape)))
+    order[a], order[b] = b, a
+    return _reordered(p, order, lambda u: u.transpose(a, b))
+
+
+def _movedim(p: Promise, source: Any, destination: Any) -> Any:
+    if type(source) is not int or type(destination) is not int:
+        return NotImplemented
+    order = list(range(len(p.link.shape)))
+    order.insert(_dim(p, destination), order.pop(_dim(p, source)))
+    return _reordered(p, order, lambda u: u.movedim(source, destination))
+
+
+def _reshape(p: Promise, *shape: Any) -> Any:
+    sizes = tuple(_sizes(shape))
+    return _resized(p, sizes, lambda u: u.reshape(sizes))
+
+
+def _view(p: Promise, *shape: Any) -> Any:
+    sizes = tuple(_sizes(shape))
+    return _resized(p, sizes, lambda u: u.view(sizes), view=True)
+
+
+def _flatten(p: Promise, start_dim: Any = 0, end_dim: Any = -1) -> Any:
+    a, b, shape = _dim(p, start_dim), _dim(p, end_dim), p.link.shape
+    if a >= b:
+        return NotImplemented
+    sizes = (*shape[:a], prod(shape[a : b + 1]), *shape[b + 1 :])
+    return _resized(p, sizes, lambda u: u.flatten(a, b))
+
+
+def _unflatten(p: Promise, dim: Any, sizes: Any) -> Any:
+    a, shape, sizes = _dim(p, dim), p.link.shape, tuple(sizes)
+    known = prod(n for n in sizes if n != -1)
+    if known < 1 or sizes.count(-1) > 1 or shape[a] % known:
+        return NotImplemented
+    whole_sizes = tuple(shape[a] // known if n == -1 else n for n in sizes)
+    if prod(whole_sizes) != shape[a]:
+        return NotImplemented
+    made = (*shape[:a], *whole_sizes, *shape[a + 1 :])
+    return _resized(p, made, lambda u: u.unflatten(a, sizes))
+
+
+def _unsqueeze(p: Promise, dim: Any) -> Any:
+    rank = len(p.link.shape) + 1
+    if not -rank <= operator.index(dim) < rank:
+        return NotImplemented
+    sizes = list(p.link.shape)
+    sizes.insert(operator.index(dim) % rank, 1)
+    return _resized(p, sizes, lambda u: u.unsqueeze(dim))
+
+
+def _squeeze(p: Promise, dim: Any) -> Any:
+    a, sizes = _dim(p, dim), list(p.link.shape)
+    if sizes.pop(a) != 1:
+        return NotImplemented
+    return _resized(p, sizes, lambda u: u.squeeze(a))
+
+
+def _contiguous(p: Promise, memory_format: Any = torch.contiguous_format) -> Any:
+    return seen(p, lambda u: u.contiguous(memory_format=memory_format), p.link.shape, p.link.plan)
+
+
+# ---- pads
+
+
+_MODES = {"constant": "zeros", "replicate": "replicate", "reflect": "reflect",
+          "circular": "circular"}  # fmt: skip
+
+
+def _pad(p: Promise, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    rank = len(p.link.shape)
+    if value not in (None, 0) or mode not in _MODES or not isinstance(pad, (tuple, list)):
+        return NotImplemented
+    if len(pad) % 2 or not 2 <= len(pad) <= 2 * (rank - 2) or not {int}.issuperset(map(type, pad)):
+        return NotImplemented
+    if min(pad) < 0 or (mode != "constant" and len(pad) != 2 * (rank - 2)):
+        return NotImplemented
+    widths = tuple(pad)
+    sides = {rank - 1 - i: widths[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
+    limit = {"reflect": 1, "circular": 0}.get(mode)
+    if limit is not None and any(max(s) > p.link.shape[i] - limit for i, s in sides.items()):
+        return NotImplemented
+    return _padded(p, sides, _MODES[mode], lambda z: F.pad(z, widths, mode))
+
+
+def _padded(
+    p: Promise, sides: Mapping[int, Sequence[int]], mode: str, call: Callable[[Tensor], Tensor]
+) -> Any:
+    """With samples before and after some dimensions."""
+    plan: Plan = p.link.plan
+    shape = list(p.link.shape)
+    for i, s in sides.items():
+        shape[i] += sum(s)
+    if plan.axes is None and plan.names == "bcthw":
+        pad = Pad(tuple(tuple(sides.get(i, (0, 0))) for i in (2, 3, 4)), mode)  # type: ignore[misc]
+        return extended(p, call, shape=torch.Size(shape), pads=(*plan.pads, pad))
+    axes = plan.axes_of(p.link.shape)
+    dims, told = list(axes.dims), []
+    for i, (before, after) in sides.items():
+        if before or after:
+            new = f"padded {len(axes.padded)} {i}"
+            told.append((new, dims[i], before, after))
+            dims[i] = (Atom(new, 1, shape[i]),)
+    axes = Axes(tuple(dims), (*axes.padded, Padded(mode, tuple(told))))
+    return extended(p, call, shape=torch.Size(shape), axes=axes)
+
+
+# ---- first frames
+
+
+class Edge(NamedTuple):
+    """The first of a promise's samples along a dimension, as often as it is there."""
+
+    begun: Any
+    name: str
+    source: Link
+    dim: int
+
+    def told(self, why: str) -> None:
+        self.source.plan.told(why)
+
+
+def _getitem(p: Promise, index: Any) -> Any:
+    """The first of the samples along one dimension."""
+    rank = len(p.link.shape)
+    index = index if isinstance(index, tuple) else (index,)
+    if index.count(Ellipsis) == 1:
+        i = index.index(Ellipsis)
+        index = (*index[:i], *(slice(None),) * (rank + 1 - len(index)), *index[i + 1 :])
+    some = [i for i, part in enumerate(index) if part != slice(None)]
+    if len(some) != 1 or len(index) > rank:
+        return NotImplemented
+    (dim,) = some
+    if index[dim] not in (slice(1), slice(0, 1), slice(0, 1, 1)) or dim < 2:
+        return NotImplemented
+    return _edge(p, dim)
+
+
+def _narrow(p: Promise, dim: Any, start: Any, length: Any) -> Any:
+    dim = _dim(p, dim)
+    return _edge(p, dim) if (start, length) == (0, 1) and dim > 1 else NotImplemented
+
+
+def _edge(p: Promise, dim: int) -> Any:
+    link, shape = p.link, list(p.link.shape)
+    if shape[dim] < 1:
+        return NotImplemented
+    shape[dim] = 1
+    plan = Edge(link.plan.begun, link.plan.name, link, dim)
+    return seen(p, lambda z: z.narrow(dim, 0, 1), torch.Size(shape), plan)
+
+
+def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
+    """A rule of ``repeat`` or ``expand``; ``keeps``: what stands for a dimension that stays."""
+
+    def rule(p: Any, *sizes: Any) -> Any:
+        if type(p) is not Promise or p.link.value is not None or type(p.link.plan) is not Edge:
+            return NotImplemented
+        state = State(p.link.state.device)
+        sizes, dim, shape = tuple(_sizes(sizes)), p.link.plan.dim, list(p.link.shape)
+        if len(sizes) != len(shape) or shape[dim] != 1 or p.link.state != state:
+            return NotImplemented
+        if not all(type(n) is int for n in sizes) or sizes[dim] < 0:
+            return NotImplemented
+        stays = [n == keeps or (keeps == -1 and n == shape[i]) for i, n in enumerate(sizes)]
+        if not all(stays[:dim] + stays[dim + 1 :]):
+            return NotImplemented
+        shape[dim] = sizes[dim]
+        link = Link(p.link, lambda z: call(z, sizes), p.link.plan, (), state, torch.Size(shape))
+        p.link.see(link)
+        return promise(link, dtype_of(p))
+
+    return rule
+
+
+def _cat(tensors: Any, dim: Any = 0, **kwargs: Any) -> Any:
+    """A promise behind its own first samples is a promise that is padded."""
+    if kwargs or not isinstance(tensors, (tuple, list)) or len(tensors) < 2:
+        return NotImplemented
+    *before, p = tensors
+    if not is_open(p) or type(dim) is not int:
+        return NotImplemented
+    dim = dim % len(p.link.shape)
+    for t in before:
+        if type(t) is not Promise or type(t.link.plan) is not Edge or t.link.value is not None:
+            return NotImplemented
+        if t.link.plan.source is not p.link or t.link.plan.dim != dim:
+            return NotImplemented
+    count = sum(t.link.shape[dim] for t in before)
+
+    def call(z: Tensor) -> Tensor:
+        sizes = [-1] * z.dim()
+        sizes[dim] = count
+        return torch.cat([z.narrow(dim, 0, 1).expand(sizes), z], dim)
+
+    return _padded(p, {dim: (count, 0)}, "replicate", call)
+
+
+def _both(*names: str) -> list[Any]:
+    """Functions of these names, of torch and of tensors."""
+    return [getattr(where, n) for n in names for where in (torch, Tensor) if hasattr(where, n)]
+
+
+_SHAPES: dict[Callable[..., Any], Sequence[Any]] = {
+    _permute: _both("permute"), _transpose: _both("transpose", "swapaxes", "swapdims"),
+    _movedim: _both("movedim", "moveaxis"), _reshape: _both("reshape"), _view: [Tensor.view],
+    _flatten: _both("flatten"), _unflatten: _both("unflatten"), _squeeze: _both("squeeze"),
+    _unsqueeze: _both("unsqueeze"), _contiguous: [Tensor.contiguous], _pad: [F.pad],
+    _getitem: [Tensor.__getitem__], _narrow: _both("narrow"),
+}  # fmt: skip
+# By function: the rule of it.
+FOLLOWED: dict[Any, Callable[..., Any]] = {
+    **{f: _rule(rule) for rule, functions in _SHAPES.items() for f in functions},
+    Tensor.repeat: _repeated(Tensor.repeat, 1), Tensor.expand: _repeated(Tensor.expand, -1),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
+}  # fmt: skip
