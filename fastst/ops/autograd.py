@@ -6,6 +6,7 @@ transforms and forward-mode AD never reach this module: ``functional`` composes 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -49,7 +50,13 @@ class _PairFunction(torch.autograd.Function):
         else:
             results = second_pass(PairTensors(*args), spec, backend, begun)
         y, u, mean, var, *_ = scatter(results, results_of(spec))
-        ctx.save_for_backward(u, mean, var, *tensors)
+        ctx.second_bias = None
+        if args[4] is not None and not torch.compiler.is_compiling():
+            # No gradient depends on it: whoever writes to it before backward may.
+            ctx.second_bias = args[4].detach().requires_grad_(args[4].requires_grad)
+            args = (*args[:4], None, *args[5:])
+        ctx.save_for_backward(u, mean, var, *args)
+        ctx.watched = _watched(args)
         statistics = results[1 if u is None else 2 :]
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
@@ -68,6 +75,8 @@ class _PairFunction(torch.autograd.Function):
         if owner[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         u, mean, var, *tensors = ctx.saved_tensors  # read once: a checkpoint unpacks them
+        _check_unwritten(ctx.watched, tensors)
+        tensors[4] = tensors[4] if ctx.second_bias is None else ctx.second_bias
         needs = ctx.needs_input_grad[4:]
         if _direct(owner[0], *tensors):
             seen: Any = nullcontext()
@@ -84,6 +93,42 @@ class _PairFunction(torch.autograd.Function):
             PairTensors(*tensors), ctx.spec, ctx.backend, needs,
         )  # fmt: skip
         return None, None, None, None, *grads
+
+
+Watched = list[tuple["weakref.ref[Tensor]", int, int] | None]
+
+
+def _watched(tensors: Sequence[Tensor | None]) -> Watched:
+    """What tells whether tensors that hooks of the user save are written to before backward.
+
+    PyTorch checks versions of what it saves itself only, and more is read here than in backward of
+    the separate operators: with a mid tensor that is computed again, biases, too.
+    """
+    if torch.compiler.is_compiling() or not torch._C._autograd._top_saved_tensors_default_hooks(
+        True
+    ):
+        return []
+    return [
+        None if t is None or t.is_inference() else (weakref.ref(t), t._version, t.data_ptr())
+        for t in tensors
+    ]
+
+
+def _check_unwritten(watched: Watched, found: Sequence[Tensor | None]) -> None:
+    """
+    Raises:
+        RuntimeError: hooks have given back the memory of a tensor that has been written to since.
+    """
+    for was, now in zip(watched, found, strict=False):
+        t = None if was is None else was[0]()
+        if was is None or t is None or now is None or now.data_ptr() != was[2]:
+            continue
+        if t._version != was[1]:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: {tuple(t.shape)} is at version {t._version}, expected version "
+                f"{was[1]} instead"
+            )
 
 
 def _direct(*tensors: Tensor | None) -> bool:
@@ -114,14 +159,17 @@ class _ParallelFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: ParallelSpec, backend: str, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors)
+        ctx.watched = _watched(tensors)
         ctx.spec, ctx.backend = spec, backend
         return torch.ops.fastst.parallel_conv2plus1d(*tensors, *packed(spec), backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        _check_unwritten(ctx.watched, tensors)
         grads = backward_of(
             torch.ops.fastst.parallel_conv2plus1d_backward, reference.compose_parallel, dy, (),
-            ParallelTensors(*ctx.saved_tensors), ctx.spec, ctx.backend, ctx.needs_input_grad[2:],
+            ParallelTensors(*tensors), ctx.spec, ctx.backend, ctx.needs_input_grad[2:],
         )  # fmt: skip
         return None, None, *grads
 

@@ -84,27 +84,30 @@ class Kept:
     """A tensor as it is now, whatever is written to it later.
 
     A copy-on-write clone: it costs no memory unless somebody writes. Memory that cannot be cloned
-    so is watched by its version counter and address instead.
+    so, or that FSDP resizes, is watched by its version counter and address instead.
     """
 
-    __slots__ = ("address", "clone", "needs_grad", "tensor", "version")
+    __slots__ = ("address", "clone", "needs_grad", "resized", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.needs_grad = tensor, tensor.requires_grad
         self.version = None if tensor.is_inference() else tensor._version
         self.address = 0
         self.clone: Tensor | None = None
+        self.resized = False
         if valueless(tensor):
             return
-        if not (isinstance(tensor, nn.Parameter) and _sharded_models()):
-            self.hold()
+        self.resized = isinstance(tensor, nn.Parameter) and _is_sharded(tensor)
+        self.hold()
         if self.clone is None:
             if self.version is None:
                 raise CannotDefer
             self.address = tensor.data_ptr()
 
     def hold(self) -> None:
-        """Take a clone. FSDP resizes the memory of parameters, which cannot be with clones."""
+        """Take a clone, where that can be."""
+        if self.resized:
+            return
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
@@ -179,10 +182,19 @@ def valueless(tensor: Tensor) -> bool:
     return tensor.is_meta or type(tensor) is FakeTensor
 
 
-def _sharded_models() -> bool:
-    """Whether the process has models under ``fully_shard``, which resizes parameters' memory."""
-    states = sys.modules.get("torch.distributed._composable_state")
-    return bool(getattr(states, "_module_state_mapping", None))
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ``fully_shard`` gives a parameter its memory for a call, and takes it away again."""
+    composable = sys.modules.get("torch.distributed._composable_state")
+    for found in list(getattr(composable, "_module_state_mapping", {}).values()):
+        state = found() if isinstance(found, weakref.ref) else found
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # before PyTorch 2.13
+            groups = filter(None, [getattr(state, "_fsdp_param_group", None)])
+        for group in groups:
+            for one in group.fsdp_params:
+                if getattr(one, "_unsharded_param", None) is parameter:
+                    return True
+    return False
 
 
 class CannotDefer(Exception):

@@ -513,6 +513,24 @@ def distributed(rank: int, how: str) -> None:
         )
 
 
+def beside_a_sharded_model(rank: int) -> None:
+    """Clones hold the weights of all others: one is written to before its promise is kept."""
+    sharded = network()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (SIZE,)))
+    sharded(clip())
+    block = network().blocks[0]
+    with torch.no_grad():
+        wanted = block.space(clip())
+        fastst.convert(block)
+        promised = block.space(clip())
+        block.space.weight.data.mul_(2)
+        torch.testing.assert_close(promised * 1, wanted)
+
+
+def test_a_model_beside_a_sharded_one(ranks: Ranks) -> None:
+    ranks.run(beside_a_sharded_model)
+
+
 @pytest.mark.parametrize("order", ["convert first", "convert last"])
 @pytest.mark.parametrize("how", ["ddp", "ddp, unused", "fsdp of blocks", "fsdp of convolutions"])
 def test_data_parallel_training(ranks: Ranks, how: str, order: str) -> None:
