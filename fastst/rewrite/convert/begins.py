@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ... import dispatch
 from ...nn.pair_of_modules import RECOMPUTE
-from . import rules
-from .promise import Promise, real
+from . import rules, traced
+from .graphs import is_promise, taken
 
 ATTRIBUTE = "_conv_forward"
 _FORWARDS = tuple(kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -47,6 +48,8 @@ def listening() -> Iterator[list[Event]]:
 
 
 def _tell(plan: Any, why: str | None) -> None:
+    if why is not None:
+        dispatch.record_composed(plan.name or "the convolution", why)
     for events in _listeners:
         events.append(Event(plan, why))
 
@@ -64,29 +67,38 @@ class Begins:
         self.missed_norms = 0  # outputs in a row that no norm in training took
         self.served = False  # whether it is of a copy for inference
         self._folded: Any = None
+        self.key = traced.register(self)
         self.guess: Any = None  # the second convolution of its last pair: shape and settings
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Tensor:
         conv = self.conv
-        if torch.compiler.is_compiling():
-            return type(conv)._conv_forward(conv, x, weight, bias)
         how = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        zeros = conv.padding_mode == "zeros"
-        if type(x) is Promise:
+        mode, widths = conv.padding_mode, None
+        if mode != "zeros":
+            widths = tuple(conv._reversed_padding_repeated_twice)
+        if not torch.compiler.is_dynamo_compiling():
+            return self.answer(x, weight, bias, how, mode, widths)
+        if type(conv)._conv_forward in _FORWARDS and traced.written_exactly(*how):
+            traced.allow()
+            return traced.convolution(self.key, x, weight, bias, *how, mode, widths)
+        return type(conv)._conv_forward(conv, x, weight, bias)
+
+    def answer(self, x: Any, weight: Any, bias: Any, how: Any, mode: str, widths: Any) -> Tensor:
+        """The promise of the convolution, the pair that it is the second of, or its output."""
+        conv = self.conv
+        if is_promise(x):
             if self.barred or _watched(conv) or not rules.extends(x):
-                x = real(x, f"{type(conv).__name__} {self.name}")
+                x = taken(x, f"{type(conv).__name__} {self.name}")
             else:
                 x.link.plan = x.link.plan._replace(ends=self)
-                if not zeros:
+                if mode != "zeros":
                     return type(conv)._conv_forward(conv, x, weight, bias)
                 made = rules.SECOND[weight.dim()](x, weight, bias, *how)
                 if made is not NotImplemented:
                     return made
-                x = real(x, f"{type(conv).__name__} {self.name}")
+                x = taken(x, f"{type(conv).__name__} {self.name}")
         if not self.barred and self._defers():
-            widths = None if zeros else tuple(conv._reversed_padding_repeated_twice)
-            settings = *how, conv.padding_mode, widths
-            made = rules.begin(self, self.name, x, weight, bias, settings)
+            made = rules.begin(self, self.name, x, weight, bias, (*how, mode, widths))
             if made is not None:
                 return made
         return type(conv)._conv_forward(conv, x, weight, bias)
@@ -109,13 +121,15 @@ class Begins:
             return False
         if type(conv)._conv_forward not in _FORWARDS:
             return False
-        if self.waits:
+        if self.waits and not torch.compiler.is_compiling():
             self.waits -= 1
             return False
         return True
 
     def wasted(self, ending: bool) -> None:
         """A promise was read although it is part of an operation: something is computed twice."""
+        if torch.compiler.is_compiling():
+            return
         self.wastes += 1
         if self.wastes >= _PATIENCE and ending:
             self.served = False
@@ -124,7 +138,7 @@ class Begins:
 
     def normed(self) -> bool:
         """Whether to promise the output of a pair: a norm in training may follow."""
-        if not self.conv.training:
+        if not self.conv.training or torch.compiler.is_compiling():
             return False
         self.missed_norms += 1
         return self.missed_norms <= _PATIENCE or self.missed_norms % _LONGEST == 0
@@ -162,6 +176,9 @@ class Begins:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, key=traced.register(self))
+
     def took(self, plan: Any, second: Any) -> None:
         """A pair runs as one operation."""
         self.misses, self.guess = 0, second
@@ -170,6 +187,8 @@ class Begins:
     def missed(self, plan: Any, why: str) -> None:
         """A promise was computed as it stands. After some in a row, fewer and fewer are made."""
         _tell(plan, why)
+        if torch.compiler.is_compiling():
+            return
         self.misses += 1
         if self.misses >= _PATIENCE:
             self.waits = min(2 ** (self.misses - _PATIENCE + 2), _LONGEST)

@@ -11,8 +11,9 @@ from torch import Tensor
 from ...functional import BatchNorm
 from .axes import Axes, Dim, whole
 from .geometry import Pass
+from .graphs import is_promise, promised, rewritten, unread
 from .padding import Pad
-from .promise import Kept, Link, Promise, State, promise, replace
+from .promise import Kept, Link, State, replace
 
 
 class Plan(NamedTuple):
@@ -55,18 +56,19 @@ class Plan(NamedTuple):
 
 def is_open(p: Any) -> bool:
     """Whether nobody has computed a promise yet, and its state is still the current one."""
-    if type(p) is not Promise or p.link.value is not None or type(p.link.plan) is not Plan:
+    if not (is_promise(p) and type(p.link.plan) is Plan and unread(p)):
         return False
     return bool(p.link.state == State(p.link.state.device))
 
 
-def dtype_of(p: Promise) -> torch.dtype:
-    with torch._C.DisableTorchFunctionSubclass():
-        return p.dtype
+def dtype_of(p: Any) -> torch.dtype:
+    """Of a promise, which answers that without being computed."""
+    found: torch.dtype = p.dtype
+    return found
 
 
 def extended(
-    p: Promise,
+    p: Any,
     run: Callable[..., Tensor],
     kept: tuple[tuple[str, Kept], ...] = (),
     shape: torch.Size | None = None,
@@ -82,13 +84,14 @@ def extended(
         return NotImplemented
     state = State(link.state.device)
     longer = Link(link, run, link.plan._replace(**plan), kept, state, shape or link.shape)
-    dtype = dtype_of(p)
-    return replace(p, longer, dtype) if in_place else promise(longer, dtype)
+    if in_place:
+        return rewritten(p, longer) if state.traced else replace(p, longer, dtype_of(p))
+    return promised(longer, dtype_of(p))
 
 
-def seen(p: Promise, call: Callable[[Tensor], Tensor], shape: torch.Size, plan: Any) -> Promise:
+def seen(p: Any, call: Callable[[Tensor], Tensor], shape: torch.Size, plan: Any) -> Any:
     """The promise of what ``call`` makes of another one's value: its memory, or a copy of it."""
     link = p.link
     longer = Link(link, call, plan, (), State(link.state.device), shape)
     link.see(longer)
-    return promise(longer, dtype_of(p))
+    return promised(longer, dtype_of(p))

@@ -75,7 +75,7 @@ def first_pass(
         if limit is not None and max(p) > n - limit:
             return None
         size.append((n + sum(p) - d * (k - 1) - 1) // s + 1)
-    if min(*size, x[0]) < 1 or min(x[2:]) < 1:
+    if any(n < 1 for n in (*size, x[0], *x[2:])):
         return None
     first = Pass(kind, read.stride, Pad(read.sides, mode), read.dilation, groups)
     strides, dilations = ([v[i] for i in read.axes] for v in (read.stride, read.dilation))
@@ -182,7 +182,7 @@ def second_pass(
         (n + sum(p) - d * (k - 1) - 1) // s + 1
         for n, k, s, d, p in zip(z[2:], read.kernel, stride, dilation, sides, strict=True)
     ]
-    if min(size) < 1:
+    if any(n < 1 for n in size):
         return None
     second = Pass(other, stride, around, dilation, groups)
     spatial, temporal = (first, second) if other == "temporal" else (second, first)

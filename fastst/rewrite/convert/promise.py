@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_map
 
 _unseen = torch._C.DisableTorchFunctionSubclass
@@ -26,11 +27,12 @@ _make: Callable[..., Any] = Tensor._make_wrapper_subclass
 class State:
     """What besides tensors decides about a result: modes of the thread, and the stream."""
 
-    __slots__ = ("autocast", "device", "grad", "hooks", "inference", "stream")
+    __slots__ = ("autocast", "device", "grad", "hooks", "inference", "stream", "traced")
 
     def __init__(self, device: torch.device) -> None:
         kind = device.type
         self.device = device
+        self.traced = torch.compiler.is_compiling()
         self.inference = torch.is_inference_mode_enabled()
         self.grad = torch.is_grad_enabled() and not self.inference
         on = kind != "meta" and torch.is_autocast_enabled(kind)
@@ -123,7 +125,7 @@ class Kept:
         From now on it is watched by its version counter, if it has one. Its address says nothing:
         memory that others hold clones of moves when it is read.
         """
-        if self.clone is not None:
+        if self.clone is not None and not valueless(self.tensor):
             self.clone, self.address = None, 0
             self.tensor.data_ptr()
 
@@ -179,7 +181,7 @@ def _address(t: Tensor) -> int:
 
 def valueless(tensor: Tensor) -> bool:
     """Whether a tensor has a shape only."""
-    return tensor.is_meta or type(tensor) is FakeTensor
+    return tensor.is_meta or type(tensor) in (FakeTensor, FunctionalTensor)
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:
@@ -346,7 +348,7 @@ class Promise(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _SHAPE_ONLY:
+        if func in SHAPE_ONLY:
             with _unseen():
                 return func(*args, **(kwargs or {}))
         rule = RULES.get(func)
@@ -397,7 +399,7 @@ _METHODS = (
     "element_size", "__len__", "get_device",
 )  # fmt: skip
 # What shape, dtype and device alone say.
-_SHAPE_ONLY: set[Any] = {
+SHAPE_ONLY: set[Any] = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)),
     *(getattr(Tensor, name) for name in _METHODS), torch.numel, torch.is_floating_point,
     torch.is_complex,

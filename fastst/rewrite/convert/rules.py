@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ... import functional
 from ...functional import BatchNorm
@@ -20,10 +21,11 @@ from . import endings, forms, views
 from .chain import Plan, dtype_of, extended, is_open
 from .forms import Form
 from .geometry import first_pass, second_pass
-from .promise import RULES, CannotDefer, Kept, Link, Promise, State, promise, real, valueless
+from .graphs import promised
+from .promise import RULES, CannotDefer, Kept, Link, Promise, State, real, valueless
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+_PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _CONV: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by rank
 
 
@@ -43,12 +45,15 @@ def begin(
         return None
     state = State(x.device)
     dtype = _result_dtype(state, x, weight, bias)
+    shapes = x.shape, weight.shape, bias is not None and bias.shape
     try:
-        found = first_pass(x.shape, weight.shape, bias is not None and bias.shape, *settings)
-    except TypeError:  # settings that do not hash
-        return None
+        found = first_pass(*shapes, *settings)
+    except TypeError:  # sizes of a graph, or settings, that do not hash
+        found = first_pass.__wrapped__(*shapes, *settings)
     if found is None or dtype is None:
         return None
+    if state.traced and type(x) is FakeTensor and _needs_grad(state, x, weight, bias):
+        return None  # an exported program has no gradient of the operation
     mode = found.pass_.padding.mode
     mode, padded, how = "constant" if mode == "zeros" else mode, found.padded, found.how
     convolve = _CONV[weight.dim()]
@@ -66,7 +71,8 @@ def begin(
         return None
     link = Link(None, run, None, tuple(kept), state, found.shape)
     link.plan = Plan(begun, name, found.pass_, found.names, link)
-    return promise(link, dtype)
+    made: Promise | None = promised(link, dtype)
+    return made
 
 
 def _plain(device: torch.device, *tensors: Tensor | None) -> bool:
@@ -79,6 +85,10 @@ def _plain(device: torch.device, *tensors: Tensor | None) -> bool:
         )
         for t in tensors
     )  # fmt: skip
+
+
+def _needs_grad(state: State, *tensors: Tensor | None) -> bool:
+    return state.grad and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _settled(*weights: Tensor | None) -> bool:
@@ -134,6 +144,8 @@ def _batch_norm(
         if shape.numel() == shape[1]:  # which PyTorch refuses
             return NotImplemented
         x = plan.convolution.kept[0][1].tensor
+        if input.link.state.traced:  # in a graph they are counted where they stand
+            return NotImplemented
         if not valueless(x):
             run = _begin(input.link, norm)
             if run is None:
@@ -283,10 +295,7 @@ def _second(link: Link, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...
     plan: Plan = link.plan
     if not _selected(plan):
         return NotImplemented
-    try:
-        found = _fitting(link, weight.shape, bias is not None and bias.shape, how)
-    except TypeError:  # settings that do not hash
-        found = None
+    found = _fitting(link, weight.shape, bias is not None and bias.shape, how)
     if found is None or not link.unchanged():
         return NotImplemented
     settings, shape, form = found
@@ -352,13 +361,20 @@ def _fitting(
     """Settings of the pair with a second convolution, the shape of y, and the form, if any."""
     plan: Plan = link.plan
     if plan.axes is None and plan.names == "bcthw":
-        found = second_pass(plan.first, plan.pads, link.shape, w, b, *how)
+        arguments = plan.first, plan.pads, link.shape, w, b, *how
+        try:
+            found = second_pass(*arguments)
+        except TypeError:  # sizes of a graph, or settings, that do not hash
+            found = second_pass.__wrapped__(*arguments)
         return found and (found[0], torch.Size((link.shape[0], w[0], *found[1])), None)
     x = plan.convolution.kept[0][1].tensor
-    form = forms.form(
-        plan.first, plan.names, x.shape, plan.convolution.shape, plan.axes_of(link.shape),
-        link.shape, w, b, *how,
-    )  # fmt: skip
+    try:
+        form = forms.form(
+            plan.first, plan.names, x.shape, plan.convolution.shape, plan.axes_of(link.shape),
+            link.shape, w, b, *how,
+        )  # fmt: skip
+    except TypeError:
+        return None
     return None if form is None else (form.settings, form.shape, form)
 
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .axes import Atom, Axes, Padded, merges, reshaped, whole
-from .chain import Plan, dtype_of, extended, is_open, seen
+from .chain import Plan, extended, is_open, seen
+from .graphs import is_promise, unread
 from .padding import Pad
-from .promise import Link, Promise, State, promise
+from .promise import Link, Promise, State
 
 # ---- other shapes
 
@@ -246,7 +247,7 @@ def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
     """A rule of ``repeat`` or ``expand``; ``keeps``: what stands for a dimension that stays."""
 
     def rule(p: Any, *sizes: Any) -> Any:
-        if type(p) is not Promise or p.link.value is not None or type(p.link.plan) is not Edge:
+        if not (is_promise(p) and type(p.link.plan) is Edge and unread(p)):
             return NotImplemented
         state = State(p.link.state.device)
         sizes, dim, shape = tuple(_sizes(sizes)), p.link.plan.dim, list(p.link.shape)
@@ -258,9 +259,7 @@ def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
         if not all(stays[:dim] + stays[dim + 1 :]):
             return NotImplemented
         shape[dim] = sizes[dim]
-        link = Link(p.link, lambda z: call(z, sizes), p.link.plan, (), state, torch.Size(shape))
-        p.link.see(link)
-        return promise(link, dtype_of(p))
+        return seen(p, lambda z: call(z, sizes), torch.Size(shape), p.link.plan)
 
     return rule
 
@@ -274,7 +273,7 @@ def _cat(tensors: Any, dim: Any = 0, **kwargs: Any) -> Any:
         return NotImplemented
     dim = dim % len(p.link.shape)
     for t in before:
-        if type(t) is not Promise or type(t.link.plan) is not Edge or t.link.value is not None:
+        if not (is_promise(t) and type(t.link.plan) is Edge and unread(t)):
             return NotImplemented
         if t.link.plan.source is not p.link or t.link.plan.dim != dim:
             return NotImplemented
@@ -297,8 +296,8 @@ _SHAPES: dict[Callable[..., Any], Sequence[Any]] = {
     _permute: _both("permute"), _transpose: _both("transpose", "swapaxes", "swapdims"),
     _movedim: _both("movedim", "moveaxis"), _reshape: _both("reshape"), _view: [Tensor.view],
     _flatten: _both("flatten"), _unflatten: _both("unflatten"), _squeeze: _both("squeeze"),
-    _unsqueeze: _both("unsqueeze"), _contiguous: [Tensor.contiguous], _pad: [F.pad],
-    _getitem: [Tensor.__getitem__], _narrow: _both("narrow"),
+    _unsqueeze: _both("unsqueeze"), _contiguous: [Tensor.contiguous],
+    _pad: [F.pad, torch._C._nn.pad], _getitem: [Tensor.__getitem__], _narrow: _both("narrow"),
 }  # fmt: skip
 # By function: the rule of it.
 FOLLOWED: dict[Any, Callable[..., Any]] = {

@@ -126,7 +126,7 @@ def test_filters(options, first):
     assert [r.first for r in report.replaced] == first
     with fastst.dispatch.recording() as calls:
         model(x)
-    assert len(calls) == len(first)
+    assert sum(c.problem is not None for c in calls) == len(first)
     assert len({entry.name for entry in report.left}) == 2 * (2 - len(first))
     everything = fastst.convert(model)
     assert [r.first for r in everything.already] == first

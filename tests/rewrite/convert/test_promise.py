@@ -202,7 +202,7 @@ def test_as_the_plain_module(name: str, training: bool) -> None:
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9 if a.dtype == torch.float64 else 1e-2,
                                    atol=1e-9 if a.dtype == torch.float64 else 1e-2)  # fmt: skip
-    assert sum(call.phase == "forward" for call in calls) >= pairs
+    assert sum(c.phase == "forward" and c.problem is not None for c in calls) >= pairs
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -283,6 +283,14 @@ def test_a_convolution_that_never_pairs_is_asked_less_often() -> None:
         for _ in range(130):
             conv(x)
     assert calls
+
+
+def test_explain_says_what_became_of_a_promise() -> None:
+    block = Block(lambda m, x: m.t(m.s(x).sin()) + m.t(F.relu(m.s(x)))).eval()
+    fastst.convert(block)
+    told = str(fastst.explain(block, torch.randn(1, 4, 3, 6, 6)))
+    assert "s: composed of separate PyTorch operators, because its output goes to sin" in told
+    assert "conv2plus1d (1, 4, 3, 6, 6)" in told
 
 
 def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

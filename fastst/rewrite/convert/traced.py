@@ -1,0 +1,66 @@
+"""Promises under ``torch.compile``: kept while the graph is lowered, by the rules of every call.
+
+Dynamo writes ``convolution`` into its graph as it stands, with guards on all that it is given. What
+lowers the graph (AOTAutograd, for Inductor and others) calls it and what follows, so that the pair
+is one operation of the graph that is compiled. ``torch.export`` runs the module's own Python, and
+nothing has to be done for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_CONV: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by rank
+_known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+
+def register(begins: Any) -> int:
+    """A number by which a graph knows the ``Begins`` of a convolution."""
+    key = next(_keys)
+    _known[key] = begins
+    return key
+
+
+def convolution(
+    key: int, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any,
+    dilation: Any, groups: int, mode: str, widths: Any,
+) -> Tensor:  # fmt: skip
+    """What the convolution of that number answers with; to Dynamo, which asks for the shape, as
+    PyTorch computes it."""
+    begins = _known.get(key)
+    if begins is None or type(x) is FakeTensor:
+        if mode != "zeros":
+            x, padding = F.pad(x, widths, mode), 0
+        return _CONV[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+    how = stride, padding, dilation, groups
+    answer: Tensor = begins.answer(x, weight, bias, how, mode, widths)
+    return answer
+
+
+def allow() -> None:
+    """Let Dynamo take ``convolution`` as it stands. Runs while it traces: importing it is slow."""
+    torch.compiler.allow_in_graph(convolution)
+
+
+# A constant to the compiler: it runs while Dynamo traces.
+vars(allow)["_dynamo_marked_constant"] = True
+
+
+def written_exactly(*numbers: Any) -> bool:
+    """Whether a graph can hold the numbers of a convolution."""
+    for n in numbers:
+        if type(n) is tuple:
+            for m in n:
+                if type(m) is not int:
+                    return False
+        elif type(n) not in (int, str):
+            return False
+    return True
