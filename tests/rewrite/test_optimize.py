@@ -119,3 +119,57 @@ def test_memory_format_by_rule():
 def test_bad_choices(arguments, error, told):
     with pytest.raises(error, match=told):
         fastst.optimize_for_inference(nn.ReLU(), **arguments)
+
+
+class Shortcut(nn.Module):
+    """A convolution and its norm, called as a test says."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.conv, self.norm, self.body = nn.Conv3d(3, 8, 1, 2, bias=False), nn.BatchNorm3d(8), body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+NORMED = {  # and whether the norm is in the weights
+    "as usual": (lambda m, x: m.norm(m.conv(x)), True),
+    "without the norm": (lambda m, x: m.conv(x), False),
+    "read between": (lambda m, x: m.norm(m.conv(x).relu()), False),
+    "norm switched off": (lambda m, x: m.norm(m.conv(x)) if x.shape[2] < 4 else m.conv(x), False),
+    "twice": (lambda m, x: m.norm(m.conv(x)) + m.norm(m.conv(2 * x)), True),
+    "both": (lambda m, x: (lambda u: m.norm(u) + u)(m.conv(x)), True),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_norms_behind_convolutions(name, monkeypatch):
+    """In the weights when they are called so, and when weights or statistics change."""
+    body, folds = NORMED[name]
+    model = settle(Shortcut(body).double())
+    optimised = fastst.optimize_for_inference(model)
+    x = torch.randn(2, 3, 5, 7, 6, dtype=torch.float64)
+    norms = []
+    run = torch.batch_norm
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(optimised(x), model(x), rtol=1e-12, atol=1e-12)
+            for m in (model, optimised):
+                m.norm.running_var.mul_(1.3), m.conv.weight.add_(0.1), m.norm.bias.mul_(2)
+        monkeypatch.setattr(torch, "batch_norm", lambda *a: norms.append(a) or run(*a))
+        optimised(x)
+    assert (not norms) == (folds or name in ("without the norm", "norm switched off"))
+
+
+def test_norms_of_copies_that_are_trained_after_all():
+    """A copy whose norm is put into training counts, and one whose weights learn has gradients."""
+    model = settle(Shortcut(NORMED["as usual"][0]).double())
+    optimised = fastst.optimize_for_inference(model)
+    x = torch.randn(2, 3, 5, 7, 6, dtype=torch.float64)
+    for m in (model.train(), optimised.train()):
+        m.requires_grad_()
+        m(x).square().sum().backward()
+        m.eval()(x).square().sum().backward()
+    torch.testing.assert_close(optimised.state_dict(), model.state_dict())
+    for p, q in zip(optimised.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)

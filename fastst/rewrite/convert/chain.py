@@ -54,9 +54,20 @@ class Plan(NamedTuple):
         return self.axes.dims[1] == c
 
 
-def is_open(p: Any) -> bool:
+class Alone(NamedTuple):
+    """A convolution that begins no pair: a frozen norm behind it may be in its weights."""
+
+    begun: Any
+    name: str
+    convolution: Link
+
+    def told(self, why: str) -> None:
+        self.begun.missed(self, why)
+
+
+def is_open(p: Any, kind: type = Plan) -> bool:
     """Whether nobody has computed a promise yet, and its state is still the current one."""
-    if not (is_promise(p) and type(p.link.plan) is Plan and unread(p)):
+    if not (is_promise(p) and type(p.link.plan) is kind and unread(p)):
         return False
     return bool(p.link.state == State(p.link.state.device))
 

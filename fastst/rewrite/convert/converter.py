@@ -117,8 +117,13 @@ def revert(model: nn.Module) -> list[str]:
 
 
 def serve(model: nn.Module) -> None:
-    """Let what ends a residual block be part of its last pair: of a copy that is not trained."""
-    for module in model.modules():
+    """Let what follows a convolution be part of it, in a copy that is not trained.
+
+    That is the end of a residual block, in its last pair, and a frozen norm behind any convolution.
+    """
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv3d and ATTRIBUTE not in vars(module):
+            vars(module)[ATTRIBUTE] = Begins(module, name, wanted=False, barred=False)
         found = vars(module).get(ATTRIBUTE)
         if isinstance(found, Begins):
             found.served = True

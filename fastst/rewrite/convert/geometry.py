@@ -25,7 +25,7 @@ class Pass(NamedTuple):
 class First(NamedTuple):
     """A first convolution, and how to compute it alone."""
 
-    pass_: Pass
+    pass_: Pass | None  # None where it is no pass of a pair
     shape: torch.Size  # of its output
     names: str  # of the axes of its input
     padded: tuple[int, ...] | None  # by ``F.pad`` before it
@@ -58,7 +58,7 @@ def first_pass(
     mode: str,
     widths: Any,
 ) -> First | None:
-    """A first convolution of x, or None where it is none, or may be refused."""
+    """A convolution of x that may be the first one, or None where it may be refused."""
     read = _read(w, stride, padding, dilation, groups)
     if read is None or mode not in ("zeros", "replicate", "reflect", "circular"):
         return None
@@ -66,7 +66,7 @@ def first_pass(
         pairs = tuple(zip(widths[::2], widths[1::2], strict=True))
         read = read._replace(sides=_lifted(pairs[::-1], read.axes, (0, 0)))
     groups, kind = read.groups, _kind(read)
-    if kind is None or x[1] != w[1] * groups or w[0] % groups or (b and tuple(b) != (w[0],)):
+    if x[1] != w[1] * groups or w[0] % groups or (b and tuple(b) != (w[0],)):
         return None
     limit = {"reflect": 1, "circular": 0}.get(mode)
     size = []
@@ -77,7 +77,9 @@ def first_pass(
         size.append((n + sum(p) - d * (k - 1) - 1) // s + 1)
     if any(n < 1 for n in (*size, x[0], *x[2:])):
         return None
-    first = Pass(kind, read.stride, Pad(read.sides, mode), read.dilation, groups)
+    first = None
+    if kind is not None:
+        first = Pass(kind, read.stride, Pad(read.sides, mode), read.dilation, groups)
     strides, dilations = ([v[i] for i in read.axes] for v in (read.stride, read.dilation))
     how = strides, padding if mode == "zeros" else 0, dilations, groups
     padded = None if mode == "zeros" else tuple(widths)

@@ -18,7 +18,7 @@ from ... import functional
 from ...functional import BatchNorm
 from ...problem import activations
 from . import endings, forms, views
-from .chain import Plan, dtype_of, extended, is_open
+from .chain import Alone, Plan, dtype_of, extended, is_open
 from .forms import Form
 from .geometry import first_pass, second_pass
 from .graphs import promised
@@ -52,10 +52,14 @@ def begin(
         found = first_pass.__wrapped__(*shapes, *settings)
     if found is None or dtype is None:
         return None
-    if state.traced and type(x) is FakeTensor and _needs_grad(state, x, weight, bias):
+    grad = _needs_grad(state, weight, bias)
+    plain = not (grad or state.traced) and state.autocast is None
+    if found.pass_ is None and not (begun.served and plain):
+        return None
+    if state.traced and type(x) is FakeTensor and (grad or _needs_grad(state, x)):
         return None  # an exported program has no gradient of the operation
-    mode = found.pass_.padding.mode
-    mode, padded, how = "constant" if mode == "zeros" else mode, found.padded, found.how
+    mode = "constant" if settings[-2] == "zeros" else settings[-2]
+    padded, how = found.padded, found.how
     convolve = _CONV[weight.dim()]
 
     def run(_: None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,7 +74,9 @@ def begin(
     except CannotDefer:
         return None
     link = Link(None, run, None, tuple(kept), state, found.shape)
-    link.plan = Plan(begun, name, found.pass_, found.names, link)
+    link.plan = Alone(begun, name, link)
+    if found.pass_ is not None:
+        link.plan = Plan(begun, name, found.pass_, found.names, link)
     made: Promise | None = promised(link, dtype)
     return made
 
@@ -128,6 +134,9 @@ def _batch_norm(
     if endings.ends(input):
         norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
         return endings.batch_norm(input, norm) if _fits(norm, input) else NotImplemented
+    if is_open(input, Alone):
+        norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
+        return _folded(input.link, norm) if _fits(norm, input) else NotImplemented
     if not is_open(input) or not (training or None not in (running_mean, running_var)):
         return NotImplemented
     plan, shape = input.link.plan, input.link.shape
@@ -166,6 +175,18 @@ def _batch_norm(
         )
 
     return extended(input, separately, kept, norm=norm, half=run)
+
+
+def _folded(link: Link, norm: BatchNorm) -> Any:
+    """A convolution of a copy for inference with the frozen norm behind it in its weights."""
+    if norm.training or _needs_grad(link.state, *norm[:4]) or not link.unchanged():
+        return NotImplemented
+    tensors = {name: kept.tensor for name, kept in link.kept}
+    for _, kept in link.kept:
+        kept.release()
+    weights = link.plan.begun.folded((tensors["weight"], tensors.get("bias")), norm)
+    link.plan.begun.misses = 0
+    return link.run(None, tensors["input"], *weights)
 
 
 def _fits(norm: BatchNorm, p: Promise) -> bool:
