@@ -13,7 +13,7 @@ from .axes import Axes, Dim, whole
 from .geometry import Pass
 from .graphs import is_promise, promised, rewritten, unread
 from .padding import Pad
-from .promise import Kept, Link, State, replace
+from .promise import Kept, Link, replace
 
 
 class Plan(NamedTuple):
@@ -69,13 +69,7 @@ def is_open(p: Any, kind: type = Plan) -> bool:
     """Whether nobody has computed a promise yet, and its state is still the current one."""
     if not (is_promise(p) and type(p.link.plan) is kind and unread(p)):
         return False
-    return bool(p.link.state == State(p.link.state.device))
-
-
-def dtype_of(p: Any) -> torch.dtype:
-    """Of a promise, which answers that without being computed."""
-    found: torch.dtype = p.dtype
-    return found
+    return bool(p.link.state.current)
 
 
 def extended(
@@ -86,23 +80,23 @@ def extended(
     in_place: bool = False,
     **plan: Any,
 ) -> Any:
-    """The promise of what ``run`` makes of another one's value, in memory of its own or in place.
+    """The promise of what ``run`` makes of an open one's value, in memory of its own or in place.
 
     Others that see the same memory must see what is written to it: that is left to PyTorch.
     """
     link = p.link
     if in_place and (link.sees or any(view() is not None for view in link.views)):
         return NotImplemented
-    state = State(link.state.device)
+    state = link.state
     longer = Link(link, run, link.plan._replace(**plan), kept, state, shape or link.shape)
     if in_place:
-        return rewritten(p, longer) if state.traced else replace(p, longer, dtype_of(p))
-    return promised(longer, dtype_of(p))
+        return rewritten(p, longer) if state.traced else replace(p, longer, link.dtype)
+    return promised(longer, link.dtype)
 
 
 def seen(p: Any, call: Callable[[Tensor], Tensor], shape: torch.Size, plan: Any) -> Any:
-    """The promise of what ``call`` makes of another one's value: its memory, or a copy of it."""
+    """The promise of what ``call`` makes of an open one's value: its memory, or a copy of it."""
     link = p.link
-    longer = Link(link, call, plan, (), State(link.state.device), shape)
+    longer = Link(link, call, plan, (), link.state, shape)
     link.see(longer)
-    return promised(longer, dtype_of(p))
+    return promised(longer, link.dtype)

@@ -84,7 +84,7 @@ def ends(p: Any) -> bool:
     """Whether a promise is one of this module that nobody has read."""
     if type(p) is not Promise or type(p.link.plan) is not Ending or p.link.value is not None:
         return False
-    return bool(p.link.state == State(p.link.state.device)) and p.link.unchanged()
+    return bool(p.link.state.current) and p.link.unchanged()
 
 
 def batch_norm(p: Promise, norm: BatchNorm) -> Any:
@@ -93,9 +93,7 @@ def batch_norm(p: Promise, norm: BatchNorm) -> Any:
     if plan.norm is not None or plan.residual or plan.activation is not None:
         return NotImplemented
     if norm.training:
-        with torch._C.DisableTorchFunctionSubclass():
-            values = p.numel() // p.shape[1]
-        if values == 1:
+        if p.link.shape.numel() == p.link.shape[1]:  # which PyTorch refuses
             return NotImplemented
         plan.begun.missed_norms = 0
         return plan.run(_release(p.link), outer_norm=norm)
@@ -110,9 +108,8 @@ def add(p: Promise, other: Any, in_place: bool) -> Any:
     plan: Ending = p.link.plan
     if not plan.sums or plan.residual or plan.activation is not None or type(other) is not Tensor:
         return NotImplemented
-    with torch._C.DisableTorchFunctionSubclass():
-        dtype = p.dtype
-    if (other.shape, other.dtype, other.device) != (p.link.shape, dtype, p.link.state.device):
+    link = p.link
+    if (other.shape, other.dtype, other.device) != (link.shape, link.dtype, link.state.device):
         return NotImplemented
     if not plan.begun.served or (p.link.state.grad and other.requires_grad):
         return NotImplemented
@@ -139,11 +136,8 @@ def _extended(
         kept = tuple((name, Kept(t)) for name, t in tensors.items())
     except CannotDefer:
         return NotImplemented
-    state = State(link.state.device)
-    longer = Link(None, plan.finish, plan, (*link.kept, *kept), state, link.shape)
-    with torch._C.DisableTorchFunctionSubclass():
-        dtype = p.dtype
-    return replace(p, longer, dtype) if in_place else promise(longer, dtype)
+    longer = Link(None, plan.finish, plan, (*link.kept, *kept), link.state, link.shape)
+    return replace(p, longer, link.dtype) if in_place else promise(longer, link.dtype)
 
 
 def _release(link: Link) -> dict[str, Tensor]:

@@ -101,6 +101,7 @@ def promised(link: Link, dtype: torch.dtype) -> Any:
     """The promise of what a link computes."""
     if not link.state.traced:
         return promise(link, dtype)
+    link.dtype = dtype
     before = None if link.before is None else link.before.value
     with _plain(before):
         value = link.run(before, **{name: kept.tensor for name, kept in link.kept})
@@ -109,6 +110,7 @@ def promised(link: Link, dtype: torch.dtype) -> Any:
 
 def rewritten(p: Any, link: Link) -> Any:
     """A value of a graph after what a link computes of it has been written to it."""
+    link.dtype = p.link.dtype
     with _plain(p):
         p.copy_(link.run(p, **{name: kept.tensor for name, kept in link.kept}))
     return _remembers(p, link)

@@ -40,12 +40,23 @@ class State:
         self.stream = torch.cuda.current_stream(device) if kind == "cuda" else None
         self.hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, State) and all(
-            getattr(self, name) == getattr(other, name) for name in State.__slots__
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+    @property
+    def current(self) -> bool:
+        """Whether it is that of this thread now."""
+        if self.inference != torch.is_inference_mode_enabled():
+            return False
+        if self.grad != (torch.is_grad_enabled() and not self.inference):
+            return False
+        if self.traced != torch.compiler.is_compiling():
+            return False
+        kind = self.device.type
+        on = kind != "meta" and torch.is_autocast_enabled(kind)
+        if self.autocast != (torch.get_autocast_dtype(kind) if on else None):
+            return False
+        if kind == "cuda" and self.stream != torch.cuda.current_stream(self.device):
+            return False
+        hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
+        return bool(self.hooks == hooks)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -89,17 +100,17 @@ class Kept:
     so, or that FSDP resizes, is watched by its version counter and address instead.
     """
 
-    __slots__ = ("address", "clone", "needs_grad", "resized", "tensor", "version")
+    __slots__ = ("address", "clone", "needs_grad", "resized", "tensor", "valueless", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.needs_grad = tensor, tensor.requires_grad
         self.version = None if tensor.is_inference() else tensor._version
-        self.address = 0
+        self.address = 0  # of the clone, or of memory that has none
         self.clone: Tensor | None = None
-        self.resized = False
-        if valueless(tensor):
+        self.resized, self.valueless = False, valueless(tensor)
+        if self.valueless:
             return
-        self.resized = isinstance(tensor, nn.Parameter) and _is_sharded(tensor)
+        self.resized = type(tensor) is nn.Parameter and _is_sharded(tensor)
         self.hold()
         if self.clone is None:
             if self.version is None:
@@ -110,14 +121,17 @@ class Kept:
         """Take a clone, where that can be."""
         if self.resized:
             return
-        grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        grad = self.needs_grad and torch.is_grad_enabled()
+        if grad:
+            torch._C._set_grad_enabled(False)
         try:
-            self.clone = torch._lazy_clone(self.tensor)
+            self.clone = clone = torch._lazy_clone(self.tensor)
+            self.address = _address(clone)
         except RuntimeError:  # memory that PyTorch has not allocated
-            self.clone = None
+            self.clone, self.address = None, 0
         finally:
-            torch._C._set_grad_enabled(grad)
+            if grad:
+                torch._C._set_grad_enabled(True)
 
     def release(self) -> None:
         """Give the memory back to the tensor alone, so that reading it by address copies nothing.
@@ -125,37 +139,32 @@ class Kept:
         From now on it is watched by its version counter, if it has one. Its address says nothing:
         memory that others hold clones of moves when it is read.
         """
-        if self.clone is not None and not valueless(self.tensor):
+        if self.clone is not None:
             self.clone, self.address = None, 0
             self.tensor.data_ptr()
 
     def held_again(self) -> None:
         """After ``release``, where there is no version counter."""
-        if self.version is None and not valueless(self.tensor):
+        if self.version is None and not self.valueless:
             self.hold()
 
     @property
-    def written(self) -> bool:
-        """Whether the values may be others, or were given memory of their own."""
+    def same(self) -> bool:
+        """Whether the tensor still is what it was, and in the memory that it had."""
         t = self.tensor
+        if t.requires_grad != self.needs_grad:
+            return False
         if self.version is not None and t._version != self.version:
-            return True
-        if valueless(t):
             return False
         if self.clone is None:
-            return bool(self.address and t.data_ptr() != self.address)
-        if _address(t) == _address(self.clone):
-            return False
+            return not self.address or t.data_ptr() == self.address
+        if _address(t) == self.address:
+            return True
         # Memory of its own, which a reader by address makes as well as a writer to ``.data``.
         if t.device != self.clone.device or not torch.equal(t, self.clone):
-            return True
+            return False
         self.hold()
-        return False
-
-    @property
-    def same(self) -> bool:
-        """Whether the tensor still is what it was."""
-        return self.tensor.requires_grad == self.needs_grad and not self.written
+        return True
 
     def get(self, what: str, grad: bool) -> Tensor:
         """The tensor, or its clone where the tensor has been written to.
@@ -174,9 +183,8 @@ class Kept:
         )
 
 
-def _address(t: Tensor) -> int:
-    """Without making memory of its own of a clone."""
-    return int(torch._C._data_address(t))  # type: ignore[attr-defined]
+# Without making memory of its own of a clone.
+_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
 
 
 def valueless(tensor: Tensor) -> bool:
@@ -219,8 +227,8 @@ class Link:
     """
 
     __slots__ = (
-        "__weakref__", "before", "kept", "plan", "readers", "run", "sees", "shape", "state",
-        "taken", "value", "version", "views",
+        "__weakref__", "before", "dtype", "kept", "plan", "readers", "run", "sees", "shape",
+        "state", "taken", "value", "version", "views",
     )  # fmt: skip
 
     def __init__(
@@ -235,6 +243,7 @@ class Link:
         self.before, self.run, self.plan, self.kept, self.state = before, run, plan, kept, state
         self.shape = shape
         self.value: Tensor | None = None
+        self.dtype: torch.dtype
         self.version: int | None = None
         self.readers, self.taken, self.sees = 0, False, False
         self.views: list[weakref.ref[Link]] = []
@@ -330,6 +339,7 @@ def _wrap(link: Link, dtype: torch.dtype) -> Promise:
 
 def promise(link: Link, dtype: torch.dtype) -> Promise:
     """The promise of what a link computes."""
+    link.dtype = dtype
     if link.state.grad:
         tensors = link.tensors()
         if any(t.requires_grad for t in tensors):

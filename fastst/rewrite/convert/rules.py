@@ -18,7 +18,7 @@ from ... import functional
 from ...functional import BatchNorm
 from ...problem import activations
 from . import endings, forms, views
-from .chain import Alone, Plan, dtype_of, extended, is_open
+from .chain import Alone, Plan, extended, is_open
 from .forms import Form
 from .geometry import first_pass, second_pass
 from .graphs import promised
@@ -83,14 +83,14 @@ def begin(
 
 def _plain(device: torch.device, *tensors: Tensor | None) -> bool:
     """Whether tensors are PyTorch's own, of values in strides, all on one device."""
-    return all(
-        t is None
-        or (
-            type(t) in _PLAIN and t.layout is torch.strided and t.device == device
-            and not t.is_neg() and not t.is_conj()
-        )
-        for t in tensors
-    )  # fmt: skip
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or t.layout is not torch.strided or t.device != device:
+            return False
+        if t.is_neg():  # complex ones are none of those that a kernel takes
+            return False
+    return True
 
 
 def _needs_grad(state: State, *tensors: Tensor | None) -> bool:
@@ -137,7 +137,9 @@ def _batch_norm(
     if is_open(input, Alone):
         norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
         return _folded(input.link, norm) if _fits(norm, input) else NotImplemented
-    if not is_open(input) or not (training or None not in (running_mean, running_var)):
+    if not is_open(input) or not (
+        training or (running_mean is not None and running_var is not None)
+    ):
         return NotImplemented
     plan, shape = input.link.plan, input.link.shape
     if plan.norm is not None or plan.activation is not None or plan.padded:
@@ -196,7 +198,7 @@ def _fits(norm: BatchNorm, p: Promise) -> bool:
         return False
     if type(momentum) not in (int, float) or type(eps) not in (int, float):
         return False
-    dtype, tensors = dtype_of(p), [t for t in (mean, var, weight, bias) if t is not None]
+    dtype, tensors = p.link.dtype, [t for t in (mean, var, weight, bias) if t is not None]
     for t in tensors:
         if not _plain(p.link.state.device, t) or t.shape != p.link.shape[1:2]:
             return False
@@ -317,7 +319,8 @@ def _second(link: Link, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...
     if not _selected(plan):
         return NotImplemented
     found = _fitting(link, weight.shape, bias is not None and bias.shape, how)
-    if found is None or not link.unchanged():
+    sources = link.all_kept()
+    if found is None or not all(kept.same for _, kept in sources):
         return NotImplemented
     settings, shape, form = found
     half = plan.half
@@ -329,14 +332,13 @@ def _second(link: Link, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...
     dtype = _result_dtype(link.state, x, first[0], first[1], weight, bias)
     if dtype is None:
         return NotImplemented
-    for _, kept in link.all_kept():
+    for _, kept in sources:
         kept.release()
     name, slope = plan.activation or ("none", 0.01)
     plan.convolution.taken = True
     alike = weight.shape if form is None else forms.lifted_shape(weight.shape, plan.first)
     plan.begun.took(plan, (alike, *how))
     recompute, own = _recompute(plan), len(plan.convolution.kept)
-    sources = link.all_kept()
     tensors = {"second weight": weight, "second bias": bias}
     tensors |= {f"first {n}": k.tensor for n, k in sources[:own]}
     tensors |= {f"norm {n}": k.tensor for n, k in sources[own:]}
@@ -371,7 +373,7 @@ def _second(link: Link, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...
     shared = slope if name == "leaky_relu" else None
     given = {n: t for n, t in tensors.items() if t is not None}
     y = endings.defer(plan.begun, run, given, shared, shape, dtype, form is None)
-    for _, kept in link.all_kept():
+    for _, kept in sources:
         kept.held_again()
     return y
 

@@ -15,7 +15,7 @@ from .axes import Atom, Axes, Padded, merges, reshaped, whole
 from .chain import Plan, extended, is_open, seen
 from .graphs import is_promise, unread
 from .padding import Pad
-from .promise import Link, Promise, State
+from .promise import Link, Promise
 
 # ---- other shapes
 
@@ -249,9 +249,8 @@ def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
     def rule(p: Any, *sizes: Any) -> Any:
         if not (is_promise(p) and type(p.link.plan) is Edge and unread(p)):
             return NotImplemented
-        state = State(p.link.state.device)
         sizes, dim, shape = tuple(_sizes(sizes)), p.link.plan.dim, list(p.link.shape)
-        if len(sizes) != len(shape) or shape[dim] != 1 or p.link.state != state:
+        if len(sizes) != len(shape) or shape[dim] != 1 or not p.link.state.current:
             return NotImplemented
         if not all(type(n) is int for n in sizes) or sizes[dim] < 0:
             return NotImplemented
