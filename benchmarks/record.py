@@ -18,6 +18,10 @@ import torch
 FAULTED = 70  # exit status after an error of the GPU: a new process can go on
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# Those on which the speed of a convolution depends.
+INSTRUCTIONS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16",
+)  # fmt: skip
 SECTIONS = ("layers", "models", "training_batches", "overhead", "cold_start", "stages")
 
 
@@ -43,13 +47,14 @@ def commit() -> str:
     return short + ("+" if _command("git", "status", "--porcelain", "--", *code) else "")
 
 
-def _cpu_model() -> str:
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first core, or nothing."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = re.findall(r"^model name\s*:\s*(.+)$", text, re.M)
-    return names[0].strip() if names else platform.machine()
+        return ""
+    found = re.search(rf"^{field}\s*:\s*(.+)$", text, re.M)
+    return found[1].strip() if found else ""
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -62,10 +67,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         triton_version = None
     found: dict[str, Any] = {
         "device": device.type,
-        "cpu": _cpu_model(),
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cpu_family": _cpuinfo("cpu family") + "/" + _cpuinfo("model"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_instructions": [f for f in INSTRUCTIONS if f in _cpuinfo("flags").split()],
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

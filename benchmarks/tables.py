@@ -181,8 +181,13 @@ def training_batches(record: Record) -> str:
 
 def overhead(record: Record) -> str:
     calls = [
-        [r["call"], r["contender"], f"{r['us']:.0f} µs"] for r in record["overhead"]
-    ]  # fmt: skip
+        [
+            r["call"],
+            r["contender"],
+            f"refused: {r['refused']}" if r.get("refused") else f"{r['us']:.0f} µs",
+        ]
+        for r in record["overhead"]
+    ]
     parts = []
     if calls:
         parts.append(table(["host cost, tiny input", "", "per call"], calls))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import layers, measure, models, overhead, peers
+from benchmarks import layers, measure, models, overhead, peers, tables
 from benchmarks.record import Record, newest
 from benchmarks.shapes import ALL, DEPTHWISE, PARALLEL, R2PLUS1D_18, TOKENIZER, Case
 from fastst.backends import aten
@@ -341,9 +342,35 @@ def test_overhead_compares_the_layer_with_eager() -> None:
     what = ("forward", "forward and backward")
     assert [(r["call"], r["contender"]) for r in rows] == [
         (w + caches, name) for w in what for caches in ("", ", cold caches")
-        for name in ("eager", "fastst")
+        for name in ("eager", "fastst", "eager again")
     ]  # fmt: skip
-    assert all(r["us"] > 0 for r in rows)
+    assert all((r["us"] is None) == (r["refused"] is not None) for r in rows)
+    assert all(r["refused"] or r["of_eager"] > 0 for r in rows)
+
+
+def test_overhead_takes_the_least_of_takes_until_eager_agrees_with_itself() -> None:
+    takes = iter([(50.0, 20.0, 60.0), (48.0, 30.0, 80.0), (60.0, 25.0, 49.0), (1.0, 1.0, 1.0)])
+    names = ("eager", "fastst", "eager again")
+    least, refused = overhead.quiet(lambda: dict(zip(names, next(takes), strict=True)))
+    assert refused is None
+    assert least == {"eager": 48.0, "fastst": 20.0, "eager again": 49.0}
+
+
+def test_overhead_gives_a_busy_machine_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant: a neighbour that takes turns with everything but one of the two eagers."""
+    busy = {"eager": 55_870.0, "fastst": 132.0, "eager again": 160.0}
+    monkeypatch.setattr(overhead, "host_us", lambda *args: busy)
+    rows = overhead.per_call(CPU, 1)
+    assert all(r["us"] is None and r["of_eager"] is None for r in rows)
+    assert all("a factor of 349.19 apart" in r["refused"] for r in rows)
+    assert "refused: eager and eager again" in tables.overhead({"overhead": rows, "cold_start": []})
+
+
+def test_overhead_runs_on_one_core_and_gives_the_others_back() -> None:
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    with overhead.one_core(CPU):
+        assert len(os.sched_getaffinity(0)) == torch.get_num_threads() == 1
+    assert (os.sched_getaffinity(0), torch.get_num_threads()) == (cores, threads)
 
 
 def test_record_is_written_at_every_change_and_names_no_place(tmp_path: Path) -> None:
