@@ -7,6 +7,7 @@ from typing import Any as _Any
 
 try:
     from . import functional
+    from .backends.cpu.library import release_buffers
     from .dispatch.explain import Explanation, explain
     from .dispatch.selection import BackendError, FallbackWarning, use_backend
     from .dispatch.selfcheck import SelfCheckWarning
@@ -49,6 +50,7 @@ __all__ = [
     "functional",
     "inflate",
     "optimize_for_inference",
+    "release_buffers",
     "revert",
     "set_memory_budget",
     "tune",

@@ -108,13 +108,15 @@ void bind_passes(py::module_& m) {
 PYBIND11_MODULE(FASTST_MODULE, m) {
   m.doc() = "CPU kernels of fastst: tensors in, results in memory of the caller.";
 
-  m.attr("INTERFACE") = 2;  // raised by each change of what is bound, with library.py
+  m.attr("INTERFACE") = 3;  // raised by each change of what is bound, with library.py
   bind_common(m);
   bind_passes(m);
   bind_pairs(m);
   bind_parallel(m);
   m.def("use_openmp", &cpu::use_openmp, py::arg("gomp_parallel"),
         "Take the threads of an OpenMP runtime; 0: start threads for every call.");
+  m.def("kept_bytes", &cpu::kept_bytes);
+  m.def("release_kept", &cpu::release_kept);
   m.def("batch_norm_backward",
         unlocked(+[](const cpu::View& dv, const cpu::View& y, const Vector& mean, const Vector& var,
                      const Vector& gamma, double eps, const OptionalView& dy, const Array& sums,

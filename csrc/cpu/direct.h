@@ -8,8 +8,40 @@
 
 namespace fastst::cpu {
 
+// What an output channel sums over: all channels of the source.
+struct Dense {
+  // Input channels whose weights a block keeps in the cache.
+  static int64_t chunk_of(const Weights& w) {
+    constexpr int64_t kBlockFloats = 112 << 10;
+    const int64_t taps = std::max<int64_t>(1, w.size[0] * w.size[1] * w.size[2]);
+    const int64_t most = std::max<int64_t>(1, kBlockFloats / (taps * kMostVectors * kLanes));
+    return parts_of(w.in, parts_of(w.in, most));
+  }
+  static void multiply(int rows, const Block& block, int64_t, const float* x, const int64_t* places,
+                       const float* weights, const std::vector<Segment>& segments, float* to,
+                       bool accumulate) {
+    const int64_t pitch = block.vectors * kLanes;
+    multiply_for(rows, block.vectors, true)(x, places, 1, weights, pitch, segments.data(),
+                                            segments.size(), to, pitch, accumulate);
+  }
+};
+
+// The channel of its own number alone.
+struct Channelwise {
+  static int64_t chunk_of(const Weights&) { return 1; }
+  static void multiply(int rows, const Block& block, int64_t channels, const float* x,
+                       const int64_t* places, const float* weights,
+                       const std::vector<Segment>& segments, float* to, bool) {
+    const int64_t first = block.vector * kLanes;
+    const int64_t last = std::min<int64_t>(kLanes, channels - first - (block.vectors - 1) * kLanes);
+    multiply_channels_for(block.vectors)(x + first, places, rows, weights, segments.data(),
+                                         segments.size(), to, last);
+  }
+};
+
 // Several problems may share a source: the residues of a transposed convolution with a stride, or
 // two branches.
+template <class Products>
 class Direct {
  public:
   using Ready = Packed;  // what a tile reads
@@ -21,7 +53,7 @@ class Direct {
         in_place_(readable_in_place(g_, in_)) {
     for (const Problem& p : problems) {
       const int index = static_cast<int>(packers_.size());
-      packers_.emplace_back(p.weights, chunk_of(p.weights));
+      packers_.emplace_back(p.weights, Products::chunk_of(p.weights));
       for (const Block& b : packers_.back().blocks()) work_.push_back({index, b});
     }
   }
@@ -91,9 +123,8 @@ class Direct {
           for (int64_t j = 0; j < parts.count; ++j) {
             const int64_t at = parts.start(j);
             const int n = static_cast<int>(parts.start(j + 1) - at);
-            multiply_for(n, block.vectors, true)(packed.data, places.from(first + at), 1, weights,
-                                                 pitch, segments.data(), segments.size(),
-                                                 to + at * pitch, pitch, chunk > 0);
+            Products::multiply(n, block, in_.channels, packed.data, places.from(first + at),
+                               weights, segments, to + at * pitch, chunk > 0);
           }
           by_piece([&](const float* done_sums, const int64_t* positions, int n) {
             done(done_sums, pitch, positions, n);
@@ -104,17 +135,8 @@ class Direct {
 
  private:
   static constexpr int64_t kFar = int64_t(1) << 60;
-  // Of the second-level cache: what a tile reads, and what a block of weights holds of one chunk.
-  static constexpr int64_t kTileFloats = 96 << 10;
-  static constexpr int64_t kBlockFloats = 112 << 10;
-  static constexpr int64_t kHeld = 112;  // positions whose sums wait
-
-  // Input channels whose weights a block keeps in the cache.
-  static int64_t chunk_of(const Weights& w) {
-    const int64_t taps = std::max<int64_t>(1, w.size[0] * w.size[1] * w.size[2]);
-    const int64_t most = std::max<int64_t>(1, kBlockFloats / (taps * kMostVectors * kLanes));
-    return parts_of(w.in, parts_of(w.in, most));
-  }
+  static constexpr int64_t kTileFloats = 96 << 10;  // what a tile reads: of the second-level cache
+  static constexpr int64_t kHeld = 112;             // positions whose sums wait
 
   // What the tiles of all problems read together, which have strides in common.
   static Geometry joined(const std::vector<Problem>& problems) {

@@ -84,6 +84,56 @@ inline Multiply multiply_for(int rows, int vectors, bool unit) {
   return unit ? by_vectors(std::true_type{}) : by_vectors(std::false_type{});
 }
 
+// c[r·V·kLanes + w] = Σ_s a[rows[r] + segments[s].a + w] · b[segments[s].b + w]   for w < V·kLanes:
+// each channel by itself. Of the last vector only `last` lanes of a are there.
+template <int V>
+__attribute__((noinline)) void multiply_channels(const float* a, const int64_t* rows, int count,
+                                                 const float* b, const Segment* segments,
+                                                 int64_t taps, float* c, int64_t last) {
+  constexpr int kRows = 4;
+  const auto block = [&](auto r_, auto whole) {
+    constexpr int R = decltype(r_)::value;
+    Vec sum[R][V];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
+    for (const Segment* s = segments; s < segments + taps; ++s) {
+      Vec w[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) w[v] = load(b + s->b + v * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const float* x = a + rows[r] + s->a;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          const float* p = x + v * kLanes;
+          sum[r][v] += (whole || v + 1 < V ? load(p) : load(p, last)) * w[v];
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(c + (r * V + v) * kLanes, sum[r][v]);
+    rows += R, c += R * V * kLanes, count -= R;
+  };
+  const auto all = [&](auto whole) {
+    while (count >= kRows) block(std::integral_constant<int, kRows>{}, whole);
+    while (count > 0) block(std::integral_constant<int, 1>{}, whole);
+  };
+  last == kLanes ? all(std::true_type{}) : all(std::false_type{});
+}
+
+using MultiplyChannels = void (*)(const float*, const int64_t*, int, const float*, const Segment*,
+                                  int64_t, float*, int64_t);
+
+inline MultiplyChannels multiply_channels_for(int vectors) {
+  return vectors == 3   ? multiply_channels<3>
+         : vectors == 2 ? multiply_channels<2>
+                        : multiply_channels<1>;
+}
+
 // Any number of vectors from two on as a sum of threes and twos: width of the block that starts at
 // vector `at` of `total`.
 constexpr int block_vectors(int64_t at, int64_t total) {
@@ -95,8 +145,15 @@ constexpr int block_vectors(int64_t at, int64_t total) {
 // Rows in group `at` of `total`, of at most `most` each and alike in size.
 struct Groups {
   int64_t total, count;
-  Groups(int64_t total, int64_t most) : total(total), count((total + most - 1) / most) {}
-  int64_t start(int64_t i) const { return i * total / count; }
+  Groups(int64_t total, int64_t most)
+      : total(total),
+        count((total + most - 1) / most),
+        each_(count ? total / count : 0),
+        more_(total - each_ * count) {}
+  int64_t start(int64_t i) const { return i * each_ + std::min(i, more_); }
+
+ private:
+  int64_t each_, more_;  // rows of a group, and how many groups have one more
 };
 
 }  // namespace fastst::cpu

@@ -44,11 +44,40 @@ struct Block {
   size_t bytes;
 };
 
+struct Store;
+
+// The stores of all threads. It is never destroyed: threads may end after everything else.
+struct Stores {
+  std::mutex lock;
+  std::vector<Store*> all;
+  static Stores& get() {
+    static Stores* stores = new Stores;
+    return *stores;
+  }
+};
+
 struct Store {
+  std::mutex lock;  // against release, which another thread may call
   std::vector<Block> free;
   size_t held = 0;
+
+  Store() {
+    Stores& stores = Stores::get();
+    const std::lock_guard<std::mutex> held_lock(stores.lock);
+    stores.all.push_back(this);
+  }
   ~Store() {
+    Stores& stores = Stores::get();
+    {
+      const std::lock_guard<std::mutex> held_lock(stores.lock);
+      std::erase(stores.all, this);
+    }
+    release();
+  }
+  void release() {
+    const std::lock_guard<std::mutex> held_lock(lock);
     for (const Block& b : free) std::free(b.data);
+    free.clear(), held = 0;
   }
 };
 
@@ -76,14 +105,18 @@ void parallel_for(int threads, int64_t count, void (*body)(void*, int64_t), void
 
 Scratch::Scratch(int64_t floats) {
   const size_t needed = static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float);
-  auto& free = store_.free;
-  auto best = free.end();
-  for (auto b = free.begin(); b != free.end(); ++b)
-    if (b->bytes >= needed && (best == free.end() || b->bytes < best->bytes)) best = b;
-  if (best != free.end() && best->bytes <= 4 * std::max(needed, kHugePage)) {
-    data_ = best->data, bytes_ = best->bytes, store_.held -= bytes_;
-    *best = free.back(), free.pop_back();
-    return;
+  {
+    Store& store = store_;
+    const std::lock_guard<std::mutex> held_lock(store.lock);
+    auto& free = store.free;
+    auto best = free.end();
+    for (auto b = free.begin(); b != free.end(); ++b)
+      if (b->bytes >= needed && (best == free.end() || b->bytes < best->bytes)) best = b;
+    if (best != free.end() && best->bytes <= 4 * std::max(needed, kHugePage)) {
+      data_ = best->data, bytes_ = best->bytes, store.held -= bytes_;
+      *best = free.back(), free.pop_back();
+      return;
+    }
   }
   const size_t unit = needed >= kHugePage ? kHugePage : 64;
   bytes_ = (needed + unit - 1) / unit * unit;
@@ -93,12 +126,31 @@ Scratch::Scratch(int64_t floats) {
 }
 
 Scratch::~Scratch() {
-  if (store_.held + bytes_ > kKeptPerThread) {
+  Store& store = store_;
+  const std::lock_guard<std::mutex> held_lock(store.lock);
+  if (store.held + bytes_ > kKeptPerThread) {
     std::free(data_);
     return;
   }
-  store_.free.push_back({data_, bytes_});
-  store_.held += bytes_;
+  store.free.push_back({data_, bytes_});
+  store.held += bytes_;
+}
+
+int64_t kept_bytes() {
+  Stores& stores = Stores::get();
+  const std::lock_guard<std::mutex> held_lock(stores.lock);
+  size_t bytes = 0;
+  for (Store* s : stores.all) {
+    const std::lock_guard<std::mutex> its_lock(s->lock);
+    bytes += s->held;
+  }
+  return static_cast<int64_t>(bytes);
+}
+
+void release_kept() {
+  Stores& stores = Stores::get();
+  const std::lock_guard<std::mutex> held_lock(stores.lock);
+  for (Store* s : stores.all) s->release();
 }
 
 }  // namespace fastst::cpu

@@ -35,4 +35,8 @@ class Scratch {
   size_t bytes_;
 };
 
+// Bytes that the stores of all threads keep, at most 256 MiB each; and giving them back.
+int64_t kept_bytes();
+void release_kept();
+
 }  // namespace fastst::cpu

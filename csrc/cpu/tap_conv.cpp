@@ -137,7 +137,10 @@ class Pass {
     if (by<Winograd<Stride1, Stride1>>() || by<Winograd<Stride2, Stride2>>() ||
         by<Winograd<Stride1, Untouched>>())
       return true;
-    with(Direct(problems_));
+    if (problems_[0].apart)
+      with(Direct<Channelwise>(problems_));
+    else
+      with(Direct<Dense>(problems_));
     return false;
   }
 
@@ -152,7 +155,9 @@ class Pass {
   // Whether it could be done so, and the numbers are such that it is right.
   template <class Way>
   bool by() const {
-    if (sums_ == Sums::direct || problems_.size() > 1 || !Way::fits(problems_[0])) return false;
+    if (sums_ == Sums::direct || problems_[0].apart || problems_.size() > 1 ||
+        !Way::fits(problems_[0]))
+      return false;
     if (sums_ == Sums::best && !Way::pays(problems_[0])) return false;
     const Way way(problems_[0]);
     with(way);
@@ -200,13 +205,16 @@ Tensor residue_of(const View& v, const std::array<int64_t, 3>& residue, const Co
   return t;
 }
 
-// One group of a convolution.
+// One group of a convolution; a depthwise one is one group.
 Problem problem_of(const Source& source, const View& weight, const Conv& conv, const View& out,
                    const Epilogue& e, int64_t g) {
-  const int64_t in = weight.size[1], each = weight.size[0] / conv.groups;
+  const bool apart = is_depthwise(weight, conv);
+  const int64_t groups = apart ? 1 : conv.groups;
+  const int64_t in = weight.size[1], each = weight.size[0] / groups;
   Problem p{};
+  p.apart = apart;
   p.g = geometry(conv, source.a, out);
-  p.in = input_of(source, g * in, in);
+  p.in = input_of(source, g * in, apart ? each : in);
   p.weights = {start(weight) + g * each * weight.stride[0] * bytes_of(weight.storage),
                weight.storage,
                each,
@@ -219,7 +227,7 @@ Problem problem_of(const Source& source, const View& weight, const Conv& conv, c
   if (e.aux) p.aux = Tensor(*e.aux).from(g * each);
   p.outer = e.outer;
   p.first = g * each;
-  p.stored = g + 1 < conv.groups ? each : out.size[1] - g * each;
+  p.stored = g + 1 < groups ? each : out.size[1] - g * each;
   p.bias = from(e.bias, g * each);
   p.norm = Norm(e.coefficients).from(g * each);
   p.lines = e.large && p.out.c != 1;
@@ -233,7 +241,8 @@ int64_t tap_conv(const Source& source, const View& weight, const Conv& conv, con
   int64_t by_winograd = 0;
   std::optional<Reductions> reductions;
   if (e.reductions.count) reductions.emplace(e.write, weight.size[0]);
-  for (int64_t g = 0; g < conv.groups; ++g) {
+  const int64_t groups = is_depthwise(weight, conv) ? 1 : conv.groups;
+  for (int64_t g = 0; g < groups; ++g) {
     Pass pass(e, reductions ? &*reductions : nullptr, sums, threads);
     pass.add(problem_of(source, weight, conv, out, e, g));
     by_winograd += pass.run();
@@ -259,15 +268,18 @@ int64_t input_gradient(const Source& source, const View& weight, const Conv& con
                        const Epilogue& e, Sums sums, int threads) {
   if (conv.mode != PadMode::zeros)
     throw std::invalid_argument("fastst cpu input_gradient: requires padding with zeros");
-  const int64_t in = weight.size[0] / conv.groups, each = weight.size[1];
+  const bool apart = is_depthwise(weight, conv);
+  const int64_t groups = apart ? 1 : conv.groups;
+  const int64_t in = weight.size[0] / groups, each = apart ? in : weight.size[1];
   int64_t by_winograd = 0;
   std::optional<Reductions> reductions;
-  if (e.reductions.count) reductions.emplace(e.write, each * conv.groups);
-  for (int64_t g = 0; g < conv.groups; ++g) {
+  if (e.reductions.count) reductions.emplace(e.write, each * groups);
+  for (int64_t g = 0; g < groups; ++g) {
     Problem p{};
+    p.apart = apart;
     p.in = input_of(source, g * in, in);
     p.first = g * each;
-    p.stored = g + 1 < conv.groups ? each : out.size[1] - g * each;
+    p.stored = g + 1 < groups ? each : out.size[1] - g * each;
     p.bias = from(e.bias, g * each);
     p.norm = Norm(e.coefficients).from(g * each);
     p.outer = e.outer;
@@ -281,8 +293,8 @@ int64_t input_gradient(const Source& source, const View& weight, const Conv& con
           p.weights = {start(weight) + g * in * weight.stride[0] * bytes,
                        weight.storage,
                        each,
-                       in,
-                       weight.stride[1],
+                       apart ? 1 : in,
+                       weight.stride[apart ? 0 : 1],
                        weight.stride[0],
                        {},
                        {}};

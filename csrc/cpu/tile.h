@@ -54,6 +54,11 @@ inline Axis axis(const Conv& conv, int i, int64_t in, int64_t out) {
           conv.mode};
 }
 
+// Whether each output channel is made of one input channel, which makes no other.
+inline bool is_depthwise(const View& weight, const Conv& conv) {
+  return conv.groups > 1 && weight.size[0] == conv.groups && weight.size[1] == 1;
+}
+
 inline Geometry geometry(const Conv& conv, const View& in, const View& out) {
   return {axis(conv, 0, in.size[2], out.size[2]), axis(conv, 1, in.size[3], out.size[3]),
           axis(conv, 2, in.size[4], out.size[4]), out.size[0]};

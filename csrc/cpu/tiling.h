@@ -18,8 +18,9 @@ struct Problem {
   Input in;
   Weights weights;
   Tensor out, aux;
-  bool adds;              // to out, as another problem leaves it: out is aux
-  Activation outer;       // of an Epilogue
+  bool apart;        // each output channel is summed over the input channel of its number alone
+  bool adds;         // to out, as another problem leaves it: out is aux
+  Activation outer;  // of an Epilogue
   int64_t first, stored;  // channel of out in its tensor; channels of out
   const float* bias;
   Norm norm;

@@ -66,6 +66,21 @@ std::vector<Segment> segments(const Reads& x, const Box& box, const std::array<i
   return found;
 }
 
+Reads reads_of(const std::array<Axis, 3>& axis, const Box& box) {
+  return {
+      axis, box[0], {Window(axis[0], box[1]), Window(axis[1], box[2]), Window(axis[2], box[3])}};
+}
+
+// The same of all taps.
+std::vector<std::vector<Segment>> all_segments(const Reads& x, const Box& box, int64_t width) {
+  std::vector<std::vector<Segment>> found;
+  for (int64_t t = 0; t < x.axis[0].kernel; ++t)
+    for (int64_t h = 0; h < x.axis[1].kernel; ++h)
+      for (int64_t w = 0; w < x.axis[2].kernel; ++w)
+        found.push_back(segments(x, box, {t, h, w}, width));
+  return found;
+}
+
 // to[m·stride + r] = from[r·step + m] for neighbouring r < rows.
 template <class S>
 void write_rows(const float* from, int64_t step, int64_t rows, int64_t channels, S* to,
@@ -170,11 +185,7 @@ class Group {
   int64_t block_size(const Panel& out) const { return taps_ * kLanes * out.width; }
   int64_t at(int64_t out, int64_t in) const { return start_[out] + in * block_size(out_[out]); }
 
-  Reads reads(const Box& box) const {
-    return {axis_,
-            box[0],
-            {Window(axis_[0], box[1]), Window(axis_[1], box[2]), Window(axis_[2], box[3])}};
-  }
+  Reads reads(const Box& box) const { return reads_of(axis_, box); }
 
   // Sums over one part of the boxes for one range of dy's channels.
   void item(int64_t part, int64_t range, float* sums, bool whole) const {
@@ -226,16 +237,6 @@ class Group {
     }
   }
 
-  std::vector<std::vector<Segment>> all_segments(const Reads& x, const Box& box,
-                                                 int64_t width) const {
-    std::vector<std::vector<Segment>> found;
-    for (int64_t t = 0; t < axis_[0].kernel; ++t)
-      for (int64_t h = 0; h < axis_[1].kernel; ++h)
-        for (int64_t w = 0; w < axis_[2].kernel; ++w)
-          found.push_back(segments(x, box, {t, h, w}, width));
-    return found;
-  }
-
   const Input x_, dy_;
   const std::array<Axis, 3> axis_;
   const View& dw_;
@@ -248,6 +249,78 @@ class Group {
   int64_t parts_ = 1, ranges_ = 1;
 };
 
+// A depthwise convolution: dW[c, tap] = Σ_p x[p·stride + tap, c] · dy[p, c], a vector of channels
+// at a time.
+class Channelwise {
+ public:
+  Channelwise(const Input& x, const Input& dy, const Geometry& g, const View& dw, int threads)
+      : x_(x), dy_(dy), axis_{g.t, g.h, g.w}, dw_(dw), threads_(threads), taps_(g.taps()) {
+    for (int64_t c = 0; c < x.channels; c += kLanes)
+      panels_.push_back({c, std::min<int64_t>(kLanes, x.channels - c), kLanes});
+    const int64_t wide = floats() / taps_;
+    boxes_ = cut_boxes(g, wide, wide, kBoxFloats, threads);
+    parts_ = std::min<int64_t>(threads, boxes_.size());
+  }
+
+  void run() {
+    const Scratch sums(parts_ * floats());
+    parallel_for(threads_, parts_, [&](int64_t part) { item(part, sums + part * floats()); });
+    for (size_t i = 0; i < panels_.size(); ++i) {
+      float* block = sums + i * taps_ * kLanes;
+      for (int64_t part = 1; part < parts_; ++part)
+        for (int64_t j = 0; j < taps_ * kLanes; j += kLanes)
+          store(block + j, load(block + j) + load(block + part * floats() + j));
+      write_block(block, {0, 1, kLanes}, panels_[i], dw_);
+    }
+  }
+
+ private:
+  int64_t floats() const { return panels_.size() * taps_ * kLanes; }
+
+  void item(int64_t part, float* sums) const {
+    std::fill_n(sums, floats(), 0.0f);
+    const int64_t count = boxes_.size(), wide = panels_.size() * kLanes;
+    for (int64_t b = count * part / parts_; b < count * (part + 1) / parts_; ++b) {
+      const Reads x = reads_of(axis_, boxes_[b]), own = themselves(boxes_[b]);
+      const Scratch packed((x.count() + own.count()) * wide);
+      float* dy = packed + x.count() * wide;
+      pack_panels(x, x_, &panels_.front(), &panels_.back() + 1, packed);
+      pack_panels(own, dy_, &panels_.front(), &panels_.back() + 1, dy);
+      const auto taps = all_segments(x, boxes_[b], kLanes);
+      for (size_t i = 0; i < panels_.size(); ++i)
+        for (int64_t tap = 0; tap < taps_; ++tap)
+          for (const Segment& s : taps[tap]) {
+            float* to = sums + (i * taps_ + tap) * kLanes;
+            store(to, load(to) + product(packed + i * x.count() * kLanes + s.a,
+                                         x.window[2].pitch * kLanes,
+                                         dy + i * own.count() * kLanes + s.b, s.count));
+          }
+    }
+  }
+
+  // Σ a·b of neighbours, in several sums that do not wait for each other.
+  static Vec product(const float* a, int64_t step, const float* b, int64_t count) {
+    constexpr int kSums = 4;
+    Vec sum[kSums] = {};
+    int64_t k = 0;
+    for (; k + kSums <= count; k += kSums)
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i)
+        sum[i] += load(a + (k + i) * step) * load(b + (k + i) * kLanes);
+    for (; k < count; ++k) sum[0] += load(a + k * step) * load(b + k * kLanes);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+
+  const Input x_, dy_;
+  const std::array<Axis, 3> axis_;
+  const View& dw_;
+  const int threads_;
+  const int64_t taps_;
+  std::vector<Panel> panels_;
+  std::vector<Box> boxes_;
+  int64_t parts_;
+};
+
 // Whether the rows of a frame lie in memory as one.
 bool rows_join(const Input& in, int64_t width) {
   return in.a.h == width * in.a.w && (!in.b.data || in.b.h == width * in.b.w);
@@ -258,14 +331,18 @@ bool rows_join(const Input& in, int64_t width) {
 void weight_gradient(const Source& x, const Source& dy, const Conv& conv, const View& dw,
                      int threads) {
   Geometry g = geometry(conv, x.a, dy.a);
-  Input in = input_of(x, 0, dw.size[1]), out = input_of(dy, 0, dw.size[0] / conv.groups);
+  const bool apart = is_depthwise(dw, conv);
+  const int64_t groups = apart ? 1 : conv.groups;
+  Input out = input_of(dy, 0, dw.size[0] / groups);
+  Input in = input_of(x, 0, apart ? out.channels : dw.size[1]);
   if (g.h.idle() && g.w.idle() && rows_join(in, g.w.in) && rows_join(out, g.w.in)) {
     g.w.in = g.w.out = g.h.in * g.w.in;
     g.h.in = g.h.out = 1;
   }
+  if (apart) return Channelwise(in, out, g, dw, threads).run();
   View part = dw;
   part.size[0] = out.channels;
-  for (int64_t i = 0; i < conv.groups; ++i) {
+  for (int64_t i = 0; i < groups; ++i) {
     Group(in.from(i * in.channels, in.channels), out.from(i * out.channels, out.channels), g, part,
           threads)
         .run();

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +19,16 @@ from ..backends.contract import Backend, Begun
 from ..problem import activations
 from ..problem.conv3d import ConvSpec, ConvTensors
 from ..problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors
-from .registered import pair_gradients, results_of, second_pass, without_autocast
+from .registered import (
+    batched,
+    call,
+    named,
+    pair_gradients,
+    results_of,
+    second_pass,
+    unseen,
+    without_autocast,
+)
 from .schema import packed
 
 _TENSORS = {PairSpec: PairTensors, ParallelSpec: ParallelTensors, ConvSpec: ConvTensors}
@@ -46,7 +54,7 @@ class _PairFunction(torch.autograd.Function):
     ) -> Any:
         args: Any = tensors
         if begun is None:
-            results = torch.ops.fastst.conv2plus1d_train(*tensors, *packed(spec), backend)
+            results = call("conv2plus1d_train", *tensors, *packed(spec), backend)
         else:
             results = second_pass(PairTensors(*args), spec, backend, begun)
         y, u, mean, var, *_ = scatter(results, results_of(spec))
@@ -78,11 +86,8 @@ class _PairFunction(torch.autograd.Function):
         _check_unwritten(ctx.watched, tensors)
         tensors[4] = tensors[4] if ctx.second_bias is None else ctx.second_bias
         needs = ctx.needs_input_grad[4:]
-        if _direct(owner[0], *tensors):
-            seen: Any = nullcontext()
-            if torch.autograd._profiler_enabled():
-                seen = torch.autograd.profiler.record_function("fastst::conv2plus1d_backward")
-            with seen:
+        if not torch.is_grad_enabled() and unseen(owner[0], *tensors):  # then none holds them
+            with named("conv2plus1d_backward"):
                 found = without_autocast(
                     owner[0].device.type, pair_gradients, owner, u, mean, var, *tensors,
                     *packed(ctx.spec), ctx.backend, needs,
@@ -131,28 +136,6 @@ def _check_unwritten(watched: Watched, found: Sequence[Tensor | None]) -> None:
             )
 
 
-def _direct(*tensors: Tensor | None) -> bool:
-    """Whether nobody but a profiler would see an op called now: then none holds its arguments."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or _batched(tensors[0]):
-        return False
-    # A view that is to be negated when it is read (z.conj().imag) is what a dispatcher resolves.
-    plain = (Tensor, torch.nn.Parameter)
-    return all(t is None or (type(t) in plain and not t.is_neg()) for t in tensors)
-
-
-def _batched(t: Tensor | None) -> bool:
-    """Whether a tensor stands for many: is_grads_batched maps backward over dy, by the older of
-    PyTorch's two vmaps."""
-    if t is None or torch.compiler.is_compiling():
-        return False
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_legacy_batchedtensor(t)
-    )
-
-
 class _ParallelFunction(torch.autograd.Function):
     """parallel_conv2plus1d; keeps only x."""
 
@@ -161,7 +144,7 @@ class _ParallelFunction(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.watched = _watched(tensors)
         ctx.spec, ctx.backend = spec, backend
-        return torch.ops.fastst.parallel_conv2plus1d(*tensors, *packed(spec), backend)
+        return call("parallel_conv2plus1d", *tensors, *packed(spec), backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -184,7 +167,7 @@ def backward_of(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    if _batched(dy):
+    if batched(dy):
         grads = _composed_gradients(compose, spec, needs, dy, tensors)[0]
     elif torch.is_grad_enabled():  # create_graph
         grads = _BackwardFunction.apply(op, compose, spec, backend, needs, kept, dy, *tensors)
@@ -279,7 +262,7 @@ class _NormFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
         gamma = None if weight is None else weight.to(mean.dtype)
         grads = None
-        if ctx.own is not None and not torch.is_grad_enabled() and not _batched(dy):
+        if ctx.own is not None and not torch.is_grad_enabled() and not batched(dy):
             grads = ctx.own(dy, y, mean, var, gamma, ctx.eps, needs)
         if grads is None:
             grads = torch.ops.aten.native_batch_norm_backward(
@@ -325,14 +308,14 @@ def conv2plus1d(
     gradients = needs_grad(tensors)
     runs = forward or backend
     if not (gradients or spec.norm == "batch" or spec.output_statistics):
-        return torch.ops.fastst.conv2plus1d(*tensors, *packed(spec), runs), None, None
+        return call("conv2plus1d", *tensors, *packed(spec), runs), None, None
     without_u = spec._replace(recompute=True)  # outside of autograd nobody sees or needs it
     if gradients:
         results = _PairFunction.apply(spec, runs, backend, begun, *tensors)
     elif begun is not None:
         results = second_pass(tensors, without_u, runs, begun)
     else:
-        results = torch.ops.fastst.conv2plus1d_train(*tensors, *packed(without_u), runs)
+        results = call("conv2plus1d_train", *tensors, *packed(without_u), runs)
     found: list[Any] = scatter(results, results_of(without_u))
     y, _, mean, var, count, out_mean, out_var = found
     return (
@@ -345,4 +328,4 @@ def conv2plus1d(
 def parallel_conv2plus1d(tensors: ParallelTensors, spec: ParallelSpec, backend: str) -> Tensor:
     if needs_grad(tensors):
         return _ParallelFunction.apply(spec, backend, *tensors)
-    return torch.ops.fastst.parallel_conv2plus1d(*tensors, *packed(spec), backend)
+    return call("parallel_conv2plus1d", *tensors, *packed(spec), backend)

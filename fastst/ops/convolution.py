@@ -18,7 +18,7 @@ from ..backends.contract import ConvBackward, ConvResult
 from ..problem import activations, norms
 from ..problem.conv3d import ConvSpec, ConvTensors
 from .autograd import backward_of, needs_grad, scatter
-from .registered import apart, as_laid_out, register
+from .registered import apart, as_laid_out, call, register
 from .schema import CONV, CONV_SPEC, CONV_TENSORS, conv_arguments, packed
 
 
@@ -105,7 +105,7 @@ class _ConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: ConvSpec, backend: str, *tensors: Tensor | None) -> Any:
-        results = torch.ops.fastst.conv3d_train(*tensors, *packed(spec), backend)
+        results = call("conv3d_train", *tensors, *packed(spec), backend)
         there = results_of(spec, ConvTensors(*tensors).var is not None)  # type: ignore[arg-type]
         _, mean, var, *_ = scatter(results, there)
         ctx.save_for_backward(mean, var, *tensors)
@@ -135,13 +135,13 @@ def conv3d(
     gradients = needs_grad(tensors)
     batch = spec.norm == "batch" and tensors.var is None
     if not (gradients or batch or spec.output_statistics):
-        return torch.ops.fastst.conv3d(*tensors, *packed(spec), backend), None, None
+        return call("conv3d", *tensors, *packed(spec), backend), None, None
     bare, inner = tensors, spec
     if gradients:
         bare, inner = tensors._replace(residual=None), spec._replace(activation="none")
         results = _ConvFunction.apply(inner, backend, *bare)
     else:
-        results = torch.ops.fastst.conv3d_train(*tensors, *packed(spec), backend)
+        results = call("conv3d_train", *tensors, *packed(spec), backend)
     found: Any = scatter(results, results_of(spec, tensors.var is not None))
     y, mean, var, *out = found
     if gradients:

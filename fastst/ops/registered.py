@@ -7,6 +7,7 @@ needs, and a backward op; all opaque to the compiler and all of them pure.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from .schema import (
 )
 
 _library = torch.library.Library("fastst", "DEF")
+_implementations: dict[str, Callable[..., Any]] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -38,8 +41,47 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     def run(*args: Any) -> Any:
         return without_autocast(args[0].device.type, implementation, *args)
 
+    _implementations[name] = run
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastst::{name}", fake, lib=_library)
+
+
+def call(name: str, *args: Any) -> Any:
+    """``torch.ops.fastst.<name>``, past the dispatcher, which costs time, where nobody sees it."""
+    if not unseen(*args):
+        return getattr(torch.ops.fastst, name)(*args)
+    with named(name):
+        return _implementations[name](*args)
+
+
+def unseen(*args: Any) -> bool:
+    """Whether nobody but a profiler would see an op called now: no mode, no tracer, no subclass."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if batched(args[0]):
+        return False
+    # A view that is to be negated when it is read (z.conj().imag) is what a dispatcher resolves.
+    return not any(isinstance(t, Tensor) and (type(t) not in _PLAIN or t.is_neg()) for t in args)
+
+
+def batched(t: Tensor | None) -> bool:
+    """Whether a tensor stands for many: is_grads_batched maps backward over dy, by the older of
+    PyTorch's two vmaps."""
+    if t is None or torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(t)
+    )
+
+
+def named(name: str) -> Any:
+    """A context in which profilers see an op of this name, without one."""
+    if torch.autograd._profiler_enabled():
+        return torch.autograd.profiler.record_function(f"fastst::{name}")
+    return nullcontext()
 
 
 def without_autocast(device: str, implementation: Callable[..., Any], *args: Any) -> Any:

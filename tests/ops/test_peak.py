@@ -104,7 +104,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     elif name == "cpu":
         if isinstance(library.load(), str):
             pytest.skip("the native CPU kernels are not built")
-        vars(library._buffers).pop("rows", None)
+        library.release_buffers()
     else:
         real = request.getfixturevalue("emulated")
         monkeypatch.setattr(native, "library", lambda: Nothing(real))

@@ -52,6 +52,8 @@ def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
         name = str(problem.dtype).removeprefix("torch.")
         return f"multiplies in float32 what this processor multiplies in {name}"
     for p in problem.passes:
+        if p.groups == p.in_channels == p.out_channels:
+            continue  # depthwise: a vector holds channels of different groups
         if p.groups > 1 and p.out_channels // p.groups < _LEAST_PER_GROUP:
             return (
                 f"is slow with fewer than {_LEAST_PER_GROUP} output channels per group, here "

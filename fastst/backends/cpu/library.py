@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +23,18 @@ from .. import native
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of tensors that kernels take
-_INTERFACE = 2  # of csrc/cpu/bindings.cpp
+_INTERFACE = 3  # of csrc/cpu/bindings.cpp
 _LARGEST_BUFFER = 256 << 20  # bytes that a thread keeps between calls
-_buffers = threading.local()
+
+
+class _Buffer:
+    """As large as the largest u that a thread's calls needed room for."""
+
+    rows: Tensor | None = None
+
+
+_buffers: weakref.WeakSet[_Buffer] = weakref.WeakSet()  # of all threads
+_own = threading.local()
 
 
 @functools.cache
@@ -166,10 +176,35 @@ def buffer(problem: PairProblem) -> Tensor:
     words = -(-math.prod(problem.mid_shape) * problem.dtype.itemsize // 4)
     if 4 * words > _LARGEST_BUFFER:
         return floats(words)
-    found: Tensor | None = getattr(_buffers, "rows", None)
+    own: _Buffer | None = getattr(_own, "buffer", None)
+    if own is None:
+        own = _own.buffer = _Buffer()
+        _buffers.add(own)
+    found = own.rows
     if found is None or found.numel() < words:
-        found = _buffers.rows = floats(words)
+        found = own.rows = floats(words)
     return found
+
+
+def release_buffers() -> int:
+    """Give back the memory that the CPU kernels of all threads keep between calls.
+
+    A thread that computes keeps up to 256 MiB of what it packs weights and inputs into, and one
+    that calls up to 256 MiB for what lies between two convolutions: fresh pages cost about as much
+    as filling them. The next call takes what it needs again. May be called at any time.
+
+    Returns:
+        How many bytes that were.
+    """
+    released = 0
+    for buffer in list(_buffers):
+        rows, buffer.rows = buffer.rows, None
+        released += 0 if rows is None else rows.nbytes
+    found = load()
+    if not isinstance(found, str):
+        released += found.kept_bytes()
+        found.release_kept()
+    return released
 
 
 def floats(*shape: int) -> Tensor:

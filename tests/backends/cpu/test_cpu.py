@@ -151,6 +151,16 @@ def test_nan_and_infinity_reach_what_pytorch_lets_them(bad: float, norm: bool) -
     assert not u[..., 20:].any()
 
 
+@built
+@pytest.mark.parametrize("channels", [8, 3, 45])
+def test_depthwise(channels: int) -> None:
+    """One vector of channels, a part of one, and several blocks of them."""
+    same = dict(channels=channels, mid=channels, out=channels, groups=(channels, channels))
+    fuzz.fuzz("cpu", 20, limits(**same), first=fuzz.SEED + 8000, backward=False, least=1.0)
+    zeros = limits(**same, padding_mode=("zeros", "zeros"))
+    fuzz.fuzz("cpu", 20, zeros, first=fuzz.SEED + 9000, least=1.0)
+
+
 # ---- strips of the mid tensor
 
 
@@ -333,7 +343,9 @@ def test_auto_takes_it_and_explain_says_so() -> None:
     layer = fastst.Conv2Plus1d(4, 8, 3, padding=1)
     assert fastst.explain(layer, torch.randn(1, 4, 3, 5, 5)).backend == "cpu"
     depthwise = fastst.Conv2Plus1d(8, 8, 3, padding=1, groups=8, mid_channels=8)
-    found = fastst.explain(depthwise, torch.randn(1, 8, 3, 5, 5))
+    assert fastst.explain(depthwise, torch.randn(1, 8, 3, 5, 5)).backend == "cpu"
+    grouped = fastst.Conv2Plus1d(8, 8, 3, padding=1, groups=4, mid_channels=8)
+    found = fastst.explain(grouped, torch.randn(1, 8, 3, 5, 5))
     assert found.backend == "aten" and "output channels per group" in found.reasons["cpu"]
 
 
