@@ -90,7 +90,8 @@ void bind_passes(py::module_& m) {
   py::enum_<cpu::Sums>(m, "Sums", kLocal)
       .value("best", cpu::Sums::best)
       .value("direct", cpu::Sums::direct)
-      .value("winograd", cpu::Sums::winograd);
+      .value("winograd", cpu::Sums::winograd)
+      .value("pairs", cpu::Sums::pairs);
   // What these are made of must outlive them.
   py::class_<cpu::Source>(m, "Source", kLocal)
       .def(py::init<cpu::View, OptionalView, Array, Read, Activation, double>());
@@ -108,7 +109,7 @@ void bind_passes(py::module_& m) {
 PYBIND11_MODULE(FASTST_MODULE, m) {
   m.doc() = "CPU kernels of fastst: tensors in, results in memory of the caller.";
 
-  m.attr("INTERFACE") = 3;  // raised by each change of what is bound, with library.py
+  m.attr("INTERFACE") = 4;  // raised by each change of what is bound, with library.py
   bind_common(m);
   bind_passes(m);
   bind_pairs(m);
@@ -124,5 +125,6 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
           cpu::batch_norm_backward(dv, y, mean, var, gamma, eps, dy, sums, threads);
         }));
   m.def("multiplies", &cpu::multiplies, py::arg("dtype"));
+  m.def("multiplies_pairs", &cpu::multiplies_pairs);
   m.def("multiply_panels", unlocked(cpu::multiply_panels), py::arg("rounds"), py::arg("threads"));
 }

@@ -42,9 +42,9 @@ struct Epilogue {
   bool large = false;  // out is larger than the caches, and is stored past them
 };
 
-// How the products of a convolution are summed: Winograd's way wherever it can be done, nowhere, or
-// where it is likely to be faster.
-enum class Sums { best, direct, winograd };
+// How the products of a convolution are summed: as is likely to be the fastest; one by one;
+// Winograd's way or in pairs of bfloat16 wherever that can be done.
+enum class Sums { best, direct, winograd, pairs };
 
 // out = epilogue(convolution of the source); input_gradient: of the transposed convolution, where
 // source is shaped as the convolution's output and out as its input. How many of the groups went by
@@ -164,8 +164,10 @@ void batch_norm_backward(const View& dv, const View& y, const Array& mean, const
                          const Array& gamma, double eps, const std::optional<View>& dy,
                          const Array& sums, int threads);
 
-// Whether the processor has instructions that multiply what is stored so.
+// Whether the processor has instructions that multiply what is stored so; pairs of bfloat16 in
+// vectors (vdpbf16ps).
 bool multiplies(Storage);
+bool multiplies_pairs();
 
 // Multiplies panels in cache `rounds` times on each thread; how many operations that took.
 int64_t multiply_panels(int64_t rounds, int threads);

@@ -10,6 +10,9 @@ namespace fastst::cpu {
 
 // What an output channel sums over: all channels of the source.
 struct Dense {
+  using Packer = WeightPacker;
+  static constexpr bool kInPlace = true;
+  static int64_t units(int64_t channels) { return channels; }  // floats of a position
   // Input channels whose weights a block keeps in the cache.
   static int64_t chunk_of(const Weights& w) {
     constexpr int64_t kBlockFloats = 112 << 10;
@@ -26,8 +29,66 @@ struct Dense {
   }
 };
 
+// Weights of two input channels each, side by side in the place of a float.
+class PairPacker {
+ public:
+  PairPacker(const Weights& weights, int64_t chunk)
+      : floats_(weights, weights.in), units_(chunk), channels_(weights.in) {}
+
+  const std::vector<Block>& blocks() const { return floats_.blocks(); }
+  int64_t channels() const { return units_; }
+  int64_t chunk() const { return units_; }
+  int64_t row(int64_t tap, int64_t unit) const { return tap * units_ + unit; }
+  int64_t size(const Block& b) const { return floats_.taps() * units_ * b.vectors * kLanes; }
+  void pack(const Block& b, float* to) const {
+    const Scratch rows(floats_.size(b));
+    floats_.pack(b, rows);
+    const int64_t pitch = b.vectors * kLanes;
+    for (int64_t tap = 0; tap < floats_.taps(); ++tap)
+      for (int64_t c = 0; c < channels_; c += 2) {
+        const float* even = rows + (tap * channels_ + c) * pitch;
+        for (int64_t i = 0; i < pitch; i += kLanes, to += kLanes)
+          store(to,
+                Bf16Pairs::of(load(even + i), c + 1 < channels_ ? load(even + pitch + i) : Vec{}));
+      }
+  }
+
+ private:
+  WeightPacker floats_;
+  int64_t units_, channels_;
+};
+
+// The same in pairs of bfloat16.
+struct DensePairs {
+  using Packer = PairPacker;
+  static constexpr bool kInPlace = false;
+  static int64_t units(int64_t channels) { return (channels + 1) / 2; }
+  static int64_t chunk_of(const Weights& w) { return units(w.in); }
+  static void multiply(int rows, const Block& block, int64_t, const float* x, const int64_t* places,
+                       const float* weights, const std::vector<Segment>& segments, float* to,
+                       bool accumulate) {
+    const int64_t pitch = block.vectors * kLanes;
+    multiply_for<Bf16Pairs>(rows, block.vectors, true)(
+        x, places, 1, weights, pitch, segments.data(), segments.size(), to, pitch, accumulate);
+  }
+  // Channels of `positions`, two each in the place of a float.
+  static void join(const float* from, int64_t positions, int64_t channels, float* to) {
+    auto* out = reinterpret_cast<BFloat16*>(to);
+    for (int64_t i = 0; i < positions; ++i, from += channels, out += 2 * units(channels)) {
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const int64_t n = std::min<int64_t>(kLanes, channels - c);
+        store(out + c, load(from + c, n), n);
+      }
+      if (channels % 2) out[channels] = BFloat16{0};
+    }
+  }
+};
+
 // The channel of its own number alone.
 struct Channelwise {
+  using Packer = WeightPacker;
+  static constexpr bool kInPlace = true;
+  static int64_t units(int64_t channels) { return channels; }
   static int64_t chunk_of(const Weights&) { return 1; }
   static void multiply(int rows, const Block& block, int64_t channels, const float* x,
                        const int64_t* places, const float* weights,
@@ -50,7 +111,7 @@ class Direct {
       : problems_(problems),
         g_(joined(problems)),
         in_(problems[0].in),
-        in_place_(readable_in_place(g_, in_)) {
+        in_place_(Products::kInPlace && readable_in_place(g_, in_)) {
     for (const Problem& p : problems) {
       const int index = static_cast<int>(packers_.size());
       packers_.emplace_back(p.weights, Products::chunk_of(p.weights));
@@ -65,12 +126,19 @@ class Direct {
   int64_t weights_size(const Work& w) const { return packers_[w.problem].size(w.block); }
   void pack_weights(const Work& w, float* to) const { packers_[w.problem].pack(w.block, to); }
 
-  int64_t reads(const Tile& t) const { return packed_size(g_, t, in_.channels); }
+  int64_t reads(const Tile& t) const { return packed_size(g_, t, Products::units(in_.channels)); }
   int64_t tile_size(const Tile& t) const { return in_place_ ? 0 : reads(t); }
   Packed pack(const Tile& t, float* to) const {
     if (in_place_) return in_place(g_, t, in_);
-    pack_tile(g_, t, in_, to);
-    return packed_strides(g_, t, in_.channels, to);
+    if constexpr (Products::kInPlace) {
+      pack_tile(g_, t, in_, to);
+    } else {
+      const int64_t floats = packed_size(g_, t, in_.channels);
+      const Scratch wide(floats);
+      pack_tile(g_, t, in_, wide);
+      Products::join(wide, floats / in_.channels, in_.channels, to);
+    }
+    return packed_strides(g_, t, Products::units(in_.channels), to);
   }
 
   // Calls done(sums, pitch, positions, count) until all positions of a tile, which is inside what
@@ -79,13 +147,13 @@ class Direct {
   void operator()(const Tile& tile, const Packed& all, const Work& work, const float* weights,
                   E expect, F done) const {
     const Problem& p = problems_[work.problem];
-    const WeightPacker& packer = packers_[work.problem];
+    const typename Products::Packer& packer = packers_[work.problem];
     const Block& block = work.block;
     Packed packed = all;
     packed.data += (g_.t.before - p.g.t.before) * all.t + (g_.h.before - p.g.h.before) * all.h +
                    (g_.w.before - p.g.w.before) * all.w;
     const int64_t pitch = block.vectors * kLanes;
-    const int64_t chunks = parts_of(p.weights.in, packer.chunk());
+    const int64_t chunks = parts_of(packer.channels(), packer.chunk());
     // A group of rows shares its taps: those of one frame if taps may lie outside.
     const int64_t frames = p.g.t.inside() ? 1 : tile.t1 - tile.t0;
     const int64_t each = tile.positions() / frames;
@@ -163,9 +231,9 @@ class Direct {
 
   // The stretches of k for a frame of the tile: one for each tap, or for each row of taps where
   // their channels follow each other.
-  static void list_segments(const Geometry& g, const WeightPacker& packer, const Tile& tile,
-                            const Packed& packed, int64_t frame, int64_t chunk, int64_t pitch,
-                            std::vector<Segment>& list) {
+  static void list_segments(const Geometry& g, const typename Products::Packer& packer,
+                            const Tile& tile, const Packed& packed, int64_t frame, int64_t chunk,
+                            int64_t pitch, std::vector<Segment>& list) {
     const int64_t first = chunk * packer.chunk();
     const int64_t channels = std::min(packer.chunk(), packer.channels() - first);
     const bool together = g.w.dilation == 1 && packed.w == channels;
@@ -187,7 +255,7 @@ class Direct {
   const Geometry g_;
   const Input in_;
   const bool in_place_;
-  std::deque<WeightPacker> packers_;
+  std::deque<typename Products::Packer> packers_;
   std::vector<Work> work_;
 };
 

@@ -1,7 +1,7 @@
 // The inner loop of every pass: an outer product of a few rows with a few vectors, summed over k.
 #pragma once
 
-#include <simd.h>
+#include <storage.h>
 
 #include <algorithm>
 
@@ -13,6 +13,46 @@ struct Segment {
   int64_t count;  // of k
 };
 
+// What is multiplied: floats.
+struct Floats {
+  static Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+};
+
+// Pairs of bfloat16, of neighbouring k, in the place of a float each: two products at once, which
+// are added in float32.
+#if defined(__AVX512F__)
+constexpr bool kHasPairs = true;  // on processors with AVX512_BF16
+#else
+constexpr bool kHasPairs = false;
+#endif
+struct Bf16Pairs {
+#if defined(__AVX512F__)
+  // In assembler: with the compiler's option for it, it would use the instruction elsewhere as
+  // well.
+  static Vec add(Vec sum, Vec a, Vec b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+#else
+  // What that instruction does, so that all around it can be tried without.
+  static Vec add(Vec sum, Vec a, Vec b) {
+    const auto x = reinterpret_cast<Bits>(a), y = reinterpret_cast<Bits>(b);
+    const auto odd = [](Bits v) { return reinterpret_cast<Vec>(v & static_cast<int>(0xffff0000)); };
+    const auto even = [](Bits v) { return reinterpret_cast<Vec>(v << 16); };
+    return sum + odd(x) * odd(y) + even(x) * even(y);
+  }
+#endif
+  static Vec of(Vec even, Vec odd) {
+    const auto low = bits(even) >> 16, high = bits(odd);
+    return reinterpret_cast<Vec>(high | low);
+  }
+
+ private:
+  static UnsignedBits bits(Vec v) {
+    return reinterpret_cast<UnsignedBits>(widen(narrow(v, BFloat16{}), BFloat16{}));
+  }
+};
+
 // Rows and vectors of one call: accumulators, vectors of b and one broadcast fill the registers.
 constexpr int kMostVectors = 3;
 constexpr int most_rows(int vectors) {
@@ -21,8 +61,9 @@ constexpr int most_rows(int vectors) {
 }
 constexpr int kMostRows = most_rows(1);
 
-// c[r·ldc + w] (+)= Σ_k a[rows[r] + k·a_step] · b[k·b_step + w]   for r < R and w < V·kLanes
-template <int R, int V, bool Unit>
+// c[r·ldc + w] (+)= Σ_k a[rows[r] + k·a_step] · b[k·b_step + w]   for r < R and w < V·kLanes, of
+// Floats or of pairs
+template <class Kind, int R, int V, bool Unit>
 __attribute__((noinline)) void multiply(const float* a, const int64_t* rows, int64_t a_step,
                                         const float* b, int64_t b_step, const Segment* segments,
                                         int64_t count, float* c, int64_t ldc, bool accumulate) {
@@ -46,7 +87,7 @@ __attribute__((noinline)) void multiply(const float* a, const int64_t* rows, int
       for (int r = 0; r < R; ++r) {
         const Vec left = splat(row[r][k * step]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] += left * w[v];
+        for (int v = 0; v < V; ++v) sum[r][v] = Kind::add(sum[r][v], left, w[v]);
       }
     }
   }
@@ -63,17 +104,18 @@ __attribute__((noinline)) void multiply(const float* a, const int64_t* rows, int
 using Multiply = void (*)(const float*, const int64_t*, int64_t, const float*, int64_t,
                           const Segment*, int64_t, float*, int64_t, bool);
 
-template <bool Unit, int V, int... R>
+template <class Kind, bool Unit, int V, int... R>
 constexpr Multiply pick(int rows, std::integer_sequence<int, R...>) {
-  constexpr Multiply all[] = {multiply<R + 1, V, Unit>...};
+  constexpr Multiply all[] = {multiply<Kind, R + 1, V, Unit>...};
   return all[rows - 1];
 }
 
 // The function for 1 ≤ rows ≤ most_rows(vectors); unit: a_step is 1.
-inline Multiply multiply_for(int rows, int vectors, bool unit) {
+template <class Kind = Floats>
+Multiply multiply_for(int rows, int vectors, bool unit) {
   const auto with = [&](auto u, auto v) {
     constexpr int V = decltype(v)::value;
-    return pick<decltype(u)::value, V>(rows, std::make_integer_sequence<int, most_rows(V)>{});
+    return pick<Kind, decltype(u)::value, V>(rows, std::make_integer_sequence<int, most_rows(V)>{});
   };
   const auto by_vectors = [&](auto u) {
     using std::integral_constant;

@@ -3,15 +3,33 @@
 #include <cpuid.h>
 
 namespace fastst::cpu {
+namespace {
+
+struct Features {
+  bool avx512_bf16 = false, avx512_fp16 = false, amx_bf16 = false, amx_fp16 = false;
+
+  Features() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return;
+    amx_bf16 = edx >> 22 & 1, avx512_fp16 = edx >> 23 & 1;
+    if (eax < 1 || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return;
+    avx512_bf16 = eax >> 5 & 1, amx_fp16 = eax >> 21 & 1;
+  }
+};
+
+const Features& features() {
+  static const Features found;
+  return found;
+}
+
+}  // namespace
 
 bool multiplies(Storage storage) {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (storage == Storage::f32 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
-    return storage == Storage::f32;
-  const bool more = eax >= 1, amx_bf16 = edx >> 22 & 1, avx512_fp16 = edx >> 23 & 1;
-  if (!more || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) eax = 0;
-  const bool avx512_bf16 = eax >> 5 & 1, amx_fp16 = eax >> 21 & 1;
-  return storage == Storage::bf16 ? avx512_bf16 || amx_bf16 : avx512_fp16 || amx_fp16;
+  const Features& f = features();
+  if (storage == Storage::f32) return true;
+  return storage == Storage::bf16 ? f.avx512_bf16 || f.amx_bf16 : f.avx512_fp16 || f.amx_fp16;
 }
+
+bool multiplies_pairs() { return features().avx512_bf16; }
 
 }  // namespace fastst::cpu

@@ -134,6 +134,10 @@ class Pass {
         p.g.w.in = p.g.w.out = p.g.h.in * p.g.w.in;
         p.g.h.in = p.g.h.out = 1;
       }
+    if (in_pairs()) {
+      with(Direct<DensePairs>(problems_));
+      return false;
+    }
     if (by<Winograd<Stride1, Stride1>>() || by<Winograd<Stride2, Stride2>>() ||
         by<Winograd<Stride1, Untouched>>())
       return true;
@@ -152,11 +156,22 @@ class Pass {
     compute(problems_, e_, way, tiles, reductions_, threads_);
   }
 
+  // Whether products are of pairs of bfloat16: where x and weights are, and the processor has them.
+  bool in_pairs() const {
+    const Problem& p = problems_[0];
+    const bool stored = p.in.a.storage == Storage::bf16 && p.weights.storage == Storage::bf16;
+    if (p.apart || !stored) return false;
+    if (sums_ != Sums::pairs) return sums_ == Sums::best && kHasPairs && multiplies_pairs();
+    if (kHasPairs && !multiplies_pairs())
+      throw std::invalid_argument("fastst cpu: sums in pairs require a processor with AVX512_BF16");
+    return true;
+  }
+
   // Whether it could be done so, and the numbers are such that it is right.
   template <class Way>
   bool by() const {
-    if (sums_ == Sums::direct || problems_[0].apart || problems_.size() > 1 ||
-        !Way::fits(problems_[0]))
+    if (sums_ == Sums::direct || sums_ == Sums::pairs || problems_[0].apart ||
+        problems_.size() > 1 || !Way::fits(problems_[0]))
       return false;
     if (sums_ == Sums::best && !Way::pays(problems_[0])) return false;
     const Way way(problems_[0]);

@@ -23,7 +23,7 @@ from .. import native
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of tensors that kernels take
-_INTERFACE = 3  # of csrc/cpu/bindings.cpp
+_INTERFACE = 4  # of csrc/cpu/bindings.cpp
 _LARGEST_BUFFER = 256 << 20  # bytes that a thread keeps between calls
 
 
@@ -99,7 +99,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 class Launcher(native.Launcher):
     """Launches of single convolutions of a call; ``pair`` and its like make a call as a whole."""
 
-    sums = "best"  # or "direct", "winograd": how convolutions sum their products
+    sums = "best"  # or "direct", "winograd", "pairs": how convolutions sum their products
     strip = 192 << 10  # floats of a mid tensor that stay in a second-level cache of 1 MiB
     large = 1 << 20  # floats of a tensor that other layers push out of the last-level one
 
