@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,7 +15,7 @@ from ..backends import aten, cpu, cuda, reference, triton
 from ..backends.contract import Backend, Phase
 from ..machine import choices, settings
 from ..problem.spec import PairProblem, Problem
-from . import selfcheck
+from . import said, selfcheck
 
 # In the order of preference of "auto"; reference is only ever chosen by name.
 BACKENDS: dict[str, Backend] = {
@@ -259,7 +258,7 @@ def record_composed(what: str, why: str) -> None:
 def _warn_once(message: str, reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(message, FallbackWarning, stacklevel=5)
+        said.warn(message, FallbackWarning)
 
 
 # Constants to the compiler: they run while it traces, so that a warning breaks no graph. This is

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..backends.contract import Backend, Example, Later, Phase
 from ..machine import cache
 from ..problem.examples import kind_of
 from ..problem.spec import PairSpec, Problem
-from . import quarantine
+from . import quarantine, said
 from .quarantine import Postponed, Request
 
 # Largest error allowed, in units of the rounding of the dtype and of the largest output: the
@@ -184,7 +183,7 @@ def examples_of(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, SelfCheckWarning, stacklevel=4)
+    said.warn(message, SelfCheckWarning)
 
 
 def check(

@@ -135,11 +135,19 @@ def test_fallback_warns_once_with_the_reason() -> None:
     x = torch.randn(1, 2, 3, 4, 4)
     with pytest.warns(fastst.FallbackWarning, match="its activation is a Tanh") as caught:
         layer(x)
-    assert len(caught) == 1
+    assert [w.filename for w in caught] == [__file__]  # where the call stands
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(x)
         foreign()(x)  # the same reason
+
+
+def test_a_call_that_is_slow_warns_where_it_stands() -> None:
+    x = torch.randn(1, 2, 3, 4, 4, dtype=torch.float64)
+    layer = fastst.Conv2Plus1d(2, 9, 3, padding=1).double()
+    with pytest.warns(fastst.FallbackWarning, match="PyTorch's own convolutions") as caught:
+        torch.nn.Sequential(layer)(x)
+    assert [w.filename for w in caught] == [__file__]
 
 
 def test_another_reason_warns_again() -> None:
