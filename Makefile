@@ -4,6 +4,8 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
+# Bytecode is made of what is imported; pip would make it of all of PyTorch.
+PIP := $(BIN)/python -m pip install --no-compile
 TOOLS := $(VENV)/.tools
 SETUP := $(VENV)/.setup
 DEMO := $(VENV)/.demo
@@ -32,23 +34,23 @@ $(BIN)/python:
 
 # The first line brings what the second builds with; both take torch in the pinned version.
 $(TOOLS): pyproject.toml constraints.txt tests/support/peers.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt torch 'setuptools>=77' pybind11 ninja
-	FASTST_BUILD_CUDA=0 $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
-	-$(BIN)/python -m pip install --no-deps --no-build-isolation -r tests/support/peers.txt
+	$(PIP) -c constraints.txt torch 'setuptools>=77' pybind11 ninja
+	FASTST_BUILD_CUDA=0 $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	-$(PIP) --no-deps --no-build-isolation -r tests/support/peers.txt
 	@touch $@
 
 # The native library, where there is an nvcc; compiles only what has changed.
 $(SETUP): $(TOOLS) setup.py $(filter csrc/%,$(NATIVE))
-	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation --no-deps -e .
 	@$(BIN)/python -m tests.support.peers
 	@touch $@
 
 # Only what the demo needs: no tools, no other people's models, one instruction set of the CPU library
 # and, unless it is asked for, no CUDA.
 $(DEMO): pyproject.toml constraints.txt setup.py $(filter csrc/%,$(NATIVE)) | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt torch 'setuptools>=77' pybind11 ninja
+	$(PIP) -c constraints.txt torch 'setuptools>=77' pybind11 ninja
 	FASTST_BUILD_CUDA=$${FASTST_BUILD_CUDA:-0} FASTST_BUILD_CPU=$${FASTST_BUILD_CPU:-native} \
-	    $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[demo]'
+	    $(PIP) -c constraints.txt --no-build-isolation -e '.[demo]'
 	@touch $@
 
 # Where everything is set up already, that will do.
@@ -58,12 +60,15 @@ demo: $(if $(wildcard $(SETUP)),$(SETUP),$(DEMO))
 train-demo: $(SETUP)
 	$(BIN)/python examples/train_demo.py $(ARGS)
 
-# One thread per worker: two workers share two cores without oversubscription.
+# One thread per worker: two workers share two cores without oversubscription. Each starts with half
+# of the tests, so that what a folder of tests needs is mostly made by one of them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: lint $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --quick $(ARGS)
+	$(PYTEST) -q --quick $(ARGS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +227,11 @@ def main() -> int:
             [tool("cuobjdump"), "--extract-elf", "all", str(found)],
             cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
-        rows = []
-        for cubin in sorted(Path(folder).glob("*.cubin")):
-            arch = re.search(r"sm_\w+?(?=\.)", cubin.name)
-            rows += [(n, arch[0] if arch else "?", r) for n, r in inspect(cubin)]
+        rows, cubins = [], sorted(Path(folder).glob("*.cubin"))
+        with ProcessPoolExecutor(2) as pool:
+            for cubin, kernels in zip(cubins, pool.map(inspect, cubins), strict=True):
+                arch = re.search(r"sm_\w+?(?=\.)", cubin.name)
+                rows += [(n, arch[0] if arch else "?", r) for n, r in kernels]
     print(f"{'kernel':64} arch   regs stack local shared wide  tma products")
     readable = names(sorted({n for n, _, _ in rows}))
     measured_rows: list[dict[str, Any]] = []
