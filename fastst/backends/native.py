@@ -36,7 +36,7 @@ def load(name: str, compiler: str, variable: str) -> ModuleType | str:
         )
 
 
-def required(backend: str, found: ModuleType | str) -> ModuleType:
+def require(backend: str, found: ModuleType | str) -> ModuleType:
     """
     Raises:
         ImportError: there is no library; says why.

@@ -73,7 +73,7 @@ def _reasons(call: Decision, phase: Phase) -> dict[str, str]:
     requested = selection.requested()
     if requested != "auto":
         other = f"{requested!r} was asked for"
-    elif selection.measured(call.problem, phase) is not None:
+    elif selection.fastest_measured(call.problem, phase) is not None:
         other = f"{call.chosen!r} was measured to be faster by fastst.tune"
     else:
         other = f"{call.chosen!r} comes first"

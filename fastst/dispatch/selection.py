@@ -42,14 +42,14 @@ class BackendError(ValueError):
     """The backend that was asked for cannot run this call, or no backend can."""
 
 
-def _known(name: str) -> str:
+def _check_known(name: str) -> str:
     if name != "auto" and name not in BACKENDS:
         known = ", ".join(repr(n) for n in ("auto", *BACKENDS))
         raise ValueError(f"unknown backend {name!r}: expected one of {known}")
     return name
 
 
-_requested = _known(settings.value("FASTST_BACKEND"))
+_requested = _check_known(settings.value("FASTST_BACKEND"))
 _warned: set[str] = set()
 _recorders: list[list[Decision]] = []
 _quiet = 0  # how many recordings want no warning
@@ -75,7 +75,7 @@ class use_backend:
     def __init__(self, name: str) -> None:
         global _requested
         self._previous = _requested
-        _requested = _known(name)
+        _requested = _check_known(name)
 
     def __enter__(self) -> use_backend:
         return self
@@ -142,7 +142,7 @@ def _why_not_auto(backend: Backend, problem: Problem, phase: Phase) -> str | Non
     return selfcheck.why_broken(backend, problem, phase) if why is None else why
 
 
-def chosen(problem: Problem, phase: Phase, name: str) -> Backend:
+def choose_unrecorded(problem: Problem, phase: Phase, name: str) -> Backend:
     """As ``choose``, for a call that no recording is to know of."""
     return _choose(problem, phase, name)
 
@@ -169,7 +169,7 @@ def able(problem: Problem, phase: Phase) -> list[str]:
     ]
 
 
-def measured(problem: Problem, phase: Phase) -> Backend | None:
+def fastest_measured(problem: Problem, phase: Phase) -> Backend | None:
     """The backend that ``tune`` has found to be the fastest for a problem, if it can run here."""
     name = choices.choice("auto", problem, phase)
     if name not in AUTO or _why_not_auto(BACKENDS[name], problem, phase) is not None:
@@ -183,7 +183,7 @@ def _choose(problem: Problem, phase: Phase, name: str) -> Backend:
         if why is not None:
             raise BackendError(f"{problem.op}: backend {name!r} cannot run the {phase}: it {why}")
         return BACKENDS[name]
-    if (fastest := measured(problem, phase)) is not None:
+    if (fastest := fastest_measured(problem, phase)) is not None:
         return fastest
     refusals: list[str] = []
     device = problem.device.type

@@ -20,7 +20,14 @@ from ..functional import Causal, IntOrTriple, PaddingArg, Pair
 from ..problem import activations, checks, geometry
 from ..problem.spec import COMBINES, ORDERS, Triple, default_mid_channels
 from . import streaming
-from .pair_of_modules import by_kind, held, pad_causally, pair_forward, sides, why_foreign
+from .pair_of_modules import (
+    as_spatial_temporal,
+    pad_causally,
+    pair_forward,
+    read_members,
+    sides,
+    why_foreign,
+)
 
 # A class is called: a norm with its number of channels, an activation without arguments.
 NormArg = str | nn.Module | type[nn.Module] | None
@@ -136,10 +143,10 @@ class Conv2Plus1d(nn.Module):
 
     def _run(self, x: Tensor, outer_norm: nn.Module | None) -> Tensor:
         checks.layer_input("Conv2Plus1d", x, self.in_channels)
-        spatial, norm, activation, temporal = held(
+        spatial, norm, activation, temporal = read_members(
             self, "_modules", "spatial", "norm", "activation", "temporal"
         )
-        first, second = by_kind(spatial, temporal, self.order)
+        first, second = as_spatial_temporal(spatial, temporal, self.order)
         try:
             return pair_forward(
                 x, first, norm, activation, second,

@@ -89,12 +89,14 @@ def pair_forward(
         y = compose_modules(x, first, norm, activation, second, order, causal)
         y = y if outer_norm is None else outer_norm(y)
         return y if ending is None else ending.after(y)
-    spatial, temporal = by_kind(first, second, order)
+    spatial, temporal = as_spatial_temporal(first, second, order)
     named = activations.from_module(activation)
     assert named is not None
     if recompute is None:
         recompute = vars(spatial).get(RECOMPUTE)
-    (ws, bs), (wt, bt) = (held(m, "_parameters", "weight", "bias") for m in (spatial, temporal))
+    (ws, bs), (wt, bt) = (
+        read_members(m, "_parameters", "weight", "bias") for m in (spatial, temporal)
+    )
     return run_pair(
         x, ws, wt, bs, bt, norm,
         outer_norm=outer_norm, ending=ending,
@@ -146,14 +148,14 @@ def run_pair(
         norm.num_batches_tracked.add_(1)
     if outer_norm is not None and not inside:
         why = why_foreign({}, {"norm": outer_norm}, {})
-        tell_apart(outer_norm, why or "x is unbatched or it is compiled")
+        say_separate(outer_norm, why or "x is unbatched or it is compiled")
         y = outer_norm(y)
     elif counts_batches(outer_norm):
         outer_norm.num_batches_tracked.add_(1)
     return y if after is None else after.after(y)
 
 
-def tell_apart(norm: nn.Module, why: str) -> None:
+def say_separate(norm: nn.Module, why: str) -> None:
     """Let ``explain`` say why a batch norm in training reads y for its statistics."""
     if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm):
         dispatch.record_composed(f"{type(norm).__name__} after a pair", why)
@@ -218,7 +220,7 @@ def why_composed(
     order: str | None = None,
 ) -> str | None:
     """Why the modules cannot run as one op, or None where they can."""
-    spatial, temporal = by_kind(first, second, order or pair_order(first, second))
+    spatial, temporal = as_spatial_temporal(first, second, order or pair_order(first, second))
     convs = {"spatial convolution": spatial, "temporal convolution": temporal}
     why = why_foreign(convs, {"norm": norm}, {"activation": activation})
     if why is not None:
@@ -249,7 +251,7 @@ def pair_order(first: nn.Module, second: nn.Module) -> str:
     return "temporal-first" if temporal_first and not spatial_first else "spatial-first"
 
 
-def by_kind(first: Any, second: Any, order: str) -> tuple[Any, Any]:
+def as_spatial_temporal(first: Any, second: Any, order: str) -> tuple[Any, Any]:
     """(spatial, temporal) of (first, second), and the other way round."""
     return (first, second) if order == "spatial-first" else (second, first)
 
@@ -328,7 +330,7 @@ _METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
 _OWN_METHODS = {kind: _Methods.of(kind) for kind in (nn.Conv3d, *NORMS, *activations.MODULES)}
 
 
-def held(module: nn.Module, kind: str, *names: str) -> list[Any]:
+def read_members(module: nn.Module, kind: str, *names: str) -> list[Any]:
     """Parameters, buffers or modules of a module; its ``__getattr__`` would take half a µs each."""
     own = vars(module)[kind]
     return [own[n] if n in own else getattr(module, n) for n in names]
@@ -356,14 +358,14 @@ def batch_norm_arguments(norm: Any) -> BatchNorm | None:
     """The functional form of a batch norm module in the mode it is in."""
     if norm is None:
         return None
-    mean, var = held(norm, "_buffers", "running_mean", "running_var")
+    mean, var = read_members(norm, "_buffers", "running_mean", "running_var")
     training = norm.training or (mean is None and var is None)
     momentum = norm.momentum
     if momentum is None:  # cumulative average; counted after the op has run
         momentum = 1.0 / (float(norm.num_batches_tracked) + 1) if counts_batches(norm) else 0.0
     if norm.training and not norm.track_running_stats:
         mean = var = None
-    weight, bias = held(norm, "_parameters", "weight", "bias")
+    weight, bias = read_members(norm, "_parameters", "weight", "bias")
     group = sync_batch_norm.group_name(norm)
     return BatchNorm(mean, var, weight, bias, training, momentum, norm.eps, group)
 

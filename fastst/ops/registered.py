@@ -165,7 +165,7 @@ def first_pass(tensors: PairTensors, spec: PairSpec, backend: str) -> Begun | No
     None where the backend that would run the pair computes both in one call only.
     """
     problem = Problem.of(tensors, spec)
-    run = dispatch.chosen(problem, "forward", backend).first_pass
+    run = dispatch.choose_unrecorded(problem, "forward", backend).first_pass
     if run is None:
         return None
     found: Begun = without_autocast(problem.device.type, run, problem, tensors)

@@ -60,7 +60,7 @@ def library() -> ModuleType:
     Raises:
         ImportError: there is none; says why.
     """
-    return native.required("cpu", load())
+    return native.require("cpu", load())
 
 
 def _gomp_parallel() -> int:

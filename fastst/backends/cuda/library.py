@@ -77,7 +77,7 @@ def library() -> ModuleType:
     Raises:
         ImportError: there is none; says why.
     """
-    return native.required("cuda", emulated() if emulating() else load())
+    return native.require("cuda", emulated() if emulating() else load())
 
 
 @functools.cache
