@@ -81,14 +81,21 @@ def module(csrc: Path = CSRC) -> Path:
                 sources,
             )
         )  # fmt: skip
-    return _made(_hash(*(str(o) for o in objects)), f"{MODULE}.so", "-shared", *map(str, objects))
+    return _made(digest(*(str(o) for o in objects)), f"{MODULE}.so", "-shared", *map(str, objects))
 
 
 def program(source: Path) -> Path:
     """Path of the executable made from one source file and the emulator."""
     sources = (source, *EMULATOR, CSRC / "cuda" / "tensor_map.cpp")
     objects = [_object(s, CSRC, _flags(s)) for s in sources]
-    return _made(_hash(*(str(o) for o in objects)), source.stem, *map(str, objects))
+    return _made(digest(*(str(o) for o in objects)), source.stem, *map(str, objects))
+
+
+def shared_library(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """Path of the library made from sources that need nothing of csrc, built if need be."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda s: _object(s, CSRC, flags), sources))
+    return _made(digest(*(str(o) for o in objects)), f"{name}.so", "-shared", *map(str, objects))
 
 
 def _flags(source: Path) -> tuple[str, ...]:
@@ -101,7 +108,7 @@ def _prelude() -> tuple[str, ...]:
     text = "".join(f"#include <{name}>\n" for name in PRELUDE)
     files = (f for name in PRELUDE for f in (HERE / name, *_included(HERE / name, CSRC)))
     flags = (*FLAGS, *KERNEL, f"-I{HERE}")
-    key = _hash(compiler(), text, *(f.read_text() for f in files), *flags)
+    key = digest(compiler(), text, *(f.read_text() for f in files), *flags)
     header = _written(cache() / key / "prelude.h", text)
     _made(key, "prelude.h.gch", *flags, "-x", "c++-header", str(header))
     return f"-I{header.parent}", "-include", header.name
@@ -109,14 +116,14 @@ def _prelude() -> tuple[str, ...]:
 
 def _folders(csrc: Path) -> tuple[Path, ...]:
     """Where headers are: the emulator's stand before those of the same name."""
-    return HERE, csrc / "cuda", csrc, _instances()
+    return HERE, csrc / "cuda", csrc, instances()
 
 
 @functools.cache
-def _instances() -> Path:
+def instances() -> Path:
     """The folder of the generated header of the Hopper kernels' tiles."""
     text = runpy.run_path(str(INSTANCES))["header"]()
-    return _written(cache() / _hash(text) / "hopper_instances.h", text).parent
+    return _written(cache() / digest(text) / "hopper_instances.h", text).parent
 
 
 def _written(file: Path, text: str) -> Path:
@@ -148,7 +155,7 @@ def _included(source: Path, csrc: Path) -> list[Path]:
 def _object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
     includes = [f"-I{folder}" for folder in _folders(csrc)]
     texts = [f.read_text() for f in (source, *_included(source, csrc))]
-    key = _hash(compiler(), *texts, *FLAGS, *flags)
+    key = digest(compiler(), *texts, *FLAGS, *flags)
     return _made(key, f"{source.stem}.o", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source))
 
 
@@ -173,7 +180,7 @@ def _made(key: str, name: str, *arguments: str) -> Path:
     return target
 
 
-def _hash(*parts: str) -> str:
+def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

@@ -1,0 +1,604 @@
+// PTX text to programs: tokens, declarations with their scopes, and instructions that the families
+// of instructions decode.
+#include <algorithm>
+#include <cctype>
+#include <cstring>
+#include <optional>
+
+#include "machine.h"
+
+namespace ptx {
+
+namespace {
+
+struct Token {
+  std::string text;
+  int line;
+};
+
+[[noreturn]] void fail(int line, const std::string& what) {
+  throw Error("PTX line " + std::to_string(line) + ": " + what);
+}
+
+std::vector<Token> tokens_of(const std::string& text) {
+  std::vector<Token> tokens;
+  int line = 1;
+  const auto part_of_name = [](char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '.' ||
+           c == '%';
+  };
+  for (size_t at = 0; at < text.size();) {
+    const char c = text[at];
+    if (c == '\n') ++line;
+    if (std::isspace(static_cast<unsigned char>(c))) {
+      ++at;
+    } else if (text.compare(at, 2, "//") == 0) {
+      at = std::min(text.find('\n', at), text.size());
+    } else if (text.compare(at, 2, "/*") == 0) {
+      const size_t end = std::min(text.find("*/", at), text.size() - 2) + 2;
+      for (; at < end; ++at) line += text[at] == '\n';
+    } else if (c == '"') {
+      const size_t end = text.find('"', at + 1);
+      tokens.push_back({text.substr(at, end - at + 1), line});
+      at = end + 1;
+    } else if (part_of_name(c) ||
+               (c == '-' && std::isdigit(static_cast<unsigned char>(text[at + 1])))) {
+      size_t end = at + 1;
+      while (end < text.size()) {
+        if (part_of_name(text[end])) ++end;
+        else if (text.compare(end, 2, "::") == 0) end += 2;
+        else break;
+      }
+      tokens.push_back({text.substr(at, end - at), line});
+      at = end;
+    } else {
+      tokens.push_back({std::string(1, c), line});
+      ++at;
+    }
+  }
+  tokens.push_back({"", line});
+  return tokens;
+}
+
+uint64_t number_of(const std::string& text) {
+  if (text.size() == 10 && (text.compare(0, 2, "0f") == 0 || text.compare(0, 2, "0F") == 0))
+    return std::stoull(text.substr(2), nullptr, 16);
+  if (text.size() == 18 && (text.compare(0, 2, "0d") == 0 || text.compare(0, 2, "0D") == 0))
+    return std::stoull(text.substr(2), nullptr, 16);
+  if (text[0] == '-') return static_cast<uint64_t>(std::stoll(text, nullptr, 0));
+  return std::stoull(text, nullptr, 0);  // a U behind it is skipped
+}
+
+bool is_number(const std::string& text) {
+  return std::isdigit(static_cast<unsigned char>(text[0])) ||
+         (text[0] == '-' && text.size() > 1 && std::isdigit(static_cast<unsigned char>(text[1])));
+}
+
+const std::map<std::string, Special> kSpecials{
+    {"%tid.x", Special::tid_x},
+    {"%tid.y", Special::tid_y},
+    {"%tid.z", Special::tid_z},
+    {"%ntid.x", Special::ntid_x},
+    {"%ntid.y", Special::ntid_y},
+    {"%ntid.z", Special::ntid_z},
+    {"%ctaid.x", Special::ctaid_x},
+    {"%ctaid.y", Special::ctaid_y},
+    {"%ctaid.z", Special::ctaid_z},
+    {"%nctaid.x", Special::nctaid_x},
+    {"%nctaid.y", Special::nctaid_y},
+    {"%nctaid.z", Special::nctaid_z},
+    {"%laneid", Special::laneid},
+    {"%warpid", Special::warpid},
+    {"%cluster_ctarank", Special::cluster_ctarank},
+    {"%cluster_nctarank", Special::cluster_nctarank},
+    {"%cluster_ctaid.x", Special::cluster_ctaid_x},
+    {"%cluster_nctaid.x", Special::cluster_nctaid_x},
+    {"%clusterid.x", Special::clusterid_x},
+    {"%nclusterid.x", Special::nclusterid_x},
+    {"%clock", Special::clock},
+    {"%lanemask_lt", Special::lanemask_lt},
+    {"%lanemask_le", Special::lanemask_le},
+    {"%lanemask_eq", Special::lanemask_eq},
+    {"%lanemask_ge", Special::lanemask_ge},
+    {"%lanemask_gt", Special::lanemask_gt},
+};
+
+std::vector<std::string> split(const std::string& opcode) {
+  std::vector<std::string> parts;
+  size_t from = 0;
+  while (from <= opcode.size()) {
+    const size_t to = std::min(opcode.find('.', from), opcode.size());
+    parts.push_back(opcode.substr(from, to - from));
+    from = to + 1;
+  }
+  return parts;
+}
+
+// Names of the module, which every kernel of it sees.
+struct Module {
+  std::map<std::string, uint64_t> symbols;
+  std::vector<uint8_t> constants;
+  uint32_t shared = 0;
+  std::string dynamic;  // the name of dynamic shared memory
+  std::map<int, std::string> files;
+};
+
+class Parser final : public Decoder {
+ public:
+  explicit Parser(const std::string& text) : tokens_(tokens_of(text)) {}
+
+  std::map<std::string, Program> all() {
+    std::map<std::string, Program> found;
+    while (!peek().empty()) {
+      const std::string word = take();
+      if (word == ".version" || word == ".address_size") {
+        take();
+      } else if (word == ".target") {
+        do take();
+        while (accept(","));
+      } else if (word == ".file") {
+        file();
+      } else if (word == ".section") {
+        take();
+        skip_braces();
+      } else if (word == ".entry") {
+        Program p = entry();
+        found.emplace(p.name, std::move(p));
+      } else if (word == ".func") {
+        skip_function();
+      } else if (word == ".shared" || word == ".global" || word == ".const") {
+        variable(word);
+      }  // .visible, .extern, .weak say nothing that matters here
+    }
+    return found;
+  }
+
+  // ---- Decoder
+
+  Register source(const Operand& operand, File file) override {
+    if (operand.kind == Operand::number) return constant(operand.value, file);
+    if (operand.kind != Operand::name) fail(line_, "expected a register or a number");
+    if (operand.text == "_") return constant(0, file);
+    if (operand.text == "WARP_SZ") return constant(kLanes, file);
+    if (const auto special = kSpecials.find(operand.text); special != kSpecials.end())
+      return special_register(special->first, special->second);
+    if (const auto r = find_register(operand.text)) return *r;
+    return constant(symbol_or_number(operand), file);
+  }
+
+  Register destination(const Operand& operand, File file) override {
+    if (operand.kind == Operand::none || operand.text == "_") return fresh(file);
+    if (operand.kind != Operand::name) fail(line_, "expected a register to write to");
+    const auto r = find_register(operand.text);
+    if (!r) fail(line_, "no register " + operand.text);
+    return *r;
+  }
+
+  uint64_t symbol_or_number(const Operand& operand) override {
+    if (operand.kind == Operand::number) return operand.value;
+    for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope)
+      if (const auto s = scope->symbols.find(operand.text); s != scope->symbols.end())
+        return s->second;
+    if (operand.text == module_.dynamic) return dynamic_shared();
+    const auto s = module_.symbols.find(operand.text);
+    if (s == module_.symbols.end()) fail(line_, "no such name: " + operand.text);
+    return s->second;
+  }
+
+ private:
+  struct Scope {
+    int id;
+    std::map<std::string, Register> registers;
+    std::map<std::string, uint64_t> symbols;
+  };
+
+  // ---- tokens
+
+  const std::string& peek(int ahead = 0) const { return tokens_[at_ + ahead].text; }
+  std::string take() {
+    line_ = tokens_[at_].line;
+    if (tokens_[at_].text.empty()) fail(line_, "the text ends in the middle");
+    return tokens_[at_++].text;
+  }
+  bool accept(const char* text) {
+    if (peek() != text) return false;
+    take();
+    return true;
+  }
+  void expect(const char* text) {
+    const std::string found = take();
+    if (found != text) fail(line_, "expected " + std::string(text) + ", found " + found);
+  }
+  void skip_braces() {
+    expect("{");
+    for (int depth = 1; depth;) {
+      const std::string t = take();
+      depth += (t == "{") - (t == "}");
+    }
+  }
+  void skip_function() {
+    while (peek() != "{" && peek() != ";") take();
+    if (peek() == "{") skip_braces();
+    else take();
+  }
+  void file() {
+    const int number = std::stoi(take());
+    const std::string path = take();
+    const size_t slash = path.rfind('/');
+    module_.files[number] = path.substr(slash == std::string::npos ? 1 : slash + 1);
+    module_.files[number].pop_back();
+    while (accept(",")) take();
+  }
+
+  // ---- declarations
+
+  // `.align 16 .b8 name[64] = {…};` behind the space's name
+  void variable(const std::string& space) {
+    uint32_t align = 1, element = 1;
+    while (peek()[0] == '.') {
+      const std::string word = take();
+      if (word == ".align") align = std::stoi(take());
+      else if (word.size() > 2) element = size_of(word.substr(1));
+    }
+    align = std::max(align, element);
+    const std::string name = take();
+    uint32_t count = 1;
+    bool open = false;
+    while (accept("[")) {
+      open = peek() == "]";
+      if (!open) count *= number_of(take());
+      expect("]");
+    }
+    std::vector<uint64_t> values;
+    if (accept("=")) {
+      const bool braces = accept("{");
+      do values.push_back(number_of(take()));
+      while (accept(","));
+      if (braces) expect("}");
+    }
+    expect(";");
+    if (space == ".shared") {
+      if (open) {
+        module_.dynamic = name;
+        return;
+      }
+      module_.shared = (module_.shared + align - 1) / align * align;
+      module_.symbols[name] = module_.shared;
+      module_.shared += count * element;
+    } else {
+      auto& bytes = module_.constants;
+      bytes.resize((bytes.size() + align - 1) / align * align);
+      module_.symbols[name] = kConstantWindow + bytes.size();
+      const size_t from = bytes.size();
+      bytes.resize(from + count * element);
+      for (size_t n = 0; n < values.size(); ++n)
+        std::memcpy(&bytes[from + n * element], &values[n], element);
+    }
+  }
+
+  void local_variable(const std::string& space) {
+    uint32_t align = 1, element = 1;
+    while (peek()[0] == '.') {
+      const std::string word = take();
+      if (word == ".align") align = std::stoi(take());
+      else element = size_of(word.substr(1));
+    }
+    const std::string name = take();
+    uint32_t count = 1;
+    if (accept("[")) {
+      count = number_of(take());
+      expect("]");
+    }
+    expect(";");
+    uint32_t& used = space == ".local" ? program_.local : program_.static_shared;
+    used = (used + align - 1) / align * align;
+    scopes_.back().symbols[name] = used;
+    used += count * element;
+  }
+
+  uint32_t dynamic_shared() const {
+    return (program_.static_shared + kDynamicAlignment - 1) / kDynamicAlignment * kDynamicAlignment;
+  }
+
+  Register fresh(File file) { return {file, program_.registers[static_cast<int>(file)]++}; }
+
+  Register constant(uint64_t value, File file) {
+    const auto key = std::make_pair(file, value);
+    const auto known = constants_.find(key);
+    if (known != constants_.end()) return known->second;
+    const Register r = fresh(file);
+    program_.numbers.push_back({r, value});
+    return constants_[key] = r;
+  }
+
+  Register special_register(const std::string& name, Special special) {
+    const auto known = special_.find(name);
+    if (known != special_.end()) return known->second;
+    const Register r = fresh(File::b32);
+    program_.specials.emplace_back(r, special);
+    return special_[name] = r;
+  }
+
+  std::optional<Register> find_register(const std::string& name) const {
+    for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope)
+      if (const auto r = scope->registers.find(name); r != scope->registers.end())
+        return r->second;
+    return std::nullopt;
+  }
+
+  void declare_registers() {
+    const File file = file_of(take().substr(1));
+    do {
+      const std::string name = take();
+      if (accept("<")) {
+        const int count = std::stoi(take());
+        expect(">");
+        for (int n = 0; n < count; ++n)
+          scopes_.back().registers[name + std::to_string(n)] = fresh(file);
+      } else {
+        scopes_.back().registers[name] = fresh(file);
+      }
+    } while (accept(","));
+    expect(";");
+  }
+
+  // ---- kernels
+
+  Program entry() {
+    program_ = {};
+    scopes_ = {{0, {}, {}}};
+    next_scope_ = 1;
+    constants_.clear(), special_.clear(), labels_.clear(), jumps_.clear();
+    program_.name = take();
+    program_.static_shared = module_.shared;
+    if (accept("(")) {
+      while (!accept(")")) parameter();
+    }
+    while (peek() != "{") {
+      const std::string word = take();
+      if (word == ".reqntid") {
+        program_.threads = std::stoi(take());
+        while (accept(",")) program_.threads *= std::stoi(take());
+      } else if (word == ".maxntid" || word == ".minnctapersm" || word == ".maxnreg" ||
+                 word == ".reqnctapercluster") {
+        do take();
+        while (accept(","));
+      }
+    }
+    expect("{");
+    body();
+    for (const auto& [at, label, scope, line] : jumps_) program_.code[at].target = find(label, scope, line);
+    program_.constants = module_.constants;
+    return std::move(program_);
+  }
+
+  void parameter() {
+    expect(".param");
+    uint32_t align = 0, element = 0;
+    while (peek()[0] == '.') {
+      const std::string word = take();
+      if (word == ".align") {
+        const uint32_t n = std::stoi(take());
+        if (!element || element == 1) align = n;  // of a pointer's target, where a type came before
+      } else if (word != ".ptr" && word != ".global" && word != ".shared" && word != ".const" &&
+                 word != ".local" && word != ".param") {
+        element = size_of(word.substr(1));
+      }
+    }
+    align = std::max(element == 1 ? align : element, element);
+    Parameter p{take(), 0, element};
+    if (accept("[")) {
+      p.size = element * number_of(take());
+      expect("]");
+    }
+    uint32_t& used = program_.parameter_bytes;
+    used = (used + align - 1) / align * align;
+    p.offset = used;
+    used += p.size;
+    scopes_.back().symbols[p.name] = kParameterWindow + p.offset;
+    program_.parameters.push_back(p);
+    accept(",");
+  }
+
+  void body() {
+    std::vector<int> open{0};
+    for (;;) {
+      const std::string word = take();
+      if (word == "}") {
+        scopes_.pop_back();
+        if (scopes_.empty()) break;
+      } else if (word == "{") {
+        scopes_.push_back({next_scope_++, {}, {}});
+        parents_[scopes_.back().id] = scopes_[scopes_.size() - 2].id;
+      } else if (word == ".reg") {
+        declare_registers();
+      } else if (word == ".local" || word == ".shared") {
+        local_variable(word);
+      } else if (word == ".loc") {
+        loc();
+      } else if (word == ".pragma") {
+        while (take() != ";") {
+        }
+      } else if (peek() == ":" && word[0] != '@') {
+        take();
+        labels_[{word, scopes_.back().id}] = program_.code.size();
+      } else {
+        statement(word);
+      }
+    }
+    Instruction end;
+    end.flow = Flow::exit, end.text = "ret", end.run = nullptr;
+    program_.code.push_back(end);
+  }
+
+  void loc() {
+    const int file = std::stoi(take());
+    const std::string line = take();
+    take();
+    while (accept(",")) {  // function_name …, inlined_at …
+      while (peek() != "," && tokens_[at_].line == line_) take();
+    }
+    program_.sources.push_back(module_.files[file] + ":" + line);
+  }
+
+  void statement(std::string word) {
+    Instruction made;
+    i = &made;
+    made.line = line_;
+    made.source = program_.sources.size();
+    if (word == "@") {
+      made.guarded = true;
+      made.guard_negated = accept("!");
+      Operand guard;
+      guard.kind = Operand::name, guard.text = take();
+      made.guard = source(guard, File::predicate).index;
+      made.text = std::string("@") + (made.guard_negated ? "!" : "") + guard.text + " ";
+      word = take();
+    }
+    made.text += word;
+    name = split(word);
+    operands.clear();
+    while (peek() != ";") {
+      operands.push_back(operand());
+      if (peek() == "|") {  // two destinations
+        take();
+        operands.push_back(operand());
+      } else if (peek() != ";") {
+        expect(",");
+      }
+    }
+    take();
+    program_.asynchronous_proxy |= name[0] == "wgmma" || has("bulk");
+    if (name[0] == "bra") {
+      made.flow = Flow::branch;
+      jumps_.push_back({program_.code.size(), operands.at(0).text, scopes_.back().id, made.line});
+    } else if (name[0] == "ret" || name[0] == "exit") {
+      made.flow = Flow::exit;
+    } else {
+      for (const auto family :
+           {arithmetic, conversion, control, memory, matrix, warpgroup, asynchronous})
+        if (family(*this)) break;
+      if (!made.run) unknown();
+    }
+    program_.code.push_back(std::move(made));
+  }
+
+  Operand operand() {
+    Operand o;
+    std::string word = take();
+    i->text += " " + word;
+    if (word == "!") {
+      o.negated = true;
+      word = take();
+    }
+    if (word == "{") {
+      o.kind = Operand::list;
+      while (!accept("}")) {
+        o.inner.push_back(operand());
+        accept(",");
+      }
+    } else if (word == "[") {
+      o.kind = Operand::address;
+      o.inner.push_back(operand());
+      if (accept("+")) o.value = number_of(take());
+      while (accept(",")) o.inner.push_back(operand());
+      expect("]");
+    } else if (is_number(word)) {
+      o.kind = Operand::number;
+      o.value = number_of(word);
+    } else {
+      o.kind = Operand::name;
+      o.text = word;
+      if (peek() == "+" && peek(-1) != "]") {  // a symbol and an offset
+        take();
+        o.kind = Operand::number;
+        Operand symbol;
+        symbol.kind = Operand::name, symbol.text = word;
+        if (find_register(word)) {
+          --at_;
+          o.kind = Operand::name;
+        } else {
+          o.value = symbol_or_number(symbol) + number_of(take());
+        }
+      }
+    }
+    return o;
+  }
+
+  uint32_t find(const std::string& label, int scope, int line) {
+    for (;; scope = parents_[scope]) {
+      const auto l = labels_.find({label, scope});
+      if (l != labels_.end()) return l->second;
+      if (scope == 0) fail(line, "no label " + label);
+    }
+  }
+
+  struct Jump {
+    size_t at;
+    std::string label;
+    int scope, line;
+  };
+
+  std::vector<Token> tokens_;
+  size_t at_ = 0;
+  int line_ = 0, next_scope_ = 1;
+  Module module_;
+  Program program_;
+  std::vector<Scope> scopes_;
+  std::map<int, int> parents_;
+  std::map<std::pair<File, uint64_t>, Register> constants_;
+  std::map<std::string, Register> special_;
+  std::map<std::pair<std::string, int>, uint32_t> labels_;
+  std::vector<Jump> jumps_;
+};
+
+}  // namespace
+
+std::map<std::string, Program> parse(const std::string& text) { return Parser(text).all(); }
+
+// ---- what the families use
+
+File file_of(const std::string& type) {
+  if (type == "pred") return File::predicate;
+  return size_of(type) == 8 ? File::b64 : File::b32;
+}
+
+int size_of(const std::string& type) {
+  if (type == "bf16x2" || type == "f16x2" || type == "tf32") return 4;
+  if (type == "bf16") return 2;
+  const size_t digits = type.find_first_of("0123456789");
+  if (digits == std::string::npos || digits == 0) throw Error("no such type: ." + type);
+  return std::stoi(type.substr(digits)) / 8;
+}
+
+bool Decoder::has(const char* part) const {
+  return std::find(name.begin(), name.end(), part) != name.end();
+}
+
+void Decoder::write(int operand, File file) {
+  i->r.push_back(destination(operands.at(operand), file));
+  ++i->writes;
+}
+
+void Decoder::read(int operand, File file) {
+  const Operand& o = operands.at(operand);
+  if (o.kind == Operand::list) {
+    for (const Operand& part : o.inner) i->r.push_back(source(part, file));
+  } else {
+    i->r.push_back(source(o, file));
+  }
+}
+
+void Decoder::address(int operand, int which, File base) {
+  const Operand& o = operands.at(operand);
+  if (o.kind != Operand::address) unknown("expected an address");
+  i->offset[which] = static_cast<int64_t>(o.value);
+  i->r.push_back(source(o.inner.at(0), base));
+}
+
+void Decoder::unknown(const std::string& what) const {
+  throw Error("PTX line " + std::to_string(i->line) + ": unknown instruction: " + i->text +
+              (what.empty() ? "" : " (" + what + ")"));
+}
+
+}  // namespace ptx

@@ -1,0 +1,120 @@
+"""A driver for Triton whose GPU is the machine of this folder: kernels are compiled, then executed.
+
+``activate`` before the first launch; tensors stay on the CPU. Compiled code ends at PTX: what ptxas
+makes of it is read elsewhere (tests/static).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from .machine import Memory, Module
+
+
+@dataclass
+class Executed:
+    """What ran so far, and how the next launches run."""
+
+    seed: int = 0
+    count: bool = False
+    kernels: list[str] = field(default_factory=list)
+    counted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+
+class Launcher:
+    """Calls a compiled kernel as Triton's own launcher does."""
+
+    def __init__(self, source: Any, metadata: Any, executed: Executed) -> None:
+        self.types = tuple(source.signature.values())
+        self.metadata, self.executed = metadata, executed
+
+    def __call__(
+        self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, launch_metadata: Any,
+        enter: Any, leave: Any, *args: Any,
+    ) -> None:  # fmt: skip
+        module, name = function
+        given: list[int | float] = []
+        memory: dict[int, Memory] = {}
+        for type_, value in _passed(self.types, args):
+            if type_[0] == "*":
+                given.append(0 if value is None else value.data_ptr())
+                if value is not None:
+                    storage = value.untyped_storage()
+                    memory[storage.data_ptr()] = Memory(storage.data_ptr(), storage.nbytes())
+            else:
+                given.append(float(value) if type_.startswith("fp") else int(value))
+        given += [0, 0]  # scratch memory, which no kernel of ours asks for
+        counted = module.launch(
+            name, (x, y, z), (32 * self.metadata.num_warps,), given, memory.values(),
+            shared=self.metadata.shared, seed=self.executed.seed, count=self.executed.count,
+        )  # fmt: skip
+        self.executed.kernels.append(name)
+        if self.executed.count:
+            self.executed.counted.append((name, counted))
+
+
+def _passed(types: tuple[Any, ...], values: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    """Type and value of what is a parameter of the machine code: no constants, no tuples."""
+    for type_, value in zip(types, values, strict=True):
+        if isinstance(type_, tuple):
+            yield from _passed(type_, value)
+        elif type_ != "constexpr":
+            yield type_, value
+
+
+class Driver:
+    """What Triton asks of a driver."""
+
+    def __init__(self, capability: tuple[int, int], executed: Executed) -> None:
+        self.capability = capability
+        self.launcher_cls = lambda source, metadata: Launcher(source, metadata, executed)
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 228 << 10},
+            load_binary=self._load,
+        )
+
+    def _load(self, name: str, code: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        module = Module(code.decode())
+        return module, (module, name), 0, 0, 1024
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        major, minor = self.capability
+        return GPUTarget("cuda", 10 * major + minor, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def executing(capability: tuple[int, int]) -> Iterator[Executed]:
+    """Within, kernels of Triton are compiled for this compute capability and executed.
+
+    Triton must have been imported without TRITON_INTERPRET, and TRITON_CACHE_DIR must be a folder
+    of its own: what is kept there has PTX in the place of machine code.
+    """
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+
+    executed = Executed()
+
+    def keep_ptx(self: Any, source: str, *args: Any) -> bytes:
+        return source.encode()
+
+    with mock.patch.object(CUDABackend, "make_cubin", keep_ptx):
+        driver.set_active(Driver(capability, executed))
+        yield executed
