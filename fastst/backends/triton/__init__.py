@@ -34,7 +34,7 @@ def _why_not(problem: Problem, phase: Phase) -> str | None:
     if missing is not None:
         return missing
     if device.type == "cpu":
-        return None if launch.interpreted() else _ON_CPU
+        return None if launch.serves_cpu() else _ON_CPU
     if launch.interpreted():
         return (
             "interprets its kernels because TRITON_INTERPRET is set, and that on CPU tensors only"

@@ -59,6 +59,11 @@ def interpreted() -> bool:
     return modules is not None and type(modules.tap_conv.tap_conv).__name__ == "InterpretedFunction"
 
 
+def serves_cpu() -> bool:
+    """Whether CPU tensors can be computed; tests that execute compiled kernels replace this."""
+    return interpreted()
+
+
 def capability(device: torch.device) -> gpu.Capability:
     """Compute capability; that of the data-centre Hopper where the interpreter stands in."""
     return capability_of(_watch.device if device.type == "meta" and _watch.device else device)
