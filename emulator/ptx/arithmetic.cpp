@@ -100,6 +100,29 @@ struct Fma {
   }
 };
 
+// Of floats, rounded another way than to the nearest: the exact result is a double and a rest.
+template <Round round>
+struct DirectedFma {
+  static float of(float a, float b, float c) {
+    const double product = static_cast<double>(a) * b, sum = product + c;
+    const double part = sum - product;
+    const double rest = (product - (sum - part)) + (c - part);
+    return to_float(sum, round, std::isfinite(sum) ? rest : 0);
+  }
+};
+template <Round round>
+struct DirectedAdd {
+  static float of(float a, float b) { return DirectedFma<round>::of(a, 1, b); }
+};
+template <Round round>
+struct DirectedSub {
+  static float of(float a, float b) { return DirectedFma<round>::of(a, 1, -b); }
+};
+template <Round round>
+struct DirectedMul {
+  static float of(float a, float b) { return to_float(static_cast<double>(a) * b, round); }
+};
+
 struct Div {
   template <class T>
   static T of(T a, T b) {
@@ -141,6 +164,13 @@ struct Extreme {
   template <class T>
   static Two<T> of(Two<T> x, Two<T> y) {
     return halves([](T a, T b) { return of(a, b); }, x, y);
+  }
+};
+
+struct CopySign {
+  template <class T>
+  static T of(T sign, T magnitude) {
+    return narrow<T>(std::copysign(widen(magnitude), widen(sign)));
   }
 };
 
@@ -492,11 +522,26 @@ Run unary_float(const std::string& type) {
   return of_float(type, []<class T>() -> Run { return one<Op, T>; });
 }
 
+template <Round round>
+Run directed(const std::string& op) {
+  if (op == "fma") return three<DirectedFma<round>, float>;
+  if (op == "add") return two<DirectedAdd<round>, float>;
+  if (op == "sub") return two<DirectedSub<round>, float>;
+  if (op == "mul") return two<DirectedMul<round>, float>;
+  return nullptr;
+}
+
 Run run_of(Decoder& d) {
   const std::string& op = d.name[0];
   const std::string& type = d.type();
-  for (const char* other : {"rz", "rm", "rp", "sat", "cc"})
+  for (const char* other : {"sat", "cc"})
     if (d.has(other)) return nullptr;
+  if (d.has("rz") || d.has("rm") || d.has("rp")) {
+    if (type != "f32") return nullptr;
+    return d.has("rz")   ? directed<Round::zero>(op)
+           : d.has("rm") ? directed<Round::down>(op)
+                         : directed<Round::up>(op);
+  }
   const bool nan = d.has("NaN");
 
   const auto anything = [&]<class Op>() -> Run {
@@ -542,6 +587,7 @@ Run run_of(Decoder& d) {
   if (op == "max")
     return nan ? anything.operator()<Extreme<true, true>>()
                : anything.operator()<Extreme<true, false>>();
+  if (op == "copysign") return of_float(type, []<class T>() -> Run { return two<CopySign, T>; });
   if (op == "and") return bits.operator()<And>();
   if (op == "or") return bits.operator()<Or>();
   if (op == "xor") return bits.operator()<Xor>();

@@ -45,11 +45,12 @@ void copy_async(Warp& w, const Instruction& i, Lanes lanes) {
     copies.push_back({to.address, read, from});
     if (launch.count) launch.counters.bytes_read += read;
   });
-  w.copies.open.push_back([&shared, copies = std::move(copies), size] {
+  w.copies.open.push_back([&w, &shared, copies = std::move(copies), size] {
     for (const Copy& copy : copies) {
       if (copy.read) std::memcpy(&shared.bytes[copy.to], copy.from, copy.read);
       std::memset(&shared.bytes[copy.to + copy.read], 0, size - copy.read);
       shared.wrote(copy.to, size);
+      w.wrote_unfenced(copy.to, size);
     }
   });
 }
@@ -130,9 +131,12 @@ int64_t swizzled(int span, int64_t address) {
 }
 
 const TensorMap& map_at(const Launch& launch, uint64_t address) {
-  for (const TensorMap& map : launch.maps)
-    if ((kParameterWindow | map.parameter) == address) return map;
-  throw Error("no tensor map lies where a bulk copy looks for one");
+  const uint64_t at = address & ~kWindow;
+  if ((address & kWindow) != kParameterWindow || at % 64 || at + 128 > launch.parameters.size())
+    throw Error("no tensor map lies where a bulk copy looks for one");
+  const TensorMap* map;
+  std::memcpy(&map, &launch.parameters[at], sizeof map);
+  return *map;
 }
 
 int64_t box_bytes(const TensorMap& map) {

@@ -20,13 +20,18 @@ thread_local std::string said;
 std::string as_json(const ptx::Counters& c) {
   std::ostringstream out;
   out << "{\"instructions\": " << c.instructions << ", \"bytes_read\": " << c.bytes_read
-      << ", \"bytes_written\": " << c.bytes_written << ", \"sites\": {";
+      << ", \"bytes_written\": " << c.bytes_written;
   const char* comma = "";
-  for (const auto& [line, site] : c.sites) {
-    out << comma << '"' << line << "\": [" << site.requests << ", " << site.parts << ']';
-    comma = ", ";
+  for (const auto& [space, sites] : {std::pair{"global", &c.global}, {"shared", &c.shared}}) {
+    out << ", \"" << space << "\": {";
+    comma = "";
+    for (const auto& [line, site] : *sites) {
+      out << comma << '"' << line << "\": [" << site.requests << ", " << site.parts << ']';
+      comma = ", ";
+    }
+    out << '}';
   }
-  out << "}, \"kinds\": {";
+  out << ", \"kinds\": {";
   comma = "";
   for (const auto& [name, count] : c.kinds) {
     out << comma << '"' << name << "\": " << count;
@@ -76,8 +81,7 @@ PTX_API int ptx_parameter(const Module* module, const char* kernel, int n, uint3
 // each whether it has values. Returns 0, or 1 and the error in ptx_said.
 PTX_API int ptx_launch(const Module* module, const char* kernel, const uint32_t* dims, uint32_t shared,
                const uint8_t* parameters, uint64_t parameter_bytes, const uint64_t* allocations,
-               const uint8_t* written, int count, const ptx::TensorMap* maps, int map_count,
-               uint64_t seed, int counters) {
+               const uint8_t* written, int count, uint64_t seed, int counters) {
   try {
     std::vector<ptx::Allocation> memory;
     for (int n = 0; n < count; ++n) {
@@ -93,7 +97,6 @@ PTX_API int ptx_launch(const Module* module, const char* kernel, const uint32_t*
     launch.dynamic_shared = shared;
     launch.parameters.assign(parameters, parameters + parameter_bytes);
     launch.allocations = &memory;
-    launch.maps.assign(maps, maps + map_count);
     launch.seed = seed;
     launch.count = counters;
     launch.run();

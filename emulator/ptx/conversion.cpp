@@ -12,8 +12,6 @@ struct Integer {
   bool is_signed;
 };
 
-enum class Round { nearest, zero, down, up };
-
 // A value between the two types: integers as 64 bits, numbers as double, which holds all of them.
 struct Conversion {
   std::string to, from;
@@ -28,18 +26,6 @@ double read_float(const std::string& type, uint64_t bits) {
   if (type == "f64") return std::bit_cast<double>(bits);
   if (type == "f16") return static_cast<double>(std::bit_cast<f16>(static_cast<uint16_t>(bits)));
   return static_cast<float>(std::bit_cast<bf16>(static_cast<uint16_t>(bits)));
-}
-
-// To float as `round` says, from a double.
-float to_float(double value, Round round) {
-  const float nearest = static_cast<float>(value);
-  if (round == Round::nearest || std::isnan(value) || nearest == value) return nearest;
-  const bool above = nearest > value;
-  const float infinity = std::numeric_limits<float>::infinity();
-  const float low = above ? std::nextafter(nearest, -infinity) : nearest;
-  const float high = above ? nearest : std::nextafter(nearest, infinity);
-  if (round == Round::zero) return value > 0 ? low : high;
-  return round == Round::down ? low : high;
 }
 
 uint64_t write_float(const std::string& type, double value, Round round) {

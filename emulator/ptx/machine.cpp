@@ -87,6 +87,18 @@ void Warp::set(Register r, int lane, uint64_t value) {
   else p[r.index] = (p[r.index] & ~(Lanes{1} << lane)) | static_cast<Lanes>(value & 1) << lane;
 }
 
+void Warp::wrote_unfenced(uint32_t address, uint32_t size) {
+  if (!block->cluster->launch->program->asynchronous_proxy) return;
+  Shared& shared = block->shared;
+  for (uint32_t n = address; n < address + size; ++n) {
+    shared.state[n] |= kUnfenced;
+    ++shared.unfenced[n];
+  }
+  if (!unfenced.empty() && unfenced.back().address + unfenced.back().size == address)
+    unfenced.back().size += size;
+  else unfenced.push_back({address, size});
+}
+
 bool Warp::runnable() const {
   for (const Path& path : paths)
     if (path.wait == Wait::none ||

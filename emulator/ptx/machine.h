@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "program.h"
+#include "tensor_map.h"
 
 namespace ptx {
 
@@ -129,6 +130,8 @@ struct Warp {
   Path& path() { return paths[current]; }
   bool runnable() const;
   void run();
+  // By the generic proxy: the asynchronous one sees it behind a fence only.
+  void wrote_unfenced(uint32_t address, uint32_t size);
   void wait(Wait why, int barrier = 0);  // called by an instruction of flow `wait`
 
   Words& words(const Instruction& i, int n) { return w[i.r[n].index]; }
@@ -184,16 +187,6 @@ struct Cluster {
   [[noreturn]] void deadlock() const;
 };
 
-// A tensor as the copy engine sees it, fastest dimension first; sizes in elements, strides in bytes.
-struct TensorMap {
-  uint32_t parameter = 0;  // offset of the map among the parameters
-  uint64_t base = 0;
-  int rank = 0, element = 0;  // bytes
-  std::array<int64_t, 5> size{}, stride{};
-  std::array<int32_t, 5> box{}, step{};
-  int swizzle = 0;  // bytes that it spans: 0, 32, 64, 128
-};
-
 // Where an access goes.
 struct Place {
   enum Kind : uint8_t { global, shared, local, constant, parameter } kind;
@@ -208,7 +201,7 @@ struct Counters {
   struct Site {  // an instruction that accesses memory
     uint64_t requests = 0, parts = 0;  // parts: sectors of 32 bytes, or passes over the banks
   };
-  std::map<int, Site> sites;              // by line of the PTX
+  std::map<int, Site> global, shared;     // by line of the PTX
   std::map<std::string, uint64_t> kinds;  // instructions by class
 };
 
@@ -218,7 +211,6 @@ struct Launch {
   uint32_t dynamic_shared = 0;
   std::vector<uint8_t> parameters;
   std::vector<Allocation>* allocations = nullptr;
-  std::vector<TensorMap> maps;
   uint64_t seed = 0;
   bool count = false;
   Counters counters;

@@ -36,16 +36,6 @@ class Memory:
     written: bool = True
 
 
-class TensorMap(ctypes.Structure):
-    """A tensor as the copy engine sees it; ``parameter`` is the offset of its parameter."""
-
-    _fields_ = (
-        ("parameter", ctypes.c_uint32), ("base", ctypes.c_uint64), ("rank", ctypes.c_int),
-        ("element", ctypes.c_int), ("size", ctypes.c_int64 * 5), ("stride", ctypes.c_int64 * 5),
-        ("box", ctypes.c_int32 * 5), ("step", ctypes.c_int32 * 5), ("swizzle", ctypes.c_int),
-    )  # fmt: skip
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """The machine, compiled if need be.
@@ -67,7 +57,7 @@ def library() -> ctypes.CDLL:
     found.ptx_launch.argtypes = [
         ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint32), ctypes.c_uint32,
         ctypes.c_char_p, ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint64), ctypes.c_char_p,
-        ctypes.c_int, ctypes.POINTER(TensorMap), ctypes.c_int, ctypes.c_uint64, ctypes.c_int,
+        ctypes.c_int, ctypes.c_uint64, ctypes.c_int,
     ]  # fmt: skip
     return found
 
@@ -107,7 +97,6 @@ class Module:
         *,
         shared: int = 0,
         cluster: Sequence[int] = (1, 1, 1),
-        maps: Sequence[TensorMap] = (),
         seed: int = 0,
         count: bool = False,
     ) -> dict[str, Any]:
@@ -139,7 +128,7 @@ class Module:
         failed = library().ptx_launch(
             self._handle, kernel.encode(), (ctypes.c_uint32 * 9)(*dims), shared, bytes(given), size,
             (ctypes.c_uint64 * len(ranges))(*ranges), bytes(m.written for m in regions),
-            len(regions), (TensorMap * len(maps))(*maps), len(maps), seed, count,
+            len(regions), seed, count,
         )  # fmt: skip
         said = library().ptx_said().decode()
         if failed:

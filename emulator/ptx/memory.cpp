@@ -19,23 +19,14 @@ void check_read(const Place& place, uint32_t size) {
 void check_write(Warp& w, const Place& place, uint32_t size) {
   if (place.kind != Place::shared) return;
   Shared& shared = place.block->shared;
-  const bool fences = w.block->cluster->launch->program->asynchronous_proxy;
   for (uint32_t n = place.address; n < place.address + size; ++n) {
-    if (shared.state[n] & kIncoming) throw Error("writes shared memory that a copy under way will write");
+    if (shared.state[n] & kIncoming)
+      throw Error("writes shared memory that a copy under way will write");
     if (shared.state[n] & kOutgoing)
       throw Error("writes shared memory that a product or copy under way is still to read");
     shared.state[n] |= kWritten;
-    if (fences) {
-      shared.state[n] |= kUnfenced;
-      ++shared.unfenced[n];
-    }
   }
-  if (!fences || place.block != w.block) return;
-  auto& ranges = w.unfenced;
-  if (!ranges.empty() && ranges.back().address + ranges.back().size == place.address &&
-      ranges.back().size < 1 << 16)
-    ranges.back().size += size;
-  else ranges.push_back({place.address, size});
+  if (place.block == w.block) w.wrote_unfenced(place.address, size);
 }
 
 namespace {
@@ -63,7 +54,8 @@ void count(Warp& w, const Instruction& i, const Access& access, Lanes lanes,
   if (!launch.count) return;
   Counters& counters = launch.counters;
   const uint64_t window = at[__builtin_ctz(lanes)] & kWindow;
-  auto& site = counters.sites[i.line];
+  if (window != kSharedWindow && window != 0) return;
+  auto& site = (window ? counters.shared : counters.global)[i.line];
   if (window == kSharedWindow) {
     const int at_once = std::max<int>(1, 128 / static_cast<int>(std::max(access.size(), 4u)));
     for (int from = 0; from < kLanes; from += at_once) {
@@ -77,7 +69,7 @@ void count(Warp& w, const Instruction& i, const Access& access, Lanes lanes,
       ++site.requests;
       site.parts += *std::max_element(banks.begin(), banks.end());
     }
-  } else if (window == 0) {
+  } else {
     std::set<uint64_t> sectors;
     each(lanes, [&](int l) {
       for (uint64_t s = at[l] / 32; s <= (at[l] + access.size() - 1) / 32; ++s) sectors.insert(s);

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "machine.h"
@@ -62,6 +63,20 @@ template <class T, class From>
 T narrow(From value) {
   if constexpr (std::is_same_v<T, bf16>) return bf16(static_cast<float>(value));
   else return static_cast<T>(value);
+}
+
+enum class Round { nearest, zero, down, up };
+
+// value + rest, which is smaller than half a unit of value's last place, as a float.
+inline float to_float(double value, Round round, double rest = 0) {
+  const float nearest = static_cast<float>(value);
+  if (round == Round::nearest || !std::isfinite(value)) return nearest;
+  const float infinity = std::numeric_limits<float>::infinity();
+  const double off = (value - nearest) + rest;  // of what nearest is
+  const bool down = round == Round::down || (round == Round::zero && value > 0);
+  if (off < 0 && down) return std::nextafter(nearest, -infinity);
+  if (off > 0 && !down) return std::nextafter(nearest, infinity);
+  return nearest;
 }
 
 }  // namespace ptx

@@ -460,12 +460,7 @@ class Parser final : public Decoder {
     operands.clear();
     while (peek() != ";") {
       operands.push_back(operand());
-      if (peek() == "|") {  // two destinations
-        take();
-        operands.push_back(operand());
-      } else if (peek() != ";") {
-        expect(",");
-      }
+      if (peek() != ";" && !accept("|")) expect(",");  // a|b are two destinations
     }
     take();
     program_.asynchronous_proxy |= name[0] == "wgmma" || has("bulk");

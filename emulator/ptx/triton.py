@@ -7,25 +7,16 @@ makes of it is read elsewhere (tests/static).
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
+from .executed import Executed
 from .machine import Memory, Module
-
-
-@dataclass
-class Executed:
-    """What ran so far, and how the next launches run."""
-
-    seed: int = 0
-    count: bool = False
-    kernels: list[str] = field(default_factory=list)
-    counted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
 
 class Launcher:
@@ -51,13 +42,10 @@ class Launcher:
             else:
                 given.append(float(value) if type_.startswith("fp") else int(value))
         given += [0, 0]  # scratch memory, which no kernel of ours asks for
-        counted = module.launch(
-            name, (x, y, z), (32 * self.metadata.num_warps,), given, memory.values(),
-            shared=self.metadata.shared, seed=self.executed.seed, count=self.executed.count,
+        self.executed.run(
+            module, name, (x, y, z), (32 * self.metadata.num_warps,), given, memory.values(),
+            shared=self.metadata.shared,
         )  # fmt: skip
-        self.executed.kernels.append(name)
-        if self.executed.count:
-            self.executed.counted.append((name, counted))
 
 
 def _passed(types: tuple[Any, ...], values: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
@@ -69,11 +57,14 @@ def _passed(types: tuple[Any, ...], values: tuple[Any, ...]) -> Iterator[tuple[s
             yield type_, value
 
 
+_devices = itertools.count()
+
+
 class Driver:
-    """What Triton asks of a driver."""
+    """What Triton asks of a driver; each is a device of its own, whose kernels Triton loads anew."""
 
     def __init__(self, capability: tuple[int, int], executed: Executed) -> None:
-        self.capability = capability
+        self.capability, self.executed, self.device = capability, executed, next(_devices)
         self.launcher_cls = lambda source, metadata: Launcher(source, metadata, executed)
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 228 << 10},
@@ -81,7 +72,7 @@ class Driver:
         )
 
     def _load(self, name: str, code: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        module = Module(code.decode())
+        module = Module(self.executed.plant(code.decode()))
         return module, (module, name), 0, 0, 1024
 
     def get_current_target(self) -> Any:
@@ -91,7 +82,7 @@ class Driver:
         return GPUTarget("cuda", 10 * major + minor, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -1,0 +1,43 @@
+"""What ran on the machine, and how the next launches run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .machine import Memory, Module
+
+
+def _as_it_is(text: str) -> str:
+    return text
+
+
+@dataclass
+class Executed:
+    """``plant`` changes the text of every kernel before it is decoded: faults that tests expect."""
+
+    seed: int = 0
+    count: bool = False
+    plant: Callable[[str], str] = _as_it_is
+    kernels: list[str] = field(default_factory=list)
+    counted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def run(
+        self,
+        module: Module,
+        entry: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[int | float | bytes],
+        memory: Iterable[Memory],
+        label: str = "",
+        **how: Any,
+    ) -> None:
+        """Launch a kernel; ``label`` is what it is called in ``kernels``."""
+        counted = module.launch(
+            entry, grid, block, arguments, memory, seed=self.seed, count=self.count, **how
+        )
+        self.kernels.append(label or entry)
+        if self.count:
+            self.counted.append((self.kernels[-1], counted))
