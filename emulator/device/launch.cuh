@@ -14,8 +14,8 @@ void launch_clusters(const char* name, int cluster, void (*kernel)(Parameters...
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   std::string error;
   if (emulator::executor) {
-    const uint32_t dims[] = {grid.x,  grid.y,  grid.z, block.x, block.y,
-                             block.z, uint32_t(cluster), 1,  1};
+    const uint32_t dims[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, uint32_t(cluster),
+                             1,      1};
     const char* said = [&](const Parameters&... values) {
       const void* at[] = {&values...};
       const uint64_t sizes[] = {sizeof(values)...};

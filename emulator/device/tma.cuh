@@ -23,8 +23,9 @@ static_assert(sizeof(TensorMap) == 128);
 
 inline TensorMap tensor_map(const Tiles& t) {
   check(t);
-  ptx::TensorMap map{reinterpret_cast<uint64_t>(t.data), t.rank, t.element_bytes(), {}, {}, {}, {},
-                     static_cast<int>(swizzle_span(t.swizzle))};
+  ptx::TensorMap map{
+      reinterpret_cast<uint64_t>(t.data),       t.rank, t.element_bytes(), {}, {}, {}, {},
+      static_cast<int>(swizzle_span(t.swizzle))};
   for (int i = 0; i < t.rank; ++i) {
     map.size[i] = t.size[i], map.stride[i] = t.stride[i] * t.element_bytes();
     map.box[i] = t.box[i], map.step[i] = t.step[i];

@@ -40,23 +40,23 @@ auto halves(F f, T... v) {
 }
 
 // Integers wrap around, which only the unsigned types of C++ do.
-#define WRAPPING(Name, expression)                              \
-  struct Name {                                                 \
-    template <class T>                                          \
-      requires std::is_integral_v<T>                            \
-    static T of(T x, T y) {                                     \
+#define WRAPPING(Name, expression)                                           \
+  struct Name {                                                              \
+    template <class T>                                                       \
+      requires std::is_integral_v<T>                                         \
+    static T of(T x, T y) {                                                  \
       const auto a = static_cast<uint64_t>(x), b = static_cast<uint64_t>(y); \
-      return static_cast<T>(expression);                        \
-    }                                                           \
-    template <class T>                                          \
-    static T of(T x, T y) {                                     \
-      const auto a = widen(x), b = widen(y);                    \
-      return narrow<T>(expression);                             \
-    }                                                           \
-    template <class T>                                          \
-    static Two<T> of(Two<T> x, Two<T> y) {                      \
-      return halves([](T a, T b) { return of(a, b); }, x, y);   \
-    }                                                           \
+      return static_cast<T>(expression);                                     \
+    }                                                                        \
+    template <class T>                                                       \
+    static T of(T x, T y) {                                                  \
+      const auto a = widen(x), b = widen(y);                                 \
+      return narrow<T>(expression);                                          \
+    }                                                                        \
+    template <class T>                                                       \
+    static Two<T> of(Two<T> x, Two<T> y) {                                   \
+      return halves([](T a, T b) { return of(a, b); }, x, y);                \
+    }                                                                        \
   };
 WRAPPING(Add, a + b)
 WRAPPING(Sub, a - b)
@@ -66,9 +66,10 @@ WRAPPING(Mul, a* b)
 struct MulHigh {
   template <class T>
   static T of(T a, T b) {
-    using Wider = std::conditional_t<
-        sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
-        std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+    using Wider =
+        std::conditional_t<sizeof(T) == 8,
+                           std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+                           std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
     return static_cast<T>((static_cast<Wider>(a) * static_cast<Wider>(b)) >> (8 * sizeof(T)));
   }
 };
@@ -201,8 +202,10 @@ struct Not {
 struct Neg {
   template <class T>
   static T of(T a) {
-    if constexpr (std::is_integral_v<T>) return Sub::of(T{0}, a);
-    else return narrow<T>(-widen(a));
+    if constexpr (std::is_integral_v<T>)
+      return Sub::of(T{0}, a);
+    else
+      return narrow<T>(-widen(a));
   }
   template <class T>
   static Two<T> of(Two<T> x) {
@@ -212,8 +215,10 @@ struct Neg {
 struct Abs {
   template <class T>
   static T of(T a) {
-    if constexpr (std::is_integral_v<T>) return a < 0 ? Neg::of(a) : a;
-    else return narrow<T>(std::fabs(widen(a)));
+    if constexpr (std::is_integral_v<T>)
+      return a < 0 ? Neg::of(a) : a;
+    else
+      return narrow<T>(std::fabs(widen(a)));
   }
   template <class T>
   static Two<T> of(Two<T> x) {
@@ -221,13 +226,13 @@ struct Abs {
   }
 };
 
-#define OF_FLOAT(Name, expression)      \
-  struct Name {                         \
-    template <class T>                  \
-    static T of(T value) {              \
-      const auto a = widen(value);      \
-      return narrow<T>(expression);     \
-    }                                   \
+#define OF_FLOAT(Name, expression)  \
+  struct Name {                     \
+    template <class T>              \
+    static T of(T value) {          \
+      const auto a = widen(value);  \
+      return narrow<T>(expression); \
+    }                               \
   };
 OF_FLOAT(Sqrt, std::sqrt(a))
 OF_FLOAT(Rsqrt, 1 / std::sqrt(a))
@@ -276,9 +281,14 @@ void set_predicate(Warp& w, const Instruction& i, Lanes lanes) {
   if (i.r.size() > static_cast<size_t>(i.writes) + 2) {  // combined with a predicate
     const Lanes c = i.number & 4 ? ~w.p[i.r[i.writes + 2].index] : w.p[i.r[i.writes + 2].index];
     switch (i.number & 3) {
-      case 0: found &= c, other &= c; break;
-      case 1: found |= c, other |= c; break;
-      default: found ^= c, other ^= c;
+      case 0:
+        found &= c, other &= c;
+        break;
+      case 1:
+        found |= c, other |= c;
+        break;
+      default:
+        found ^= c, other ^= c;
     }
   }
   Lanes& p = w.p[i.r[0].index];
@@ -327,8 +337,10 @@ void shift(Warp& w, const Instruction& i, Lanes lanes) {
   constexpr uint32_t width = 8 * sizeof(T);
   each(lanes, [&](int l) {
     const uint32_t n = by[l];
-    if (left) d.set(l, n >= width ? T{0} : static_cast<T>(static_cast<Unsigned<T>>(a[l]) << n));
-    else d.set(l, static_cast<T>(a[l] >> std::min(n, width - 1)));
+    if (left)
+      d.set(l, n >= width ? T{0} : static_cast<T>(static_cast<Unsigned<T>>(a[l]) << n));
+    else
+      d.set(l, static_cast<T>(a[l] >> std::min(n, width - 1)));
     if (!left && n >= width && !std::is_signed_v<T>) d.set(l, 0);
   });
 }
@@ -608,16 +620,14 @@ Run run_of(Decoder& d) {
   if (op == "shl") return of_bits(type, []<class T>() -> Run { return shift<T, true>; });
   if (op == "shr") return of_integer(type, []<class T>() -> Run { return shift<T, false>; });
   if (op == "selp") return of_bits(type, []<class T>() -> Run { return select<T>; });
-  if (op == "bfe")
-    return of_integer(type, []<class T>() -> Run { return extract<T>; });
+  if (op == "bfe") return of_integer(type, []<class T>() -> Run { return extract<T>; });
   if (op == "popc")
     return size_of(type) == 8 ? Run{count_ones<uint64_t>} : Run{count_ones<uint32_t>};
   if (op == "clz")
     return size_of(type) == 8 ? Run{count_zeros<uint64_t>} : Run{count_zeros<uint32_t>};
   if (op == "brev" && type == "b32") return reverse;
   if (op == "prmt" && d.name.size() == 2) return permute;
-  if (op == "bfi")
-    return size_of(type) == 8 ? Run{insert<uint64_t>} : Run{insert<uint32_t>};
+  if (op == "bfi") return size_of(type) == 8 ? Run{insert<uint64_t>} : Run{insert<uint32_t>};
   if (op == "shf") {
     if (d.has("l")) return d.has("wrap") ? funnel_shift<true, true> : funnel_shift<true, false>;
     return d.has("wrap") ? funnel_shift<false, true> : funnel_shift<false, false>;
@@ -638,7 +648,9 @@ bool compare(Decoder& d) {
   d.read(writes + 1, file_of(type));
   if (combined) {
     d.read(writes + 2, File::predicate);
-    d.i->number = (d.name[2] == "and" ? 0 : d.name[2] == "or" ? 1 : 2) |
+    d.i->number = (d.name[2] == "and"  ? 0
+                   : d.name[2] == "or" ? 1
+                                       : 2) |
                   (d.operands[writes + 2].negated ? 4 : 0);
   }
   d.i->run = run;
@@ -666,9 +678,7 @@ bool moved(Decoder& d) {
   } else {
     d.write(0, file_of(type));
     d.read(1, file_of(type));
-    d.i->run = type == "pred" ? move_predicate
-               : bits == 64   ? move<uint64_t>
-                              : Run{move<uint32_t>};
+    d.i->run = type == "pred" ? move_predicate : bits == 64 ? move<uint64_t> : Run{move<uint32_t>};
   }
   return true;
 }
@@ -685,10 +695,14 @@ bool multiplied_wide(Decoder& d) {
   d.read(1, File::b32);
   d.read(2, File::b32);
   if (d.name[0] == "mad") d.read(3, twice);
-  if (type == "s32") wide<int32_t, int64_t>(d);
-  else if (type == "u32") wide<uint32_t, uint64_t>(d);
-  else if (type == "s16") wide<int16_t, int32_t>(d);
-  else if (type == "u16") wide<uint16_t, uint32_t>(d);
+  if (type == "s32")
+    wide<int32_t, int64_t>(d);
+  else if (type == "u32")
+    wide<uint32_t, uint64_t>(d);
+  else if (type == "s16")
+    wide<int16_t, int32_t>(d);
+  else if (type == "u16")
+    wide<uint16_t, uint32_t>(d);
   return true;
 }
 

@@ -101,7 +101,8 @@ void mbarrier_arrive(Warp& w, const Instruction& i, Lanes lanes) {
   each(lanes, [&](int l) {
     const auto [block, at] = shared_place(w, w.address(i, first, l));
     Mbarrier& b = mbarrier_at(*block, at);
-    const uint64_t given = i.r.size() > static_cast<size_t>(first) + 1 ? w.value(i.r[first + 1], l) : 1;
+    const uint64_t given =
+        i.r.size() > static_cast<size_t>(first) + 1 ? w.value(i.r[first + 1], l) : 1;
     if (i.writes) w.set(i.r[0], l, b.phase);
     if (i.number) b.bytes += given;
     if (i.number != 2) b.pending -= i.number ? 1 : given;
@@ -154,8 +155,10 @@ void each_element(const TensorMap& map, const std::array<int32_t, 5>& from, F f)
     uint64_t address = map.base;
     for (int n = 0; n < map.rank && address; ++n) {
       const int64_t c = int64_t{from[n]} + int64_t{index[n]} * map.step[n];
-      if (c < 0 || c >= map.size[n]) address = 0;
-      else address += c * map.stride[n];
+      if (c < 0 || c >= map.size[n])
+        address = 0;
+      else
+        address += c * map.stride[n];
     }
     f(at, address);
     for (int n = 0; n < map.rank && ++index[n] == map.box[n]; ++n) index[n] = 0;
@@ -196,7 +199,8 @@ void bulk_load(Warp& w, const Instruction& i, Lanes lanes) {
     for (size_t rank_of = 0; rank_of < cluster.blocks.size(); ++rank_of) {
       if (!(mask >> rank_of & 1)) continue;
       Block* block = cluster.blocks[rank_of].get();
-      if (to + size > block->shared.bytes.size()) throw Error("a bulk copy outside of shared memory");
+      if (to + size > block->shared.bytes.size())
+        throw Error("a bulk copy outside of shared memory");
       block->shared.will_write(to, size, "a bulk copy");
       cluster.pending.push_back([block, box, to = to, size, barrier, &cluster] {
         Launch& launch = *cluster.launch;
@@ -229,7 +233,8 @@ void bulk_store(Warp& w, const Instruction& i, Lanes lanes) {
     const auto [block, from] = shared_place(w, w.address(i, 1 + rank, l, 1));
     check_alignment(*box.map, from);
     const auto size = static_cast<uint32_t>(box_bytes(*box.map));
-    if (from + size > block->shared.bytes.size()) throw Error("a bulk copy outside of shared memory");
+    if (from + size > block->shared.bytes.size())
+      throw Error("a bulk copy outside of shared memory");
     block->shared.will_read(from, size, "a bulk copy");
     w.bulk.open.push_back([block = block, box, from = from, size] {
       Launch& launch = *block->cluster->launch;

@@ -69,7 +69,8 @@ PTX_API int64_t ptx_parameter_bytes(const Module* module, const char* kernel) {
 }
 
 // Offset and size of parameter `n`; returns 0 where there is none.
-PTX_API int ptx_parameter(const Module* module, const char* kernel, int n, uint32_t* offset, uint32_t* size) {
+PTX_API int ptx_parameter(const Module* module, const char* kernel, int n, uint32_t* offset,
+                          uint32_t* size) {
   const auto& parameters = module->programs.at(kernel).parameters;
   if (n < 0 || n >= static_cast<int>(parameters.size())) return 0;
   *offset = parameters[n].offset;
@@ -79,9 +80,10 @@ PTX_API int ptx_parameter(const Module* module, const char* kernel, int n, uint3
 
 // `dims`: grid, block and cluster; `allocations`: pairs of address and bytes, `written` says of
 // each whether it has values. Returns 0, or 1 and the error in ptx_said.
-PTX_API int ptx_launch(const Module* module, const char* kernel, const uint32_t* dims, uint32_t shared,
-               const uint8_t* parameters, uint64_t parameter_bytes, const uint64_t* allocations,
-               const uint8_t* written, int count, uint64_t seed, int counters) {
+PTX_API int ptx_launch(const Module* module, const char* kernel, const uint32_t* dims,
+                       uint32_t shared, const uint8_t* parameters, uint64_t parameter_bytes,
+                       const uint64_t* allocations, const uint8_t* written, int count,
+                       uint64_t seed, int counters) {
   try {
     std::vector<ptx::Allocation> memory;
     for (int n = 0; n < count; ++n) {
@@ -89,7 +91,8 @@ PTX_API int ptx_launch(const Module* module, const char* kernel, const uint32_t*
       if (!written[n]) a.written.resize(a.size);
       memory.push_back(std::move(a));
     }
-    std::sort(memory.begin(), memory.end(), [](const auto& a, const auto& b) { return a.base < b.base; });
+    std::sort(memory.begin(), memory.end(),
+              [](const auto& a, const auto& b) { return a.base < b.base; });
     ptx::Launch launch;
     launch.program = &module->programs.at(kernel);
     for (int n = 0; n < 3; ++n)

@@ -14,8 +14,10 @@ int constant_of(Warp& w, Register r, Lanes lanes) {
 void bar_sync(Warp& w, const Instruction& i, Lanes lanes) {
   const int barrier = constant_of(w, i.r[0], lanes);
   const int expected = i.r.size() > 1 ? constant_of(w, i.r[1], lanes) : 0;
-  if (w.block->arrive(barrier, __builtin_popcount(lanes), expected, w)) w.block->release(barrier);
-  else w.wait(Wait::barrier, barrier);
+  if (w.block->arrive(barrier, __builtin_popcount(lanes), expected, w))
+    w.block->release(barrier);
+  else
+    w.wait(Wait::barrier, barrier);
 }
 
 void bar_arrive(Warp& w, const Instruction& i, Lanes lanes) {
@@ -178,7 +180,10 @@ bool control(Decoder& d) {
       ++i.writes;
     }
     for (int n = tells ? 2 : 1; n < (tells ? 6 : 5); ++n) d.read(n, File::b32);
-    i.run = d.has("idx") ? shuffle<0> : d.has("up") ? shuffle<1> : d.has("down") ? shuffle<2> : shuffle<3>;
+    i.run = d.has("idx")    ? shuffle<0>
+            : d.has("up")   ? shuffle<1>
+            : d.has("down") ? shuffle<2>
+                            : shuffle<3>;
     return true;
   }
   if (op == "vote") {

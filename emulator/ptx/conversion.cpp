@@ -19,7 +19,9 @@ struct Conversion {
   bool saturate, relu;
 };
 
-bool is_float(const std::string& type) { return type[0] == 'f' || type[0] == 'b' || type == "tf32"; }
+bool is_float(const std::string& type) {
+  return type[0] == 'f' || type[0] == 'b' || type == "tf32";
+}
 
 double read_float(const std::string& type, uint64_t bits) {
   if (type == "f32") return std::bit_cast<float>(static_cast<uint32_t>(bits));
@@ -36,8 +38,7 @@ uint64_t write_float(const std::string& type, double value, Round round) {
     const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(value));
     return std::isfinite(value) ? (bits + 0x1000) & ~0x1fffu : bits;
   }
-  if (round == Round::zero)
-    return std::bit_cast<uint32_t>(to_float(value, Round::zero)) >> 16;
+  if (round == Round::zero) return std::bit_cast<uint32_t>(to_float(value, Round::zero)) >> 16;
   return bf16(static_cast<float>(value)).bits;
 }
 
@@ -63,8 +64,9 @@ uint64_t convert(const Conversion& c, uint64_t bits) {
       const Integer from = integer(c.from);
       const int64_t value = read_integer(from, bits);
       if (c.to == "f32" && c.round == Round::nearest)  // one rounding
-        return std::bit_cast<uint32_t>(from.is_signed ? static_cast<float>(value)
-                                                      : static_cast<float>(static_cast<uint64_t>(value)));
+        return std::bit_cast<uint32_t>(from.is_signed
+                                           ? static_cast<float>(value)
+                                           : static_cast<float>(static_cast<uint64_t>(value)));
       const double wide = from.is_signed ? static_cast<double>(value)
                                          : static_cast<double>(static_cast<uint64_t>(value));
       return write_float(c.to, wide, c.round);
@@ -110,8 +112,10 @@ void plain(Warp& w, const Instruction& i, Lanes lanes) {
   View<To> d(w, i.r[0]);
   View<From> a(w, i.r[1]);
   each(lanes, [&](int l) {
-    if constexpr (std::is_integral_v<To>) d.set(l, static_cast<To>(a[l]));
-    else d.set(l, narrow<To>(widen(a[l])));
+    if constexpr (std::is_integral_v<To>)
+      d.set(l, static_cast<To>(a[l]));
+    else
+      d.set(l, narrow<To>(widen(a[l])));
   });
 }
 
@@ -181,13 +185,12 @@ bool conversion(Decoder& d) {
     return true;
   }
   if (op != "cvt") return false;
-  const Conversion c{
-      d.type(1), d.type(),
-      d.has("rzi") || d.has("rz")   ? Round::zero
-      : d.has("rmi") || d.has("rm") ? Round::down
-      : d.has("rpi") || d.has("rp") ? Round::up
-                                    : Round::nearest,
-      d.has("sat"), d.has("relu")};
+  const Conversion c{d.type(1), d.type(),
+                     d.has("rzi") || d.has("rz")   ? Round::zero
+                     : d.has("rmi") || d.has("rm") ? Round::down
+                     : d.has("rpi") || d.has("rp") ? Round::up
+                                                   : Round::nearest,
+                     d.has("sat"), d.has("relu")};
   if (c.to == "bf16x2" || c.to == "f16x2") {
     if (c.from != "f32" || c.round != Round::nearest || c.saturate) return false;
     d.write(0, File::b32);

@@ -35,8 +35,7 @@ void Shared::will_write(uint32_t address, uint32_t size, const char* why) {
 }
 
 void Shared::wrote(uint32_t address, uint32_t size) {
-  for (uint32_t n = address; n < address + size; ++n)
-    state[n] = (state[n] & ~kIncoming) | kWritten;
+  for (uint32_t n = address; n < address + size; ++n) state[n] = (state[n] & ~kIncoming) | kWritten;
 }
 
 void Shared::will_read(uint32_t address, uint32_t size, const char* why) {
@@ -82,9 +81,12 @@ void Groups::wait(size_t pending) {
 // ---- warps
 
 void Warp::set(Register r, int lane, uint64_t value) {
-  if (r.file == File::b64) d[r.index][lane] = value;
-  else if (r.file == File::b32) w[r.index][lane] = static_cast<uint32_t>(value);
-  else p[r.index] = (p[r.index] & ~(Lanes{1} << lane)) | static_cast<Lanes>(value & 1) << lane;
+  if (r.file == File::b64)
+    d[r.index][lane] = value;
+  else if (r.file == File::b32)
+    w[r.index][lane] = static_cast<uint32_t>(value);
+  else
+    p[r.index] = (p[r.index] & ~(Lanes{1} << lane)) | static_cast<Lanes>(value & 1) << lane;
 }
 
 void Warp::wrote_unfenced(uint32_t address, uint32_t size) {
@@ -96,7 +98,8 @@ void Warp::wrote_unfenced(uint32_t address, uint32_t size) {
   }
   if (!unfenced.empty() && unfenced.back().address + unfenced.back().size == address)
     unfenced.back().size += size;
-  else unfenced.push_back({address, size});
+  else
+    unfenced.push_back({address, size});
 }
 
 bool Warp::runnable() const {
@@ -334,32 +337,58 @@ uint32_t special(Special which, const Launch& launch, const Block& block, int wa
   const auto& c = launch.cluster;
   const Lanes bit = Lanes{1} << lane;
   switch (which) {
-    case Special::tid_x: return thread % b[0];
-    case Special::tid_y: return thread / b[0] % b[1];
-    case Special::tid_z: return thread / b[0] / b[1];
-    case Special::ntid_x: return b[0];
-    case Special::ntid_y: return b[1];
-    case Special::ntid_z: return b[2];
-    case Special::ctaid_x: return block.id[0];
-    case Special::ctaid_y: return block.id[1];
-    case Special::ctaid_z: return block.id[2];
-    case Special::nctaid_x: return g[0];
-    case Special::nctaid_y: return g[1];
-    case Special::nctaid_z: return g[2];
-    case Special::laneid: return lane;
-    case Special::warpid: return warp;
-    case Special::cluster_ctarank: return block.rank;
-    case Special::cluster_nctarank: return c[0] * c[1] * c[2];
-    case Special::cluster_ctaid_x: return block.id[0] % c[0];
-    case Special::cluster_nctaid_x: return c[0];
-    case Special::clusterid_x: return block.id[0] / c[0];
-    case Special::nclusterid_x: return g[0] / c[0];
-    case Special::clock: return 0;
-    case Special::lanemask_lt: return bit - 1;
-    case Special::lanemask_le: return bit | (bit - 1);
-    case Special::lanemask_eq: return bit;
-    case Special::lanemask_ge: return ~(bit - 1);
-    case Special::lanemask_gt: return ~(bit | (bit - 1));
+    case Special::tid_x:
+      return thread % b[0];
+    case Special::tid_y:
+      return thread / b[0] % b[1];
+    case Special::tid_z:
+      return thread / b[0] / b[1];
+    case Special::ntid_x:
+      return b[0];
+    case Special::ntid_y:
+      return b[1];
+    case Special::ntid_z:
+      return b[2];
+    case Special::ctaid_x:
+      return block.id[0];
+    case Special::ctaid_y:
+      return block.id[1];
+    case Special::ctaid_z:
+      return block.id[2];
+    case Special::nctaid_x:
+      return g[0];
+    case Special::nctaid_y:
+      return g[1];
+    case Special::nctaid_z:
+      return g[2];
+    case Special::laneid:
+      return lane;
+    case Special::warpid:
+      return warp;
+    case Special::cluster_ctarank:
+      return block.rank;
+    case Special::cluster_nctarank:
+      return c[0] * c[1] * c[2];
+    case Special::cluster_ctaid_x:
+      return block.id[0] % c[0];
+    case Special::cluster_nctaid_x:
+      return c[0];
+    case Special::clusterid_x:
+      return block.id[0] / c[0];
+    case Special::nclusterid_x:
+      return g[0] / c[0];
+    case Special::clock:
+      return 0;
+    case Special::lanemask_lt:
+      return bit - 1;
+    case Special::lanemask_le:
+      return bit | (bit - 1);
+    case Special::lanemask_eq:
+      return bit;
+    case Special::lanemask_ge:
+      return ~(bit - 1);
+    case Special::lanemask_gt:
+      return ~(bit | (bit - 1));
   }
   return 0;
 }
@@ -387,10 +416,10 @@ void Launch::run() {
   fresh.being_read.resize(program->registers[1]);
   fresh.being_written.resize(program->registers[1]);
 
-  const uint32_t shared = program->static_shared
-                              ? (program->static_shared + kDynamicAlignment - 1) /
-                                    kDynamicAlignment * kDynamicAlignment
-                              : 0;
+  const uint32_t shared =
+      program->static_shared
+          ? (program->static_shared + kDynamicAlignment - 1) / kDynamicAlignment * kDynamicAlignment
+          : 0;
   const auto make = [&](uint32_t x, uint32_t y, uint32_t z, Cluster& cluster) {
     auto made = std::make_unique<Block>();
     made->cluster = &cluster;
@@ -442,7 +471,8 @@ Place Launch::place(Warp& warp, uint64_t address, uint32_t size, bool write, int
   const auto refuse = [&](const std::string& what) {
     throw Error((write ? "writes " : "reads ") + std::to_string(size) + " bytes " + what);
   };
-  if (address % size) refuse("at an address that is no multiple of them: " + std::to_string(address));
+  if (address % size)
+    refuse("at an address that is no multiple of them: " + std::to_string(address));
   const uint64_t window = address & kWindow, at = address & ~kWindow;
   if (window == kLocalWindow) {
     if (at + size > program->local) refuse("outside of local memory");
@@ -476,8 +506,10 @@ Place Launch::place(Warp& warp, uint64_t address, uint32_t size, bool write, int
   Allocation& a = *(after - 1);
   if (!a.written.empty()) {
     for (uint64_t n = address - a.base; n < address - a.base + size; ++n) {
-      if (write) a.written[n] = 1;
-      else if (!a.written[n]) refuse("of a tensor before anything has written them");
+      if (write)
+        a.written[n] = 1;
+      else if (!a.written[n])
+        refuse("of a tensor before anything has written them");
     }
   }
   return {Place::global, reinterpret_cast<uint8_t*>(address), nullptr, 0};

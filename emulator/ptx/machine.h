@@ -180,7 +180,7 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   std::deque<Deed> pending;  // bulk copies into shared memory, in order of issue
   uint64_t progress = 0;
-  int arrived = 0;  // threads at barrier.cluster
+  int arrived = 0;          // threads at barrier.cluster
   uint64_t generation = 0;  // how often all had arrived there
 
   void run();
@@ -196,9 +196,9 @@ struct Place {
 };
 
 struct Counters {
-  uint64_t instructions = 0;  // of warps
+  uint64_t instructions = 0;                   // of warps
   uint64_t bytes_read = 0, bytes_written = 0;  // of global memory, as asked for
-  struct Site {  // an instruction that accesses memory
+  struct Site {                                // an instruction that accesses memory
     uint64_t requests = 0, parts = 0;  // parts: sectors of 32 bytes, or passes over the banks
   };
   std::map<int, Site> global, shared;     // by line of the PTX
@@ -234,16 +234,17 @@ std::string where(const Warp& warp, const Instruction& i);
 
 struct Operand {
   enum Kind : uint8_t { name, number, list, address, none } kind = none;
-  std::string text;           // a register, label or symbol
-  uint64_t value = 0;         // a number; of an address: its offset
-  std::vector<Operand> inner; // a list; an address: its base, and the coordinates behind it
-  bool negated = false;       // !p
+  std::string text;            // a register, label or symbol
+  uint64_t value = 0;          // a number; of an address: its offset
+  std::vector<Operand> inner;  // a list; an address: its base, and the coordinates behind it
+  bool negated = false;        // !p
 };
 
 // What decoding needs of the parser.
 struct Decoder {
   virtual ~Decoder() = default;
-  // Registers by name, numbers and symbols as registers of that file; `_` is a register nobody reads.
+  // Registers by name, numbers and symbols as registers of that file; `_` is a register nobody
+  // reads.
   virtual Register source(const Operand& operand, File file) = 0;
   virtual Register destination(const Operand& operand, File file) = 0;
   virtual uint64_t symbol_or_number(const Operand& operand) = 0;

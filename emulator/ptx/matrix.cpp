@@ -22,8 +22,8 @@ void load_matrices(Warp& w, const Instruction& i, Lanes lanes) {
     uint16_t rows[8][8];
     for (int row = 0; row < 8; ++row) {
       const int lane = 8 * m + row;
-      const Place at = w.block->cluster->launch->place(
-          w, w.address(i, count, lane) | kSharedWindow, 16, false, lane);
+      const Place at = w.block->cluster->launch->place(w, w.address(i, count, lane) | kSharedWindow,
+                                                       16, false, lane);
       check_read(at, 16);
       std::memcpy(rows[row], at.bytes, 16);
     }
@@ -74,8 +74,8 @@ double element(const Words& r, int lane, int n) {
 template <class T, class Sum, int K>
 void multiply(Warp& w, const Instruction& i, Lanes lanes) {
   need_all(lanes);
-  constexpr int per = 4 / sizeof(T);           // elements of a register
-  constexpr int steps = K / (4 * per);         // registers of B, and of each half of A's rows
+  constexpr int per = 4 / sizeof(T);              // elements of a register
+  constexpr int steps = K / (4 * per);            // registers of B, and of each half of A's rows
   constexpr int sums = sizeof(Sum) == 4 ? 4 : 2;  // registers of D
   double a[16][K], b[8][K];
   const int first_a = sums, first_b = first_a + 2 * steps, first_c = first_b + steps;

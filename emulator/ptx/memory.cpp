@@ -153,11 +153,20 @@ void atomic(Warp& w, const Instruction& i, Lanes lanes) {
     };
     T made = operand(1);
     switch (static_cast<Atomic>(i.offset[3])) {
-      case Atomic::add: made = static_cast<T>(old + made); break;
-      case Atomic::min: made = std::min(old, made); break;
-      case Atomic::max: made = std::max(old, made); break;
-      case Atomic::exch: break;
-      case Atomic::cas: made = old == made ? operand(2) : old; break;
+      case Atomic::add:
+        made = static_cast<T>(old + made);
+        break;
+      case Atomic::min:
+        made = std::min(old, made);
+        break;
+      case Atomic::max:
+        made = std::max(old, made);
+        break;
+      case Atomic::exch:
+        break;
+      case Atomic::cas:
+        made = old == made ? operand(2) : old;
+        break;
       default:
         if constexpr (std::is_integral_v<T>)
           made = static_cast<Atomic>(i.offset[3]) == Atomic::bit_and ? old & made : old | made;
@@ -170,7 +179,7 @@ void atomic(Warp& w, const Instruction& i, Lanes lanes) {
 
 bool atomics(Decoder& d) {
   static const std::map<std::string, Atomic> kinds{
-      {"add", Atomic::add}, {"min", Atomic::min}, {"max", Atomic::max},    {"exch", Atomic::exch},
+      {"add", Atomic::add}, {"min", Atomic::min},     {"max", Atomic::max},  {"exch", Atomic::exch},
       {"cas", Atomic::cas}, {"and", Atomic::bit_and}, {"or", Atomic::bit_or}};
   const std::string& type = d.type();
   int n = 0;
@@ -181,11 +190,16 @@ bool atomics(Decoder& d) {
   for (const std::string& part : d.name)
     if (const auto kind = kinds.find(part); kind != kinds.end())
       d.i->offset[3] = static_cast<int64_t>(kind->second);
-  if (type == "u32" || type == "b32") d.i->run = atomic<uint32_t>;
-  else if (type == "s32") d.i->run = atomic<int32_t>;
-  else if (type == "u64" || type == "b64") d.i->run = atomic<uint64_t>;
-  else if (type == "f32") d.i->run = atomic<float>;
-  else if (type == "f64") d.i->run = atomic<double>;
+  if (type == "u32" || type == "b32")
+    d.i->run = atomic<uint32_t>;
+  else if (type == "s32")
+    d.i->run = atomic<int32_t>;
+  else if (type == "u64" || type == "b64")
+    d.i->run = atomic<uint64_t>;
+  else if (type == "f32")
+    d.i->run = atomic<float>;
+  else if (type == "f64")
+    d.i->run = atomic<double>;
   return true;
 }
 
@@ -210,7 +224,8 @@ bool memory(Decoder& d) {
         d.i->r.push_back(d.destination(part, file_of(type)));
         ++d.i->writes;
       }
-    else d.write(0, file_of(type));
+    else
+      d.write(0, file_of(type));
     d.address(1);
   } else {
     d.address(0);

@@ -18,8 +18,10 @@ struct bf16 {
   bf16() = default;
   explicit bf16(float value) {  // to the nearest, ties to even
     const uint32_t x = std::bit_cast<uint32_t>(value);
-    if (std::isnan(value)) bits = 0x7fff;
-    else bits = static_cast<uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
+    if (std::isnan(value))
+      bits = 0x7fff;
+    else
+      bits = static_cast<uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
   }
   explicit operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
 };
@@ -42,8 +44,10 @@ struct View {
   Cell* cells;
 
   View(Warp& warp, Register r) {
-    if constexpr (sizeof(T) == 8) cells = warp.d[r.index].data();
-    else cells = warp.w[r.index].data();
+    if constexpr (sizeof(T) == 8)
+      cells = warp.d[r.index].data();
+    else
+      cells = warp.w[r.index].data();
   }
   T operator[](int lane) const {
     return std::bit_cast<T>(static_cast<Bits<sizeof(T)>>(cells[lane]));
@@ -61,8 +65,10 @@ Wide<T> widen(T value) {
 }
 template <class T, class From>
 T narrow(From value) {
-  if constexpr (std::is_same_v<T, bf16>) return bf16(static_cast<float>(value));
-  else return static_cast<T>(value);
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16(static_cast<float>(value));
+  else
+    return static_cast<T>(value);
 }
 
 enum class Round { nearest, zero, down, up };

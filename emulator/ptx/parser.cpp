@@ -45,9 +45,12 @@ std::vector<Token> tokens_of(const std::string& text) {
                (c == '-' && std::isdigit(static_cast<unsigned char>(text[at + 1])))) {
       size_t end = at + 1;
       while (end < text.size()) {
-        if (part_of_name(text[end])) ++end;
-        else if (text.compare(end, 2, "::") == 0) end += 2;
-        else break;
+        if (part_of_name(text[end]))
+          ++end;
+        else if (text.compare(end, 2, "::") == 0)
+          end += 2;
+        else
+          break;
       }
       tokens.push_back({text.substr(at, end - at), line});
       at = end;
@@ -218,8 +221,10 @@ class Parser final : public Decoder {
   }
   void skip_function() {
     while (peek() != "{" && peek() != ";") take();
-    if (peek() == "{") skip_braces();
-    else take();
+    if (peek() == "{")
+      skip_braces();
+    else
+      take();
   }
   void file() {
     const int number = std::stoi(take());
@@ -237,8 +242,10 @@ class Parser final : public Decoder {
     uint32_t align = 1, element = 1;
     while (peek()[0] == '.') {
       const std::string word = take();
-      if (word == ".align") align = std::stoi(take());
-      else if (word.size() > 2) element = size_of(word.substr(1));
+      if (word == ".align")
+        align = std::stoi(take());
+      else if (word.size() > 2)
+        element = size_of(word.substr(1));
     }
     align = std::max(align, element);
     const std::string name = take();
@@ -280,8 +287,10 @@ class Parser final : public Decoder {
     uint32_t align = 1, element = 1;
     while (peek()[0] == '.') {
       const std::string word = take();
-      if (word == ".align") align = std::stoi(take());
-      else element = size_of(word.substr(1));
+      if (word == ".align")
+        align = std::stoi(take());
+      else
+        element = size_of(word.substr(1));
     }
     const std::string name = take();
     uint32_t count = 1;
@@ -321,8 +330,7 @@ class Parser final : public Decoder {
 
   std::optional<Register> find_register(const std::string& name) const {
     for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope)
-      if (const auto r = scope->registers.find(name); r != scope->registers.end())
-        return r->second;
+      if (const auto r = scope->registers.find(name); r != scope->registers.end()) return r->second;
     return std::nullopt;
   }
 
@@ -367,7 +375,8 @@ class Parser final : public Decoder {
     }
     expect("{");
     body();
-    for (const auto& [at, label, scope, line] : jumps_) program_.code[at].target = find(label, scope, line);
+    for (const auto& [at, label, scope, line] : jumps_)
+      program_.code[at].target = find(label, scope, line);
     program_.constants = module_.constants;
     return std::move(program_);
   }

@@ -1,4 +1,5 @@
-// A PTX kernel as the machine runs it: every operand is a register or a number, every name resolved.
+// A PTX kernel as the machine runs it: every operand is a register or a number, every name
+// resolved.
 #pragma once
 
 #include <array>
@@ -42,7 +43,7 @@ struct Instruction {
   Flow flow = Flow::next;
   bool guarded = false, guard_negated = false;
   bool product = false;  // a wgmma, which looks after registers itself
-  uint32_t guard = 0;  // a predicate
+  uint32_t guard = 0;    // a predicate
   std::vector<Register> r;
   int writes = 0;
   std::array<int64_t, 4> offset{};  // of the addresses, in the order of the text
@@ -59,15 +60,38 @@ struct Parameter {
 };
 
 enum class Special : uint8_t {
-  tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x, nctaid_y,
-  nctaid_z, laneid, warpid, cluster_ctarank, cluster_nctarank, cluster_ctaid_x, cluster_nctaid_x,
-  clusterid_x, nclusterid_x, clock, lanemask_lt, lanemask_le, lanemask_eq, lanemask_ge, lanemask_gt,
+  tid_x,
+  tid_y,
+  tid_z,
+  ntid_x,
+  ntid_y,
+  ntid_z,
+  ctaid_x,
+  ctaid_y,
+  ctaid_z,
+  nctaid_x,
+  nctaid_y,
+  nctaid_z,
+  laneid,
+  warpid,
+  cluster_ctarank,
+  cluster_nctarank,
+  cluster_ctaid_x,
+  cluster_nctaid_x,
+  clusterid_x,
+  nclusterid_x,
+  clock,
+  lanemask_lt,
+  lanemask_le,
+  lanemask_eq,
+  lanemask_ge,
+  lanemask_gt,
 };
 
 struct Program {
   std::string name;
   std::vector<Instruction> code;
-  std::vector<std::string> sources;  // "file:line" as .loc says
+  std::vector<std::string> sources;     // "file:line" as .loc says
   std::array<uint32_t, 3> registers{};  // of each file
   struct Number {
     Register where;
@@ -77,11 +101,11 @@ struct Program {
   std::vector<std::pair<Register, Special>> specials;
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
-  uint32_t static_shared = 0;  // bytes of named shared memory; dynamic memory lies behind them
-  uint32_t local = 0;          // bytes a thread
-  std::vector<uint8_t> constants;  // .const and .global with their values
+  uint32_t static_shared = 0;       // bytes of named shared memory; dynamic memory lies behind them
+  uint32_t local = 0;               // bytes a thread
+  std::vector<uint8_t> constants;   // .const and .global with their values
   bool asynchronous_proxy = false;  // has wgmma or bulk copies
-  int threads = 0;  // a block, as .reqntid says; 0: not said
+  int threads = 0;                  // a block, as .reqntid says; 0: not said
 };
 
 // Every kernel of a text, by name. Throws Error: with the line, what is not understood.

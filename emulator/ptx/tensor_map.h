@@ -6,7 +6,8 @@
 
 namespace ptx {
 
-// A tensor as the copy engine sees it, fastest dimension first; sizes in elements, strides in bytes.
+// A tensor as the copy engine sees it, fastest dimension first; sizes in elements, strides in
+// bytes.
 struct TensorMap {
   uint64_t base = 0;
   int rank = 0, element = 0;  // bytes

@@ -61,7 +61,7 @@ _devices = itertools.count()
 
 
 class Driver:
-    """What Triton asks of a driver; each is a device of its own, whose kernels Triton loads anew."""
+    """What Triton asks of a driver; each is a device of its own, with kernels of its own."""
 
     def __init__(self, capability: tuple[int, int], executed: Executed) -> None:
         self.capability, self.executed, self.device = capability, executed, next(_devices)

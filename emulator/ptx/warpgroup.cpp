@@ -49,8 +49,7 @@ struct Matrix {
       const int wide = d.span ? d.span / element : per;  // rows that lie side by side
       for (int k = 0; k < depth; ++k)
         for (int r = first; r < first + rows; r += per)
-          add(d.span ? r / wide * d.leading + k / 8 * d.stride + k % 8 * d.span +
-                           r % wide * element
+          add(d.span ? r / wide * d.leading + k / 8 * d.stride + k % 8 * d.span + r % wide * element
                      : r / 8 * d.stride + k / 8 * d.leading + k % 8 * 16);
     }
   }
@@ -135,7 +134,8 @@ void product(Warp& w, const Instruction& i, Lanes lanes) {
         } else {
           const int lane = r % 8 * 4 + k / per % 4, n = r / 8 + 2 * (k / (4 * per));
           const uint32_t bits = w.w[i.r[s.sums + n].index][lane];
-          if constexpr (sizeof(T) == 4) left[r * depth + k] = std::bit_cast<float>(bits & ~0x1fffu);
+          if constexpr (sizeof(T) == 4)
+            left[r * depth + k] = std::bit_cast<float>(bits & ~0x1fffu);
           else
             left[r * depth + k] =
                 widen(std::bit_cast<T>(static_cast<uint16_t>(bits >> 16 * (k % per))));
@@ -154,7 +154,8 @@ void product(Warp& w, const Instruction& i, Lanes lanes) {
       }
       --w.being_written[i.r[n].index];
     }
-    if (a) unmark(shared, *a);
+    if (a)
+      unmark(shared, *a);
     else
       for (int n = 0; n < 4; ++n) --w.being_read[i.r[s.sums + n].index];
     unmark(shared, *b);
@@ -182,7 +183,8 @@ bool warpgroup(Decoder& d) {
     const std::string& type = d.type();
     std::string shape;
     for (const std::string& part : d.name)
-      if (part[0] == 'm' && part.find('n') != std::string::npos && part.find('k') != std::string::npos)
+      if (part[0] == 'm' && part.find('n') != std::string::npos &&
+          part.find('k') != std::string::npos)
         shape = part;
     const size_t n = shape.find('n');
     Shape s{std::stoi(shape.substr(n + 1)), static_cast<int>(d.operands.at(0).inner.size()),
@@ -202,8 +204,8 @@ bool warpgroup(Decoder& d) {
     i.number = static_cast<int64_t>(shapes().size());
     i.product = true;
     shapes().push_back(s);
-    i.run = type == "bf16"  ? product<bf16>
-            : type == "f16" ? product<f16>
+    i.run = type == "bf16"   ? product<bf16>
+            : type == "f16"  ? product<f16>
             : type == "tf32" ? Run{product<float>}
                              : nullptr;
   }

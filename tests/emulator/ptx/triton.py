@@ -69,7 +69,9 @@ CASES: dict[str, Config] = {
     "float32": Config(dtype=SINGLE, norm="batch"),
     "float64": Config(dtype=DOUBLE, norm="batch"),
     "residual": Config(dtype=BF16, residual=True, outer_activation="relu"),
-    "modes": Config(dtype=HALF, padding_mode=("reflect", "replicate"), causal=True, padding=(0, 1, 1)),
+    "modes": Config(
+        dtype=HALF, padding_mode=("reflect", "replicate"), causal=True, padding=(0, 1, 1)
+    ),
 }  # fmt: skip
 
 
@@ -120,7 +122,6 @@ PLANTS: dict[str, tuple[str, str, Callable[[str], str], str]] = {
         "outside of every tensor",
     ),
 }  # fmt: skip
-
 
 
 def planted(name: str) -> str | None:
