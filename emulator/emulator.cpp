@@ -6,8 +6,6 @@
 
 namespace emulator {
 
-Executor executor = nullptr;
-
 std::string line(Where where) {
   const std::string file = where.file_name();
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
@@ -365,8 +363,3 @@ void Block::wait_copies(size_t pending) {
 }
 
 }  // namespace emulator
-
-extern "C" __attribute__((visibility("default"))) void emulator_execute_with(
-    emulator::Executor executor) {
-  emulator::executor = executor;
-}

@@ -254,13 +254,6 @@ int64_t swizzled(fastst::Swizzle, int64_t address);
 std::string launch(const std::string& kernel, dim3 grid, dim3 block, int64_t shared,
                    const std::function<void()>& body, int cluster = 1);
 
-// Who runs launches instead: told the kernel, grid, block and cluster, and each argument's address
-// and bytes; returns the error, or null.
-using Executor = const char* (*)(const char* name, const void* kernel, const uint32_t* dims,
-                                 uint64_t shared, const void* const* arguments,
-                                 const uint64_t* sizes, int count);
-extern Executor executor;
-
 std::string line(Where where);
 
 }  // namespace emulator

@@ -38,7 +38,7 @@ template <class... C>
 void pieces_kernel(TensorMap map, Global<float> to, C... at) {
   const Shared<uint64_t> full = shared<uint64_t>(0);
   const Shared<__half> s = shared<__half>(1024);
-  const int bytes = map.tiles().box_bytes();
+  const int bytes = map.tiles.box_bytes();
   open(full, 1);
   if (rank() == 0) mbarrier_arrive_expect(full, bytes), tma_load(s, map, full, at...);
   mbarrier_wait(full, 0);
@@ -129,7 +129,7 @@ void product_kernel(TensorMap a, TensorMap b, Global<float> to) {
   open(full, 1);
   if (rank() == 0) {
     const int boxes_a = MA == Major::k ? 1 : 64 / kElements, boxes_b = MB == Major::k ? 1 : kBoxes;
-    mbarrier_arrive_expect(full, boxes_a * a.tiles().box_bytes() + boxes_b * b.tiles().box_bytes());
+    mbarrier_arrive_expect(full, boxes_a * a.tiles.box_bytes() + boxes_b * b.tiles.box_bytes());
     for (int i = 0; i < boxes_a; ++i) tma_load(sa + i * K * kElements, a, full, i * kElements, 0);
     for (int i = 0; i < boxes_b; ++i) tma_load(sb + i * K * kElements, b, full, i * kElements, 0);
   }

@@ -12,22 +12,9 @@ void launch_clusters(const char* name, int cluster, void (*kernel)(Parameters...
                      dim3 block, size_t shared, Stream, const std::string& what,
                      Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  std::string error;
-  if (emulator::executor) {
-    const uint32_t dims[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, uint32_t(cluster),
-                             1,      1};
-    const char* said = [&](const Parameters&... values) {
-      const void* at[] = {&values...};
-      const uint64_t sizes[] = {sizeof(values)...};
-      return emulator::executor(name, reinterpret_cast<const void*>(kernel), dims, shared, at,
-                                sizes, sizeof...(values));
-    }(Parameters(arguments)...);
-    if (said) error = said;
-  } else {
-    error = emulator::launch(
-        name, grid, block, static_cast<int64_t>(shared), [&] { kernel(Parameters(arguments)...); },
-        cluster);
-  }
+  const std::string error = emulator::launch(
+      name, grid, block, static_cast<int64_t>(shared), [&] { kernel(Parameters(arguments)...); },
+      cluster);
   if (!error.empty()) could_not_launch(name, what, error);
 }
 

@@ -146,7 +146,7 @@ def counts(executed: Executed) -> list[dict[str, object]]:
     rows = []
     for name, counted in executed.counted:
         kinds = counted["kinds"]
-        products = sum(n for kind, n in kinds.items() if "mma" in kind and "wgmma.f" not in kind)
+        products = sum(n for kind, n in kinds.items() if re.match(r"(wg)?mma\.(mma_|sync)", kind))
         row = {"kernel": name, "instructions": counted["instructions"], "products": products}
         row |= {key: counted[key] for key in ("bytes_read", "bytes_written")}
         for key, space in (("sectors", "global"), ("passes", "shared")):
