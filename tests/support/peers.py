@@ -22,6 +22,12 @@ def pytorchvideo(name: str) -> ModuleType:
     return _import(f"pytorchvideo.{name}")
 
 
+def peft() -> ModuleType:
+    """``peft``, whose ``transformers`` imports torchvision where there is one."""
+    _define_nms()
+    return _import("peft")
+
+
 def _define_nms() -> None:
     """torchvision registers a fake of ``nms`` on import, which requires the operator."""
     if not hasattr(torch.ops.torchvision, "nms"):

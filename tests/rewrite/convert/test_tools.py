@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastst
+from tests.support.peers import peft
 from tests.support.ranks import SIZE, Ranks
 
 DTYPE = torch.float64
@@ -135,10 +136,10 @@ def merged_lora(model: nn.Module) -> None:
 
 
 def peft_lora(model: nn.Module) -> None:
-    peft = pytest.importorskip("peft")
+    library = peft()
     torch.manual_seed(3)
-    found = peft.get_peft_model(
-        model, peft.LoraConfig(r=2, target_modules=["space", "time"], init_lora_weights=False)
+    found = library.get_peft_model(
+        model, library.LoraConfig(r=2, target_modules=["space", "time"], init_lora_weights=False)
     )
     assert found.get_base_model() is model
 
