@@ -21,11 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import peers  # beside this file: there are other packages called tests
-from torch import nn
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]  # whose triton.py is no Triton
 
-import fastst
-from fastst.rewrite.convert import begins
+from torch import nn  # noqa: E402
+
+import fastst  # noqa: E402
+from fastst.rewrite.convert import begins  # noqa: E402
 
 SUITES = {  # tests of the blocks and networks that have pairs
     "pytorchvideo": (
@@ -92,6 +94,8 @@ _converting = _Converting()
 
 
 def pytest_configure(config: Any) -> None:
+    import peers  # a link beside that of this file: there are other packages called tests
+
     peers._define_nms()
     if os.environ.get("FASTST_PEERS") == "converted":
         _converting.install()
@@ -104,14 +108,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def run(folder: Path, files: Sequence[str], how: str) -> tuple[set[str], set[str], str]:
     """Names of the tests that passed and failed, and what was converted."""
-    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        here = Path(__file__).resolve()
-        places = (
-            str(folder),
-            str(here.parent),
-            os.environ.get("PYTHONPATH", ""),
-            str(here.parents[2]),
-        )
+    with tempfile.TemporaryDirectory() as links, tempfile.NamedTemporaryFile() as report:
+        for name in ("peers.py", "peers_suites.py"):
+            (Path(links) / name).symlink_to(HERE / name)
+        places = (str(folder), links, os.environ.get("PYTHONPATH", ""), str(HERE.parents[1]))
         path = os.pathsep.join(places)
         there = [f for f in files if (folder / f).exists()]
         ended = subprocess.run(

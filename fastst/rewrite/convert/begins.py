@@ -119,7 +119,7 @@ class Begins:
             return False
         if torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state():
             return False
-        if type(conv)._conv_forward not in _FORWARDS:
+        if type(conv)._conv_forward not in _FORWARDS or _proxied():
             return False
         if self.waits and not torch.compiler.is_compiling():
             self.waits -= 1
@@ -192,6 +192,13 @@ class Begins:
         self.misses += 1
         if self.misses >= _PATIENCE:
             self.waits = min(2 ** (self.misses - _PATIENCE + 2), _LONGEST)
+
+
+def _proxied() -> bool:
+    """Whether ``make_fx`` records each operator, outside of a compiler."""
+    if not torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _watched(m: Any) -> bool:

@@ -334,6 +334,8 @@ class _Read(torch.autograd.Function):
 
 def _wrap(link: Link, dtype: torch.dtype) -> Promise:
     made: Promise = _make(Promise, link.shape, dtype=dtype, device=link.state.device)
+    # It has no memory: C++ that asks nobody (to_dlpack of old) is to raise, not to crash.
+    torch._C._set_throw_on_mutable_data_ptr(made)
     return made
 
 

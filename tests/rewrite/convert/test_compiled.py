@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastst
 from tests.rewrite.convert.test_forms import FORMS, Frames
@@ -104,6 +105,14 @@ def test_exported(grad: bool) -> None:
     assert ("fastst.conv2plus1d" in str(program.graph)) == (not grad)
     if grad:
         found.sum().backward()
+
+
+def test_recorded_by_make_fx() -> None:
+    """Outside of a compiler every operator is recorded as it stands."""
+    plain, converted = two(lambda m, x: m.s(m.t(F.relu(m.n(m.s(x))))))
+    x = torch.randn(2, 4, 5, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(make_fx(converted)(x)(x), plain(x))
 
 
 @pytest.mark.slow

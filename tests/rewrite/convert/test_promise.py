@@ -237,6 +237,21 @@ def test_leaves_in_other_ways() -> None:
         assert repr(promised[3]) == repr(wanted)
 
 
+def test_memory_that_is_not_there() -> None:
+    """Who asks by a protocol gets the tensor; C++ that reads an address raises."""
+    conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
+    x = torch.randn(1, 4, 3, 6, 6)
+    with torch.no_grad():
+        wanted = conv[0](x)
+        fastst.convert(conv)
+        assert torch.equal(torch.from_dlpack(conv[0](x)), wanted)
+        assert (conv[0](x).numpy() == wanted.numpy()).all()
+        promised = conv[0](x)
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+            torch.utils.dlpack.to_dlpack(promised)
+        assert torch.equal(promised, wanted)
+
+
 def test_written_where_gradients_would_have_to_go() -> None:
     conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
     fastst.convert(conv)
