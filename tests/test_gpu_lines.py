@@ -20,7 +20,7 @@ from fastst.backends import triton
 from fastst.backends.cuda import library
 from fastst.backends.triton import launch
 from fastst.demo import measure as demo_measure
-from fastst.dispatch import quarantine, selection, selfcheck
+from fastst.dispatch import quarantine, selection, selfcheck, tune
 from fastst.problem.examples import of_kind
 from fastst.problem.spec import Problem
 from fastst.rewrite import optimize
@@ -72,8 +72,11 @@ def triton_runs(s: Setting) -> None:
         assert problem.device == GPU
         with launch.watched(lambda launch: False):  # the host's part is enough
             for phase in ("forward", "backward"):
-                triton.BACKEND.candidate(problem, phase, ways(problem, phase)[-1])()  # type: ignore[arg-type]
-    assert 0 in s.gpus.synchronized
+                way = ways(problem, phase)[-1]  # type: ignore[arg-type]
+                trial = triton.BACKEND.candidate(problem, phase, way, True)  # type: ignore[arg-type]
+                assert tune.race_on_gpu({way: trial}, 0.001, GPU).keys() == {way}
+        with launch.guard(torch.device("cuda", 2)):
+            assert torch.cuda.current_device() == 2
 
 
 def hip(s: Setting) -> None:

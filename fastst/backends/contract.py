@@ -208,7 +208,7 @@ def _no_candidates(problem: Problem, phase: Phase) -> Sequence[str]:
     return ()
 
 
-def _no_candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object]:
+def _no_candidate(problem: Problem, phase: Phase, name: str, save: bool) -> Callable[[], object]:
     raise LookupError(f"no candidate {name!r}")
 
 
@@ -239,6 +239,7 @@ class Backend:
         conv3d: forward pass.
         conv3d_backward: a gradient of each of ``ConvTensors`` but the residual, None where it is
             not needed.
+        avoids: what of its own it does not use for a problem, and why; or None.
         why_not_auto: why "auto" passes it over although it could run the problem, or None.
         instances: kernels with their configurations, by name, that it launches for a phase of a
             problem in one of its ``candidates`` (None: in the one that calls take): each must have
@@ -254,7 +255,8 @@ class Backend:
         mid_tensors_alive: how many tensors as large as u its backward makes at once where u was not
             kept; None: the batch is never cut.
         candidates: names of the ways to run a problem among which ``tune`` may choose.
-        candidate: a function that runs one of them once, to the end, on random tensors.
+        candidate: a function that runs one of them once on random tensors, and waits for nothing;
+            the last argument: whether a forward pass keeps what backward needs.
     """
 
     name: str
@@ -273,6 +275,7 @@ class Backend:
     ) = None
     conv3d: Callable[[ConvProblem, ConvTensors], ConvResult] | None = None
     conv3d_backward: Callable[[ConvBackward], Gradients] | None = None
+    avoids: Callable[[Problem, Phase], str | None] = no_reason
     why_not_auto: Callable[[Problem, Phase], str | None] = no_reason
     instances: Callable[[Problem, Phase, str | None], Sequence[str]] = no_instances
     rehearse: Callable[[Problem, Phase, str | None], Sequence[Example | Later]] = _no_rehearsal
@@ -282,7 +285,7 @@ class Backend:
     norm_backward: Callable[..., list[Tensor | None] | None] | None = None
     mid_tensors_alive: Callable[[PairProblem], int] | None = None
     candidates: Callable[[Problem, Phase], Sequence[str]] = _no_candidates
-    candidate: Callable[[Problem, Phase, str], Callable[[], object]] = _no_candidate
+    candidate: Callable[[Problem, Phase, str, bool], Callable[[], object]] = _no_candidate
 
     def __post_init__(self) -> None:
         for spec, fields in (

@@ -96,5 +96,7 @@ def _text(call: Decision) -> str:
         lines[0] += f", then {' and '.join(after)}" if after else ""
     own = ", PyTorch's own convolutions" if call.chosen == "aten" else ""
     lines.append(f"  {call.phase}: {call.chosen}{own}")
+    if (avoided := selection.BACKENDS[call.chosen].avoids(p, call.phase)) is not None:
+        lines.append(f"    avoided: {avoided}")
     lines += [f"    not {name}: {why}" for name, why in _reasons(call, call.phase).items()]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,9 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
 
     Runs the model once, in the modes that its modules are in, to see its calls: in training mode
     with gradients, which leave no trace, in eval mode without. Then it times every distinct call on
-    random tensors, in turns: on the CPU the backends that "auto" may take, and the ways of those
-    that have several.
+    random tensors, in turns, keeping what backward needs where the model trains: on the CPU the
+    backends that "auto" may take, and the ways of those that have several. On a GPU its own time
+    counts, of captured graphs, not that of the host.
 
     Args:
         model: a layer of fastst, or a model that contains some.
@@ -82,7 +83,11 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
             key = (name, call.problem, call.phase, torch.get_num_threads())
             if len(makers) < 2 or key in found:
                 continue
-            times = race({way: make() for way, make in makers.items()}, seconds)
+            trials = {way: make() for way, make in makers.items()}
+            if call.problem.device.type == "cuda":
+                times = race_on_gpu(trials, seconds, call.problem.device)
+            else:
+                times = race(trials, seconds)
             found[key] = Measurement(name, call.problem, call.phase, times)
             choices.remember({key: found[key].way})  # what is measured next uses it
     if not found:
@@ -94,7 +99,7 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
     return list(found.values())
 
 
-Maker = Callable[[], Callable[[], object]]  # of what runs a call once, to the end
+Maker = Callable[[], Callable[[], object]]  # of what runs a call once
 
 
 def _choices(call: Decision, training: bool) -> Iterator[tuple[str, dict[str, Maker]]]:
@@ -102,20 +107,21 @@ def _choices(call: Decision, training: bool) -> Iterator[tuple[str, dict[str, Ma
     p, phase = call.problem, call.phase
     assert p is not None
     able = selection.able(p, phase) if selection.requested() == "auto" else [call.chosen]
+    keeps = training and not getattr(p, "residual", False)
+    keeps = keeps and getattr(p.spec, "outer_activation", "none") == "none"
     for name in able:
         backend = selection.BACKENDS[name]
         ways = backend.candidates(p, phase)
-        yield name, {way: partial(backend.candidate, p, phase, way) for way in ways}
+        yield name, {way: partial(backend.candidate, p, phase, way, keeps) for way in ways}
     if isinstance(p, PairProblem) and p.device.type == "cpu":
-        yield "auto", {name: partial(_trial, name, p, phase, training) for name in able}
+        yield "auto", {name: partial(_trial, name, p, phase, keeps) for name in able}
 
 
 def _trial(
-    name: str, problem: PairProblem, phase: Phase, training: bool
+    name: str, problem: PairProblem, phase: Phase, keeps: bool
 ) -> Callable[[], Sequence[Tensor | None]]:
     """A backend's whole call on random tensors."""
     backend, tensors = selection.BACKENDS[name], example(problem)
-    keeps = training and not problem.residual and problem.spec.outer_activation == "none"
     if phase == "forward":
         return lambda: [backend.conv2plus1d(problem, tensors, keeps).y]
     _, u, mean, var, *_ = backend.conv2plus1d(problem, tensors, True)
@@ -140,15 +146,61 @@ def _run(model: nn.Module, sample: Tensor) -> None:
         torch.autograd.grad(outputs, sources, ones, allow_unused=True)
 
 
+def race_on_gpu(
+    trials: Mapping[Name, Callable[[], object]], seconds: float, device: torch.device
+) -> dict[Name, float]:
+    """Median seconds of each on the GPU, in turns; what the host takes to launch does not count.
+
+    Each is captured as a graph of ``_CALLS`` calls, and a graph is timed by events around it.
+    """
+    with torch.cuda.device(device):
+        pool = torch.cuda.graph_pool_handle()  # one for all: they run in turns
+        graphs = {name: _captured(trial, pool) for name, trial in trials.items()}
+        return _medians({name: partial(_gpu_seconds, g) for name, g in graphs.items()}, seconds)
+
+
+_CALLS = 8  # of a graph: those of a small layer take longer than a replay
+
+
+def _captured(trial: Callable[[], object], pool: Any) -> Any:
+    """A graph of several calls, after one that compiles and loads."""
+    trial()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        for _ in range(_CALLS):
+            trial()
+    return graph
+
+
+def _gpu_seconds(graph: Any) -> float:
+    """Of one call of a graph."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / _CALLS
+
+
 def race(trials: Mapping[Name, Callable[[], object]], seconds: float) -> dict[Name, float]:
     """Median seconds of each, measured in turns so that all see the same machine."""
-    for trial in trials.values():
+
+    def took(trial: Callable[[], object]) -> float:
+        start = time.perf_counter()
         trial()
-    times: dict[Name, list[float]] = {name: [] for name in trials}
+        return time.perf_counter() - start
+
+    return _medians({name: partial(took, trial) for name, trial in trials.items()}, seconds)
+
+
+def _medians(timers: Mapping[Name, Callable[[], float]], seconds: float) -> dict[Name, float]:
+    """Of what each returns, in turns for so many seconds, after a turn that does not count."""
+    for timer in timers.values():
+        timer()
+    times: dict[Name, list[float]] = {name: [] for name in timers}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(trials))]) < 3:
-        for name, trial in trials.items():
-            start = time.perf_counter()
-            trial()
-            times[name].append(time.perf_counter() - start)
+    while time.perf_counter() < end or len(times[next(iter(timers))]) < 3:
+        for name, timer in timers.items():
+            times[name].append(timer())
     return {name: statistics.median(t) for name, t in times.items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import fastst
 from fastst import dispatch
 from fastst.backends import aten, cpu, reference
 from fastst.backends.aten import onednn
+from fastst.dispatch import tune
 from fastst.machine import choices
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 
@@ -229,7 +233,7 @@ def test_unwritable_folder_warns(tmp_path: Path) -> None:
 
 def test_training_is_tuned_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aten.BACKEND, "candidates", lambda problem, phase: ("one", "another"))
-    monkeypatch.setattr(aten.BACKEND, "candidate", lambda problem, phase, way: lambda: None)
+    monkeypatch.setattr(aten.BACKEND, "candidate", lambda *call: lambda: None)
     model, x = _model()
     found = fastst.tune(model.train(), x, seconds=0.001)
     # Of two equal layers the first one's input needs no gradient: the same problem all the same.
@@ -267,6 +271,95 @@ def test_backends_are_measured_and_the_faster_one_is_taken(
         fastst.use_backend("reference")
         model(x)
     assert [c.chosen for c in calls] == ["aten", "aten", "reference", "reference"]
+
+
+class Gpu:
+    """A GPU on which time passes only while it works: events and graphs as of ``torch.cuda``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.capturing: list[float] | None = None
+        gpu = self
+
+        class Event:
+            at = 0.0
+
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, other: Event) -> float:
+                return 1e3 * (other.at - self.at)
+
+        class CUDAGraph:
+            def __init__(self) -> None:
+                self.work: list[float] = []
+
+            def replay(self) -> None:
+                gpu.now += sum(self.work)
+
+        @contextlib.contextmanager
+        def capture(graph: CUDAGraph, pool: object) -> Iterator[None]:
+            assert pool == "pool"
+            self.capturing = graph.work
+            yield
+            self.capturing = None
+
+        def synchronize() -> None:
+            assert self.capturing is None, "a capture may wait for nothing"
+
+        for name, made in (
+            ("Event", Event), ("CUDAGraph", CUDAGraph), ("graph", capture),
+            ("graph_pool_handle", lambda: "pool"), ("synchronize", synchronize),
+            ("device", lambda device: contextlib.nullcontext()),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, made)
+
+    def kernel(self, seconds: float) -> None:
+        if self.capturing is None:
+            self.now += seconds
+        else:
+            self.capturing.append(seconds)
+
+
+def test_on_a_gpu_its_own_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a host which is slower for the better way."""
+    gpu = Gpu(monkeypatch)
+
+    def way(host: float, *kernels: float) -> Callable[[], None]:
+        def run() -> None:
+            time.sleep(host)
+            for seconds in kernels:
+                gpu.kernel(seconds)
+
+        return run
+
+    trials = {"few": way(0.0, 3e-5), "many": way(2e-3, 1e-5, 1e-5)}
+    found = tune.race_on_gpu(trials, 0.01, torch.device("cuda", 0))
+    assert found == pytest.approx({"few": 3e-5, "many": 2e-5})
+    by_host = tune.race(trials, 0.01)
+    assert by_host["few"] < by_host["many"]  # what would be chosen by the host's time
+
+
+def test_training_is_tuned_with_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def candidate(problem: Problem, phase: str, way: str, save: bool) -> Callable[[], object]:
+        seen.append((phase, save))
+        return lambda: None
+
+    monkeypatch.setattr(aten.BACKEND, "candidates", lambda problem, phase: ("one", "another"))
+    monkeypatch.setattr(aten.BACKEND, "candidate", candidate)
+    model, x = _model()
+    fastst.tune(model.eval(), x, seconds=0.001)
+    assert set(seen) == {("forward", False)}
+    fastst.tune(model.train(), x, seconds=0.001)
+    assert ("forward", True) in seen
 
 
 def test_a_model_without_a_choice_is_refused() -> None:

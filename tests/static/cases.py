@@ -108,7 +108,7 @@ CASES = (
         "64-230-128 s2 planes", (64, 230, 128), (16, 56, 56), stride=(2, 2, 2), channels_last=False,
         save=False,
     ),
-    Case("128-288-128", (128, 288, 128), (8, 28, 28), **SERVED),
+    Case("128-288-128", (128, 288, 128), (8, 28, 28)),
     Case("256-576-256", (256, 576, 256), (4, 14, 14), activation="silu"),
     Case("512-1152-512", (512, 1152, 512), (2, 7, 7), norm="none", save=False, dtype=HALF),
     Case("tf32", (64, 144, 64), (16, 56, 56), dtype=SINGLE),

@@ -76,6 +76,17 @@ def unique(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def merged(rows: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A table with these rows instead of those of their cases, architectures and compilers."""
+
+    def part(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["case"], row["arch"], row["compiler"]
+
+    anew = {part(row) for row in rows}
+    kept = [row for row in table if part(row) not in anew]
+    return sorted([*kept, *rows], key=lambda row: str([row[k] for k in KEY]))
+
+
 def _cost(row: Row) -> tuple[float, int, int]:
     return (row.slots or 0.0, row.registers, row.outside or 0)
 

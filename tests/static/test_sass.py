@@ -104,6 +104,9 @@ def test_changes_against_the_table() -> None:
     assert measured.worse([row(slots=1.05)], [row()]) == []
     assert measured.worse([row(slots=1.2)], [row()]) == ["k c  9.0 triton 3.7.1: slots 1.0 → 1.2"]
     assert measured.changes([row(compiler="triton 3.9")], [row()]) == []
+    others = [row(case="d"), row(arch="8.0"), row(compiler="triton 3.9")]
+    found = measured.merged([row(slots=2.0)], [row(), *others])
+    assert [r for r in found if r["slots"] == 2.0] == [row(slots=2.0)] and len(found) == 4
 
 
 def test_the_committed_table_is_sound() -> None:

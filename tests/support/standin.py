@@ -63,7 +63,8 @@ class StandIn:
             "reset_peak_memory_stats": lambda device=None: None,
             "set_per_process_memory_fraction": self._limit,
             "CUDAGraph": lambda: Graph(self),
-            "graph": lambda graph, stream=None: graph.capture(),
+            "graph": lambda graph, pool=None, stream=None: graph.capture(),
+            "graph_pool_handle": lambda: (0, 0),
         }
         for name, function in functions.items():
             monkeypatch.setattr(torch.cuda, name, function)

@@ -57,7 +57,7 @@ def _candidates(problem: Problem, phase: Phase) -> Sequence[str]:
     return onednn.ways(problem) if onednn.why_not(problem) is None else ()
 
 
-def _candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object]:
+def _candidate(problem: Problem, phase: Phase, name: str, save: bool) -> Callable[[], object]:
     assert isinstance(problem, PairProblem)
     tensors = example(problem)
     return lambda: onednn.run(name, problem, tensors)

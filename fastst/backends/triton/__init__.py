@@ -15,7 +15,7 @@ import torch
 from ...machine import gpu
 from ...problem.spec import PairProblem, Problem
 from ..contract import COMMON_PAIR_FIELDS, COMMON_PARALLEL_FIELDS, Backend, Phase
-from . import backward, launch, pair, tiles
+from . import backward, launch, pair, single, tiles
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
 from .rehearsal import examples, instances, kinds, rehearse
@@ -66,6 +66,13 @@ def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
     return None
 
 
+def _avoids(problem: Problem, phase: Phase) -> str | None:
+    if not isinstance(problem, PairProblem) or phase == "backward":
+        return None
+    why = single.miscompiled(problem.device) if "pair_conv" in single.fitting(problem) else None
+    return None if why is None else f"pair_conv, the pair in one kernel, {why}"
+
+
 def _mid_tensors_alive(problem: PairProblem) -> int:
     return 2  # u and dv
 
@@ -76,9 +83,9 @@ def _candidates(problem: Problem, phase: Phase) -> Sequence[str]:
     return pair.ways(problem) if phase == "forward" else backward.ways(problem)
 
 
-def _candidate(problem: Problem, phase: Phase, name: str) -> Callable[[], object]:
+def _candidate(problem: Problem, phase: Phase, name: str, save: bool) -> Callable[[], object]:
     assert isinstance(problem, PairProblem)
-    return pair.trial(problem, name) if phase == "forward" else backward.trial(problem, name)
+    return pair.trial(problem, name, save) if phase == "forward" else backward.trial(problem, name)
 
 
 BACKEND = Backend(
@@ -96,6 +103,7 @@ BACKEND = Backend(
     why_not_auto=_why_not_auto,
     instances=instances,
     rehearse=rehearse,
+    avoids=_avoids,
     examples=examples,
     kinds=kinds,
     gives_output_statistics=lambda problem: True,  # from the epilogue that writes y

@@ -10,45 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...machine import gpu
 from ...problem.spec import Pass
 from . import launch, tiles
-
-
-def pack(
-    weight: Tensor, groups: int, channels: int, config: tiles.TapConfig, width: int | None = None
-) -> Tensor:
-    """(K, C/g, kt, kh, kw) as (groups, reduction, width): see ``kernels.tap_conv``.
-
-    ``width`` is that of whole tiles unless it is given.
-    """
-    width = width or gpu.round_up(weight.shape[0] // groups, config.columns)
-    depth = channels if config.flat else gpu.round_up(channels, config.block_k)
-    rows = gpu.round_up(depth * math.prod(weight.shape[2:]), config.block_k)
-    return packed(weight, groups, depth, rows, width)
-
-
-def pack_direct(weight: Tensor) -> Tensor:
-    """(K, C/g, kt, kh, kw) as (taps · C/g, K)."""
-    rows = math.prod(weight.shape[1:])
-    return packed(weight, 1, weight.shape[1], rows, weight.shape[0])[0]
-
-
-def packed(weight: Tensor, groups: int, depth: int, rows: int, width: int) -> Tensor:
-    """(K, C/g, kt, kh, kw), any strides, as (groups, rows, width) with ``depth`` rows of each tap.
-
-    In one launch on every call: what was changed through ``weight.data`` leaves no trace by which
-    a cache could know, and a captured graph must see it, too.
-    """
-    out = weight.new_empty(groups, rows, width)
-    k, channels = weight.shape[0] // groups, weight.shape[1]
-    block_r, block_n = tiles.pack(width)
-    launch.run(
-        launch.kernels().pack.pack, (-(-rows // block_r) * -(-width // block_n) * groups,), None,
-        weight, weight.stride(), out, rows, width, channels, k, depth,
-        KERNEL=tuple(weight.shape[2:]), BLOCK_R=block_r, BLOCK_N=block_n,
-    )  # fmt: skip
-    return out
 
 
 def sizes(
@@ -198,6 +161,14 @@ def arithmetic(dtype: torch.dtype, dot: bool = True) -> dict[str, Any]:
         tf32 = dtype == torch.float32 and launch.tf32_allowed()
         kinds["PRECISION"] = "tf32" if tf32 else "ieee"
     return kinds
+
+
+def rounds(dtype: torch.dtype) -> bool:
+    """Whether what products will read is rounded to TF32 as it is written.
+
+    The interpreter multiplies in float32.
+    """
+    return dtype == torch.float32 and launch.tf32_allowed() and not launch.interpreted()
 
 
 def dot_type(dtype: torch.dtype) -> Any:

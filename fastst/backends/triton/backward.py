@@ -1,17 +1,18 @@
 """Backward of ``conv2plus1d``: of what is as large as u, only dv is written.
 
 dy is let go before dx is made, and each of dv and dx is made after the partial sums of a weight
-gradient are gone: the peak is u, dv and one tensor like x.
+gradient are gone, as its plan takes memory late and gives it back early: the peak is u, dv and one
+tensor like x.
 
     dv = (Wtᵀ∗dy)·act'(v)        with Σdv and Σdv·(u − mean) from the same kernel
-    du = scale·dv + rate·u + shift        formed as the kernels below read dv and u
+    du = s·dv + p·u + r        formed as the kernels below read dv and u
 
 so dz, v, z and du never exist in memory. Wt here is the weight of the second pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,19 @@ from torch import Tensor
 
 from ...machine import choices
 from ...problem.examples import example
-from ...problem.spec import PairProblem, Pass
+from ...problem.spec import PairProblem, PairTensors, Pass
 from ...ranks import groups, statistics
-from ..contract import Gradients, PairBackward
-from . import arguments, tiles
+from ..contract import BatchSlice, Gradients, PairBackward
+from . import arguments, plans, tiles
 from .direct import direct_gradients
-from .gradients import channel_sums, input_gradient, norm_gradient, sum_rows, weight_gradient
+from .gradients import (
+    NormTerms,
+    channel_sums,
+    input_gradient,
+    norm_gradient,
+    sum_rows,
+    weight_gradient,
+)
 from .passes import affine, conv_pass, finish_norm
 
 _WAYS = 8  # of the tiles of both kernels, each in its own order, that ``tune`` may try together
@@ -39,21 +47,16 @@ def _choices(p: Pass) -> int:
     return 1 if tiles.thin(p.in_channels // p.groups, p.groups) else _WAYS
 
 
-def trial(problem: PairProblem, way: str) -> Callable[[], None]:
-    """Run the problem once in one of its ways, on random tensors, to the end."""
+def trial(problem: PairProblem, way: str) -> Callable[[], object]:
+    """Run the problem once in one of its ways, on random tensors."""
     tensors = example(problem)
     u = tensors.x.new_zeros(problem.mid_shape).normal_()
     one = u.new_ones(problem.mid_channels, dtype=problem.accumulate_dtype)
     dy = problem.empty_output(tensors.x).normal_()
     needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
 
-    def run() -> None:
-        call = PairBackward(problem, tensors, [dy], u, one * 0, one, needs)
-        _backward(call, int(way.removeprefix("tiles ")))
-        if problem.device.type == "cuda":
-            torch.cuda.synchronize(problem.device)
-
-    return run
+    zero, rank = torch.zeros_like(one), int(way.removeprefix("tiles "))
+    return lambda: _backward(PairBackward(problem, tensors, [dy], u, zero, one, needs), rank)
 
 
 def conv2plus1d_backward(call: PairBackward) -> Gradients:
@@ -67,12 +70,23 @@ def run(call: PairBackward, way: str | None) -> Gradients:
 
 
 def _backward(call: PairBackward, rank: int) -> Gradients:
-    problem, tensors, need, spec = call.problem, call.tensors, call.need, call.problem.spec
+    known = [*call.tensors, call.u, call.mean, call.var, *(call.slice or (None, None))]
+    settings = call.problem, tuple(call.needs), call.slice is not None, rank
+    return plans.run(_run, call.problem.device, [*known, call.dy_owner.pop()], *settings)
+
+
+def _run(
+    given: Sequence[Any], problem: PairProblem, needs: Sequence[bool], sliced: bool, rank: int
+) -> Gradients:
+    count = len(PairTensors._fields)
+    tensors, (u, mean, var, dx, means, dy) = PairTensors(*given[:count]), given[count:]
+    part = BatchSlice(dx, means) if sliced else None
+    call = PairBackward(problem, tensors, [dy], u, mean, var, needs, part)
+    need, spec = call.need, problem.spec
     first, second = problem.passes
     x, w1, w2, b1, b2, *_ = tensors
     below = need.x or need.first_weight or need.first_bias or need.norm_weight or need.norm_bias
 
-    u = call.u
     if u is None and (need.second_weight or spec.norm != "none" or spec.activation != "none"):
         u = x.new_empty(problem.mid_shape)
         conv_pass(first, x, w1, _video(u), shift=b1)
@@ -84,26 +98,16 @@ def _backward(call: PairBackward, rank: int) -> Gradients:
 
     processed = spec.norm != "none" or spec.activation != "none"
     dense = [not tiles.thin(p.in_channels // p.groups, p.groups) for p in (first, second)]
-    z: Tensor | None = None  # and then, in the same memory, dv
-
-    def empty_dv() -> Tensor:
-        dv = x.new_empty(problem.mid_shape) if z is None else z
-        if second.groups > 1 and first.groups == 1:
-            dv[..., problem.mid_channels :].zero_()  # channels that belong to no group
-        return _video(dv)
-
-    dx = dw1 = dw2 = db1 = db2 = dgamma = sums = None
-    (dy,) = call.dy_owner
     if dense[1]:
-        call.dy_owner.clear()  # so that no more than the copy is held, where one is made
         dy = arguments.channels_last(dy)  # read in all taps
     # Parameters of a slice of the batch: in the dtype that they are added up in.
-    wide = None if call.slice is None else problem.accumulate_dtype
+    wide = problem.accumulate_dtype if sliced else None
+    dx = dv = dw1 = dw2 = db1 = db2 = dgamma = sums = partial = None
     if need.second_bias:
         assert b2 is not None
         db2 = channel_sums(dy, b2, dtype=wide)
-    means = call.means
     own = spec.norm == "batch" and means is None
+    z: Tensor | None = None  # and then, in the same memory, dv
     if need.second_weight and dense[1]:
         assert u is not None
         read = u
@@ -113,76 +117,67 @@ def _backward(call: PairBackward, rank: int) -> Gradients:
                 slope=spec.slope,
             )  # fmt: skip
         dw2 = weight_gradient(second, _video(read), dy, w2, rank=rank, dtype=wide)
-        del read
     scaled = spec.norm == "frozen" and dense[0] and dense[1]
-    dv, partial, found_w2 = _late(
-        second, mid, dy, w2, empty_dv if below else None, need.second_weight and not dense[1],
-        x_scale=scale, x_shift=shift, activation=spec.activation, slope=spec.slope,
-        mean=None if spec.norm == "none" else mean,
-        sums=below and (own or need.first_bias or need.norm_weight or need.norm_bias), rank=rank,
-        dtype=wide, scaled=scaled,
-    )  # fmt: skip
-    dw2 = found_w2 if dw2 is None else dw2
-    call.dy_owner.clear()
-    del dy
+    if below:
+        rows = x.new_empty(problem.mid_shape) if z is None else z
+        if second.groups > 1 and first.groups == 1:
+            rows[..., problem.mid_channels :].zero_()  # channels that belong to no group
+        dv = _video(rows)
+    if below or (need.second_weight and not dense[1]):
+        partial, found = pass_gradients(
+            second, mid, dy, w2, dv, need.second_weight and not dense[1],
+            x_scale=scale, x_shift=shift, activation=spec.activation, slope=spec.slope,
+            mean=None if spec.norm == "none" else mean, sums=below and (
+                own or need.first_bias or need.norm_weight or need.norm_bias
+            ), scaled=scaled, rank=rank, dtype=wide,
+        )  # fmt: skip
+        dw2 = found if dw2 is None else dw2
     if dv is not None:
-        above: dict[str, Any] = {}
+        norm: NormTerms | None = None
         if partial is not None:
             sums = sum_rows(partial, partial.new_empty(partial.shape[1:]))
             db1 = sums[0]
         if spec.norm != "none" and not scaled:
-            above["scale"] = scale
+            norm = NormTerms(scale)
         if spec.norm == "batch" or (spec.norm == "frozen" and sums is not None):
             assert mean is not None and var is not None and scale is not None
             pooled = sums if spec.norm == "batch" else None
             count = dv[:, 0].numel()
             if spec.group and means is None:
                 assert sums is not None
-                means = statistics.pool_means(sums, count, groups.resolve(spec.group))
+                means = _pooled(sums, count, spec.group)
             if means is not None:
                 pooled = means * count
             local = pooled if sums is None else sums
             assert local is not None
-            dgamma, db1, rate, offset = norm_gradient(
-                problem, tensors, local, pooled, mean, var, scale
-            )
+            dgamma, db1, p, r = norm_gradient(problem, tensors, local, pooled, mean, var, scale)
             if spec.norm == "batch":
-                above.update(shift=offset, other=mid, rate=rate)
+                norm = NormTerms(scale, r, mid, p)
         bias_of_ranks = b1 if need.first_bias and spec.norm == "batch" and spec.group else None
-        if above and dense[0] and (need.x or need.first_weight or bias_of_ranks is not None):
+        if norm and dense[0] and (need.x or need.first_weight or bias_of_ranks is not None):
             rows = dv.permute(0, 2, 3, 4, 1)  # du, where dv was
-            if "other" in above:
-                above["other"] = u
-            affine(rows, rows, **above)
-            above = {}
+            other = None if norm.u is None else u
+            affine(rows, rows, scale=norm.s, other=other, p=norm.p, shift=norm.r)
+            norm = None
         if bias_of_ranks is not None:
             # No longer 0: only all ranks together take their mean away.
-            db1 = channel_sums(dv, bias_of_ranks, dtype=wide, **above)
+            db1 = channel_sums(dv, bias_of_ranks, norm=norm, dtype=wide)
         if need.x or need.first_weight:
-            dx, _, dw1 = _late(
-                first, x, dv, w1, call.empty_dx if need.x else None, need.first_weight, rank=rank,
-                dtype=wide, **above,
-            )  # fmt: skip
+            dx = call.empty_dx() if need.x else None
+            _, dw1 = pass_gradients(
+                first, x, dv, w1, dx, need.first_weight, rank=rank, dtype=wide, norm=norm
+            )
     dbeta = None if sums is None else sums[0]
     return dx, dw1, dw2, db1, db2, dgamma, dbeta
 
 
-def _late(
-    p: Pass,
-    x: Tensor | None,
-    dy: Tensor,
-    weight: Tensor,
-    empty: Callable[[], Tensor] | None,
-    needs_weight: bool,
-    **options: Any,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``pass_gradients`` and the dx that it filled, which is made as late as possible."""
-    dw = None
-    if needs_weight and not tiles.thin(p.in_channels // p.groups, p.groups):
-        _, dw = pass_gradients(p, x, dy, weight, None, True, **options)
-    dx = None if empty is None else empty()
-    partial, found = pass_gradients(p, x, dy, weight, dx, needs_weight and dw is None, **options)
-    return dx, partial, dw if found is None else found
+def _pooled(sums: Tensor, count: int, group: str) -> Tensor:
+    """Means over the values of all ranks."""
+    means = sums.new_empty(sums.shape)
+    plans.aside(
+        lambda sums: [statistics.pool_means(sums, count, groups.resolve(group))], [sums], [means]
+    )
+    return means
 
 
 def pass_gradients(
@@ -202,22 +197,22 @@ def pass_gradients(
     scaled: bool = False,
     rank: int = 0,
     dtype: torch.dtype | None = None,
-    **above: Any,
+    norm: NormTerms | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the input of a pass, into dx, and of its weight, each where it is wanted.
 
     Arguments and results as of ``direct_gradients`` and ``input_gradient``; x is None where only
     its shape would be read. For a dense pass x is what it has read where its weight is asked for,
-    and there is nothing ``above``.
+    and there are no terms of a norm.
     """
     if tiles.thin(p.in_channels // p.groups, p.groups):
         x = dx if x is None else x
         assert x is not None
         return direct_gradients(
             p, x, dy, weight, dx, needs_weight, x_scale=x_scale, x_shift=x_shift,
-            activation=activation, slope=slope, mean=mean, sums=sums, dtype=dtype, **above,
+            activation=activation, slope=slope, mean=mean, sums=sums, dtype=dtype, norm=norm,
         )  # fmt: skip
-    assert not above
+    assert norm is None
     dw = partial = None
     if needs_weight:
         assert x is not None

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...problem.spec import Pass
 from . import arguments, gradient_tiles, launch
-from .gradients import accumulate_dtype, sum_rows
+from .gradients import DIRECT, NormTerms, accumulate_dtype, finish_weight, sum_rows
+from .packing import Weight, pack_direct
 
 
 def direct_gradients(
@@ -23,10 +24,7 @@ def direct_gradients(
     x_scale: Tensor | None = None,
     x_shift: Tensor | None = None,
     activation: str = "none",
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    other: Tensor | None = None,
-    rate: Tensor | None = None,
+    norm: NormTerms | None = None,
     mean: Tensor | None = None,
     sums: bool = False,
     slope: float = 0.01,
@@ -35,9 +33,8 @@ def direct_gradients(
     """Gradients of the input, written into dx, and of the weight of a pass.
 
     The pass has read act(x_scale·x + x_shift); dx, where it is given, is the gradient of what is in
-    the brackets. What comes from above is scale·dy + rate·other + shift, with ``other`` of the
-    strides of dy. x, dx and dy may have padding channels; where the activation is not "none" or
-    there is a mean, dx has the strides of x.
+    the brackets. With ``norm`` dy is dv and du comes from above. x, dx and dy may have padding
+    channels; where the activation is not "none" or there is a mean, dx has the strides of x.
 
     Returns:
         With ``sums``, partials (tiles, 2, C) of Σdx and, where there is a mean, Σdx·(x − mean); and
@@ -48,7 +45,7 @@ def direct_gradients(
     per_group, out_per_group = channels // p.groups, p.out_channels // p.groups
     count = x.shape[0] * math.prod(x.shape[2:])
     c = gradient_tiles.direct_gradients(
-        count, channels, dy.stride(1) == 1, launch.capability(x.device)
+        count, channels, dy.stride(1) == 1, launch.capability(launch.device())
     )
     stored = channels if dx is None else dx.shape[1]
     tiles = -(-count // c.block_p)
@@ -66,7 +63,7 @@ def direct_gradients(
         (tiles * -(-stored // c.block_c),), c,
         *x_args, arguments.grid(x.shape[2:], run), channels, stored, per_group, out_per_group,
         x_scale, x_shift,
-        *dy_args, scale, shift, other, rate, pack_direct(p, weight),
+        *dy_args, *(norm or NormTerms()), pack_direct(Weight.of_inputs(weight, p.groups)),
         dx, None if dx is None else arguments.strides(dx, dx_align),
         x if activation != "none" or mean is not None else None, mean, partial, parts, count,
         TAPS=arguments.transposed_taps(p), X_ALIGN=x_align, Y_ALIGN=dy_align, DX_ALIGN=dx_align,
@@ -76,17 +73,11 @@ def direct_gradients(
     return partial, None if parts is None else finish_direct(p, parts, weight, dtype)
 
 
-def pack_direct(p: Pass, weight: Tensor) -> Tensor:
-    """(K, C/g, kt, kh, kw) as (taps, K/g, C)."""
-    per_group = (p.in_channels // p.groups, p.out_channels // p.groups)
-    w = weight.reshape(p.groups, per_group[1], per_group[0], math.prod(p.kernel))
-    return w.permute(3, 1, 0, 2).contiguous()
-
-
 def finish_direct(
     p: Pass, parts: Tensor, weight: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The sum of the (tiles, taps, K/g, C) parts, in the dtype and the strides of the weight."""
-    dw = sum_rows(parts.flatten(1), parts.new_empty(parts.shape[1:]))
-    dw = dw.unflatten(2, (p.groups, -1)).permute(2, 1, 3, 0)
-    return torch.empty_like(weight, dtype=dtype).copy_(dw.reshape(weight.shape))
+    dw = torch.empty_like(weight, dtype=dtype)
+    total = sum_rows(parts.flatten(1), parts.new_empty(parts.shape[1:]))
+    finish_weight(total[None], Weight.of_inputs(dw, p.groups), DIRECT, parts.shape[2])
+    return dw

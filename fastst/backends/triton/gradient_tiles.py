@@ -78,16 +78,16 @@ def weight_gradient(sizes: Sizes, limit: int = 12) -> tuple[WeightConfig, ...]:
                     costs[swap, height, block] = padded * reads
     found: list[WeightConfig] = []
     for swap, height, (block_n, rest_n) in sorted(costs, key=lambda c: costs[c])[:4]:
-        # An address for every element: 64 × 64 of them spilled in 4 warps, and so did an activation
-        # of 128 rows of an operand, and 64 positions of three operands.
-        many = flat or height == 128 or (rest_n > 0 and block_p == 64)
-        warps = 8 if many or height * (block_n + rest_n) >= 64 * 128 else 4
+        # An address for every element: 64 × 64 of them spilled in 4 warps. Sums beside operands in
+        # registers did above 64 × 64, and sums alone above 128 × 96.
+        most = 64 * 64 if configs.through_registers(capability) else 128 * 96
+        warps = 8 if flat or height * (block_n + rest_n) > most else 4
         depths = (block_p, max(16, block_p // 2))
-        # 64 positions of both operands in registers spilled.
-        thinner = configs.through_registers(capability) and dtype.itemsize == 2
+        # 64 positions of both operands in registers spilled beside 144 columns.
+        thinner = configs.through_registers(capability) and dtype.itemsize == 2 and height < 128
         for depth in depths[::-1] if thinner else depths:
             stages = 3
-            tile = depth * (2 * height + 2 * (block_n + rest_n)) * dtype.itemsize
+            tile = depth * (height + block_n + rest_n) * dtype.itemsize
             while stages > 2 and stages * tile > gpu.shared_memory_limit(capability) // 2:
                 stages -= 1
             config = WeightConfig(depth, block_n, rest_n, flat, warps, stages, height, swap)

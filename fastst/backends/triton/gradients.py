@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,16 @@ from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, gradient_tiles, launch
 from . import rows as rows_of
 from . import tiles as configs
+from .packing import Weight, pack
+
+
+class NormTerms(NamedTuple):
+    """Of du = s·dv + p·u + r, as kernels take them: (M,) each, u with the strides of dv."""
+
+    s: Tensor | None = None
+    r: Tensor | None = None
+    u: Tensor | None = None
+    p: Tensor | None = None
 
 
 def input_gradient(
@@ -47,14 +59,15 @@ def input_gradient(
     count = dx.shape[0] * math.prod(grid)
     found = gradient_tiles.input_gradient(
         arguments.sizes(
-            count, channels, in_channels, groups, math.prod(p.kernel), dy.dtype, dy.device
+            count, channels, in_channels, groups, math.prod(p.kernel), dy.dtype,
+            launch.device(),
         ),
         masks=u is not None, classes=math.prod(classes),
     )  # fmt: skip
     config = found[min(rank, len(found) - 1)]
     if not config.flat:
         dy = arguments.channels_last(dy)
-    packed = arguments.pack(transposed(weight, groups), groups, channels, config)
+    packed = pack(Weight.transposed(weight, groups), channels, config)
     dy_args, dy_align = arguments.operand(dy, channels)
     dx_args, dx_align = arguments.operand(dx, stored)
     tiles = -(-count // config.block_p) * math.prod(classes)
@@ -87,13 +100,6 @@ def residue_classes(*passes: Pass) -> tuple[int, ...]:
     return (1, 1, 1)
 
 
-def transposed(weight: Tensor, groups: int) -> Tensor:
-    """(K, C/g, …) as (C, K/g, …)."""
-    if groups == 1:
-        return weight.transpose(0, 1)
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-
-
 def weight_gradient(
     p: Pass,
     x: Tensor,
@@ -107,19 +113,21 @@ def weight_gradient(
 
     x and dy may have padding channels, which are not read.
     """
+    dw = torch.empty_like(weight, dtype=dtype)
+    laid_out = Weight.of(dw, p.groups)
     if (by_rows := rows_of.of(p)) is not None:
-        x, wide = rows_of.video(p, by_rows, x), rows_of.weight(p, by_rows, weight)
-        dw = weight_gradient(by_rows, x, dy, wide, rank=rank, dtype=dtype)
-        return rows_of.gradient(p, by_rows, dw, weight)
+        x, laid_out, p = rows_of.video(p, by_rows, x), rows_of.weight(dw), by_rows
     groups, taps = p.groups, math.prod(p.kernel)
     channels, out_channels = p.in_channels // groups, p.out_channels // groups
     count = dy.shape[0] * math.prod(dy.shape[2:])
-    sizes = arguments.sizes(count, channels, out_channels, groups, taps, x.dtype, x.device)
+    sizes = arguments.sizes(count, channels, out_channels, groups, taps, x.dtype, launch.device())
     found = gradient_tiles.weight_gradient(sizes)
     c = found[min(rank, len(found) - 1)]
     rows, widths = gradient_tiles.weight_blocks(c, channels, out_channels, taps)
     box, boxes, per_split, splits = boxed(c, dy, rows * widths * groups, sizes.processors)
-    partial = x.new_empty((splits, weight.numel()), dtype=accumulate_dtype(x.dtype))
+    partial = x.new_empty(
+        (splits, p.out_channels * taps * channels), dtype=accumulate_dtype(x.dtype)
+    )
     x, dy = (x if c.flat else arguments.channels_last(x)), arguments.channels_last(dy)
     x_args, x_align = arguments.operand(x, x.shape[1] if groups == 1 else channels)
     dy_args, dy_align = arguments.operand(dy, dy.shape[1] if groups == 1 else out_channels)
@@ -131,7 +139,8 @@ def weight_gradient(
         Y_ALIGN=dy_align, BLOCK_P=c.block_p, BLOCK_R=c.block_r, BLOCK_N=c.block_n,
         REST_N=c.rest_n, **arguments.arithmetic(x.dtype),
     )  # fmt: skip
-    return finish_weight(p, partial, weight, c.swap, dtype)
+    finish_weight(partial, laid_out, SWAPPED if c.swap else STRAIGHT, channels)
+    return dw
 
 
 def boxed(
@@ -150,32 +159,37 @@ def boxed(
     return arguments.hidden(*box), arguments.hidden(*thw, n), per_split, splits
 
 
-def finish_weight(
-    p: Pass, partial: Tensor, weight: Tensor, swap: bool, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The sum of the (splits, weights) partials, in the dtype and the strides of the weight."""
-    dw = torch.empty_like(weight, dtype=dtype)
+# Axes of ``Weight.view`` in the order of partials.
+STRAIGHT, SWAPPED, DIRECT = (0, 5, 6, 7, 3, 4, 1), (0, 1, 5, 6, 7, 3, 4), (5, 6, 7, 3, 4, 1, 2)
+
+
+def finish_weight(partial: Tensor, dw: Weight, axes: Sequence[int], channels: int) -> None:
+    """The sum of (splits, …) partials into dw, as which they are laid out.
+
+    Args:
+        axes: of ``dw.view``, slowest first.
+        channels: that partials have of each group, in the place of c and c'.
+    """
+    sizes = [*dw.view.shape]
+    sizes[2:5] = dw.lanes, channels // dw.parts, dw.parts
+    of_axes = ([n[i] for i in axes] for n in (sizes, dw.view.shape, dw.view.stride()))
+    count = partial[0].numel()
     launch.run(
-        launch.kernels().weight_gradient.finish_weight, (-(-weight.numel() // 256),), None,
-        partial, partial.shape[0], weight.numel(), dw, dw.stride(), weight.shape[1],
-        weight.shape[0] // p.groups, KERNEL=p.kernel, SWAP=swap, BLOCK=256,
-        EMULATE=launch.interpreted() and dw.dtype == torch.bfloat16,
-        ACCUMULATE=arguments.dot_type(accumulate_dtype(dw.dtype)),
+        launch.kernels().weight_gradient.finish_weight, (-(-count // 256),), None,
+        partial, partial.shape[0], count, dw.view, *(arguments.hidden(*n) for n in of_axes),
+        BLOCK=256, EMULATE=launch.interpreted() and dw.view.dtype == torch.bfloat16,
+        ACCUMULATE=arguments.dot_type(partial.dtype),
     )  # fmt: skip
-    return dw
 
 
 def channel_sums(
     dy: Tensor,
     bias: Tensor,
     *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    other: Tensor | None = None,
-    rate: Tensor | None = None,
+    norm: NormTerms | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gradient of a bias: the sums over positions of scale·dy + rate·other + shift."""
+    """Gradient of a bias: the sums over positions of dy or, with ``norm``, of du where dy is dv."""
     channels = bias.shape[0]
     count = dy.shape[0] * math.prod(dy.shape[2:])
     block_p, block_c, per_tile = gradient_tiles.sums(count, channels)
@@ -186,7 +200,7 @@ def channel_sums(
     launch.run(
         launch.kernels().weight_gradient.channel_sums, (tiles * -(-channels // block_c),), None,
         dy, arguments.strides(dy, align), arguments.grid(dy.shape[2:], run), channels,
-        scale, shift, other, rate, partial, count, per_tile,
+        *(norm or NormTerms()), partial, count, per_tile,
         ALIGN=align, RUN=run, WIDE=arguments.wide(count), BLOCK_P=block_p, BLOCK_C=block_c,
         **arguments.arithmetic(dy.dtype, dot=False),
     )  # fmt: skip
@@ -215,11 +229,11 @@ def norm_gradient(
     pooled: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    scale: Tensor,
+    s: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of γ and of the bias before the norm; rate and shift of du.
+    """Gradients of γ and of the bias before the norm; p and r of du.
 
-    du = scale·dv + rate·u + shift
+    du = s·dv + p·u + r
 
     Args:
         sums: (2, M) of ``input_gradient``, added up.
@@ -228,14 +242,14 @@ def norm_gradient(
     m, padded = problem.mid_channels, problem.mid_shape[-1]
     _, block_c, _ = configs.combine(m)
     dgamma, dbias = sums.new_empty(m), sums.new_empty(m)
-    rate, shift = (None if pooled is None else sums.new_empty(padded) for _ in range(2))
+    p, r = (None if pooled is None else sums.new_empty(padded) for _ in range(2))
     launch.run(
         launch.kernels().statistics.norm_gradient, (-(-padded // block_c),), None,
-        sums, pooled, mean, var, scale, problem.batch * math.prod(problem.mid_size), dgamma, dbias,
-        rate, shift, m, padded, EPS=problem.spec.eps, BLOCK_C=block_c,
+        sums, pooled, mean, var, s, problem.batch * math.prod(problem.mid_size), dgamma, dbias,
+        p, r, m, padded, EPS=problem.spec.eps, BLOCK_C=block_c,
         ACCUMULATE=arguments.dot_type(problem.dtype),
     )  # fmt: skip
-    return dgamma, dbias, rate, shift
+    return dgamma, dbias, p, r
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,14 +11,18 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...machine import gpu
 from . import tiles
+
+if TYPE_CHECKING:
+    from .plans import Recorder
 
 
 @functools.cache
@@ -194,6 +198,52 @@ def noted(device: torch.device, call: Callable[[], object]) -> list[Launch]:
     return found
 
 
+# ---- launches, which are recorded as steps of a plan
+
+_recording = threading.local()
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def recording(into: Recorder) -> Iterator[None]:
+    """Launches of this thread become steps of a plan."""
+    _recording.recorder = into
+    try:
+        yield
+    finally:
+        del _recording.recorder
+
+
+def recorder() -> Recorder:
+    """What launches of this thread are recorded by."""
+    found: Recorder = _recording.recorder
+    return found
+
+
+def device() -> torch.device:
+    """Where what is recorded will run."""
+    return recorder().device
+
+
+def keeps_plans(device: torch.device) -> bool:
+    """Whether plans are kept for later calls.
+
+    Not in the interpreter, which tests change at will, and not where somebody looks at launches.
+    """
+    return device.type == "cuda" and not interpreted() and _watch.told is None
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What the compiler knows of a tensor."""
+
+    dtype: torch.dtype
+    address: int  # modulo 16
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 def run(
     kernel: Any,
     grid: tuple[int, ...],
@@ -201,13 +251,39 @@ def run(
     *args: Any,
     **meta: Any,
 ) -> None:
-    """Run a kernel on the device of its first tensor."""
+    """Launch a kernel with these arguments, those in ``meta`` by their names."""
     told = _watch.told
     if told is not None and not told(Launch(kernel, config, args, meta)):
         return
-    device = next(a.device for a in args if isinstance(a, Tensor))
-    guard: Any = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    if config is not None:
-        meta |= tiles.launch_options(config)
-    with guard:
-        kernel[grid](*args, **meta)
+    args = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
+    options = {} if config is None else tiles.launch_options(config)
+    recorder().launch(start(kernel, grid, args, options), args, hasattr(kernel, "device_caches"))
+
+
+def start(
+    kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, int]
+) -> Callable[..., None]:
+    """What starts a kernel on a grid, compiled for such arguments; called with all of them."""
+    if not hasattr(kernel, "device_caches"):  # the interpreter's
+        found: Callable[..., None] = kernel[grid]
+        return found
+    address = recorder().address
+    known = [Pointer(a.dtype, address(a)) if isinstance(a, Tensor) else a for a in args]
+    with guard(device()):
+        compiled = kernel.warmup(*known, grid=grid, **options)
+        found = compiled[(*grid, 1, 1)[:3]]
+    return found
+
+
+def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The device is the current one."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+def stream(device: torch.device) -> Any:
+    """PyTorch's current stream of a device, as Triton takes it."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream(device.index)

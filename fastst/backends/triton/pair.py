@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...machine import choices
@@ -14,7 +13,7 @@ from ...problem.examples import example
 from ...problem.spec import PairProblem, PairTensors
 from ...ranks import groups, statistics
 from ..contract import Begun, PairResult
-from . import single
+from . import plans, single
 from . import tiles as configs
 from .passes import PassConfig, affine, candidates, conv_pass, finish_norm, moments
 
@@ -29,16 +28,10 @@ def ways(problem: PairProblem) -> list[str]:
     return (single.available(problem) + [f"tiles {i}" for i in range(tiles)])[:12]
 
 
-def trial(problem: PairProblem, way: str) -> Callable[[], None]:
-    """Run the problem once in one of its ways, on random tensors, to the end."""
+def trial(problem: PairProblem, way: str, save: bool) -> Callable[[], object]:
+    """Run the problem once in one of its ways, on random tensors."""
     tensors = example(problem)
-
-    def once() -> None:
-        run(problem, tensors, False, way)
-        if problem.device.type == "cuda":
-            torch.cuda.synchronize(problem.device)
-
-    return once
+    return lambda: run(problem, tensors, save, way)
 
 
 def run(
@@ -49,8 +42,15 @@ def run(
     like: PairProblem | None = None,
 ) -> PairResult:
     """The pair in one of its ``ways`` (None: the best guess), as a problem ``like`` it is run."""
-    like = like or problem
-    spec = like.spec
+    return PairResult(
+        *plans.run(_run, problem.device, [*tensors], problem, save, way, like or problem)
+    )
+
+
+def _run(
+    given: Sequence[Tensor], problem: PairProblem, save: bool, way: str | None, like: PairProblem
+) -> PairResult:
+    tensors, spec = PairTensors(*given), like.spec
     if not (save and not spec.recompute) and not spec.output_statistics:
         kernel = way if way in single.available(like) else None if way else single.expected(like)
         if kernel is not None:
@@ -103,13 +103,22 @@ def _batch_norm(
     if not group:
         return *norm, mean, var, None
     count = problem.batch * math.prod(problem.mid_size)
-    pooled = statistics.pool_statistics(mean, var, count, groups.resolve(group))
+    pooled = mean.new_empty(mean.shape), var.new_empty(var.shape), mean.new_empty(())
+    plans.aside(
+        lambda mean, var: statistics.pool_statistics(mean, var, count, groups.resolve(group)),
+        (mean, var), pooled,
+    )  # fmt: skip
     mean, var, _ = pooled
     return *finish_norm(problem, tensors._replace(mean=mean, var=var), bias=bias), *pooled
 
 
 def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
     """u and its statistics, of a norm over the batch."""
+    return Begun(*plans.run(_first_pass, problem.device, [*tensors], problem))
+
+
+def _first_pass(given: Sequence[Tensor], problem: PairProblem) -> Begun:
+    tensors = PairTensors(*given)
     first, x, m = problem.passes[0], tensors.x, problem.mid_channels
     mid_rows = x.new_empty(problem.mid_shape)
     if first.groups > 1 and problem.mid_shape[-1] > m:
@@ -123,6 +132,13 @@ def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
 
 def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
     """y of a pair that ``first_pass`` has begun."""
+    given = [*tensors, *begun]
+    return PairResult(*plans.run(_second_pass, problem.device, given, problem))
+
+
+def _second_pass(given: Sequence[Tensor], problem: PairProblem) -> PairResult:
+    count = len(PairTensors._fields)
+    tensors, begun = PairTensors(*given[:count]), Begun(*given[count:])
     spec = problem.spec
     y = problem.empty_output(tensors.x)
     scale, shift = finish_norm(problem, tensors._replace(mean=begun.mean, var=begun.var))

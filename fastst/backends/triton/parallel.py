@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...machine import gpu
 from ...problem.spec import ParallelProblem, ParallelSpec, ParallelTensors, Pass
-from . import arguments, launch
+from . import arguments, launch, plans
 from . import tiles as configs
 from .gradients import accumulate_dtype
+from .packing import Weight, pack, pack_direct
 from .passes import PassConfig, candidates, conv_pass
 
 
@@ -64,25 +65,29 @@ def parallel_conv2plus1d(
     problem: ParallelProblem, tensors: ParallelTensors, like: ParallelProblem | None = None
 ) -> Tensor:
     """``like``: a problem as which it is run, in its configurations."""
-    like = like or problem
-    spec = problem.spec
+    (y,) = plans.run(_run, problem.device, [*tensors], problem, like or problem)
+    return y
+
+
+def _run(given: Sequence[Tensor], problem: ParallelProblem, like: ParallelProblem) -> list[Tensor]:
+    tensors, spec = ParallelTensors(*given), problem.spec
     x = tensors.x
     y = problem.empty_output(x)
     both = branches(problem, tensors)
     count = like.batch * math.prod(like.out_size)
     if spec.combine == "add":
         parallel_conv(spec, both, x, y, config=_config(like.passes, x, like.out_channels, count))
-        return y
+        return [y]
     first = 0
     for (conv, weight, bias), p in zip(both, like.passes, strict=True):
-        config = candidates(p, p.in_channels, count, x.dtype, x.device, x.stride(1) == 1)[0]
+        config = candidates(p, p.in_channels, count, x.dtype, launch.device(), x.stride(1) == 1)[0]
         end = first + conv.out_channels
         conv_pass(
             conv, x, weight, y[:, first:end], shift=bias, config=config,
             inner=spec.branch_activation, activation=spec.activation, slope=spec.slope,
         )  # fmt: skip
         first = end
-    return y
+    return [y]
 
 
 def parallel_conv(
@@ -112,8 +117,8 @@ def parallel_conv(
     channels = tuple(p.in_channels // p.groups for p in convs)
     widths = tuple(cut.width(p) for p in convs)
     packed = [
-        arguments.pack_direct(b.weight) if direct(b.conv)
-        else arguments.pack(b.weight, b.conv.groups, n, config, width)  # type: ignore[arg-type]
+        pack_direct(Weight.of(b.weight, 1)) if direct(b.conv)
+        else pack(Weight.of(b.weight, b.conv.groups), n, config, width)  # type: ignore[arg-type]
         for b, n, width in zip(chosen, channels, widths, strict=True)
     ]  # fmt: skip
     flat = isinstance(config, configs.TapConfig) and config.flat
@@ -152,11 +157,11 @@ def _config(convs: Sequence[Pass], x: Tensor, out_channels: int, count: int) -> 
     taps = sum(math.prod(p.kernel) for p in convs) - len(convs) + 1
     dense = [p for p in convs if not direct(p)]
     if not dense:
-        capability = launch.capability(x.device)
+        capability = launch.capability(launch.device())
         return configs.direct(count, out_channels, taps, x.stride(1) == 1, capability)
     cut = Cut.of(convs, out_channels, 1)
     channels = max(p.in_channels // p.groups for p in dense)
     return configs.parallel_conv(
-        arguments.sizes(count, channels, cut.per_part, cut.parts, taps, x.dtype, x.device),
+        arguments.sizes(count, channels, cut.per_part, cut.parts, taps, x.dtype, launch.device()),
         mixed=len(dense) < len(convs),
     )

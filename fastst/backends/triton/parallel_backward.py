@@ -17,23 +17,31 @@ from torch import Tensor
 
 from ...problem.spec import ParallelProblem, ParallelTensors
 from ..contract import Gradients
-from . import arguments, gradient_tiles, launch, parallel
+from . import arguments, gradient_tiles, launch, parallel, plans
 from .backward import pass_gradients
-from .direct import finish_direct, pack_direct
+from .direct import finish_direct
 from .gradients import (
+    STRAIGHT,
+    SWAPPED,
     accumulate_dtype,
     boxed,
     channel_sums,
     finish_weight,
     residue_classes,
     sum_rows,
-    transposed,
 )
+from .packing import Weight, pack, pack_direct
 
 
 def parallel_conv2plus1d_backward(
     problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
 ) -> Gradients:
+    return plans.run(_run, problem.device, [*tensors, dy], problem, tuple(needs))
+
+
+def _run(given: Sequence[Tensor], problem: ParallelProblem, needs: Sequence[bool]) -> Gradients:
+    *rest, dy = given
+    tensors = ParallelTensors(*rest)
     x, *weights, _, _ = tensors
     need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
     wanted = need[1:3]
@@ -126,13 +134,15 @@ def _input_gradient(
     most = max(n for n, d in zip(channels, direct, strict=True) if not d)
     taps = sum(math.prod(p.kernel) for p in passes)
     c = gradient_tiles.parallel_input_gradient(
-        arguments.sizes(count, most, cut.per_part, cut.parts, taps, dx.dtype, dx.device),
+        arguments.sizes(count, most, cut.per_part, cut.parts, taps, dx.dtype, launch.device()),
         classes=math.prod(classes), mixed=any(direct),
     )  # fmt: skip
     cut = cut._replace(columns=c.columns)
     widths = tuple(cut.width(p) for p in passes)
     packed = [
-        pack_direct(p, w) if d else arguments.pack(transposed(w, p.groups), p.groups, n, c, width)
+        pack_direct(Weight.of_inputs(w, p.groups))
+        if d
+        else pack(Weight.transposed(w, p.groups), n, c, width)
         for p, w, n, width, d in zip(passes, weights, channels, widths, direct, strict=True)
     ]
     above = _channels_last(above)
@@ -165,7 +175,7 @@ def _weight_gradients(
     taps = [math.prod(p.kernel) for p in passes]
     count = problem.batch * math.prod(problem.out_size)
     sizes = arguments.sizes(
-        count, channels[0], out_channels[0], groups[0], max(taps), x.dtype, x.device
+        count, channels[0], out_channels[0], groups[0], max(taps), x.dtype, launch.device()
     )
     c = gradient_tiles.weight_gradient(sizes)[0]
     rows, widths = zip(
@@ -191,10 +201,10 @@ def _weight_gradients(
         BLOCK_P=c.block_p, BLOCK_R=c.block_r, BLOCK_N=c.block_n, REST_N=c.rest_n,
         **arguments.arithmetic(x.dtype),
     )  # fmt: skip
-    return [
-        finish_weight(p, partial, w, c.swap)
-        for p, partial, w in zip(passes, partials, weights, strict=True)
-    ]
+    dw = [torch.empty_like(w) for w in weights]
+    for p, partial, d, n in zip(passes, partials, dw, channels, strict=True):
+        finish_weight(partial, Weight.of(d, p.groups), SWAPPED if c.swap else STRAIGHT, n)
+    return list(dw)
 
 
 def _direct_gradients(
@@ -211,7 +221,7 @@ def _direct_gradients(
     out_per_group = tuple(p.out_channels // p.groups for p in passes)
     count = x.shape[0] * math.prod(x.shape[2:])
     c = gradient_tiles.direct_gradients(
-        count, channels, above[0].stride(1) == 1, launch.capability(x.device)
+        count, channels, above[0].stride(1) == 1, launch.capability(launch.device())
     )
     tiles = -(-count // c.block_p)
     parts = [
@@ -227,7 +237,7 @@ def _direct_gradients(
     launch.run(
         launch.kernels().parallel.parallel_direct_gradients, (tiles * -(-channels // c.block_c),),
         c, *x_args, arguments.grid(x.shape[2:], run), channels, per_group, out_per_group, *dy_args,
-        *(pack_direct(p, w) for p, w in zip(passes, weights, strict=True)),
+        *(pack_direct(Weight.of_inputs(w, p.groups)) for p, w in zip(passes, weights, strict=True)),
         dx, None if dx is None else arguments.strides(dx, dx_align), *parts, count,
         SPATIAL=arguments.transposed_taps(passes[0]), TEMPORAL=arguments.transposed_taps(passes[1]),
         X_ALIGN=x_align, Y_ALIGN=dy_align, DX_ALIGN=dx_align,

@@ -13,6 +13,7 @@ from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, launch
 from . import rows as rows_of
 from . import tiles as configs
+from .packing import Weight, pack, pack_direct
 
 PassConfig = configs.TapConfig | configs.StreamConfig
 
@@ -69,16 +70,16 @@ def conv_pass(
         Partials (tiles, 2, K) of the statistics of y, if asked for, and positions per tile.
     """
     kernels = launch.kernels()
+    laid_out = Weight.of(weight, p.groups)
     if (by_rows := rows_of.of(p)) is not None:
-        x, weight = rows_of.video(p, by_rows, x), rows_of.weight(p, by_rows, weight)
-        p = by_rows
+        x, laid_out, p = rows_of.video(p, by_rows, x), rows_of.weight(weight), by_rows
     groups = p.groups
     # Padding channels of u are zeros and cost nothing where the tile has room for them.
     channels = x.shape[1] if groups == 1 else p.in_channels // groups
     out_channels = p.out_channels // groups
     count = y.shape[0] * math.prod(y.shape[2:])
     common = {
-        "TAPS": arguments.taps(p), "INNER": inner, "ACTIVATION": activation, "SLOPE": slope,
+        "INNER": inner, "ACTIVATION": activation, "SLOPE": slope,
         "WIDE": arguments.wide(count),
     }  # fmt: skip
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -89,7 +90,7 @@ def conv_pass(
         return tiles, x.new_empty(shape, dtype=accumulate) if statistics else None
 
     if config is None:
-        config = candidates(p, x.shape[1], count, x.dtype, x.device, x.stride(1) == 1)[0]
+        config = candidates(p, x.shape[1], count, x.dtype, launch.device(), x.stride(1) == 1)[0]
     if isinstance(config, configs.StreamConfig):
         tiles, partial = partials(config.block_p)
         x_args, x_align = arguments.operand(x, p.in_channels)
@@ -97,10 +98,10 @@ def conv_pass(
         run = arguments.run_length(x, y)
         launch.run(
             kernels.depthwise.direct_conv, (tiles * -(-p.out_channels // config.block_c),), config,
-            *x_args, channels, out_channels, arguments.pack_direct(weight),
+            *x_args, channels, out_channels, pack_direct(Weight.of(weight, 1)),
             in_scale, in_shift, scale, shift, partial, *end, arguments.grid(y.shape[2:], run),
-            p.out_channels, count, X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run,
-            IN_ACTIVATION=in_activation, **common,
+            p.out_channels, count, TAPS=arguments.taps(p), X_ALIGN=x_align, Y_ALIGN=y_align,
+            RUN=run, IN_ACTIVATION=in_activation, **common,
             BLOCK_P=config.block_p, BLOCK_C=config.block_c, UNROLL=config.unroll,
             **arguments.arithmetic(x.dtype, dot=False),
         )  # fmt: skip
@@ -110,7 +111,7 @@ def conv_pass(
     if not config.flat:
         x = arguments.channels_last(x)
     stored = y.shape[1] if groups == 1 else out_channels
-    packed = arguments.pack(weight, groups, channels, config)
+    packed = pack(laid_out, channels, config)
     x_args, x_align = arguments.operand(x, channels)
     end, y_align = arguments.results(y, residual, stored, store)
     tiles, partial = partials(config.block_p)
@@ -119,8 +120,9 @@ def conv_pass(
         kernels.tap_conv.tap_conv, (tiles * groups * (packed.shape[-1] // config.columns),), config,
         *x_args, channels, groups, packed, packed.shape[-1],
         scale, shift, partial, *end, arguments.grid(y.shape[2:], run), out_channels, stored, count,
-        FLAT=channels if config.flat else 0, X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run,
-        **common, **arguments.tiling(config), **arguments.arithmetic(x.dtype),
+        TAPS=arguments.taps(p), FLAT=channels if config.flat else 0, X_ALIGN=x_align,
+        Y_ALIGN=y_align, RUN=run, **common, **arguments.tiling(config),
+        **arguments.arithmetic(x.dtype),
     )  # fmt: skip
     return partial, config.block_p
 
@@ -131,19 +133,20 @@ def affine(
     *,
     scale: Tensor | None = None,
     other: Tensor | None = None,
-    rate: Tensor | None = None,
+    p: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str = "none",
     slope: float = 0.01,
 ) -> Tensor:
-    """act(scale·v + rate·other + shift), written to out, which may be v; rows of channels."""
+    """act(scale·v + p·other + shift), written to out, which may be v; rows of channels."""
     channels = v.shape[-1]
     rows = v.numel() // channels
     block_p, block_c = configs.affine(channels)
     launch.run(
         launch.kernels().statistics.affine, (-(-rows // block_p) * -(-channels // block_c),), None,
-        v, other, out, rows, channels, scale, rate, shift, ACTIVATION=activation, SLOPE=slope,
-        BLOCK_P=block_p, BLOCK_C=block_c, **arguments.arithmetic(v.dtype, dot=False),
+        v, other, out, rows, channels, scale, p, shift, ACTIVATION=activation, SLOPE=slope,
+        ROUND=arguments.rounds(v.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+        **arguments.arithmetic(v.dtype, dot=False),
     )  # fmt: skip
     return out
 

@@ -8,11 +8,11 @@ one of a column of taps, and of vectors. The copy reads the video once and write
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...problem.spec import Pass
 from . import tiles
+from .packing import Weight
 
 
 def of(p: Pass) -> Pass | None:
@@ -46,17 +46,8 @@ def video(p: Pass, rows: Pass, x: Tensor) -> Tensor:
     )
 
 
-def weight(p: Pass, rows: Pass, w: Tensor) -> Tensor:
-    """(K, C, kt, kh, kw) as (K, kw · C, kt, kh, 1), with zeros for columns and channels of none."""
-    k, c, *kernel = w.shape
-    wide = w.new_zeros(k, *kernel[:2], rows.in_channels // tiles.power(c), tiles.power(c))
-    wide[..., : kernel[2], :c] = w.permute(0, 2, 3, 4, 1)
-    return wide.flatten(3).permute(0, 3, 1, 2).unsqueeze(4)
-
-
-def gradient(p: Pass, rows: Pass, dw: Tensor, like: Tensor) -> Tensor:
-    """The gradient of w, of strides of ``like``, from that of ``weight``."""
-    k, c, *kernel = like.shape
-    columns = (rows.in_channels // tiles.power(c), tiles.power(c))
-    found = dw.squeeze(4).unflatten(1, columns)[:, : kernel[2], :c]  # (K, kw, C, kt, kh)
-    return torch.empty_like(like, dtype=dw.dtype).copy_(found.permute(0, 2, 3, 4, 1))
+def weight(w: Tensor) -> Weight:
+    """(K, C, kt, kh, kw) as one of a column of taps: rows of (tap, kw, C)."""
+    c = w.shape[1]
+    view = w.permute(0, 4, 1, 2, 3)[None, :, None, ..., None]  # (1, K, 1, kw, C, kt, kh, 1)
+    return Weight(view, parts=tiles.power(c))

@@ -5,16 +5,44 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...machine import gpu
 from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, launch
 from . import tiles as configs
+from .packing import Weight, pack_direct, packed
+
+# Of compilers that are known to get kernels with several products in a loop wrong: major compute
+# capability, first version of Triton without it (None: not yet), what goes wrong, and where it is
+# told (github.com/triton-lang/triton/issues).
+MISCOMPILED: tuple[tuple[int, tuple[int, ...] | None, str, str], ...] = (
+    (9, (3, 8), "may read what is not its own or compute wrong numbers", "#10486 and #11366"),
+    (10, None, "may lose products that are chained through one sum", "#10821 and #10988"),
+)
+
+
+def miscompiled(device: torch.device) -> str | None:
+    """Why ``pair_conv`` is not trusted to the compiler for a GPU, as the end of "pair_conv …"."""
+    if launch.interpreted():
+        return None
+    major, version = launch.capability(device)[0], launch.triton_version()
+    for architecture, mended, fault, where in MISCOMPILED:
+        if major == architecture and (mended is None or version < mended):
+            told = ".".join(map(str, version))
+            return f"{fault} as Triton {told} compiles it for {major}.x (issues {where} of Triton)"
+    return None
 
 
 def available(problem: PairProblem) -> list[str]:
     """Kernels that can run the pair where nobody asks for the mid tensor."""
+    trusted = miscompiled(problem.device) is None
+    return [k for k in fitting(problem) if k != "pair_conv" or trusted]
+
+
+def fitting(problem: PairProblem) -> list[str]:
+    """Kernels that a pair fits into, whatever the compiler makes of them."""
     first, second = problem.passes
     sums = second.kernel[_axis(problem)]
     found = []
@@ -121,7 +149,7 @@ def run(
     if kernel == "direct_pair":
         direct = configs.direct(
             tall, like.out_channels, math.prod(first.kernel), x.stride(1) == 1,
-            launch.capability(x.device), second.kernel[axis],
+            launch.capability(launch.device()), second.kernel[axis],
         )  # fmt: skip
         x_args, x_align = arguments.operand(x, first.in_channels)
         end, y_align = arguments.results(y, tensors.residual, k)
@@ -129,7 +157,7 @@ def run(
         tiles = -(-k // direct.block_c)
         weights: tuple[Any, ...] = (
             channels, m // first.groups, m, _per_group(second), k // second.groups, k,
-            arguments.pack_direct(w1), arguments.pack_direct(w2),
+            pack_direct(Weight.of(w1, 1)), pack_direct(Weight.of(w2, 1)),
         )  # fmt: skip
         meta = {"BLOCK_C": direct.block_c, "UNROLL": direct.unroll}
         jit = kernels.depthwise.direct_pair
@@ -142,8 +170,10 @@ def run(
         depth = channels if pair.flat else gpu.round_up(channels, pair.block_k)
         reduction = gpu.round_up(depth * math.prod(first.kernel), pair.block_k)
         weights = (
-            channels, m, k, tiles, arguments.packed(w1, tiles, depth, reduction, width), width,
-            arguments.packed(w2, tiles, width, width * math.prod(second.kernel), pair.block_n),
+            channels, m, k, tiles, packed(Weight.of(w1, tiles), depth, reduction, width), width,
+            packed(
+                Weight.of(w2, tiles), width, width * math.prod(second.kernel), pair.block_n
+            ),
         )  # fmt: skip
         meta = {
             "FLAT": channels if pair.flat else 0, "BLOCK_M": pair.block_m, "REST_M": pair.rest_m,

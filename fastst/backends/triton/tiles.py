@@ -186,10 +186,12 @@ def candidates(sizes: Sizes, limit: int = 12) -> tuple[TapConfig, ...]:
         (c for c in COLUMNS if sum(c) <= max(widest, 16)),
         key=lambda c: (round_up(out_channels, sum(c)) * (1 + 32 / sum(c)), -sum(c)),
     )
-    # Padded reduction costs products; each step costs a barrier, here counted as 8 of it.
+    # Padded reduction costs products; each step costs a barrier and addresses, here counted as 8 of
+    # it for 64 columns: what a step multiplies by fewer is over sooner.
+    step = 8 * max(1, 64 // columns[0][0])
     depths = sorted(
         (k for k in (16, 32, 64) if k <= most_k),
-        key=lambda k: (round_up(reduction, k) * (1 + 8 / k), k),
+        key=lambda k: (round_up(reduction, k) * (1 + step / k), k),
     )
     if through_registers(capability) and itemsize == 2:
         depths = [min(d, 32) for d in depths[:1]] + depths  # more stages, thinner
@@ -354,12 +356,6 @@ def direct_fits(sums: int) -> bool:
 def power(n: int) -> int:
     """The least power of two that is not less."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def pack(width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of ``pack``: 8 of 1,024 elements for a thread, as 16 spilled."""
-    columns = min(64, power(width))
-    return 1024 // columns, columns
 
 
 def affine(channels: int) -> tuple[int, int]:

@@ -318,27 +318,21 @@ def test_nothing_is_written_outside(groups: int) -> None:
     band, held = 4096, -77.0
     made = []
 
-    def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        flat = torch.full((math.prod(shape) + 2 * band,), held, dtype=dtype, device=DEVICE)
+    plain = torch.empty_strided
+
+    def guarded(shape: Any, stride: Any, *, dtype: torch.dtype, device: Any) -> Tensor:
+        if torch.device(device).type == "meta":
+            return plain(shape, stride, dtype=dtype, device=device)
+        size = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        flat = torch.full((size + 2 * band,), held, dtype=dtype, device=device)
+        flat[band:-band] = math.nan
         made.append(flat)
-        inside = flat[band:-band].view(shape)
-        return inside.fill_(math.nan)
-
-    plain = Tensor.new_empty
-
-    def new_empty(like: Tensor, *shape: Any, **options: Any) -> Tensor:
-        if "device" in options:  # the interpreter's own copies
-            return plain(like, *shape, **options)
-        sizes = shape[0] if isinstance(shape[0], (tuple, list)) else shape
-        return guarded(tuple(sizes), options.get("dtype", like.dtype))
+        return flat.as_strided(shape, stride, band)
 
     problem, tensors = problem_of(
         Config(channels=9, mid=9, out=9, norm="batch", groups=(groups, groups))
     )
-    with (
-        mock.patch.object(Problem, "empty_output", lambda p, x: guarded(p.out_shape, x.dtype)),
-        mock.patch.object(Tensor, "new_empty", new_empty),
-    ):
+    with mock.patch.object(torch, "empty_strided", guarded):
         result = backend.BACKEND.conv2plus1d(problem, tensors, save=True)
     assert len(made) >= 6
     for flat in made:
@@ -412,6 +406,15 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backend.launch, "capability", lambda device, has=has: has)
         monkeypatch.setattr(backend.launch, "triton_version", lambda version=version: version)
         why = backend.BACKEND.why_not(on_gpu, "forward")
+        assert why is None if told is None else told in (why or "")
+    for has, version, told in (
+        ((9, 0), (3, 7, 1), "#11366"), ((9, 0), (3, 8, 0), None), ((8, 0), (3, 6, 0), None),
+        ((10, 0), (3, 8, 0), "#10821"),
+    ):  # fmt: skip
+        monkeypatch.setattr(backend.launch, "capability", lambda device, has=has: has)
+        monkeypatch.setattr(backend.launch, "triton_version", lambda version=version: version)
+        assert ("pair_conv" in single.available(on_gpu)) is (told is None)
+        why = backend.BACKEND.avoids(on_gpu, "forward")
         assert why is None if told is None else told in (why or "")
     if DEVICE == "cpu":
         assert "TRITON_INTERPRET" in (backend.BACKEND.why_not(problem, "forward") or "")

@@ -13,7 +13,10 @@ from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-ALLOWED = {"empty", "new_empty", "permute", "expand", "select", "slice"}
+ALLOWED = {
+    "empty", "empty_strided", "new_empty", "permute", "expand", "select", "slice", "view",
+    "unsqueeze", "transpose", "detach",
+}  # fmt: skip
 
 
 class Operators(TorchDispatchMode):

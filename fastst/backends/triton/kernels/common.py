@@ -275,29 +275,25 @@ def columns(position):
 
 
 @triton.jit
-def operand(
-    x_ptr, at, ok,  # elements of a tile, and which of them exist
+def read_du(
+    dv_ptr, at, ok,  # elements of a tile, and which of them exist
     c, c_ok,  # their channels
-    scale_ptr, shift_ptr,  # per channel, or None
-    other_ptr, rate_ptr,  # a second tensor with the strides of x, and its factor; or None
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    s_ptr, r_ptr,  # per channel, or None
+    u_ptr, p_ptr,  # u with the strides of dv, and its factor; or None
+    EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """act(scale·x + rate·other + shift) in the dtype of x, 0 where nothing exists."""
-    a = tl.load(x_ptr + at, mask=ok, other=0.0)
-    if scale_ptr is not None or ACTIVATION != "none":
-        z = a.to(ACCUMULATE)
-        if scale_ptr is not None:
-            z = z * tl.load(scale_ptr + c, mask=c_ok, other=0.0)
-        if other_ptr is not None:
-            other = tl.load(other_ptr + at, mask=ok, other=0.0).to(ACCUMULATE)
-            z = z + other * tl.load(rate_ptr + c, mask=c_ok, other=0.0)
-        if shift_ptr is not None:
-            z = z + tl.load(shift_ptr + c, mask=c_ok, other=0.0)
-        z = activate(z, ACTIVATION, SLOPE)
-        if shift_ptr is not None:  # act(shift) is not 0; act(0) is, for all of them
-            z = tl.where(ok, z, 0.0)
-        a = narrow(z, a.dtype, EMULATE)
-    return a
+    """du = s·dv + p·u + r in the dtype of dv, 0 where nothing exists."""
+    du = tl.load(dv_ptr + at, mask=ok, other=0.0)
+    if s_ptr is not None:
+        v = du.to(ACCUMULATE) * tl.load(s_ptr + c, mask=c_ok, other=0.0)
+        if u_ptr is not None:
+            u = tl.load(u_ptr + at, mask=ok, other=0.0).to(ACCUMULATE)
+            v = v + u * tl.load(p_ptr + c, mask=c_ok, other=0.0)
+        if r_ptr is not None:
+            v = v + tl.load(r_ptr + c, mask=c_ok, other=0.0)
+            v = tl.where(ok, v, 0.0)
+        du = narrow(v, du.dtype, EMULATE)
+    return du
 
 
 @triton.jit
@@ -317,3 +313,10 @@ def narrow(v, dtype: tl.constexpr, EMULATE: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
     return v.to(dtype)
+
+
+@triton.jit
+def to_tf32(v):
+    """float32 as TF32, to nearest; tensor cores would cut off what they do not hold."""
+    bits = (v.to(tl.int32, bitcast=True) + 0x1000) & -8192
+    return tl.where(v == v, bits.to(tl.float32, bitcast=True), v)

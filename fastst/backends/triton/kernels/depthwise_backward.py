@@ -18,8 +18,8 @@ from .common import (
     activate,
     grid_of,
     image_positions,
-    operand,
     positions,
+    read_du,
     row_offsets,
     size_of,
     strides_of,
@@ -47,7 +47,7 @@ def direct_tile(
 def gather_direct(
     acc, x,  # (BLOCK_P, BLOCK_C) each: of dx, and what the convolution has read
     per_group, out_per_group, channels,  # of a group of x and of dy; C
-    dy_ptr, dy_strides, dy_size, scale_ptr, shift_ptr, other_ptr, rate_ptr, w_ptr,
+    dy_ptr, dy_strides, dy_size, s_ptr, r_ptr, u_ptr, p_ptr, w_ptr,
     dw_ptr, tile,  # dw_ptr None: no weight gradient
     position, row_ok, c, c_ok, size,  # positions and channels of x, and its (T, H, W)
     TAPS: tl.constexpr, ALIGN: tl.constexpr,
@@ -77,10 +77,9 @@ def gather_direct(
                     some = tl.max(inside.to(tl.int32), 0) > 0
                 if some:
                     read = inside[:, None] & c_ok[None, :]
-                    dy = operand(
+                    dy = read_du(
                         dy_ptr, offsets[:, None] + k.to(tl.int64) * dy_strides[1], read, k,
-                        c_ok[None, :], scale_ptr, shift_ptr, other_ptr, rate_ptr, "none",
-                        0.0, EMULATE, ACCUMULATE,
+                        c_ok[None, :], s_ptr, r_ptr, u_ptr, p_ptr, EMULATE, ACCUMULATE,
                     ).to(ACCUMULATE)  # fmt: skip
                     # What is not read takes no part, whatever x and w are: 0·inf is no number.
                     acc += tl.where(read, dy * weight[None, :], 0.0)
@@ -106,7 +105,7 @@ def direct_gradients(
     per_group, out_per_group,  # channels of a group of x and of dy
     scale_ptr, shift_ptr,  # (C,): the pass has read act(scale·x + shift); or None
     dy_ptr, dy_strides, dy_size,  # (N, K, T', H', W')
-    dy_scale_ptr, dy_shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
+    s_ptr, r_ptr, dy_u_ptr, p_ptr,  # ``read_du``, (K,) and like dy; or None
     w_ptr,  # (taps, out_per_group, C)
     dx_ptr, dx_strides,  # (N, C, T, H, W), or None
     u_ptr, mean_ptr, partial_ptr,  # ``finish_gradient``: x where dx is multiplied by act', or None
@@ -134,8 +133,8 @@ def direct_gradients(
             x = x + tl.load(shift_ptr + c, mask=c_ok, other=0.0)[None, :]
         x = activate(x, ACTIVATION, SLOPE)
     acc = gather_direct(
-        acc, x, per_group, out_per_group, channels, dy_ptr, dy_strides, dy_size, dy_scale_ptr,
-        dy_shift_ptr, other_ptr, rate_ptr, w_ptr, dw_ptr, tile, position, row_ok, c, c_ok, x_size,
+        acc, x, per_group, out_per_group, channels, dy_ptr, dy_strides, dy_size, s_ptr, r_ptr,
+        dy_u_ptr, p_ptr, w_ptr, dw_ptr, tile, position, row_ok, c, c_ok, x_size,
         TAPS, Y_ALIGN, BLOCK_P, BLOCK_C, EMULATE, ACCUMULATE,
     )  # fmt: skip
     if dx_ptr is not None:

@@ -5,27 +5,55 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import shown, to_tf32
 
-@triton.jit(do_not_specialize=["w_strides", "depth", "rows", "width"])
-def pack(
-    w_ptr, w_strides,  # (K, C/g, kt, kh, kw)
-    out_ptr, rows, width,  # (g, rows, width), written
-    channels, out_channels, depth,  # of a group; rows of a tap
-    KERNEL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+
+@triton.jit
+def pack_tile(
+    tile, w_ptr, w_sizes, w_strides, out_ptr, layout, ROUND: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[g, tap·depth + c, n] = w[g·out_channels + n, c, tap], and zeros beyond all of them."""
+    """One tile of one weight; arguments as of ``pack``."""
+    rows, width = shown(layout[0]), shown(layout[1])
+    depth, parts, lanes = shown(layout[2]), shown(layout[3]), shown(layout[4])
     tiles_r, tiles_n = (rows + BLOCK_R - 1) // BLOCK_R, (width + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    r = pid // tiles_n % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    group = (pid // tiles_n // tiles_r).to(tl.int64)
+    n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    r = tile // tiles_n % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    group = tile // tiles_n // tiles_r
     tap, c = r // depth, r % depth
-    kt = tap // (KERNEL[1] * KERNEL[2])
-    kh, kw = tap // KERNEL[2] % KERNEL[1], tap % KERNEL[2]
-    at = (group * out_channels + n) * w_strides[0] + c.to(tl.int64) * w_strides[1]
-    at += kt.to(tl.int64) * w_strides[2] + kh.to(tl.int64) * w_strides[3]
-    at += kw.to(tl.int64) * w_strides[4]
-    ok = (kt < KERNEL[0]) & (c < channels) & (n < out_channels)
+    kh, kw = shown(w_sizes[6]), shown(w_sizes[7])
+    index = (
+        group, n // lanes, n % lanes, c // parts, c % parts, tap // (kh * kw), tap // kw % kh,
+        tap % kw,
+    )  # fmt: skip
+    at = tl.zeros((BLOCK_R, BLOCK_N), tl.int64)
+    ok = (r < rows) & (n < width)
+    for i in tl.static_range(8):
+        at += tl.cast(index[i], tl.int64) * shown(w_strides[i])
+        ok = ok & (index[i] < shown(w_sizes[i]))
     w = tl.load(w_ptr + at, mask=ok, other=0.0)
-    out_ptr += (group * rows + r) * width + n
+    if ROUND:
+        w = to_tf32(w)
+    out_ptr += (group.to(tl.int64) * rows + r) * width + n
     tl.store(out_ptr, w, mask=(r < rows) & (n < width))
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def pack(
+    w_ptr, w_sizes, w_strides,  # (g, n, n', c, c', kt, kh, kw), of any strides
+    out_ptr, layout, tiles,  # (g, rows, width), written; its layout, and how many tiles it has
+    next_ptr, next_sizes, next_strides, next_out_ptr, next_layout,  # another weight, or None
+    ROUND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[g, tap·depth + c·parts + c', n·lanes + n'] = w[g, n, n', c, c', tap], else zeros.
+
+    ``layout``: rows, width, depth, parts and lanes. ROUND: to TF32.
+    """
+    tile = tl.program_id(0)
+    if tile < tiles:
+        pack_tile(tile, w_ptr, w_sizes, w_strides, out_ptr, layout, ROUND, BLOCK_R, BLOCK_N)
+    elif next_ptr is not None:
+        pack_tile(
+            tile - tiles, next_ptr, next_sizes, next_strides, next_out_ptr, next_layout, ROUND,
+            BLOCK_R, BLOCK_N,
+        )  # fmt: skip

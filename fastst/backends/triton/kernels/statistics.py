@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, narrow
+from .common import activate, narrow, to_tf32
 
 
 @triton.jit
@@ -104,11 +104,11 @@ def finish_norm(
 @triton.jit(do_not_specialize=["rows"])
 def affine(
     v_ptr, other_ptr, out_ptr, rows, channels,  # (rows, channels) each; other or None; out may be v
-    scale_ptr, rate_ptr, shift_ptr,  # (channels,), or None
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    scale_ptr, p_ptr, shift_ptr,  # (channels,), or None
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ROUND: tl.constexpr,  # to TF32
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """out = act(scale·v + rate·other + shift): what the dense passes read, once for all taps."""
+    """out = act(scale·v + p·other + shift): what the dense passes read, once for all taps."""
     tiles_c = (channels + BLOCK_C - 1) // BLOCK_C
     row = tl.program_id(0) // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -120,10 +120,12 @@ def affine(
         v = v * tl.load(scale_ptr + c, mask=c_ok, other=0.0)[None, :]
     if other_ptr is not None:
         other = tl.load(other_ptr + at, mask=ok, other=0.0).to(ACCUMULATE)
-        v = v + other * tl.load(rate_ptr + c, mask=c_ok, other=0.0)[None, :]
+        v = v + other * tl.load(p_ptr + c, mask=c_ok, other=0.0)[None, :]
     if shift_ptr is not None:
         v = v + tl.load(shift_ptr + c, mask=c_ok, other=0.0)[None, :]
     v = narrow(activate(v, ACTIVATION, SLOPE), out_ptr.dtype.element_ty, EMULATE)
+    if ROUND:
+        v = to_tf32(v)
     tl.store(out_ptr + at, v, mask=ok)
 
 
@@ -150,12 +152,12 @@ def sum_rows(
 def norm_gradient(
     sum_ptr,  # (2, channels): Σdv and Σdv·(u − mean)
     pooled_ptr,  # the same over all ranks, per value of this one; or sum_ptr; None: a frozen norm
-    mean_ptr, var_ptr, scale_ptr, total,  # of the norm, and values per channel
+    mean_ptr, var_ptr, s_ptr, total,  # of the norm, and values per channel
     dgamma_ptr, dbias_ptr,  # (channels,), of γ and of the bias before the norm
-    rate_ptr, shift_ptr,  # (padded,), or None
+    p_ptr, r_ptr,  # (padded,), or None
     channels, padded, EPS: tl.constexpr, BLOCK_C: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """du = scale·dv + rate·u + shift of batch statistics, and the gradients of γ and of the bias.
+    """du = s·dv + p·u + r of batch statistics, and the gradients of γ and of the bias.
 
     The bias before a norm of its own batch has none, which the mean takes away again.
     """
@@ -164,16 +166,16 @@ def norm_gradient(
     inside = channel < padded
     var = tl.load(var_ptr + channel, mask=ok, other=1.0).to(ACCUMULATE)
     mean = tl.load(mean_ptr + channel, mask=ok, other=0.0).to(ACCUMULATE)
-    scale = tl.load(scale_ptr + channel, mask=ok, other=0.0)
+    s = tl.load(s_ptr + channel, mask=ok, other=0.0)
     beta = tl.load(sum_ptr + channel, mask=ok, other=0.0)
     away = tl.load(sum_ptr + channels + channel, mask=ok, other=0.0)
     tl.store(dgamma_ptr + channel, away / tl.sqrt(var + EPS), mask=ok)
     if pooled_ptr is not None:
         pooled = tl.load(pooled_ptr + channel, mask=ok, other=0.0)
         pooled_away = tl.load(pooled_ptr + channels + channel, mask=ok, other=0.0)
-        rate = -scale * pooled_away / ((var + EPS) * total.to(ACCUMULATE))
-        shift = -scale * pooled / total.to(ACCUMULATE) - rate * mean
-        tl.store(rate_ptr + channel, tl.where(ok, rate, 0.0), mask=inside)
-        tl.store(shift_ptr + channel, tl.where(ok, shift, 0.0), mask=inside)
+        p = -s * pooled_away / ((var + EPS) * total.to(ACCUMULATE))
+        r = -s * pooled / total.to(ACCUMULATE) - p * mean
+        tl.store(p_ptr + channel, tl.where(ok, p, 0.0), mask=inside)
+        tl.store(r_ptr + channel, tl.where(ok, r, 0.0), mask=inside)
         beta = beta - pooled
-    tl.store(dbias_ptr + channel, scale * beta, mask=ok)
+    tl.store(dbias_ptr + channel, s * beta, mask=ok)

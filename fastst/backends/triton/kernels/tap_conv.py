@@ -41,19 +41,24 @@ def reduction_rows(channels, TAPS: tl.constexpr, FLAT: tl.constexpr, BLOCK_K: tl
 
 
 @triton.jit
-def tap_of(index, rows, lanes, subset, TAPS: tl.constexpr):
-    """(kt, kh, kw) of the index-th tap, and its place among all."""
-    KH: tl.constexpr = TAPS.kernel[1]
-    KW: tl.constexpr = TAPS.kernel[2]
-    kt, kh, kw = index // (rows * lanes), index // lanes % rows, index % lanes
-    if subset is None:
-        place = index
-    else:
+def tap_of(index, subset, TAPS: tl.constexpr):
+    """(kt, kh, kw) of a tap of all or of a subset by its index along each axis, and its place."""
+    kt, kh, kw = index
+    if subset is not None:
         kt = subset[0] + kt * TAPS.step[0]
         kh = subset[1] + kh * TAPS.step[1]
         kw = subset[2] + kw * TAPS.step[2]
-        place = (kt * KH + kh) * KW + kw
-    return (kt, kh, kw), place
+    return (kt, kh, kw), (kt * TAPS.kernel[1] + kh) * TAPS.kernel[2] + kw
+
+
+@triton.jit
+def advance(i, count, carry, MOST: tl.constexpr):
+    """An index below ``count``, one further if there is a carry; and whether it begins again."""
+    if MOST > 1:
+        i += carry.to(tl.int32)
+        carry = i == count
+        i = tl.where(carry, 0, i)
+    return i, carry
 
 
 @triton.jit
@@ -131,20 +136,20 @@ def accumulate(
         within_w = taps_within(w, x_size[2], taps_w, 2, TAPS)
         if COUNT <= 32:
             within = combined(within_t, within_h, within_w, rows, lanes, TAPS)
-    # The taps that are done, and the channels of the next that are.
-    whole_taps, chunk = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    # The taps that are done, and the channels of the next that are; that tap along each axis. They
+    # are counted: to divide by what the compiler does not know takes it 25 instructions.
+    index, chunk = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    i_t, i_h, i_w = tl.cast(0, tl.int32), tl.cast(0, tl.int32), tl.cast(0, tl.int32)
     # A loop that may have no step makes ptxas wait for every product of Hopper's: there is one.
     for step in range(tl.maximum(steps, 1)):
         if FLAT > 0:
             flat = (step * BLOCK_K + k)[None, :]
             index, c = flat // FLAT, flat % FLAT
             c_ok = flat < count * FLAT
-        else:
-            index = whole_taps
-            c = (chunk + k)[None, :]
-            c_ok = c < channels
-        if TAPS.apart:
             i_t, i_h, i_w = index // (rows * lanes), index // lanes % rows, index % lanes
+        else:
+            c = (chunk + k)[None, :]
+        if TAPS.apart:
             moved = c.to(tl.int64) * x_strides[1]
             if KERNEL[0] > 1:
                 moved += (i_t * (TAPS.move[0] * ALIGN)).to(tl.int64) * x_strides[2]
@@ -156,17 +161,21 @@ def accumulate(
                 inside = within >> index
             else:
                 inside = (within_t >> i_t) & (within_h >> i_h) & (within_w >> i_w)
-            a = tl.load(x_rows + moved, mask=((inside & 1) != 0) & c_ok, other=0.0)
+            read, ok = x_rows + moved, (inside & 1) != 0
         else:
-            tap, _ = tap_of(index, rows, lanes, subset, TAPS)
+            tap, _ = tap_of((i_t, i_h, i_w), subset, TAPS)
             offsets, inside = tap_offsets(at, tap, x_size, x_strides, ALIGN, TAPS)
-            offsets = offsets + c.to(tl.int64) * x_strides[1]
-            a = tl.load(x_ptr + offsets, mask=inside & row_ok[:, None] & c_ok, other=0.0)
+            read, ok = x_ptr + offsets + c.to(tl.int64) * x_strides[1], inside & row_ok[:, None]
+        if FLAT > 0:
+            ok = ok & c_ok
+        else:
+            ok = ok & (c < channels)
+        a = tl.load(read, mask=ok, other=0.0)
         if subset is None:
             moved = tl.cast(step, tl.int64) * BLOCK_K * width
             w_ok = None
         else:  # rows of taps that are not neighbours
-            _, place = tap_of(index, rows, lanes, subset, TAPS)
+            _, place = tap_of((i_t, i_h, i_w), subset, TAPS)
             if FLAT > 0:
                 moved = tl.trans(place * FLAT + c - k[None, :]).to(tl.int64) * width
                 w_ok = tl.trans(c_ok)
@@ -179,7 +188,10 @@ def accumulate(
         if FLAT == 0:
             whole = chunk + BLOCK_K >= channels
             chunk = tl.where(whole, 0, chunk + BLOCK_K)
-            whole_taps += whole.to(tl.int32)
+            index += whole.to(tl.int32)
+            i_w, whole = advance(i_w, lanes, whole, KERNEL[2])
+            i_h, whole = advance(i_h, rows, whole, KERNEL[1])
+            i_t += whole.to(tl.int32)
     # ptxas makes every product wait, too, where what follows reads the sums in several places.
     return acc + 0.0, rest + 0.0
 

@@ -21,10 +21,11 @@ from .common import (
     four_of,
     grid_of,
     narrow,
-    operand,
     positions,
     product,
+    read_du,
     row_offsets,
+    shown,
     size_of,
     strides_of,
     tap_offsets,
@@ -241,43 +242,37 @@ def weight_gradient(
 
 @triton.jit(do_not_specialize=["splits", "count"])
 def finish_weight(
-    partial_ptr, splits, count,  # of ``weight_gradient``; count: of weights
-    dw_ptr, dw_strides, channels, out_channels,  # (K, C/g, kt, kh, kw); both of a group
-    KERNEL: tl.constexpr, SWAP: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    partial_ptr, splits, count,  # of ``weight_gradient``; count: of a split
+    dw_ptr, sizes, limits, strides,  # of the axes of partials, slowest first: in dw, as 7 each
+    BLOCK: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dw: the partials added up in order, in its own dtype and strides."""
-    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = index < count
     total = tl.zeros((BLOCK,), ACCUMULATE)
     for split in range(splits):
         at = partial_ptr + tl.cast(split, tl.int64) * count
         total += tl.load(at + index, mask=ok, other=0.0)
-    if SWAP:
-        c = index % channels
-        tap = index // channels % TAPS
-        k = index // (channels * TAPS)
-    else:
-        c = index // out_channels % channels
-        tap = index // (out_channels * channels) % TAPS
-        k = index // (out_channels * channels * TAPS) * out_channels + index % out_channels
-    kt, kh, kw = tap // (KERNEL[1] * KERNEL[2]), tap // KERNEL[2] % KERNEL[1], tap % KERNEL[2]
-    at = k.to(tl.int64) * dw_strides[0] + c.to(tl.int64) * dw_strides[1]
-    at = at + kt * dw_strides[2] + kh * dw_strides[3] + kw * dw_strides[4]
+    at = tl.zeros((BLOCK,), tl.int64)
+    for axis in tl.static_range(6, -1, -1):
+        size = shown(sizes[axis])
+        place = index % size
+        index = index // size
+        ok = ok & (place < shown(limits[axis]))
+        at += place.to(tl.int64) * shown(strides[axis])
     tl.store(dw_ptr + at, narrow(total, dw_ptr.dtype.element_ty, EMULATE), mask=ok)
 
 
 @triton.jit(do_not_specialize=["count"])
 def channel_sums(
     dy_ptr, dy_strides, grid, channels,
-    scale_ptr, shift_ptr, other_ptr, rate_ptr,  # ``operand``, (K,) and like dy; or None
+    s_ptr, r_ptr, u_ptr, p_ptr,  # ``read_du``, (K,) and like dy; or None
     partial_ptr,  # (tiles of positions, K)
     count, per_tile,  # positions, and how many of them a program adds up
     ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums over positions of prologue(dy): the gradient of a bias."""
+    """Partial sums over positions of dy or of du: the gradient of a bias."""
     dy_strides = strides_of(dy_strides)
     grid = grid_of(grid)
     blocks = (channels + BLOCK_C - 1) // BLOCK_C
@@ -292,9 +287,9 @@ def channel_sums(
         p = first + step * BLOCK_P + tl.arange(0, BLOCK_P)
         at = columns(positions(p, grid, RUN))
         offsets = row_offsets(at, dy_strides, ALIGN) + n_row.to(tl.int64) * dy_strides[1]
-        total += operand(
-            dy_ptr, offsets, (p < count)[:, None] & n_ok, n_row, n_ok, scale_ptr, shift_ptr,
-            other_ptr, rate_ptr, "none", 0.0, EMULATE, ACCUMULATE,
+        total += read_du(
+            dy_ptr, offsets, (p < count)[:, None] & n_ok, n_row, n_ok, s_ptr, r_ptr, u_ptr, p_ptr,
+            EMULATE, ACCUMULATE,
         ).to(ACCUMULATE)  # fmt: skip
     at = partial_ptr + tile.to(tl.int64) * channels + n
     tl.store(at, tl.sum(total, 0), mask=n < channels)

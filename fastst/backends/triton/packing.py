@@ -1,0 +1,106 @@
+"""Weights as the kernels read them: packed before a call's other launches, two in one of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...machine import gpu
+from . import arguments, launch, tiles
+
+ROWS, COLUMNS = 16, 64  # of a tile: 8 elements of each of 128 threads, as 16 spilled
+
+
+@dataclass
+class Weight:
+    """A weight by what a kernel makes of its axes, as a view (g, n, n', c, c', kt, kh, kw).
+
+    Columns of a group are (n, n'), rows are (tap, c, c'). ``lanes`` and ``parts`` are what n' and
+    c' count as, with the zeros behind them.
+    """
+
+    view: Tensor
+    lanes: int = 1
+    parts: int = 1
+
+    @classmethod
+    def of(cls, w: Tensor, groups: int) -> Weight:
+        """(K, C/g, kt, kh, kw) as columns of output channels, rows of (tap, input channel)."""
+        return cls(w.unflatten(0, (groups, -1)).unsqueeze(2).unsqueeze(4))
+
+    @classmethod
+    def transposed(cls, w: Tensor, groups: int) -> Weight:
+        """The same with input and output channels exchanged."""
+        return cls(w.unflatten(0, (groups, -1)).transpose(1, 2).unsqueeze(2).unsqueeze(4))
+
+    @classmethod
+    def of_inputs(cls, w: Tensor, groups: int) -> Weight:
+        """Columns of the input channels of all groups, rows of (tap, output channel of a group)."""
+        each = w.unflatten(0, (groups, -1)).transpose(1, 2)
+        return cls(each.unsqueeze(0).unsqueeze(4), lanes=each.shape[1])
+
+    def rows(self, depth: int) -> int:
+        """Rows, with so many for a tap."""
+        return depth * math.prod(self.view.shape[5:])
+
+
+def pack(
+    weight: Weight, channels: int, config: tiles.TapConfig, width: int | None = None
+) -> Tensor:
+    """(groups, reduction, width): see ``kernels.tap_conv``.
+
+    ``width`` is that of whole tiles unless it is given.
+    """
+    out_channels = weight.view.shape[1] * weight.lanes
+    width = width or gpu.round_up(out_channels, config.columns)
+    depth = channels if config.flat else gpu.round_up(channels, config.block_k)
+    return packed(weight, depth, gpu.round_up(weight.rows(depth), config.block_k), width)
+
+
+def pack_direct(weight: Weight) -> Tensor:
+    """(taps · channels, columns) of a weight whose groups are one."""
+    _, n, _, c, *_ = weight.view.shape
+    depth = c * weight.parts
+    return packed(weight, depth, weight.rows(depth), n * weight.lanes, products=False)[0]
+
+
+def packed(weight: Weight, depth: int, rows: int, width: int, *, products: bool = True) -> Tensor:
+    """(groups, rows, width) with ``depth`` rows of each tap; for tensor cores or ordinary ones.
+
+    On every call: what was changed through ``weight.data`` leaves no trace by which a cache could
+    know, and a captured graph must see it, too.
+    """
+    groups = weight.view.shape[0]
+    out = weight.view.new_empty(groups, rows, width)
+    layout = arguments.hidden(rows, width, depth, weight.parts, weight.lanes)
+    count = -(-rows // ROWS) * -(-width // COLUMNS) * groups
+    view = weight.view
+    args = view, arguments.hidden(*view.shape), arguments.hidden(*view.stride()), out, layout
+    launch_all = _rounded if products and arguments.rounds(view.dtype) else _plain
+    launch.recorder().first(launch_all, view, (count, args))
+    return out
+
+
+Job = tuple[int, tuple[Any, ...]]  # tiles and arguments of one weight
+
+
+def _plain(jobs: list[Job]) -> None:
+    _launch(jobs, False)
+
+
+def _rounded(jobs: list[Job]) -> None:
+    _launch(jobs, True)
+
+
+def _launch(jobs: list[Job], rounded: bool) -> None:
+    """Weights of a call, packed two at a time."""
+    for i in range(0, len(jobs), 2):
+        (count, one), *others = jobs[i : i + 2]
+        more, other = others[0] if others else (0, (None,) * 5)
+        launch.run(
+            launch.kernels().pack.pack, (count + more,), None, *one, count, *other,
+            ROUND=rounded, BLOCK_R=ROWS, BLOCK_N=COLUMNS,
+        )  # fmt: skip
