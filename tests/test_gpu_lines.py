@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,18 @@ from torch import nn
 import fastst
 from benchmarks import gpu_run, instances, layers, measure, models, overhead, probe, record, shapes
 from fastst import check, demo, dispatch, info
-from fastst.backends import triton
+from fastst.backends import cuda, triton
+from fastst.backends.cuda import depthwise as cuda_depthwise
+from fastst.backends.cuda import examples as cuda_examples
 from fastst.backends.cuda import library
-from fastst.backends.triton import launch
+from fastst.backends.triton import launch, rehearsal
 from fastst.demo import measure as demo_measure
 from fastst.dispatch import quarantine, selection, selfcheck, tune
+from fastst.problem import examples as examples_of_layers
 from fastst.problem.examples import of_kind
 from fastst.problem.spec import Problem
 from fastst.rewrite import optimize
+from fastst.rewrite.convert import promise
 from tests.support import ROOT, gpu_lines
 from tests.support.standin import StandIn, kernels
 
@@ -79,6 +84,41 @@ def triton_runs(s: Setting) -> None:
             assert torch.cuda.current_device() == 2
 
 
+def checks_in_advance(s: Setting) -> None:
+    """What ``fastst.check`` runs on a GPU, and how it compiles Triton's part."""
+    few = examples_of_layers.problems
+
+    def problems(kind: str, *of: Any) -> list[Problem]:
+        return few(kind, *of)[:1]
+
+    for module in (rehearsal, cuda_examples):
+        s.mp.setattr(module, "problems", problems)
+    s.mp.setattr(cuda_depthwise, "_stages", lambda problem, backward: 2)
+    assert triton.BACKEND.kinds(GPU, torch.float16)
+    for backend, kind in ((triton.BACKEND, "dense forward"), (cuda.BACKEND, "hopper")):
+        found = selfcheck.examples_of(backend, kind, torch.float16, GPU)
+        assert any(e.instances for e in found)
+    assert s.gpus.compiled
+    launched = s.gpus.compiled[0]
+    warm: list[Any] = []
+    kernel = SimpleNamespace(warmup=lambda *args, **meta: warm.append(meta))
+    StandIn.compile(launched._replace(kernel=kernel), GPU)
+    assert warm[0]["grid"] == (1,)
+    s.mp.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    launch.capability_of.cache_clear()
+    assert not triton.BACKEND.kinds(GPU, torch.float16)
+
+
+def promises_of_streams(s: Setting) -> None:
+    """A convolution that is computed later is computed on the stream on which it was asked for."""
+    with kernels(s.mp):
+        state = promise.State(GPU)
+        other = torch.cuda.Stream(GPU)
+        with torch.cuda.stream(other), state.restored():
+            assert torch.cuda.current_stream(GPU) == state.stream
+        assert other.waited == [state.stream]  # type: ignore[attr-defined]
+
+
 def hip(s: Setting) -> None:
     s.mp.setattr(torch.version, "hip", "6.4")
     launch.capability_of.cache_clear()
@@ -93,6 +133,10 @@ def cuda_runs(s: Setting) -> None:
     with kernels(s.mp, native=True):
         assert set(step(pair(8, groups=8), 8)) == {"cuda"}  # depthwise
         assert set(step(pair(16), 16)) == {"cuda"}  # Hopper
+        spec, tensors, *_ = cuda_examples._depthwise(False, torch.float16)[0]
+        nowhere = replace(Problem.of(tensors, spec), device=torch.device("cuda"))
+        assert cuda_depthwise.why_not(nowhere) is None
+        assert "hopper" in cuda.BACKEND.kinds(GPU, torch.bfloat16)
         assert "multiprocessors" in "\n".join(info._devices())
         told = "\n".join(info._backends())
         assert "cuda, on cuda" in told, told
@@ -171,7 +215,7 @@ def benchmarks_of_layers(s: Setting) -> None:
     kept = record.Record(s.folder / "record.json", GPU, fresh=True)
     case = next(c for c in shapes.ALL if c.name == "mid-45").tiny()
     with kernels(s.mp):
-        assert layers.run(kept, [case], ["eval"], ["fp32"], small) == 0
+        assert layers.run(kept, [case], ["eval", "inference"], ["fp32"], small) == 0
         row = next(r for r in kept.data["layers"] if r["contender"] == "fastst auto")
         assert row["refused"] is None and row["ms"] > 0
     assert kept.data["machine"]["gpu"] == "NVIDIA H200"
@@ -264,12 +308,14 @@ def the_rest(s: Setting) -> None:
         model = nn.Sequential(pair(8)).to("cuda").eval()
         x = torch.randn(1, 8, 3, 5, 6, device="cuda")
         optimize._fastest_format(model, x, 0.001)
-    with contextlib.suppress(SystemExit):
-        layers.main(["--help"])
+    for parse in (layers, probe):
+        with contextlib.suppress(SystemExit):
+            parse.main(["--help"])
 
 
 SCENARIOS = [
-    triton_runs, hip, cuda_runs, a_check_in_the_other_process, selfcheck_in_a_capture,
+    triton_runs, checks_in_advance, promises_of_streams, hip, cuda_runs,
+    a_check_in_the_other_process, selfcheck_in_a_capture,
     clocks_memory_and_kernel_names, benchmarks_of_layers, benchmarks_of_the_host,
     benchmarks_of_networks, stress_beside_a_stream, whole_runs, the_rest,
 ]  # fmt: skip

@@ -35,6 +35,8 @@ class StandIn:
         processors: multiprocessors of each GPU; None: what it has.
     """
 
+    compile = launch.Launch.compile  # the real one, which needs a driver
+
     def __init__(self, monkeypatch: pytest.MonkeyPatch, processors: int | None = None) -> None:
         self.processors = processors
         self.current, self.capturing = 0, False
