@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from fastst.dispatch import selfcheck
+
 from . import charts, tables
 from .record import FAULTED, ROOT, Record
 
@@ -182,11 +184,12 @@ def judge_instances(status: int, results: Path) -> dict[str, Any]:
     rows = json.loads(results.read_text())
     states = [r["state"] for r in rows]
     bad = [r for r in rows if r["state"] not in ("passed", "not run")]
-    told = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    told = selfcheck.told({s: states.count(s) for s in dict.fromkeys(states)})
     failures = [f"{r['backend']} {r['dtype']} {r['name']}: {r['state']} {r['why']}" for r in bad]
+    kept = ("backend", "kind", "dtype", "name", "state")
     return {
         "ok": status == 0 and not bad, "told": told, "failures": failures,
-        "instances": [{k: r[k] for k in ("backend", "dtype", "name", "state")} for r in rows],
+        "instances": [{k: r[k] for k in kept} for r in rows],
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import torch
 from fastst import check
 from fastst.dispatch import quarantine, selfcheck
 
-_DRY = ("dense forward", "grouped forward", "parallel forward")  # seconds each, interpreted
+_DRY = ("grouped forward", "parallel forward")  # seconds each, interpreted
 
 
 class Unit(NamedTuple):

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from fastst.dispatch import selfcheck
+
 from .measure import Spread
 from .record import cpu
 
@@ -324,6 +326,7 @@ class Family(NamedTuple):
     backend: str
     what: str
     holds: Callable[[Row], bool]  # whether a row is of this family, given that the backend ran it
+    kinds: Sequence[str] = ()  # of the self-checks of its kernels
 
 
 def _hopper(row: Row) -> bool:
@@ -340,25 +343,42 @@ def _trains(row: Row) -> bool:
 
 FAMILIES = [
     Family("cuda", "Hopper: (2+1)D pair, inference",
-           lambda r: _pair(r) and _hopper(r) and not _trains(r)),
+           lambda r: _pair(r) and _hopper(r) and not _trains(r), ("hopper",)),
     Family("cuda", "Hopper: (2+1)D pair, training",
-           lambda r: _pair(r) and _hopper(r) and _trains(r)),
+           lambda r: _pair(r) and _hopper(r) and _trains(r), ("hopper backward",)),
     Family("cuda", "generic: (2+1)D pair", lambda r: _pair(r) and not _hopper(r)),
-    Family("cuda", "depthwise pair", lambda r: r["family"] == "depthwise"),
+    Family("cuda", "depthwise pair", lambda r: r["family"] == "depthwise",
+           ("depthwise", "depthwise backward")),
     Family("cuda", "parallel 4D", lambda r: r["family"].startswith("parallel")),
-    Family("triton", "(2+1)D pair, inference", lambda r: _pair(r) and not _trains(r)),
-    Family("triton", "(2+1)D pair, training", lambda r: _pair(r) and _trains(r)),
-    Family("triton", "depthwise pair", lambda r: r["family"] == "depthwise"),
-    Family("triton", "parallel 4D", lambda r: r["family"].startswith("parallel")),
+    Family("triton", "(2+1)D pair, inference", lambda r: _pair(r) and not _trains(r),
+           ("dense forward", "grouped forward")),
+    Family("triton", "(2+1)D pair, training", lambda r: _pair(r) and _trains(r),
+           ("dense backward", "grouped backward")),
+    Family("triton", "depthwise pair", lambda r: r["family"] == "depthwise",
+           ("depthwise forward", "depthwise backward")),
+    Family("triton", "parallel 4D", lambda r: r["family"].startswith("parallel"),
+           ("parallel forward", "parallel backward")),
 ]  # fmt: skip
 
 
 def status(record: Record, family: Family) -> str:
-    """Of one kernel family in one record: rows exist only where the result agreed with float64."""
+    """Of one kernel family in one record: verdicts on its kernels, and whether it was measured.
+
+    Rows exist only where the result agreed with float64.
+    """
+    units: list[Row] = [u for s in record["stages"] for u in s.get("instances", [])]
+    checked = [
+        (u["backend"], u["state"]) for u in units
+        if u["backend"] == family.backend and u["kind"] in family.kinds
+    ]  # fmt: skip
+    counts = selfcheck.tally(checked).get(family.backend, {})
+    if set(counts) - {"passed", "not run", "unknown"}:
+        return f"**{selfcheck.told(counts)}** at `{record['commit']}`"
     ours = [r for r in record["layers"] if r["kind"] == "fastst"]
     ran = [r for r in ours if r.get("ran_on") == [family.backend] and family.holds(r)]
     if not ran:
-        return NEVER
+        passed_checks = counts.get("passed", 0)
+        return f"{passed_checks} checks passed at `{record['commit']}`" if passed_checks else NEVER
     wrong = [r for r in ran if r["refused"]]
     if wrong:
         return f"**{len(wrong)} of {len(ran)} results refused** at `{record['commit']}`"

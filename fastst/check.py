@@ -16,6 +16,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -35,7 +36,7 @@ class Check(NamedTuple):
     dtype: torch.dtype
 
 
-_IDLE_SECONDS = 60.0  # after which the process that checks for another ends
+_IDLE_SECONDS = 20.0  # after which the process that checks for another ends: it holds memory
 _USUAL = (torch.bfloat16, torch.float16)
 _ALL = (*_USUAL, torch.float32, torch.float64)
 
@@ -121,9 +122,18 @@ def answer(request: quarantine.Request, say: Callable[..., object]) -> bool:
     except Exception as error:  # of what stands around the kernels: it says nothing of them
         say(postponed=f"{type(error).__name__}: {error}")
         return False
+    finally:
+        if request.device.type == "cuda":
+            _let_go()
     lost = verdict is not None and selfcheck.state(verdict) == "fault"
     say(verdict=verdict or "", last=lost)
     return lost
+
+
+def _let_go() -> None:
+    """Leave the memory of the GPU to who asked; a device that is lost has none to leave."""
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def _serve() -> NoReturn:

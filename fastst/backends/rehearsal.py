@@ -7,13 +7,15 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..problem.examples import filled, kind_of, off_kinks, resembling
 from ..problem.spec import (
@@ -39,6 +41,17 @@ from .contract import (
 
 # Of a rehearsal on a GPU: several waves of blocks, and more partial sums than one program combines.
 POSITIONS = 9 << 14
+
+
+@contextmanager
+def bare(device: torch.device) -> Iterator[None]:
+    """Without the caller's modes: default device, autocast, inference, fake tensors, gradients."""
+    with (
+        _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False), torch.no_grad(),
+    ):  # fmt: skip
+        yield
+
 
 Smaller = tuple[Sequence[Pass], int, Triple]  # passes, clips and size
 

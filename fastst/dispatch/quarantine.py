@@ -69,6 +69,8 @@ def checked(request: Request) -> str:
                 return process.ask(request)
             except _Idle:
                 continue
+            except Postponed:  # by an answer, or it has ended
+                raise
             except BaseException:  # it may be in any state: also where a user interrupts
                 process.end()
                 raise
@@ -110,12 +112,13 @@ class _Process:
 
     def _read(self) -> None:
         assert self.child.stdout is not None
-        for line in self.child.stdout:
-            try:
-                found = json.loads(line)
-            except ValueError:
-                continue
-            self.lines.put(found if isinstance(found, dict) else {})
+        with self.child.stdout as answers:
+            for line in answers:
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    continue
+                self.lines.put(found if isinstance(found, dict) else {})
         self.lines.put(None)
 
     def _next(self, seconds: float) -> dict[str, Any]:

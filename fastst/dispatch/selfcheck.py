@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import reference
 from ..backends.contract import Backend, Example, Later, Phase
+from ..backends.rehearsal import bare
 from ..machine import cache
 from ..problem.examples import kind_of
 from ..problem.spec import PairSpec, Problem
@@ -94,7 +94,9 @@ def _checked(backend: Backend, problem: Problem, phase: Phase, way: str | None) 
     """The verdict on kernels that nobody has seen run here; empty: passed."""
     device, dtype = problem.device, problem.dtype
     if backend.device != "cuda":
-        return check(backend, backend.rehearse(problem, phase, way), device, dtype) or ""
+        with bare(device):
+            examples = backend.rehearse(problem, phase, way)
+        return check(backend, examples, device, dtype) or ""
     return quarantine.checked(
         Request(
             backend.name, device, dtype, _tf32(device), like=problem, phase=phase, way=way,
@@ -207,11 +209,7 @@ def check(
     Raises:
         Postponed: it cannot be told, for want of memory or of something else around the kernels.
     """
-    # Whatever the caller's modes are: default device, autocast, inference, fake tensors.
-    with (
-        _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False),
-        torch.autocast(device.type, enabled=False),
-    ):  # fmt: skip
+    with bare(device):
         for number, example in enumerate(examples, 1):
             name = example.name or f"example {number} of {len(examples)} in {dtype}"
             begin(name)
@@ -233,8 +231,7 @@ def _compared(
         true = _truth(example, there)
         runs = []
         for _ in range(2):
-            with torch.no_grad():
-                results = example.run(Problem.of(there, example.spec), there)
+            results = example.run(Problem.of(there, example.spec), there)
             # Where a fault is reported: at the latest when results are copied.
             runs.append([t.cpu() for t in results])
     except Exception as failure:  # a compiler or a driver that fails is a verdict, too
@@ -300,8 +297,7 @@ def _truth(example: Example, tensors: Any) -> list[tuple[str, Tensor]]:
     compose: Any = reference.compose_pair if pair else reference.compose_parallel
     double = {n: t.double() for n, t in tensors._asdict().items() if t is not None}
     if dy is None:
-        with torch.no_grad():
-            return [("output", compose(tensors._replace(**double), spec).cpu())]
+        return [("output", compose(tensors._replace(**double), spec).cpu())]
     with torch.enable_grad():
         wanted = example.wanted or [n for n in double if n not in ("mean", "var")]
         leaves = {n: double[n].requires_grad_() for n in wanted}
@@ -316,14 +312,26 @@ def verdicts() -> dict[str, str]:
 
 
 def seen() -> dict[str, dict[str, int]]:
-    """How many kinds of each backend are in each state on this machine; for tables of status."""
-    found: dict[str, dict[str, int]] = {}
-    for key, verdict in verdicts().items():
-        _, *rest = key.split(" | ")
-        if len(rest) == 4:  # versions, backend, kind, dtype
-            states = found.setdefault(rest[1], {})
-            states[state(verdict)] = states.get(state(verdict), 0) + 1
-    return found
+    """``tally`` of the verdicts with the versions that run here, as for a record of benchmarks."""
+    keys = ((key.split(" | "), verdict) for key, verdict in verdicts().items())
+    return tally(
+        (parts[2], state(verdict)) for parts, verdict in keys
+        if len(parts) > 3 and parts[1] == cache.versions()
+    )  # fmt: skip
+
+
+def tally(found: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Counts of states by backend, from (backend, state)."""
+    counts: dict[str, dict[str, int]] = {}
+    for backend, what in found:
+        states = counts.setdefault(backend, {})
+        states[what] = states.get(what, 0) + 1
+    return counts
+
+
+def told(counts: Mapping[str, int]) -> str:
+    """ "31 passed, 1 hang": the states of kernels in words."""
+    return ", ".join(f"{n} {what}" for what, n in counts.items())
 
 
 def forget() -> None:

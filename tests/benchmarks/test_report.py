@@ -203,6 +203,14 @@ def test_status_of_a_kernel_family() -> None:
     assert tables.status(gpu, pair) == "verified and measured at `abc123def`"
     gpu["stages"] = [{"stage": "tests", "ok": False, "passed": 3}]
     assert tables.status(gpu, pair) == "measured at `abc123def`"
+    unit = {"backend": "triton", "kind": "dense forward", "state": "passed"}
+    gpu["stages"] = [{"stage": "instances", "ok": True, "instances": [unit, unit]}]
+    assert tables.status(gpu, pair) == "measured at `abc123def`"
+    other = unit | {"kind": "parallel forward"}
+    gpu["stages"][0]["instances"] = [unit, unit | {"state": "hang"}, other]
+    assert tables.status(gpu, pair) == "**1 passed, 1 hang** at `abc123def`"
+    assert tables.status(gpu, parallel) == "1 checks passed at `abc123def`"
+    gpu["stages"] = []
     gpu["layers"][4]["refused"] = "y: relative error 1"
     assert "refused" in tables.status(gpu, pair)
     assert "refused" not in tables.status(gpu, family("triton", "(2+1)D pair, training"))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastst import check
-from fastst.backends import cuda, triton
+from fastst.backends import aten, cuda, triton
 from fastst.backends.cuda import examples, library
 from fastst.dispatch import quarantine, selfcheck
 from fastst.machine import cache
@@ -53,32 +53,29 @@ def depthwise() -> Problem:
     return Problem.of(tensors, spec)
 
 
-# plant, what the verdict or the reason says, the state that is kept
-KINDS = [
-    ("wrong", "is off by 0.5 of the largest output", "wrong"),
-    ("nan", "is off by nan", "wrong"),
-    ("unequal", "gave another output when it ran again|is off by", "wrong"),
-    ("hang", "hangs: .* did not end within 12 s", "hang"),
-    ("SIGSEGV", "ended the process of its self-check with SIGSEGV in ", "fault"),
-    ("fault", "faulted in .* with RuntimeError: CUDA error: an illegal memory access", "fault"),
-    ("compile", "failed its self-check with ValueError: PTXAS error", "failed"),
-    ("oom", "could not be checked: OutOfMemoryError: CUDA out of memory", None),
-    ("disk", "could not be checked: OSError: .*No space left", None),
-    ("busy", "could not be checked: RuntimeError: .*busy or unavailable", None),
-    ("SIGTERM", "could not be checked: its check was ended .SIGTERM.", None),
-    ("SIGKILL", "could not be checked: its check was ended .SIGKILL.", None),
-    ("exit", "could not be checked: its check was ended .status 3.", None),
-    ("around", "could not be checked: RuntimeError: nothing of a kernel", None),
-    ("ends", "could not be checked: its check was ended .status 1.: KeyboardInterrupt", None),
-]
+# plant: what the verdict or the reason says, and the state that is kept
+TOLD = {
+    "wrong": ("is off by 0.5 of the largest output", "wrong"),
+    "nan": ("is off by nan", "wrong"),
+    "unequal": ("gave another output when it ran again|is off by", "wrong"),
+    "compile": ("failed its self-check with ValueError: PTXAS error", "failed"),
+    "oom": ("could not be checked: OutOfMemoryError: CUDA out of memory", None),
+    "disk": ("could not be checked: OSError: .*No space left", None),
+    "busy": ("could not be checked: RuntimeError: .*busy or unavailable", None),
+    "around": ("could not be checked: RuntimeError: nothing of a kernel", None),
+    # What ends the process:
+    "hang": ("hangs: .* did not end within 12 s", "hang"),
+    "SIGSEGV": ("ended the process of its self-check with SIGSEGV in ", "fault"),
+    "fault": ("faulted in .* with RuntimeError: CUDA error: an illegal memory access", "fault"),
+    "SIGTERM": ("could not be checked: its check was ended .SIGTERM.", None),
+    "exit": ("could not be checked: its check was ended .status 3.", None),
+    "ends": ("could not be checked: its check was ended .SIGINT.: KeyboardInterrupt", None),
+}
 
 
-def planted(backend: Any, plant: str, text: str, state: str | None, mp: Any) -> None:
-    mp.setenv("FASTST_TEST_PLANT", plant)
-    if plant == "hang":  # time to start, and then to hang
-        process = quarantine._current()
-        mp.setenv("FASTST_CHECK_SECONDS", "12")
-        assert process.alive()
+def planted(backend: Any, plant: str, mp: pytest.MonkeyPatch) -> None:
+    """Ask for a check in which it comes up."""
+    text, state = TOLD[plant]
     call = problem() if backend is triton.BACKEND else depthwise()
     with pytest.warns(selfcheck.SelfCheckWarning, match=text):
         why = selfcheck.why_broken(backend, call, "forward")
@@ -94,35 +91,75 @@ def planted(backend: Any, plant: str, text: str, state: str | None, mp: Any) -> 
     assert selfcheck.state(why) == state
     # Another process reads it and starts nothing.
     selfcheck.forget()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mp.context() as other:
         warnings.simplefilter("ignore")
-        mp.setattr(quarantine, "checked", lambda request: pytest.fail("checked again"))
+        other.setattr(quarantine, "checked", lambda request: pytest.fail("checked again"))
         assert selfcheck.why_broken(backend, call, "forward") == why
 
 
-@pytest.mark.parametrize(("plant", "text", "state"), KINDS)
-def test_planted_in_triton(
-    plant: str, text: str, state: str | None, monkeypatch: pytest.MonkeyPatch
+def one_after_the_other(
+    backend: Any, plants: list[str], folder: Path, mp: pytest.MonkeyPatch
 ) -> None:
-    planted(triton.BACKEND, plant, text, state, monkeypatch)
+    """Each is survived by the process that checks: the next one is asked of the same."""
+    file = folder / "plant"
+    mp.setenv("FASTST_TEST_PLANT", f"@{file}")
+    seen = set()
+    for plant in plants:
+        file.write_text(plant)
+        mp.setenv("FASTST_CACHE", str(folder / plant))
+        selfcheck.forget()
+        planted(backend, plant, mp)
+        seen.add(quarantine._process)
+    (process,) = seen
+    assert process is not None and process.alive()
 
 
-@pytest.mark.parametrize(
-    ("plant", "text", "state"),
-    [k for k in KINDS if k[0] in ("wrong", "hang", "SIGSEGV", "fault", "oom")],
-)
-def test_planted_in_emulated_cuda(
-    plant: str, text: str, state: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planted_in_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plants = ["wrong", "nan", "unequal", "compile", "oom", "disk", "busy", "around"]
+    one_after_the_other(triton.BACKEND, plants, tmp_path, monkeypatch)
+
+
+def test_planted_in_emulated_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulating(monkeypatch)
+    one_after_the_other(cuda.BACKEND, ["wrong", "oom", "unequal"], tmp_path, monkeypatch)
+
+
+def emulating(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     if isinstance(found := library.emulated(), str):
         pytest.skip(found)
-    planted(cuda.BACKEND, plant, text, state, monkeypatch)
+
+
+def lethal(backend: Any, plant: str, mp: pytest.MonkeyPatch) -> None:
+    mp.setenv("FASTST_TEST_PLANT", plant)
+    if plant == "hang":  # time to start, and then to hang
+        process = quarantine._current()
+        mp.setenv("FASTST_CHECK_SECONDS", "12")
+        assert process.alive()
+    planted(backend, plant, mp)
+    assert quarantine._process is not None and not quarantine._process.alive()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", ["SIGSEGV", "hang", "exit", "ends"])
+def test_planted_in_triton_ends_the_other_process(
+    plant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lethal(triton.BACKEND, plant, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", ["fault", "hang", "SIGTERM"])
+def test_planted_in_emulated_cuda_ends_the_other_process(
+    plant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulating(monkeypatch)
+    lethal(cuda.BACKEND, plant, monkeypatch)
 
 
 @pytest.mark.slow
 def test_right_kernels_pass_whatever_the_modes_of_the_caller(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -136,13 +173,12 @@ def test_right_kernels_pass_whatever_the_modes_of_the_caller(
         return Problem.of(tensors, spec._replace(eps=1e-5 * (1 + eps)))
 
     for i, mode in enumerate(modes):
+        monkeypatch.setenv("FASTST_CACHE", str(tmp_path / str(i)))
+        selfcheck.forget()
         with mode:
             assert selfcheck.why_broken(triton.BACKEND, call(i), "forward") is None
             # In this process, as for PyTorch's own convolutions.
-            from fastst.backends import aten
-
-            few = aten.BACKEND.usual_examples("dense", torch.float32)
-            assert selfcheck.check(aten.BACKEND, few, CPU, torch.float32) is None
+            assert selfcheck.why_broken(aten.BACKEND, call(i), "forward") is None
     one = quarantine._process
     assert one is not None and one.alive()  # that served all of them
 
@@ -156,7 +192,7 @@ def test_right_kernels_pass_whatever_the_modes_of_the_caller(
     thread.join()
     assert found == [None]
     assert quarantine._process is one
-    one.end()  # as after a minute without a question
+    one.end()  # as after a while without a question
     assert selfcheck.why_broken(triton.BACKEND, problem("grouped"), "forward") is None
 
 

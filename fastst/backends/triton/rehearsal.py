@@ -42,9 +42,11 @@ def instances(problem: Problem, phase: Phase, way: str | None = None) -> Sequenc
 @lru_cache(maxsize=4096)
 def _instances(problem: Problem, phase: Phase, way: str | None, tf32: bool) -> tuple[str, ...]:
     problem = as_called(problem, phase)
-    made = resembling(problem, problem.batch, problem.size)
-    found = (_noted(problem, phase, w, made) for w in rehearsal.ways(_calls(way), problem, phase))
-    return tuple(dict.fromkeys(name for names in found for name in names))
+    with rehearsal.bare(problem.device):
+        made = resembling(problem, problem.batch, problem.size)
+        ways = rehearsal.ways(_calls(way), problem, phase)
+        found = [name for w in ways for name in _noted(problem, phase, w, made)]
+    return tuple(dict.fromkeys(found))
 
 
 def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """On PYTHONPATH of a process that checks kernels: plants what FASTST_TEST_PLANT names in them.
 
 The first example is run by the real kernels (emulated or interpreted), and then goes wrong; where
-FASTST_TEST_PLANT_KIND names a kind, only in that.
+FASTST_TEST_PLANT_KIND names a kind, only in that. "@path" stands for what the file holds just then.
 """
 
 from __future__ import annotations
@@ -11,27 +11,33 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-PLANT = os.environ.get("FASTST_TEST_PLANT")
+PLANTED = os.environ.get("FASTST_TEST_PLANT", "")
 KIND = os.environ.get("FASTST_TEST_PLANT_KIND", "")
+
+
+def _plant_now() -> str:
+    return Path(PLANTED[1:]).read_text() if PLANTED.startswith("@") else PLANTED
 
 
 def _spoil(results: list[Any]) -> list[Any]:
     import torch
 
-    if PLANT == "wrong":
+    plant = _plant_now()
+    if plant == "wrong":
         return [t * 1.5 for t in results]
-    if PLANT == "unequal":
+    if plant == "unequal":
         return [t + torch.randn_like(t) * 1e-6 for t in results]
-    if PLANT == "nan":
+    if plant == "nan":
         return [t * float("nan") for t in results]
-    if PLANT == "hang":
+    if plant == "hang":
         time.sleep(3600)
-    if PLANT in ("SIGSEGV", "SIGABRT", "SIGKILL", "SIGTERM"):
-        os.kill(os.getpid(), getattr(signal, PLANT))
+    if plant in ("SIGSEGV", "SIGABRT", "SIGKILL", "SIGTERM"):
+        os.kill(os.getpid(), getattr(signal, plant))
         time.sleep(10)
-    if PLANT == "exit":
+    if plant == "exit":
         os._exit(3)
     raised = {
         "fault": RuntimeError("CUDA error: an illegal memory access was encountered"),
@@ -41,8 +47,8 @@ def _spoil(results: list[Any]) -> list[Any]:
         "busy": RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
         "ends": KeyboardInterrupt("in the thread that checks"),
     }
-    if PLANT in raised:
-        raise raised[PLANT]
+    if plant in raised:
+        raise raised[plant]
     return results
 
 
@@ -58,7 +64,7 @@ def _plant() -> None:
             return example._replace(run=lambda p, t: _spoil(list(example.run(p, t))))
 
         def rehearse(*call: Any, original: Any = first) -> Any:
-            if PLANT == "around":
+            if _plant_now() == "around":
                 raise RuntimeError("nothing of a kernel")
             example = original(*call)[0]
             return [spoilt(example.make() if hasattr(example, "make") else example)]
@@ -72,5 +78,5 @@ def _plant() -> None:
         backend.rehearse, backend.examples = rehearse, examples
 
 
-if PLANT and "fastst.check" in sys.orig_argv:
+if PLANTED and "fastst.check" in sys.orig_argv:
     _plant()
