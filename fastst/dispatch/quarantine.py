@@ -29,7 +29,7 @@ from ..problem.spec import Problem
 
 # What a process that is about to be checked may be ended by without having done anything wrong.
 _ENDED_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-_START_SECONDS = 180.0
+_START_SECONDS, _END_SECONDS = 180.0, 10.0
 _log = logging.getLogger("fastst")
 
 
@@ -86,10 +86,10 @@ class _Process:
     def __init__(self) -> None:
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the process
         if not sys.executable:
             raise Postponed("there is no Python interpreter to check it in a process of its own")
         try:
+            self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as it
             self.child = subprocess.Popen(
                 [sys.executable, "-m", "fastst.check", "--serve"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
@@ -99,13 +99,19 @@ class _Process:
         except OSError as error:
             raise Postponed(f"no process could be started to check it: {error}") from error
         self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self.doing, self.answered = "", False
+        self.doing, self.answered, self.gone = "", False, False
         threading.Thread(target=self._read, daemon=True).start()
         _log.warning(
             "fastst checks GPU kernels in a process of its own before their first use on this "
-            "machine; python -m fastst.check does it in advance"
+            "machine: seconds to start, about one for each kernel that is to be compiled, and no "
+            "time from then on; python -m fastst.check does it in advance"
         )
-        if "ready" not in self._next(_START_SECONDS):
+        try:
+            ready = "ready" in self._next(_START_SECONDS)
+        except BaseException:  # of a user who interrupts
+            self.end()
+            raise
+        if not ready:
             told = self._told()
             self.end()
             raise Postponed(f"the process that was to check it did not start{told}")
@@ -174,13 +180,15 @@ class _Process:
         return f": {lines[-1]}" if lines else ""
 
     def alive(self) -> bool:
-        return self.child.poll() is None
+        return not self.gone and self.child.poll() is None
 
     def end(self) -> None:
         """End it with all that it started."""
+        self.gone = True
         with suppress(OSError):
             os.killpg(self.child.pid, signal.SIGKILL)
-        self.child.wait()
+        with suppress(subprocess.TimeoutExpired):  # one that a driver holds may stay for ever
+            self.child.wait(_END_SECONDS)
         for stream in (self.child.stdin, self.errors):
             with suppress(OSError, AttributeError):
                 stream.close()  # type: ignore[union-attr]

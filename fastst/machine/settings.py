@@ -22,9 +22,7 @@ VARIABLES = (
     Variable("FASTST_STRICT", "0", "1: falling back to something slow is an error"),
     Variable("FASTST_RECOMPUTE", "", "1 or 0: whether pairs keep only x for backward"),
     Variable("FASTST_CACHE", "", "folder of what was measured and checked here"),
-    Variable(
-        "FASTST_CHECK_SECONDS", "120", "seconds that one example of a kernel's check may take"
-    ),
+    Variable("FASTST_CHECK_SECONDS", "60", "seconds that one example of a kernel's check may take"),
     Variable("FASTST_CUDA_EMULATE", "0", "1: run the CUDA kernels on the host, from a checkout"),
 )
 _DEFAULTS = {v.name: v.default for v in VARIABLES}

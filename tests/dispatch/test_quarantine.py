@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -246,19 +247,66 @@ def test_without_a_place_for_files(home: str | None, monkeypatch: pytest.MonkeyP
     assert selfcheck.why_broken(triton.BACKEND, call, "forward") is None
 
 
+@pytest.mark.parametrize("when", ["it starts", "it checks"])
 def test_a_user_who_interrupts_leaves_no_verdict_and_no_process(
-    monkeypatch: pytest.MonkeyPatch,
+    when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = quarantine._current()
+    if when == "it checks":
+        quarantine._current()
+    ended: list[quarantine._Process] = []
+    end = quarantine._Process.end
 
-    def interrupt(seconds: float) -> Any:
+    def interrupt(self: Any, seconds: float) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(process, "_next", interrupt)
+    monkeypatch.setattr(quarantine._Process, "_next", interrupt)
+    monkeypatch.setattr(quarantine._Process, "end", lambda self: (ended.append(self), end(self)))
     with pytest.raises(KeyboardInterrupt):
         selfcheck.why_broken(triton.BACKEND, problem(), "forward")
-    assert not process.alive()
+    assert len(ended) == 1 and not ended[0].alive()
     assert cache.read(selfcheck._file()) == {} and selfcheck.postponed() == {}
+
+
+def test_a_full_disk_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the process that checks cannot even have a file for its messages."""
+
+    def full() -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(quarantine.tempfile, "TemporaryFile", full)
+    with pytest.warns(selfcheck.SelfCheckWarning, match="could not be checked: .*No space left"):
+        assert selfcheck.why_broken(triton.BACKEND, problem(), "forward")
+
+
+def test_a_process_that_cannot_be_ended_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that waits in a driver for a kernel that never ends."""
+    process = quarantine._current()
+    monkeypatch.setattr(quarantine, "_END_SECONDS", 0.1)
+    with monkeypatch.context() as held:
+        held.setattr(os, "killpg", lambda *_: None)
+        process.end()
+    assert process.child.poll() is None and not process.alive()
+
+
+def test_a_backend_that_hangs_again_and_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hang has cost a minute."""
+    asked: list[quarantine.Request] = []
+    answer = "hangs: dense forward did not end within 60 s in its self-check"
+    monkeypatch.setattr(quarantine, "checked", lambda request: asked.append(request) or answer)
+
+    def ask(eps: int) -> str | None:
+        spec, tensors = of_kind("dense", torch.float16)
+        call = Problem.of(tensors, spec._replace(eps=float(eps)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return selfcheck.why_broken(triton.BACKEND, call, "forward")
+
+    found = [ask(i) for i in range(1, 6)]
+    assert len(asked) == 3
+    assert "3 of its self-checks ended in a hang or a fault" in str(found[-1])
+    selfcheck.discard(CPU)  # as python -m fastst.check --again
+    answer = ""
+    assert ask(5) is None
 
 
 def test_what_cannot_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
