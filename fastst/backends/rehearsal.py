@@ -46,9 +46,10 @@ POSITIONS = 9 << 14
 @contextmanager
 def bare(device: torch.device) -> Iterator[None]:
     """Without the caller's modes: default device, autocast, inference, fake tensors, gradients."""
+    kind = "cpu" if device.type == "meta" else device.type  # where nothing is computed
     with (
         _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False),
-        torch.autocast(device.type, enabled=False), torch.no_grad(),
+        torch.autocast(kind, enabled=False), torch.no_grad(),
     ):  # fmt: skip
         yield
 
