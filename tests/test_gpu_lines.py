@@ -84,8 +84,8 @@ def triton_runs(s: Setting) -> None:
             assert torch.cuda.current_device() == 2
 
 
-def checks_in_advance(s: Setting) -> None:
-    """What ``fastst.check`` runs on a GPU, and how it compiles Triton's part."""
+def one_layer(s: Setting) -> None:
+    """Of the networks whose layers are checked."""
     few = examples_of_layers.problems
 
     def problems(kind: str, *of: Any) -> list[Problem]:
@@ -93,6 +93,11 @@ def checks_in_advance(s: Setting) -> None:
 
     for module in (rehearsal, cuda_examples):
         s.mp.setattr(module, "problems", problems)
+
+
+def checks_in_advance(s: Setting) -> None:
+    """What ``fastst.check`` runs on a GPU, and how it compiles Triton's part."""
+    one_layer(s)
     s.mp.setattr(cuda_depthwise, "_stages", lambda problem, backward: 2)
     assert triton.BACKEND.kinds(GPU, torch.float16)
     for backend, kind in ((triton.BACKEND, "dense forward"), (cuda.BACKEND, "hopper")):
@@ -137,6 +142,10 @@ def cuda_runs(s: Setting) -> None:
         nowhere = replace(Problem.of(tensors, spec), device=torch.device("cuda"))
         assert cuda_depthwise.why_not(nowhere) is None
         assert "hopper" in cuda.BACKEND.kinds(GPU, torch.bfloat16)
+        one_layer(s)
+        names = [u.name for u in instances.units(GPU, [torch.bfloat16], dry=False)]
+        assert any("weight gradients 72 × 3" in name for name in names)
+        assert any("parallel backward" in name for name in names)
         assert "multiprocessors" in "\n".join(info._devices())
         told = "\n".join(info._backends())
         assert "cuda, on cuda" in told, told

@@ -23,7 +23,7 @@ from ..backends.contract import PairBackward, Phase
 from ..machine import choices
 from ..problem.examples import example
 from ..problem.spec import PairProblem, Problem
-from . import selection
+from . import selection, selfcheck
 from .selection import Decision
 
 Name = TypeVar("Name", bound=Hashable)
@@ -103,15 +103,22 @@ Maker = Callable[[], Callable[[], object]]  # of what runs a call once
 
 
 def _choices(call: Decision, training: bool) -> Iterator[tuple[str, dict[str, Maker]]]:
-    """Whose ways a call may take, and how each is made: those of backends, and then backends."""
+    """Whose ways a call may take, and how each is made: those of backends, and then backends.
+
+    Ways of "auto" whose kernels fail their self-check are left out.
+    """
     p, phase = call.problem, call.phase
     assert p is not None
-    able = selection.able(p, phase) if selection.requested() == "auto" else [call.chosen]
+    auto = selection.requested() == "auto"
+    able = selection.able(p, phase) if auto else [call.chosen]
     keeps = training and not getattr(p, "residual", False)
     keeps = keeps and getattr(p.spec, "outer_activation", "none") == "none"
     for name in able:
         backend = selection.BACKENDS[name]
-        ways = backend.candidates(p, phase)
+        ways = [
+            w for w in backend.candidates(p, phase)
+            if not auto or selfcheck.why_broken(backend, p, phase, w) is None
+        ]  # fmt: skip
         yield name, {way: partial(backend.candidate, p, phase, way, keeps) for way in ways}
     if isinstance(p, PairProblem) and p.device.type == "cpu":
         yield "auto", {name: partial(_trial, name, p, phase, keeps) for name in able}

@@ -18,8 +18,9 @@ import fastst
 from fastst import dispatch
 from fastst.backends import aten, cpu, reference
 from fastst.backends.aten import onednn
-from fastst.dispatch import tune
+from fastst.dispatch import selection, selfcheck, tune
 from fastst.machine import choices
+from fastst.problem.examples import of_kind
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 
 WAYS = ("blocked", "rows", "winograd")
@@ -377,3 +378,15 @@ def test_bad_seconds() -> None:
     model, x = _model()
     with pytest.raises(ValueError, match="seconds must be positive, got 0"):
         fastst.tune(model, x, seconds=0)
+
+
+def test_ways_that_fail_their_self_check_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def why(backend: Any, problem: Any, phase: Any, way: str | None = None) -> str | None:
+        return "is off by 1" if way == "another" else None
+
+    monkeypatch.setattr(selfcheck, "why_broken", why)
+    monkeypatch.setattr(aten.BACKEND, "candidates", lambda problem, phase: ("one", "another"))
+    spec, tensors = of_kind("dense", torch.float32)
+    call = selection.Decision("conv2plus1d", Problem.of(tensors, spec), "forward", "aten", None)
+    with fastst.use_backend("auto"):
+        assert list(dict(tune._choices(call, False))["aten"]) == ["one"]
