@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.backends.cuda.test_library import script
 from tests.support import ROOT
 
 OLD = """case "$*" in *-std=c++20*)
@@ -52,9 +54,9 @@ def build(
     path = source.parent / "bin"
     shutil.rmtree(path, ignore_errors=True)
     (path / "cuda" / "bin").mkdir(parents=True)
-    for name, script in compilers.items():
+    for name, text in compilers.items():
         file = path / "cuda" / "bin" / name if name == "nvcc" else path / name
-        file.write_text(f"#!/bin/sh\n{script}")
+        file.write_text(f"#!/bin/sh\n{text}")
         file.chmod(0o755)
     dropped = ("CXX", "CUDA_PATH", "FASTST_BUILD_CPU", "FASTST_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST")
     environment = {k: v for k, v in os.environ.items() if k not in dropped}
@@ -143,6 +145,16 @@ def test_what_was_not_wanted_is_left_out_without_a_word(source: Path) -> None:
     assert left_out == {name: f"{v}=0 was set" for name, v in zip(
         LIBRARIES, ("FASTST_BUILD_CUDA", "FASTST_BUILD_CPU", "FASTST_BUILD_CPU"), strict=True
     )}  # fmt: skip
+
+
+@pytest.mark.parametrize(("machine", "count"), [("x86_64", 2), ("aarch64", 0)])
+def test_the_cpu_library_is_for_one_architecture(
+    machine: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    settings = {"FASTST_BUILD_CUDA": "0", "FASTST_BUILD_CPU": "auto"}
+    called: Any = script(monkeypatch, "/usr/bin/g++", **settings)["called"]
+    assert len(called["ext_modules"]) == count
 
 
 def test_native_builds_for_this_machine_alone(source: Path) -> None:

@@ -20,7 +20,6 @@ from fastst.backends import cpu
 from fastst.backends.cpu import library
 from fastst.functional import BatchNorm, conv2plus1d
 from fastst.problem.spec import PairSpec, PairTensors, Problem
-from tests.backends.cuda.test_library import script
 from tests.support import ROOT, fuzz
 from tests.support.fuzz import Limits
 
@@ -434,26 +433,3 @@ def test_without_openmp_it_starts_threads(monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         torch.set_num_threads(1)
         module.use_openmp(library._gomp_parallel())
-
-
-# ---- build
-
-
-def test_build_may_be_required_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-
-    def names(compiler: str | None, **environment: str) -> list[str]:
-        settings = {"FASTST_BUILD_CUDA": "0", "FASTST_BUILD_CPU": "auto", **environment}
-        called: Any = script(monkeypatch, compiler, **settings)["called"]
-        return [e.name for e in called["ext_modules"]]
-
-    both = ["fastst._cpu_avx2", "fastst._cpu_avx512"]
-    assert names("/usr/bin/g++") == both
-    assert names("/usr/bin/g++", FASTST_BUILD_CPU="0") == []
-    assert names(None) == []
-    with pytest.raises(SystemExit, match=r"FASTST_BUILD_CPU=1, but no C\+\+ compiler"):
-        names(None, FASTST_BUILD_CPU="1")
-    with pytest.raises(SystemExit, match="FASTST_BUILD_CPU must be auto, 0 or 1, got 'yes'"):
-        names("/usr/bin/g++", FASTST_BUILD_CPU="yes")
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert names("/usr/bin/g++") == []
