@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 
+from fastst.rewrite.convert import convert
+
 from . import peers
 from .layers import Inputs, Step, arguments, draw, model_of, opened
 from .measure import Spread
@@ -27,6 +30,7 @@ CALLS = 20  # per sample: a clock's tick is far below their sum
 TAKES = 5  # at most, until eager agrees with itself
 MOST_APART = 1.05  # that eager may be from itself
 AGAIN = "eager again"
+CONVERTED = "fastst.convert"
 EVICTION = 64 << 20  # bytes written before a cold call: instructions and tables leave the caches
 
 COLD_START = """
@@ -130,6 +134,13 @@ def quiet(measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], st
     return least, f"eager and eager again are a factor of {apart:.2f} apart"
 
 
+def _converted(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of eager modules of which every call defers."""
+    model = copy.deepcopy(model)
+    convert(model)
+    return model
+
+
 def per_call(device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """The layer against the eager composition, where nothing but the host's work takes time.
 
@@ -150,11 +161,13 @@ def per_call(device: torch.device, rounds: int) -> list[dict[str, Any]]:
         makes: dict[str, Callable[[], Any]] = {
             peers.BASELINE: lambda m=model: m,  # type: ignore[misc]
             "fastst": lambda m=model: peers.layer(m),  # type: ignore[misc]
+            CONVERTED: lambda m=model: _converted(m),  # type: ignore[misc]
             AGAIN: lambda m=model: m,  # type: ignore[misc]
         }
         steps = {}
         for name, make in makes.items():
-            c = peers.Contender(name, "fastst" if name == "fastst" else "peer", make)
+            ours = name in ("fastst", CONVERTED)
+            c = peers.Contender(name, "fastst" if ours else "peer", make)
             steps[name] = Step(c, mode, inputs, torch.float32, device, case.channels[1])
         if device.type == "cuda" and mode == "eval":
             rows += graphed(device, steps, rounds)

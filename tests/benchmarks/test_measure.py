@@ -342,7 +342,7 @@ def test_overhead_compares_the_layer_with_eager() -> None:
     what = ("forward", "forward and backward")
     assert [(r["call"], r["contender"]) for r in rows] == [
         (w + caches, name) for w in what for caches in ("", ", cold caches")
-        for name in ("eager", "fastst", "eager again")
+        for name in ("eager", "fastst", "fastst.convert", "eager again")
     ]  # fmt: skip
     assert all((r["us"] is None) == (r["refused"] is not None) for r in rows)
     assert all(r["refused"] or r["of_eager"] > 0 for r in rows)
