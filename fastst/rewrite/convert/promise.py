@@ -63,6 +63,8 @@ class State:
         """The state as it was, within the block."""
         now = State(self.device)
         with contextlib.ExitStack() as stack:
+            if self.grad and _below_autograd():
+                stack.enter_context(_above_autograd())
             if now.inference != self.inference:
                 stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
@@ -77,6 +79,21 @@ class State:
             yield
         if now.stream is not None and self.stream is not None and now.stream != self.stream:
             now.stream.wait_stream(self.stream)
+
+
+def _below_autograd() -> bool:
+    """Whether the reader is C++ that autograd has called: it would see nothing of what runs now."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+
+
+def _above_autograd() -> Any:
+    """A context in which autograd sees calls again."""
+    keys: Any = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "ADInplaceOrView", "AutogradOther"):
+        keys = keys.remove(getattr(torch._C.DispatchKey, name))
+    guard: Any = torch._C._ForceDispatchKeyGuard
+    return guard(torch._C._dispatch_tls_local_include_set(), keys)
 
 
 @contextlib.contextmanager

@@ -159,6 +159,12 @@ BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {  # with how many
         lambda m, x: checkpoint(lambda y: m.t(F.relu(m.n(m.s(y)))), x, use_reentrant=False), 1,
     ),
     "reentrant": (lambda m, x: m.t(checkpoint(m.s, x, use_reentrant=True)), 0),
+    "nested reentrant": (
+        lambda m, x: checkpoint(
+            lambda y: checkpoint(lambda z: m.t(F.relu(m.s(z))), y, use_reentrant=True),
+            x, use_reentrant=True,
+        ), 1,
+    ),
     "checkpoint between": (
         lambda m, x: m.t(checkpoint(lambda z: F.relu(z), m.s(x), use_reentrant=False)), 0,
     ),
@@ -207,7 +213,7 @@ def test_as_the_plain_module(name: str, training: bool) -> None:
 
 @pytest.mark.parametrize("name", BODIES)
 def test_in_inference_mode(name: str) -> None:
-    if name in ("hook", "checkpoint", "reentrant", "checkpoint between"):
+    if name in ("hook", "checkpoint", "reentrant", "nested reentrant", "checkpoint between"):
         pytest.skip("needs gradients")
     plain = Block(BODIES[name][0]).eval()
     converted = copy.deepcopy(plain)
