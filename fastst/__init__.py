@@ -13,6 +13,7 @@ try:
     from .dispatch.selection import BackendError, FallbackWarning, use_backend
     from .dispatch.selfcheck import SelfCheckWarning
     from .dispatch.tune import Measurement, tune
+    from .machine.exactness import exact
     from .nn.conv3d import Conv3d
     from .nn.layers import Conv2Plus1d, ParallelConv2Plus1d
 except Exception:
@@ -66,6 +67,7 @@ __all__ = [
     "ParallelConv2Plus1d",
     "SelfCheckWarning",
     "convert",
+    "exact",
     "explain",
     "factorize",
     "functional",

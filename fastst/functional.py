@@ -12,9 +12,9 @@ from torch import Tensor
 from . import dispatch, ops
 from .backends import reference
 from .backends.contract import Begun
-from .machine import settings
+from .machine import exactness, settings
 from .problem import activations, checks, conv3d_checks
-from .problem.conv3d import ConvTensors
+from .problem.conv3d import ConvProblem, ConvSpec, ConvTensors
 from .problem.norms import Norm
 from .problem.spec import (
     BatchNorm,
@@ -164,6 +164,8 @@ def begin(
         None where the backend computes both convolutions in one call only: nothing has been done.
     """
     weights = in_execution_order(order, spatial_weight, temporal_weight)
+    if exactness.required():
+        return None
     main = (x, *weights, *in_execution_order(order, spatial_bias, temporal_bias))
     cast = _autocast_dtype(x)
     spec, values = checks.pair(
@@ -319,6 +321,7 @@ def conv3d(
     input_activation: str | None = None,
     input_statistics: Statistics | None = None,
     past: Tensor | None = None,
+    output_norm: BatchNorm | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
@@ -327,7 +330,7 @@ def conv3d(
     """A 3D convolution with what comes before it and what comes after it, as one operation::
 
         z = input_activation(input_norm(x))
-        y = activation(conv3d(pad(cat(past, z)), weight) + bias + residual)
+        y = activation(output_norm(conv3d(pad(cat(past, z)), weight) + bias) + residual)
 
     Padding pads what the convolution reads, z. Triples are in the order time, height, width.
     Neither z nor anything padded or concatenated is kept: backward has x and the statistics of
@@ -350,6 +353,8 @@ def conv3d(
         input_statistics: of x, where the convolution before has given them; for a ``BatchNorm`` in
             training.
         past: (N, C, P, H, W): frames of z before the first of x, as in a causal network's cache.
+        output_norm: a ``BatchNorm`` of what the convolution gives, or None: PyTorch's operator,
+            which takes the statistics that come with y where it is in training.
         residual: of exactly the shape and the dtype of y, or None; any strides.
         activation: of y, after the residual.
         negative_slope: of leaky_relu, of both activations.
@@ -385,17 +390,52 @@ def conv3d(
         tensors = tensors._replace(norm_weight=input_norm.weight, norm_bias=input_norm.bias)
     if batch is not None and not batch.training:
         tensors = tensors._replace(mean=batch.running_mean, var=batch.running_var)
-    if _composes(x):
-        norm = None if batch is None else _norm_function(batch)
-        y = reference.compose_conv3d(tensors, spec, norm)
-        found = (torch.var_mean(y, (0, 2, 3, 4), correction=0)[::-1]) if output_statistics else None
-    else:
-        y, taken, found = ops.conv3d(tensors, spec, dispatch.requested())
-        taken = taken if input_statistics is None else input_statistics
-        if batch is not None and taken is not None:
-            _update_running(batch, *taken, x.numel() // x.shape[1])
+    if output_norm is not None:
+        checks.outer_norm("conv3d", output_norm, ConvProblem.of(tensors, spec))
+        y = _normed_conv3d(tensors, spec, batch, output_norm)
+        y = y if residual is None else y + residual
+        y = activations.apply(spec.activation, y, spec.slope)
+        return y if batched else y.squeeze(0)
+    y, found = _conv3d(tensors, spec, batch)
     y = y if batched else y.squeeze(0)
     return y if found is None else (y, Statistics(*found))
+
+
+def _conv3d(
+    tensors: ConvTensors, spec: ConvSpec, norm: BatchNorm | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """y and its statistics, if asked for; updates those of a batch norm of x."""
+    x = tensors.x
+    if _composes(x):
+        function = None if norm is None else _norm_function(norm)
+        y = reference.compose_conv3d(tensors, spec, function)
+        found = torch.var_mean(y, (0, 2, 3, 4), correction=0)[::-1]
+        return y, found if spec.output_statistics else None
+    y, taken, found = ops.conv3d(tensors, spec, dispatch.requested())
+    if norm is not None and norm.training:
+        mean, var = taken or (tensors.mean, tensors.var)
+        _update_running(norm, mean, var, x.numel() // x.shape[1])
+    return y, found
+
+
+def _normed_conv3d(
+    tensors: ConvTensors, spec: ConvSpec, norm: BatchNorm | None, output_norm: BatchNorm
+) -> Tensor:
+    """output_norm of the convolution alone, with statistics from its kernel if there are some."""
+    tensors, spec = tensors._replace(residual=None), spec._replace(activation="none")
+    backend = None
+    if output_norm.training and not (
+        output_norm.group or torch.compiler.is_compiling() or _composes(tensors.x)
+    ):
+        backend = dispatch.chosen(ConvProblem.of(tensors, spec), "forward", dispatch.requested())
+    if backend is None or not backend.forms_statistics:
+        y, _ = _conv3d(tensors, spec, norm)
+        return _norm_function(output_norm)(y)
+    y, statistics = _conv3d(tensors, spec._replace(output_statistics=True), norm)
+    assert statistics is not None
+    _update_running(output_norm, *statistics, y.numel() // y.shape[1])
+    affine = output_norm.weight, output_norm.bias
+    return ops.batch_norm(y, *statistics, *affine, output_norm.eps, backend)
 
 
 def _recomputes(norm: BatchNorm | None) -> bool:
@@ -405,9 +445,11 @@ def _recomputes(norm: BatchNorm | None) -> bool:
 
 
 def _composes(x: Tensor) -> bool:
-    """Whether PyTorch's own operators must be seen: functorch, forward-mode AD, empty tensors."""
+    """Whether PyTorch's own operators must be seen: functorch, forward-mode AD, empty tensors, and
+    where their very bits are asked for."""
     return (
-        torch._C._are_functorch_transforms_active()
+        exactness.required()
+        or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or x.numel() == 0
     )

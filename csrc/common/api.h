@@ -36,7 +36,8 @@ struct Conv {
   std::array<int64_t, 3> kernel, stride, dilation;  // t, h, w
   std::array<int64_t, 6> padding;                   // before and after, of t, h, w
   int64_t groups;
-  PadMode mode;
+  PadMode mode;        // of height and width
+  PadMode frame_mode;  // of time; the same on GPUs
 };
 
 // What a convolution reads for element e of channel c, as a function of stored tensors a and b.

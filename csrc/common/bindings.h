@@ -40,10 +40,14 @@ inline void bind_common(py::module_& m) {
       .value("norm_gradient", Write::norm_gradient);
 
   py::class_<Conv>(m, "Conv", kLocal)
-      .def(py::init<std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>,
-                    std::array<int64_t, 6>, int64_t, PadMode>(),
+      .def(py::init([](std::array<int64_t, 3> kernel, std::array<int64_t, 3> stride,
+                       std::array<int64_t, 3> dilation, std::array<int64_t, 6> padding,
+                       int64_t groups, PadMode mode, std::optional<PadMode> frame_mode) {
+             return Conv{
+                 kernel, stride, dilation, padding, groups, mode, frame_mode.value_or(mode)};
+           }),
            py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
-           py::arg("groups"), py::arg("mode"));
+           py::arg("groups"), py::arg("mode"), py::arg("frame_mode") = py::none());
 }
 
 }  // namespace fastst

@@ -94,7 +94,10 @@ void bind_passes(py::module_& m) {
       .value("pairs", cpu::Sums::pairs);
   // What these are made of must outlive them.
   py::class_<cpu::Source>(m, "Source", kLocal)
-      .def(py::init<cpu::View, OptionalView, Array, Read, Activation, double>());
+      .def(
+          py::init<cpu::View, OptionalView, Array, Read, Activation, double, Array, OptionalView>(),
+          py::arg("a"), py::arg("b"), py::arg("coefficients"), py::arg("read"), py::arg("act"),
+          py::arg("slope"), py::arg("positions") = py::none(), py::arg("past") = py::none());
   py::class_<cpu::Epilogue>(m, "Epilogue", kLocal)
       .def(py::init<Write, Array, Array, Activation, Activation, double, OptionalView, Array>(),
            py::arg("write"), py::arg("bias"), py::arg("coefficients"), py::arg("act"),
@@ -109,7 +112,7 @@ void bind_passes(py::module_& m) {
 PYBIND11_MODULE(FASTST_MODULE, m) {
   m.doc() = "CPU kernels of fastst: tensors in, results in memory of the caller.";
 
-  m.attr("INTERFACE") = 4;  // raised by each change of what is bound, with library.py
+  m.attr("INTERFACE") = 5;  // raised by each change of what is bound, with library.py
   bind_common(m);
   bind_passes(m);
   bind_pairs(m);
@@ -124,6 +127,8 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
                      int threads) {
           cpu::batch_norm_backward(dv, y, mean, var, gamma, eps, dy, sums, threads);
         }));
+  m.def("channel_moments", unlocked(cpu::channel_moments));
+  m.def("position_moments", unlocked(cpu::position_moments));
   m.def("multiplies", &cpu::multiplies, py::arg("dtype"));
   m.def("multiplies_pairs", &cpu::multiplies_pairs);
   m.def("multiply_panels", unlocked(cpu::multiply_panels), py::arg("rounds"), py::arg("threads"));

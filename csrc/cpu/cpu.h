@@ -15,7 +15,9 @@ struct View : fastst::View {
   Storage storage = Storage::f32;
 };
 
-// As fastst::Source, of these views.
+// As fastst::Source, of these views. norm_act may take a mean and a factor for each position before
+// the scale and beta of channels: act((a − mean[p])·factor[p]·scale + beta). Its coefficients may
+// be a table for each clip, or for each frame of each clip, instead of one.
 struct Source {
   View a;
   std::optional<View> b;
@@ -23,6 +25,8 @@ struct Source {
   Read read;
   Activation act;
   double slope;
+  Array positions = {};           // (2, N·T·H·W): mean and factor; or none
+  std::optional<View> past = {};  // frames before those of a, which are read as they are
 };
 
 // What becomes of Σ, the sums of a tap convolution.
@@ -156,6 +160,12 @@ void pair_backward(const PairPlan&, const PairTensors&, const View& dy, const Pa
 // output.
 void weight_gradient(const Source& input, const Source& gradient, const Conv&, const View& dweight,
                      int threads);
+
+// out (2, N, T, C): mean and mean square deviation of each channel of each frame of floats.
+void channel_moments(const View& x, const Array& out, int threads);
+// out (2, N, T, H, W): mean and mean square deviation of the channels of each position; or, unless
+// centred, (1, N, T, H, W): their mean square. Of floats.
+void position_moments(const View& x, bool centred, const Array& out, int threads);
 
 // Gradients of v = norm(y), a batch norm with mean and biased variance of y itself: dy, unless it
 // is missing, and sums (2, K), those of beta and of gamma, from dv. K of dv, y and dy has stride 1,

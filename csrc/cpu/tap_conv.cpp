@@ -18,7 +18,8 @@ namespace {
 bool has_flat_frames(const Problem& p) {
   const Axis &h = p.g.h, &w = p.g.w;
   const auto joins = [&](const Tensor& t) { return !t.data || t.h == w.in * t.w; };
-  return h.idle() && w.idle() && joins(p.in.a) && joins(p.in.b) && joins(p.out) && joins(p.aux);
+  return h.idle() && w.idle() && joins(p.in.a) && joins(p.in.b) && joins(p.in.past) &&
+         joins(p.out) && joins(p.aux);
 }
 
 const float* from(const Array& a, int64_t channel) {
@@ -228,7 +229,7 @@ Problem problem_of(const Source& source, const View& weight, const Conv& conv, c
   const int64_t in = weight.size[1], each = weight.size[0] / groups;
   Problem p{};
   p.apart = apart;
-  p.g = geometry(conv, source.a, out);
+  p.g = geometry(conv, source, out);
   p.in = input_of(source, g * in, apart ? each : in);
   p.weights = {start(weight) + g * each * weight.stride[0] * bytes_of(weight.storage),
                weight.storage,
@@ -281,7 +282,7 @@ void branches(const Source& source, const std::array<Branch, 2>& both, const Epi
 
 int64_t input_gradient(const Source& source, const View& weight, const Conv& conv, const View& out,
                        const Epilogue& e, Sums sums, int threads) {
-  if (conv.mode != PadMode::zeros)
+  if (conv.mode != PadMode::zeros || conv.frame_mode != PadMode::zeros)
     throw std::invalid_argument("fastst cpu input_gradient: requires padding with zeros");
   const bool apart = is_depthwise(weight, conv);
   const int64_t groups = apart ? 1 : conv.groups;

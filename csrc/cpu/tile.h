@@ -50,8 +50,13 @@ struct Geometry {
 };
 
 inline Axis axis(const Conv& conv, int i, int64_t in, int64_t out) {
-  return {conv.kernel[i], conv.stride[i], conv.dilation[i], conv.padding[2 * i], in, out,
-          conv.mode};
+  return {conv.kernel[i],
+          conv.stride[i],
+          conv.dilation[i],
+          conv.padding[2 * i],
+          in,
+          out,
+          i == 0 ? conv.frame_mode : conv.mode};
 }
 
 // Whether each output channel is made of one input channel, which makes no other.
@@ -59,18 +64,35 @@ inline bool is_depthwise(const View& weight, const Conv& conv) {
   return conv.groups > 1 && weight.size[0] == conv.groups && weight.size[1] == 1;
 }
 
-inline Geometry geometry(const Conv& conv, const View& in, const View& out) {
-  return {axis(conv, 0, in.size[2], out.size[2]), axis(conv, 1, in.size[3], out.size[3]),
-          axis(conv, 2, in.size[4], out.size[4]), out.size[0]};
+inline int64_t frames_before(const Source& s) { return s.past ? s.past->size[2] : 0; }
+
+inline Geometry geometry(const Conv& conv, const Source& s, const View& out) {
+  return {axis(conv, 0, frames_before(s) + s.a.size[2], out.size[2]),
+          axis(conv, 1, s.a.size[3], out.size[3]), axis(conv, 2, s.a.size[4], out.size[4]),
+          out.size[0]};
 }
 
-// Per-channel vectors (5, pitch), from some channel on; none: the identity.
+// Per-channel vectors (5, pitch), from some channel on; none: the identity. There may be such a
+// table for each clip and frame, `n` and `t` floats apart.
 struct Norm {
   const float* data = nullptr;
-  int64_t pitch = 0;
+  int64_t pitch = 0, n = 0, t = 0;
 
   Norm() = default;
   explicit Norm(const Array& a) : data(static_cast<const float*>(a.data)), pitch(a.count / 5) {}
+  // Tables for what a view holds: one, one for each clip, or one for each frame.
+  Norm(const Array& a, const View& v) : Norm(a) {
+    const int64_t clips = v.size[0], frames = v.size[2], c = v.size[1];
+    if (a.count == 5 * c * clips * frames)
+      pitch = c, t = 5 * c, n = frames * t;
+    else if (a.count == 5 * c * clips)
+      pitch = c, n = 5 * c;
+  }
+  Norm at(int64_t clip, int64_t frame) const {
+    Norm shifted = *this;
+    if (data) shifted.data += clip * n + frame * t;
+    return shifted;
+  }
   Norm from(int64_t channel) const {
     Norm shifted = *this;
     if (data) shifted.data += channel;
@@ -112,10 +134,19 @@ struct Tensor {
   }
 };
 
+// Where a row is read from: elements of both tensors, and what the norm takes there.
+struct From {
+  int64_t a, b;
+  Norm norm;
+  const float *mean, *factor;  // of the position; or none
+};
+
 // A Source of some channels.
 struct Input {
-  Tensor a, b;
+  Tensor a, b, past;
+  int64_t before = 0;  // frames of the past
   Norm norm;
+  Tensor mean, factor;  // of positions; no channels
   Read read;
   Activation act;
   float slope;
@@ -124,16 +155,43 @@ struct Input {
   Input from(int64_t channel, int64_t count) const {
     Input part = *this;
     part.a = a.from(channel), part.b = b.from(channel), part.norm = norm.from(channel);
+    part.past = past.from(channel);
     part.channels = count;
     return part;
   }
+  // The past alone: it is read as it is.
+  Input as_past() const {
+    Input part = *this;
+    part.a = past, part.read = Read::plain;
+    return part;
+  }
+  From at(int64_t n, int64_t t, int64_t h, int64_t w) const {
+    const auto place = [&](const Tensor& x) {
+      return x.data ? x.at<const float>(x.offset(n, t, h, w)) : nullptr;
+    };
+    return {a.offset(n, t, h, w), b.offset(n, t, h, w), norm.at(n, t), place(mean), place(factor)};
+  }
 };
+
+// What belongs to the positions of a view, one after the other.
+inline Tensor of_positions(const View& v, float* data) {
+  Tensor t;
+  t.data = reinterpret_cast<std::byte*>(data);
+  t.w = 1, t.h = v.size[4], t.t = v.size[3] * t.h, t.n = v.size[2] * t.t;
+  return t;
+}
 
 inline Input input_of(const Source& s, int64_t first, int64_t channels) {
   Input in;
+  if (s.past) in.past = Tensor(*s.past).from(first), in.before = s.past->size[2];
+  if (s.positions.count) {
+    float* at = static_cast<float*>(s.positions.data);
+    in.mean = of_positions(s.a, at);
+    in.factor = of_positions(s.a, at + s.positions.count / 2);
+  }
   in.a = Tensor(s.a).from(first);
   if (s.b) in.b = Tensor(*s.b).from(first);
-  in.norm = Norm(s.coefficients).from(first);
+  in.norm = Norm(s.coefficients, s.a).from(first);
   in.read = s.read, in.act = s.act, in.slope = static_cast<float>(s.slope);
   in.channels = channels;
   return in;
@@ -168,13 +226,13 @@ class Reader {
  public:
   explicit Reader(const Input& input) : in_(input), few_(input.channels) {}
 
-  // From the elements `a` and `b` of the two tensors on.
-  void operator()(int64_t a, int64_t b, int64_t count, float* to, int64_t pitch) const {
-    read(in_.a.at<S>(a), in_.b.data ? in_.b.at<S>(b) : nullptr, count, to, pitch);
+  void operator()(const From& from, int64_t count, float* to, int64_t pitch) const {
+    read(in_.a.at<S>(from.a), in_.b.data ? in_.b.at<S>(from.b) : nullptr, from, count, to, pitch);
   }
 
  private:
-  void read(const S* a, const S* b, int64_t count, float* to, int64_t pitch) const {
+  void read(const S* a, const S* b, const From& from, int64_t count, float* to,
+            int64_t pitch) const {
     const int64_t channels = in_.channels;
     if (R == Read::plain && in_.a.c == 1 && in_.a.w == channels && pitch == channels)
       return copy(a, count * channels, to);
@@ -184,10 +242,15 @@ class Reader {
     }
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, channels - c);
-      const Coefficients k(in_.norm, c, n);
+      const Coefficients k(from.norm, c, n);
+      const auto normed = [&](Vec v, int64_t w) {
+        if (R != Read::norm_act || !from.factor) return v;
+        return (v - splat(from.mean[w * in_.mean.w])) * splat(from.factor[w * in_.factor.w]);
+      };
       const auto put = [&](Vec v, int64_t w) {
         const S* second = R == Read::norm_gradient ? b + w * in_.b.w + c * in_.b.c : nullptr;
-        v = prologue(v, k, R == Read::norm_gradient ? gather(second, in_.b.c, n) : Vec{});
+        const Vec u = R == Read::norm_gradient ? gather(second, in_.b.c, n) : Vec{};
+        v = prologue(normed(v, w), k, u);
         if (n == kLanes)
           store(to + w * pitch + c, v);
         else
@@ -197,7 +260,7 @@ class Reader {
         for (int64_t w = 0; w < count; ++w) {
           const S* second = R == Read::norm_gradient ? b + w * in_.b.w + c : nullptr;
           const Vec u = R == Read::norm_gradient ? load(second) : Vec{};
-          store(to + w * pitch + c, prologue(load(a + w * in_.a.w + c), k, u));
+          store(to + w * pitch + c, prologue(normed(load(a + w * in_.a.w + c), w), k, u));
         }
         continue;
       }
@@ -233,8 +296,9 @@ class Reader {
 
   struct Coefficients {
     Vec mean{}, scale{}, beta{}, p{}, q{};
-    Coefficients(const Norm& norm, int64_t c, int64_t n) {
-      if (R == Read::plain || !norm.data) return;
+    const bool there;
+    Coefficients(const Norm& norm, int64_t c, int64_t n) : there(norm.data) {
+      if (R == Read::plain || !there) return;
       mean = load(norm.mean() + c, n), scale = load(norm.scale() + c, n);
       if (R == Read::norm_act) beta = load(norm.beta() + c, n);
       if (R == Read::norm_gradient) p = load(norm.p() + c, n), q = load(norm.q() + c, n);
@@ -271,11 +335,11 @@ class Reader {
 
   Vec prologue(Vec v, const Coefficients& k, [[maybe_unused]] Vec u) const {
     if constexpr (R == Read::norm_act) {
-      if (in_.norm.data) v = (v - k.mean) * k.scale + k.beta;
+      if (k.there) v = (v - k.mean) * k.scale + k.beta;
       return activate<K>(v, in_.slope);
     }
     if constexpr (R == Read::norm_gradient)
-      if (in_.norm.data) return k.scale * v + k.p * (u - k.mean) + k.q;
+      if (k.there) return k.scale * v + k.p * (u - k.mean) + k.q;
     return v;
   }
 
@@ -307,6 +371,10 @@ inline void pack_tile(const Geometry& g, const Tile& tile, const Input& in, floa
   // Positions [from, until) of a row are stored side by side; the others are padding.
   const int64_t from = std::clamp<int64_t>(-left, 0, width);
   const int64_t until = std::clamp<int64_t>(g.w.in - left, from, width);
+  const Input past = in.as_past();
+  const auto read_past = [&](const From& at, int64_t count, float* row, int64_t pitch) {
+    with_reader(past, [&](const auto& read) { read(at, count, row, pitch); });
+  };
   with_reader(in, [&](const auto& read) {
     for (int64_t it = 0; it < g.t.extent(tile.t1 - tile.t0); ++it) {
       const int64_t t = g.t.source(g.t.first(tile.t0) + it);
@@ -318,9 +386,10 @@ inline void pack_tile(const Geometry& g, const Tile& tile, const Input& in, floa
           const int64_t w = h < 0 ? -1 : g.w.source(left + begin);
           if (w < 0)
             std::memset(row + begin * at.w, 0, count * at.w * sizeof(float));
+          else if (t < in.before)
+            read_past(past.at(tile.n, t, h, w), count, row + begin * at.w, at.w);
           else
-            read(in.a.offset(tile.n, t, h, w), in.b.offset(tile.n, t, h, w), count,
-                 row + begin * at.w, at.w);
+            read(in.at(tile.n, t - in.before, h, w), count, row + begin * at.w, at.w);
         };
         for (int64_t i = 0; i < from; ++i) piece(i, 1);
         if (until > from) piece(from, until - from);
@@ -334,7 +403,7 @@ inline void pack_tile(const Geometry& g, const Tile& tile, const Input& in, floa
 inline bool readable_in_place(const Geometry& g, const Input& in) {
   const bool frames = g.t.mode == PadMode::zeros || g.t.inside();
   const bool plain = in.read == Read::plain && in.a.storage == Storage::f32 && in.a.c == 1;
-  return plain && g.h.inside() && g.w.inside() && frames;
+  return plain && !in.before && g.h.inside() && g.w.inside() && frames;
 }
 
 inline Packed in_place(const Geometry& g, const Tile& tile, const Input& in) {

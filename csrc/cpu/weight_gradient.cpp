@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 
 namespace fastst::cpu {
 namespace {
@@ -330,7 +331,8 @@ bool rows_join(const Input& in, int64_t width) {
 
 void weight_gradient(const Source& x, const Source& dy, const Conv& conv, const View& dw,
                      int threads) {
-  Geometry g = geometry(conv, x.a, dy.a);
+  if (x.past) throw std::invalid_argument("fastst cpu weight_gradient: requires x without a past");
+  Geometry g = geometry(conv, x, dy.a);
   const bool apart = is_depthwise(dw, conv);
   const int64_t groups = apart ? 1 : conv.groups;
   Input out = input_of(dy, 0, dw.size[0] / groups);

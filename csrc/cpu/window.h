@@ -117,7 +117,7 @@ inline void pack_panels(const Reads& r, const Input& in, const Panel* begin, con
   const int64_t from = w.first < 0 ? std::min(entry_of(0), w.count) : 0;
   const int64_t until = std::clamp(entry_of(row.in), from, w.count);
   Input stepping = in;
-  stepping.a.w *= w.step, stepping.b.w *= w.step;
+  for (Tensor* t : {&stepping.a, &stepping.b, &stepping.mean, &stepping.factor}) t->w *= w.step;
   int64_t entry = 0;
   with_reader(stepping, [&](const auto& reader) {
     using Row = std::decay_t<decltype(reader)>;
@@ -128,12 +128,11 @@ inline void pack_panels(const Reads& r, const Input& in, const Panel* begin, con
           const int64_t line = r.axis[1].source(h.first + j * h.step);
           float* panel = to;
           for (const Panel* p = begin; p < end; panel += r.count() * p++->width) {
-            const Input part = stepping.from(p->channel, p->channels);
-            const Row read(part);
+            const Input whole = in.from(p->channel, p->channels);
+            const Row read(stepping.from(p->channel, p->channels));
             const auto piece = [&](int64_t e, int64_t count) {
               const int64_t x = row.source(w.first + e * w.step);
-              read(in.a.offset(n, at, line, x), in.b.offset(n, at, line, x), count,
-                   panel + (entry + e) * p->width, p->width);
+              read(whole.at(n, at, line, x), count, panel + (entry + e) * p->width, p->width);
             };
             for (int64_t e = 0; e < from; ++e) piece(e, 1);
             if (until > from) piece(from, until - from);

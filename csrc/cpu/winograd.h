@@ -92,8 +92,8 @@ inline void raise_to(std::atomic<int32_t>& most, int32_t bits) {
   }
 }
 
-// A along the height and B along the width of a spatial pass; A along the frames, B untouched, of a
-// temporal one.
+// A along the height and B along the width, whose products are summed over the taps in time as they
+// stand; or A along the frames, B untouched, of a temporal pass.
 template <class A, class B>
 class Winograd {
  public:
@@ -112,10 +112,9 @@ class Winograd {
     const auto is = [](const Axis& axis, auto form) {
       return axis.kernel == form.kTaps && axis.stride == form.kStride && axis.dilation == 1;
     };
-    const Axis& idle = kSpatial ? p.g.t : p.g.h;
-    const bool apart = is(idle, Untouched{}) && idle.inside();
-    const bool zeros = p.g.t.mode == PadMode::zeros;
-    return zeros && apart && is(a, A{}) && is(p.g.w, B{}) && (kSpatial || p.g.w.inside());
+    if (kSpatial) return p.g.t.kernel > 0 && is(a, A{}) && is(p.g.w, B{});
+    const bool apart = is(p.g.h, Untouched{}) && p.g.h.inside() && p.g.w.inside();
+    return p.g.t.mode == PadMode::zeros && apart && is(a, A{}) && is(p.g.w, B{});
   }
 
   // Whether it is known to take less, counted in products of a position: packed weights cost about
@@ -124,18 +123,20 @@ class Winograd {
   static bool pays(const Problem& p) {
     constexpr double kPacking = 250, kTransforms = 10;
     const Geometry& g = p.g;
-    const double rows =
-        static_cast<double>(g.batch * parts_of(g.t.out, kSteps[0]) * parts_of(g.h.out, kSteps[1]) *
-                            parts_of(g.w.out, kSteps[2]));
-    const double in = p.weights.in, out = p.weights.out;
+    const double in = p.weights.in, out = p.weights.out, taps = g.t.kernel;
     const double parts = p.weights.in % kLanes ? 2 : 1;  // masked loads and stores that cross lines
-    const double ours = kPacking + rows * (1 + parts * kTransforms / in + kTransforms / out);
-    int64_t reads = 0;  // of all taps in time
+    int64_t reads = 0;                                   // of all taps in time
     for (int64_t t = 0; t < g.t.out; ++t)
-      for (int64_t i = 0; i < g.t.kernel; ++i) reads += g.t.source(g.t.first(t) + i) >= 0;
+      for (int64_t i = 0; i < g.t.kernel; ++i)
+        reads += g.t.source(g.t.first(t) + i * g.t.dilation) >= 0;
+    const double rows = static_cast<double>(g.batch * parts_of(g.h.out, kSteps[1]) *
+                                            parts_of(g.w.out, kSteps[2]));  // of a frame
+    const double frames = static_cast<double>(parts_of(g.t.out, kSteps[0]));
+    const double products = kSpatial ? static_cast<double>(reads) : frames;
+    const double ours = kPacking * (kSpatial ? taps : 1) +
+                        rows * (products + frames * kTransforms * (parts / in + 1 / out));
     const double frame = static_cast<double>(g.batch * g.h.out * g.w.out * reads);
-    const double direct = static_cast<double>(g.h.kernel * g.w.kernel) *
-                          (frame + kPacking * static_cast<double>(g.t.kernel));
+    const double direct = static_cast<double>(g.h.kernel * g.w.kernel) * (frame + kPacking * taps);
     return kPoints * ours < direct;
   }
 
@@ -144,7 +145,7 @@ class Winograd {
   }
   const std::vector<Work>& work() const { return work_; }
   int64_t weights_size(const Work& w) const {
-    return kPoints * p_.weights.in * w.block.vectors * kLanes;
+    return kPoints * taps() * p_.weights.in * w.block.vectors * kLanes;
   }
 
   void pack_weights(const Work& w, float* to) const {
@@ -152,15 +153,18 @@ class Winograd {
     const Scratch taps(packer_.size(w.block));
     packer_.pack(w.block, taps);
     Largest largest;
-    for (int64_t i = 0; i < all; i += kLanes) {
-      Vec g[A::kTaps * B::kTaps], u[kPoints];
-      for (int tap = 0; tap < A::kTaps * B::kTaps; ++tap) {
-        g[tap] = load(taps + tap * all + i);
-        largest.see(g[tap]);
+    constexpr int kEach = A::kTaps * B::kTaps;
+    for (int64_t t = 0; t < this->taps(); ++t)
+      for (int64_t i = 0; i < all; i += kLanes) {
+        Vec g[kEach], u[kPoints];
+        for (int tap = 0; tap < kEach; ++tap) {
+          g[tap] = load(taps + (t * kEach + tap) * all + i);
+          largest.see(g[tap]);
+        }
+        along_both<A::kTaps, B::kTaps, A::kPoints, B::kPoints>(g, u, A::weight, B::weight);
+        for (int point = 0; point < kPoints; ++point)
+          store(to + (point * this->taps() + t) * all + i, u[point]);
       }
-      along_both<A::kTaps, B::kTaps, A::kPoints, B::kPoints>(g, u, A::weight, B::weight);
-      for (int point = 0; point < kPoints; ++point) store(to + point * all + i, u[point]);
-    }
     raise_to(largest_weight_, largest.bits());
   }
 
@@ -168,9 +172,10 @@ class Winograd {
   int64_t tile_size(const Tile& t) const { return reads(t); }
 
   Ready pack(const Tile& tile, float* to) const {
-    const Rows rows(tile);
+    const Rows rows = read_by(tile);
     Tile whole = tile;  // with what the last products read beyond the outputs
-    whole.t1 = tile.t0 + rows.t * kSteps[0], whole.h1 = tile.h0 + rows.h * kSteps[1];
+    if (!kSpatial) whole.t1 = tile.t0 + rows.t * kSteps[0];
+    whole.h1 = tile.h0 + rows.h * kSteps[1];
     whole.w1 = tile.w0 + rows.w * kSteps[2];
     const bool direct = in_place_ && reads_inside(whole);
     const Scratch copy(direct ? 0 : packed_size(p_.g, whole, p_.in.channels));
@@ -189,30 +194,29 @@ class Winograd {
     const Rows rows(tile);
     const Block& block = work.block;
     const int64_t pitch = block.vectors * kLanes, channels = p_.weights.in;
-    const Groups batches(rows.count(), kBatch);
     const Scratch sums(kPoints * kBatch * pitch);
-    const Segment all = {0, 0, channels};
+    const std::vector<Few> groups = grouped(tile, rows, most_rows(block.vectors), pitch);
     int64_t offset[kMostRows];
     for (int r = 0; r < kMostRows; ++r) offset[r] = r * channels;
-    for (int64_t i = 0; i < batches.count; ++i) {
-      const int64_t first = batches.start(i), count = batches.start(i + 1) - first;
-      const Groups groups(count, most_rows(block.vectors));
+    for (size_t begin = 0, end; begin < groups.size(); begin = end) {
+      const int64_t first = groups[begin].row;
+      for (end = begin + 1; end < groups.size(); ++end)
+        if (groups[end].row + groups[end].count - first > kBatch) break;
       for (int point = 0; point < kPoints; ++point)
-        for (int64_t j = 0; j < groups.count; ++j) {
-          const int64_t start = groups.start(j);
-          const int n = static_cast<int>(groups.start(j + 1) - start);
+        for (size_t i = begin; i < end; ++i) {
+          const Few& few = groups[i];
           if (point + 1 == kPoints) {
-            const Outputs soon(tile, rows, first + start, n);
+            const Outputs soon(tile, rows, few.row, few.count);
             for (int a = 0; a < A::kOut; ++a)
               if (soon.count[a]) expect(soon.positions[a], soon.count[a]);
           }
-          multiply_for(n, block.vectors, true)(
-              ready.data + point * ready.point + (first + start) * channels, offset, 1,
-              weights + point * channels * pitch, pitch, &all, 1,
-              sums + (point * kBatch + start) * pitch, pitch, false);
+          multiply_for(few.count, block.vectors, true)(
+              ready.data + point * ready.point + few.from * channels, offset, 1,
+              weights + point * taps() * channels * pitch, pitch, few.taps.data(), few.taps.size(),
+              sums + (point * kBatch + few.row - first) * pitch, pitch, false);
         }
-      for (int64_t j = 0; j < groups.count; ++j)
-        put_together(tile, rows, first, groups.start(j), groups.start(j + 1), sums, block, done);
+      for (size_t i = begin; i < end; ++i)
+        put_together(tile, rows, groups[i], first, sums, block, done);
     }
   }
 
@@ -225,7 +229,7 @@ class Winograd {
       return v;
     };
     const float bound = 1e3f * value(largest_input_) * value(largest_weight_);
-    return bound * static_cast<float>(p_.weights.in) < 1e38f;  // false for NaN
+    return bound * static_cast<float>(p_.weights.in * taps()) < 1e38f;  // false for NaN
   }
 
  private:
@@ -253,8 +257,41 @@ class Winograd {
     }
   };
 
+  // Taps in time that are summed as they stand.
+  int64_t taps() const { return kSpatial ? p_.g.t.kernel : 1; }
+
+  // Frames that are read, and rows of them: those of the outputs, and what more taps in time reach.
+  Rows read_by(const Tile& t) const {
+    Rows rows(t);
+    if (taps() > 1) rows.t = p_.g.t.extent(t.t1 - t.t0);
+    return rows;
+  }
   // One vector more, so that the points of one place do not fall into one set of the cache.
-  int64_t point_size(const Tile& t) const { return Rows(t).count() * p_.in.channels + kLanes; }
+  int64_t point_size(const Tile& t) const { return read_by(t).count() * p_.in.channels + kLanes; }
+
+  // Rows of one frame of outputs that are multiplied together.
+  struct Few {
+    int64_t row, from;  // the first; and where it reads, before taps in time are counted
+    int count;
+    std::vector<Segment> taps;  // the stretches of k: one for each tap in time that reads something
+  };
+  std::vector<Few> grouped(const Tile& tile, const Rows& rows, int most, int64_t pitch) const {
+    const Axis& t = p_.g.t;
+    const int64_t channels = p_.weights.in, each = rows.h * rows.w;
+    std::vector<Few> all;
+    for (int64_t frame = 0; frame < rows.t; ++frame) {
+      std::vector<Segment> found;
+      for (int64_t kt = 0; kt < taps(); ++kt)
+        if (taps() == 1 || t.source(t.first(tile.t0 + frame) + kt * t.dilation) >= 0)
+          found.push_back({kt * t.dilation * each * channels, kt * channels * pitch, channels});
+      const int64_t from = taps() == 1 ? frame : frame * t.stride;
+      const Groups groups(each, most);
+      for (int64_t i = 0; i < groups.count; ++i)
+        all.push_back({frame * each + groups.start(i), from * each + groups.start(i),
+                       static_cast<int>(groups.start(i + 1) - groups.start(i)), found});
+    }
+    return all;
+  }
 
   // Whether all that a rounded up tile reads exists; frames that do not are skipped anyway.
   bool reads_inside(const Tile& whole) const {
@@ -267,15 +304,21 @@ class Winograd {
   void transform(const Tile& tile, const Rows& rows, const Packed& from, float* to) const {
     const int64_t channels = p_.in.channels, point = point_size(tile);
     const int64_t step = kSpatial ? from.h : from.t;
+    // With several taps in time every frame that they reach is read, else those of the outputs.
+    const int64_t along = taps() > 1 ? 1 : kSteps[0] * p_.g.t.stride;
     Largest largest;
     int64_t row = 0;
     for (int64_t t = 0; t < rows.t; ++t) {
       bool there[A::kIn];
       for (int a = 0; a < A::kIn; ++a)
-        there[a] = kSpatial || p_.g.t.source(p_.g.t.first(tile.t0 + t * kSteps[0]) + a) >= 0;
+        there[a] = p_.g.t.source(p_.g.t.first(tile.t0) + t * along + (kSpatial ? 0 : a)) >= 0;
+      if (taps() > 1 && !there[0]) {  // no tap reads it
+        row += rows.h * rows.w;
+        continue;
+      }
       for (int64_t h = 0; h < rows.h; ++h)
         for (int64_t w = 0; w < rows.w; ++w, ++row) {
-          const float* at = from.data + t * kSteps[0] * p_.g.t.stride * from.t +
+          const float* at = from.data + t * along * from.t +
                             h * kSteps[1] * p_.g.h.stride * from.h +
                             w * kSteps[2] * p_.g.w.stride * from.w;
           float* out = to + row * channels;
@@ -327,12 +370,13 @@ class Winograd {
     }
   };
 
-  // Outputs of the rows [begin, end) of a batch that starts at row `first` of the tile.
+  // Outputs of some rows of a batch that starts at row `first` of the tile.
   template <class F>
-  void put_together(const Tile& tile, const Rows& rows, int64_t first, int64_t begin, int64_t end,
+  void put_together(const Tile& tile, const Rows& rows, const Few& few, int64_t first,
                     const float* sums, const Block& block, F done) const {
-    const int64_t pitch = block.vectors * kLanes;
-    const Outputs found(tile, rows, first + begin, static_cast<int>(end - begin));
+    const int64_t pitch = block.vectors * kLanes, begin = few.row - first;
+    const int64_t end = begin + few.count;
+    const Outputs found(tile, rows, few.row, few.count);
     alignas(64) float results[A::kOut][kMostPlaces * kMostVectors * kLanes];
     for (int64_t i = begin; i < end; ++i)
       for (int v = 0; v < block.vectors; ++v) {

@@ -248,6 +248,7 @@ class Backend:
         examples: the calls of a check without a problem, by its kind, dtype and device; None:
             ``usual_examples``.
         kinds: of such checks on a device in a dtype, for ``fastst.check``.
+        forms_statistics: whether its ``conv3d`` gives those of y without reading y again.
         gives_output_statistics: whether it gives those of y without reading y again.
         norm_backward: gradients of y, weight and bias of v, the batch norm of y by its own
             statistics, from (dv, y, mean, var, weight, eps, needs); None where PyTorch's are as
@@ -281,6 +282,7 @@ class Backend:
     rehearse: Callable[[Problem, Phase, str | None], Sequence[Example | Later]] = _no_rehearsal
     examples: Callable[[str, torch.dtype, torch.device], Sequence[Example | Later]] | None = None
     kinds: Callable[[torch.device, torch.dtype], Sequence[str]] = _no_kinds
+    forms_statistics: bool = False
     gives_output_statistics: Callable[[PairProblem], bool] = _no
     norm_backward: Callable[..., list[Tensor | None] | None] | None = None
     mid_tensors_alive: Callable[[PairProblem], int] | None = None

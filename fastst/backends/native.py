@@ -99,4 +99,11 @@ class Launcher:
 @functools.lru_cache(maxsize=4096)
 def conv(lib: ModuleType, p: Pass) -> Any:
     mode = getattr(lib.PadMode, p.padding_mode if any(p.padding) else "zeros")
-    return lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode)
+    of_time = []
+    if p.frame_mode is not None:
+        space, time = (any(p.padding[2:]), p.padding_mode), (any(p.padding[:2]), p.frame_mode)
+        mode, frame_mode = (
+            getattr(lib.PadMode, name if pads else "zeros") for pads, name in (space, time)
+        )
+        of_time = [frame_mode]
+    return lib.Conv(p.kernel, p.stride, p.dilation, p.padding, p.groups, mode, *of_time)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..machine import exactness
 from ..problem import activations
 from ..problem.conv3d import ConvProblem, ConvSpec, ConvTensors
 from ..problem.norms import Norm, moments
@@ -92,6 +93,8 @@ def normalise(x: Tensor, t: ConvTensors, spec: ConvSpec) -> Tensor:
     if spec.norm == "batch":
         return F.batch_norm(x, None, None, gamma, beta, True, 0.0, spec.eps)
     if spec.norm == "group":
+        if x.device.type == "cpu" and not exactness.required():
+            x = x.contiguous()  # PyTorch's gradient of γ alone crashes on channels-last memory
         if not spec.per_frame:
             return F.group_norm(x, spec.norm_groups, gamma, beta, spec.eps)
         frames = x.transpose(1, 2).flatten(0, 1)

@@ -169,6 +169,13 @@ def able(problem: Problem, phase: Phase) -> list[str]:
     ]
 
 
+def has_kernels(problem: Problem) -> bool:
+    """Whether a call would run forward on kernels of this library, not on PyTorch's operators."""
+    if _requested != "auto":
+        return _why_not(BACKENDS[_requested], problem, "forward") is None
+    return able(problem, "forward")[:1] != [AUTO[-1]]
+
+
 def fastest_measured(problem: Problem, phase: Phase) -> Backend | None:
     """The backend that ``tune`` has found to be the fastest for a problem, if it can run here."""
     name = choices.choice("auto", problem, phase)

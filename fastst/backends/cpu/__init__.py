@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ...problem import slicing
+from ...problem.conv3d import ConvProblem
 from ...problem.spec import PairProblem, PairTensors, Problem
 from ..contract import (
+    COMMON_CONV_FIELDS,
     COMMON_PAIR_FIELDS,
     COMMON_PARALLEL_FIELDS,
     Backend,
@@ -21,7 +23,7 @@ from ..contract import (
     PairResult,
     Phase,
 )
-from . import backward, library
+from . import backward, convolution, library
 from .backward import conv2plus1d_backward
 from .library import STORED, buffer, floats, load, multiplies, rows
 from .norm import norm_backward
@@ -36,7 +38,11 @@ def _why_not(problem: Problem, phase: Phase) -> str | None:
         return f"runs on the CPU, the tensors are on {problem.device}"
     if problem.dtype not in STORED:
         return "computes float32, bfloat16 and float16, the tensors are in float64"
-    why = backward.why_not(problem) if phase == "backward" else None
+    why = None
+    if isinstance(problem, ConvProblem):
+        why = convolution.why_not(problem, phase)
+    elif phase == "backward":
+        why = backward.why_not(problem)
     if why is not None:
         return why
     found = load()
@@ -112,6 +118,10 @@ BACKEND = Backend(
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     why_not_auto=_why_not_auto,
+    conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},
+    conv3d=convolution.conv3d,
+    conv3d_backward=convolution.conv3d_backward,
+    forms_statistics=True,
     gives_output_statistics=lambda problem: True,  # from the epilogue that writes y
     norm_backward=norm_backward,
     mid_tensors_alive=_mid_tensors_alive,

@@ -23,7 +23,7 @@ from .. import native
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of tensors that kernels take
-_INTERFACE = 4  # of csrc/cpu/bindings.cpp
+_INTERFACE = 5  # of csrc/cpu/bindings.cpp
 _LARGEST_BUFFER = 256 << 20  # bytes that a thread keeps between calls
 
 
@@ -116,6 +116,41 @@ class Launcher(native.Launcher):
             t = t.to(self.accumulate).contiguous()
             self.kept.append(t)
         return t
+
+    def reads(
+        self,
+        x: Tensor,
+        coefficients: Tensor | None,
+        activation: str,
+        positions: Tensor | None,
+        past: Tensor | None,
+    ) -> Any:
+        """act(norm(x)), of whose frames those of ``past`` come first, as they are.
+
+        Args:
+            coefficients: (5, C), or such a table for each clip or each frame of each clip.
+            positions: (2, N, T, H, W): mean and factor of each position.
+        """
+        plain = coefficients is None and activation == "none"
+        flat = (None if t is None else t.flatten() for t in (coefficients, positions))
+        table, of_positions = map(self.array, flat)
+        read = self.lib.Read.plain if plain else self.lib.Read.norm_act
+        return self.lib.Source(
+            x, None, table, read, self.act(activation), self.slope, of_positions, past
+        )
+
+    def input_gradient(
+        self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any
+    ) -> None:
+        """out = epilogue(gradient of a pass's input from that of its output)."""
+        conv = self.conv(p)
+        self.lib.input_gradient(source, weight, conv, out, epilogue, self.way, self.threads)
+
+    def weight_gradient(self, x: Any, dy: Any, weight: Tensor, p: Pass) -> Tensor:
+        """Gradient of a pass's weight, in its strides, from the sources of input and output."""
+        dw = torch.empty_like(weight)
+        self.lib.weight_gradient(x, dy, self.conv(p), dw, self.threads)
+        return dw
 
     def epilogue(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from . import sampling
 from .begins import ATTRIBUTE, Begins
 from .names import Filter, holders, matcher
 from .report import Left, Replaced, Report
+from .whole import Whole, is_whole
 
 _NOT_SELECTED = "not selected by only= and skip="
 _NEVER_CALLED = "the sample does not reach it, or it ends no pair"
@@ -52,6 +53,7 @@ def convert(
         raise TypeError(f"convert: model must be an nn.Module, got {type(model).__name__}")
     admits, rejects = matcher("only", model, only), matcher("skip", model, skip)
     convs, left = _separable(model)
+    _alone(model, convs, lambda name: (only is None or admits([name]), rejects([name])))
     before: dict[str, tuple[bool, bool]] = {}  # wanted and barred, as an earlier call had it
     for name, conv in convs.items():
         wanted, barred = only is None or admits([name]), rejects([name])
@@ -89,6 +91,22 @@ def convert(
     place = {name: i for i, (name, _) in enumerate(model.named_modules())}
     report.left = sorted(left, key=lambda entry: place.get(entry.name, 0))
     return report
+
+
+def _alone(
+    model: nn.Module, convs: dict[str, Any], selects: Callable[[str], tuple[bool, bool]]
+) -> None:
+    """Prepare convolutions that are no half of a pair: over space and time at once, or of a model
+    that has none along the other axes."""
+    single = len({separable(conv) for conv in convs.values()}) < 2
+    for name, conv in model.named_modules():
+        if not (is_whole(conv) or (single and name in convs)) or _why_never(conv) is not None:
+            continue
+        old = vars(conv).get(ATTRIBUTE)
+        wanted, barred = selects(name)
+        if isinstance(old, Whole) and old.conv is conv:
+            wanted, barred = old.wanted or wanted, old.barred and barred
+        vars(conv)[ATTRIBUTE] = Whole(conv, name, wanted, barred)
 
 
 def _selected(ends: Iterable[tuple[bool, bool]]) -> bool:
@@ -138,7 +156,7 @@ def _separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
     for name, module in model.named_modules():
         if any(above in layers for above in ("", *holders(name))):
             continue
-        if type(module).__module__.startswith("fastst.nn.layers"):
+        if type(module).__module__.startswith("fastst.nn."):
             layers.append(name)
             what = f"is one operation already, a {type(module).__name__}"
             left.append(Left(name, what))
@@ -153,11 +171,7 @@ def _separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
 
 def _whole(model: nn.Module) -> list[str]:
     """Convolutions over space and time at once."""
-    return [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1 and max(m.kernel_size[1:]) > 1
-    ]
+    return [name for name, m in model.named_modules() if is_whole(m)]
 
 
 def _neighbours(convs: dict[str, Any]) -> list[Replaced]:

@@ -81,6 +81,17 @@ def begin(
     return made
 
 
+def plain_call(x: Any, weight: Any, bias: Any) -> torch.dtype | None:
+    """The dtype of a convolution's result, or None for a call that must run at once."""
+    if (
+        type(x) not in _PLAIN
+        or x.dim() != 5
+        or not (_plain(x.device, x, weight, bias) and _settled(weight, bias))
+    ):
+        return None
+    return _result_dtype(State(x.device), x, weight, bias)
+
+
 def _plain(device: torch.device, *tensors: Tensor | None) -> bool:
     """Whether tensors are PyTorch's own, of values in strides, all on one device."""
     for t in tensors:

@@ -6,38 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastst
 from fastst.backends import aten
 from fastst.backends.aten import convolution
 from fastst.functional import Norm, conv3d
-
-
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that an operator makes."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func.is_view:
-            self.bytes = max(self.bytes, out.untyped_storage().nbytes())
-        return out
+from tests.support.made import Made, watched
 
 
 def largest(patch: pytest.MonkeyPatch, *args: Any, **settings: Any) -> tuple[int, torch.Tensor]:
     """Bytes of the largest tensor that the call makes, and y."""
-    seen = Largest()
-
-    def watched(*args: Any) -> Any:
-        with seen:
-            return convolution.conv3d(*args)
-
-    patch.setattr(aten.BACKEND, "conv3d", watched)
+    made = Made()
+    patch.setattr(aten.BACKEND, "conv3d", watched(convolution.conv3d, made))
     with fastst.use_backend("aten"), torch.no_grad():
         y = conv3d(*args, **settings)
-    return seen.bytes, y
+    return made.largest, y
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def compose_conv(
     """y by PyTorch's operators, in the dtype of the tensors, and what each activation was fed.
 
     ``held``: to normalise with instead of the statistics of the configuration. Running statistics
-    are updated in place. ``channels_last`` keeps everything in that format.
+    are updated in place. ``channels_last``: what is read comes in that format.
     """
     fed: list[tuple[str, Tensor]] = []
 
@@ -297,9 +297,11 @@ def compose_conv(
             z = F.pad(z, flat, "constant" if mode == "zeros" else mode)
     # PyTorch 2.13 on CPU: bfloat16 gradients are wrong with a stride and a dilation over one tap.
     dilation = tuple(d if k > 1 else 1 for d, k in zip(config.dilation, config.kernel, strict=True))
-    z = ChannelsLast.apply(z) if channels_last else z
+    if z.device.type == "cpu":  # PyTorch's channels-last gradients access memory out of bounds
+        z = z.contiguous()
+    elif channels_last:
+        z = ChannelsLast.apply(z)
     y = F.conv3d(z, t["weight"], t.get("bias"), config.stride, 0, dilation, config.groups)
-    y = ChannelsLast.apply(y) if channels_last else y
     y = y + t["residual"] if config.residual else y
     return feed(config.activation, y), fed
 
@@ -315,7 +317,8 @@ def _normed(config: ConvConfig, x: Tensor, t: dict[str, Tensor]) -> Tensor:
         groups = config.norm_groups if config.norm == "group" else c
         if config.per_frame:
             x = x.transpose(1, 2).reshape(n * frames, c, 1, *x.shape[3:])
-        v = F.group_norm(x, groups, *affine, config.eps)
+        # PyTorch 2.13 on CPU: a channels-last one without a gradient of x crashes.
+        v = F.group_norm(x.contiguous(), groups, *affine, config.eps)
         return v.reshape(n, frames, c, *v.shape[3:]).transpose(1, 2) if config.per_frame else v
     rows = x.movedim(1, -1)
     if config.norm == "layer":

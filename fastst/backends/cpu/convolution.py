@@ -1,0 +1,134 @@
+"""``conv3d`` on the native CPU kernels: z exists in packed tiles only, forward and backward.
+
+Norm and activation are what the tap convolution loads, bias, residual and activation what it
+stores; cached frames are a second source.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem import activations, norms
+from ...problem.conv3d import ConvProblem, ConvTensors
+from ..contract import ConvBackward, ConvResult, Gradients
+from .library import Launcher, floats
+
+
+def why_not(problem: ConvProblem, phase: str) -> str | None:
+    p = problem.conv
+    if problem.dtype != torch.float32:
+        return f"computes it in float32 only, not in {str(problem.dtype).removeprefix('torch.')}"
+    if phase == "forward":
+        return None
+    if problem.past:
+        return "reads cached frames in the forward pass only"
+    if any(mode != "zeros" and any(pads) for mode, pads in _modes(p)):
+        return "pads with zeros only in the backward pass"
+    return None
+
+
+def _modes(p: Any) -> list[tuple[str, tuple[int, ...]]]:
+    return [(mode, p.padding[2 * i : 2 * i + 2]) for i, mode in enumerate(p.modes)]
+
+
+def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
+    spec, t, k = problem.spec, tensors, Launcher(problem)
+    mean, var = t.mean, t.var
+    if spec.norm != "none" and var is None:
+        mean, var = moments(k, spec.norm_form, t.x)
+    y = problem.empty_output(t.x)
+    out = floats(2, problem.out_channels) if spec.output_statistics else None
+    epilogue = k.epilogue(bias=t.bias, outer=spec.activation, aux=t.residual, reductions=out)
+    k.tap_conv(_source(k, problem, t, mean, var), t.weight, problem.conv, y, epilogue)
+    taken = (mean, var) if t.var is None else (None, None)
+    return ConvResult(y, *taken, *(() if out is None else out))
+
+
+def moments(k: Launcher, norm: norms.Norm, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    """As ``norms.moments``."""
+    n, c, t, h, w = x.shape
+    if norm.kind in ("layer", "rms", "l2"):
+        centred = norm.kind == "layer"
+        out = floats(1 + centred, n, t, h, w)
+        k.lib.position_moments(x, centred, out.flatten(), k.threads)
+        return (out[0], out[1]) if centred else (None, out[0])
+    out = floats(2, n, t, c)
+    k.lib.channel_moments(x, out.flatten(), k.threads)
+    mean, var = out.double()
+    if norm.kind == "group":
+        mean, var = (s.unflatten(2, (norm.groups, -1)).transpose(1, 2) for s in (mean, var))
+        axes: tuple[int, ...] = (3,) if norm.per_frame else (2, 3)
+    else:
+        axes = (0, 1)
+    among, whole = torch.var_mean(mean, axes, correction=0, keepdim=True)
+    var = var.mean(axes, keepdim=True) + among
+    shape = norms.size_of_statistics(norm, x.shape)
+    return whole.float().view(shape), var.float().view(shape)
+
+
+def _source(
+    k: Launcher, problem: ConvProblem, t: ConvTensors, mean: Tensor | None, var: Tensor | None
+) -> Any:
+    """z, as it is loaded."""
+    table, positions = None, None
+    if var is not None:
+        table, positions = _coefficients(problem, t, mean, var)
+    return k.reads(t.x, table, problem.spec.input_activation, positions, t.past)
+
+
+def _coefficients(
+    problem: ConvProblem, t: ConvTensors, mean: Tensor | None, var: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Tables (mean, scale, shift, 0, 0) of channels; mean and factor of positions."""
+    c, norm = problem.in_channels, problem.spec.norm_form
+    zero = torch.zeros(c, dtype=torch.float32, device="cpu")
+    gamma = zero + 1 if t.norm_weight is None else t.norm_weight
+    beta = zero if t.norm_bias is None else t.norm_bias
+    r = norms.rstd(norm, var.float(), c)
+    if norm.kind in ("layer", "rms", "l2"):
+        table = torch.stack((zero, gamma, beta, zero, zero))
+        return table, torch.stack((torch.zeros_like(r) if mean is None else mean.float(), r))
+    assert mean is not None
+    if norm.kind == "group":  # (N, G, T) of groups as (N, T, C) of channels
+        each = c // norm.groups
+        mean, r = (s.repeat_interleave(each, 1).transpose(1, 2) for s in (mean, r))
+    rows = torch.broadcast_tensors(mean.float(), r * gamma, beta, zero, zero)
+    return torch.stack(rows, -2), None
+
+
+def conv3d_backward(call: ConvBackward) -> Gradients:
+    problem, t, need = call.problem, call.tensors, call.need
+    spec, k = problem.spec, Launcher(problem)
+    dx = dw = db = dgamma = dbeta = None
+    if need.weight:
+        z = _source(k, problem, t, call.mean, call.var)
+        dw = k.weight_gradient(z, k.plain(call.dy), t.weight, problem.conv)
+    if need.bias:
+        db = call.dy.sum((0, 2, 3, 4))
+    of_norm = (need.x, need.norm_weight, need.norm_bias)
+    if any(of_norm):
+        dx = torch.empty_like(t.x)
+        if call.var is None:
+            act = spec.input_activation
+            epilogue = k.epilogue()
+            if act != "none":
+                epilogue = k.epilogue("norm_gradient", act=act, aux=t.x, reductions=None)
+            k.input_gradient(k.plain(call.dy), t.weight, problem.conv, dx, epilogue)
+        else:
+            k.input_gradient(k.plain(call.dy), t.weight, problem.conv, dx, k.epilogue())
+            dx, dgamma, dbeta = _through_norm(problem, call, dx)
+    return dx, dw, db, dgamma, dbeta, None, None, None
+
+
+def _through_norm(problem: ConvProblem, call: ConvBackward, dz: Tensor) -> tuple[Any, Any, Any]:
+    """Gradients of x, γ and β from that of z."""
+    t, need, spec = call.tensors, call.need, problem.spec
+    norm = spec.norm_form._replace(weight=t.norm_weight, bias=t.norm_bias)
+    assert call.var is not None
+    v = norms.apply(norm, t.x, call.mean, call.var, torch.float32)
+    dv = activations.grad(spec.input_activation, dz, v, spec.slope)
+    needs = (need.x, need.norm_weight, need.norm_bias)
+    return norms.gradient(norm, dv, t.x, call.mean, call.var, needs, torch.float32)
