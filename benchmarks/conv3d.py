@@ -68,7 +68,7 @@ class Eager(nn.Module):
         y, kept = x, []
         for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
             # As in diffusers: √C·x/‖x‖·γ over the channels; cached frames are concatenated.
-            gamma = norm.weight.view(-1, 1, 1, 1)
+            gamma: Tensor = norm.weight.view(-1, 1, 1, 1)  # type: ignore[operator]
             z = F.silu(F.normalize(y, dim=1) * y.shape[1] ** 0.5 * gamma)
             z = F.pad(z, (0, 0, 0, 0, 2, 0)) if past is None else torch.cat((past[i], z), 2)
             kept.append(z[:, :, -2:].clone())

@@ -391,6 +391,8 @@ def conv3d(
     if batch is not None and not batch.training:
         tensors = tensors._replace(mean=batch.running_mean, var=batch.running_var)
     if output_norm is not None:
+        if output_statistics:
+            raise ValueError("conv3d: output_statistics requires a y without output_norm")
         checks.outer_norm("conv3d", output_norm, ConvProblem.of(tensors, spec))
         y = _normed_conv3d(tensors, spec, batch, output_norm)
         y = y if residual is None else y + residual
@@ -409,11 +411,13 @@ def _conv3d(
     if _composes(x):
         function = None if norm is None else _norm_function(norm)
         y = reference.compose_conv3d(tensors, spec, function)
-        found = torch.var_mean(y, (0, 2, 3, 4), correction=0)[::-1]
-        return y, found if spec.output_statistics else None
+        if not spec.output_statistics:
+            return y, None
+        return y, torch.var_mean(y, (0, 2, 3, 4), correction=0)[::-1]
     y, taken, found = ops.conv3d(tensors, spec, dispatch.requested())
+    known: Any = taken or (tensors.mean, tensors.var)
     if norm is not None and norm.training:
-        mean, var = taken or (tensors.mean, tensors.var)
+        mean, var = known
         _update_running(norm, mean, var, x.numel() // x.shape[1])
     return y, found
 
