@@ -141,7 +141,8 @@ class Winograd {
   }
 
   std::vector<Tile> tiles() const {
-    return cut(p_.g, kSteps, kTileFloats, [&](const Tile& t) { return tile_size(t); });
+    return cut(p_.g, kSteps, taps() > 1 ? kDeepFloats : kTileFloats,
+               [&](const Tile& t) { return tile_size(t); });
   }
   const std::vector<Work>& work() const { return work_; }
   int64_t weights_size(const Work& w) const {
@@ -194,14 +195,14 @@ class Winograd {
     const Rows rows(tile);
     const Block& block = work.block;
     const int64_t pitch = block.vectors * kLanes, channels = p_.weights.in;
-    const Scratch sums(kPoints * kBatch * pitch);
+    const Scratch sums(kPoints * batch() * pitch);
     const std::vector<Few> groups = grouped(tile, rows, most_rows(block.vectors), pitch);
     int64_t offset[kMostRows];
     for (int r = 0; r < kMostRows; ++r) offset[r] = r * channels;
     for (size_t begin = 0, end; begin < groups.size(); begin = end) {
       const int64_t first = groups[begin].row;
       for (end = begin + 1; end < groups.size(); ++end)
-        if (groups[end].row + groups[end].count - first > kBatch) break;
+        if (groups[end].row + groups[end].count - first > batch()) break;
       for (int point = 0; point < kPoints; ++point)
         for (size_t i = begin; i < end; ++i) {
           const Few& few = groups[i];
@@ -213,7 +214,7 @@ class Winograd {
           multiply_for(few.count, block.vectors, true)(
               ready.data + point * ready.point + few.from * channels, offset, 1,
               weights + point * taps() * channels * pitch, pitch, few.taps.data(), few.taps.size(),
-              sums + (point * kBatch + few.row - first) * pitch, pitch, false);
+              sums + (point * batch() + few.row - first) * pitch, pitch, false);
         }
       for (size_t i = begin; i < end; ++i)
         put_together(tile, rows, groups[i], first, sums, block, done);
@@ -238,7 +239,10 @@ class Winograd {
   static constexpr Steps kSteps = kSpatial ? Steps{1, A::kOut, B::kOut} : Steps{A::kOut, 1, 1};
   // Of the second-level cache: what a tile's products read, and rows of sums of all points.
   static constexpr int64_t kTileFloats = 120 << 10;
-  static constexpr int64_t kBatch = 56;
+  // Weights of several taps in time do not stay there: fewer and larger tiles read them less often,
+  // and frames of tiles that overlap in time are transformed less often.
+  static constexpr int64_t kDeepFloats = 320 << 10;
+  int64_t batch() const { return taps() > 1 ? 112 : 56; }
 
   // Outputs of a tile that are computed together, counted along t, h, w; or the place of one.
   struct Rows {
@@ -382,7 +386,7 @@ class Winograd {
       for (int v = 0; v < block.vectors; ++v) {
         Vec m[kPoints], y[kOut];
         for (int point = 0; point < kPoints; ++point)
-          m[point] = load(sums + (point * kBatch + i) * pitch + v * kLanes);
+          m[point] = load(sums + (point * batch() + i) * pitch + v * kLanes);
         along_both<A::kPoints, B::kPoints, A::kOut, B::kOut>(m, y, A::output, B::output);
         for (int a = 0; a < A::kOut; ++a)
           for (int b = 0; b < B::kOut; ++b)
