@@ -142,7 +142,7 @@ def _diffusers() -> Any:
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import diffusers
+    import diffusers  # type: ignore[import-not-found]
 
     return diffusers, library
 

@@ -431,7 +431,9 @@ def _normed_conv3d(
     if output_norm.training and not (
         output_norm.group or torch.compiler.is_compiling() or _composes(tensors.x)
     ):
-        backend = dispatch.chosen(ConvProblem.of(tensors, spec), "forward", dispatch.requested())
+        backend = dispatch.choose_unrecorded(
+            ConvProblem.of(tensors, spec), "forward", dispatch.requested()
+        )
     if backend is None or not backend.forms_statistics:
         y, _ = _conv3d(tensors, spec, norm)
         return _norm_function(output_norm)(y)
