@@ -54,34 +54,43 @@ def pair(channels: int, groups: int = 1) -> nn.Module:
     )  # fmt: skip
 
 
+def clip(channels: int) -> tuple[int, ...]:
+    return 1, channels, 3, 5, 6
+
+
 def step(model: nn.Module, channels: int, dtype: torch.dtype = torch.float16) -> list[str]:
     """A training step and a call in eval mode on "cuda"; the backends that ran."""
     model = model.to("cuda", dtype)
-    x = torch.randn(1, channels, 3, 5, 6, device="cuda", dtype=dtype)
+    x = torch.randn(clip(channels), device="cuda", dtype=dtype)
     x = x.to(memory_format=torch.channels_last_3d).requires_grad_()
     assert x.device == GPU
     with dispatch.recording() as calls:
         torch.autograd.backward(model(x).float().square().sum())
         with torch.no_grad():
             model.eval()(x)
-    assert x.grad is not None and bool(x.grad.isfinite().all())
+    assert x.grad is not None
     return [call.chosen for call in calls]
 
 
 def triton_runs(s: Setting) -> None:
     with kernels(s.mp):
-        assert step(pair(8), 8) == ["triton"] * 3
+        with launch.watched(lambda launch: False):  # the host's part is enough
+            assert step(pair(8), 8) == ["triton"] * 3
         ways = triton.BACKEND.candidates
         spec, tensors = of_kind("dense", torch.float16)
         problem = Problem.of(tensors, spec)
         assert problem.device == GPU
-        with launch.watched(lambda launch: False):  # the host's part is enough
+        with launch.watched(lambda launch: False):
             for phase in ("forward", "backward"):
                 way = ways(problem, phase)[-1]  # type: ignore[arg-type]
                 trial = triton.BACKEND.candidate(problem, phase, way, True)  # type: ignore[arg-type]
                 assert tune.race_on_gpu({way: trial}, 0.001, GPU).keys() == {way}
+            layer = pair(8).to("cuda", torch.float16).eval()
+            assert fastst.tune(layer, torch.zeros(clip(8)).to("cuda").half(), seconds=0.001)
         with launch.guard(torch.device("cuda", 2)):
             assert torch.cuda.current_device() == 2
+        assert "multiprocessors" in "\n".join(info._devices())
+        assert "triton, on cuda in bfloat16: runs" in "\n".join(info._backends())
 
 
 def one_layer(s: Setting) -> None:
@@ -122,6 +131,9 @@ def promises_of_streams(s: Setting) -> None:
         with torch.cuda.stream(other), state.restored():
             assert torch.cuda.current_stream(GPU) == state.stream
         assert other.waited == [state.stream]  # type: ignore[attr-defined]
+        assert state.current
+        with torch.cuda.stream(other):
+            assert not state.current
 
 
 def hip(s: Setting) -> None:
@@ -137,7 +149,13 @@ def cuda_runs(s: Setting) -> None:
         pytest.skip(found)
     with kernels(s.mp, native=True):
         assert set(step(pair(8, groups=8), 8)) == {"cuda"}  # depthwise
-        assert set(step(pair(16), 16)) == {"cuda"}  # Hopper
+        model = pair(16)
+        assert set(step(model, 16)) == {"cuda"}  # Hopper
+        s.gpus.capturing = True
+        with torch.no_grad():
+            x = torch.zeros(clip(16)).half().to("cuda", memory_format=torch.channels_last_3d)
+            assert model(x).shape == x.shape
+        s.gpus.capturing = False
         spec, tensors, *_ = cuda_examples._depthwise(False, torch.float16)[0]
         nowhere = replace(Problem.of(tensors, spec), device=torch.device("cuda"))
         assert cuda_depthwise.why_not(nowhere) is None
@@ -146,16 +164,16 @@ def cuda_runs(s: Setting) -> None:
         names = [u.name for u in instances.units(GPU, [torch.bfloat16], dry=False)]
         assert any("weight gradients 72 × 3" in name for name in names)
         assert any("parallel backward" in name for name in names)
-        assert "multiprocessors" in "\n".join(info._devices())
-        told = "\n".join(info._backends())
-        assert "cuda, on cuda" in told, told
 
 
 def a_check_in_the_other_process(s: Setting) -> None:
     told: list[dict[str, Any]] = []
+    flags: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = flags.fp32_precision  # which that process sets for itself alone
     with kernels(s.mp):
         request = quarantine.Request("aten", GPU, torch.float32, False, kind="dense")
         assert not check.answer(request, lambda **what: told.append(what))
+    flags.fp32_precision = before
     assert told[-1] == {"verdict": "", "last": False}
     assert [d.index for d in check.devices()] == [2, 0]
     with kernels(s.mp):
@@ -224,7 +242,7 @@ def benchmarks_of_layers(s: Setting) -> None:
     kept = record.Record(s.folder / "record.json", GPU, fresh=True)
     case = next(c for c in shapes.ALL if c.name == "mid-45").tiny()
     with kernels(s.mp):
-        assert layers.run(kept, [case], ["eval", "inference"], ["fp32"], small) == 0
+        assert layers.run(kept, [case], ["inference"], ["fp32"], small) == 0
         row = next(r for r in kept.data["layers"] if r["contender"] == "fastst auto")
         assert row["refused"] is None and row["ms"] > 0
     assert kept.data["machine"]["gpu"] == "NVIDIA H200"
@@ -251,6 +269,7 @@ def benchmarks_of_the_host(s: Setting) -> None:
             overhead.graphed(GPU, {"eager": lambda: y.copy_(x)}, 3)
         s.mp.setattr(overhead, "graphed", lambda *_: [])
         s.mp.setattr(overhead, "EVICTION", 64)
+        s.mp.setattr(overhead, "CALLS", 1)
         assert {r["contender"] for r in overhead.per_call(GPU, 1)} >= {"fastst"}
 
 
