@@ -26,12 +26,10 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("path", "dtype", "isa", "cases"),
     [
-        ("passes", "float32", "", 80),
-        ("passes", "float32", "AVX2", 40),
-        ("passes", "float16", "", 40),
-        ("passes", "bfloat16", "", 40),
-        ("conv3d", "float32", "", 40),
-        ("aten", "float32", "", 20),
+        ("passes", "float32", "", 40),  # others, and many more: make soak
+        ("passes", "bfloat16", "", 20),
+        ("conv3d", "float32", "", 20),
+        ("aten", "float32", "", 10),
     ],
 )
 def test_nothing_is_touched_out_of_bounds(
