@@ -26,7 +26,8 @@ from .measure import Spread
 from .record import ROOT, Record
 from .shapes import R2PLUS1D_18
 
-CALLS = 20  # per sample: a clock's tick is far below their sum
+CALLS = 20  # per sample at most: a clock's tick is far below their sum
+SAMPLE = 1e-3  # s that these may take: less than a turn of a neighbour on the core
 TAKES = 5  # at most, until eager agrees with itself
 MOST_APART = 1.05  # that eager may be from itself
 AGAIN = "eager again"
@@ -84,7 +85,8 @@ def host_us(
         cold: time single calls after memory was written, as between the layers of a large network,
             instead of calls in a loop.
     """
-    times, written = (1, torch.empty(EVICTION, dtype=torch.uint8)) if cold else (CALLS, None)
+    written = torch.empty(EVICTION, dtype=torch.uint8) if cold else None
+    times = dict.fromkeys(calls, 1)
     least = dict.fromkeys(calls, math.inf)
     order = list(calls)
     shuffle = random.Random(0)
@@ -96,11 +98,13 @@ def host_us(
             if written is not None:
                 written.fill_(r % 256)
             start = time.perf_counter()
-            for _ in range(times):
+            for _ in range(times[name]):
                 call()
-            took = time.perf_counter() - start
+            took = (time.perf_counter() - start) / times[name]
             if r >= 2:  # the first two are warm-up
-                least[name] = min(least[name], took / times * 1e6)
+                least[name] = min(least[name], took * 1e6)
+            elif not cold:
+                times[name] = max(1, min(CALLS, int(SAMPLE / took)))
     synchronize()
     return least
 
