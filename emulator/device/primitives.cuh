@@ -150,6 +150,18 @@ T shuffle_xor(T value, int lanes, Where where = Where::current()) {
   return value;
 }
 
+inline float relu(float v) { return v < 0 ? 0.0f : v; }
+
+inline bool warp_all(bool holds, Where where = Where::current()) {
+  auto& b = emulator::block();
+  b.slots()[b.self().rank % emulator::kWarp] = holds;
+  b.meet(b.warp(), b.warp_size(), "warp_all", where, false);
+  bool all = true;
+  for (int lane = 0; lane < b.warp_size(); ++lane) all &= b.slots()[lane] != 0;
+  b.meet(b.warp(), b.warp_size(), "warp_all", where, false);
+  return all;
+}
+
 inline float exp2_approx(float v) { return std::exp2(v); }
 inline float reciprocal_approx(float v) { return 1 / v; }
 

@@ -3,30 +3,37 @@
 One row for each kernel and architecture: registers, bytes of stack frame and of spills (local loads
 and stores), static shared memory, 16-byte loads; TMA loads, matrix products and their columns.
 Fails on a stack frame, on a spill, on a depthwise kernel that moves its frames by less than 16
-bytes, and on a Hopper kernel without TMA, with products of other columns than it is named after, or
-with products that wait for each other. The wrappers of Hopper's instructions are compiled by
-themselves (wrappers.cu), for every number of columns. Dynamic shared memory is the host's choice;
-its limits are in ``fastst.backends.cuda.depthwise``. So is the size of clusters, of which machine
-code only has loads for several blocks.
+bytes, and on a Hopper kernel without TMA, with products of other columns than it is named after,
+with products that wait for each other, that only end a group or whose operands are overwritten,
+with more waits or issue slots of a tile than in table.json, or than the issue slots that are
+allowed. The wrappers of Hopper's instructions are compiled by themselves (wrappers.cu), for every
+number of columns. Dynamic shared memory is the host's choice; its limits are in
+``fastst.backends.cuda.depthwise``. So is the size of clusters, of which machine code only has loads
+for several blocks.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).parents[2])  # this file's neighbour hides the package triton
 
-from tests.static import measured
+from tests.static import hopper, measured
+from tests.static.sass import Program
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -35,6 +42,8 @@ WIDE = re.compile(r"\b(LDG|LDGSTS)\.E\.(\w+\.)*128\b")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
 PRODUCT = re.compile(r"\bHGMMA\.64x(\d+)x16\.F32\S* R\d")  # with no register it only ends a group
 TMA = re.compile(r"\bUTMALDG\.(\dD)(\.MULTICAST)?")
+# Kernels, and the most issue slots besides products of a tile, of its clocks: alone, and counting.
+ALLOWED_SLOTS = (("hopper_spatial_kernel<__nv_bfloat16, 144, 2, 2>", 0.25, 0.35),)
 # Kernels whose blocks copy weights to each other.
 SHARING = ("hopper_spatial_kernel", "hopper_spatial_gradient_kernel", "hopper_temporal_kernel")
 
@@ -74,6 +83,15 @@ def names(mangled: list[str]) -> dict[str, str]:
     return dict(zip(mangled, short, strict=True))
 
 
+@functools.cache
+def disassembled(cubin: Path) -> dict[str, str]:
+    """The code of each kernel; nvdisasm starts it with its section, and cuobjdump --dump-sass would
+    need a toolkit."""
+    text = output(tool("nvdisasm"), "-c", str(cubin))
+    _, *parts = re.split(r"^\s*\.section\s+\.text\.([^\s,]+)", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
 def inspect(cubin: Path) -> list[tuple[str, Counter[str]]]:
     """Each kernel of a cubin with its resources and counts of instructions."""
     usage = output(tool("cuobjdump"), "--dump-resource-usage", str(cubin))
@@ -82,13 +100,9 @@ def inspect(cubin: Path) -> list[tuple[str, Counter[str]]]:
         for m in re.finditer(r"Function (\S+):\s*\n\s*(.*)", usage)
     }
     counts: dict[str, Counter[str]] = {}
-    current = ""
-    # nvdisasm starts each kernel with its section; cuobjdump --dump-sass would need a toolkit.
-    for line in output(tool("nvdisasm"), "-c", str(cubin)).splitlines():
-        if section := re.match(r"\s*\.section\s+\.text\.([^\s,]+)", line):
-            current = section[1]
-        elif current:
-            count = counts.setdefault(current, Counter())
+    for current, code in disassembled(cubin).items():
+        count = counts.setdefault(current, Counter())
+        for line in code.splitlines():
             count["wide"] += bool(WIDE.search(line))
             count["local"] += bool(LOCAL.search(line))
             count["waits"] += "WARPGROUP.DEPBAR" in line
@@ -164,6 +178,37 @@ def hopper_faults(name: str, resources: Counter[str]) -> list[str]:
     return wrong
 
 
+def tile_faults(name: str, found: Program, tile: hopper.Tile) -> list[str]:
+    """What is wrong with the code of a Hopper kernel's tile."""
+    wrong = [f"overwrites the operand of a product: {fault}" for fault in found.overwritten()]
+    if tile.extra_products:
+        wrong.append(f"{tile.extra_products} products that only end a group")
+    if name.startswith("hopper_spatial_kernel") and tile.drains:
+        wrong.append(f"{tile.drains} waits for all products between stages")
+    for kernel, *most in ALLOWED_SLOTS:
+        for slots, share in zip((tile.epilogue_slots, tile.counting_slots), most, strict=True):
+            if kernel in name and tile.product_clocks is not None and (
+                slots is None or slots > share * tile.product_clocks
+            ):  # fmt: skip
+                wrong.append(f"{slots} issue slots besides {tile.product_clocks} clocks")
+    return wrong
+
+
+Inspected = tuple[list[tuple[str, Counter[str]]], dict[str, tuple[hopper.Tile, list[str]]]]
+
+
+def inspect_with_tiles(cubin: Path) -> Inspected:
+    """``inspect``, and the tiles of its Hopper kernels with what is wrong with them."""
+    tiles = {}
+    code = disassembled(cubin)
+    for mangled, name in names(list(code)).items() if code else ():
+        if name.startswith("hopper") and "__nv_bfloat16" in name:  # float16 has the same code
+            found = hopper.program(code[mangled])
+            tile = hopper.tile(name, found)
+            tiles[mangled] = tile, tile_faults(name, found, tile)
+    return inspect(cubin), tiles
+
+
 def wrapper_faults(folder: Path) -> list[str]:
     """Compiles wrappers.cu; empty where there is no nvcc."""
     nvcc = shutil.which("nvcc")
@@ -198,8 +243,11 @@ def wrapper_faults(folder: Path) -> list[str]:
     return wrong
 
 
-def json_row(name: str, arch: str, r: Counter[str]) -> dict[str, Any]:
-    """As ``measured.Row``: sm_90a is "9.0"; a spill of these kernels is a fault anywhere."""
+def json_row(
+    name: str, arch: str, r: Counter[str], tile: hopper.Tile | None = None
+) -> dict[str, Any]:
+    """As ``measured.Row``: sm_90a is "9.0"; a spill of these kernels is a fault anywhere. Rows of
+    Hopper kernels have what their tile says as well."""
     digits = re.sub(r"\D", "", arch)
     version = output(shutil.which("nvcc") or "true", "--version")
     release = re.search(r"release (\S+),", version)
@@ -209,7 +257,23 @@ def json_row(name: str, arch: str, r: Counter[str]) -> dict[str, Any]:
         "compiler": f"nvcc {release[1] if release else '?'}", "registers": r["REG"],
         "spilled_in_loop": r["local"], "kept": r["STACK"] + r["LOCAL"], "shared": r["SHARED"],
         "serialised": int(bool(r["products"]) and r["waits"] >= r["products"]), **unknown,
+        **({} if tile is None else asdict(tile)),
     }  # fmt: skip
+
+
+def worse(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Hopper tiles with more waits, or a tenth more issue slots, than in the table."""
+    table = {
+        (r["kernel"], r["arch"], r["compiler"]): r
+        for r in json.loads(measured.TABLE.read_text())
+    }  # fmt: skip
+    found = []
+    for row in rows:
+        before = table.get((row["kernel"], row["arch"], row["compiler"]), {})
+        for field, times in (("drains", 1.0), ("epilogue_slots", 1.1), ("counting_slots", 1.1)):
+            if before.get(field) is not None and row[field] > times * before[field]:
+                found.append(f"{row['kernel']}: {field} {before[field]} → {row[field]}")
+    return found
 
 
 def main() -> int:
@@ -227,11 +291,14 @@ def main() -> int:
             [tool("cuobjdump"), "--extract-elf", "all", str(found)],
             cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
-        rows, cubins = [], sorted(Path(folder).glob("*.cubin"))
+        rows, tiles, cubins = [], {}, sorted(Path(folder).glob("*.cubin"))
         with ProcessPoolExecutor(2) as pool:
-            for cubin, kernels in zip(cubins, pool.map(inspect, cubins), strict=True):
+            for cubin, (kernels, found_tiles) in zip(
+                cubins, pool.map(inspect_with_tiles, cubins), strict=True
+            ):
                 arch = re.search(r"sm_\w+?(?=\.)", cubin.name)
                 rows += [(n, arch[0] if arch else "?", r) for n, r in kernels]
+                tiles |= found_tiles
     print(f"{'kernel':64} arch   regs stack local shared wide  tma products")
     readable = names(sorted({n for n, _, _ in rows}))
     measured_rows: list[dict[str, Any]] = []
@@ -242,7 +309,9 @@ def main() -> int:
             f"{name:64} {arch:6} {r['REG']:4} {r['STACK']:5} {local:5} {r['SHARED']:6} {wide:4} "
             f"{r['tma'] or '':4} {products}"
         )
-        measured_rows.append(json_row(name, arch, r))
+        tile, faults = tiles.get(mangled, (None, []))
+        wrong += [f"{name} on {arch}: {fault}" for fault in faults]
+        measured_rows.append(json_row(name, arch, r, tile))
         if r["STACK"] or r["LOCAL"] or local:
             wrong.append(f"{name} on {arch}: stack frame or spill")
         if name.startswith("depthwise") and not wide:
@@ -253,6 +322,7 @@ def main() -> int:
         wrong.append("no kernels found")
     there = {readable[n] for n, arch, _ in rows if arch == "sm_90a"}
     wrong += [f"{name} is not in the library" for name in sorted(shipped() - there)]
+    wrong += worse(measured_rows)
     if args.json:
         measured.save(measured_rows, args.json, add=True)
     print(f"{len(rows)} kernels, {len(wrong)} wrong")

@@ -87,7 +87,7 @@ class Program:
     def __post_init__(self) -> None:
         self.found = [(int(at, 16), text) for at, text in INSTRUCTION.findall(self.code)]
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
         return [text for _, text in self.found]
 

@@ -75,6 +75,15 @@ __device__ inline float reciprocal_approx(float v) {
   return v;
 }
 
+// max(v, 0), NaN where v is.
+__device__ inline float relu(float v) {
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
+  return v;
+}
+
+// Whether it holds for all lanes of the warp.
+__device__ inline bool warp_all(bool holds) { return __all_sync(0xffffffffu, holds); }
+
 // ---- asynchronous copies of 16 bytes, zeros where not valid; before sm_80 a plain copy
 
 template <class T>

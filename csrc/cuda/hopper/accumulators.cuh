@@ -8,7 +8,8 @@
 
 namespace fastst {
 
-// Where the thread's two rows lie; negative: such a row does not exist.
+// Where the thread's two rows of a block lie; negative: such a row does not exist. Made when it is
+// needed: those of all blocks at once would take too many registers.
 struct RowPair {
   int64_t out[2], residual[2];
 };
@@ -88,40 +89,23 @@ class ColumnStatistics {
     for (int b = 0; b < kBatches; ++b) mean_[b] = square_[b] = 0;
   }
 
-  __device__ void add(const float (&values)[N / 2], const RowPair& rows) {
-    const bool there[2] = {rows.out[0] >= 0, rows.out[1] >= 0};
-    const float own = float(there[0]) + float(there[1]);
-    // Weights of the partner's mean and of the squared difference of the means, for each merge.
-    float weight[3], product[3], total = own;
+  // Of all blocks of a tile, whose columns are the same.
+  template <int Blocks, class Rows>
+  __device__ void add(const float (&values)[Blocks][N / 2], Rows rows) {
+    bool there[2 * Blocks];
+    float total = 0;
 #pragma unroll
-    for (int level = 0; level < 3; ++level) {
-      const float other = shuffle_xor(total, 16 >> level);
-      weights(total, other, weight[level], product[level]);
-      total += other;
+    for (int b = 0; b < Blocks; ++b) {
+      const RowPair pair = rows(b);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        there[2 * b + half] = pair.out[half] >= 0, total += float(pair.out[half] >= 0);
     }
-    float running_weight, running_product;
-    weights(count_, total, running_weight, running_product);
-    count_ += total;
-#pragma unroll
-    for (int b = 0; b < kBatches; ++b) {
-      float mean[8], square[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int j = 4 * b + i / 2;
-        if (8 * j >= N) {
-          mean[i] = square[i] = 0;
-          continue;
-        }
-        const float v0 = values[4 * j + i % 2], v1 = values[4 * j + 2 + i % 2];
-        const bool both = there[0] && there[1];
-        mean[i] = both ? v0 + 0.5f * (v1 - v0) : there[0] ? v0 : there[1] ? v1 : 0.0f;
-        square[i] = both ? 0.5f * (v1 - v0) * (v1 - v0) : 0.0f;
-      }
-      halve_columns(mean, square, [&](int level, int i, float m, float s) {
-        merge(mean[i], square[i], m, s, weight[level], product[level]);
-      });
-      merge(mean_[b], square_[b], mean[0], square[0], running_weight, running_product);
-    }
+    // Most tiles are whole: then nothing is asked of a value.
+    if (warp_all(total == 2 * Blocks))
+      add_rows<Blocks, true>(values, there, total);
+    else
+      add_rows<Blocks, false>(values, there, total);
   }
 
   // Row `row` of the partials, columns from `first` on.
@@ -139,6 +123,48 @@ class ColumnStatistics {
   }
 
  private:
+  template <int Blocks, bool All>
+  __device__ void add_rows(const float (&values)[Blocks][N / 2], const bool (&there)[2 * Blocks],
+                           float total) {
+    const float share = total > 0 ? 1 / total : 0.0f;  // of a row of this lane
+    // Weights of the partner's mean and of the squared difference of the means, for each merge.
+    float weight[3], product[3];
+#pragma unroll
+    for (int level = 0; level < 3; ++level) {
+      const float other = shuffle_xor(total, 16 >> level);
+      weights(total, other, weight[level], product[level]);
+      total += other;
+    }
+    float running_weight, running_product;
+    weights(count_, total, running_weight, running_product);
+    count_ += total;
+#pragma unroll
+    for (int b = 0; b < kBatches; ++b) {
+      float mean[8], square[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int j = 4 * b + i / 2;
+        mean[i] = square[i] = 0;
+        if (8 * j >= N) continue;
+        const auto value = [&](int r) {
+          return All || there[r] ? values[r / 2][4 * j + 2 * (r % 2) + i % 2] : 0.0f;
+        };
+        mean[i] = value(0);
+#pragma unroll
+        for (int r = 1; r < 2 * Blocks; ++r) mean[i] += value(r);
+        mean[i] *= share;
+#pragma unroll
+        for (int r = 0; r < 2 * Blocks; ++r) {
+          const float d = All || there[r] ? value(r) - mean[i] : 0.0f;
+          square[i] += d * d;
+        }
+      }
+      halve_columns(mean, square, [&](int level, int i, float m, float s) {
+        merge(mean[i], square[i], m, s, weight[level], product[level]);
+      });
+      merge(mean_[b], square_[b], mean[0], square[0], running_weight, running_product);
+    }
+  }
   static __device__ void weights(float mine, float other, float& weight, float& product) {
     weight = other > 0 ? other / (mine + other) : 0.0f;
     product = mine * weight;
@@ -175,37 +201,47 @@ __device__ uint32_t pack_pair(float a, float b) {
   return bit_cast<uint32_t>(Pack<T, 2>{{narrow<T>(a), narrow<T>(b)}});
 }
 
-// Columns from `first` on of rows of `stored` channels, zeros from `channels` on.
+// Columns from `first` on of rows of `stored` channels.
 template <class T, int N>
-__device__ void store_rows(Global<T> out, int channels, int stored, const float (&values)[N / 2],
+__device__ void store_rows(Global<T> out, int stored, const float (&values)[N / 2],
                            const RowPair& rows, int first) {
-  const int q = threadIdx.x % 4;
-  // 16 bytes of a row to each lane: a quad writes 64 neighbouring bytes.
+  // 8 bytes of a row to each lane: a quad writes 32 neighbouring bytes, the even lanes those of
+  // column group j, the odd ones of j + 1. 16 bytes to each would take twice the exchanges.
+  const int q = threadIdx.x % 4, odd = q % 2, own = first + 8 * odd + 4 * (q / 2);
 #pragma unroll
-  for (int j = 0; j < N / 8; j += 4)
+  for (int half = 0; half < 2; ++half) {
+    const int left = rows.out[half] < 0 ? 0 : stored - own;  // channels to write
+    const Global<T> row = out + (rows.out[half] < 0 ? 0 : rows.out[half] + own);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (j + i >= N / 8) {
-          words[i] = 0;
-          continue;
-        }
-        const int at = 4 * (j + i) + 2 * half, c = first + 8 * (j + i) + 2 * q;
-        words[i] = pack_pair<T>(c < channels ? values[at] : 0.0f,
-                                c + 1 < channels ? values[at + 1] : 0.0f);
-      }
-      transpose_quad(words);
-      const int c = first + 8 * (j + q);
-      if (rows.out[half] < 0 || j + q >= N / 8 || c >= stored) continue;
-      store(out + rows.out[half] + c, bit_cast<Pack<T, 8>>(words));
+    for (int j = 0; j < N / 8; j += 2) {
+      const int at = 4 * j + 2 * half;
+      const bool both = j + 1 < N / 8;
+      const uint32_t even = pack_pair<T>(values[at], values[at + 1]);
+      const uint32_t other = both ? pack_pair<T>(values[at + 4], values[at + 5]) : 0;
+      const uint32_t got = shuffle_xor(odd ? even : other, 1);
+      const Pack<uint32_t, 2> words{{odd ? got : even, odd ? other : got}};
+      if (8 * j < left && (both || !odd)) store(row + 8 * j, bit_cast<Pack<T, 4>>(words));
     }
+  }
 }
 
-// Scales and shifts the accumulators, then counts them: what statistics are about.
-template <class T, int N>
-__device__ void finish_rows(const Epilogue<T>& e, float (&values)[N / 2], const RowPair& rows,
+// f(value, column) for every value of a thread.
+template <int N, int Blocks, class F>
+__device__ void for_each_value(float (&values)[Blocks][N / 2], F f) {
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+    for (int b = 0; b < Blocks; ++b)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        f(values[b][4 * j + i], 8 * j + 2 * (static_cast<int>(threadIdx.x) % 4) + i % 2);
+}
+
+// Scales and shifts the accumulators of a tile, then counts them: what statistics are about. What
+// is not always wanted is a branch around all values, not a choice for each of them. rows(b): of a
+// block.
+template <class T, int N, int Blocks, class Rows>
+__device__ void finish_rows(const Epilogue<T>& e, float (&values)[Blocks][N / 2], Rows rows,
                             int first, ColumnStatistics<N>& statistics) {
   const int q = threadIdx.x % 4;
 #pragma unroll
@@ -213,26 +249,42 @@ __device__ void finish_rows(const Epilogue<T>& e, float (&values)[N / 2], const 
     const int c = first + 8 * j + 2 * q;
     const auto scale = load<2>(e.scale + c), shift = load<2>(e.shift + c);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      values[4 * j + i] = values[4 * j + i] * scale.lane[i % 2] + shift.lane[i % 2];
+    for (int b = 0; b < Blocks; ++b)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        values[b][4 * j + i] = values[b][4 * j + i] * scale.lane[i % 2] + shift.lane[i % 2];
   }
   if (e.partials) statistics.add(values, rows);
   if (e.residual) {
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j)
+    for (int b = 0; b < Blocks; ++b) {
+      const RowPair pair = rows(b);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int c = first + 8 * j + 2 * q;
-        if (rows.out[half] < 0 || c >= e.channels) continue;
-        const auto r = load<2>(e.residual + rows.residual[half] + c);
-        values[4 * j + 2 * half] += widen(r.lane[0]);
-        values[4 * j + 2 * half + 1] += widen(r.lane[1]);
-      }
-  }
+        if (pair.out[half] < 0) continue;
+        const int c = first + 2 * q;
+        const Global<const T> from = e.residual + pair.residual[half] + c;
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i)
-    if (values[i] < 0) values[i] = e.negative == 0 ? 0.0f : values[i] * e.negative;
-  store_rows<T, N>(e.out, e.channels, e.stored, values, rows, first);
+        for (int j = 0; j < N / 8; ++j) {
+          if (c + 8 * j >= e.channels) break;
+          const auto r = load<2>(from + 8 * j);
+          values[b][4 * j + 2 * half] += widen(r.lane[0]);
+          values[b][4 * j + 2 * half + 1] += widen(r.lane[1]);
+        }
+      }
+    }
+  }
+  if (e.negative == 0)
+    for_each_value<N>(values, [](float& v, int) { v = relu(v); });
+  else if (e.negative != 1)
+    for_each_value<N>(values, [&](float& v, int) { v = v < 0 ? v * e.negative : v; });
+  // Products with zero weights, which are NaN where x is.
+  if (first + N > e.channels)
+    for_each_value<N>(values, [&](float& v, int column) {
+      if (first + column >= e.channels) v = 0;
+    });
+#pragma unroll
+  for (int b = 0; b < Blocks; ++b) store_rows<T, N>(e.out, e.stored, values[b], rows(b), first);
 }
 
 }  // namespace fastst

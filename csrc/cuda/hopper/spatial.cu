@@ -78,7 +78,9 @@ template <int N, int Groups, int Blocks>
 struct Layout {
   static constexpr int kRows = 64 * Groups * Blocks;
   static constexpr int kWeightBytes = N * 128;  // of one tap and 64 channels
-  static constexpr int kFirst = kTileAlign;     // barriers come before the stages
+  static constexpr int kPlaces = kTileAlign;  // after the barriers: rows of a tile, as w, h, frame
+  static constexpr int kFirst = 2 * kTileAlign;  // stages
+  static_assert(4 * kRows <= kTileAlign);
 
   static __host__ __device__ int x_bytes(int box_rows) {
     const int rows = box_rows > kRows ? box_rows : kRows;
@@ -100,6 +102,9 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
     ring.init(4 * Groups);
     mbarrier_fence_init();
   }
+  const Shared<uint32_t> places = shared<uint32_t>(L::kPlaces);
+  for (int row = threadIdx.x; row < L::kRows; row += kWarpGroup * (Groups + 1))
+    places[row] = row % p.w.box | row / p.w.box % p.h.box << 8 | row / p.w.box / p.h.box << 16;
   // A box may have fewer rows than the products: those that it leaves out stay zero.
   for (int stage = 0; stage < p.stages; ++stage) {
     const Shared<uint32_t> x = shared<uint32_t>(L::kFirst + stage * stage_bytes);
@@ -163,25 +168,40 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) sums[b][i] = 0;
 
+    // A group of products of the stage at `at`: of neighbouring taps and steps of 16 channels.
+    const auto multiply = [&]<int Steps, int Taps>(int at, int tap, int step) {
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < Taps; ++i) {
+        const Shared<T> weight = shared<T>(at + x_bytes + (tap + i) * L::kWeightBytes);
+#pragma unroll
+        for (int k = 0; k < Steps; ++k)
+#pragma unroll
+          for (int b = 0; b < Blocks; ++b) {
+            const Shared<T> x = shared<T>(at) + (first_row[b] + (tap + i) * p.w.box) * kSwizzleRow;
+            wgmma<T, N>(sums[b], descriptor(x) + 32 * (step + k),
+                        descriptor(weight) + 32 * (step + k), true);
+          }
+      }
+      wgmma_commit();
+    };
     int previous = -1;  // stage that products under way still read
     for_each_step(p, tile, [&](int chunk, int, int) {
       const int steps = p.steps(chunk);
       ring.wait();
       const int at = L::kFirst + ring.stage() * stage_bytes;
-      wgmma_fence();
-      for (int i = 0; i < p.share; ++i) {
-        const Shared<T> weight = shared<T>(at + x_bytes + i * L::kWeightBytes);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (k >= steps) break;
-#pragma unroll
-          for (int b = 0; b < Blocks; ++b) {
-            const Shared<T> x = shared<T>(at) + (first_row[b] + i * p.w.box) * kSwizzleRow;
-            wgmma<T, N>(sums[b], descriptor(x) + 32 * k, descriptor(weight) + 32 * k, true);
-          }
-        }
-      }
-      wgmma_commit();
+      // Straight code for what layers have: a group that a branch cut would wait for all of it.
+      if (steps == 4 && p.share == 3)
+        multiply.template operator()<4, 3>(at, 0, 0);
+      else
+#pragma unroll 1
+        for (int tap = 0; tap < p.share; ++tap)
+          if (steps == 4)
+            multiply.template operator()<4, 1>(at, tap, 0);
+          else
+#pragma unroll 1
+            for (int step = 0; step < steps; ++step)
+              multiply.template operator()<1, 1>(at, tap, step);
       wgmma_wait<1>();
       if (previous >= 0) ring.release(previous);
       previous = ring.stage();
@@ -192,21 +212,22 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
 #pragma unroll
     for (int b = 0; b < Blocks; ++b) keep(sums[b]);
 
-#pragma unroll
-    for (int b = 0; b < Blocks; ++b) {
-      RowPair rows;
+    const auto rows = [&](int b) {
+      RowPair pair;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = ((group - 1) * Blocks + b) * 64 + warp * 16 + half * 8 + lane / 4;
-        const int w = tile.w * p.w.box + row % p.w.box;
-        const int h = tile.h * p.h.box + row / p.w.box % p.h.box;
-        const int in_box = row / p.w.box / p.h.box, frame = tile.frame * p.box_frames + in_box;
+        const uint32_t place =
+            places[((group - 1) * Blocks + b) * 64 + warp * 16 + half * 8 + lane / 4];
+        const int w = tile.w * p.w.box + int(place & 255);
+        const int h = tile.h * p.h.box + int(place >> 8 & 255);
+        const int in_box = place >> 16, frame = tile.frame * p.box_frames + in_box;
         const bool there = in_box < p.box_frames && frame < p.frames && h < p.h.out && w < p.w.out;
-        rows.out[half] = rows.residual[half] =
+        pair.out[half] = pair.residual[half] =
             there ? frame * p.frame_stride + h * p.row_stride + w * p.pixel_stride : -1;
       }
-      finish_rows<T, N>(p.epilogue, sums[b], rows, column * N, statistics);
-    }
+      return pair;
+    };
+    finish_rows<T, N>(p.epilogue, sums, rows, column * N, statistics);
   }
   if (p.epilogue.partials)
     for (; counted < p.column_tiles; ++counted) {

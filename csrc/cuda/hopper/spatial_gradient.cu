@@ -6,7 +6,8 @@
 // box of g and of u, halo included, comes for all taps and all outputs; du takes the place of g. A
 // warpgroup has 64 cells, and of each of their outputs a block of 64 × N sums. A of the products
 // goes through registers, so that it may start at any row of the box: each fragment is loaded once
-// for a column of the kernel, and multiplies every tap by which a block reads it. The blocks of a
+// for a column of the kernel, while the one before is multiplied, and multiplies every tap by which
+// a block reads it. The blocks of a
 // cluster have neighbouring frames, and copy the weights to each other.
 #include <algorithm>
 #include <device/launch.cuh>
@@ -33,6 +34,26 @@ constexpr int kFirst = 5 * kTileAlign;   // boxes, then weights
 constexpr int kNone = 255;               // no tap
 static_assert(kPlaces + 4 * kMaxRows <= kFirst);
 
+// By which tap output row o of a cell reads the i-th row of du that it reaches: what the compiler
+// must know, or every product would wait for the one before.
+enum class Pattern {
+  table,  // as the host has found it, for any kernel
+  same,   // 3 taps of stride 1
+  twice,  // 3 taps of stride 2, whose first row of outputs reads through the middle one
+};
+constexpr int kPatternTaps = 3;
+
+template <Pattern P, int Blocks>
+struct Taps {
+  static constexpr int kSpan = P == Pattern::twice ? Blocks / 2 : Blocks;  // rows of outputs
+  static constexpr int kRows = P == Pattern::twice ? kSpan : kSpan + kPatternTaps - 1;
+
+  static __host__ __device__ constexpr int tap(int i, int o) {
+    const int tap = P == Pattern::twice ? 2 * i + 1 - o : i - o;
+    return tap < kPatternTaps ? tap : -1;
+  }
+};
+
 // One axis of the plane.
 struct Plane {
   int size, out;     // of du, of dx
@@ -56,6 +77,7 @@ struct Parameters {
   int rows[kMaxReach];          // those rows, as rows of the box
   int columns[kMaxTaps];        // through a column of the kernel: the same
   uint8_t parity[kMaxTaps];     // and the column of a cell that reads through it
+  Pattern pattern;
   bool affine;
   Global<const float> norm_r, norm_p;  // (64 · chunks)
   Global<T> out;
@@ -238,32 +260,67 @@ __global__ void __launch_bounds__(kThreads, 1)
         const Descriptor weight =
             descriptor(shared<T>(weights_at + weights.stage() * column_bytes), Swizzle::b64);
         const int from = row + p.columns[kw], parity = p.parity[kw];
-        uint32_t a[2][2][4];
-        const auto multiply = [&](int i, uint32_t (&a)[2][4]) {
+        const auto load = [&](int i, uint32_t (&a)[2][4]) {
           const int r = from + p.rows[i];
-          const uint32_t taps = p.taps[parity][i];
 #pragma unroll
           for (int k = 0; k < 2; ++k)
             ldmatrix_x4(a[k], box + r * kChunk + ((2 * k + lane / 16) ^ r / 2 % 4) * kPiece);
-          wgmma_fence();
-#pragma unroll
-          for (int b = 0; b < Blocks; ++b) {
-            const int tap = taps >> 8 * b & 255;
-            if (tap == kNone) continue;
-#pragma unroll
-            for (int k = 0; k < 2; ++k)
-              if (k < steps)
-                wgmma<T, N>(sums[b], a[k], weight + tap * N * 2 * kChunk + 32 * k, true);
-          }
-          wgmma_commit();
         };
-        for (int i = 0; i < p.reach; i += 2) {
-          multiply(i, a[0]);
-          wgmma_wait<1>();
-          if (i + 1 < p.reach) multiply(i + 1, a[1]);
-          wgmma_wait<1>();
-        }
-        wgmma_wait<0>();
+        // The products of a fragment by one tap.
+        const auto multiply = [&]<int Steps>(const uint32_t (&a)[2][4], float (&sums)[N / 2],
+                                             int tap) {
+#pragma unroll
+          for (int k = 0; k < Steps; ++k)
+            wgmma<T, N>(sums, a[k], weight + tap * N * 2 * kChunk + 32 * k, true);
+        };
+        // Fragments that are under way at once are in registers of their own: else, and for want
+        // of registers, ptxas would let every product wait.
+        const auto column = [&]<Pattern P, int Parity, int Steps>() {
+          using K = Taps<P, Blocks>;
+          constexpr int kAtOnce = K::kRows > 4 ? K::kRows / 2 : K::kRows;
+          uint32_t a[kAtOnce][2][4];
+#pragma unroll
+          for (int i = 0; i < K::kRows; ++i) {
+            load(i, a[i % kAtOnce]);
+            wgmma_fence();
+#pragma unroll
+            for (int o = 0; o < K::kSpan; ++o)
+              if (K::tap(i, o) >= 0)
+                multiply.template operator()<Steps>(
+                    a[i % kAtOnce], sums[o * (Blocks / K::kSpan) + Parity], K::tap(i, o));
+            wgmma_commit();
+            if (i % kAtOnce == kAtOnce - 1) wgmma_wait<0>();
+          }
+        };
+        const auto by_table = [&]<int Steps>() {
+#pragma unroll 1
+          for (int i = 0; i < p.reach; ++i) {
+            uint32_t a[2][4];
+            load(i, a);
+#pragma unroll
+            for (int b = 0; b < Blocks; ++b) {
+              const int tap = p.taps[parity][i] >> 8 * b & 255;
+              if (tap == kNone) continue;
+              wgmma_fence();
+              multiply.template operator()<Steps>(a, sums[b], tap);
+              wgmma_commit();
+            }
+            wgmma_wait<0>();
+          }
+        };
+        const auto of_steps = [&]<int Steps>() {
+          if (p.pattern == Pattern::same)
+            return column.template operator()<Pattern::same, 0, Steps>();
+          if constexpr (Blocks == 4)
+            if (p.pattern == Pattern::twice)
+              return parity ? column.template operator()<Pattern::twice, 1, Steps>()
+                            : column.template operator()<Pattern::twice, 0, Steps>();
+          by_table.template operator()<Steps>();
+        };
+        if (steps == 2)
+          of_steps.template operator()<2>();
+        else
+          of_steps.template operator()<1>();
         weights.release(weights.stage());
         weights.advance();
       }
@@ -286,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         rows.out[half] =
             there ? frame * p.frame_stride + h * p.row_stride + w * p.pixel_stride : -1;
       }
-      store_rows<T, N>(p.out, p.stored, p.stored, sums[b], rows, tile.column * N);
+      store_rows<T, N>(p.out, p.stored, sums[b], rows, tile.column * N);
     }
   }
 }
@@ -345,6 +402,20 @@ void place_taps(Parameters<T>& p, const Conv& conv) {
   }
 }
 
+template <Pattern P, int Blocks, class T>
+bool fits(const Parameters<T>& p) {
+  using K = Taps<P, Blocks>;
+  const int columns = Blocks / K::kSpan;
+  bool found = p.h.span == K::kSpan && p.w.span == columns && p.reach == K::kRows;
+  for (int i = 0; found && i < K::kRows; ++i)
+    for (int b = 0; b < Blocks; ++b)
+      for (int parity = 0; parity < columns; ++parity) {
+        const int there = p.taps[parity][i] >> 8 * b & 255, tap = K::tap(i, b / columns);
+        found &= there == (tap < 0 || b % columns != parity ? kNone : tap);
+      }
+  return found;
+}
+
 template <class T, int N, int Blocks>
 void run(Dtype dtype, const HopperSpatialGradient& g, Stream stream) {
   const HopperGradientTile& tile = g.tile;
@@ -365,6 +436,9 @@ void run(Dtype dtype, const HopperSpatialGradient& g, Stream stream) {
   p.w = plane_of(g, 2, narrow_size(tile.box[2]), up_w);
   require(Blocks / up_w * g.conv.kernel[1] <= kMaxReach, "few enough taps", g.conv.kernel[1]);
   place_taps(p, g.conv);
+  p.pattern = fits<Pattern::same, Blocks>(p) ? Pattern::same : Pattern::table;
+  if constexpr (Blocks == 4)
+    if (fits<Pattern::twice, Blocks>(p)) p.pattern = Pattern::twice;
   p.channels = narrow_size(g.g.size[1]), p.stored = narrow_size(g.out.size[1]);
   p.frames = narrow_size(g.g.size[0] * g.g.size[2]), p.box_frames = narrow_size(tile.box[0]);
   p.cluster = narrow_size(tile.cluster);

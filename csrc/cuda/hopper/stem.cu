@@ -146,21 +146,21 @@ __device__ void activate_mid(const Parameters<T>& p, float (&u)[kMid / 2],
 }
 
 template <class T, int N>
-__device__ void write_frame(const Parameters<T>& p, const Unit& unit, int t, float (&values)[N / 2],
-                            ColumnStatistics<N>& statistics) {
+__device__ void write_frame(const Parameters<T>& p, const Unit& unit, int t,
+                            float (&values)[1][N / 2], ColumnStatistics<N>& statistics) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  RowPair rows;
+  RowPair pair;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int h = unit.h + 2 * warp + half, w = unit.w + lane / 4;
     const bool there = h < p.rows && w < p.columns;
-    rows.out[half] = there ? unit.clip * p.clip_stride + t * p.frame_stride + h * p.row_stride +
+    pair.out[half] = there ? unit.clip * p.clip_stride + t * p.frame_stride + h * p.row_stride +
                                  w * p.pixel_stride
                            : -1;
-    rows.residual[half] = unit.clip * p.residual_clip + t * p.residual_frame +
+    pair.residual[half] = unit.clip * p.residual_clip + t * p.residual_frame +
                           (int64_t(h) * p.columns + w) * p.residual_pixel;
   }
-  finish_rows<T, N>(p.epilogue, values, rows, 0, statistics);
+  finish_rows<T, N>(p.epilogue, values, [&](int) { return pair; }, 0, statistics);
 }
 
 template <class T, bool Pair>
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
 
   if constexpr (Pair) {
     ColumnStatistics<kOut> none;
-    float sums[kTaps][kOut / 2];  // of output frame o in o % 3
+    float sums[kTaps][1][kOut / 2];  // of output frame o in o % 3
     for (int64_t index = start; index < p.units; index += step) {
       const Unit unit(p, index);
       const int steps = steps_of<Pair>(p, unit);
@@ -224,26 +224,26 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
           const int j = round + i, t = frame_of<Pair>(p, unit, j);
           if (j >= steps) continue;
 #pragma unroll
-          for (int n = 0; n < kOut / 2; ++n) sums[i][n] = 0;
+          for (int n = 0; n < kOut / 2; ++n) sums[i][0][n] = 0;
           if (t >= 0 && t < p.frames) {
             float u[kMid / 2];
             uint32_t z[kMid / 16][4];
             mid(u);
             activate_mid(p, u, z);
 #pragma unroll
-            for (int tap = 0; tap < kTaps; ++tap) keep(sums[tap]);
+            for (int tap = 0; tap < kTaps; ++tap) keep(sums[tap][0]);
             wgmma_fence();
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
               const Descriptor weight = descriptor(shared<T>(kTemporal + tap * kOut * 128));
 #pragma unroll
               for (int k = 0; k < kMid / 16; ++k)
-                wgmma<T, kOut>(sums[(i + kTaps - tap) % kTaps], z[k], weight + 32 * k, true);
+                wgmma<T, kOut>(sums[(i + kTaps - tap) % kTaps][0], z[k], weight + 32 * k, true);
             }
             wgmma_commit();
             wgmma_wait<0>();
 #pragma unroll
-            for (int tap = 0; tap < kTaps; ++tap) keep(sums[tap]);
+            for (int tap = 0; tap < kTaps; ++tap) keep(sums[tap][0]);
           }
           if (j >= kTaps - 1)  // its last frame has come
             write_frame<T, kOut>(p, unit, unit.first + j - (kTaps - 1), sums[(i + 1) % kTaps],
@@ -258,8 +258,8 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
       const Unit unit(p, index);
       const int steps = steps_of<Pair>(p, unit);
       for (int j = 0; j < steps; ++j) {
-        float u[kMid / 2];
-        mid(u);
+        float u[1][kMid / 2];
+        mid(u[0]);
         write_frame<T, kMid>(p, unit, frame_of<Pair>(p, unit, j), u, statistics);
       }
     }

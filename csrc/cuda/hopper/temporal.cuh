@@ -209,20 +209,16 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
         inputs.wait();
         const Shared<T> u =
             shared<T>(first + inputs.stage() * kFrameBytes) + (group - 1) * 64 * kSwizzleRow;
-        // While these multiply, the other warpgroup normalises. Four steps at once, with A of all
-        // of them in registers, would be serialised for want of registers.
-        constexpr int kAtOnce = Norm ? 2 : 4;
-#pragma unroll 1
-        for (int step = 0; step < steps; step += kAtOnce) {
-          uint32_t a[2][4];
-          if constexpr (Norm) {
-            load_fragments(u, step, a);
-            normalise<T>(p, chunk * kSwizzleRow + 16 * step, a);
-          }
+        const auto normalised = [&](int step, uint32_t (&a)[2][4]) {
+          load_fragments(u, step, a);
+          normalise<T>(p, chunk * kSwizzleRow + 16 * step, a);
+        };
+        // A group of the products of `Steps` steps with all taps, A in registers where there is a
+        // norm.
+        const auto multiply = [&]<int Steps>(int step, [[maybe_unused]] const uint32_t (&a)[2][4]) {
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < kAtOnce; ++k) {
-            if (step + k >= steps) break;
+          for (int k = 0; k < Steps; ++k)
 #pragma unroll
             for (int o = 0; o < Frames; ++o) {
               const int tap = L::tap(i, o), bytes = 32 * (step + k);
@@ -233,9 +229,34 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
               else
                 wgmma<T, N>(sums[o], descriptor(u) + bytes, weight, true);
             }
-          }
           wgmma_commit();
+        };
+        [[maybe_unused]] uint32_t a[2][4] = {}, ahead[2][4];
+        if constexpr (!Norm) {
+#pragma unroll 1
+          for (int step = 0; step < steps; step += 4) {
+            if (step + 4 <= steps)
+              multiply.template operator()<4>(step, a);
+            else
+#pragma unroll 1
+              for (int k = step; k < steps; ++k) multiply.template operator()<1>(k, a);
+            wgmma_wait<0>();
+          }
+        } else if (steps == 4) {
+          // Two steps are normalised while the two before, in other registers, are multiplied, and
+          // all of it while the other warpgroup multiplies.
+          normalised(0, a);
+          multiply.template operator()<2>(0, a);
+          normalised(2, ahead);
+          multiply.template operator()<2>(2, ahead);
           wgmma_wait<0>();
+        } else {
+#pragma unroll 1
+          for (int step = 0; step < steps; ++step) {
+            normalised(step, a);
+            multiply.template operator()<1>(step, a);
+            wgmma_wait<0>();
+          }
         }
         inputs.release(inputs.stage());
         inputs.advance();
@@ -244,9 +265,9 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
     }
 
 #pragma unroll
-    for (int o = 0; o < Frames; ++o) {
-      keep(sums[o]);
-      RowPair rows;
+    for (int o = 0; o < Frames; ++o) keep(sums[o]);
+    const auto rows = [&](int o) {
+      RowPair pair;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int place = (group - 1) * 64 + warp * 16 + half * 8 + lane / 4;
@@ -254,13 +275,14 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
         const int clip = tile.clip + in_box, t = tile.frame + o;
         const bool there = in_box < p.box_clips && clip < p.clips && pixel < p.pixels && t >= 0 &&
                            t < p.out_frames;
-        rows.out[half] =
+        pair.out[half] =
             there ? clip * p.clip_stride + t * p.frame_stride + pixel * p.pixel_stride : -1;
-        rows.residual[half] =
+        pair.residual[half] =
             clip * p.residual_clip + t * p.residual_frame + pixel * p.residual_pixel;
       }
-      finish_rows<T, N>(p.epilogue, sums[o], rows, column * N, statistics);
-    }
+      return pair;
+    };
+    finish_rows<T, N>(p.epilogue, sums, rows, column * N, statistics);
   }
   if (p.epilogue.partials)
     for (; counted < p.column_tiles; ++counted) {

@@ -89,8 +89,8 @@ struct GradientEpilogue {
 
 // Multiplies the accumulators by the derivative, counts them, and writes 16 bytes of a row a lane.
 template <class T, int N>
-__device__ void finish_rows(const GradientEpilogue<T>& e, float (&values)[N / 2],
-                            const RowPair& rows, int first, ColumnSums<N>& sums) {
+__device__ void finish_block(const GradientEpilogue<T>& e, float (&values)[N / 2],
+                             const RowPair& rows, int first, ColumnSums<N>& sums) {
   const int q = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < N / 8; j += 4) {
@@ -131,6 +131,13 @@ __device__ void finish_rows(const GradientEpilogue<T>& e, float (&values)[N / 2]
     }
     if (e.partials) sums.add(j / 4, dv, moment);
   }
+}
+
+template <class T, int N, int Frames, class Rows>
+__device__ void finish_rows(const GradientEpilogue<T>& e, float (&values)[Frames][N / 2], Rows rows,
+                            int first, ColumnSums<N>& sums) {
+#pragma unroll
+  for (int o = 0; o < Frames; ++o) finish_block<T, N>(e, values[o], rows(o), first, sums);
 }
 
 template <class T>

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ....machine.gpu import round_up, shared_memory_limit
 from . import instances
 from .tiles import (
-    _CLUSTER_GAIN,
     _L2_BYTES,
     _PORT_BYTES,
     _TILE_CLOCKS,
     CLUSTERS,
     HopperTile,
+    issue_slots,
+    waited_for,
 )
 
-_CELLS = 128  # of a tile: 64 for each of two warpgroups
+_GROUPS = 2  # warpgroups that multiply
+_CELLS = 64 * _GROUPS  # of a tile
 _FIRST = 5 * 1024  # bytes of barriers and the table of places
 _MOST_ROWS = 1024  # of a box: what the table has
 _MOST_REACH, _MOST_TAPS = 64, 49  # rows that the outputs of a cell read; columns of the kernel
@@ -39,6 +41,7 @@ class GradientTile:
     stages: int  # boxes of du in shared memory
     grid: int  # blocks, which walk over the tiles
     cluster: int = 1  # blocks, 1 or 2, that copy the weights to each other
+    clocks: float = field(default=0, compare=False)  # that all tiles are expected to take
 
 
 @dataclass(frozen=True)
@@ -117,17 +120,17 @@ def spatial_gradient(
                 clocks = max(multiplied, copied, made, moved / _SHARED_BYTES)
                 if stages == 2:  # a box is copied and made while one other is multiplied
                     clocks = max(clocks, copied + made + _LATENCY * chunks)
-                clocks += _TILE_CLOCKS + _CELLS * blocks * columns * 2 / _L2_BYTES
+                clocks += _TILE_CLOCKS + issue_slots(columns, _GROUPS, blocks, False)
                 tiles = math.ceil(out_channels / columns) * tiles_h * tiles_w
                 tiles *= math.ceil(frames / (box[0] * cluster))
                 walks = min(tiles, processors // cluster)
                 if not walks:
                     continue
-                cost = math.ceil(tiles / walks) * clocks * (_CLUSTER_GAIN if cluster > 1 else 1)
-                order = cost, tiles, rows
+                clocks *= math.ceil(tiles / walks)
+                order = waited_for(clocks, own, common, cluster), tiles, rows
                 if best is None or order < best[0]:
                     grid = walks * cluster
-                    best = order, GradientTile(columns, blocks, box, stages, grid, cluster)
+                    best = order, GradientTile(columns, blocks, box, stages, grid, cluster, clocks)
     return None if best is None else best[1]
 
 

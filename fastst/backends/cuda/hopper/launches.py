@@ -67,7 +67,7 @@ def spatial_tile(problem: PairProblem) -> HopperTile:
     return configs_hopper.spatial(
         problem.batch * problem.size[0], problem.mid_size[1:], p.in_channels,
         problem.mid_shape[-1], p.kernel[1:], p.stride[1:], p.dilation[1],
-        _processors(problem.device),
+        _processors(problem.device), problem.spec.norm == "batch",
     )  # fmt: skip
 
 
@@ -77,6 +77,7 @@ def temporal_tile(problem: PairProblem) -> HopperTile:
     return configs_hopper.temporal(
         problem.batch, math.prod(problem.out_size[1:]), problem.out_size[0], p.in_channels,
         p.out_channels, p.stride[0], _processors(problem.device),
+        prologue=problem.spec.norm == "batch",
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ....machine.gpu import round_up, shared_memory_limit
 from . import instances
@@ -17,13 +17,17 @@ _L2_BYTES = 32
 # which a multiprocessor has a port of 64 bytes per clock: a lead as well.
 _PORT_BYTES = 64
 CLUSTERS = (1, 2)
-# Blocks that wait for each other are taken only where they are expected to gain this much.
+# Blocks that wait for each other are taken where most of a stage is weights, of which L2 then hands
+# out half; elsewhere only where they are expected to gain this much.
 _CLUSTER_GAIN = 1.05
-# Clocks that a tile costs besides its products: filling the pipeline, and writing 64 rows.
-_TILE_CLOCKS, _ROW_CLOCKS = 1000, 8
-_TEMPORAL_ROWS = 128
+# Clocks that a tile costs besides its products and what is issued for it: filling the pipeline.
+_TILE_CLOCKS = 1000
+# Clocks in which a warp norms, activates and packs 16 channels: 70 instructions, and waits.
+_PROLOGUE_CLOCKS = 140
+_TEMPORAL_ROWS, _TEMPORAL_GROUPS = 128, 2
 _TEMPORAL_TAPS = 3
 _LEAST_FRAMES = 6  # in shared memory: what a tile of 4 reads, or all that one of 2 does and more
+_SPATIAL_FIRST = 2048  # bytes of barriers and the table of places
 _BARRIERS = 1024  # bytes that keep what follows aligned to the swizzle's period
 _SWIZZLE_ROW = 128  # bytes: 64 channels of 16 bits
 
@@ -46,17 +50,34 @@ class HopperTile:
     stages: int  # boxes of x in shared memory
     grid: int  # blocks, which walk over the tiles
     cluster: int = 1  # blocks, 1 or 2, that copy the weights to each other
+    clocks: float = field(default=0, compare=False)  # that all tiles are expected to take
 
     def whole(self, channels: int) -> int:
         """Columns of all tiles."""
         return round_up(channels, self.columns)
 
 
-def _clocks(products: float, own: float, common: float, cluster: int, rows: int) -> float:
+def issue_slots(columns: int, groups: int, blocks: int, counts: bool) -> float:
+    """Of a scheduler, besides products, for a tile: fitted to the machine code (``make static``).
+
+    A warp of each warpgroup has columns / 2 values of each block, of which each takes 3.75
+    instructions: scale and shift, activation, packing, exchanging, storing. Statistics take 3.5 a
+    value, and 5 to halve the columns among the lanes.
+    """
+    values = columns // 2
+    own = 280 + 50 * blocks + values * (0.5 + 3.75 * blocks)
+    return groups * (own + counts * values * (5 + 3.5 * blocks))
+
+
+def _clocks(products: float, own: float, common: float, cluster: int, slots: float) -> float:
     """Of a tile, from bytes that are of its own and those that are common to a cluster."""
     copies = max((own + common / cluster) / _L2_BYTES, (own + common) / _PORT_BYTES)
-    clocks = max(products, copies) + _TILE_CLOCKS + _ROW_CLOCKS * rows
-    return clocks * _CLUSTER_GAIN if cluster > 1 else clocks
+    return max(products, copies) + _TILE_CLOCKS + slots
+
+
+def waited_for(clocks: float, own: float, common: float, cluster: int) -> float:
+    """What blocks that wait for each other are compared by."""
+    return clocks * _CLUSTER_GAIN if cluster > 1 and common <= own else clocks
 
 
 @functools.cache  # thousands of candidates: milliseconds
@@ -69,6 +90,7 @@ def spatial(
     stride: tuple[int, int],
     dilation: int,
     processors: int,
+    counts: bool = False,
 ) -> HopperTile:
     """Tile of the spatial pass.
 
@@ -79,6 +101,7 @@ def spatial(
         kernel, stride: (height, width).
         dilation: vertical.
         processors: multiprocessors, each of which runs one block.
+        counts: whether it takes statistics.
     """
     taps, chunks = math.prod(kernel), math.ceil(channels / 64)
     share_all = stride == (1, 1) and dilation == 1
@@ -97,7 +120,7 @@ def spatial(
                 own = round_up(max(rows, box_rows) * _SWIZZLE_ROW, 1024)
                 common = share * columns * _SWIZZLE_ROW
                 stage = own + common
-                stages = min((shared_memory_limit((9, 0)) - _BARRIERS) // stage, 16)
+                stages = min((shared_memory_limit((9, 0)) - _SPATIAL_FIRST) // stage, 16)
                 if stages < 2:
                     continue  # the copies of one are hidden behind the products of the other
                 # A wgmma of 64 rows and 16 channels takes half a clock per column.
@@ -111,11 +134,14 @@ def spatial(
                     walks = min(tiles, processors // cluster)
                     if not walks:
                         continue
-                    clocks = _clocks(products, steps * own, steps * common, cluster, rows)
-                    order = math.ceil(tiles / walks) * clocks, tiles, box[0] * math.prod(halo)
+                    slots = issue_slots(columns, groups, blocks, counts)
+                    clocks = _clocks(products, steps * own, steps * common, cluster, slots)
+                    clocks *= math.ceil(tiles / walks)
+                    cost = waited_for(clocks, own, common, cluster)
+                    order = cost, tiles, box[0] * math.prod(halo)
                     if best is None or order < best[0]:
                         shape = columns, groups, blocks, box, share, stages
-                        best = order, HopperTile(*shape, walks * cluster, cluster)
+                        best = order, HopperTile(*shape, walks * cluster, cluster, clocks)
     assert best is not None
     return best[1]
 
@@ -158,6 +184,7 @@ def temporal(
     processors: int,
     *,
     gradient: bool = False,
+    prologue: bool = False,
 ) -> HopperTile:
     """Tile of the temporal pass, or of its input gradient.
 
@@ -167,6 +194,7 @@ def temporal(
         stride: temporal, of the forward pass.
         processors: multiprocessors.
         gradient: the input gradient.
+        prologue: whether norm and activation are done as u is read.
     """
     chunks, steps = math.ceil(channels / 64), math.ceil(channels / 16)
     # Fewer tiles where they cost the same, and of equally many the longest runs of pixels.
@@ -186,9 +214,13 @@ def temporal(
             read = (frames + _TEMPORAL_TAPS - 2) // stride + 1
             products //= stride
         products *= steps * columns  # half a clock per column for each of two warpgroups
+        # Of its own products a warpgroup hides half behind what it normalises meanwhile.
+        made = prologue * read * steps * _PROLOGUE_CLOCKS
+        products = max(products, made + products / _TEMPORAL_GROUPS / 2)
         bytes_in = read * _TEMPORAL_ROWS * round_up(channels, 8) * 2
         common = 0 if stay else chunks * weights
-        rows = _TEMPORAL_ROWS * frames
+        # The derivative costs about what statistics do.
+        slots = issue_slots(columns, _TEMPORAL_GROUPS, frames, gradient)
         for p in range(1, min(pixels, _TEMPORAL_ROWS) + 1):
             n = min(clips, _TEMPORAL_ROWS // p)
             boxes = math.ceil(out_frames / frames) * math.ceil(pixels / p) * math.ceil(clips / n)
@@ -197,11 +229,12 @@ def temporal(
                 walks = min(tiles, processors // cluster)
                 if not walks:
                     continue
-                clocks = _clocks(products, bytes_in, common, cluster, rows)
-                order = math.ceil(tiles / walks) * clocks, tiles, n
+                clocks = _clocks(products, bytes_in, common, cluster, slots)
+                clocks *= math.ceil(tiles / walks)
+                order = waited_for(clocks, bytes_in, common, cluster), tiles, n
                 if best is None or order < best[0]:
-                    shape = columns, 2, frames, (n, frames, p), 1, stages
-                    best = order, HopperTile(*shape, walks * cluster, cluster)
+                    shape = columns, _TEMPORAL_GROUPS, frames, (n, frames, p), 1, stages
+                    best = order, HopperTile(*shape, walks * cluster, cluster, clocks)
     assert best is not None
     return best[1]
 

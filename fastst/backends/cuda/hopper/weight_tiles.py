@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ....machine.gpu import round_up, shared_memory_limit
 from .instances import WEIGHT_GRADIENT as TILES
@@ -30,6 +30,7 @@ class WeightTile:
     box: tuple[int, int, int]  # positions: (columns, rows, frames) or (pixels, frames, clips)
     stages: int
     splits: int  # parts of the positions
+    clocks: float = field(default=0, compare=False)  # that it is expected to take
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def weight_gradient(
                     # Partial sums are written and read again.
                     cost += 8 * splits * taps * rows * columns / (_MEMORY_BYTES * processors)
                     if best is None or (cost, splits) < best[:2]:
-                        tile = WeightTile(n, units, blocks, box, stages, splits)
+                        tile = WeightTile(n, units, blocks, box, stages, splits, cost)
                         best = cost, splits, tile
     return None if best is None else best[2]
 

@@ -341,6 +341,7 @@ NORM = Config(
 )  # fmt: skip
 DEEP = replace(NORM, mid=200)  # whose chunks are more than stages
 STRIDED = replace(NORM, size=(4, 8, 9), stride=(2, 2, 2))
+TABLE = replace(NORM, kernel=(3, 5, 3), padding=(1, 2, 1))  # taps that no pattern has
 
 
 @pytest.fixture
@@ -354,7 +355,7 @@ def plant_anew(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Plant:
 def test_nothing_is_caught_without_a_bug(plant_anew: Plant) -> None:
     """What is left of the library is right: so it is the bugs that are caught below."""
     plant_anew("hopper/spatial_gradient.cu")
-    for config in (NORM, DEEP, STRIDED):
+    for config in (NORM, DEEP, STRIDED, TABLE):
         fuzz.hold(config, "cuda")
 
 
@@ -374,7 +375,11 @@ def test_nothing_is_caught_without_a_bug(plant_anew: Plant) -> None:
         ("spatial_gradient", "if (p.affine) formed.wait();", "", NORM),
         ("spatial_gradient", "boxes.advance(), formed.advance();\n      at",
          "boxes.advance();\n      at", NORM),
-        ("spatial_gradient", "wgmma_wait<0>();", "", STRIDED),
+        ("spatial_gradient", "if (i % kAtOnce == kAtOnce - 1) wgmma_wait<0>();", "", STRIDED),
+        ("spatial_gradient", "wgmma_commit();\n            }\n            wgmma_wait<0>();",
+         "wgmma_commit();\n            }", TABLE),
+        # the taps of another stride
+        ("spatial_gradient", "fits<Pattern::same, Blocks>(p) ?", "true ?", STRIDED),
         ("spatial_gradient", "^ r / 2 % 4", "^ r % 4", NORM),
         # the derivative and its sums
         ("temporal_gradient", "d * from_mean", "d * widen(u.lane[k])", NORM),

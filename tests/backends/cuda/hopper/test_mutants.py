@@ -66,10 +66,14 @@ def test_nothing_is_caught_without_a_bug(plant: Plant, monkeypatch: pytest.Monke
         ("hopper/spatial.cu", "wgmma_fence();", "", SPATIAL),
         ("hopper/spatial.cu", "fence_proxy_async();", "", SPATIAL),
         ("hopper/temporal.cu", "mbarrier_fence_init();", "", TEMPORAL),
-        ("hopper/stem.cu", "keep(sums[tap]);\n            wgmma_fence();", "", STEM),
+        ("hopper/stem.cu", "keep(sums[tap][0]);\n            wgmma_fence();", "", STEM),
         # a stage given back too early
         ("hopper/spatial.cu", "wgmma_wait<1>();", "", SPATIAL),
-        ("hopper/temporal.cu", "wgmma_wait<0>();", "", TEMPORAL),
+        ("hopper/temporal.cu", "operator()<2>(2, ahead);\n          wgmma_wait<0>();",
+         "operator()<2>(2, ahead);", TEMPORAL),
+        # operands normalised in the place of those that are multiplied
+        ("hopper/temporal.cu", "uint32_t a[2][4] = {}, ahead[2][4];",
+         "uint32_t a[2][4]; auto& ahead = a;", TEMPORAL),
         ("hopper/stem.cu", "sync_warp();\n    if (threadIdx.x % 32 == 0) mbarrier_arrive(full());",
          "if (threadIdx.x % 32 == 0) mbarrier_arrive(full());", STEM),
         # blocks of a cluster: a stage that is not given back to both, or not waited for by both; a
@@ -83,7 +87,10 @@ def test_nothing_is_caught_without_a_bug(plant: Plant, monkeypatch: pytest.Monke
         # weights of other columns
         ("hopper/temporal.cu", "stay && column == held", "stay && held >= 0", TEMPORAL),
         # statistics of rows that do not exist, and normalised padding
-        ("hopper/spatial.cu", "float(there[0]) + float(there[1])", "2.0f", SPATIAL),
+        ("hopper/spatial.cu", "total += float(pair.out[half] >= 0)", "total += 1.0f", SPATIAL),
+        # a statistic counted twice, and one of some rows taken for one of all
+        ("hopper/spatial.cu", "count_ += total;", "count_ += 2 * total;", SPATIAL),
+        ("hopper/spatial.cu", "warp_all(total == 2 * Blocks)", "true", SPATIAL),
         ("hopper/temporal.cu", "return !replicate ? -1 :", "return", TEMPORAL),
     ],
 )  # fmt: skip

@@ -121,7 +121,7 @@ def test_tiles_keep_to_the_limits(case: Case, batch: int | None) -> None:
     box_rows = a.box[0] * (a.box[1] + a.share - 1) * a.box[2]
     stage = max(rows, box_rows) * 128 + a.share * a.columns * 128
     assert math.prod(a.box) <= rows and 2 <= a.stages <= 16
-    assert 1024 + a.stages * stage <= 227 << 10
+    assert 2048 + a.stages * stage <= 227 << 10
     assert max(a.box[1] * stride[1], a.box[2] * stride[2], a.box[0]) <= 256
     if a.share > 1:
         assert math.prod(a.box) == rows and a.box[2] % 8 == 0 and stride == (1, 1, 1)
@@ -137,15 +137,15 @@ def test_tiles_keep_to_the_limits(case: Case, batch: int | None) -> None:
 
 
 def test_clusters_where_weights_are_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many columns to few places: stride 2 and deep layers; not where products are the limit, or
-    weights stay in shared memory."""
+    """Many columns to few places: most of a stage is weights; not where these stay in shared
+    memory."""
     by_label = {c.label: c for c in CASES if c.family == "r2plus1d-18"}
     labels = [label for label in by_label if "s2" in label or "512" in label]
     wide, deep = by_label[labels[0]].problem(torch.bfloat16), by_label[labels[-1]]
     assert [t.cluster for t in tiles_of(wide)] == [2, 2]
     assert tiles_of(deep.problem(torch.bfloat16))[1].cluster == 2
     first = next(c for label, c in by_label.items() if label.startswith("64→144→64"))
-    assert [t.cluster for t in tiles_of(first.problem(torch.bfloat16))] == [1, 1]
+    assert [t.cluster for t in tiles_of(first.problem(torch.bfloat16))] == [2, 1]  # 54 of 94 KiB
     # half a multiprocessor's neighbour is missing: no clusters
     monkeypatch.setattr(launches, "_processors", lambda device: 1)
     assert [t.cluster for t in tiles_of(wide)] == [1, 1]
