@@ -302,15 +302,17 @@ void combine_statistics(Dtype dtype, Array partials, Array mean, Array var, int6
 }
 
 void norm_gradient(Dtype dtype, const Norm& norm, Array partials, int64_t rows, double count,
-                   bool batch, const std::array<Array, 3>& gradients, const std::vector<Table>& tables, Stream stream) {
+                   bool batch, const std::array<Array, 3>& gradients,
+                   const std::vector<Table>& tables, Stream stream) {
   with_accumulator(dtype, [&](auto accumulator) {
     using A = decltype(accumulator);
     const Tables<A> made(tables);
     launch("norm_gradient", norm_gradient_kernel<A>,
            dim3(divide_up(std::max(norm.channels, made.columns()), kColumns)),
            dim3(kColumns, kRowLanes), sizeof(Sums<A>) * kColumns * kRowLanes, stream,
-           channels_text(norm.channels), in<A>(partials), rows, A(count), batch, out<A>(gradients[0]), out<A>(gradients[1]), out<A>(gradients[2]),
-           norm.channels, NormOf<A>(norm), made);
+           channels_text(norm.channels), in<A>(partials), rows, A(count), batch,
+           out<A>(gradients[0]), out<A>(gradients[1]), out<A>(gradients[2]), norm.channels,
+           NormOf<A>(norm), made);
   });
 }
 

@@ -199,7 +199,7 @@ Inspected = tuple[list[tuple[str, Counter[str]]], dict[str, tuple[hopper.Tile, l
 
 def inspect_with_tiles(cubin: Path) -> Inspected:
     """``inspect``, and the tiles of its Hopper kernels with what is wrong with them."""
-    tiles = {}
+    tiles: dict[str, tuple[hopper.Tile, list[str]]] = {}
     code = disassembled(cubin)
     for mangled, name in names(list(code)).items() if code else ():
         if name.startswith("hopper") and "__nv_bfloat16" in name:  # float16 has the same code
@@ -291,7 +291,8 @@ def main() -> int:
             [tool("cuobjdump"), "--extract-elf", "all", str(found)],
             cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
-        rows, tiles, cubins = [], {}, sorted(Path(folder).glob("*.cubin"))
+        rows, cubins = [], sorted(Path(folder).glob("*.cubin"))
+        tiles: dict[str, tuple[hopper.Tile, list[str]]] = {}
         with ProcessPoolExecutor(2) as pool:
             for cubin, (kernels, found_tiles) in zip(
                 cubins, pool.map(inspect_with_tiles, cubins), strict=True

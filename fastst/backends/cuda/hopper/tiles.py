@@ -216,7 +216,7 @@ def temporal(
         products *= steps * columns  # half a clock per column for each of two warpgroups
         # Of its own products a warpgroup hides half behind what it normalises meanwhile.
         made = prologue * read * steps * _PROLOGUE_CLOCKS
-        products = max(products, made + products / _TEMPORAL_GROUPS / 2)
+        busy = max(products, made + products / _TEMPORAL_GROUPS / 2)
         bytes_in = read * _TEMPORAL_ROWS * round_up(channels, 8) * 2
         common = 0 if stay else chunks * weights
         # The derivative costs about what statistics do.
@@ -229,7 +229,7 @@ def temporal(
                 walks = min(tiles, processors // cluster)
                 if not walks:
                     continue
-                clocks = _clocks(products, bytes_in, common, cluster, slots)
+                clocks = _clocks(busy, bytes_in, common, cluster, slots)
                 clocks *= math.ceil(tiles / walks)
                 order = waited_for(clocks, bytes_in, common, cluster), tiles, n
                 if best is None or order < best[0]:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from benchmarks import hopper as predicted
 from benchmarks import shapes
 from benchmarks.shapes import Case
 from fastst.backends.cuda import hopper
@@ -14,6 +15,7 @@ from fastst.backends.cuda.hopper import instances, launches, tiles
 from fastst.backends.cuda.hopper.tiles import HopperTile
 from fastst.machine.gpu import round_up
 from fastst.problem.spec import Problem
+from tests.support import ROOT
 
 PROCESSORS = 132
 # The pairs that the two kernels run; the stem has its own.
@@ -155,3 +157,9 @@ def test_the_stem_fills_the_gpu() -> None:
     """Time is cut only where clips and places leave warpgroups idle."""
     assert tiles.stem(32, (16, 56, 56), PROCESSORS) == (PROCESSORS, 16)
     assert tiles.stem(1, (16, 56, 56), PROCESSORS) == (98, 4)
+
+
+def test_documented_predictions_are_computed() -> None:
+    text = (ROOT / "docs/design/performance.md").read_text()
+    told = text.split("<!-- hopper:begin -->")[1].split("<!-- hopper:end -->")[0].strip()
+    assert told == predicted.table()
