@@ -13,7 +13,7 @@ from ..problem import activations, checks, geometry
 from ..problem.geometry import left_padding
 from .layers import ActivationArg
 from .pair_of_modules import NORMS, batch_norm_arguments, counts_batches, why_foreign
-from .streaming import check_chunk, check_frame_by_frame, check_state
+from .streaming import advance, check_chunk, check_frame_by_frame, check_state
 
 
 class Conv3d(nn.Conv3d):
@@ -136,27 +136,15 @@ class Conv3d(nn.Conv3d):
         check_chunk(self.causal, self.in_channels, x)
         if not self.norm_per_frame:
             check_frame_by_frame("stream", self._norm(), strict=True)
-        stride = self.stride[0]
-        reach = self.dilation[0] * (self.kernel_size[0] - 1) + 1
-        skip = max(0, stride - reach)  # as in ``streaming``
-        if state is None:
-            past = self._before(x, skip)
-        else:
-            past = check_state(state, x, skip + reach)
-        held, frames = past.shape[2], past.shape[2] + x.shape[2]
-        count = max(0, (frames - skip - reach) // stride + 1)
-        if count:
-            window = past[:, :, skip:] if held > skip else None
-            y = self._run(
-                x[:, :, max(0, skip - held) :], residual, padding=self._sides(), past=window
-            )
-        else:
-            y = x.new_empty(self._shape_without_frames(x))
-        kept = count * stride
-        tail = [past[:, :, kept:]]
-        if (later := max(0, kept - held)) < x.shape[2]:
-            tail.append(self._read(x[:, :, later:]))
-        return y, (torch.cat(tail, 2),)
+        stride, reach = self.stride[0], self.dilation[0] * (self.kernel_size[0] - 1) + 1
+        skip = max(0, stride - reach)
+        past = self._before(x, skip) if state is None else check_state(state, x, skip + reach)
+
+        def run(fresh: Tensor, window: Tensor | None) -> Tensor:
+            return self._run(fresh, residual, padding=self._sides(), past=window)
+
+        y, after = advance(past, x, stride, reach, run, self._read)
+        return x.new_empty(self._shape_without_frames(x)) if y is None else y, after
 
     def _norm(self) -> Any:
         return self._modules.get("input_norm")

@@ -22,10 +22,12 @@ from ..problem.spec import COMBINES, ORDERS, Triple, default_mid_channels
 from . import streaming
 from .pair_of_modules import (
     as_spatial_temporal,
+    batch_norm_arguments,
     pad_causally,
     pair_forward,
     read_members,
     sides,
+    why_composed,
     why_foreign,
 )
 
@@ -173,7 +175,14 @@ class Conv2Plus1d(nn.Module):
             TypeError, ValueError: the layer is not causal, normalises with statistics of the batch
                 or in a way that nobody knows, or a chunk or state does not fit.
         """
-        return streaming.stream(self, x, state)
+        parts = read_members(self, "_modules", "spatial", "temporal", "norm", "activation")
+        first, second = as_spatial_temporal(*parts[:2], self.order)
+        through = None
+        if why_composed(first, parts[2], parts[3], second, self.order) is None:
+            named = activations.from_module(parts[3])
+            assert named is not None
+            through = streaming.Through(batch_norm_arguments(parts[2]), *named)
+        return streaming.stream(self, x, state, through)
 
     def extra_repr(self) -> str:
         parts = [f"order={self.order!r}"]

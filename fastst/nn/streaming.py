@@ -8,12 +8,15 @@ stream stands.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .. import functional
 from ..backends.conv_pass import pad
+from ..functional import BatchNorm
 from ..problem.geometry import left_padding
 
 
@@ -72,16 +75,107 @@ def _across_frames(module: nn.Module, strict: bool) -> str | None:
     return next((why for why in found if why is not None), None)
 
 
+def advance(
+    past: Tensor,
+    fresh: Tensor,
+    stride: int,
+    reach: int,
+    run: Callable[[Tensor, Tensor | None], Tensor],
+    read: Callable[[Tensor], Tensor],
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """What a chunk completes, or None if that is nothing, and the state after it.
+
+    Args:
+        past: the buffer, (N, C, P, H, W): frames as the convolution reads them.
+        fresh: the chunk, as it comes.
+        stride, reach: of the convolution, in frames.
+        run: the convolution of fresh frames, with those before them.
+        read: fresh frames as the convolution reads them.
+    """
+    skip, held = max(0, stride - reach), past.shape[2]
+    count = max(0, (held + fresh.shape[2] - skip - reach) // stride + 1)
+    y = None
+    if count:
+        window = past[:, :, skip:] if held > skip else None
+        y = run(fresh[:, :, max(0, skip - held) :], window)
+    kept = count * stride
+    tail = [past[:, :, kept:]]
+    if (later := max(0, kept - held)) < fresh.shape[2]:
+        tail.append(read(fresh[:, :, later:]))
+    return y, (torch.cat(tail, 2),)
+
+
+class Through(NamedTuple):
+    """Norm and activation of a pair that its second convolution may read through."""
+
+    norm: BatchNorm | None
+    activation: str
+    slope: float
+
+
+def _convolve(conv: Any, x: Tensor, past: Tensor | None = None, **before: Any) -> Tensor:
+    """A convolution of the pair, by ``functional.conv3d``."""
+    sides = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
+    y: Tensor = functional.conv3d(
+        x, conv.weight, conv.bias, conv.stride, sides, conv.dilation, conv.groups,
+        padding_mode=conv.padding_mode, past=past, **before,
+    )  # fmt: skip
+    return y
+
+
+def _stream_through(
+    layer: CausalPair, x: Tensor, state: tuple[Tensor, ...] | None, through: Through
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Both convolutions as operations of their own: no frame is concatenated for them, and neither
+    v nor z is written but for the state."""
+    temporal, spatial_first = layer.temporal, layer.order == "spatial-first"
+    stride, reach = temporal.stride[0], temporal.dilation[0] * (temporal.kernel_size[0] - 1) + 1
+    between = dict(
+        input_norm=through.norm, input_activation=through.activation,
+        negative_slope=through.slope,
+    )  # fmt: skip
+    fresh = _convolve(layer.spatial, x) if spatial_first else x
+
+    def read(frames: Tensor) -> Tensor:
+        return _activate(layer, frames) if spatial_first else frames
+
+    if state is None:
+        left = left_padding(temporal.kernel_size[0], stride, temporal.dilation[0], layer.causal)
+        shape = (*fresh.shape[:2], max(0, stride - reach) + left, *fresh.shape[3:])
+        zeros = temporal.padding_mode == "zeros"
+        past = fresh.new_zeros(shape) if zeros else read(fresh[:, :, :1]).expand(shape)
+    else:
+        past = check_state(state, fresh, max(0, stride - reach) + reach)
+    own = between if spatial_first else {}
+    y, after = advance(
+        past, fresh, stride, reach, lambda f, window: _convolve(temporal, f, window, **own), read
+    )
+    if y is not None and not spatial_first:
+        y = _convolve(layer.spatial, y, **between)
+    return y, after
+
+
 def stream(
-    layer: CausalPair, x: Tensor, state: tuple[Tensor, ...] | None
+    layer: CausalPair,
+    x: Tensor,
+    state: tuple[Tensor, ...] | None,
+    through: Through | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See ``Conv2Plus1d.stream``."""
+    """See ``Conv2Plus1d.stream``.
+
+    Args:
+        through: what stands between the convolutions, where they may be called as functions.
+    """
     check_chunk(layer.causal, layer.in_channels, x)
     check_frame_by_frame("stream", layer.norm, layer.activation, strict=True)
     temporal = layer.temporal
     stride = temporal.stride[0]
     reach = temporal.dilation[0] * (temporal.kernel_size[0] - 1) + 1
     skip = max(0, stride - reach)
+    if through is not None:
+        y, after = _stream_through(layer, x, state, through)
+        if y is not None:
+            return y, after
     if layer.order == "spatial-first":
         fresh = _activate(layer, layer.spatial(x))
     else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastst
+from fastst import dispatch
 from tests.support import fuzz
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -213,3 +214,22 @@ def test_causal_branches_refuse_them_too(norm: nn.Module) -> None:
     layer = fastst.ParallelConv2Plus1d(4, 4, 3, padding=(0, 1, 1), causal=True, norm=norm)
     with pytest.raises(ValueError, match="see each frame by itself"):
         layer(torch.randn(1, 4, 3, 5, 5))
+
+
+@pytest.mark.parametrize("order", ["spatial-first", "temporal-first"])
+def test_each_convolution_is_one_operation(order: str) -> None:
+    """Norm and activation belong to the second; a hook on a child makes them separate modules."""
+    layer = build(order, "zeros", dict(norm="batch", activation="silu")).float()
+    x = torch.randn(1, 4, 2, 6, 6)
+    _, state = layer.stream(x)
+    with torch.no_grad(), dispatch.recording() as calls:
+        y, _ = layer.stream(x, state)
+    assert [c.what for c in calls] == ["conv3d"] * 2
+    specs = [c.problem.spec for c in calls]  # type: ignore[union-attr]
+    assert [(s.norm, s.input_activation) for s in specs] == [("none", "none"), ("frozen", "silu")]
+    temporal = calls[order == "spatial-first"].problem
+    assert temporal is not None and temporal.past == 2  # type: ignore[attr-defined]
+    layer.norm.register_forward_hook(lambda *_: None)
+    with torch.no_grad(), dispatch.recording() as calls:
+        torch.testing.assert_close(layer.stream(x, state)[0], y, rtol=1e-5, atol=1e-5)
+    assert not calls

@@ -54,6 +54,10 @@ def _mid_tensors_alive(problem: PairProblem) -> int:
 
 
 def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
+    if isinstance(problem, ConvProblem) and problem.in_channels < _LEAST_PER_GROUP:
+        return (
+            f"is slow with fewer than {_LEAST_PER_GROUP} input channels, here {problem.in_channels}"
+        )
     if problem.dtype != torch.float32 and multiplies(problem.dtype):
         name = str(problem.dtype).removeprefix("torch.")
         return f"multiplies in float32 what this processor multiplies in {name}"

@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 def network(kernel: tuple[int, int, int] = (3, 3, 3)) -> nn.Sequential:
     torch.manual_seed(0)
-    stem = nn.Conv3d(3, 16, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
+    stem = nn.Conv3d(8, 16, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
     model = nn.Sequential(stem, nn.BatchNorm3d(16), nn.ReLU(), Block(16, kernel))
     for m in model.modules():
         if isinstance(m, nn.BatchNorm3d):
@@ -45,7 +45,7 @@ def network(kernel: tuple[int, int, int] = (3, 3, 3)) -> nn.Sequential:
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3)])
 def test_inference_ends_in_the_convolution(kernel: tuple[int, int, int]) -> None:
-    model, x = network(kernel).eval(), torch.randn(1, 3, 4, 20, 20)
+    model, x = network(kernel).eval(), torch.randn(1, 8, 4, 20, 20)
     served = fastst.optimize_for_inference(model)
     with torch.no_grad(), dispatch.recording() as calls:
         y = served(x) + 0.0
@@ -57,7 +57,7 @@ def test_inference_ends_in_the_convolution(kernel: tuple[int, int, int]) -> None
 
 
 def test_norms_in_training_take_the_statistics_of_the_kernel() -> None:
-    model, x = network(), torch.randn(2, 3, 4, 16, 16)
+    model, x = network(), torch.randn(2, 8, 4, 16, 16)
     converted = copy.deepcopy(model)
     fastst.convert(converted)
     with dispatch.recording() as calls:
@@ -74,7 +74,7 @@ def test_norms_in_training_take_the_statistics_of_the_kernel() -> None:
 
 
 def test_filters_hooks_and_revert() -> None:
-    model, x = network().eval(), torch.randn(1, 3, 4, 16, 16)
+    model, x = network().eval(), torch.randn(1, 8, 4, 16, 16)
     with torch.no_grad():
         for settings, expected in (
             (dict(), 3), (dict(only="0"), 1), (dict(skip="3.*"), 1), (dict(skip="*"), 0),
@@ -98,7 +98,7 @@ def test_filters_hooks_and_revert() -> None:
 
 def test_where_no_kernel_runs_nothing_changes() -> None:
     """float64 on a CPU: PyTorch's convolution, as it did, without a warning."""
-    model, x = network().double().eval(), torch.randn(1, 3, 4, 16, 16).double()
+    model, x = network().double().eval(), torch.randn(1, 8, 4, 16, 16).double()
     fastst.convert(converted := copy.deepcopy(model))
     with torch.no_grad(), dispatch.recording() as calls:
         assert torch.equal(converted(x), model(x))
@@ -110,3 +110,12 @@ def test_what_pytorch_refuses_it_still_refuses() -> None:
     fastst.convert(model)
     with pytest.raises(RuntimeError, match="expected input"):
         model(torch.randn(1, 4, 4, 16, 16))
+
+
+def test_a_thin_stem_stays_with_pytorch() -> None:
+    stem, x = nn.Conv3d(3, 16, (3, 7, 7)).eval(), torch.randn(1, 3, 4, 16, 16)
+    expected = stem(x)
+    fastst.convert(stem)
+    with dispatch.recording() as calls:
+        assert torch.equal(stem(x), expected)
+    assert not calls
