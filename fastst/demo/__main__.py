@@ -1,4 +1,4 @@
-"""R(2+1)D-18 on a clip before and after ``fastst.convert``: agreement, time, memory, a chart."""
+"""A network on a clip before and after ``fastst.convert``: agreement, time, memory, a chart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastst
 
-from ..models import r2plus1d_18
+from .. import models
 
 try:
     from tqdm import tqdm
@@ -26,6 +26,7 @@ except ImportError as error:
     sys.exit(2)
 from . import measure
 
+_NETWORKS = {"r2plus1d_18": "R(2+1)D-18", "r3d_18": "R3D-18"}
 ORIGINAL, CONVERTED, OPTIMISED = "original", "converted", "for inference"
 _FEW_ULPS = 4 * torch.finfo(torch.float32).eps
 _DOUBLE = 1e-8  # what float64 keeps of a gradient through 37 batch norms, some over few values
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         frames = clip.read(options.video, options.frames, options.size)
-        original = r2plus1d_18(weights=options.weights).to(options.device)
+        original = getattr(models, options.model)(weights=options.weights).to(options.device)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.open("ab").close()
     except (clip.ClipError, OSError, ValueError) as error:
@@ -87,10 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     weights = options.weights.name if options.weights else "random weights"
     setting = (
-        f"R(2+1)D-18, {weights}; {options.batch} × {options.frames} frames of {options.size}² from "
-        f"{options.video.name}; {_machine(options.device)}, float32"
+        f"{_NETWORKS[options.model]}, {weights}; {options.batch} × {options.frames} frames of "
+        f"{options.size}² from {options.video.name}; {_machine(options.device)}, float32"
     )
     replaced = f"{len(report.replaced)} pairs of convolutions replaced"
+    if not report.replaced:
+        replaced = f"{len(report.whole)} 3D convolutions prepared"
     keys = "unchanged" if same_keys else "CHANGED"
     print(f"{setting}\n{replaced}, state_dict keys {keys}\n\n{_table(agreement, panels)}")
     notes = [setting, f"{replaced}, state_dict keys {keys}", _summary(agreement)]
@@ -113,7 +116,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=_at_least(1), default=5, help="timed runs of each kind (5)")
     add("--threads", type=_at_least(1), help="CPU threads (PyTorch's choice)")
     add("--device", type=_device, default="cuda" if gpu else "cpu", help="cuda if there is one")
-    add("--weights", type=Path, help="torchvision's checkpoint of r2plus1d_18 (random weights)")
+    add("--model", choices=_NETWORKS, default="r2plus1d_18", help="the network (r2plus1d_18)")
+    add("--weights", type=Path, help="torchvision's checkpoint of it (random weights)")
     add("--seed", type=int, default=0, help="of the random weights (0)")
     add("--output", type=Path, default=Path("out/demo.png"), help="the chart (out/demo.png)")
     add("--quiet", action="store_true", help="no progress bar")

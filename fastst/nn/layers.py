@@ -175,13 +175,15 @@ class Conv2Plus1d(nn.Module):
             TypeError, ValueError: the layer is not causal, normalises with statistics of the batch
                 or in a way that nobody knows, or a chunk or state does not fit.
         """
-        parts = read_members(self, "_modules", "spatial", "temporal", "norm", "activation")
-        first, second = as_spatial_temporal(*parts[:2], self.order)
+        spatial, temporal, norm, activation = read_members(
+            self, "_modules", "spatial", "temporal", "norm", "activation"
+        )
+        first, second = as_spatial_temporal(spatial, temporal, self.order)
         through = None
-        if why_composed(first, parts[2], parts[3], second, self.order) is None:
-            named = activations.from_module(parts[3])
+        if why_composed(first, norm, activation, second, self.order) is None:
+            named = activations.from_module(activation)
             assert named is not None
-            through = streaming.Through(batch_norm_arguments(parts[2]), *named)
+            through = streaming.Through(batch_norm_arguments(norm), *named)
         return streaming.stream(self, x, state, through)
 
     def extra_repr(self) -> str:

@@ -130,7 +130,7 @@ def _stream_through(
     v nor z is written but for the state."""
     temporal, spatial_first = layer.temporal, layer.order == "spatial-first"
     stride, reach = temporal.stride[0], temporal.dilation[0] * (temporal.kernel_size[0] - 1) + 1
-    between = dict(
+    between: dict[str, Any] = dict(
         input_norm=through.norm, input_activation=through.activation,
         negative_slope=through.slope,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _stream_through(
         past = fresh.new_zeros(shape) if zeros else read(fresh[:, :, :1]).expand(shape)
     else:
         past = check_state(state, fresh, max(0, stride - reach) + reach)
-    own = between if spatial_first else {}
+    own: dict[str, Any] = between if spatial_first else {}
     y, after = advance(
         past, fresh, stride, reach, lambda f, window: _convolve(temporal, f, window, **own), read
     )

@@ -41,6 +41,15 @@ def test_runs_and_draws(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_runs_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "chart.png"
+    assert demo.main([*SMALL, "--model", "r3d_18", "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("R3D-18, random weights") and "17 3D convolutions prepared" in text
+
+
+@pytest.mark.slow
 def test_notices_a_network_that_computes_something_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
