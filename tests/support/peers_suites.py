@@ -93,11 +93,11 @@ class _Converting:
 _converting = _Converting()
 
 
-def pytest_configure(config: Any) -> None:
+if how := os.environ.get("FASTST_PEERS"):  # as a plugin, before any conftest imports torchvision
     import peers  # a link beside that of this file: there are other packages called tests
 
     peers._define_nms()
-    if os.environ.get("FASTST_PEERS") == "converted":
+    if how == "converted":
         _converting.install()
 
 
