@@ -292,22 +292,26 @@ class Link:
 
     def _settled(self) -> Tensor:
         """The value; what sees its memory is made with it, before anybody can write to it."""
-        if self.value is None and self.sees and self.before is not None:
-            self.before._settled()  # may have made this one
+        source = None
+        if self.value is None and self.before is not None:  # whose value may come with this one
+            source = self.before._settled() if self.sees else self.before.current()
         if self.value is None:
-            self.value = value = self._fresh()
+            self.value = value = self._computed(source)
             self.version = None if value.is_inference() else value._version
             for view in filter(None, (ref() for ref in self.views)):
                 view._settled()
         return self.value
 
     def _fresh(self) -> Tensor:
+        """The value in memory of its own, whatever has been written to another one."""
+        return self._computed(None if self.before is None else self.before.current())
+
+    def _computed(self, source: Tensor | None) -> Tensor:
         what, grad = self.plan.name or "the model", self.state.grad
         tensors = {name: kept.get(f"{name} of {what}", grad) for name, kept in self.kept}
         for _, kept in self.kept:
             if kept.same:  # by address, kernels would make memory of its own for a clone
                 kept.release()
-        source = None if self.before is None else self.before.current()
         with self.state.restored():
             return self.run(source, **tensors)
 

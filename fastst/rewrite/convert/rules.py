@@ -23,10 +23,10 @@ from .forms import Form
 from .geometry import first_pass, second_pass
 from .graphs import promised
 from .promise import RULES, CannotDefer, Kept, Link, Promise, State, real, valueless
+from .traced import CONVOLVE
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-_CONV: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by rank
 
 
 # ---- the first convolution
@@ -60,7 +60,7 @@ def begin(
         return None  # an exported program has no gradient of the operation
     mode = "constant" if settings[-2] == "zeros" else settings[-2]
     padded, how = found.padded, found.how
-    convolve = _CONV[weight.dim()]
+    convolve = CONVOLVE[weight.dim()]
 
     def run(_: None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if padded is not None:
@@ -322,7 +322,7 @@ def _second_of(rank: int) -> Callable[..., Any]:
     return rule
 
 
-SECOND = {rank: _second_of(rank) for rank in _CONV}
+SECOND = {rank: _second_of(rank) for rank in CONVOLVE}
 
 
 def _second(link: Link, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]) -> Any:
@@ -444,7 +444,7 @@ RULES.update({
     Tensor.__iadd__: _add(True),
     Tensor.add_: _add(True),
     F.batch_norm: _batch_norm,
-    **{function: SECOND[rank] for rank, function in _CONV.items()},
+    **{function: SECOND[rank] for rank, function in CONVOLVE.items()},
     **views.FOLLOWED,
     **{getattr(F, name): _activation(name, getattr(F, name)) for name in activations.FUNCTIONS},
     torch.relu: _activation("relu", torch.relu),

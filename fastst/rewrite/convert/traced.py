@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-_CONV: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by rank
+CONVOLVE: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by rank
 _known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
@@ -39,7 +39,7 @@ def convolution(
     if begins is None or type(x) is FakeTensor:
         if mode != "zeros":
             x, padding = F.pad(x, widths, mode), 0
-        return _CONV[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+        return CONVOLVE[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
     how = stride, padding, dilation, groups
     answer: Tensor = begins.answer(x, weight, bias, how, mode, widths)
     return answer

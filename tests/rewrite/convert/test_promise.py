@@ -76,6 +76,13 @@ def viewed_then_written(m: Any, x: Tensor) -> Tensor:
     return m.t(w) + m.t(u)
 
 
+def written_under_a_view(m: Any, x: Tensor) -> Tensor:
+    u = m.s(x)
+    v = u.transpose(3, 4)
+    u.add_(1)
+    return m.t(v.transpose(3, 4))
+
+
 def kept(m: Any, x: Tensor) -> Tensor:
     u = m.n(m.s(x))
     m.kept.append(u)
@@ -144,6 +151,7 @@ BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {  # with how many
     "written": (written, 0),
     "viewed": (viewed_then_written, 0),
     "kept": (kept, 1),
+    "written under a view": (written_under_a_view, 0),
     "no grad first": (no_grad_first, 0),
     "no grad second": (no_grad_second, 0),
     "frozen": (frozen, 1),

@@ -141,6 +141,20 @@ CALLS_OF_TWO = (
         "x = x.reshape(b, t, c, h, w).transpose(1, 2)\nx = self.n@(x)",
         "self.m@, self.n@ = nn.Conv2d(4, 4, 3, padding=1), nn.Conv3d(4, 4, (3, 1, 1))",
     ),
+    Statement(  # with a norm of frames, and the norm and the activation of clips
+        "b, c, t, h, w = x.shape\n"
+        "x = self.bn2(self.m@(x.transpose(1, 2).flatten(0, 1))).unflatten(0, (b, t))\n"
+        "x = F.silu(x.transpose(1, 2))\nx = self.n@(F.pad(x, (0, 0, 0, 0, 2, 0)))",
+        "self.m@, self.n@ = nn.Conv2d(4, 4, 3, padding=1), nn.Conv3d(4, 4, (3, 1, 1))\n"
+        "self.bn2 = nn.BatchNorm2d(4)",
+    ),
+    Statement(  # pixels first
+        "b, c, t, h, w = x.shape\n"
+        "x = self.m@(x.permute(0, 3, 4, 1, 2).reshape(b * h * w, c, t))\n"
+        "x = x.reshape(b, h, w, c, -1).permute(0, 4, 3, 1, 2)\n"
+        "x = self.n@(x.reshape(-1, c, h, w)).unflatten(0, (b, -1)).transpose(1, 2)",
+        "self.m@, self.n@ = nn.Conv1d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)",
+    ),
     Statement(  # a causal cache
         "y = self.m@(x)\nx = self.n@(F.pad(y, (0, 0, 0, 0, 2, 0), mode='replicate'))\n"
         "self.caches.append(y[:, :, -2:].detach())",
@@ -266,7 +280,13 @@ CHANGES = some(  # make another x of it
     "x = F.interpolate(x, scale_factor=(1, 2, 2))",
     "x = F.max_pool3d(x, 3, 1, 1)", "x = F.avg_pool3d(x, (1, 2, 2), 1)", "x = torch.roll(x, 1, 2)",
     "x = halved(x)", "x = Scale.apply(x)", "x = Doubles.apply(x)",
-    "x = torch.lerp(x, x.flip(3), 0.3)",
+    "x = torch.lerp(x, x.flip(3), 0.3)", "x = torch.cat([x[:, :, :1], x], 2)",
+    "x = torch.cat([x[:, :, :1, ...].repeat(1, 1, 2, 1, 1), x], dim=2)",
+    "x = torch.cat((x.narrow(2, 0, 1).expand(-1, -1, 2, -1, -1), x), 2)",
+    "y = x[:, :, :1]\nF.relu_(x)\nx = torch.cat([y, x], 2)", "y = x.transpose(3, 4)\ny.mul_(2)",
+    "y = x.flatten(3)\nx = F.relu(x)\nx = x + y.view(x.shape)",
+    "y = x.permute(0, 2, 1, 3, 4)\nx.add_(1)\nx = y.permute(0, 2, 1, 3, 4)",
+    "x = x.transpose(1, 2).contiguous().transpose(1, 2)",
     "x = x + torch.randn_like(x)", "x = x.new_zeros(x.shape) + x", "x = x * torch.ones_like(x)",
     "x = torch.zeros(x.size(0), 4, 1, 1, 1, dtype=x.dtype) + x", "x = x.expand(x.shape)",
     "x = x.repeat(1, 1, 2, 1, 1)", "x = copy.copy(x)", "x = x.requires_grad_()",
