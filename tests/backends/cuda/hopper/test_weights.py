@@ -22,6 +22,7 @@ from torch.nn.grad import conv3d_weight
 from fastst.backends.cuda import library
 from fastst.backends.cuda.hopper import instances, weight_tiles, weights
 from fastst.backends.cuda.hopper.launches import Gradient, Mid
+from fastst.backends.cuda.hopper.packing import Table
 from fastst.backends.cuda.hopper.weight_tiles import Reach, WeightTile
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import fuzz, planted
@@ -101,13 +102,18 @@ def check(case: Case) -> None:
     """Both weight gradients against float64's."""
     problem, t = case.problem(), case.tensors()
     p, q = (case.numbers((2, case.mid)) / 2).unbind()
-    affine = torch.zeros(2, -(-case.mid // 64) * 64)
-    affine[:, : case.mid] = torch.stack((p, q))
+
+    def table(*rows: Tensor) -> Table:  # scale, shift, and what the second tensor is multiplied by
+        values = torch.zeros(3, -(-case.mid // 64) * 64)
+        values[:, : case.mid] = torch.stack(rows)
+        return Table(values)
+
     g, u = case.rows(problem, 1), case.rows(problem, 2)
     dy = case.numbers((case.batch, case.out, *problem.out_size))
     with library.launching(problem) as k:
         if case.made:
-            du, z = Gradient(g, u, affine), Mid(u, affine, case.activation)
+            du = Gradient(g, u, table(torch.ones_like(p), q, p))
+            z = Mid(u, table(p, q, torch.zeros_like(p)), case.activation)
         else:
             du, z = Gradient(g), Mid(u, None, "none")
         found = (
