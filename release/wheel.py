@@ -32,10 +32,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("_cpu_avx2", "_cpu_avx512", "_C")
 UNWANTED = ("nvcc was not found", "FASTST_BUILD_CUDA=0 was set")  # why _C may be missing
-# The tests that need nothing but the package; a minute on two cores. CI has run them already, and
-# tries a few from the wheel.
+# The tests that need nothing but the package; a minute on two cores. CI has run them and the demo
+# already, and tries from the wheel whether they start.
 QUICK = ("tests/test_functional.py", "tests/nn/test_layers.py", "tests/backends/cpu")
-FEW = ("--quick", "tests/test_functional.py")
+FEW = ("--quick", "tests/test_functional.py", "-k", "two_convolutions or two_branches")
+_CLIP = "from fastst.demo import __main__, clip; clip.read(clip.SHIPPED, 4, 32)"
 _SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Not imported: a library for other processors ends the process.
 _FROM_THE_WHEEL = """
@@ -120,10 +121,14 @@ def test(source: Path, python: Path, libraries: Sequence[str], work: Path, reuse
     run(python, "-c", _FROM_THE_WHEEL, *modules, cwd=folder)
     run(python, "-m", "fastst", cwd=folder)
     run(python, "-W", "error", "readme.py", cwd=folder, FASTST_STRICT="1")
-    small = ["--frames", "4", "--size", "32", "--repeats", "1", "--quiet"]
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if reuse:
+        run(python, "-c", _CLIP, cwd=folder)
+        run(*pytest, *FEW, cwd=folder)
+        return
+    small = ["--frames", "4", "--size", "56", "--repeats", "1", "--quiet"]
     run(python, "-W", "error", "-m", "fastst.demo", *small, cwd=folder, FASTST_STRICT="1")
-    tests = FEW if reuse else QUICK
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=folder)
+    run(*pytest, *QUICK, cwd=folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
