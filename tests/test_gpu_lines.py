@@ -112,6 +112,9 @@ def checks_in_advance(s: Setting) -> None:
     for backend, kind in ((triton.BACKEND, "dense forward"), (cuda.BACKEND, "hopper")):
         found = selfcheck.examples_of(backend, kind, torch.float16, GPU)
         assert any(e.instances for e in found)
+        if backend is triton.BACKEND:
+            assert not s.gpus.compiled
+            assert found[0].make().instances  # type: ignore[union-attr]
     assert s.gpus.compiled
     launched = s.gpus.compiled[0]
     warm: list[Any] = []

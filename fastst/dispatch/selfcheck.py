@@ -201,7 +201,8 @@ def check(
         backend: whose kernels; ``aten``'s for PyTorch's own convolutions.
         examples: what is run.
         device, dtype: what to run on.
-        begin: told the name of each example before anything of it is launched.
+        begin: told the name of each example before anything of it is launched; and "" before it is
+            made.
 
     Returns:
         None, or what is wrong, as the end of a sentence about the backend.
@@ -212,20 +213,18 @@ def check(
     with bare(device):
         for number, example in enumerate(examples, 1):
             name = example.name or f"example {number} of {len(examples)} in {dtype}"
+            begin("")  # compiling is no part of it
+            made = example.make() if isinstance(example, Later) else example
             begin(name)
-            why = _compared(example, name, device, dtype)
+            why = _compared(made, name, device, dtype)
             if why is not None:
                 return why
     return None
 
 
-def _compared(
-    example: Example | Later, name: str, device: torch.device, dtype: torch.dtype
-) -> str | None:
+def _compared(example: Example, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with the results of an example."""
     allowed = _ULPS * _rounding(dtype, device)
-    if isinstance(example, Later):
-        example = example.make()
     try:
         there = type(example.tensors)(*(_moved(t, device) for t in example.tensors))
         true = _truth(example, there)

@@ -9,7 +9,7 @@ Which ones a problem has its own host code tells, on tensors without memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -20,7 +20,7 @@ from ...machine import choices
 from ...problem.examples import KINDS, of_kind, problems, resembling
 from ...problem.spec import PairProblem, Pass, Problem
 from .. import rehearsal
-from ..contract import Later, Phase
+from ..contract import Example, Later, Phase
 from ..rehearsal import POSITIONS, Calls, Smaller, Way, as_called
 from . import arguments, backward, launch, pair, tiles
 from .parallel import parallel_conv2plus1d
@@ -71,13 +71,22 @@ def rehearse(problem: Problem, phase: Phase, way: str | None = None) -> list[Lat
     way = way or choices.choice("triton", problem, phase)
     problem = as_called(problem, phase)
     ways = rehearsal.ways(_calls(way), problem, phase)
-    if problem.device.type == "cuda":
-        made = resembling(problem, problem.batch, problem.size)
-        found = {e.instance: e for w in ways for e in _launches(problem, phase, w, made)}
-        launch.compile_all([*found.values()], problem.device)
-    return rehearsal.rehearse(
+    found = rehearsal.rehearse(
         problem, phase, ways, partial(_noted, problem, phase), partial(_smaller, problem)
     )
+    if problem.device.type == "cuda":
+        found[0] = found[0]._replace(make=partial(_compiled, found[0].make, problem, phase, ways))
+    return found
+
+
+def _compiled(
+    make: Callable[[], Example], problem: Problem, phase: Phase, ways: Sequence[Way]
+) -> Example:
+    """The first example, made when the kernels of all are compiled."""
+    made = resembling(problem, problem.batch, problem.size)
+    found = {e.instance: e for w in ways for e in _launches(problem, phase, w, made)}
+    launch.compile_all([*found.values()], problem.device)
+    return make()
 
 
 def _calls(way: str | None) -> Calls:
