@@ -18,6 +18,9 @@ PLANTED = os.environ.get("FASTST_TEST_PLANT", "")
 KIND = os.environ.get("FASTST_TEST_PLANT_KIND", "")
 
 
+_runs: list[str] = []
+
+
 def _plant_now() -> str:
     return Path(PLANTED[1:]).read_text() if PLANTED.startswith("@") else PLANTED
 
@@ -28,8 +31,9 @@ def _spoil(results: list[Any]) -> list[Any]:
     plant = _plant_now()
     if plant == "wrong":
         return [t * 1.5 for t in results]
-    if plant == "unequal":
-        return [t + torch.randn_like(t) * 1e-6 for t in results]
+    if plant == "unequal":  # every second time by an ulp or two
+        _runs.append(plant)
+        return [t * (1 + 2.0**-9 * (len(_runs) % 2)) for t in results]
     if plant == "nan":
         return [t * float("nan") for t in results]
     if plant == "hang":
