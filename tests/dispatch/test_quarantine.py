@@ -70,7 +70,7 @@ TOLD = {
     "fault": ("faulted in .* with RuntimeError: CUDA error: an illegal memory access", "fault"),
     "SIGTERM": ("could not be checked: its check was ended .SIGTERM.", None),
     "exit": ("could not be checked: its check was ended .status 3.", None),
-    "ends": ("could not be checked: its check was ended .SIGINT.: KeyboardInterrupt", None),
+    "ends": ("could not be checked: its check was ended .(SIGINT|status 1).: Keyboard", None),
 }
 
 
