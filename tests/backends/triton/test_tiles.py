@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import floors, shapes
+from benchmarks import floors, predicted, shapes
 from fastst.backends.triton import tiles
 from fastst.machine import gpu
 from tests.support import ROOT
@@ -82,6 +82,10 @@ def test_documented_floors_are_computed() -> None:
     assert told == floors.table()
     told = text.split("<!-- training-floors:begin -->")[1].split("<!-- training-floors:end -->")[0]
     assert told.strip() == floors.training_table()
+    told = text.split("<!-- triton-predicted:begin -->")[1].split("<!-- triton-predicted:end -->")[
+        0
+    ]
+    assert told.strip() == predicted.table()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
