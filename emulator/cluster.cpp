@@ -2,6 +2,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 
 #include "emulator.h"
 
@@ -10,6 +11,10 @@ namespace {
 
 constexpr size_t kStack = 128 * 1024;
 Cluster* running = nullptr;
+
+[[gnu::noinline]] void start_fiber(jmp_buf from, const ucontext_t& to) {
+  if (_setjmp(from) == 0) setcontext(&to);
+}
 
 }  // namespace
 
@@ -34,11 +39,10 @@ void Cluster::run(dim3 first, const std::function<void()>& body) {
   for (const auto& block : blocks) {
     block->start(dim3(first.x + block->rank(), first.y, first.z));
     for (Thread& t : block->threads()) {
-      getcontext(&t.context);
-      t.context.uc_stack.ss_sp = t.stack.get();
-      t.context.uc_stack.ss_size = kStack;
-      t.context.uc_link = &scheduler;
-      makecontext(&t.context, &Cluster::start, 0);
+      getcontext(&t.start);
+      t.start.uc_stack.ss_sp = t.stack.get();
+      t.start.uc_stack.ss_size = kStack;
+      makecontext(&t.start, &Cluster::start, 0);
       all.push_back(&t);
     }
   }
@@ -50,7 +54,10 @@ void Cluster::run(dim3 first, const std::function<void()>& body) {
       progress = true;
       self = t;
       threadIdx = t->index, blockIdx = t->block->index();
-      swapcontext(&scheduler, &t->context);
+      if (std::exchange(t->started, true))
+        switch_fiber(scheduler, t->here);
+      else
+        start_fiber(scheduler, t->start);
       if (error_) std::rethrow_exception(error_);
       left -= t->done;
     }
@@ -58,7 +65,10 @@ void Cluster::run(dim3 first, const std::function<void()>& body) {
   }
 }
 
-void Cluster::start() { running->enter(); }
+void Cluster::start() {
+  running->enter();
+  _longjmp(running->scheduler, 1);
+}
 
 void Cluster::enter() {
   try {

@@ -41,7 +41,7 @@ void Block::start(dim3 index) {
   free_registers_ = 0, left_ = threads_.size();
   warps_.assign(slots_.size() / kWarp, Barrier{});
   for (Thread& t : threads_) {
-    t.done = false, t.ready = nullptr;
+    t.started = t.done = false, t.ready = nullptr;
     t.clock.seen.assign(cluster_.threads, 0);
     t.clock.seen[t.id] = 1;
     t.clock.fenced.clear();
@@ -74,7 +74,7 @@ void Block::wait(std::function<bool()> ready, std::string why) {
   if (ready()) return;
   Thread& t = self();
   t.ready = std::move(ready), t.waits_for = std::move(why);
-  swapcontext(&t.context, &cluster_.scheduler);
+  switch_fiber(t.here, cluster_.scheduler);
 }
 
 void Block::fail(const std::string& what) const {

@@ -7,6 +7,7 @@
 // place, one of them a write, race unless the clock of the second thread has seen the first access.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -88,9 +89,10 @@ struct Thread {
   int rank = 0, id = 0;  // in its block, in its cluster
   Block* block = nullptr;
   dim3 index;
-  ucontext_t context;
+  ucontext_t start;  // its first entry; swapcontext would ask the kernel each time
+  jmp_buf here;      // where it waits
   std::unique_ptr<char[]> stack;
-  bool done = false;
+  bool started = false, done = false;
   std::function<bool()> ready;  // empty: can run
   std::string waits_for;
   Clock clock;
@@ -143,7 +145,7 @@ struct Cluster {
   std::vector<Load> loads;
   std::deque<Reading> readings;
   Barrier barrier;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
 
  private:
   bool deliver();
@@ -245,6 +247,11 @@ class Block {
 };
 
 Block& block();  // that of the running thread
+
+// Leaves one fiber for another, until somebody comes back; in a frame of its own, which stays.
+[[gnu::noinline]] inline void switch_fiber(jmp_buf from, jmp_buf to) {
+  if (_setjmp(from) == 0) _longjmp(to, 1);
+}
 
 // Where the byte at an address of shared memory lies.
 int64_t swizzled(fastst::Swizzle, int64_t address);
