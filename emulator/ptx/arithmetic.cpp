@@ -475,10 +475,13 @@ void move_predicate(Warp& w, const Instruction& i, Lanes lanes) {
 
 // ---- moves
 
+// A copy is as old as what it copies: compilers rename what a product has written.
 template <class T>
 void move(Warp& w, const Instruction& i, Lanes lanes) {
   View<T> d(w, i.r[0]), a(w, i.r[1]);
   each(lanes, [&](int l) { d.set(l, a[l]); });
+  auto& written = w.written_at[static_cast<int>(i.r[0].file)];
+  if (!written.empty()) written[i.r[0].index] = written[i.r[1].index];
 }
 // One register from several that lie in it side by side, and back; `number`: bits of one.
 void pack(Warp& w, const Instruction& i, Lanes lanes) {
@@ -678,6 +681,7 @@ bool moved(Decoder& d) {
   } else {
     d.write(0, file_of(type));
     d.read(1, file_of(type));
+    d.i->copy = type != "pred";
     d.i->run = type == "pred" ? move_predicate : bits == 64 ? move<uint64_t> : Run{move<uint32_t>};
   }
   return true;

@@ -202,7 +202,8 @@ bool conversion(Decoder& d) {
   }
   d.write(0, file_of(c.to));
   d.read(1, file_of(c.from));
-  d.i->run = fast(c);
+  // The source may be a wider register, of which the low bits count.
+  if (d.i->r[1].file == file_of(c.from) && d.i->r[0].file == file_of(c.to)) d.i->run = fast(c);
   if (!d.i->run) {
     d.i->number = static_cast<int64_t>(conversions().size());
     conversions().push_back(c);

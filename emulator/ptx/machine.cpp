@@ -170,7 +170,7 @@ void Warp::run() {
           if (lanes) {
             if (products_under_way) check_products(i);
             i.run(*this, i, lanes);
-            if (registers_matter)
+            if (registers_matter && !i.copy)
               for (int n = 0; n < i.writes; ++n)
                 written_at[static_cast<int>(i.r[n].file)][i.r[n].index] = fences;
           }
@@ -469,7 +469,8 @@ void Launch::run() {
 
 Place Launch::place(Warp& warp, uint64_t address, uint32_t size, bool write, int lane) {
   const auto refuse = [&](const std::string& what) {
-    throw Error((write ? "writes " : "reads ") + std::to_string(size) + " bytes " + what);
+    throw Error("lane " + std::to_string(lane) + (write ? " writes " : " reads ") +
+                std::to_string(size) + " bytes " + what);
   };
   if (address % size)
     refuse("at an address that is no multiple of them: " + std::to_string(address));
@@ -502,7 +503,7 @@ Place Launch::place(Warp& warp, uint64_t address, uint32_t size, bool write, int
   auto after = std::upper_bound(allocations->begin(), allocations->end(), address,
                                 [](uint64_t a, const Allocation& b) { return a < b.base; });
   if (after == allocations->begin() || address + size > (after - 1)->base + (after - 1)->size)
-    refuse("outside of every tensor");
+    refuse("outside of every tensor: at " + std::to_string(address));
   Allocation& a = *(after - 1);
   if (!a.written.empty()) {
     for (uint64_t n = address - a.base; n < address - a.base + size; ++n) {

@@ -258,6 +258,7 @@ struct Decoder {
   void write(int operand, File file);  // all writes come before the first read
   void read(int operand, File file);
   void address(int operand, int which = 0, File base = File::b64);
+  void check(File file) const;  // that the last register is of this file
   [[noreturn]] void unknown(const std::string& what = "") const;
 };
 

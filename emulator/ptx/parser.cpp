@@ -581,15 +581,26 @@ bool Decoder::has(const char* part) const {
 
 void Decoder::write(int operand, File file) {
   i->r.push_back(destination(operands.at(operand), file));
+  check(file);
   ++i->writes;
+}
+
+// Conversions, loads and stores take wider registers than their type; nothing else does.
+void Decoder::check(File file) const {
+  const bool wider = name[0] == "cvt" || name[0] == "ld" || name[0] == "st";
+  if (!wider && i->r.back().file != file) unknown("a register of another size");
 }
 
 void Decoder::read(int operand, File file) {
   const Operand& o = operands.at(operand);
   if (o.kind == Operand::list) {
-    for (const Operand& part : o.inner) i->r.push_back(source(part, file));
+    for (const Operand& part : o.inner) {
+      i->r.push_back(source(part, file));
+      check(file);
+    }
   } else {
     i->r.push_back(source(o, file));
+    check(file);
   }
 }
 

@@ -43,6 +43,7 @@ struct Instruction {
   Flow flow = Flow::next;
   bool guarded = false, guard_negated = false;
   bool product = false;  // a wgmma, which looks after registers itself
+  bool copy = false;     // of a register, as old as its source
   uint32_t guard = 0;    // a predicate
   std::vector<Register> r;
   int writes = 0;
