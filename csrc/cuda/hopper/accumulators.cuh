@@ -24,7 +24,7 @@ struct Epilogue {
   using Statistics = ColumnStatistics<N>;
 
   Global<T> out;
-  Global<const T> residual;          // rows of channels as of out, or none
+  Global<const T> residual{};        // rows of channels as of out, or none
   Global<const float> scale, shift;  // of whole tiles of columns
   Global<float> partials;            // (blocks · warps, 3, channels): count, mean, Σ(v − mean)²
   int channels;                      // that are computed

@@ -47,7 +47,7 @@ struct GradientEpilogue {
   using Statistics = ColumnSums<N>;
 
   Global<T> out;
-  Global<const T> u;                              // rows as of out, or none: act' is 1
+  Global<const T> u{};                            // rows as of out, or none: act' is 1
   Global<const float> mean, scale, beta, factor;  // of whole tiles of columns
   Global<float> partials;  // (blocks · warps, 2, channels): Σdv, Σdv·(u − mean), or none
   int channels;            // that are computed
