@@ -378,8 +378,8 @@ def test_nothing_is_caught_without_a_bug(plant_anew: Plant) -> None:
         ("spatial_gradient", "if (i % kAtOnce == kAtOnce - 1) wgmma_wait<0>();", "", STRIDED),
         ("spatial_gradient", "wgmma_commit();\n            }\n            wgmma_wait<0>();",
          "wgmma_commit();\n            }", TABLE),
-        # the taps of another stride
-        ("spatial_gradient", "fits<Pattern::same, Blocks>(p) ?", "true ?", STRIDED),
+        # the taps of another kernel
+        ("spatial_gradient", "fits<Pattern::same, Blocks>(p) ?", "true ?", TABLE),
         ("spatial_gradient", "^ r / 2 % 4", "^ r % 4", NORM),
         # the derivative and its sums
         ("temporal_gradient", "d * from_mean", "d * widen(u.lane[k])", NORM),
