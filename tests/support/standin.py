@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,7 +202,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch, native: bool = False) -> Iterator[N
     if native:
         found = library.emulated()
         names = [n for n in dir(found) if not n.startswith("__")]
-        real = SimpleNamespace(**{n: getattr(found, n) for n in names})
+        real: Any = ModuleType("native")  # which hashes, as the library does
+        vars(real).update({n: getattr(found, n) for n in names})
         real.device_count, real.device_error = lambda: len(NAMES), lambda: ""
         for module in (cuda, library):
             monkeypatch.setattr(module, "load", lambda: real)
