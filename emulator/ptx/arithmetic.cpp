@@ -481,7 +481,9 @@ void move(Warp& w, const Instruction& i, Lanes lanes) {
   View<T> d(w, i.r[0]), a(w, i.r[1]);
   each(lanes, [&](int l) { d.set(l, a[l]); });
   auto& written = w.written_at[static_cast<int>(i.r[0].file)];
-  if (!written.empty()) written[i.r[0].index] = written[i.r[1].index];
+  if (written.empty()) return;
+  const uint32_t at = written[i.r[1].index];  // 0: a number, which nothing has written
+  written[i.r[0].index] = at ? at : w.fences;
 }
 // One register from several that lie in it side by side, and back; `number`: bits of one.
 void pack(Warp& w, const Instruction& i, Lanes lanes) {

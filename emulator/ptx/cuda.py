@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import gc
 import importlib.util
 import re
 import shutil
@@ -20,11 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from .. import build
-from .executed import Executed
-from .machine import Memory, Module
+from .executed import Executed, live_tensors
+from .machine import Module
 
 MODULE = "fastst_executed"
 FLAGS = (
@@ -111,17 +108,6 @@ def alone(text: str, kernel: str) -> str:
     return text[: entries[0].start()] + text[entries[n].start() : end]
 
 
-def _tensors() -> list[Memory]:
-    """The memory of every tensor that lives: launches get plain addresses."""
-    found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            if storage.nbytes():
-                found[storage.data_ptr()] = Memory(storage.data_ptr(), storage.nbytes())
-    return list(found.values())
-
-
 @contextlib.contextmanager
 def executing(path: Path | None = None) -> Iterator[tuple[ModuleType, Executed]]:
     """The library, for tensors on the CPU; within, its launches are executed.
@@ -146,7 +132,7 @@ def executing(path: Path | None = None) -> Iterator[tuple[ModuleType, Executed]]
             sizes = modules[kernel].parameters(kernel)
             arguments = [ctypes.string_at(values[n], size) for n, (_, size) in enumerate(sizes)]
             executed.run(
-                modules[kernel], kernel, dims[0:3], dims[3:6], arguments, _tensors(),
+                modules[kernel], kernel, dims[0:3], dims[3:6], arguments, live_tensors(),
                 shared=shared, cluster=dims[6:9],
             )  # fmt: skip
         except Exception as error:

@@ -15,8 +15,8 @@ from unittest import mock
 
 import torch
 
-from .executed import Executed
-from .machine import Memory, Module
+from .executed import Executed, live_tensors
+from .machine import Module
 
 
 class Launcher:
@@ -32,18 +32,14 @@ class Launcher:
     ) -> None:  # fmt: skip
         module, name = function
         given: list[int | float] = []
-        memory: dict[int, Memory] = {}
         for type_, value in _passed(self.types, args):
             if type_[0] == "*":
-                given.append(0 if value is None else value.data_ptr())
-                if value is not None:
-                    storage = value.untyped_storage()
-                    memory[storage.data_ptr()] = Memory(storage.data_ptr(), storage.nbytes())
+                given.append(value.data_ptr() if isinstance(value, torch.Tensor) else value or 0)
             else:
                 given.append(float(value) if type_.startswith("fp") else int(value))
         given += [0, 0]  # scratch memory, which no kernel of ours asks for
         self.executed.run(
-            module, name, (x, y, z), (32 * self.metadata.num_warps,), given, memory.values(),
+            module, name, (x, y, z), (32 * self.metadata.num_warps,), given, live_tensors(),
             shared=self.metadata.shared,
         )  # fmt: skip
 

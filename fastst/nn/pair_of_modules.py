@@ -288,7 +288,7 @@ def why_foreign(
             return f"the {replaced} of its {label} was replaced"
     if torch_module._has_any_global_hook():
         return "global module hooks are registered"
-    if _read_functions(F) != _FUNCTIONS:
+    if _read(F, _FUNCTION_NAMES, _read_functions) != _FUNCTIONS:
         return "a function of torch.nn.functional was replaced"
     return None
 
@@ -315,15 +315,23 @@ def _replaced_method(module: nn.Module) -> str | None:
     """The method of a module that somebody replaced, on the module or on its class."""
     kind, here = type(module), vars(module)
     known = _OWN_METHODS[kind]
-    now = known.read(kind)
-    if now == known.own and here.keys().isdisjoint(_METHODS):
+    now = _read(kind, known.names, known.read)
+    if now == known.own and not any(n in here for n in _METHODS):
         return None
     of_class = (n for n, a, b in zip(known.names, now, known.own, strict=True) if a is not b)
     return next((n for n in _METHODS if n in here), None) or next(of_class)
 
 
+def _read(of: Any, names: Sequence[str], read: Callable[[Any], Any]) -> Any:
+    """``read(of)``, which Dynamo cannot trace: it reads one name after the other."""
+    if torch.compiler.is_compiling():
+        return tuple([getattr(of, name) for name in names])
+    return read(of)
+
+
 # What the forwards of the modules call, as it was.
-_read_functions = operator.attrgetter("conv3d", "batch_norm", *activations.FUNCTIONS)
+_FUNCTION_NAMES = ("conv3d", "batch_norm", *activations.FUNCTIONS)
+_read_functions = operator.attrgetter(*_FUNCTION_NAMES)
 _FUNCTIONS = _read_functions(F)
 # Tools replace what convolutions and norms run: seamless tiling, LoRA, split-GPU loaders.
 _METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")

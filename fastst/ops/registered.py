@@ -86,7 +86,7 @@ def named(name: str) -> Any:
 
 def without_autocast(device: str, implementation: Callable[..., Any], *args: Any) -> Any:
     """Kernels see the dtypes that functional decided on, and nothing records their insides."""
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return implementation(*args)
     if not torch.is_grad_enabled():

@@ -135,9 +135,10 @@ def test_opcheck(config: Config) -> None:
 
 
 def test_opcheck_covers_every_op() -> None:
-    """An op that is added must come under these tests."""
+    """An op that is added must come under these tests, or those of test_conv3d."""
     schemas = torch._C._jit_get_all_schemas()
     ops = {s.name for s in schemas if s.name.startswith("fastst::")}
+    ops -= {"fastst::conv3d", "fastst::conv3d_train", "fastst::conv3d_backward"}
     assert ops == {
         "fastst::conv2plus1d", "fastst::conv2plus1d_train", "fastst::conv2plus1d_backward",
         "fastst::parallel_conv2plus1d", "fastst::parallel_conv2plus1d_backward",

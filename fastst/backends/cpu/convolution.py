@@ -54,7 +54,8 @@ def moments(k: Launcher, norm: norms.Norm, x: Tensor) -> tuple[Tensor | None, Te
         centred = norm.kind == "layer"
         out = floats(1 + centred, n, t, h, w)
         k.lib.position_moments(x, centred, out.flatten(), k.threads)
-        return (out[0], out[1]) if centred else (None, out[0])
+        # Memory of their own: they are kept for backward, apart.
+        return (out[0].clone(), out[1].clone()) if centred else (None, out[0])
     out = floats(2, n, t, c)
     k.lib.channel_moments(x, out.flatten(), k.threads)
     mean, var = out.double()

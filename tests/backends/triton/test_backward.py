@@ -176,7 +176,7 @@ def test_every_way_is_right(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
     problem, _ = problem_of(config)
     names = backend.BACKEND.candidates(problem, "backward")
     assert 2 <= len(names) <= 12
-    backend.BACKEND.candidate(problem, "backward", names[-1])()
+    backend.BACKEND.candidate(problem, "backward", names[-1], True)()
     for way in names[:: len(names) - 1]:
         monkeypatch.setattr(
             choices, "choice", lambda b, p, phase, way=way: way if phase == "backward" else None

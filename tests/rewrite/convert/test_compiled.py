@@ -77,7 +77,7 @@ def test_sizes_that_vary_and_numbers_that_change() -> None:
         for m in (plain, converted):
             m.t.stride = (2, 1, 1)
         torch.testing.assert_close(compiled(x), plain(x), rtol=1e-4, atol=1e-5)
-    assert len(calls) == 4
+    assert len([call for call in calls if call.problem is not None]) == 4
 
 
 @pytest.mark.slow

@@ -138,8 +138,12 @@ def accumulate(
             within = combined(within_t, within_h, within_w, rows, lanes, TAPS)
     # The taps that are done, and the channels of the next that are; that tap along each axis. They
     # are counted: to divide by what the compiler does not know takes it 25 instructions.
-    index, chunk = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
-    i_t, i_h, i_w = tl.cast(0, tl.int32), tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    chunk = tl.cast(0, tl.int32)
+    if FLAT > 0:  # of each of the rows that a step reads: a loop keeps the shapes of its variables
+        index = tl.zeros((1, BLOCK_K), tl.int32)
+    else:
+        index = tl.cast(0, tl.int32)
+    i_t, i_h, i_w = index, index, index
     # A loop that may have no step makes ptxas wait for every product of Hopper's: there is one.
     for step in range(tl.maximum(steps, 1)):
         if FLAT > 0:
