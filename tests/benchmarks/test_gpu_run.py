@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +26,7 @@ def python(code: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("FASTST_DRY_RUN" not in os.environ, reason="minutes: with FASTST_DRY_RUN=1")
 def test_dry_run_goes_through_every_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
