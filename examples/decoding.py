@@ -20,6 +20,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 SECONDS = 300.0  # for one file
 
@@ -189,12 +190,13 @@ def _times(path: Path) -> list[int]:
 
 def _images(path: Path, wanted: set[int], short_side: int) -> dict[int, np.ndarray]:
     images: dict[int, np.ndarray] = {}
+    scaler = VideoReformatter()  # one for all frames: each has a thread for every core
     with _opened(path) as (container, stream):
         if any(name in container.format.name for name in _SEEKABLE):
             container.seek(min(wanted), stream=stream)  # the key frame at or before
         for frame in container.decode(stream):
             if frame.pts in wanted:
-                images[frame.pts] = _scaled(frame, short_side)
+                images[frame.pts] = _scaled(frame, short_side, scaler)
             if frame.pts is not None and frame.pts >= max(wanted):
                 break
     missing = len(wanted) - len(images)
@@ -209,13 +211,11 @@ def _check_size(width: int, height: int) -> None:
         raise VideoError(f"has frames of {width}×{height} pixels")
 
 
-def _scaled(frame: Any, short_side: int) -> np.ndarray:
+def _scaled(frame: Any, short_side: int, scaler: VideoReformatter) -> np.ndarray:
     _check_size(frame.width, frame.height)
     scale = short_side / min(frame.width, frame.height)
     size = [max(short_side, round(n * scale)) for n in (frame.width, frame.height)]
-    image = frame.to_ndarray(
-        width=size[0], height=size[1], format="rgb24", interpolation="BILINEAR"
-    )
+    image = scaler.reformat(frame, *size, "rgb24", interpolation="BILINEAR").to_ndarray()
     return _upright(image, frame.side_data.get("DISPLAYMATRIX"))
 
 

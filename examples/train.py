@@ -398,7 +398,7 @@ class Trainer:
             data, self.options.batch, sampler=share, num_workers=self.options.workers,
             pin_memory=device.type == "cuda",
         )  # fmt: skip
-        for batch in loader:
+        for batch in videos.iterate(loader):
             found = {line for text in batch["unusable"] for line in text.splitlines()}
             for line in sorted(found - self.unusable):
                 tqdm.write(f"skipped {line}", file=sys.stderr)

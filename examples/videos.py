@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gc
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from decoding import VideoError, decode
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 EXTENSIONS = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 NO_LABEL = -100  # what torch.nn.functional.cross_entropy ignores
@@ -378,3 +379,16 @@ class Shares(Sampler[int]):
         chunk = self.ranks * self.multiple
         whole = -(-self.length // chunk) if self.seed is None else self.length // chunk
         return whole * self.multiple - self.start
+
+
+def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader, whose workers free nothing of what this process had made.
+
+    A fork has no threads but its own, and FFmpeg's objects wait for theirs when they are freed: a
+    worker whose garbage collector came upon one would wait for ever.
+    """
+    gc.freeze()
+    try:
+        return iter(loader)  # starts all workers
+    finally:
+        gc.unfreeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import struct
@@ -207,10 +208,10 @@ def test_whatever_the_decoder_raises(
     good, bad = (encode(tmp_path / n, grey()) for n in ("good.mp4", "bad.mp4"))
     scaled = decoding._scaled
 
-    def broken(frame: Any, short_side: int) -> np.ndarray:
+    def broken(frame: Any, *arguments: Any) -> np.ndarray:
         if frame.pts and bad.name in opened[-1]:
             raise error()
-        return scaled(frame, short_side)
+        return scaled(frame, *arguments)
 
     opened: list[str] = []
     original = av.open
@@ -273,9 +274,36 @@ def test_workers_outlive_what_crashes_a_decoder(tmp_path: Path) -> None:
     listing = videos.Listing([videos.Video(path, 0) for path, _ in listed], ["x"])
     data = videos.Clips(listing, 4, 2, 24, False)
     assert data[0]["label"] == 0
-    loaded = [*torch.utils.data.DataLoader(data, 1, num_workers=2, timeout=200)]
+    loaded = [*videos.iterate(torch.utils.data.DataLoader(data, 1, num_workers=2, timeout=200))]
     assert [int(batch["label"]) for batch in loaded] == [0, videos.NO_LABEL, 0]
     assert "crash.mp4: ended the process that decodes it (SIGSEGV)" in loaded[1]["unusable"][0]
+
+
+class Collecting(torch.utils.data.Dataset[int]):
+    """Collects garbage in the process that asks."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return gc.collect() * 0
+
+
+def test_workers_do_not_wait_for_threads_of_the_process_that_forked_them(tmp_path: Path) -> None:
+    """What an interrupted decoder leaves to the garbage collector waits for its threads."""
+    path = encode(tmp_path / "a.mp4", grey())
+    gc.disable()
+    try:
+        with av.open(str(path)) as container:
+            frame = next(container.decode(video=0))
+            frame.opaque = [container.streams.video[0].codec_context]
+            frame.opaque.append(frame.opaque)
+            del frame
+        loader = torch.utils.data.DataLoader(Collecting(), num_workers=1, timeout=20)
+        assert len([*videos.iterate(loader)]) == 1
+        assert gc.collect()
+    finally:
+        gc.enable()
 
 
 def test_an_interrupted_file_leaves_nothing_behind(tmp_path: Path) -> None:
