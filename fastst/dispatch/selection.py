@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from types import TracebackType
 from typing import NamedTuple
 
 from ..backends import aten, cpu, cuda, reference, triton
 from ..backends.contract import Backend, Phase
 from ..machine import choices, settings
+from ..machine.scoped import Scoped
 from ..problem.spec import PairProblem, Problem
 from . import said, selfcheck
 
@@ -49,18 +49,12 @@ def _check_known(name: str) -> str:
     return name
 
 
-_requested = _check_known(settings.value("FASTST_BACKEND"))
 _warned: set[str] = set()
 _recorders: list[list[Decision]] = []
 _quiet = 0  # how many recordings want no warning
 
 
-def requested() -> str:
-    """The backend that calls made now ask for: "auto" or a name."""
-    return _requested
-
-
-class use_backend:
+class use_backend(Scoped):
     """Ask for a backend from here on, or within a ``with`` block.
 
     Process-wide like ``torch.backends`` flags, so that threads of the autograd engine agree.
@@ -72,22 +66,15 @@ class use_backend:
         ValueError: for an unknown name.
     """
 
+    value = _check_known(settings.value("FASTST_BACKEND"))
+
     def __init__(self, name: str) -> None:
-        global _requested
-        self._previous = _requested
-        _requested = _check_known(name)
+        super().__init__(_check_known(name))
 
-    def __enter__(self) -> use_backend:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        global _requested
-        _requested = self._previous
+def requested() -> str:
+    """The backend that calls made now ask for: "auto" or a name."""
+    return use_backend.value
 
 
 @contextmanager
@@ -114,7 +101,7 @@ def _record(*call: object) -> None:
 
 def reasons(problem: Problem, phase: Phase = "forward") -> dict[str, str | None]:
     """For every backend the reason why it cannot run the problem, or None where it can."""
-    auto = _requested == "auto"
+    auto = requested() == "auto"
     return {
         name: _why_not_auto(backend, problem, phase) if auto else _why_not(backend, problem, phase)
         for name, backend in BACKENDS.items()
@@ -171,8 +158,8 @@ def able(problem: Problem, phase: Phase) -> list[str]:
 
 def has_kernels(problem: Problem) -> bool:
     """Whether a call would run forward on kernels of this library, not on PyTorch's operators."""
-    if _requested != "auto":
-        return _why_not(BACKENDS[_requested], problem, "forward") is None
+    if requested() != "auto":
+        return _why_not(BACKENDS[requested()], problem, "forward") is None
     return able(problem, "forward")[:1] != [AUTO[-1]]
 
 
@@ -243,8 +230,8 @@ def fall_back(what: str, why: str) -> None:
     """
     composed = f"{what} runs as separate PyTorch operators"
     record_composed(what, why)
-    if _requested != "auto":
-        raise BackendError(f"{composed}: {why} (refused, as backend {_requested!r} was asked for)")
+    if requested() != "auto":
+        raise BackendError(f"{composed}: {why} (refused, as backend {requested()!r} was asked for)")
     _say_slow(composed, why)
 
 

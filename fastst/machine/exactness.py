@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
-_on = False
+from .scoped import Scoped
 
 
-def required() -> bool:
-    """Whether calls made now must give the very bits of PyTorch's separate modules."""
-    return _on
-
-
-class exact:
+class exact(Scoped):
     """Give PyTorch's very bits from here on, or within a ``with`` block.
 
     Every call then runs the operators that the separate modules would run, one after the other:
@@ -23,19 +16,12 @@ class exact:
         on: False: fuse again.
     """
 
+    value = False
+
     def __init__(self, on: bool = True) -> None:
-        global _on
-        self._previous = _on
-        _on = bool(on)
+        super().__init__(bool(on))
 
-    def __enter__(self) -> exact:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        global _on
-        _on = self._previous
+def required() -> bool:
+    """Whether calls made now must give the very bits of PyTorch's separate modules."""
+    return exact.value

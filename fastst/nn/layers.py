@@ -8,9 +8,8 @@ other where somebody could tell the difference (hooks, parametrizations, foreign
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,118 @@ NormArg = str | nn.Module | type[nn.Module] | None
 ActivationArg = str | nn.Module | type[nn.Module] | None
 
 
-class Conv2Plus1d(nn.Module):
+class _FactorizedConv3d(nn.Module):
+    """What both layers have: the arguments of an ``nn.Conv3d``, checked, and one for each pass."""
+
+    _op: ClassVar[str]  # what errors and warnings call the layer
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrTriple,
+        stride: IntOrTriple,
+        padding: PaddingArg,
+        dilation: IntOrTriple,
+        groups: int | tuple[int, int],
+        padding_mode: Pair,
+        causal: Causal,
+    ) -> None:
+        super().__init__()
+        op = self._op
+        self.kernel_size: Triple = geometry.triple(f"{op}: kernel_size", kernel_size, 1)
+        found = geometry.resolve(
+            op, self.kernel_size, stride, padding, dilation, groups, padding_mode, causal
+        )
+        pads = [found.padding[i : i + 2] for i in (0, 2, 4)]
+        if causal:
+            pads[0] = (0, 0)
+        if not isinstance(padding, str) and any(before != after for before, after in pads):
+            raise ValueError(
+                f"{op}: padding must be the same before and after an axis, as in nn.Conv3d, "
+                f"got {padding!r}"
+            )
+        self.in_channels = self._count(in_channels=in_channels)
+        self.out_channels = self._count(out_channels=out_channels)
+        self.stride, self.dilation, self._geometry = found.stride, found.dilation, found
+        self.padding: Any = padding if isinstance(padding, str) else tuple(p for p, _ in pads)
+        self.groups, self.padding_mode, self.causal = groups, padding_mode, causal
+
+    def _count(self, **channels: Any) -> int:
+        """A number of channels, of any type of integers."""
+        ((label, n),) = channels.items()
+        if not isinstance(n, Integral) or isinstance(n, bool):
+            raise TypeError(f"{self._op}: {label} must be an int, got {n!r}")
+        if n < 1:
+            raise ValueError(f"{self._op}: {label} must be at least 1, got {n}")
+        return int(n)
+
+    def _conv(
+        self, kind: str, c: int, k: int, stride: Triple, bias: bool, device: Any, dtype: Any
+    ) -> nn.Conv3d:
+        """The spatial or the temporal ``nn.Conv3d``, from c to k channels."""
+
+        def own(values: Triple, other: int) -> Triple:
+            t, h, w = values
+            return (other, h, w) if kind == "spatial" else (t, other, other)
+
+        i = ("spatial", "temporal").index(kind)
+        groups: int = self._geometry.groups[i]
+        mode: Any = self._geometry.padding_mode[i]
+        if groups < 1 or c % groups or k % groups:
+            raise ValueError(
+                f"{self._op}: groups must be at least 1 and divide the channels of the {kind} "
+                f"convolution, {c} to {k}, got {groups}"
+            )
+        padding: Any = self.padding if isinstance(self.padding, str) else own(self.padding, 0)
+        if self.causal and kind == "temporal":
+            padding = 0
+        return nn.Conv3d(
+            c, k, own(self.kernel_size, 1), stride, padding, own(self.dilation, 1), groups, bias,
+            mode, device, dtype,
+        )  # fmt: skip
+
+    def _norm(self, norm: NormArg, channels: int, device: Any, dtype: Any) -> nn.Module | None:
+        """
+        Args:
+            norm: a class is called with the number of channels, as torchvision calls its norms.
+
+        Raises:
+            TypeError, ValueError: no norm, or one of another number of channels.
+        """
+        if norm == "batch":
+            return nn.BatchNorm3d(channels, device=device, dtype=dtype)
+        if isinstance(norm, type):
+            norm = norm(channels)
+            if isinstance(norm, nn.Module):
+                norm = norm.to(device, dtype)
+        if norm is None:
+            return None
+        if not isinstance(norm, nn.Module):
+            kind = ValueError if isinstance(norm, str) else TypeError
+            raise kind(
+                f"{self._op}: norm must be None, 'batch', a module or a class of modules, got "
+                f"{norm!r}"
+            )
+        for label in ("num_features", "num_channels"):  # of batch and instance, of group norms
+            width = getattr(norm, label, channels)
+            if isinstance(width, int) and width not in (0, channels):  # a lazy norm has 0
+                raise ValueError(
+                    f"{self._op}: norm must have {label}={channels}, the channels that it reads, "
+                    f"got {label}={width}"
+                )
+        return norm
+
+    def _act(self, activation: ActivationArg) -> nn.Module:
+        if isinstance(activation, type) and issubclass(activation, nn.Module):
+            activation = activation()
+        if isinstance(activation, nn.Module):
+            return activation
+        name = geometry.activation_name(f"{self._op}: activation", activation)
+        return activations.to_module(name)
+
+
+class Conv2Plus1d(_FactorizedConv3d):
     r"""(2+1)D convolution: spatial conv, norm, activation and temporal conv as one operation.
 
     Takes the place of ``nn.Conv3d``: the positional signature is the same. Equals::
@@ -76,6 +186,8 @@ class Conv2Plus1d(nn.Module):
         TypeError, ValueError: arguments that do not fit, at construction.
     """
 
+    _op = "Conv2Plus1d"
+
     def __init__(
         self,
         in_channels: int,
@@ -97,32 +209,26 @@ class Conv2Plus1d(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        op = "Conv2Plus1d"
-        g = _Geometry(op, kernel_size, stride, padding, dilation, groups, padding_mode, causal)
-        geometry.name(f"{op}: order", order, ORDERS)
-        in_channels, out_channels = _channels(
-            op, in_channels=in_channels, out_channels=out_channels
-        )
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            padding_mode, causal,
+        )  # fmt: skip
+        geometry.name(f"{self._op}: order", order, ORDERS)
         if mid_channels is None:
-            n = max(g.groups)
-            mid_channels = n * default_mid_channels(in_channels // n, out_channels // n, g.kernel)
-        (mid_channels,) = _channels(op, mid_channels=mid_channels)
-        ends = (in_channels, mid_channels), (mid_channels, out_channels)
+            n = max(1, *self._geometry.groups)
+            mid_channels = n * default_mid_channels(
+                self.in_channels // n, self.out_channels // n, self.kernel_size
+            )
+        self.mid_channels = self._count(mid_channels=mid_channels)
+        self.order, self.recompute = order, recompute
+
+        ends = (self.in_channels, self.mid_channels), (self.mid_channels, self.out_channels)
         spatial, temporal = ends if order == "spatial-first" else ends[::-1]
-        _divides(op, g.groups, spatial, temporal)
-
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.mid_channels = mid_channels
-        self.kernel_size, self.stride, self.dilation = g.kernel, g.stride, g.dilation
-        self.padding = padding if isinstance(padding, str) else g.sides
-        self.groups, self.padding_mode = groups, padding_mode
-        self.order, self.causal, self.recompute = order, causal, recompute
-
-        self.spatial = g.spatial(*spatial, g.inner_stride("spatial"), bias, device, dtype)
-        self.norm = _norm_module(op, norm, mid_channels, device, dtype)
-        self.activation = _activation_module(op, activation)
-        self.temporal = g.temporal(*temporal, g.inner_stride("temporal"), bias, device, dtype)
+        t, h, w = self.stride
+        self.spatial = self._conv("spatial", *spatial, (1, h, w), bias, device, dtype)
+        self.norm = self._norm(norm, self.mid_channels, device, dtype)
+        self.activation = self._act(activation)
+        self.temporal = self._conv("temporal", *temporal, (t, 1, 1), bias, device, dtype)
 
     def reset_parameters(self) -> None:
         """Initialise as ``nn.Conv3d`` and the norm do."""
@@ -144,7 +250,7 @@ class Conv2Plus1d(nn.Module):
         return self._run(x, norm)
 
     def _run(self, x: Tensor, outer_norm: nn.Module | None) -> Tensor:
-        checks.layer_input("Conv2Plus1d", x, self.in_channels)
+        checks.layer_input(self._op, x, self.in_channels)
         spatial, norm, activation, temporal = read_members(
             self, "_modules", "spatial", "norm", "activation", "temporal"
         )
@@ -152,11 +258,11 @@ class Conv2Plus1d(nn.Module):
         try:
             return pair_forward(
                 x, first, norm, activation, second,
-                order=self.order, causal=self.causal, recompute=self.recompute, owner="Conv2Plus1d",
+                order=self.order, causal=self.causal, recompute=self.recompute, owner=self._op,
                 outer_norm=outer_norm,
             )  # fmt: skip
         except (TypeError, ValueError) as error:
-            raise checks.of_layer("Conv2Plus1d", error) from None
+            raise checks.of_layer(self._op, error) from None
 
     def stream(
         self, x: Tensor, state: tuple[Tensor, ...] | None = None
@@ -195,7 +301,7 @@ class Conv2Plus1d(nn.Module):
         return ", ".join(parts)
 
 
-class ParallelConv2Plus1d(nn.Module):
+class ParallelConv2Plus1d(_FactorizedConv3d):
     """Spatial and temporal convolution of the same input, added or concatenated.
 
     The 4D convolution of arXiv 2407.16514. Equals::
@@ -221,6 +327,8 @@ class ParallelConv2Plus1d(nn.Module):
         TypeError, ValueError: arguments that do not fit, at construction.
     """
 
+    _op = "ParallelConv2Plus1d"
+
     def __init__(
         self,
         in_channels: int,
@@ -243,49 +351,41 @@ class ParallelConv2Plus1d(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        op = "ParallelConv2Plus1d"
-        g = _Geometry(op, kernel_size, stride, padding, dilation, groups, padding_mode, causal)
-        geometry.name(f"{op}: combine", combine, COMBINES)
-        in_channels, out_channels = _channels(
-            op, in_channels=in_channels, out_channels=out_channels
-        )
-        if split is not None and (combine != "cat" or not 0 < split < out_channels):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            padding_mode, causal,
+        )  # fmt: skip
+        geometry.name(f"{self._op}: combine", combine, COMBINES)
+        c, k = self.in_channels, self.out_channels
+        if split is not None and (combine != "cat" or not 0 < split < k):
             raise ValueError(
-                f"{op}: split requires combine='cat' and 0 < split < out_channels "
-                f"({out_channels}), got {split!r} with combine={combine!r}"
+                f"{self._op}: split requires combine='cat' and 0 < split < out_channels ({k}), "
+                f"got {split!r} with combine={combine!r}"
             )
+        self.combine = combine
+
+        spatial, temporal = k, k
         if combine == "cat":
-            n_spatial = -(-out_channels // 2) if split is None else split
-            outs = (n_spatial, out_channels - n_spatial)
-        else:
-            outs = (out_channels, out_channels)
-        _divides(op, g.groups, (in_channels, outs[0]), (in_channels, outs[1]))
-
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = g.kernel, g.stride, g.dilation
-        self.padding = padding if isinstance(padding, str) else g.sides
-        self.groups, self.padding_mode = groups, padding_mode
-        self.combine, self.causal = combine, causal
-
-        self.spatial = g.spatial(in_channels, outs[0], g.stride, bias, device, dtype)
-        self.temporal = g.temporal(in_channels, outs[1], g.stride, bias, device, dtype)
-        self.spatial_norm = _norm_module(op, branch_norm, outs[0], device, dtype)
-        self.temporal_norm = _norm_module(op, branch_norm, outs[1], device, dtype)
-        self.branch_activation = _activation_module(op, branch_activation)
-        self.norm = _norm_module(op, norm, out_channels, device, dtype)
-        self.activation = _activation_module(op, activation)
+            spatial = -(-k // 2) if split is None else split
+            temporal = k - spatial
+        self.spatial = self._conv("spatial", c, spatial, self.stride, bias, device, dtype)
+        self.temporal = self._conv("temporal", c, temporal, self.stride, bias, device, dtype)
+        self.spatial_norm = self._norm(branch_norm, spatial, device, dtype)
+        self.temporal_norm = self._norm(branch_norm, temporal, device, dtype)
+        self.branch_activation = self._act(branch_activation)
+        self.norm = self._norm(norm, k, device, dtype)
+        self.activation = self._act(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x; shapes as ``nn.Conv3d``."""
-        checks.layer_input("ParallelConv2Plus1d", x, self.in_channels)
+        checks.layer_input(self._op, x, self.in_channels)
         if self.causal:
             parts = self.spatial_norm, self.temporal_norm, self.branch_activation, self.norm
-            owner = "ParallelConv2Plus1d: causal=True"
+            owner = f"{self._op}: causal=True"
             streaming.check_frame_by_frame(owner, *parts, self.activation)
         why = self._why_composed()
         if why is not None:
-            dispatch.fall_back("ParallelConv2Plus1d", why)
+            dispatch.fall_back(self._op, why)
             return self._compose(x)
         branch = activations.from_module(self.branch_activation)
         after = activations.from_module(self.activation)
@@ -306,7 +406,7 @@ class ParallelConv2Plus1d(nn.Module):
                 combine=self.combine, causal=self.causal,
             )  # fmt: skip
         except (TypeError, ValueError) as error:
-            raise checks.of_layer("ParallelConv2Plus1d", error) from None
+            raise checks.of_layer(self._op, error) from None
         return y if folds or self.norm is None else self.activation(self.norm(y))
 
     def _why_composed(self) -> str | None:
@@ -373,123 +473,3 @@ def _fold(conv: nn.Conv3d, norm: nn.Module | None) -> tuple[Tensor, Tensor | Non
     if norm is None:
         return conv.weight, conv.bias
     return _scaled(conv.weight, conv.bias, *_scale_shift(norm))
-
-
-# ---- construction
-
-
-class _Geometry:
-    """Validated geometry of a layer, and the ``nn.Conv3d`` children that it asks for."""
-
-    def __init__(
-        self,
-        op: str,
-        kernel_size: IntOrTriple,
-        stride: IntOrTriple,
-        padding: PaddingArg,
-        dilation: IntOrTriple,
-        groups: Any,
-        padding_mode: Pair,
-        causal: Causal,
-    ) -> None:
-        self.kernel: Triple = geometry.triple(f"{op}: kernel_size", kernel_size, 1)
-        self.modes: Any
-        self.stride, resolved, self.dilation, self.groups, self.modes = geometry.resolve(
-            op, self.kernel, stride, padding, dilation, groups, padding_mode, causal
-        )
-        if not isinstance(padding, str):
-            uneven = [
-                i for i in range(1 if causal else 0, 3) if resolved[2 * i] != resolved[2 * i + 1]
-            ]
-            if uneven:
-                raise ValueError(
-                    f"{op}: padding must be the same before and after an axis, as in nn.Conv3d, "
-                    f"got {padding!r}"
-                )
-        self.sides: Triple = (0 if causal else resolved[0], resolved[2], resolved[4])
-        self.name = padding if isinstance(padding, str) else None
-        self.causal = causal
-
-    def inner_stride(self, kind: str) -> Triple:
-        """Stride of a pass of the sequential pair: its own dimensions only."""
-        return (1, *self.stride[1:]) if kind == "spatial" else (self.stride[0], 1, 1)
-
-    def spatial(
-        self, c: int, k: int, stride: Triple, bias: bool, device: Any, dtype: Any
-    ) -> nn.Conv3d:
-        padding: Any = self.name or (0, *self.sides[1:])
-        return nn.Conv3d(
-            c, k, (1, *self.kernel[1:]), stride, padding, (1, *self.dilation[1:]),
-            self.groups[0], bias, self.modes[0], device, dtype,
-        )  # fmt: skip
-
-    def temporal(
-        self, c: int, k: int, stride: Triple, bias: bool, device: Any, dtype: Any
-    ) -> nn.Conv3d:
-        padding: Any = (self.sides[0], 0, 0)
-        if self.name is not None:
-            padding = 0 if self.causal else self.name
-        return nn.Conv3d(
-            c, k, (self.kernel[0], 1, 1), stride, padding, (self.dilation[0], 1, 1),
-            self.groups[1], bias, self.modes[1], device, dtype,
-        )  # fmt: skip
-
-
-def _channels(op: str, **counts: Any) -> list[int]:
-    """Numbers of channels, of any type of integers."""
-    for label, n in counts.items():
-        if not isinstance(n, Integral) or isinstance(n, bool):
-            raise TypeError(f"{op}: {label} must be an int, got {n!r}")
-        if n < 1:
-            raise ValueError(f"{op}: {label} must be at least 1, got {n}")
-    return [int(n) for n in counts.values()]
-
-
-def _divides(op: str, groups: Sequence[int], *passes: tuple[int, int]) -> None:
-    for g, (c, k), kind in zip(groups, passes, ("spatial", "temporal"), strict=True):
-        if g < 1 or c % g or k % g:
-            raise ValueError(
-                f"{op}: groups must be at least 1 and divide the channels of the {kind} "
-                f"convolution, {c} to {k}, got {g}"
-            )
-
-
-def _norm_module(
-    op: str, norm: NormArg, channels: int, device: Any, dtype: Any
-) -> nn.Module | None:
-    """
-    Args:
-        norm: a class is called with the number of channels, as torchvision calls its norm layers.
-
-    Raises:
-        TypeError, ValueError: no norm, or one of another number of channels.
-    """
-    if norm == "batch":
-        return nn.BatchNorm3d(channels, device=device, dtype=dtype)
-    if isinstance(norm, type):
-        norm = norm(channels)
-        if isinstance(norm, nn.Module):
-            norm = norm.to(device, dtype)
-    if norm is None:
-        return None
-    if not isinstance(norm, nn.Module):
-        kind = ValueError if isinstance(norm, str) else TypeError
-        raise kind(
-            f"{op}: norm must be None, 'batch', a module or a class of modules, got {norm!r}"
-        )
-    for label in ("num_features", "num_channels"):  # of batch and instance norms, of group norms
-        width = getattr(norm, label, channels)
-        if isinstance(width, int) and width not in (0, channels):  # a lazy norm has 0
-            raise ValueError(
-                f"{op}: norm must have {label}={channels}, the channels that it reads, got "
-                f"{label}={width}"
-            )
-    return norm
-
-
-def _activation_module(op: str, activation: ActivationArg) -> nn.Module:
-    if isinstance(activation, type) and issubclass(activation, nn.Module):
-        activation = activation()
-    if isinstance(activation, nn.Module):
-        return activation
-    return activations.to_module(geometry.activation_name(f"{op}: activation", activation))

@@ -451,3 +451,6 @@ def test_sizes_of_any_type_of_integers() -> None:
     assert [type(n) for n in (layer.in_channels, *layer.kernel_size)] == [int] * 4
     with pytest.raises(TypeError, match="in_channels must be an int, got True"):
         Conv2Plus1d(True, 4, 3)
+    for groups in (0, 3):
+        with pytest.raises(ValueError, match=f"groups must .* divide .* got {groups}"):
+            Conv2Plus1d(4, 4, 3, groups=groups)
