@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..problem.conv3d import ConvProblem, ConvTensors, problem_of
 from ..problem.examples import filled, kind_of, off_kinks, resembling
 from ..problem.spec import (
     PairProblem,
@@ -30,6 +31,8 @@ from ..problem.spec import (
 from .contract import (
     BatchSlice,
     Begun,
+    ConvBackward,
+    ConvResult,
     Example,
     Gradients,
     Later,
@@ -69,6 +72,8 @@ class Calls:
     parallel_backward: Callable[
         [ParallelProblem, ParallelTensors, Tensor, Sequence[bool]], Gradients
     ]
+    conv: Callable[[ConvProblem, ConvTensors, ConvProblem], ConvResult] | None = None
+    conv_backward: Callable[[ConvBackward], Gradients] | None = None
 
 
 class Way(NamedTuple):
@@ -81,9 +86,11 @@ class Way(NamedTuple):
 
 def ways(calls: Calls, problem: Problem, phase: Phase) -> list[Way]:
     if phase == "backward":
-        few = ("x",), ("first_weight", "second_weight")
+        few: tuple[tuple[str, ...], ...] = ("x",), ("first_weight", "second_weight")
         if isinstance(problem, ParallelProblem):
             few = ("x",), ("spatial_weight", "temporal_weight")
+        if isinstance(problem, ConvProblem):
+            few = ("x",), ("weight",)
         found = [
             Way(f" of {' and '.join(w or ('all',))}", partial(_gradients, calls, w, False), w)
             for w in (None, *few)
@@ -93,6 +100,8 @@ def ways(calls: Calls, problem: Problem, phase: Phase) -> list[Way]:
         return found
     if isinstance(problem, ParallelProblem):
         return [Way("", lambda p, t, like, _: [calls.parallel(p, t, like)])]
+    if (conv := calls.conv) is not None and isinstance(problem, ConvProblem):
+        return [Way("", lambda p, t, like, _: [conv(p, t, like).y])]
     assert isinstance(problem, PairProblem)
     found = [Way("", partial(_pair, calls, False))]
     if not problem.residual and problem.spec.outer_activation == "none":  # as ops of training are
@@ -121,6 +130,12 @@ def _gradients(
     ]
     if isinstance(problem, ParallelProblem):
         found = calls.parallel_backward(problem, t, dy, needs)
+    elif isinstance(problem, ConvProblem):
+        assert calls.conv is not None and calls.conv_backward is not None
+        _, mean, var, *_ = calls.conv(problem, t, problem)
+        if t.var is not None:
+            mean, var = t.mean, t.var
+        found = calls.conv_backward(ConvBackward(problem, t, dy, mean, var, needs))
     else:
         _, u, mean, var, *_ = calls.forward(problem, t, True, problem)
         part = None
@@ -134,8 +149,13 @@ def _gradients(
 @lru_cache(maxsize=4096)
 def as_called(problem: Problem, phase: Phase) -> Problem:
     """A problem as a call of a phase sees it: an op with gradients has no ending."""
-    if phase == "forward" or not isinstance(problem, PairProblem):
+    if phase == "forward" or isinstance(problem, ParallelProblem):
         return problem
+    if isinstance(problem, ConvProblem):
+        bare = problem.spec._replace(activation="none", output_statistics=False)
+        others = (*problem.others[:-1], None)
+        return replace(problem, spec=bare, residual_stride=None, others=others)
+    assert isinstance(problem, PairProblem)
     spec = problem.spec._replace(outer_activation="none")
     return replace(problem, spec=spec, residual_stride=None, others=(*problem.others[:-1], None))
 
@@ -179,7 +199,7 @@ def _example(
     tensors, dy, like = filled(shapes), None, replace(problem, spec=spec)
     if gradients:
         tensors = off_kinks(spec, tensors)
-        dy = Problem.of(tensors, spec).empty_output(tensors.x)
+        dy = problem_of(tensors, spec).empty_output(tensors.x)
         generator = torch.Generator("cpu").manual_seed(1)
         dy.copy_(torch.randn(dy.shape, generator=generator, device="cpu"))
 

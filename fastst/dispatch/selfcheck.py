@@ -25,6 +25,7 @@ from ..backends import reference
 from ..backends.contract import Backend, Example, Later, Phase
 from ..backends.rehearsal import bare
 from ..machine import cache
+from ..problem.conv3d import ConvSpec, problem_of
 from ..problem.examples import kind_of
 from ..problem.spec import PairSpec, Problem
 from . import quarantine, said
@@ -230,7 +231,7 @@ def _compared(example: Example, name: str, device: torch.device, dtype: torch.dt
         true = _truth(example, there)
         runs = []
         for _ in range(2):
-            results = example.run(Problem.of(there, example.spec), there)
+            results = example.run(problem_of(there, example.spec), there)
             # Where a fault is reported: at the latest when results are copied.
             runs.append([t.cpu() for t in results])
     except Exception as failure:  # a compiler or a driver that fails is a verdict, too
@@ -292,8 +293,10 @@ def state(verdict: str) -> str:
 def _truth(example: Example, tensors: Any) -> list[tuple[str, Tensor]]:
     """The output or, with dy, the gradients that are wanted, in float64 and by name."""
     spec, dy = example.spec, example.dy
-    pair = isinstance(spec, PairSpec)
-    compose: Any = reference.compose_pair if pair else reference.compose_parallel
+    compose: Any = reference.compose_parallel
+    if isinstance(spec, (PairSpec, ConvSpec)):
+        pair = isinstance(spec, PairSpec)
+        compose = reference.compose_pair if pair else reference.compose_conv3d
     double = {n: t.double() for n, t in tensors._asdict().items() if t is not None}
     if dy is None:
         return [("output", compose(tensors._replace(**double), spec).cpu())]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .spec import (
     is_channels_last,
     offset_of,
     remembered,
+    stride_of,
 )
 
 
@@ -72,7 +73,8 @@ class ConvProblem(Problem):
     spec: ConvSpec
     passes: tuple[Pass]
     past: int  # frames of z before x
-    residual: bool  # whether one is added to y
+    past_stride: tuple[int, ...] | None
+    residual_stride: tuple[int, ...] | None  # of what is added to y
 
     @staticmethod
     def of(tensors: ConvTensors, spec: ConvSpec) -> ConvProblem:  # type: ignore[override]
@@ -81,9 +83,15 @@ class ConvProblem(Problem):
         found: ConvProblem = _describe(
             spec, x.shape, x.stride(), offset_of(x), x.dtype, x.device, w.shape, w.stride(),
             tuple([getattr(t, "dtype", None) for t in tensors[2:]]),
-            0 if tensors.past is None else tensors.past.shape[2], tensors.residual is not None,
+            0 if tensors.past is None else tensors.past.shape[2],
+            stride_of(tensors.past), stride_of(tensors.residual),
         )  # fmt: skip
         return found
+
+    @property
+    def residual(self) -> bool:
+        """Whether something is added to y."""
+        return self.residual_stride is not None
 
     @property
     def conv(self) -> Pass:
@@ -123,7 +131,8 @@ def _describe(
     w_stride: Sequence[int],
     others: tuple[torch.dtype | None, ...],
     past: int,
-    residual: bool,
+    past_stride: tuple[int, ...] | None,
+    residual_stride: tuple[int, ...] | None,
 ) -> ConvProblem:
     """The problem of tensors with these shapes and strides."""
     size: Triple = tuple(x[2:])  # type: ignore[assignment]
@@ -138,5 +147,12 @@ def _describe(
     out = conv.out_size((past + size[0], *size[1:]))
     return ConvProblem(
         spec, (conv,), x[0], size, out, w[0], dtype, device, channels_last, tuple(x_stride),
-        x_offset, (tuple(w_stride),), others, past, residual,
+        x_offset, (tuple(w_stride),), others, past, past_stride, residual_stride,
     )  # fmt: skip
+
+
+def problem_of(tensors: Any, spec: Any) -> Problem:
+    """The problem of a validated call of any op."""
+    if isinstance(tensors, ConvTensors):
+        return ConvProblem.of(tensors, spec)
+    return Problem.of(tensors, spec)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from .conv3d import ConvProblem, ConvSpec, ConvTensors
 from .spec import (
     PairProblem,
     PairSpec,
@@ -82,7 +83,7 @@ def filled(shapes: Any) -> Any:
     def fill(name: str, t: Tensor) -> Tensor:
         reach = t.storage_offset() + 1 + _reach(t.shape, t.stride())
         drawn = torch.randn(reach, generator=generator, device="cpu")
-        if name.endswith("_weight") and t.dim() == 5:
+        if name.endswith("weight") and t.dim() == 5:
             drawn /= math.prod(t.shape[1:]) ** 0.5
         if name == "var":
             drawn = drawn.abs() + 0.5
@@ -101,7 +102,10 @@ def resembling(
     x has the very strides and offset of the problem's where only the batch is another.
     """
     passes = passes or problem.passes
-    names = (PairTensors if isinstance(problem, PairProblem) else ParallelTensors)._fields[3:]
+    kind: Any = ParallelTensors
+    if isinstance(problem, (PairProblem, ConvProblem)):
+        kind = PairTensors if isinstance(problem, PairProblem) else ConvTensors
+    names = kind._fields[1 + len(passes) :]
     there = {n: d for n, d in zip(names, problem.others, strict=True) if d is not None}
 
     def empty(*shape: int, like: torch.dtype = problem.dtype) -> Tensor:
@@ -115,10 +119,13 @@ def resembling(
     elif problem.x_stride[1] == 1:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     shapes = [(p.out_channels, p.in_channels // p.groups, *p.kernel) for p in passes]
-    one, other = (
+    weights = [
         _strided(empty(*shape), strides)
         for shape, strides in zip(shapes, problem.weight_strides, strict=True)
-    )
+    ]
+    if isinstance(problem, ConvProblem):
+        return _of_conv(problem, passes[0], there, x, weights[0])
+    one, other = weights
     groups = {p.kind: p.groups for p in passes}
     spec: Any = problem.spec._replace(groups=(groups["spatial"], groups["temporal"]))
     of = [p.out_channels for p in passes]
@@ -132,6 +139,28 @@ def resembling(
         y = empty(*Problem.of(tensors, spec).out_shape)
         rest["residual"] = _strided(y, problem.residual_stride)
     return tensors._replace(**rest), spec
+
+
+def _of_conv(
+    problem: ConvProblem, p: Pass, there: dict[str, torch.dtype], x: Tensor, weight: Tensor
+) -> tuple[ConvTensors, Any]:
+    spec = problem.spec._replace(groups=(p.groups,))
+
+    def empty(name: str, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=there[name], device="meta")
+
+    rest = {
+        n: empty(n, p.out_channels if n == "bias" else p.in_channels)
+        for n in there if n not in ("past", "residual")
+    }  # fmt: skip
+    n, c, _, *plane = x.shape
+    if problem.past_stride is not None:
+        rest["past"] = _strided(empty("past", n, c, problem.past, *plane), problem.past_stride)
+    tensors = ConvTensors(x, weight, **rest)
+    if problem.residual_stride is not None:
+        y = empty("residual", *ConvProblem.of(tensors, spec).out_shape)
+        tensors = tensors._replace(residual=_strided(y, problem.residual_stride))
+    return tensors, spec
 
 
 def _strided(t: Tensor, strides: Sequence[int]) -> Tensor:
@@ -153,9 +182,14 @@ def of_kind(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Specification and tensors of a problem whose sizes are no multiples of any tile.
 
     Args:
-        kind: one of ``KINDS``.
+        kind: one of ``KINDS``, or "conv3d".
     """
     c = 18
+    if kind == "conv3d":
+        t = pair_tensors(dtype, (2, c, 5, 9, 7), (c, c, 3, 3, 3), (c, c, 1, 1, 1))
+        conv = ConvTensors(t.x, t.first_weight, t.first_bias, t.norm_weight, t.norm_bias)
+        spec = ConvSpec(padding=(1,) * 6, input_activation="silu", norm="group", norm_groups=3)
+        return spec, conv
     g = {"grouped": 3, "depthwise": c}.get(kind, 1)
     tensors = pair_tensors(dtype, (2, c, 5, 9, 7), (c, c // g, 1, 3, 3), (c, c // g, 3, 1, 1))
     common: dict[str, Any] = {"padding": (1,) * 6, "groups": (g, g)}
@@ -195,8 +229,10 @@ def problems(kind: str, dtype: torch.dtype, device: torch.device) -> list[Proble
     """Layers of networks, on batches of clips, as they train and as they serve.
 
     Args:
-        kind: one of ``KINDS``.
+        kind: one of ``KINDS``, or "conv3d".
     """
+    if kind == "conv3d":
+        return [replace(p, device=device) for p in _convolutions(dtype)]
     found: list[Problem] = []
     for (c, m, k), size, (kt, kh, kw), groups, (st, s) in _LAYERS[kind]:
 
@@ -223,8 +259,33 @@ def problems(kind: str, dtype: torch.dtype, device: torch.device) -> list[Proble
     return found
 
 
+def _convolutions(dtype: torch.dtype) -> Iterator[Problem]:
+    """Of a residual network, and of decoders: Wan's, which is causal, and HunyuanVideo's."""
+    causal, first_frame = (0, 0, 1, 1, 1, 1), (2, 0, 1, 1, 1, 1)
+    for channels, size, norm, groups, pads, modes, past in (
+        (64, (16, 56, 56), "batch", 1, (1,) * 6, ("zeros", "zeros"), 0),
+        (96, (4, 64, 64), "rms", 1, causal, ("zeros", "zeros"), 2),
+        (128, (5, 64, 64), "group", 32, first_frame, ("replicate", "replicate"), 0),
+    ):
+        x, before = (
+            torch.empty(1, channels, frames, *size[1:], dtype=dtype, device="meta").contiguous(
+                memory_format=torch.channels_last_3d
+            )
+            for frames in (size[0], past)
+        )
+        one = torch.empty(channels, dtype=dtype, device="meta")
+        weight = torch.empty(channels, channels, 3, 3, 3, dtype=dtype, device="meta")
+        tensors = ConvTensors(x, weight, one, one, one, past=before if past else None)
+        yield ConvProblem.of(tensors, ConvSpec(
+            padding=pads, padding_mode=modes, input_activation="silu", norm=norm,
+            norm_groups=groups,
+        ))  # fmt: skip
+
+
 def kind_of(problem: Problem) -> str:
-    """The kind of ``of_kind`` that stands for a problem."""
+    """The kind of problem, one of ``KINDS`` but for "conv3d"."""
+    if isinstance(problem, ConvProblem):
+        return "conv3d"
     if not isinstance(problem, PairProblem):
         return "parallel"
     groups = [p.groups for p in problem.passes]
@@ -235,17 +296,19 @@ def kind_of(problem: Problem) -> str:
 
 def off_kinks(spec: Any, tensors: Any) -> Any:
     """With values so far from the kinks of activations that no rounding leads to another side."""
-    one, other, bias, second = tensors._fields[1:5]
     norm = getattr(spec, "norm", "none")
     if norm == "frozen":  # v = (u − mean) / 10
         return tensors._replace(
             mean=_places(tensors.mean) * 10, var=torch.full_like(tensors.var, 100.0),
             **_filled(tensors, norm_weight=1.0, norm_bias=0.0),
         )  # fmt: skip
-    if norm == "batch":
-        if tensors.norm_weight is not None and tensors.norm_bias is not None:
-            near, beta = _filled(tensors, norm_weight=0.1), _places(tensors.norm_bias)
-            return tensors._replace(**near, norm_bias=beta)
+    if norm != "none" and tensors.norm_weight is not None and tensors.norm_bias is not None:
+        near, beta = _filled(tensors, norm_weight=0.1), _places(tensors.norm_bias)
+        return tensors._replace(**near, norm_bias=beta)
+    if isinstance(tensors, ConvTensors):
+        return tensors._replace(x=tensors.x.copy_(torch.sign(tensors.x)))
+    one, other, bias, second = tensors._fields[1:5]
+    if norm != "none":
         # Nothing moves v away from 0: of two values alone it is ±1.
         x, weight = torch.sign(tensors.x), getattr(tensors, one)
         tap = [n // 2 for n in weight.shape[2:]]

@@ -250,7 +250,7 @@ class Problem:
             spec, x.shape, x.stride(), offset_of(x), x.dtype, x.device,
             one.shape, one.stride(), other.shape, other.stride(),
             tuple([getattr(t, "dtype", None) for t in tensors[3:]]),
-            _stride(tensors.residual) if isinstance(tensors, PairTensors) else None,
+            stride_of(tensors.residual) if isinstance(tensors, PairTensors) else None,
         )  # fmt: skip
         return found
 
@@ -377,7 +377,7 @@ def _describe(
     )
 
 
-def _stride(t: Tensor | None) -> tuple[int, ...] | None:
+def stride_of(t: Tensor | None) -> tuple[int, ...] | None:
     return t.stride() if isinstance(t, Tensor) else None
 
 

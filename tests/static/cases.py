@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fastst.backends import triton as backend
-from fastst.backends.contract import PairBackward
+from fastst.backends.contract import ConvBackward, PairBackward
+from fastst.problem.conv3d import ConvProblem, ConvSpec, ConvTensors
 from fastst.problem.spec import (
     PairSpec,
     PairTensors,
@@ -92,6 +93,46 @@ class Case:
             )
 
 
+@dataclass(frozen=True)
+class ConvCase:
+    """One call of ``conv3d`` on the backend."""
+
+    name: str
+    channels: tuple[int, int]  # C, K
+    size: tuple[int, int, int]
+    norm: str = "group"
+    past: int = 0
+    groups: int = 1
+    training: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    tf32: bool = True
+
+    def run(self, batch: int = 2) -> None:
+        """The backend's host code on meta tensors."""
+
+        def video(c: int, t: int, *plane: int) -> torch.Tensor:
+            drawn = torch.empty((batch, c, t, *plane), dtype=self.dtype, device="meta")
+            return drawn.to(memory_format=torch.channels_last_3d)
+
+        (c, k), plane = self.channels, self.size[1:]
+        weight = torch.empty(k, c // self.groups, 3, 3, 3, dtype=self.dtype, device="meta")
+        one = torch.empty(c, dtype=self.dtype, device="meta")
+        past = video(c, self.past, *plane) if self.past else None
+        tensors = ConvTensors(video(c, *self.size), weight, one[:k], one, one, past=past)
+        frames = (0, 0) if self.past else (1, 1)
+        spec = ConvSpec(
+            padding=(*frames, 1, 1, 1, 1), groups=(self.groups,), input_activation="silu",
+            norm=self.norm, norm_groups=32 if self.norm == "group" else 1,
+        )  # fmt: skip
+        problem = ConvProblem.of(tensors, spec)
+        result = backend.convolution.run(problem, tensors, problem)
+        if self.training:
+            needs = [t is not None for t in tensors]
+            backend.convolution.conv3d_backward(
+                ConvBackward(problem, tensors, result.y, result.mean, result.var, needs)
+            )
+
+
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
 # The pairs of R(2+1)D-18 in training and inference, other dtypes, thin and grouped ones.
 SERVED: dict[str, Any] = {"norm": "frozen", "save": False}
@@ -144,4 +185,7 @@ CASES = (
         branch_activation="relu",
     ),
     Case("gelu", (32, 96, 32), (8, 28, 28), norm="frozen", activation="gelu", dtype=HALF),
+    ConvCase("conv3d", (128, 128), (5, 64, 64)),
+    ConvCase("conv3d past", (96, 96), (1, 64, 64), norm="rms", past=2, training=False),
+    ConvCase("conv3d depthwise past", (96, 96), (5, 64, 64), "batch", 2, 96, training=False),
 )  # fmt: skip

@@ -38,7 +38,7 @@ from fastst.backends import triton as backend
 from fastst.backends.triton import tiles
 from fastst.machine import gpu
 from tests.static import keys, measured
-from tests.static.cases import CASES, SERVED, SINGLE, Case
+from tests.static.cases import CASES, SERVED, SINGLE, Case, ConvCase
 from tests.static.measured import Row
 from tests.static.sass import Program
 
@@ -57,9 +57,10 @@ SUBSET = {
     "9.0": (
         *SOME, "64-144-64 contiguous", "thin inference", "float64", "depthwise batch",
         "grouped batch", "parallel add", "parallel relu", "parallel depthwise", "parallel apart",
-        "gelu",
+        "gelu", "conv3d", "conv3d past",
     ),
-    "8.0": (*EVERYWHERE, "256-576-256", "one kernel"), "8.9": EVERYWHERE, "10.0": EVERYWHERE,
+    "8.0": (*EVERYWHERE, "256-576-256", "one kernel", "conv3d", "conv3d past"),
+    "8.9": EVERYWHERE, "10.0": EVERYWHERE,
     "12.0": (*EVERYWHERE, "256-576-256"), "gfx942": EVERYWHERE,
 }  # fmt: skip
 # Bytes of registers that a kernel may keep in local memory while its loops run. Moved once, they
@@ -108,7 +109,7 @@ class Kernel(NamedTuple):
     dense: bool  # whether it multiplies matrices
 
 
-def kernels(case: Case, arch: str) -> Iterator[Kernel]:
+def kernels(case: Case | ConvCase, arch: str) -> Iterator[Kernel]:
     """Every kernel of a case, compiled."""
     import triton
 
@@ -162,7 +163,7 @@ def compiler() -> str:
     return f"triton {triton.__version__}"
 
 
-def inspect(kernel: Kernel, case: Case, arch: str) -> Row:
+def inspect(kernel: Kernel, case: Case | ConvCase, arch: str) -> Row:
     """What the machine code of a kernel tells, and what is wrong with it."""
     measure = of_amd if arch in AMD else of_nvidia
     row, wrong = measure(kernel, case, arch)
@@ -172,7 +173,7 @@ def inspect(kernel: Kernel, case: Case, arch: str) -> Row:
     return replace(row, wrong=", ".join(wrong))
 
 
-def of_nvidia(kernel: Kernel, case: Case, arch: str) -> tuple[Row, list[str]]:
+def of_nvidia(kernel: Kernel, case: Case | ConvCase, arch: str) -> tuple[Row, list[str]]:
     code = read(kernel.binary.asm["cubin"])
     program = Program(code)
     registers, stack, local = (
@@ -205,7 +206,7 @@ def of_nvidia(kernel: Kernel, case: Case, arch: str) -> tuple[Row, list[str]]:
     return row, wrong
 
 
-def of_amd(kernel: Kernel, case: Case, arch: str) -> tuple[Row, list[str]]:
+def of_amd(kernel: Kernel, case: Case | ConvCase, arch: str) -> tuple[Row, list[str]]:
     """From the assembly and its metadata; spills are those that the compiler counts anywhere."""
     code = kernel.binary.asm["amdgcn"]
 
@@ -225,7 +226,7 @@ def of_amd(kernel: Kernel, case: Case, arch: str) -> tuple[Row, list[str]]:
     return row, wrong
 
 
-def rows(task: tuple[Case, str]) -> list[Row]:
+def rows(task: tuple[Case | ConvCase, str]) -> list[Row]:
     case, arch = task
     return [inspect(k, case, arch) for k in kernels(case, arch)]
 

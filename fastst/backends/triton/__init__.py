@@ -14,8 +14,14 @@ import torch
 
 from ...machine import gpu
 from ...problem.spec import PairProblem, Problem
-from ..contract import COMMON_PAIR_FIELDS, COMMON_PARALLEL_FIELDS, Backend, Phase
-from . import backward, launch, pair, single, tiles
+from ..contract import (
+    COMMON_CONV_FIELDS,
+    COMMON_PAIR_FIELDS,
+    COMMON_PARALLEL_FIELDS,
+    Backend,
+    Phase,
+)
+from . import backward, convolution, launch, pair, single, tiles
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
 from .rehearsal import examples, instances, kinds, rehearse
@@ -93,6 +99,7 @@ BACKEND = Backend(
     device="cuda",
     pair_fields=COMMON_PAIR_FIELDS | {"group", "output_statistics"},
     parallel_fields=COMMON_PARALLEL_FIELDS,
+    conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},
     why_not=_why_not,
     conv2plus1d=pair.conv2plus1d,
     conv2plus1d_backward=backward.conv2plus1d_backward,
@@ -100,6 +107,9 @@ BACKEND = Backend(
     second_pass=pair.second_pass,
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
+    conv3d=convolution.conv3d,
+    conv3d_backward=convolution.conv3d_backward,
+    forms_statistics=True,
     why_not_auto=_why_not_auto,
     instances=instances,
     rehearse=rehearse,

@@ -50,11 +50,17 @@ def taps(p: Pass) -> Any:
     """Geometry of a pass as the kernels take it."""
     from .kernels.common import Taps
 
-    apart = p.padding_mode == "zeros" and max(p.kernel) < 32
-    return Taps(
-        p.kernel, p.stride, p.dilation, p.padding[::2], p.padding_mode, apart=apart,
-        move=p.dilation,
-    )  # fmt: skip
+    modes = padding_modes(p)
+    apart = modes == ("zeros",) * 3 and max(p.kernel) < 32
+    return Taps(p.kernel, p.stride, p.dilation, p.padding[::2], modes, apart=apart, move=p.dilation)
+
+
+def padding_modes(p: Pass) -> tuple[str, str, str]:
+    """Modes of t, h, w; "zeros" where nothing is padded."""
+    t, h, w = (
+        mode if any(p.padding[2 * i : 2 * i + 2]) else "zeros" for i, mode in enumerate(p.modes)
+    )
+    return t, h, w
 
 
 @functools.lru_cache(4096)
@@ -63,24 +69,38 @@ def transposed_taps(p: Pass, classes: Sequence[int] = (1, 1, 1)) -> Any:
     steps = tuple(s // math.gcd(s, d) for s, d in zip(p.stride, p.dilation, strict=True))
     move = tuple(-n * d // s for n, d, s in zip(steps, p.dilation, p.stride, strict=True))
     return taps(p)._replace(
-        mode="transposed", step=steps, images=images(p), padding=p.padding_mode, move=move,
+        transposed=True, step=steps, images=images(p), move=move,
         apart=taps(p).apart and tuple(classes) == p.stride,
     )  # fmt: skip
 
 
 def images(p: Pass) -> tuple[int, ...]:
     """How many padded indices hold a copy of an index, along each axis: see ``common.image``."""
-    sides = zip(p.padding[::2], p.padding[1::2], strict=True)
-    if p.padding_mode == "replicate":
-        return tuple(1 + before + after for before, after in sides)
-    padded = 1 if p.padding_mode == "zeros" else 3
-    return tuple(padded if any(side) else 1 for side in sides)
+    copies = {"zeros": 1, "reflect": 3, "circular": 3}
+    return tuple(
+        copies.get(mode, 1 + before + after)
+        for mode, before, after in zip(
+            padding_modes(p), p.padding[::2], p.padding[1::2], strict=True
+        )
+    )
 
 
 def operand(t: Tensor, channels: int) -> tuple[tuple[Any, ...], int]:
     """(pointer, strides, (T, H, W)) of a video with that many channels in use, and its ALIGN."""
     align = alignment(t, channels)
     return (t, strides(t, align), hidden(*t.shape[2:])), align
+
+
+def sources(x: Tensor, past: Tensor | None, channels: int) -> tuple[tuple[Any, ...], int]:
+    """The operands x, of the size of both, and past, which are Nones where there is none."""
+    align = alignment(x, channels)
+    t, *plane = x.shape[2:]
+    before: tuple[Any, ...] = (None, None, None)
+    if past is not None:
+        align = math.gcd(align, alignment(past, channels))
+        t += past.shape[2]
+        before = past, strides(past, align), hidden(*past.shape[2:])
+    return (x, strides(x, align), hidden(t, *plane), *before), align
 
 
 def channels_last(t: Tensor) -> Tensor:

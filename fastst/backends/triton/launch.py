@@ -36,6 +36,7 @@ def found() -> tuple[ModuleType | None, str | None]:
             depthwise,
             depthwise_backward,
             input_gradient,
+            norm,
             pack,
             pair,
             parallel,

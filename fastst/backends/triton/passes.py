@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...problem.conv3d import ConvProblem, ConvTensors
 from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, launch
 from . import rows as rows_of
@@ -51,6 +52,7 @@ def conv_pass(
     weight: Tensor,
     y: Tensor,
     *,
+    past: Tensor | None = None,  # frames before x, as in_activation leaves x
     in_scale: Tensor | None = None,  # x is read as in_activation(in_scale·x + in_shift); of
     in_shift: Tensor | None = None,  # thin passes only
     in_activation: str = "none",
@@ -72,7 +74,8 @@ def conv_pass(
     kernels = launch.kernels()
     laid_out = Weight.of(weight, p.groups)
     if (by_rows := rows_of.of(p)) is not None:
-        x, laid_out, p = rows_of.video(p, by_rows, x), rows_of.weight(weight), by_rows
+        x, laid_out, p = rows_of.video(p, by_rows, x, past), rows_of.weight(weight), by_rows
+        past = None
     groups = p.groups
     # Padding channels of u are zeros and cost nothing where the tile has room for them.
     channels = x.shape[1] if groups == 1 else p.in_channels // groups
@@ -93,7 +96,7 @@ def conv_pass(
         config = candidates(p, x.shape[1], count, x.dtype, launch.device(), x.stride(1) == 1)[0]
     if isinstance(config, configs.StreamConfig):
         tiles, partial = partials(config.block_p)
-        x_args, x_align = arguments.operand(x, p.in_channels)
+        x_args, x_align = arguments.sources(x, past, p.in_channels)
         end, y_align = arguments.results(y, residual, p.out_channels, store)
         run = arguments.run_length(x, y)
         launch.run(
@@ -110,9 +113,10 @@ def conv_pass(
     assert in_scale is None and in_shift is None and in_activation == "none"
     if not config.flat:
         x = arguments.channels_last(x)
+        past = None if past is None else arguments.channels_last(past)
     stored = y.shape[1] if groups == 1 else out_channels
     packed = pack(laid_out, channels, config)
-    x_args, x_align = arguments.operand(x, channels)
+    x_args, x_align = arguments.sources(x, past, channels)
     end, y_align = arguments.results(y, residual, stored, store)
     tiles, partial = partials(config.block_p)
     run = arguments.run_length(x, y)
@@ -152,12 +156,19 @@ def affine(
 
 
 def moments(partial: Tensor, rows: int, total: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of ``total`` values, from (tiles, 2, K) partials of ``rows``."""
-    k = partial.shape[2]
-    partial, tiles, rows = _few(partial, rows, total)
-    mean, var = partial.new_empty(k), partial.new_empty(k)
+    """Mean and biased variance of ``total`` values, from (tiles, 2, K) partials of ``rows``.
+
+    From (sets, tiles, 2, K) those of each set, of few tiles.
+    """
+    *sets, _, _, k = partial.shape
+    if sets:
+        tiles = partial.shape[1]
+    else:
+        partial, tiles, rows = _few(partial, rows, total)
+    mean, var = partial.new_empty(*sets, k), partial.new_empty(*sets, k)
+    blocks = -(-k // configs.combine(k)[1])
     launch.run(
-        launch.kernels().statistics.finish_norm, (-(-k // configs.combine(k)[1]),), None,
+        launch.kernels().statistics.finish_norm, (blocks * math.prod(sets),), None,
         partial, tiles, rows, total, mean, var, None, None, None, None, None, k, k, EPS=0.0,
         **_blocks(partial),
     )  # fmt: skip
@@ -198,17 +209,33 @@ def finish_norm(
 
     mean and var are written where partials are given, else they are the problem's frozen ones.
     """
-    m, padded = problem.mid_channels, problem.mid_shape[-1]
     total = problem.batch * math.prod(problem.mid_size)
     tiles = 0
     if partial is None:
         mean, var = t.mean, t.var
     else:
         partial, tiles, rows = _few(partial, rows, total)
+    return coefficients(
+        problem, t, mean, var, problem.mid_shape[-1], problem.mid_channels,
+        (partial, tiles, rows, total), bias,
+    )  # fmt: skip
+
+
+def coefficients(
+    problem: PairProblem | ConvProblem,
+    t: PairTensors | ConvTensors,
+    mean: Tensor | None,
+    var: Tensor | None,
+    padded: int,
+    channels: int,
+    partials: tuple[Tensor | None, int, int, int] = (None, 0, 1, 1),
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a norm; arguments as of the kernel ``finish_norm``."""
     scale, shift = (t.x.new_empty(padded, dtype=problem.accumulate_dtype) for _ in range(2))
     launch.run(
-        launch.kernels().statistics.finish_norm, (-(-padded // configs.combine(m)[1]),), None,
-        partial, tiles, rows, total, mean, var, t.norm_weight, t.norm_bias, bias, scale, shift,
-        m, padded, EPS=problem.spec.eps, **_blocks(scale[:m]),
+        launch.kernels().statistics.finish_norm, (-(-padded // configs.combine(channels)[1]),),
+        None, *partials, mean, var, t.norm_weight, t.norm_bias, bias, scale, shift, channels,
+        padded, EPS=problem.spec.eps, **_blocks(scale[:channels]),
     )  # fmt: skip
     return scale, shift

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from ...machine import choices
+from ...problem.conv3d import ConvProblem, problem_of
 from ...problem.examples import KINDS, of_kind, problems, resembling
 from ...problem.spec import PairProblem, Pass, Problem
 from .. import rehearsal
 from ..contract import Example, Later, Phase
 from ..rehearsal import POSITIONS, Calls, Smaller, Way, as_called
-from . import arguments, backward, launch, pair, tiles
+from . import arguments, backward, convolution, launch, pair, tiles
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
 
@@ -53,14 +54,14 @@ def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
     """Of the checks that can be made without a call."""
     if device.type == "cuda" and launch.capability(device) < tiles.LEAST_CAPABILITY:
         return ()
-    return [f"{kind} {phase}" for kind in KINDS for phase in ("forward", "backward")]
+    return [f"{kind} {phase}" for kind in (*KINDS, "conv3d") for phase in ("forward", "backward")]
 
 
 def examples(kind: str, dtype: torch.dtype, device: torch.device) -> list[Later]:
     """Of one whose sizes are no multiples of a tile and, on a GPU, of layers of networks."""
     kind, phase = kind.split()
     spec, tensors = of_kind(kind, dtype)
-    layers = [replace(Problem.of(tensors, spec), device=device)]
+    layers = [replace(problem_of(tensors, spec), device=device)]
     if device.type == "cuda":
         layers += problems(kind, dtype, device)
     return [e for p in layers for e in rehearse(p, phase)]  # type: ignore[arg-type]
@@ -94,6 +95,7 @@ def _calls(way: str | None) -> Calls:
         lambda problem, t, save, like: pair.run(problem, t, save, way, like),
         pair.first_pass, pair.second_pass, lambda call: backward.run(call, way),
         parallel_conv2plus1d, parallel_conv2plus1d_backward,
+        convolution.run, convolution.conv3d_backward,
     )  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def _launches(
     problem: Problem, phase: Phase, way: Way, made: tuple[Any, Any]
 ) -> list[launch.Launch]:
     tensors, spec = made
-    small = Problem.of(tensors, spec)
+    small = problem_of(tensors, spec)
     dy = small.empty_output(tensors.x) if phase == "backward" else None
     like = replace(problem, spec=spec)
     return launch.noted(problem.device, lambda: way.run(small, tensors, like, dy))
@@ -136,44 +138,42 @@ def _clips(problem: Problem, size: tuple[int, int, int]) -> int:
     return max(1, min(POSITIONS, problem.batch * math.prod(problem.size)) // math.prod(size))
 
 
-def _few_channels(problem: Problem) -> tuple[Pass, Pass]:
+def _few_channels(problem: Problem) -> tuple[Pass, ...]:
     """The passes with fewer channels or groups, which the compiler cannot tell from theirs."""
-    first, second = problem.passes
+    passes = problem.passes
+    if isinstance(problem, ConvProblem) and problem.spec.norm in ("group", "layer", "rms", "l2"):
+        return passes  # groups of channels, or tiles of all of them
 
     def few(n: int) -> int:
         return n if n < _FEW else _FEW - _SAME + n % _SAME
 
-    if first.groups == second.groups == 1:
-        c, m, k = few(first.in_channels), few(first.out_channels), few(second.out_channels)
-        if not isinstance(problem, PairProblem):
-            return first._replace(in_channels=c, out_channels=m), second._replace(
-                in_channels=c, out_channels=k
-            )
-        return first._replace(in_channels=c, out_channels=m), second._replace(
-            in_channels=m, out_channels=k
+    groups = math.gcd(*(p.groups for p in passes))
+    if all(p.groups == 1 for p in passes):
+        return tuple(
+            p._replace(in_channels=few(p.in_channels), out_channels=few(p.out_channels))
+            for p in passes
         )
-    groups = math.gcd(first.groups, second.groups)
-    widest = max(first.in_channels, first.out_channels, second.out_channels)
+    widest = max(n for p in passes for n in (p.in_channels, p.out_channels))
     part = groups  # of so many groups is one that looks the same
     for g in range(max(2, (_FEW - _SAME) * groups // widest), groups):
-        gone = [(n // groups) * (groups - g) for p in problem.passes for n in p[1:3] + (p.groups,)]
+        gone = [(n // groups) * (groups - g) for p in passes for n in p[1:3] + (p.groups,)]
         if all(n % _SAME == 0 for n in gone):
             part = g
             break
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         p._replace(
             in_channels=p.in_channels // groups * part,
             out_channels=p.out_channels // groups * part,
             groups=p.groups // groups * part,
         )
-        for p in problem.passes
+        for p in passes
     )
 
 
 def _laid_out(problem: Problem, size: Sequence[int]) -> list[Any]:
     """What the compiler knows of the strides of what the kernels see."""
     tensors, spec = resembling(problem, problem.batch, size)
-    small = Problem.of(tensors, spec)
+    small = problem_of(tensors, spec)
     y = small.empty_output(tensors.x)
     seen = [tensors.x, y]
     if isinstance(small, PairProblem):

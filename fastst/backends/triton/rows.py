@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...problem.spec import Pass
-from . import tiles
+from . import arguments, tiles
 from .packing import Weight
 
 
@@ -19,7 +19,8 @@ def of(p: Pass) -> Pass | None:
     """The pass over rows that does the same, where the channels are few and it can be one."""
     kt, kh, kw = p.kernel
     thin = p.groups == 1 and p.in_channels < tiles.LEAST_K
-    if not thin or kw == 1 or p.dilation[2] != 1 or p.padding_mode != "zeros":
+    zeros = arguments.padding_modes(p) == ("zeros",) * 3
+    if not thin or kw == 1 or p.dilation[2] != 1 or not zeros:
         return None
     return p._replace(
         in_channels=tiles.round_up(kw * tiles.power(p.in_channels), tiles.LEAST_K),
@@ -27,9 +28,14 @@ def of(p: Pass) -> Pass | None:
     )  # fmt: skip
 
 
-def video(p: Pass, rows: Pass, x: Tensor) -> Tensor:
-    """What ``rows`` reads of x: a view, each element in as many places as columns read it."""
+def video(p: Pass, rows: Pass, x: Tensor, past: Tensor | None = None) -> Tensor:
+    """What ``rows`` reads of x, and of the frames before it: a view.
+
+    Each element is in as many places as columns read it.
+    """
     n, _, *size = x.shape
+    frames = 0 if past is None else past.shape[2]
+    size[0] += frames
     c = p.in_channels  # x may have padding channels
     depth = tiles.power(c)
     before, after = p.padding[::2], p.padding[1::2]
@@ -39,7 +45,10 @@ def video(p: Pass, rows: Pass, x: Tensor) -> Tensor:
     width = max(w, (out - 1) * p.stride[2] + rows.in_channels // depth)
     copy = x.new_zeros(n, t, h, width, depth)
     i, j, k = (slice(b, b + s) for b, s in zip(before, size, strict=True))
-    copy[:, i, j, k, :c] = x[:, :c].permute(0, 2, 3, 4, 1)
+    inside = copy[:, i, j, k, :c]
+    inside[:, frames:] = x[:, :c].permute(0, 2, 3, 4, 1)
+    if past is not None:
+        inside[:, :frames] = past.permute(0, 2, 3, 4, 1)
     strides = copy.stride()
     return copy.as_strided(
         (n, rows.in_channels, t, h, out), (strides[0], 1, *strides[1:3], p.stride[2] * depth)

@@ -364,6 +364,27 @@ def affine(channels: int) -> tuple[int, int]:
     return 2048 // columns, columns
 
 
+def norm(channels: int, whole: bool = False) -> tuple[int, int]:
+    """(positions, channels) of a tile of a norm's kernels; ``whole``: it has all channels."""
+    columns = power(channels) if whole else min(64, power(channels))
+    return max(1, 2048 // columns), columns
+
+
+def parts_of_set(length: int, block_p: int, programs: int, processors: int) -> tuple[int, int]:
+    """In how many parts statistics of a set of positions are taken, and positions of a part.
+
+    Args:
+        length: positions of the set.
+        block_p: positions of a step.
+        programs: of all sets, if each had one part.
+        processors: multiprocessors of the GPU.
+    """
+    # Four programs for each multiprocessor, of at least 8 steps; few enough for one to combine.
+    parts = max(1, min(4 * processors // max(1, programs), length // (8 * block_p), 1024))
+    per_part = round_up(max(1, -(-length // parts)), block_p)
+    return max(1, -(-length // per_part)), per_part
+
+
 def combine(channels: int) -> tuple[int, int, int]:
     """(partials per step, channels per program, partials per split) of the statistics kernels.
 

@@ -18,6 +18,7 @@ from fastst.backends.contract import Later
 from fastst.backends.triton import rehearsal
 from fastst.dispatch import quarantine, selfcheck
 from fastst.machine import gpu
+from fastst.problem.conv3d import problem_of
 from fastst.problem.examples import of_kind, off_kinks, resembling
 from fastst.problem.spec import PairProblem, PairSpec, PairTensors, Problem
 
@@ -47,7 +48,7 @@ def launched(example: Later) -> list[str]:
     """Instances that an example launches."""
     e = example.make()
     there = type(e.tensors)(*(None if t is None else t.to("meta") for t in e.tensors))
-    run = functools.partial(e.run, Problem.of(there, e.spec), there)
+    run = functools.partial(e.run, problem_of(there, e.spec), there)
     return [each.instance for each in backend.launch.noted(DEVICE, run)]
 
 

@@ -25,11 +25,11 @@ class Taps(NamedTuple):
     stride: tuple[int, int, int]
     dilation: tuple[int, int, int]
     before: tuple[int, int, int]  # padding in front; behind, the output size says it all
-    mode: str  # padding mode; "transposed": from the input to the outputs that read it
-    # Of transposed ones:
+    modes: tuple[str, str, str]  # of padding
+    # From the input to the outputs that read it:
+    transposed: bool = False
     step: tuple[int, int, int] = (1, 1, 1)  # between the taps that read from one residue class
     images: tuple[int, int, int] = (1, 1, 1)  # padded indices that hold a copy of an index
-    padding: str = "zeros"  # the mode that made them
     # Zeros around what is read, and less than 32 taps along each axis: what the taps of a position
     # read lies at the same distances for all positions, in indices along each axis.
     apart: bool = False
@@ -191,9 +191,9 @@ def image(i, m, size, BEFORE: tl.constexpr, MODE: tl.constexpr):
 def image_positions(position, m, size, TAPS: tl.constexpr):
     """The m-th images of positions (n, t, h, w), and which are ones."""
     IMAGES: tl.constexpr = TAPS.images
-    T_MODE: tl.constexpr = TAPS.padding if IMAGES[0] > 1 else "zeros"
-    H_MODE: tl.constexpr = TAPS.padding if IMAGES[1] > 1 else "zeros"
-    W_MODE: tl.constexpr = TAPS.padding if IMAGES[2] > 1 else "zeros"
+    T_MODE: tl.constexpr = TAPS.modes[0]  # Triton 3.6 takes no string of a tuple as an argument
+    H_MODE: tl.constexpr = TAPS.modes[1]
+    W_MODE: tl.constexpr = TAPS.modes[2]
     n, t, h, w = position
     t, ok_t = image(t, m // (IMAGES[1] * IMAGES[2]), size[0], TAPS.before[0], T_MODE)
     h, ok_h = image(h, m // IMAGES[2] % IMAGES[1], size[1], TAPS.before[1], H_MODE)
@@ -212,7 +212,7 @@ def tap_index(i, tap, size, AXIS: tl.constexpr, TAPS: tl.constexpr):
         shift = -TAPS.before[AXIS]
     else:
         shift = tap * TAPS.dilation[AXIS] - TAPS.before[AXIS]
-    if TAPS.mode == "transposed":
+    if TAPS.transposed:
         i = i - shift
         ok = i >= 0
         if STRIDE > 1:
@@ -220,7 +220,7 @@ def tap_index(i, tap, size, AXIS: tl.constexpr, TAPS: tl.constexpr):
             i = i // STRIDE
         ok = ok & (i < size)
     else:
-        MODE: tl.constexpr = TAPS.mode  # Triton 3.6 takes no string of a tuple as an argument
+        MODE: tl.constexpr = TAPS.modes[AXIS]
         i, ok = source(i * STRIDE + shift, size, MODE)
     return i, ok
 
@@ -231,7 +231,7 @@ def tap_start(i, first, AXIS: tl.constexpr, TAPS: tl.constexpr):
 
     The next reads ``TAPS.move`` further. Only where taps are ``apart``.
     """
-    if TAPS.mode == "transposed":
+    if TAPS.transposed:
         start = i + TAPS.before[AXIS] - first * TAPS.dilation[AXIS]
         if TAPS.stride[AXIS] > 1:
             start = start // TAPS.stride[AXIS]  # comes out even in a residue class
@@ -247,8 +247,8 @@ def below(i, size):
 
 
 @triton.jit
-def tap_offsets(position, tap, size, strides, ALIGN: tl.constexpr, TAPS: tl.constexpr):
-    """int64 offsets that a tap of output positions reads, and which of them exist.
+def tap_position(position, tap, size, TAPS: tl.constexpr):
+    """The positions that a tap of output positions reads, and which of them exist.
 
     ``position`` is (n, t, h, w) and ``tap`` (kt, kh, kw), of shapes that broadcast. Axes along
     which the kernel has one tap keep the shape of ``position``.
@@ -257,7 +257,14 @@ def tap_offsets(position, tap, size, strides, ALIGN: tl.constexpr, TAPS: tl.cons
     t, ok_t = tap_index(t, tap[0], size[0], 0, TAPS)
     h, ok_h = tap_index(h, tap[1], size[1], 1, TAPS)
     w, ok_w = tap_index(w, tap[2], size[2], 2, TAPS)
-    return row_offsets((n, t, h, w), strides, ALIGN), ok_t & ok_h & ok_w
+    return (n, t, h, w), ok_t & ok_h & ok_w
+
+
+@triton.jit
+def tap_offsets(position, tap, size, strides, ALIGN: tl.constexpr, TAPS: tl.constexpr):
+    """int64 offsets of ``tap_position``, and which of them exist."""
+    at, ok = tap_position(position, tap, size, TAPS)
+    return row_offsets(at, strides, ALIGN), ok
 
 
 @triton.jit

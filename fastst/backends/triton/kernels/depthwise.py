@@ -11,15 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import activate, columns, grid_of, positions, size_of, strides_of, tap_offsets
-from .tap_conv import finish, tile_positions
+from .common import activate, columns, grid_of, positions, size_of, strides_of, tap_position
+from .tap_conv import earlier, finish, row_pointers, tile_positions
 from .walk import beside, walk_source, walk_start, walk_steps, walked
 
 
 @triton.jit
 def direct_sum(
     acc,  # (BLOCK_P, BLOCK_C)
-    x_ptr, x_strides, x_size, w_ptr,
+    x_ptr, x_strides, x_size,
+    past,  # ``earlier``: of what the prologue makes of x; or None
+    w_ptr,
     n, n_ok, out_channels,  # output channels of the tile, and how many there are
     per_group, out_per_group,  # channels of a group
     scale_ptr, shift_ptr,  # (C,) prologue, or None
@@ -32,20 +34,25 @@ def direct_sum(
     KW: tl.constexpr = TAPS.kernel[2]
     for tap in tl.range(0, TAPS.kernel[0] * KH * KW, loop_unroll_factor=UNROLL):
         taps = (tap // (KH * KW), tap // KW % KH, tap % KW)
-        offsets, inside = tap_offsets(at, taps, x_size, x_strides, ALIGN, TAPS)
+        tapped, inside = tap_position(at, taps, x_size, TAPS)
+        rows, past_rows = row_pointers(tapped, x_ptr, x_strides, past, ALIGN)
         ok = inside & row_ok & n_ok[None, :]
         for j in range(per_group):
             c = n // out_per_group * per_group + j
-            z = tl.load(
-                x_ptr + offsets + c.to(tl.int64)[None, :] * x_strides[1], mask=ok, other=0.0
-            )
-            z = z.to(acc.dtype)
+            read = rows + c.to(tl.int64)[None, :] * x_strides[1]
+            if past is not None:
+                old = past_rows + c.to(tl.int64)[None, :] * past[1][1]
+                read = tl.where(tapped[1] < past[2], old, read)
+            raw = tl.load(read, mask=ok, other=0.0).to(acc.dtype)
+            z = raw
             if scale_ptr is not None:
                 z = z * tl.load(scale_ptr + c, mask=n_ok, other=0.0)[None, :]
                 z = z + tl.load(shift_ptr + c, mask=n_ok, other=0.0)[None, :]
             z = activate(z, ACTIVATION, SLOPE)
             if scale_ptr is not None:  # act(shift) is not 0; act(0) is, for all of them
                 z = tl.where(ok, z, 0.0)
+            if past is not None:
+                z = tl.where(tapped[1] < past[2], raw, z)
             w = tl.load(w_ptr + (tap * per_group + j) * out_channels + n, mask=n_ok, other=0.0)
             acc += z * w.to(acc.dtype)[None, :]
     return acc
@@ -53,7 +60,8 @@ def direct_sum(
 
 @triton.jit(do_not_specialize=["count"])
 def direct_conv(
-    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
+    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W), with the frames before
+    past_ptr, past_strides, past_size,  # frames before x, or None
     per_group, out_per_group,
     w_ptr,
     in_scale_ptr, in_shift_ptr,  # (C,) prologue, or None
@@ -81,9 +89,10 @@ def direct_conv(
     position = positions(p, grid_of(grid), RUN)
     n = pid % tiles_n * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = direct_sum(
-        tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE), x_ptr, x_strides, x_size, w_ptr, n,
-        n < out_channels, out_channels, per_group, out_per_group, in_scale_ptr, in_shift_ptr,
-        columns(position), row_ok[:, None], TAPS, X_ALIGN, IN_ACTIVATION, SLOPE, UNROLL,
+        tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE), x_ptr, x_strides, x_size,
+        earlier(past_ptr, past_strides, past_size), w_ptr, n, n < out_channels, out_channels,
+        per_group, out_per_group, in_scale_ptr, in_shift_ptr, columns(position), row_ok[:, None],
+        TAPS, X_ALIGN, IN_ACTIVATION, SLOPE, UNROLL,
     )  # fmt: skip
     if partial_ptr is not None:
         partial_ptr += tile_p.to(tl.int64) * 2 * out_channels
@@ -149,7 +158,7 @@ def direct_pair(
             at, ok = beside(position, row, across, mid_size, SECOND, AXIS)
             ok = (ok & row_ok)[:, None]
             z = direct_sum(
-                zero, x_ptr, x_strides, x_size, first_ptr, m, n_ok, mid_channels, per_group,
+                zero, x_ptr, x_strides, x_size, None, first_ptr, m, n_ok, mid_channels, per_group,
                 mid_out_per_group, None, None, columns(at), ok, FIRST, X_ALIGN, "none", SLOPE,
                 UNROLL,
             )  # fmt: skip

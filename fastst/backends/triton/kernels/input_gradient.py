@@ -85,7 +85,7 @@ def gather(
     w_ptr += group.to(tl.int64) * reduction_rows(channels, TAPS, FLAT, BLOCK_K) * width + first
     if TAPS.images[0] * TAPS.images[1] * TAPS.images[2] == 1:
         acc, rest = accumulate(
-            acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, position, row_ok,
+            acc, rest, dy_ptr, dy_strides, dy_size, None, channels, w_ptr, width, position, row_ok,
             subset, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
         )  # fmt: skip
     else:
@@ -94,8 +94,8 @@ def gather(
             ok = ok & row_ok
             if tl.max(ok.to(tl.int32), 0) > 0:
                 acc, rest = accumulate(
-                    acc, rest, dy_ptr, dy_strides, dy_size, channels, w_ptr, width, at, ok, None,
-                    TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+                    acc, rest, dy_ptr, dy_strides, dy_size, None, channels, w_ptr, width, at, ok,
+                    None, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
                 )  # fmt: skip
     return acc, rest
 

@@ -31,8 +31,8 @@ def through(
     BLOCK_N: tl.constexpr = sums[0].shape[1]
     z, none = accumulate(
         tl.zeros((BLOCK_P, BLOCK_M), sums[0].dtype), tl.zeros((BLOCK_P, 16), sums[0].dtype),
-        x_ptr, x_strides, x_size, channels, first_ptr + m, mid_width, position, ok, None, FIRST,
-        FLAT, ALIGN, BLOCK_M, 0, BLOCK_K, PRECISION, EMULATE,
+        x_ptr, x_strides, x_size, None, channels, first_ptr + m, mid_width, position, ok, None,
+        FIRST, FLAT, ALIGN, BLOCK_M, 0, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip
     m += tl.arange(0, BLOCK_M)
     m_ok = m < mid_channels

@@ -60,13 +60,14 @@ def branch(
     if DIRECT:
         at, ok = columns(position), row_ok[:, None]
         acc = direct_sum(
-            acc, x_ptr, x_strides, x_size, w_ptr, n, n < out_channels, out_channels, channels,
+            acc, x_ptr, x_strides, x_size, None, w_ptr, n, n < out_channels, out_channels, channels,
             per_group, None, None, at, ok, TAPS, ALIGN, "none", 0.0, UNROLL,
         )  # fmt: skip
         if REST_N > 0:
             rest = direct_sum(
-                rest, x_ptr, x_strides, x_size, w_ptr, n_rest, n_rest < out_channels, out_channels,
-                channels, per_group, None, None, at, ok, TAPS, ALIGN, "none", 0.0, UNROLL,
+                rest, x_ptr, x_strides, x_size, None, w_ptr, n_rest, n_rest < out_channels,
+                out_channels, channels, per_group, None, None, at, ok, TAPS, ALIGN, "none", 0.0,
+                UNROLL,
             )  # fmt: skip
     else:
         group, column = group_of(part, per_group, per_part, first)
@@ -74,8 +75,8 @@ def branch(
         x_ptr += (group * (channels // ALIGN * ALIGN)).to(tl.int64) * x_strides[1]
         w_ptr += group.to(tl.int64) * rows * width + column
         acc, rest = accumulate(
-            acc, rest, x_ptr, x_strides, x_size, channels, w_ptr, width, position, row_ok, None,
-            TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+            acc, rest, x_ptr, x_strides, x_size, None, channels, w_ptr, width, position, row_ok,
+            None, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
         )  # fmt: skip
     return biased(acc, bias_ptr, n, out_channels), biased(rest, bias_ptr, n_rest, out_channels)
 

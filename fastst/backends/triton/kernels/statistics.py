@@ -65,7 +65,7 @@ def combine_partials(
 @triton.jit(do_not_specialize=["tiles", "total"])
 def finish_norm(
     partial_ptr, tiles, rows, total,  # partial_ptr None: mean and var are given
-    mean_ptr, var_ptr,  # (channels,), written or read
+    mean_ptr, var_ptr,  # (channels,), written or read; for each set of positions
     gamma_ptr, beta_ptr, bias_ptr,  # (channels,) each, or None
     scale_ptr, shift_ptr,  # (padded,), written, zeros beyond channels; or None
     channels, padded, EPS: tl.constexpr,
@@ -75,9 +75,14 @@ def finish_norm(
 
     ``bias`` is one that the convolution before has not added.
     """
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = (padded + BLOCK_C - 1) // BLOCK_C
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = channel < channels
+    each = (tl.program_id(0) // blocks).to(tl.int64)
+    mean_ptr += each * channels
+    var_ptr += each * channels
     if partial_ptr is not None:
+        partial_ptr += each * tiles * 2 * channels
         mean, m2 = combine(
             partial_ptr, channel, ok, channels, 0, tiles, rows, total, BLOCK_T, BLOCK_C, ACCUMULATE
         )

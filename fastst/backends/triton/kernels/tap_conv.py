@@ -22,9 +22,10 @@ from .common import (
     positions,
     product,
     row_offsets,
+    shown,
     size_of,
     strides_of,
-    tap_offsets,
+    tap_position,
     tap_start,
 )
 
@@ -89,9 +90,51 @@ def combined(within_t, within_h, within_w, rows, lanes, TAPS: tl.constexpr):
 
 
 @triton.jit
+def earlier(past_ptr, past_strides, past_size):
+    """What ``sources`` takes of the frames before x, which may be none."""
+    past = None
+    if past_ptr is not None:
+        past = (past_ptr, strides_of(past_strides), shown(past_size[0]))
+    return past
+
+
+@triton.jit
+def of_group(past, channel):
+    """The same from a channel on."""
+    if past is not None:
+        past = (past[0] + channel.to(tl.int64) * past[1][1], past[1], past[2])
+    return past
+
+
+@triton.jit
+def row_pointers(position, x_ptr, x_strides, past, ALIGN: tl.constexpr):
+    """Pointers to positions in x, channel 0, and in the past; frames are counted over both."""
+    n, t, h, w = position
+    past_rows = None
+    if past is not None:
+        past_rows = past[0] + row_offsets((n, t, h, w), past[1], ALIGN)
+        t -= past[2]
+    return x_ptr + row_offsets((n, t, h, w), x_strides, ALIGN), past_rows
+
+
+@triton.jit
+def tap_offset(c, taps, strides, ALIGN: tl.constexpr, TAPS: tl.constexpr):
+    """int64 offset of a tap's channels from the first tap; only where taps are ``apart``."""
+    moved = c.to(tl.int64) * strides[1]
+    if TAPS.kernel[0] > 1:
+        moved += (taps[0] * (TAPS.move[0] * ALIGN)).to(tl.int64) * strides[2]
+    if TAPS.kernel[1] > 1:
+        moved += (taps[1] * (TAPS.move[1] * ALIGN)).to(tl.int64) * strides[3]
+    if TAPS.kernel[2] > 1:
+        moved += (taps[2] * (TAPS.move[2] * ALIGN)).to(tl.int64) * strides[4]
+    return moved
+
+
+@triton.jit
 def accumulate(
     acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
     x_ptr, x_strides, x_size,  # x_ptr at the first channel of the group
+    past,  # ``earlier``: x_size counts its frames, too; or None
     channels,  # of the group
     w_ptr, width,  # w_ptr at the group's first row and the tile's first column
     position, row_ok,
@@ -130,7 +173,7 @@ def accumulate(
         t = tap_start(t, first_t, 0, TAPS)
         h = tap_start(h, first_h, 1, TAPS)
         w = tap_start(w, first_w, 2, TAPS)
-        x_rows = x_ptr + row_offsets((n, t, h, w), x_strides, ALIGN)
+        x_rows, past_rows = row_pointers((n, t, h, w), x_ptr, x_strides, past, ALIGN)
         within_t = tl.where(row_ok[:, None], taps_within(t, x_size[0], taps_t, 0, TAPS), 0)
         within_h = taps_within(h, x_size[1], taps_h, 1, TAPS)
         within_w = taps_within(w, x_size[2], taps_w, 2, TAPS)
@@ -154,22 +197,24 @@ def accumulate(
         else:
             c = (chunk + k)[None, :]
         if TAPS.apart:
-            moved = c.to(tl.int64) * x_strides[1]
-            if KERNEL[0] > 1:
-                moved += (i_t * (TAPS.move[0] * ALIGN)).to(tl.int64) * x_strides[2]
-            if KERNEL[1] > 1:
-                moved += (i_h * (TAPS.move[1] * ALIGN)).to(tl.int64) * x_strides[3]
-            if KERNEL[2] > 1:
-                moved += (i_w * (TAPS.move[2] * ALIGN)).to(tl.int64) * x_strides[4]
+            read = x_rows + tap_offset(c, (i_t, i_h, i_w), x_strides, ALIGN, TAPS)
+            if past is not None:
+                old = past_rows + tap_offset(c, (i_t, i_h, i_w), past[1], ALIGN, TAPS)
+                read = tl.where(t + i_t * TAPS.move[0] < past[2], old, read)
             if COUNT <= 32:
                 inside = within >> index
             else:
                 inside = (within_t >> i_t) & (within_h >> i_h) & (within_w >> i_w)
-            read, ok = x_rows + moved, (inside & 1) != 0
+            ok = (inside & 1) != 0
         else:
             tap, _ = tap_of((i_t, i_h, i_w), subset, TAPS)
-            offsets, inside = tap_offsets(at, tap, x_size, x_strides, ALIGN, TAPS)
-            read, ok = x_ptr + offsets + c.to(tl.int64) * x_strides[1], inside & row_ok[:, None]
+            tapped, inside = tap_position(at, tap, x_size, TAPS)
+            tap_rows, past_rows = row_pointers(tapped, x_ptr, x_strides, past, ALIGN)
+            read = tap_rows + c.to(tl.int64) * x_strides[1]
+            if past is not None:
+                old = past_rows + c.to(tl.int64) * past[1][1]
+                read = tl.where(tapped[1] < past[2], old, read)
+            ok = inside & row_ok[:, None]
         if FLAT > 0:
             ok = ok & c_ok
         else:
@@ -280,7 +325,8 @@ def tile_positions(tile, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def tap_conv(
-    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W)
+    x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W), with the frames before
+    past_ptr, past_strides, past_size,  # frames before x, or None
     channels, groups,  # channels of a group
     w_ptr, width,  # (groups, reduction, width)
     out_scale_ptr, out_shift_ptr,  # (K,) epilogue, or None
@@ -314,7 +360,8 @@ def tap_conv(
     acc, rest = accumulate(
         tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE),
         tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
-        x_ptr + in_channel.to(tl.int64) * x_strides[1], x_strides, x_size, channels,
+        x_ptr + in_channel.to(tl.int64) * x_strides[1], x_strides, x_size,
+        of_group(earlier(past_ptr, past_strides, past_size), in_channel), channels,
         w_ptr + group.to(tl.int64) * reduction * width + first, width, position, row_ok, None,
         TAPS, FLAT, X_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip

@@ -44,7 +44,7 @@ def walk_steps(first, end, SECOND: tl.constexpr, AXIS: tl.constexpr):
     """The steps that complete outputs first..end − 1."""
     TAPS: tl.constexpr = SECOND.kernel[AXIS]
     begin = first
-    if SECOND.mode == "zeros":  # nothing is there in front; the sums are zeros already
+    if SECOND.modes[AXIS] == "zeros":  # nothing is there in front; the sums are zeros already
         SKIPPED: tl.constexpr = SECOND.before[AXIS] // SECOND.dilation[AXIS]
         begin = tl.maximum(first, SKIPPED if SKIPPED < TAPS else TAPS - 1)
     return begin, tl.where(end > first, end + TAPS - 1, begin)
@@ -53,7 +53,7 @@ def walk_steps(first, end, SECOND: tl.constexpr, AXIS: tl.constexpr):
 @triton.jit
 def walk_source(index, mid_size, SECOND: tl.constexpr, AXIS: tl.constexpr):
     """Index in the mid tensor of padded index ``index`` along the axis, and whether it exists."""
-    MODE: tl.constexpr = SECOND.mode
+    MODE: tl.constexpr = SECOND.modes[AXIS]
     return source(index - SECOND.before[AXIS], mid_size[AXIS], MODE)
 
 
@@ -70,7 +70,7 @@ def beside(position, at, across, mid_size, SECOND: tl.constexpr, AXIS: tl.conste
     else:
         h = tl.zeros_like(h) + at
         column = w * SECOND.stride[2] + (across * SECOND.dilation[2] - SECOND.before[2])
-        MODE: tl.constexpr = SECOND.mode
+        MODE: tl.constexpr = SECOND.modes[2]
         w, ok = source(column, mid_size[2], MODE)
     return (n, t, h, w), ok
 
