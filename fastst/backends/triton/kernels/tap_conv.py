@@ -108,13 +108,18 @@ def of_group(past, channel):
 
 @triton.jit
 def row_pointers(position, x_ptr, x_strides, past, ALIGN: tl.constexpr):
-    """Pointers to positions in x, channel 0, and in the past; frames are counted over both."""
+    """Pointers to positions in x, channel 0, and in the past; frames are counted over both.
+
+    Without a past the second are the first: no tuple that is returned holds None.
+    """
     n, t, h, w = position
-    past_rows = None
-    if past is not None:
+    if past is None:
+        x_rows = x_ptr + row_offsets((n, t, h, w), x_strides, ALIGN)
+        past_rows = x_rows
+    else:
+        x_rows = x_ptr + row_offsets((n, t - past[2], h, w), x_strides, ALIGN)
         past_rows = past[0] + row_offsets((n, t, h, w), past[1], ALIGN)
-        t -= past[2]
-    return x_ptr + row_offsets((n, t, h, w), x_strides, ALIGN), past_rows
+    return x_rows, past_rows
 
 
 @triton.jit
