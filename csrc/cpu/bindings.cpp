@@ -91,7 +91,8 @@ void bind_passes(py::module_& m) {
       .value("best", cpu::Sums::best)
       .value("direct", cpu::Sums::direct)
       .value("winograd", cpu::Sums::winograd)
-      .value("pairs", cpu::Sums::pairs);
+      .value("pairs", cpu::Sums::pairs)
+      .value("winograd_pairs", cpu::Sums::winograd_pairs);
   // What these are made of must outlive them.
   py::class_<cpu::Source>(m, "Source", kLocal)
       .def(
@@ -112,7 +113,7 @@ void bind_passes(py::module_& m) {
 PYBIND11_MODULE(FASTST_MODULE, m) {
   m.doc() = "CPU kernels of fastst: tensors in, results in memory of the caller.";
 
-  m.attr("INTERFACE") = 5;  // raised by each change of what is bound, with library.py
+  m.attr("INTERFACE") = 6;  // raised by each change of what is bound, with library.py
   bind_common(m);
   bind_passes(m);
   bind_pairs(m);
@@ -129,7 +130,7 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
         }));
   m.def("channel_moments", unlocked(cpu::channel_moments));
   m.def("position_moments", unlocked(cpu::position_moments));
-  m.def("multiplies", &cpu::multiplies, py::arg("dtype"));
+  m.def("outdoes", &cpu::outdoes, py::arg("dtype"));
   m.def("multiplies_pairs", &cpu::multiplies_pairs);
   m.def("multiply_panels", unlocked(cpu::multiply_panels), py::arg("rounds"), py::arg("threads"));
 }

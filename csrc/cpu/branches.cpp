@@ -36,7 +36,8 @@ void parallel_backward(const ParallelPlan& p, const ParallelTensors& t,
                        const std::array<View, 2>& dy, const std::optional<View>& dx,
                        const std::array<std::optional<View>, 2>& dweight, int threads) {
   for (int i = 0; i < 2; ++i) {
-    if (dweight[i]) weight_gradient(plain(t.x), plain(dy[i]), p.conv[i], *dweight[i], threads);
+    if (dweight[i])
+      weight_gradient(plain(t.x), plain(dy[i]), p.conv[i], *dweight[i], p.sums, threads);
     if (!dx) continue;
     Epilogue e = {Write::forward, {}, {}, Activation::none, Activation::none, 0.0, {}, {}};
     if (i) e.aux = dx;

@@ -47,8 +47,8 @@ struct Epilogue {
 };
 
 // How the products of a convolution are summed: as is likely to be the fastest; one by one;
-// Winograd's way or in pairs of bfloat16 wherever that can be done.
-enum class Sums { best, direct, winograd, pairs };
+// Winograd's way; in pairs of bfloat16, one by one or Winograd's way, wherever that can be done.
+enum class Sums { best, direct, winograd, pairs, winograd_pairs };
 
 // out = epilogue(convolution of the source); input_gradient: of the transposed convolution, where
 // source is shaped as the convolution's output and out as its input. How many of the groups went by
@@ -159,7 +159,7 @@ void pair_backward(const PairPlan&, const PairTensors&, const View& dy, const Pa
 // dweight (out, in/groups, kt, kh, kw) of any strides, from the input and the gradient of the
 // output.
 void weight_gradient(const Source& input, const Source& gradient, const Conv&, const View& dweight,
-                     int threads);
+                     Sums, int threads);
 
 // out (2, N, T, C): mean and mean square deviation of each channel of each frame of floats.
 void channel_moments(const View& x, const Array& out, int threads);
@@ -174,10 +174,13 @@ void batch_norm_backward(const View& dv, const View& y, const Array& mean, const
                          const Array& gamma, double eps, const std::optional<View>& dy,
                          const Array& sums, int threads);
 
-// Whether the processor has instructions that multiply what is stored so; pairs of bfloat16 in
-// vectors (vdpbf16ps).
-bool multiplies(Storage);
+// Whether the processor multiplies what is stored so by instructions that are not used here: tiles,
+// vectors of float16.
+bool outdoes(Storage);
+// Whether pairs of bfloat16 are multiplied by its own instruction (vdpbf16ps).
 bool multiplies_pairs();
+// Whether what is stored as bfloat16 is multiplied in pairs.
+bool in_pairs(Sums);
 
 // Multiplies panels in cache `rounds` times on each thread; how many operations that took.
 int64_t multiply_panels(int64_t rounds, int threads);

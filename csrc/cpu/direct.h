@@ -8,11 +8,46 @@
 
 namespace fastst::cpu {
 
+// Weights of two input channels each, side by side in the place of a float.
+class PairPacker {
+ public:
+  PairPacker(const Weights& weights, int64_t)
+      : paired_(weights.paired()),
+        channels_(weights.in),
+        units_(units<Bf16Pairs>(weights.in)),
+        packer_(paired_.value_or(weights), paired_ ? units_ : channels_) {}
+
+  const std::vector<Block>& blocks() const { return packer_.blocks(); }
+  int64_t channels() const { return units_; }
+  int64_t chunk() const { return units_; }
+  int64_t row(int64_t tap, int64_t unit) const { return tap * units_ + unit; }
+  int64_t size(const Block& b) const { return packer_.taps() * units_ * b.vectors * kLanes; }
+  void pack(const Block& b, float* to) const {
+    if (paired_) return packer_.pack(b, to);
+    const Scratch rows(packer_.size(b));
+    packer_.pack(b, rows);
+    const int64_t pitch = b.vectors * kLanes;
+    for (int64_t tap = 0; tap < packer_.taps(); ++tap)
+      for (int64_t c = 0; c < channels_; c += 2) {
+        const float* even = rows + (tap * channels_ + c) * pitch;
+        for (int64_t i = 0; i < pitch; i += kLanes, to += kLanes) {
+          const Vec both[] = {load(even + i), c + 1 < channels_ ? load(even + pitch + i) : Vec{}};
+          store(to, Bf16Pairs::of(both));
+        }
+      }
+  }
+
+ private:
+  std::optional<Weights> paired_;  // whose numbers are pairs, where they lie so
+  int64_t channels_, units_;
+  WeightPacker packer_;
+};
+
 // What an output channel sums over: all channels of the source.
+template <class K>
 struct Dense {
-  using Packer = WeightPacker;
-  static constexpr bool kInPlace = true;
-  static int64_t units(int64_t channels) { return channels; }  // floats of a position
+  using Kind = K;
+  using Packer = std::conditional_t<Kind::kChannels == 1, WeightPacker, PairPacker>;
   // Input channels whose weights a block keeps in the cache.
   static int64_t chunk_of(const Weights& w) {
     constexpr int64_t kBlockFloats = 112 << 10;
@@ -24,71 +59,15 @@ struct Dense {
                        const float* weights, const std::vector<Segment>& segments, float* to,
                        bool accumulate) {
     const int64_t pitch = block.vectors * kLanes;
-    multiply_for(rows, block.vectors, true)(x, places, 1, weights, pitch, segments.data(),
-                                            segments.size(), to, pitch, accumulate);
-  }
-};
-
-// Weights of two input channels each, side by side in the place of a float.
-class PairPacker {
- public:
-  PairPacker(const Weights& weights, int64_t chunk)
-      : floats_(weights, weights.in), units_(chunk), channels_(weights.in) {}
-
-  const std::vector<Block>& blocks() const { return floats_.blocks(); }
-  int64_t channels() const { return units_; }
-  int64_t chunk() const { return units_; }
-  int64_t row(int64_t tap, int64_t unit) const { return tap * units_ + unit; }
-  int64_t size(const Block& b) const { return floats_.taps() * units_ * b.vectors * kLanes; }
-  void pack(const Block& b, float* to) const {
-    const Scratch rows(floats_.size(b));
-    floats_.pack(b, rows);
-    const int64_t pitch = b.vectors * kLanes;
-    for (int64_t tap = 0; tap < floats_.taps(); ++tap)
-      for (int64_t c = 0; c < channels_; c += 2) {
-        const float* even = rows + (tap * channels_ + c) * pitch;
-        for (int64_t i = 0; i < pitch; i += kLanes, to += kLanes)
-          store(to,
-                Bf16Pairs::of(load(even + i), c + 1 < channels_ ? load(even + pitch + i) : Vec{}));
-      }
-  }
-
- private:
-  WeightPacker floats_;
-  int64_t units_, channels_;
-};
-
-// The same in pairs of bfloat16.
-struct DensePairs {
-  using Packer = PairPacker;
-  static constexpr bool kInPlace = false;
-  static int64_t units(int64_t channels) { return (channels + 1) / 2; }
-  static int64_t chunk_of(const Weights& w) { return units(w.in); }
-  static void multiply(int rows, const Block& block, int64_t, const float* x, const int64_t* places,
-                       const float* weights, const std::vector<Segment>& segments, float* to,
-                       bool accumulate) {
-    const int64_t pitch = block.vectors * kLanes;
-    multiply_for<Bf16Pairs>(rows, block.vectors, true)(
-        x, places, 1, weights, pitch, segments.data(), segments.size(), to, pitch, accumulate);
-  }
-  // Channels of `positions`, two each in the place of a float.
-  static void join(const float* from, int64_t positions, int64_t channels, float* to) {
-    auto* out = reinterpret_cast<BFloat16*>(to);
-    for (int64_t i = 0; i < positions; ++i, from += channels, out += 2 * units(channels)) {
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        const int64_t n = std::min<int64_t>(kLanes, channels - c);
-        store(out + c, load(from + c, n), n);
-      }
-      if (channels % 2) out[channels] = BFloat16{0};
-    }
+    multiply_for<Kind>(rows, block.vectors, true)(x, places, 1, weights, pitch, segments.data(),
+                                                  segments.size(), to, pitch, accumulate);
   }
 };
 
 // The channel of its own number alone.
 struct Channelwise {
+  using Kind = Floats;
   using Packer = WeightPacker;
-  static constexpr bool kInPlace = true;
-  static int64_t units(int64_t channels) { return channels; }
   static int64_t chunk_of(const Weights&) { return 1; }
   static void multiply(int rows, const Block& block, int64_t channels, const float* x,
                        const int64_t* places, const float* weights,
@@ -106,12 +85,13 @@ template <class Products>
 class Direct {
  public:
   using Ready = Packed;  // what a tile reads
+  using Kind = typename Products::Kind;
 
   explicit Direct(const std::vector<Problem>& problems)
       : problems_(problems),
         g_(joined(problems)),
         in_(problems[0].in),
-        in_place_(Products::kInPlace && readable_in_place(g_, in_)) {
+        in_place_(readable_in_place<Kind>(g_, in_)) {
     for (const Problem& p : problems) {
       const int index = static_cast<int>(packers_.size());
       packers_.emplace_back(p.weights, Products::chunk_of(p.weights));
@@ -126,19 +106,12 @@ class Direct {
   int64_t weights_size(const Work& w) const { return packers_[w.problem].size(w.block); }
   void pack_weights(const Work& w, float* to) const { packers_[w.problem].pack(w.block, to); }
 
-  int64_t reads(const Tile& t) const { return packed_size(g_, t, Products::units(in_.channels)); }
+  int64_t reads(const Tile& t) const { return packed_size<Kind>(g_, t, in_.channels); }
   int64_t tile_size(const Tile& t) const { return in_place_ ? 0 : reads(t); }
   Packed pack(const Tile& t, float* to) const {
-    if (in_place_) return in_place(g_, t, in_);
-    if constexpr (Products::kInPlace) {
-      pack_tile(g_, t, in_, to);
-    } else {
-      const int64_t floats = packed_size(g_, t, in_.channels);
-      const Scratch wide(floats);
-      pack_tile(g_, t, in_, wide);
-      Products::join(wide, floats / in_.channels, in_.channels, to);
-    }
-    return packed_strides(g_, t, Products::units(in_.channels), to);
+    if (in_place_) return in_place<Kind>(g_, t, in_);
+    pack_tile<Kind>(g_, t, in_, to);
+    return packed_strides<Kind>(g_, t, in_.channels, to);
   }
 
   // Calls done(sums, pitch, positions, count) until all positions of a tile, which is inside what
@@ -158,7 +131,7 @@ class Direct {
     const int64_t frames = p.g.t.inside() ? 1 : tile.t1 - tile.t0;
     const int64_t each = tile.positions() / frames;
     const int64_t most = most_rows(block.vectors);
-    const int64_t piece = p.lines ? kLine / bytes_of(p.out.storage) : most;
+    const int64_t piece = p.lines ? kLine / sizeof(float) : most;
     const int64_t held = kHeld / piece * piece;
     const Groups groups(each, most);
     const int64_t batches = p.lines ? parts_of(each, held) : groups.count;

@@ -10,7 +10,7 @@ namespace fastst::cpu {
 
 // Positions that are finished together, and where they lie in a tensor.
 constexpr int kMostPlaces = 32;
-static_assert(kMostPlaces >= 2 * kMostRows && kMostPlaces * 2 >= kLine);
+static_assert(kMostPlaces >= 2 * kMostRows && kMostPlaces * 4 >= kLine);
 struct Places {
   int64_t offset[kMostPlaces];
   int count = 0;
@@ -65,58 +65,99 @@ class Finisher {
   void operator()(const float* sums, int64_t pitch, int64_t channel, const Places& to,
                   const Places& aux, const Partial* partial, int64_t before) const {
     const int64_t n = std::min<int64_t>(kLanes, channels_ - channel);
-    Vec x[kMostPlaces];
+    const bool forward = write_ == Write::forward, rows_apart = out_.c == 1;
     const int rows = to.count;
-    for (int r = 0; r < rows; ++r) x[r] = load(sums + r * pitch);
-    if (write_ == Write::norm_gradient) {
-      gradient(x, rows, channel, n, aux, partial);
-    } else {
-      if (bias_) {
-        const Vec b = load(bias_ + channel, n);
-        for (int r = 0; r < rows; ++r) x[r] += b;
-      }
-      if (partial) statistics(x, rows, *partial, before);
-      if (norm_.data) {
-        const Vec mean = load(norm_.mean() + channel, n), scale = load(norm_.scale() + channel, n);
-        const Vec beta = load(norm_.beta() + channel, n);
-        for (int r = 0; r < rows; ++r) x[r] = (x[r] - mean) * scale + beta;
-      }
-      activate_all(act_, x, rows);
-      if (aux_.data) {
-        Vec residual[kMostPlaces];
-        fetch(residual, channel, n, aux);
-        for (int r = 0; r < rows; ++r) x[r] += residual[r];
-      }
-      activate_all(outer_, x, rows);
+    const Channels k(*this, channel, n);
+    Vec x[kMostPlaces], beside[kMostPlaces];
+    if (aux_.data) fetch(beside, channel, n, aux);
+    if (forward && partial) {
+      for (int r = 0; r < rows; ++r) x[r] = load(sums + r * pitch) + k.bias;
+      statistics(x, rows, *partial, before);
     }
-    with_storage(out_.storage, [&](auto s) { put<decltype(s)>(x, channel, n, to); });
+    with_storage(out_.storage, [&](auto s) {
+      using S = decltype(s);
+      S* const base = out_.at<S>(channel * out_.c);
+      const int64_t wide = std::min<int64_t>(kLanes, stored_ - channel);
+      for (int from = 0; from < rows; from += kBlock) {
+        const int count = std::min(kBlock, rows - from);
+        Vec v[kBlock], other[kBlock];
+#pragma GCC unroll 8
+        for (int i = 0; i < kBlock; ++i) {
+          v[i] = i < count ? load(sums + (from + i) * pitch) : Vec{};
+          other[i] = aux_.data && i < count ? beside[from + i] : Vec{};
+        }
+        if (forward)
+          finish(v, other, k);
+        else
+          gradient(v, other, k, partial);
+#pragma GCC unroll 8
+        for (int i = 0; i < kBlock; ++i) {
+          if (i >= count) break;
+          const Vec result = n == kLanes ? v[i] : first(v[i], n);
+          if (!rows_apart)
+            x[from + i] = result;
+          else if (wide == kLanes)
+            whole(base + to.offset[from + i], result);
+          else
+            store(base + to.offset[from + i], result, wide);
+        }
+      }
+      if (!rows_apart) put(base, x, wide, to);
+    });
   }
 
  private:
-  void activate_all(Activation act, Vec* x, int rows) const {
+  static constexpr int kBlock = 8;  // rows that are finished in registers
+
+  // What is done to a vector of channels.
+  struct Channels {
+    Vec bias{}, mean{}, scale = splat(1.0f), beta{};
+
+    Channels(const Finisher& f, int64_t channel, int64_t n) {
+      if (f.bias_) bias = load(f.bias_ + channel, n);
+      if (!f.norm_.data) return;
+      mean = load(f.norm_.mean() + channel, n), scale = load(f.norm_.scale() + channel, n);
+      beta = load(f.norm_.beta() + channel, n);
+    }
+  };
+
+  [[gnu::always_inline]] void finish(Vec (&v)[kBlock], const Vec (&residual)[kBlock],
+                                     const Channels& k) const {
+    if (bias_)
+#pragma GCC unroll 8
+      for (Vec& x : v) x += k.bias;
+    if (norm_.data)
+#pragma GCC unroll 8
+      for (Vec& x : v) x = (x - k.mean) * k.scale + k.beta;
+    activate_all(act_, v);
+    if (aux_.data)
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i) v[i] += residual[i];
+    activate_all(outer_, v);
+  }
+
+  [[gnu::always_inline]] void activate_all(Activation act, Vec (&v)[kBlock]) const {
     if (act == Activation::none) return;
-    with_activation(act, [&](auto k) {
-      for (int r = 0; r < rows; ++r) x[r] = activate<decltype(k)::value>(x[r], slope_);
+    with_activation(act, [&](auto k) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (Vec& x : v) x = activate<decltype(k)::value>(x, slope_);
     });
   }
 
-  void gradient(Vec* x, int rows, int64_t channel, int64_t n, const Places& aux,
-                const Partial* partial) const {
-    Vec u[kMostPlaces];
-    fetch(u, channel, n, aux);
-    Vec mean{}, scale = splat(1.0f), beta{};
-    if (norm_.data) {
-      mean = load(norm_.mean() + channel, n), scale = load(norm_.scale() + channel, n);
-      beta = load(norm_.beta() + channel, n);
-    }
-    for (int r = 0; r < rows; ++r) u[r] -= mean;
-    with_activation(act_, [&](auto k) {
-      for (int r = 0; r < rows; ++r)
-        x[r] *= activate_gradient<decltype(k)::value>(u[r] * scale + beta, slope_);
+  // Rows that are not there are zeros, and add nothing.
+  [[gnu::always_inline]] void gradient(Vec (&v)[kBlock], Vec (&u)[kBlock], const Channels& k,
+                                       const Partial* partial) const {
+#pragma GCC unroll 8
+    for (Vec& x : u) x -= k.mean;
+    with_activation(act_, [&](auto a) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i)
+        v[i] *= activate_gradient<decltype(a)::value>(u[i] * k.scale + k.beta, slope_);
     });
     if (!partial) return;
     Vec sum{}, product{};
-    for (int r = 0; r < rows; ++r) sum += x[r], product += x[r] * u[r];
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlock; ++i) sum += v[i], product += v[i] * u[i];
     store(partial->first, load(partial->first) + sum);
     store(partial->second, load(partial->second) + product);
   }
@@ -157,28 +198,17 @@ class Finisher {
     }
   }
 
+  // Where channels are not neighbours.
   template <class S>
-  void put(const Vec* x, int64_t channel, int64_t n, const Places& to) const {
-    const int64_t wide = std::min<int64_t>(kLanes, stored_ - channel);
-    S* base = out_.at<S>(channel * out_.c);
-    if (out_.c == 1) {
-      for (int r = 0; r < to.count; ++r) {
-        S* p = base + to.offset[r];
-        if (wide == kLanes)
-          whole(p, n == kLanes ? x[r] : first(x[r], n));
-        else
-          store(p, first(x[r], n), wide);
-      }
-      return;
-    }
+  void put(S* base, const Vec* x, int64_t wide, const Places& to) const {
     for (int r = 0, width; r < to.count; r += width) {
       width = to.run(r);
       if (width == 1) {
-        scatter(base + to.offset[r], out_.c, first(x[r], n), wide);
+        scatter(base + to.offset[r], out_.c, x[r], wide);
         continue;
       }
       Vec rows[kLanes];
-      for (int j = 0; j < kLanes; ++j) rows[j] = j < width ? first(x[r + j], n) : Vec{};
+      for (int j = 0; j < kLanes; ++j) rows[j] = j < width ? x[r + j] : Vec{};
       transpose(rows);
       for (int64_t i = 0; i < wide; ++i) {
         S* p = base + i * out_.c + to.offset[r];
@@ -192,10 +222,9 @@ class Finisher {
 
   template <class S>
   void whole(S* p, Vec v) const {
-    if (large_ && reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(S)) == 0)
-      stream(p, v);
-    else
-      store(p, v);
+    if constexpr (std::is_same_v<S, float>)
+      if (large_ && reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0) return stream(p, v);
+    store(p, v);
   }
 
   Write write_;

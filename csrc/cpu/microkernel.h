@@ -1,7 +1,7 @@
 // The inner loop of every pass: an outer product of a few rows with a few vectors, summed over k.
 #pragma once
 
-#include <storage.h>
+#include <products.h>
 
 #include <algorithm>
 
@@ -11,46 +11,6 @@ namespace fastst::cpu {
 struct Segment {
   int64_t a, b;   // where it starts, in elements
   int64_t count;  // of k
-};
-
-// What is multiplied: floats.
-struct Floats {
-  static Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
-};
-
-// Pairs of bfloat16, of neighbouring k, in the place of a float each: two products at once, which
-// are added in float32.
-#if defined(__AVX512F__)
-constexpr bool kHasPairs = true;  // on processors with AVX512_BF16
-#else
-constexpr bool kHasPairs = false;
-#endif
-struct Bf16Pairs {
-#if defined(__AVX512F__)
-  // In assembler: with the compiler's option for it, it would use the instruction elsewhere as
-  // well.
-  static Vec add(Vec sum, Vec a, Vec b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return sum;
-  }
-#else
-  // What that instruction does, so that all around it can be tried without.
-  static Vec add(Vec sum, Vec a, Vec b) {
-    const auto x = reinterpret_cast<Bits>(a), y = reinterpret_cast<Bits>(b);
-    const auto odd = [](Bits v) { return reinterpret_cast<Vec>(v & static_cast<int>(0xffff0000)); };
-    const auto even = [](Bits v) { return reinterpret_cast<Vec>(v << 16); };
-    return sum + odd(x) * odd(y) + even(x) * even(y);
-  }
-#endif
-  static Vec of(Vec even, Vec odd) {
-    const auto low = bits(even) >> 16, high = bits(odd);
-    return reinterpret_cast<Vec>(high | low);
-  }
-
- private:
-  static UnsignedBits bits(Vec v) {
-    return reinterpret_cast<UnsignedBits>(widen(narrow(v, BFloat16{}), BFloat16{}));
-  }
 };
 
 // Rows and vectors of one call: accumulators, vectors of b and one broadcast fill the registers.

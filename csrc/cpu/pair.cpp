@@ -136,10 +136,11 @@ int64_t pair(const PairPlan& p, const PairTensors& t, const View& out, int threa
     return 1;
   }
   const int64_t most = p.strip / one, count = (size + most - 1) / most;
+  // A vector of 16 bits fills half of a line, which goes past the caches as a whole or not at all.
+  const bool large = out.count() > p.large && out.storage == Storage::f32;
   parallel_for(threads, n * count, [&](int64_t i) {
     const int64_t j = i % count;
-    strips(i / count, i / count + 1, size * j / count, size * (j + 1) / count,
-           out.count() > p.large, 1);
+    strips(i / count, i / count + 1, size * j / count, size * (j + 1) / count, large, 1);
     _mm_sfence();  // what was stored past the caches
   });
   return n * count;
@@ -185,7 +186,7 @@ void pair_backward(const PairPlan& p, const PairTensors& t, const View& dy, cons
   u.size[1] = m;
   if (gradients.weight[1])
     weight_gradient(between(p, t, kept.u, norm.array()), plain(dy), p.conv[1], *gradients.weight[1],
-                    threads);
+                    p.sums, threads);
   const bool sums = gradients.bias.count || gradients.gamma.count || gradients.beta.count;
   if (!make_dx && !gradients.weight[0] && !sums) return;
   const Scratch table(2 * m);
@@ -205,7 +206,7 @@ void pair_backward(const PairPlan& p, const PairTensors& t, const View& dy, cons
   if (norm.array().count) du.b = u, du.coefficients = norm.array(), du.read = Read::norm_gradient;
   dy_read();
   if (gradients.weight[0])
-    weight_gradient(plain(t.x), du, p.conv[0], *gradients.weight[0], threads);
+    weight_gradient(plain(t.x), du, p.conv[0], *gradients.weight[0], p.sums, threads);
   if (make_dx)
     input_gradient(du, t.weight[0], p.conv[0], make_dx(),
                    {Write::forward, {}, {}, Activation::none, Activation::none, 0.0, {}, {}},

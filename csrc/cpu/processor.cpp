@@ -1,6 +1,9 @@
 // What the processor itself says that it can do.
 #include <cpu.h>
 #include <cpuid.h>
+#include <products.h>
+
+#include <stdexcept>
 
 namespace fastst::cpu {
 namespace {
@@ -24,12 +27,20 @@ const Features& features() {
 
 }  // namespace
 
-bool multiplies(Storage storage) {
+bool outdoes(Storage storage) {
   const Features& f = features();
-  if (storage == Storage::f32) return true;
-  return storage == Storage::bf16 ? f.avx512_bf16 || f.amx_bf16 : f.avx512_fp16 || f.amx_fp16;
+  if (storage == Storage::bf16) return f.amx_bf16 || (f.avx512_bf16 && !multiplies_pairs());
+  return storage == Storage::f16 && (f.avx512_fp16 || f.amx_fp16);
 }
 
-bool multiplies_pairs() { return features().avx512_bf16; }
+bool multiplies_pairs() { return kHasPairs && features().avx512_bf16; }
+
+bool in_pairs(Sums sums) {
+  if (sums != Sums::pairs && sums != Sums::winograd_pairs)
+    return sums == Sums::best && multiplies_pairs();
+  if (kHasPairs && !multiplies_pairs())
+    throw std::invalid_argument("fastst cpu: sums in pairs require a processor with AVX512_BF16");
+  return true;
+}
 
 }  // namespace fastst::cpu

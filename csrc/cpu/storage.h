@@ -38,7 +38,6 @@ constexpr int64_t bytes_of(Storage storage) { return storage == Storage::f32 ? 4
 using Half = __m256i;  // a vector of 16 bits
 inline Half load_half(const void* p) { return _mm256_loadu_si256(static_cast<const Half*>(p)); }
 inline void store_half(void* p, Half v) { _mm256_storeu_si256(static_cast<Half*>(p), v); }
-inline void stream_half(void* p, Half v) { _mm256_stream_si256(static_cast<Half*>(p), v); }
 inline Half load_half(const void* p, int64_t n) { return _mm256_maskz_loadu_epi16(lanes(n), p); }
 inline void store_half(void* p, Half v, int64_t n) { _mm256_mask_storeu_epi16(p, lanes(n), v); }
 
@@ -54,7 +53,6 @@ inline Half pack_half(Bits v) { return _mm512_cvtepi32_epi16(reinterpret_cast<__
 using Half = __m128i;  // a vector of 16 bits
 inline Half load_half(const void* p) { return _mm_loadu_si128(static_cast<const Half*>(p)); }
 inline void store_half(void* p, Half v) { _mm_storeu_si128(static_cast<Half*>(p), v); }
-inline void stream_half(void* p, Half v) { _mm_stream_si128(static_cast<Half*>(p), v); }
 
 // In pieces of 4, 2 and 1, from the last to the first, since there are no masks for 16 bits.
 inline Half load_half(const void* p, int64_t n) {
@@ -119,10 +117,6 @@ inline void store(S* p, Vec v) {
 template <Narrow S>
 inline void store(S* p, Vec v, int64_t n) {
   store_half(p, narrow(v, S{}), n);
-}
-template <Narrow S>
-inline void stream(S* p, Vec v) {
-  stream_half(p, narrow(v, S{}));
 }
 
 // n ≤ kLanes values at a constant step.

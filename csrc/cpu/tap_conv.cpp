@@ -136,16 +136,15 @@ class Pass {
         p.g.h.in = p.g.h.out = 1;
       }
     if (in_pairs()) {
-      with(Direct<DensePairs>(problems_));
+      if (by_winograd<Bf16Pairs>()) return true;
+      with(Direct<Dense<Bf16Pairs>>(problems_));
       return false;
     }
-    if (by<Winograd<Stride1, Stride1>>() || by<Winograd<Stride2, Stride2>>() ||
-        by<Winograd<Stride1, Untouched>>())
-      return true;
+    if (by_winograd<Floats>()) return true;
     if (problems_[0].apart)
       with(Direct<Channelwise>(problems_));
     else
-      with(Direct<Dense>(problems_));
+      with(Direct<Dense<Floats>>(problems_));
     return false;
   }
 
@@ -157,15 +156,20 @@ class Pass {
     compute(problems_, e_, way, tiles, reductions_, threads_);
   }
 
-  // Whether products are of pairs of bfloat16: where x and weights are, and the processor has them.
+  // Whether products are of pairs of bfloat16, as x and weights are.
   bool in_pairs() const {
     const Problem& p = problems_[0];
     const bool stored = p.in.a.storage == Storage::bf16 && p.weights.storage == Storage::bf16;
-    if (p.apart || !stored) return false;
-    if (sums_ != Sums::pairs) return sums_ == Sums::best && kHasPairs && multiplies_pairs();
-    if (kHasPairs && !multiplies_pairs())
-      throw std::invalid_argument("fastst cpu: sums in pairs require a processor with AVX512_BF16");
-    return true;
+    return !p.apart && stored && cpu::in_pairs(sums_);
+  }
+
+  template <class Kind>
+  bool by_winograd() const {
+    if (by<Winograd<Kind, Stride1, Stride1>>() || by<Winograd<Kind, Stride1, Untouched>>())
+      return true;
+    // With pairs what it spares goes into transforms.
+    if constexpr (std::is_same_v<Kind, Floats>) return by<Winograd<Kind, Stride2, Stride2>>();
+    return false;
   }
 
   // Whether it could be done so, and the numbers are such that it is right.

@@ -3,7 +3,7 @@
 
 #include <activation.h>
 #include <cpu.h>
-#include <storage.h>
+#include <products.h>
 
 #include <algorithm>
 #include <cstring>
@@ -210,21 +210,23 @@ struct Packed {
   int64_t t, h, w;
 };
 
-inline Packed packed_strides(const Geometry& g, const Tile& tile, int64_t channels, float* data) {
-  const int64_t w = channels, h = w * g.w.extent(tile.w1 - tile.w0);
+template <class Kind>
+Packed packed_strides(const Geometry& g, const Tile& tile, int64_t channels, float* data) {
+  const int64_t w = units<Kind>(channels), h = w * g.w.extent(tile.w1 - tile.w0);
   return {data, h * g.h.extent(tile.h1 - tile.h0), h, w};
 }
 
-inline int64_t packed_size(const Geometry& g, const Tile& tile, int64_t channels) {
-  return packed_strides(g, tile, channels, nullptr).t * g.t.extent(tile.t1 - tile.t0);
+template <class Kind>
+int64_t packed_size(const Geometry& g, const Tile& tile, int64_t channels) {
+  return packed_strides<Kind>(g, tile, channels, nullptr).t * g.t.extent(tile.t1 - tile.t0);
 }
 
-// Reads neighbours in w as the Source says and lays their channels side by side as floats, those of
-// the next one `pitch` on. S: what a and b are stored in.
-template <Read R, Activation K, class S>
+// Reads neighbours in w as the Source says and lays their channels side by side, to be multiplied,
+// those of the next one `pitch` on. S: what a and b are stored in.
+template <Read R, Activation K, class S, class Kind>
 class Reader {
  public:
-  explicit Reader(const Input& input) : in_(input), few_(input.channels) {}
+  explicit Reader(const Input& input) : in_(input), few_(units<Kind>(input.channels)) {}
 
   void operator()(const From& from, int64_t count, float* to, int64_t pitch) const {
     read(in_.a.at<S>(from.a), in_.b.data ? in_.b.at<S>(from.b) : nullptr, from, count, to, pitch);
@@ -233,12 +235,11 @@ class Reader {
  private:
   void read(const S* a, const S* b, const From& from, int64_t count, float* to,
             int64_t pitch) const {
-    const int64_t channels = in_.channels;
-    if (R == Read::plain && in_.a.c == 1 && in_.a.w == channels && pitch == channels)
-      return copy(a, count * channels, to);
-    if (R == Read::plain && in_.a.w == 1 && channels <= kFew && pitch == channels) {
-      interleave(a, count, to);
-      return;
+    const int64_t channels = in_.channels, each = units<Kind>(channels);
+    if (R == Read::plain && pitch == each) {
+      if (in_.a.c == 1 && in_.a.w == channels && channels % Kind::kChannels == 0)
+        return copy(a, count * channels, to);
+      if (in_.a.w == 1 && each <= kFew) return interleave(a, count, to);
     }
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, channels - c);
@@ -251,16 +252,14 @@ class Reader {
         const S* second = R == Read::norm_gradient ? b + w * in_.b.w + c * in_.b.c : nullptr;
         const Vec u = R == Read::norm_gradient ? gather(second, in_.b.c, n) : Vec{};
         v = prologue(normed(v, w), k, u);
-        if (n == kLanes)
-          store(to + w * pitch + c, v);
-        else
-          store(to + w * pitch + c, v, n);
+        Kind::put(to + w * pitch, c, n == kLanes ? v : first(v, n), n);
       };
       if (in_.a.c == 1 && (R != Read::norm_gradient || in_.b.c == 1) && n == kLanes) {
         for (int64_t w = 0; w < count; ++w) {
           const S* second = R == Read::norm_gradient ? b + w * in_.b.w + c : nullptr;
           const Vec u = R == Read::norm_gradient ? load(second) : Vec{};
-          store(to + w * pitch + c, prologue(normed(load(a + w * in_.a.w + c), w), k, u));
+          const Vec v = prologue(normed(load(a + w * in_.a.w + c), w), k, u);
+          Kind::put(to + w * pitch, c, v, kLanes);
         }
         continue;
       }
@@ -285,12 +284,12 @@ class Reader {
   }
 
   static void copy(const S* from, int64_t count, float* to) {
-    if constexpr (std::is_same_v<S, float>) {
-      std::memcpy(to, from, count * sizeof(float));
+    if constexpr (std::is_same_v<S, typename Kind::Stored>) {
+      std::memcpy(to, from, count * sizeof(S));
     } else {
       const int64_t whole = count / kLanes * kLanes;
-      for (int64_t i = 0; i < whole; i += kLanes) store(to + i, load(from + i));
-      if (whole < count) store(to + whole, load(from + whole, count - whole), count - whole);
+      for (int64_t i = 0; i < whole; i += kLanes) Kind::put(to, i, load(from + i), kLanes);
+      if (whole < count) Kind::put(to, whole, load(from + whole, count - whole), count - whole);
     }
   }
 
@@ -308,27 +307,32 @@ class Reader {
   // The few channels of a clip, each of them stored by itself.
   static constexpr int kFew = 4;
   void interleave(const S* a, int64_t count, float* to) const {
-    const int64_t channels = in_.channels;
+    const int64_t each = units<Kind>(in_.channels);
     for (int64_t w = 0; w < count; w += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, count - w);
       Vec rows[kFew] = {};
-      for (int64_t c = 0; c < channels; ++c) rows[c] = load(a + c * in_.a.c + w, width);
-      for (int64_t i = 0; i < channels; ++i) {
-        const int64_t left = std::clamp<int64_t>(width * channels - i * kLanes, 0, kLanes);
+      for (int64_t i = 0; i < each; ++i) {
+        Vec channel[Kind::kChannels] = {};
+        for (int64_t j = 0; j < Kind::kChannels && i * Kind::kChannels + j < in_.channels; ++j)
+          channel[j] = load(a + (i * Kind::kChannels + j) * in_.a.c + w, width);
+        rows[i] = Kind::of(channel);
+      }
+      for (int64_t i = 0; i < each; ++i) {
+        const int64_t left = std::clamp<int64_t>(width * each - i * kLanes, 0, kLanes);
         const Vec even = permute(rows[0], rows[1], few_.from[i]);
         const Vec odd = permute(rows[2], rows[3], few_.from[i]);
-        store(to + w * channels + i * kLanes, few_.channel[i] < 2 ? even : odd, left);
+        store(to + w * each + i * kLanes, few_.row[i] < 2 ? even : odd, left);
       }
     }
   }
-  // Channel and place of the floats that interleaving makes, from that of their neighbour.
+  // Row and place of the floats that interleaving makes, from that of their neighbour.
   struct Few {
-    Bits channel[kFew], from[kFew];
-    explicit Few(int64_t channels) {
+    Bits row[kFew], from[kFew];
+    explicit Few(int64_t rows) {
       for (int64_t i = 0; i < kFew * kLanes; ++i) {
-        const int64_t c = i % channels;
-        channel[i / kLanes][i % kLanes] = static_cast<int32_t>(c);
-        from[i / kLanes][i % kLanes] = static_cast<int32_t>(i / channels % kLanes + c % 2 * kLanes);
+        const int64_t r = i % rows;
+        row[i / kLanes][i % kLanes] = static_cast<int32_t>(r);
+        from[i / kLanes][i % kLanes] = static_cast<int32_t>(i / rows % kLanes + r % 2 * kLanes);
       }
     }
   };
@@ -347,35 +351,36 @@ class Reader {
   Few few_;
 };
 
-template <class F>
+template <class Kind, class F>
 void with_reader(const Input& in, F f) {
-  with_storage(in.a.storage, [&](auto s) {
+  Kind::with_stored(in.a.storage, [&](auto s) {
     using S = decltype(s);
     switch (in.read) {
       case Read::plain:
-        return f(Reader<Read::plain, Activation::none, S>(in));
+        return f(Reader<Read::plain, Activation::none, S, Kind>(in));
       case Read::norm_gradient:
-        return f(Reader<Read::norm_gradient, Activation::none, S>(in));
+        return f(Reader<Read::norm_gradient, Activation::none, S, Kind>(in));
       case Read::norm_act:
         return with_activation(
-            in.act, [&](auto k) { f(Reader<Read::norm_act, decltype(k)::value, S>(in)); });
+            in.act, [&](auto k) { f(Reader<Read::norm_act, decltype(k)::value, S, Kind>(in)); });
     }
   });
 }
 
 // Fills what the outputs of a tile read. Frames that are zeros are left as they are: taps skip
 // them, because zeros that are read through norm and activation would not stay zeros.
-inline void pack_tile(const Geometry& g, const Tile& tile, const Input& in, float* to) {
-  const Packed at = packed_strides(g, tile, in.channels, to);
+template <class Kind>
+void pack_tile(const Geometry& g, const Tile& tile, const Input& in, float* to) {
+  const Packed at = packed_strides<Kind>(g, tile, in.channels, to);
   const int64_t width = g.w.extent(tile.w1 - tile.w0), left = g.w.first(tile.w0);
   // Positions [from, until) of a row are stored side by side; the others are padding.
   const int64_t from = std::clamp<int64_t>(-left, 0, width);
   const int64_t until = std::clamp<int64_t>(g.w.in - left, from, width);
   const Input past = in.as_past();
   const auto read_past = [&](const From& at, int64_t count, float* row, int64_t pitch) {
-    with_reader(past, [&](const auto& read) { read(at, count, row, pitch); });
+    with_reader<Kind>(past, [&](const auto& read) { read(at, count, row, pitch); });
   };
-  with_reader(in, [&](const auto& read) {
+  with_reader<Kind>(in, [&](const auto& read) {
     for (int64_t it = 0; it < g.t.extent(tile.t1 - tile.t0); ++it) {
       const int64_t t = g.t.source(g.t.first(tile.t0) + it);
       if (t < 0) continue;
@@ -399,17 +404,27 @@ inline void pack_tile(const Geometry& g, const Tile& tile, const Input& in, floa
   });
 }
 
-// Whether the tiles can be read where they are: floats, nothing to compute, no padding in space.
-inline bool readable_in_place(const Geometry& g, const Input& in) {
+// Whether the tiles can be read where they are: stored as they are multiplied, nothing to compute,
+// no padding in space.
+template <class Kind>
+bool readable_in_place(const Geometry& g, const Input& in) {
+  using Stored = typename Kind::Stored;
+  const Tensor& a = in.a;
   const bool frames = g.t.mode == PadMode::zeros || g.t.inside();
-  const bool plain = in.read == Read::plain && in.a.storage == Storage::f32 && in.a.c == 1;
-  return plain && !in.before && g.h.inside() && g.w.inside() && frames;
+  const auto whole = [](auto... elements) { return ((elements % Kind::kChannels == 0) && ...); };
+  bool stored = false;
+  with_storage(a.storage, [&](auto s) { stored = std::is_same_v<decltype(s), Stored>; });
+  return in.read == Read::plain && stored && a.c == 1 && whole(in.channels, a.t, a.h, a.w) &&
+         !in.before && g.h.inside() && g.w.inside() && frames;
 }
 
-inline Packed in_place(const Geometry& g, const Tile& tile, const Input& in) {
+template <class Kind>
+Packed in_place(const Geometry& g, const Tile& tile, const Input& in) {
   const Tensor& a = in.a;
-  return {a.at<float>(a.offset(tile.n, g.t.first(tile.t0), g.h.first(tile.h0), g.w.first(tile.w0))),
-          a.t, a.h, a.w};
+  constexpr int64_t k = Kind::kChannels;
+  const int64_t start =
+      a.offset(tile.n, g.t.first(tile.t0), g.h.first(tile.h0), g.w.first(tile.w0));
+  return {reinterpret_cast<const float*>(a.shifted(start).data), a.t / k, a.h / k, a.w / k};
 }
 
 }  // namespace fastst::cpu

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 
 namespace fastst::cpu {
@@ -128,15 +129,58 @@ void write_block(const float* block, const Panel& in, const Panel& out, const Vi
   with_storage(dw.storage, [&](auto s) { write_block<decltype(s)>(block, in, out, dw); });
 }
 
+// The axis along which positions are joined in pairs: one without taps.
+struct Pairing {
+  int64_t Tensor::* step;
+  Axis Geometry::* axis;
+  int which;  // of t, h, w
+
+  static std::optional<Pairing> of(const Geometry& g) {
+    const auto free = [](const Axis& a) { return a.kernel == 1 && a.before == 0 && a.out > 1; };
+    if (free(g.w)) return Pairing{&Tensor::w, &Geometry::w, 2};
+    if (free(g.t)) return Pairing{&Tensor::t, &Geometry::t, 0};
+    return {};
+  }
+  // Every second one of neighbours that are `stride` positions apart, from the first or second on.
+  Input half(const Input& in, int64_t stride, bool second) const {
+    Input part = in;
+    for (Tensor* t : {&part.a, &part.b}) {
+      if (second && t->data) *t = t->shifted(t->*step * stride);
+      t->*step *= 2 * stride;
+    }
+    return part;
+  }
+  Geometry halved(const Geometry& g) const {
+    Geometry half = g;
+    const int64_t out = ((g.*axis).out + 1) / 2;
+    half.*axis = {1, 1, 1, 0, out, out, PadMode::zeros};
+    return half;
+  }
+};
+
 // One group of channels.
+template <class Kind>
 class Group {
  public:
-  Group(const Input& x, const Input& dy, const Geometry& g, const View& dw, int threads)
-      : x_(x), dy_(dy), axis_{g.t, g.h, g.w}, dw_(dw), threads_(threads) {
+  Group(const Input& x, const Input& dy, const Geometry& g, const View& dw, int threads,
+        const Pairing& pairing = {})
+      : pairing_(pairing), dw_(dw), threads_(threads), taps_(g.taps()) {
     for (int64_t c = 0; c < x.channels; c += kLanes)
       in_.push_back({c, std::min<int64_t>(kLanes, x.channels - c), kLanes});
-    taps_ = g.taps();
-    plan(g);
+    Geometry own = g;
+    if constexpr (kPaired) {
+      const Axis& axis = g.*pairing.axis;
+      for (const bool second : {false, true}) {
+        x_[second] = pairing.half(x, axis.stride, second);
+        dy_[second] = pairing.half(dy, 1, second);
+      }
+      seconds_ = axis.out / 2;
+      own = pairing.halved(g);
+    } else {
+      x_[0] = x, dy_[0] = dy;
+    }
+    axis_ = {own.t, own.h, own.w};
+    plan(own, dy.channels);
   }
 
   void run() {
@@ -160,16 +204,15 @@ class Group {
  private:
   // Cuts the work by channels of dy where dW is large, so that it is summed once; else by
   // positions.
-  void plan(const Geometry& g) {
-    const int64_t vectors = (dy_.channels + kLanes - 1) / kLanes;
-    const int64_t results =
-        (taps_ * x_.channels * dy_.channels + kResultFloats - 1) / kResultFloats;
+  void plan(const Geometry& g, int64_t channels) {
+    const int64_t vectors = (channels + kLanes - 1) / kLanes;
+    const int64_t results = (taps_ * x_[0].channels * channels + kResultFloats - 1) / kResultFloats;
     ranges_ = std::min<int64_t>({threads_, vectors, results});
     start_ = {0};
     for (int64_t i = 0; i < ranges_; ++i) {
       first_.push_back(out_.size());
       const int64_t lo = vectors * i / ranges_ * kLanes, hi = vectors * (i + 1) / ranges_ * kLanes;
-      for (const Panel& p : vector_panels(lo, std::min(hi, dy_.channels))) {
+      for (const Panel& p : vector_panels(lo, std::min(hi, channels))) {
         out_.push_back(p);
         start_.push_back(start_.back() + block_size(p) * in_.size());
       }
@@ -203,8 +246,8 @@ class Group {
     for (int64_t b = begin; b < end; ++b) {
       const Reads x = reads(boxes_[b]), own = themselves(boxes_[b]);
       float* dy = packed + x.count() * wide;
-      pack_panels(x, x_, &in_.front(), &in_.back() + 1, packed);
-      pack_panels(own, dy_, first, last, dy);
+      pack(x, x_, &in_.front(), &in_.back() + 1, packed);
+      pack(own, dy_, first, last, dy);
       for (const Panel* out = first; out < last; dy += own.count() * out++->width) {
         const auto taps = all_segments(x, boxes_[b], out->width);
         for (size_t i = 0; i < in_.size(); ++i) {
@@ -217,13 +260,24 @@ class Group {
     }
   }
 
+  void pack(Reads r, const Input (&in)[2], const Panel* begin, const Panel* end, float* to) const {
+    if constexpr (kPaired) {
+      pack_panels<FirstOfPairs>(r, in[0], begin, end, to);
+      r.axis[pairing_.which].in = seconds_;
+      pack_panels<SecondOfPairs>(r, in[1], begin, end, to);
+    } else {
+      pack_panels<Floats>(r, in[0], begin, end, to);
+    }
+  }
+
   // block (channels of x, taps) × channels of dy, from one box.
   void multiply_panels(const float* x, int64_t step, const Panel& in, const float* dy,
                        const Panel& out, const std::vector<std::vector<Segment>>& taps,
                        float* block, bool add) const {
     for (int64_t c = 0; c < in.channels; c += kRows) {
       const int rows = static_cast<int>(std::min<int64_t>(kRows, in.channels - c));
-      const Multiply multiply = multiply_for(rows, static_cast<int>(out.width / kLanes), false);
+      const Multiply multiply =
+          multiply_for<Kind>(rows, static_cast<int>(out.width / kLanes), false);
       for (int64_t i = 0; i < taps_; ++i) {
         const Segment *next = taps[i].data(), *last = next + taps[i].size();
         bool onto = add;
@@ -238,11 +292,14 @@ class Group {
     }
   }
 
-  const Input x_, dy_;
-  const std::array<Axis, 3> axis_;
+  static constexpr bool kPaired = Kind::kChannels == 2;
+  const Pairing pairing_;
+  Input x_[2], dy_[2];  // of pairs the first and the second positions
+  int64_t seconds_ = 0;
+  std::array<Axis, 3> axis_;
   const View& dw_;
   const int threads_;
-  int64_t taps_;
+  const int64_t taps_;
   std::vector<Panel> in_, out_;
   std::vector<int64_t> start_;  // of each dy panel's blocks among the sums of one part
   std::vector<int64_t> first_;  // dy panel of each range
@@ -285,8 +342,8 @@ class Channelwise {
       const Reads x = reads_of(axis_, boxes_[b]), own = themselves(boxes_[b]);
       const Scratch packed((x.count() + own.count()) * wide);
       float* dy = packed + x.count() * wide;
-      pack_panels(x, x_, &panels_.front(), &panels_.back() + 1, packed);
-      pack_panels(own, dy_, &panels_.front(), &panels_.back() + 1, dy);
+      pack_panels<Floats>(x, x_, &panels_.front(), &panels_.back() + 1, packed);
+      pack_panels<Floats>(own, dy_, &panels_.front(), &panels_.back() + 1, dy);
       const auto taps = all_segments(x, boxes_[b], kLanes);
       for (size_t i = 0; i < panels_.size(); ++i)
         for (int64_t tap = 0; tap < taps_; ++tap)
@@ -329,7 +386,7 @@ bool rows_join(const Input& in, int64_t width) {
 
 }  // namespace
 
-void weight_gradient(const Source& x, const Source& dy, const Conv& conv, const View& dw,
+void weight_gradient(const Source& x, const Source& dy, const Conv& conv, const View& dw, Sums sums,
                      int threads) {
   if (x.past) throw std::invalid_argument("fastst cpu weight_gradient: requires x without a past");
   Geometry g = geometry(conv, x, dy.a);
@@ -344,10 +401,15 @@ void weight_gradient(const Source& x, const Source& dy, const Conv& conv, const 
   if (apart) return Channelwise(in, out, g, dw, threads).run();
   View part = dw;
   part.size[0] = out.channels;
+  const bool stored = in.a.storage == Storage::bf16 && out.a.storage == Storage::bf16;
+  const auto pairing = stored && in_pairs(sums) ? Pairing::of(g) : std::nullopt;
   for (int64_t i = 0; i < groups; ++i) {
-    Group(in.from(i * in.channels, in.channels), out.from(i * out.channels, out.channels), g, part,
-          threads)
-        .run();
+    const Input from = in.from(i * in.channels, in.channels);
+    const Input to = out.from(i * out.channels, out.channels);
+    if (pairing)
+      Group<Bf16Pairs>(from, to, g, part, threads, *pairing).run();
+    else
+      Group<Floats>(from, to, g, part, threads).run();
     part.data = Tensor(part).shifted(out.channels * dw.stride[0]).data;
   }
 }

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <vector>
 
 namespace fastst::cpu {
@@ -19,6 +20,18 @@ struct Weights {
   int64_t out, in;  // channels
   int64_t out_stride, in_stride;
   std::array<int64_t, 3> size, stride;  // taps
+
+  // The same in 32 bits each, pairs of neighbouring input channels, where bfloat16 lies so.
+  std::optional<Weights> paired() const {
+    const auto even = [](auto... elements) { return ((elements % 2 == 0) && ...); };
+    if (storage != Storage::bf16 || in_stride != 1 ||
+        !even(in, out_stride, stride[0], stride[1], stride[2]))
+      return {};
+    Weights w = *this;
+    w.storage = Storage::f32, w.in /= 2, w.out_stride /= 2;
+    for (int64_t& s : w.stride) s /= 2;
+    return w;
+  }
 };
 
 struct Block {

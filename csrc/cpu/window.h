@@ -106,10 +106,11 @@ struct Panel {
   int64_t channel, channels, width;
 };
 
-// Packs panels one after the other, each with entries (n, t, h, w); what is no channel of theirs
-// stays as it is. A row goes to all panels at once, so that memory is read in its order.
-inline void pack_panels(const Reads& r, const Input& in, const Panel* begin, const Panel* end,
-                        float* to) {
+// Packs panels one after the other, each with entries (n, t, h, w); what is no channel of theirs,
+// or does not exist, stays as it is. A row goes to all panels at once, so that memory is read in
+// its order.
+template <class Kind>
+void pack_panels(const Reads& r, const Input& in, const Panel* begin, const Panel* end, float* to) {
   const auto& [t, h, w] = r.window;
   const Axis& row = r.axis[2];
   // Entries [from, until) are evenly apart in memory; the others are copies of some of these.
@@ -119,20 +120,22 @@ inline void pack_panels(const Reads& r, const Input& in, const Panel* begin, con
   Input stepping = in;
   for (Tensor* t : {&stepping.a, &stepping.b, &stepping.mean, &stepping.factor}) t->w *= w.step;
   int64_t entry = 0;
-  with_reader(stepping, [&](const auto& reader) {
+  with_reader<Kind>(stepping, [&](const auto& reader) {
     using Row = std::decay_t<decltype(reader)>;
     for (int64_t n = r.clips.lo; n < r.clips.hi; ++n)
       for (int64_t i = 0; i < t.count; ++i)
         for (int64_t j = 0; j < h.count; ++j, entry += w.count) {
           const int64_t at = r.axis[0].source(t.first + i * t.step);
           const int64_t line = r.axis[1].source(h.first + j * h.step);
+          if (at < 0) continue;
           float* panel = to;
           for (const Panel* p = begin; p < end; panel += r.count() * p++->width) {
             const Input whole = in.from(p->channel, p->channels);
             const Row read(stepping.from(p->channel, p->channels));
             const auto piece = [&](int64_t e, int64_t count) {
               const int64_t x = row.source(w.first + e * w.step);
-              read(whole.at(n, at, line, x), count, panel + (entry + e) * p->width, p->width);
+              if (x >= 0)
+                read(whole.at(n, at, line, x), count, panel + (entry + e) * p->width, p->width);
             };
             for (int64_t e = 0; e < from; ++e) piece(e, 1);
             if (until > from) piece(from, until - from);

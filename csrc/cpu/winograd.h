@@ -94,16 +94,16 @@ inline void raise_to(std::atomic<int32_t>& most, int32_t bits) {
 
 // A along the height and B along the width, whose products are summed over the taps in time as they
 // stand; or A along the frames, B untouched, of a temporal pass.
-template <class A, class B>
+template <class Kind, class A, class B>
 class Winograd {
  public:
   struct Ready {
-    const float* data;  // (points, rows, channels): what each product of each row reads
+    const float* data;  // (points, rows, units): what each product of each row reads
     int64_t point;      // from one point to the next
   };
 
   explicit Winograd(const Problem& p)
-      : p_(p), packer_(p.weights, p.weights.in), in_place_(readable_in_place(p.g, p.in)) {
+      : p_(p), packer_(p.weights, p.weights.in), in_place_(readable_in_place<Kind>(p.g, p.in)) {
     for (const Block& b : packer_.blocks()) work_.push_back({0, b});
   }
 
@@ -146,26 +146,35 @@ class Winograd {
   }
   const std::vector<Work>& work() const { return work_; }
   int64_t weights_size(const Work& w) const {
-    return kPoints * taps() * p_.weights.in * w.block.vectors * kLanes;
+    return kPoints * taps() * units<Kind>(p_.weights.in) * w.block.vectors * kLanes;
   }
 
   void pack_weights(const Work& w, float* to) const {
-    const int64_t all = p_.weights.in * w.block.vectors * kLanes;
+    const int64_t channels = p_.weights.in, pitch = w.block.vectors * kLanes;
     const Scratch taps(packer_.size(w.block));
     packer_.pack(w.block, taps);
     Largest largest;
     constexpr int kEach = A::kTaps * B::kTaps;
     for (int64_t t = 0; t < this->taps(); ++t)
-      for (int64_t i = 0; i < all; i += kLanes) {
-        Vec g[kEach], u[kPoints];
-        for (int tap = 0; tap < kEach; ++tap) {
-          g[tap] = load(taps + (t * kEach + tap) * all + i);
-          largest.see(g[tap]);
+      for (int64_t unit = 0; unit < units<Kind>(channels); ++unit)
+        for (int64_t i = 0; i < pitch; i += kLanes) {
+          Vec u[kPoints][Kind::kChannels] = {};
+          for (int j = 0; j < Kind::kChannels; ++j) {
+            const int64_t c = unit * Kind::kChannels + j;
+            if (c == channels) break;
+            Vec g[kEach], of_channel[kPoints];
+            for (int tap = 0; tap < kEach; ++tap) {
+              g[tap] = load(taps + ((t * kEach + tap) * channels + c) * pitch + i);
+              largest.see(g[tap]);
+            }
+            along_both<A::kTaps, B::kTaps, A::kPoints, B::kPoints>(g, of_channel, A::weight,
+                                                                   B::weight);
+            for (int point = 0; point < kPoints; ++point) u[point][j] = of_channel[point];
+          }
+          for (int point = 0; point < kPoints; ++point)
+            store(to + ((point * this->taps() + t) * units<Kind>(channels) + unit) * pitch + i,
+                  Kind::of(u[point]));
         }
-        along_both<A::kTaps, B::kTaps, A::kPoints, B::kPoints>(g, u, A::weight, B::weight);
-        for (int point = 0; point < kPoints; ++point)
-          store(to + (point * this->taps() + t) * all + i, u[point]);
-      }
     raise_to(largest_weight_, largest.bits());
   }
 
@@ -179,11 +188,11 @@ class Winograd {
     whole.h1 = tile.h0 + rows.h * kSteps[1];
     whole.w1 = tile.w0 + rows.w * kSteps[2];
     const bool direct = in_place_ && reads_inside(whole);
-    const Scratch copy(direct ? 0 : packed_size(p_.g, whole, p_.in.channels));
-    Packed from = in_place(p_.g, whole, p_.in);
+    const Scratch copy(direct ? 0 : packed_size<Kind>(p_.g, whole, p_.in.channels));
+    Packed from = in_place<Kind>(p_.g, whole, p_.in);
     if (!direct) {
-      pack_tile(p_.g, whole, p_.in, copy);
-      from = packed_strides(p_.g, whole, p_.in.channels, copy);
+      pack_tile<Kind>(p_.g, whole, p_.in, copy);
+      from = packed_strides<Kind>(p_.g, whole, p_.in.channels, copy);
     }
     transform(tile, rows, from, to);
     return {to, point_size(tile)};
@@ -194,11 +203,11 @@ class Winograd {
                   E expect, F done) const {
     const Rows rows(tile);
     const Block& block = work.block;
-    const int64_t pitch = block.vectors * kLanes, channels = p_.weights.in;
+    const int64_t pitch = block.vectors * kLanes, row = units<Kind>(p_.weights.in);
     const Scratch sums(kPoints * batch() * pitch);
     const std::vector<Few> groups = grouped(tile, rows, most_rows(block.vectors), pitch);
     int64_t offset[kMostRows];
-    for (int r = 0; r < kMostRows; ++r) offset[r] = r * channels;
+    for (int r = 0; r < kMostRows; ++r) offset[r] = r * row;
     for (size_t begin = 0, end; begin < groups.size(); begin = end) {
       const int64_t first = groups[begin].row;
       for (end = begin + 1; end < groups.size(); ++end)
@@ -211,9 +220,9 @@ class Winograd {
             for (int a = 0; a < A::kOut; ++a)
               if (soon.count[a]) expect(soon.positions[a], soon.count[a]);
           }
-          multiply_for(few.count, block.vectors, true)(
-              ready.data + point * ready.point + few.from * channels, offset, 1,
-              weights + point * taps() * channels * pitch, pitch, few.taps.data(), few.taps.size(),
+          multiply_for<Kind>(few.count, block.vectors, true)(
+              ready.data + point * ready.point + few.from * row, offset, 1,
+              weights + point * taps() * row * pitch, pitch, few.taps.data(), few.taps.size(),
               sums + (point * batch() + few.row - first) * pitch, pitch, false);
         }
       for (size_t i = begin; i < end; ++i)
@@ -271,7 +280,9 @@ class Winograd {
     return rows;
   }
   // One vector more, so that the points of one place do not fall into one set of the cache.
-  int64_t point_size(const Tile& t) const { return read_by(t).count() * p_.in.channels + kLanes; }
+  int64_t point_size(const Tile& t) const {
+    return read_by(t).count() * units<Kind>(p_.in.channels) + kLanes;
+  }
 
   // Rows of one frame of outputs that are multiplied together.
   struct Few {
@@ -281,13 +292,13 @@ class Winograd {
   };
   std::vector<Few> grouped(const Tile& tile, const Rows& rows, int most, int64_t pitch) const {
     const Axis& t = p_.g.t;
-    const int64_t channels = p_.weights.in, each = rows.h * rows.w;
+    const int64_t row = units<Kind>(p_.weights.in), each = rows.h * rows.w;
     std::vector<Few> all;
     for (int64_t frame = 0; frame < rows.t; ++frame) {
       std::vector<Segment> found;
       for (int64_t kt = 0; kt < taps(); ++kt)
         if (taps() == 1 || t.source(t.first(tile.t0 + frame) + kt * t.dilation) >= 0)
-          found.push_back({kt * t.dilation * each * channels, kt * channels * pitch, channels});
+          found.push_back({kt * t.dilation * each * row, kt * row * pitch, row});
       const int64_t from = taps() == 1 ? frame : frame * t.stride;
       const Groups groups(each, most);
       for (int64_t i = 0; i < groups.count; ++i)
@@ -325,25 +336,18 @@ class Winograd {
           const float* at = from.data + t * along * from.t +
                             h * kSteps[1] * p_.g.h.stride * from.h +
                             w * kSteps[2] * p_.g.w.stride * from.w;
-          float* out = to + row * channels;
+          float* out = to + row * units<Kind>(channels);
           for (int64_t c = 0; c < channels; c += kLanes) {
             const int64_t n = std::min<int64_t>(kLanes, channels - c);
             Vec d[A::kIn * B::kIn], v[kPoints];
             for (int a = 0; a < A::kIn; ++a)
               for (int b = 0; b < B::kIn; ++b) {
-                const float* p = at + a * step + b * from.w + c;
                 Vec& x = d[a * B::kIn + b];
-                x = !there[a] ? Vec{} : n == kLanes ? load(p) : load(p, n);
+                x = there[a] ? Kind::get(at + a * step + b * from.w, c, n) : Vec{};
                 largest.see(x);
               }
             along_both<A::kIn, B::kIn, A::kPoints, B::kPoints>(d, v, A::input, B::input);
-            for (int i = 0; i < kPoints; ++i) {
-              float* p = out + i * point + c;
-              if (n == kLanes)
-                store(p, v[i]);
-              else
-                store(p, v[i], n);
-            }
+            for (int i = 0; i < kPoints; ++i) Kind::put(out + i * point, c, v[i], n);
           }
         }
     }

@@ -1,6 +1,7 @@
 """Native kernels for x86-64 CPUs: AVX-512 or AVX2, on PyTorch's own threads.
 
-Tensors are in float32, bfloat16 or float16; arithmetic, accumulation and statistics in float32.
+Tensors are in float32, bfloat16 or float16; arithmetic, accumulation and statistics in float32, but
+for products of bfloat16 where the processor has them (AVX512_BF16).
 
 Both passes of a pair are tap convolutions (csrc/cpu/tap_conv.cpp): what lies between them is done
 where the first stores and the second loads.
@@ -25,7 +26,7 @@ from ..contract import (
 )
 from . import backward, convolution, library
 from .backward import conv2plus1d_backward
-from .library import STORED, buffer, floats, load, multiplies, rows
+from .library import STORED, buffer, floats, load, outdoes, rows
 from .norm import norm_backward
 from .parallel import parallel_conv2plus1d, parallel_conv2plus1d_backward
 
@@ -58,10 +59,16 @@ def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
         return (
             f"is slow with fewer than {_LEAST_PER_GROUP} input channels, here {problem.in_channels}"
         )
-    if problem.dtype != torch.float32 and multiplies(problem.dtype):
+    if outdoes(problem.dtype):
         name = str(problem.dtype).removeprefix("torch.")
-        return f"multiplies in float32 what this processor multiplies in {name}"
+        return f"does not use the instructions by which this processor multiplies {name}"
+    in_pairs = problem.dtype == torch.bfloat16 and library.library().multiplies_pairs()
     for p in problem.passes:
+        if in_pairs and p.in_channels // p.groups < _LEAST_PER_GROUP:  # 3 take the time of 4
+            return (
+                f"is slow with fewer than {_LEAST_PER_GROUP} input channels per group in "
+                f"bfloat16, here {p.in_channels // p.groups}"
+            )
         if p.groups == p.in_channels == p.out_channels:
             continue  # depthwise: a vector holds channels of different groups
         if p.groups > 1 and p.out_channels // p.groups < _LEAST_PER_GROUP:

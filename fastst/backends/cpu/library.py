@@ -23,7 +23,7 @@ from .. import native
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of tensors that kernels take
-_INTERFACE = 5  # of csrc/cpu/bindings.cpp
+_INTERFACE = 6  # of csrc/cpu/bindings.cpp
 _LARGEST_BUFFER = 256 << 20  # bytes that a thread keeps between calls
 
 
@@ -90,16 +90,17 @@ def _loaded_runtimes() -> Iterator[str]:
 
 
 @functools.cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has instructions that multiply numbers of this dtype."""
-    found: bool = library().multiplies(dtype)
+def outdoes(dtype: torch.dtype) -> bool:
+    """Whether the processor has instructions for this dtype that no kernel uses."""
+    found: bool = library().outdoes(dtype)
     return found
 
 
 class Launcher(native.Launcher):
     """Launches of single convolutions of a call; ``pair`` and its like make a call as a whole."""
 
-    sums = "best"  # or "direct", "winograd", "pairs": how convolutions sum their products
+    # How convolutions sum their products: or "direct", "winograd", "pairs", "winograd_pairs".
+    sums = "best"
     strip = 192 << 10  # floats of a mid tensor that stay in a second-level cache of 1 MiB
     large = 1 << 20  # floats of a tensor that other layers push out of the last-level one
 
@@ -149,7 +150,7 @@ class Launcher(native.Launcher):
     def weight_gradient(self, x: Any, dy: Any, weight: Tensor, p: Pass) -> Tensor:
         """Gradient of a pass's weight, in its strides, from the sources of input and output."""
         dw = torch.empty_like(weight)
-        self.lib.weight_gradient(x, dy, self.conv(p), dw, self.threads)
+        self.lib.weight_gradient(x, dy, self.conv(p), dw, self.way, self.threads)
         return dw
 
     def epilogue(

@@ -67,7 +67,7 @@ def test_ways_to_sum(sums: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_strips_and_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of the mid tensor, and whole lines of y, which are stored past the caches."""
+    """Strips of the mid tensor, and whole lines of y."""
     monkeypatch.setattr(library.Launcher, "strip", 2000)
     monkeypatch.setattr(library.Launcher, "large", 0)
     fuzz.fuzz("cpu", 20, limits(torch.bfloat16), first=fuzz.SEED + 5000, backward=False, least=1.0)
@@ -149,13 +149,13 @@ def test_training_under_autocast(recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_auto_leaves_16_bits_to_pytorch_where_the_processor_multiplies_them(
+def test_auto_leaves_16_bits_to_pytorch_where_the_processor_outdoes_the_kernels(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = fastst.Conv2Plus1d(8, 16, 3, padding=1).to(dtype)
     x = torch.randn(1, 8, 3, 5, 5, dtype=dtype)
-    for multiplies, expected in ((False, "cpu"), (True, "aten")):
-        monkeypatch.setattr(cpu, "multiplies", lambda dtype, answer=multiplies: answer)
+    for outdoes, expected in ((False, "cpu"), (True, "aten")):
+        monkeypatch.setattr(cpu, "outdoes", lambda dtype, answer=outdoes: answer)
         found = fastst.explain(layer, x)
         assert found.backend == expected
-    assert "multiplies" in found.reasons["cpu"]
+    assert "instructions" in found.reasons["cpu"]
