@@ -3,7 +3,8 @@
 Needs PyTorch, Triton and pytest; nvcc and ninja for the native library; no network. Every stage has
 its share of the time and is written when it ends, so that being cut off loses only the rest.
 Writes to --out: summary.txt, record.json, log.txt and up to three charts. Exits non-zero when
-anything was wrong. ``--dry`` goes through every stage on the CPU at tiny sizes.
+anything was wrong. ``--dry`` goes through every stage on the CPU in seconds, ``--dry all`` through
+all of their kinds of work in minutes; both at tiny sizes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,7 +25,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -57,26 +60,68 @@ class Outcome:
     cut_off: bool
 
 
-def execute(command: Sequence[str], limit_s: float, environment: dict[str, str]) -> Outcome:
-    """Run a command in a process group of its own; end all of it after the limit."""
+def execute(
+    command: Sequence[str], limit_s: float, environment: dict[str, str], warm: bool = False
+) -> Outcome:
+    """Run a command in a process group of its own; end all of it after the limit.
+
+    Args:
+        warm: fork this process for a module, which then need not import PyTorch.
+    """
     start = time.monotonic()
     # What is measured and verified here are compiled kernels, never interpreted ones.
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = inherited | {"PYTHONPATH": _paths(inherited)} | environment
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-            env=inherited | {"PYTHONPATH": _paths(inherited)} | environment,
-        )  # fmt: skip
+        process = (_fork if warm and command[1] == "-m" else _start)(command, log, environment)
         cut_off = False
         try:
-            process.wait(timeout=limit_s)
+            status = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             cut_off = True
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            status = process.wait()
         log.seek(0)
         output = log.read()
-    return Outcome(process.returncode, output, time.monotonic() - start, cut_off)
+    return Outcome(status, output, time.monotonic() - start, cut_off)
+
+
+def _start(command: Sequence[str], log: IO[str], environment: dict[str, str]) -> Any:
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+        env=environment,
+    )  # fmt: skip
+
+
+class _Fork:
+    """What a run needs of ``subprocess.Popen``."""
+
+    def __init__(self, process: Any) -> None:
+        self.process, self.pid = process, process.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("", timeout or 0.0)
+        return int(self.process.exitcode)
+
+
+def _fork(command: Sequence[str], log: IO[str], environment: dict[str, str]) -> Any:
+    there = multiprocessing.get_context("fork")
+    process = there.Process(target=_run_module, args=(command[2:], log.fileno(), environment))
+    process.start()
+    return _Fork(process)
+
+
+def _run_module(command: Sequence[str], log: int, environment: dict[str, str]) -> None:
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [*command]
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 def _paths(environment: dict[str, str]) -> str:
@@ -88,17 +133,23 @@ def module(name: str, *args: str) -> list[str]:
     return [sys.executable, "-m", name, *args]
 
 
-PLANTS = {"hang": "hang", "fault": "fault", "wrong": "wrong", "oom": "oom"}
+# What may go wrong in a dry run, each in the first instance of its kind.
+PLANTS = {
+    "wrong": "grouped forward", "oom": "parallel forward", "fault": "depthwise forward",
+    "hang": "dense forward",
+}  # fmt: skip
 
 
-def stages(dry: bool, out: Path, scratch: Path, plant: str | None = None) -> list[Stage]:
+def stages(dry: str | None, out: Path, scratch: Path, plants: Sequence[str] = ()) -> list[Stage]:
     """Every stage in the order of its value, with its share of the time.
 
     Args:
-        plant: what goes wrong in one of the instances, in a dry run.
+        dry: "few" or "all" of its work on the CPU, at tiny sizes.
+        plants: of ``PLANTS``, what goes wrong in a dry run.
     """
     record, junit = str(out / "record.json"), scratch / "tests.xml"
     device = "cpu" if dry else "cuda"
+    few = ["--dry"] if dry == "few" else []
 
     def layers(name: str, share: float, dry_case: str, *args: str) -> Stage:
         common = ("--device", device, "--out", record, "--seconds", "1", "--minutes", "{minutes}")
@@ -108,14 +159,14 @@ def stages(dry: bool, out: Path, scratch: Path, plant: str | None = None) -> lis
 
     tests = module("pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}")
     if dry:
-        tests.append("--collect-only")
+        tests += ["--collect-only", *(["tests/backends/test_gpu.py"] if few else [])]
     else:
         tests.append("--continue-on-collection-errors")
         if importlib.util.find_spec("pytest_timeout"):
             tests += ["--timeout=60", "--timeout-method=thread"]
         if importlib.util.find_spec("xdist"):
             tests += ["-n", "4"]
-    probe = module("benchmarks.probe", "--device", device)
+    probe = module("benchmarks.probe", "--device", device, *few)
     tool = found_in_toolkit("compute-sanitizer")
     missing = None if tool or dry else "compute-sanitizer is not in the CUDA toolkit"
     uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
@@ -124,26 +175,25 @@ def stages(dry: bool, out: Path, scratch: Path, plant: str | None = None) -> lis
         watched = [tool or "", "--tool", check, "--error-exitcode", str(SANITIZED), *probe]
         command = probe if dry else watched
         sanitizers.append(Stage(check, 7, command, missing, uncached, judge_sanitizer))
-    whole = ["--device", device, "--out", record] + ["--dry"] * dry
-    networks = [*whole, "--no-compile", *([] if dry else ["--minutes", "{minutes}"])]
+    whole = ["--device", device, "--out", record, *(["--dry"] if dry else [])]
+    networks = [*whole, "--compile", "none", *([] if dry else ["--minutes", "{minutes}"])]
     compiled = [*whole, "--minutes", "{minutes}", "--memory", ""]
+    compiled += ["--compile", "original", "--modes", "inference"] if few else []
+    starts = "0" if few else "1" if dry else "3"
     some = "64-144-64,256-576-256"
     rest = "tokenizer,latents,parallel-4d,odd,r2plus1d-18-torchvision,r2plus1d-34"
     return [
-        Stage(
-            "build", 14, [sys.executable, "setup.py", "build_ext", "--inplace"], why_no_build(),
-            (("TORCH_CUDA_ARCH_LIST", architecture()), ("FASTST_BUILD_CUDA", "1")), needed=True,
-        ),
-        instances(dry, out, device, plant),
+        build(dry is not None, scratch),
+        instances(dry is not None, out, device, plants),
         *sanitizers,
         Stage("stress", 5, [*probe, "--stress", "3" if dry else "10000"]),
-        Stage("overhead", 4, module("benchmarks.overhead", *whole)),
+        Stage("overhead", 4, module("benchmarks.overhead", *whole, "--starts", starts)),
         layers(
             "layers", 24, "128-230-128", "--dtypes", "bf16", "--modes", "inference,training-bn",
             "--families", "r2plus1d-18,depthwise",
         ),
-        Stage("tests", 18, tests, None, (), lambda s, text: judge_tests(s, junit, dry, text)),
-        Stage("tune", 6, module("benchmarks.probe", "--device", device, "--tune")),
+        Stage("tests", 18, tests, None, (), lambda s, text: judge_tests(s, junit, bool(dry), text)),
+        Stage("tune", 6, [*probe, "--tune"]),
         layers(
             "layers compiled", 10, "mid-45", "--dtypes", "bf16", "--peers", "compiled",
             "--modes", "inference,training-bn", "--families", some,
@@ -158,21 +208,30 @@ def stages(dry: bool, out: Path, scratch: Path, plant: str | None = None) -> lis
     ]  # fmt: skip
 
 
-def instances(dry: bool, out: Path, device: str, plant: str | None) -> Stage:
+def build(dry: bool, scratch: Path) -> Stage:
+    """The native library for this GPU, in place; a dry run has it left out, and elsewhere."""
+    command = [sys.executable, "setup.py", "build_ext"]
+    if dry:
+        command += ["--build-lib", str(scratch)]
+        none = ("FASTST_BUILD_CUDA", "0"), ("FASTST_BUILD_CPU", "0")
+        return Stage("build", 14, command, None, none, needed=True)
+    environment = ("TORCH_CUDA_ARCH_LIST", architecture()), ("FASTST_BUILD_CUDA", "1")
+    return Stage("build", 14, [*command, "--inplace"], why_no_build(), environment, needed=True)
+
+
+def instances(dry: bool, out: Path, device: str, plants: Sequence[str] = ()) -> Stage:
     """Each instance of each kernel by itself, a hang of a few seconds being one."""
     results = out / "instances.json"
     command = module("benchmarks.instances", "--device", device, "--out", str(results))
     command += ["--minutes", "{minutes}"]
     environment: tuple[tuple[str, str], ...] = ()
     if dry:
-        command += ["--dry", "--unit-seconds", "60"]
+        command += ["--dry", "--unit-seconds", "10" if "hang" in plants else "60"]
         environment = (("TRITON_INTERPRET", "1"),)
-    if plant:
-        plants = os.pathsep.join((str(ROOT / "tests" / "support" / "plants"), str(ROOT)))
-        environment += (
-            ("FASTST_TEST_PLANT", PLANTS[plant]), ("FASTST_TEST_PLANT_KIND", "grouped forward"),
-            ("PYTHONPATH", plants),
-        )  # fmt: skip
+    if plants:
+        paths = os.pathsep.join((str(ROOT / "tests" / "support" / "plants"), str(ROOT)))
+        planted = ",".join(f"{plant}:{PLANTS[plant]}" for plant in plants)
+        environment += ("FASTST_TEST_PLANT", planted), ("PYTHONPATH", paths)
     return Stage("instances", 14, command, None, environment,
                  lambda status, _: judge_instances(status, results))  # fmt: skip
 
@@ -258,20 +317,20 @@ def skipped(stage: Stage, why: str) -> dict[str, Any]:
     return {"stage": stage.name, "ok": True, "skipped": True, "seconds": 0.0, "told": why}
 
 
-def run_stage(stage: Stage, limit_s: float, log: Path) -> dict[str, Any]:
+def run_stage(stage: Stage, limit_s: float, log: Path, warm: bool) -> dict[str, Any]:
     """Run one stage within its limit; what happened, for the record."""
     if stage.why_not is not None:
         return skipped(stage, stage.why_not)
     # The measuring stages stop by themselves a little before they would be ended.
     minutes = f"{max(limit_s - 25, 0.6 * limit_s) / 60:.3f}"
     command = [a.replace("{minutes}", minutes) for a in stage.command]
-    done, faults = execute(command, limit_s, dict(stage.environment)), []
+    done, faults = execute(command, limit_s, dict(stage.environment), warm), []
     spent, output = done.seconds, done.output
     while done.status == FAULTED and limit_s - spent > 30:  # the next unit, in a new process
         faults += [line for line in done.output.splitlines() if line.startswith("FAULT ")]
         left = f"{max(limit_s - spent - 25, 0.6 * (limit_s - spent)) / 60:.3f}"
         again = [a.replace("{minutes}", left) for a in stage.command] + ["--resume"]
-        done = execute(again, limit_s - spent, dict(stage.environment))
+        done = execute(again, limit_s - spent, dict(stage.environment), warm)
         spent, output = spent + done.seconds, output + done.output
     done = Outcome(done.status, output, spent, done.cut_off)
     found: dict[str, Any] = {"ok": done.status == 0 and not faults}
@@ -322,8 +381,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu_run", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu_run")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--dry", action="store_true", help="every stage on the CPU, tiny")
-    parser.add_argument("--plant", choices=sorted(PLANTS), help="in a dry run: goes wrong so")
+    parser.add_argument(
+        "--dry", nargs="?", const="few", choices=("few", "all"), help="every stage on the CPU, tiny"
+    )
+    parser.add_argument(
+        "--plant", nargs="+", default=[], choices=PLANTS, help="in a dry run: goes wrong so"
+    )
     parser.add_argument("--commit", help="of this checkout, where git is not there to ask")
     args = parser.parse_args(argv)
     if args.plant and not args.dry:
@@ -339,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if args.dry else "cuda")
     path, log = args.out / "record.json", args.out / "log.txt"
-    Record(path, device, fresh=True, dry=args.dry)
+    Record(path, device, fresh=True, dry=args.dry is not None)
     log.write_text("")
     with tempfile.TemporaryDirectory() as scratch:
         todo = stages(args.dry, args.out, Path(scratch), args.plant)
@@ -347,7 +410,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stage, left = todo[0], end - time.monotonic() - 10
             shares = sum(s.share for s in todo if s.why_not is None or s is stage)
             limit, todo = left * stage.share / shares, todo[1:]
-            found = skipped(stage, "no time left") if limit < 5 else run_stage(stage, limit, log)
+            if limit < 5:
+                found = skipped(stage, "no time left")
+            else:
+                found = run_stage(stage, limit, log, args.dry == "few")
             record = Record(path, device)  # a stage may have written to it
             record.extend("stages", [found])
             (args.out / "summary.txt").write_text(summary(record.data))

@@ -305,7 +305,7 @@ def _contest(
             told = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
             row["refused" if broke else "cannot"] = told
     _time(steps, rows, case, work, options, seed)
-    if options.level != "short":
+    if options.level in ("compiled", "all"):
         torch._dynamo.reset()
     return list(rows.values())
 

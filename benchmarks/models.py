@@ -347,7 +347,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.models", description=__doc__)
     arguments(parser)
     parser.add_argument("--batch", type=int, help="default: 16 on CUDA, 1 on the CPU")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--modes", default="inference,training")
+    parser.add_argument(
+        "--compile", default="all", choices=("none", "original", "all"), help="by torch.compile"
+    )
     parser.add_argument("--dtypes", default="", help="of autocast: bf16, fp16; or fp32 without")
     parser.add_argument("--memory", help="GiB, comma-separated: largest batches")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, per mode")
@@ -363,8 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits = [0.5] if limits or args.memory is None else []
     dtypes = (args.dtypes or ("bf16" if cuda else "fp32")).split(",")
     wrong = run(
-        record, clip, device, dtypes, ("inference", "training"),
-        "none" if args.no_compile else "all", seconds, rounds, deadline,
+        record, clip, device, dtypes, args.modes.split(","), args.compile, seconds, rounds, deadline
     )  # fmt: skip
     if limits and (deadline is None or time.monotonic() < deadline):
         batches = training_batches(clip, device, dtypes[0], limits, most, deadline)

@@ -234,7 +234,9 @@ def graphed(
 
 
 def cold_start(device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Medians over fresh processes, in ms, of what a first use waits for."""
+    """Medians over fresh processes, in ms, of what a first use waits for; none of none."""
+    if repeats == 0:
+        return []
     found: dict[str, list[dict[str, float]]] = {"eager": [], "fastst": []}
     for _ in range(repeats):
         for name in found:
@@ -257,9 +259,10 @@ def run(record: Record, device: torch.device, rounds: int, repeats: int) -> None
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.overhead", description=__doc__)
     arguments(parser)
+    parser.add_argument("--starts", type=int, default=3, help="of each, cold")
     args = parser.parse_args(argv)
     record, device, _ = opened(args)
-    run(record, device, *((3, 1) if args.dry else (30, 3)))
+    run(record, device, 3 if args.dry else 30, args.starts)
     return 0
 
 

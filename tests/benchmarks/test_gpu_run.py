@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import gpu_run
-from benchmarks.gpu_run import Stage
+from benchmarks.gpu_run import ROOT, Stage
 
 ORDER = [
     "build", "instances", "memcheck", "racecheck", "stress", "overhead", "layers", "tests", "tune",
@@ -32,13 +32,14 @@ def test_dry_run_goes_through_every_stage(
 ) -> None:
     monkeypatch.setenv("FASTST_CACHE", str(tmp_path.parent / "cache"))
     # Time enough on any machine: the limits are tested below.
-    status = gpu_run.main(["--dry", "--out", str(tmp_path), "--minutes", "60", "--commit", "abc"])
+    status = gpu_run.main(
+        ["--dry", "all", "--out", str(tmp_path), "--minutes", "60", "--commit", "abc"]
+    )
     data = json.loads((tmp_path / "record.json").read_text())
     told = {s["stage"]: s.get("told") for s in data["stages"] if not s["ok"]}
     assert (status, told) == (0, {}), (tmp_path / "log.txt").read_text()[-3000:]
     assert [s["stage"] for s in data["stages"]] == ORDER
-    ran = {s["stage"] for s in data["stages"] if not s.get("skipped")}
-    assert ran == set(ORDER) - ({"build"} if gpu_run.why_no_build() else set())
+    assert not any(s["skipped"] for s in data["stages"])
     assert data["commit"] == "abc"
     assert {r["case"] for r in data["layers"]} == {
         "128-230-128", "mid-45", "parallel-add-64", "tokenizer-128",
@@ -57,6 +58,36 @@ def test_dry_run_goes_through_every_stage(
     summary = (tmp_path / "summary.txt").read_text()
     assert len(summary.splitlines()) <= 60
     assert summary in capsys.readouterr().out
+
+
+# State of the instance in which each is planted, and what is told of it.
+PLANTED = {
+    "wrong": ("wrong", "is off by"), "oom": ("unknown", "out of memory"),
+    "fault": ("fault", "illegal memory access"), "hang": ("hang", "did not end within"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_dry_run_names_and_survives_every_plant(tmp_path: Path) -> None:
+    """All of them in one run, in a process of its own, which forks for each stage."""
+    options = ["--dry", "--plant", *PLANTED, "--out", str(tmp_path), "--minutes", "60"]
+    command = [sys.executable, "-m", "benchmarks.gpu_run", *options]
+    environment = os.environ | {"FASTST_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    log = done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
+    assert done.returncode == 1, log
+    stages = json.loads((tmp_path / "record.json").read_text())["stages"]
+    assert [s["stage"] for s in stages] == ORDER
+    assert {s["stage"] for s in stages if not s["ok"] or s["skipped"]} == {"instances"}, log
+    failures = next(s["failures"] for s in stages if s["stage"] == "instances")
+    assert len(failures) == len(PLANTED)
+    for plant, (state, told) in PLANTED.items():
+        (failure,) = (f for f in failures if f": {state} " in f)
+        assert gpu_run.PLANTS[plant] in failure and told in failure
+        assert failure.split(":")[0] in done.stdout  # its summary
+    rows = json.loads((tmp_path / "instances.json").read_text())
+    kinds = [r["kind"] for r in rows if r["state"] == "passed"]
+    assert {gpu_run.PLANTS[p] for p in ("wrong", "fault", "hang")} <= set(kinds)  # the next ones
 
 
 def run(
@@ -105,31 +136,6 @@ def test_stages_are_written_as_they_end(monkeypatch: pytest.MonkeyPatch, tmp_pat
     stages = [Stage("first", 1, python("")), Stage("second", 1, python(code))]
     status, data = run(monkeypatch, tmp_path, stages)
     assert status == 0, data["stages"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("plant", "state", "told"),
-    [
-        ("hang", "hang", "did not end within"), ("fault", "fault", "illegal memory access"),
-        ("wrong", "wrong", "is off by"), ("oom", "unknown", "out of memory"),
-    ],
-)  # fmt: skip
-def test_planted_instances_are_named_and_survived(
-    plant: str, state: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    stage = gpu_run.instances(True, tmp_path, "cpu", plant)
-    command = [a.replace("60", "20") if a == "60" else a for a in stage.command]
-    after = Stage("after", 1, python("print('fine')"))
-    status, data = run(monkeypatch, tmp_path, [replace(stage, command=command), after], minutes=60)
-    assert status == 1
-    assert [s["ok"] for s in data["stages"]] == [False, True]
-    (failure,) = data["stages"][0]["failures"]
-    assert "grouped forward" in failure and state in failure and told in failure
-    states = [i["state"] for i in data["stages"][0]["instances"]]
-    assert sorted(set(states)) == sorted({"passed", state})
-    assert states.index(state) < len(states) - 1  # the next ones ran, and passed
-    assert failure.split(":")[0] in (tmp_path / "summary.txt").read_text()
 
 
 def test_nothing_runs_after_a_build_that_fails(
@@ -195,9 +201,9 @@ def test_unused_time_goes_to_the_later_stages(
     limits = []
     original = gpu_run.run_stage
 
-    def spied(stage: Stage, limit_s: float, log: Path) -> dict[str, Any]:
+    def spied(stage: Stage, limit_s: float, *rest: Any) -> dict[str, Any]:
         limits.append(limit_s)
-        return original(stage, limit_s, log)
+        return original(stage, limit_s, *rest)
 
     monkeypatch.setattr(gpu_run, "run_stage", spied)
     run(monkeypatch, tmp_path, [Stage("a", 1, show), Stage("b", 1, show)], minutes=10)

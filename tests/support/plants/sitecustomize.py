@@ -1,7 +1,8 @@
 """On PYTHONPATH of a process that checks kernels: plants what FASTST_TEST_PLANT names in them.
 
-The first example is run by the real kernels (emulated or interpreted), and then goes wrong; where
-FASTST_TEST_PLANT_KIND names a kind, only in that. "@path" stands for what the file holds just then.
+The first example is run by the real kernels (emulated or interpreted), and then goes wrong.
+"plant:kind,plant:kind" plants in the first example of these kinds; "@path" stands for what the file
+holds just then.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PLANTED = os.environ.get("FASTST_TEST_PLANT", "")
-KIND = os.environ.get("FASTST_TEST_PLANT_KIND", "")
-
+BY_KIND = {k: plant for plant, _, k in (one.partition(":") for one in PLANTED.split(",")) if k}
 
 _runs: list[str] = []
 
@@ -25,10 +25,9 @@ def _plant_now() -> str:
     return Path(PLANTED[1:]).read_text() if PLANTED.startswith("@") else PLANTED
 
 
-def _spoil(results: list[Any]) -> list[Any]:
+def _spoil(results: list[Any], plant: str) -> list[Any]:
     import torch
 
-    plant = _plant_now()
     if plant == "wrong":
         return [t * 1.5 for t in results]
     if plant == "unequal":  # every second time by an ulp or two
@@ -64,8 +63,10 @@ def _plant() -> None:
             continue
         first, kinds = backend.rehearse, backend.examples
 
-        def spoilt(example: Any) -> Any:
-            return example._replace(run=lambda p, t: _spoil(list(example.run(p, t))))
+        def spoilt(example: Any, plant: str = "") -> Any:
+            return example._replace(
+                run=lambda p, t: _spoil(list(example.run(p, t)), plant or _plant_now())
+            )
 
         def rehearse(*call: Any, original: Any = first) -> Any:
             if _plant_now() == "around":
@@ -75,9 +76,9 @@ def _plant() -> None:
 
         def examples(kind: str, *rest: Any, original: Any = kinds) -> Any:
             one, *others = original(kind, *rest)
-            if not kind.startswith(KIND):
+            if kind not in BY_KIND:
                 return [one, *others]
-            return [spoilt(one.make() if hasattr(one, "make") else one), *others]
+            return [spoilt(one.make() if hasattr(one, "make") else one, BY_KIND[kind]), *others]
 
         backend.rehearse, backend.examples = rehearse, examples
 
