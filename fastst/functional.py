@@ -152,13 +152,15 @@ def begin(
     temporal_bias: Tensor | None,
     *,
     norm: BatchNorm,
+    activation: tuple[str, float],
     order: str,
     **settings: Any,
 ) -> Begun | None:
     """The first convolution of a ``conv2plus1d`` whose norm is in training, and its statistics.
 
     The running statistics of the norm are updated. ``conv2plus1d(..., begun=...)`` does the rest;
-    what is given of the second convolution here is a guess, by which the kernels are chosen.
+    what is given of the second convolution here, its activation (name, slope) and its weight, is a
+    guess, by which the kernels are chosen.
 
     Returns:
         None where the backend computes both convolutions in one call only: nothing has been done.
@@ -170,7 +172,7 @@ def begin(
     cast = _autocast_dtype(x)
     spec, values = checks.pair(
         PairTensors(*main), cast, norm, settings["stride"], settings["padding"],
-        settings["dilation"], settings["groups"], settings["padding_mode"], "none", 0.01, order,
+        settings["dilation"], settings["groups"], settings["padding_mode"], *activation, order,
         False, False, None,
     )  # fmt: skip
     if cast is not None:

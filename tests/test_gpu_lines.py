@@ -107,6 +107,7 @@ def one_layer(s: Setting) -> None:
 def checks_in_advance(s: Setting) -> None:
     """What ``fastst.check`` runs on a GPU, and how it compiles Triton's part."""
     one_layer(s)
+    s.mp.setattr(launch, "_compiling", {})
     s.mp.setattr(cuda_depthwise, "_stages", lambda problem, backward: 2)
     assert triton.BACKEND.kinds(GPU, torch.float16)
     for backend, kind in ((triton.BACKEND, "dense forward"), (cuda.BACKEND, "hopper")):
@@ -116,6 +117,15 @@ def checks_in_advance(s: Setting) -> None:
             assert not s.gpus.compiled
             assert found[0].make().instances  # type: ignore[union-attr]
     assert s.gpus.compiled
+    # In training backward's kernels are compiled while those of the forward pass are checked.
+    spec, tensors = of_kind("dense", torch.float16)
+    training = Problem.of(tensors._replace(mean=None, var=None), spec._replace(norm="batch"))
+    training = replace(training, device=GPU)
+    triton.BACKEND.rehearse(training, "forward", None)[0].make()  # type: ignore[union-attr]
+    for done in launch._compiling.values():
+        done.result()
+    needed = triton.BACKEND.instances(training, "backward", None)
+    assert {*needed} <= {each.instance for each in s.gpus.compiled}
     launched = s.gpus.compiled[0]
     warm: list[Any] = []
     kernel = SimpleNamespace(warmup=lambda *args, **meta: warm.append(meta))

@@ -229,22 +229,19 @@ def _compared(example: Example, name: str, device: torch.device, dtype: torch.dt
     try:
         there = type(example.tensors)(*(_moved(t, device) for t in example.tensors))
         true = _truth(example, there)
-        runs = []
-        for _ in range(2):
-            results = example.run(problem_of(there, example.spec), there)
-            # Where a fault is reported: at the latest when results are copied.
-            runs.append([t.cpu() for t in results])
+        runs = [example.run(problem_of(there, example.spec), there) for _ in range(2)]
+        for (what, t), got, again in zip(true, *runs, strict=True):
+            # Where a fault is reported, at the latest: it waits for the device.
+            error = float((got.double() - t).abs().max() / t.abs().max())
+            if not error <= allowed:
+                return (
+                    f"is off by {error:.2g} of the largest {what} in its self-check, "
+                    f"over {allowed:.2g} ({name})"
+                )
+            if not torch.equal(got, again):
+                return f"gave another {what} when it ran again in its self-check ({name})"
     except Exception as failure:  # a compiler or a driver that fails is a verdict, too
         return _failure(failure, name)
-    for (what, t), got, again in zip(true, *runs, strict=True):
-        error = float((got.double() - t).abs().max() / t.abs().max())
-        if not error <= allowed:
-            return (
-                f"is off by {error:.2g} of the largest {what} in its self-check, "
-                f"over {allowed:.2g} ({name})"
-            )
-        if not torch.equal(got, again):
-            return f"gave another {what} when it ran again in its self-check ({name})"
     return None
 
 
@@ -299,13 +296,13 @@ def _truth(example: Example, tensors: Any) -> list[tuple[str, Tensor]]:
         compose = reference.compose_pair if pair else reference.compose_conv3d
     double = {n: t.double() for n, t in tensors._asdict().items() if t is not None}
     if dy is None:
-        return [("output", compose(tensors._replace(**double), spec).cpu())]
+        return [("output", compose(tensors._replace(**double), spec))]
     with torch.enable_grad():
         wanted = example.wanted or [n for n in double if n not in ("mean", "var")]
         leaves = {n: double[n].requires_grad_() for n in wanted}
         y = compose(tensors._replace(**double), spec)
         grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y))
-    return [(f"gradient of {n}", g.cpu()) for n, g in zip(leaves, grads, strict=True)]
+    return [(f"gradient of {n}", g) for n, g in zip(leaves, grads, strict=True)]
 
 
 def verdicts() -> dict[str, str]:

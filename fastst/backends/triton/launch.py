@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -138,14 +138,28 @@ class Launch(NamedTuple):
             self.kernel.warmup(*self.args, grid=(1,), **self.meta, **options)
 
 
-def compile_all(launches: Sequence[Launch], device: torch.device) -> None:
-    """Compile kernels side by side: an assembler of its own takes half of the time of each.
+_compiling: dict[tuple[str, torch.device], Future[None]] = {}  # by instance
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+def compile_all(launches: Sequence[Launch], device: torch.device, wait: bool = True) -> None:
+    """Compile kernels side by side, each once: an assembler of its own takes a part of the time.
 
     What does not compile says so when it is launched.
+
+    Args:
+        wait: until all are compiled; otherwise that goes on meanwhile.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [pool.submit(each.compile, device) for each in launches]:
-            done.exception()
+    for each in launches:
+        key = each.instance, device
+        if key not in _compiling:
+            _compiling[key] = _pool().submit(each.compile, device)
+    for each in launches if wait else ():
+        _compiling[each.instance, device].exception()
 
 
 def _known(value: Any, specialised: bool = True) -> Any:

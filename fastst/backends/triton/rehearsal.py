@@ -84,10 +84,20 @@ def _compiled(
     make: Callable[[], Example], problem: Problem, phase: Phase, ways: Sequence[Way]
 ) -> Example:
     """The first example, made when the kernels of all are compiled."""
-    made = resembling(problem, problem.batch, problem.size)
-    found = {e.instance: e for w in ways for e in _launches(problem, phase, w, made)}
-    launch.compile_all([*found.values()], problem.device)
+    launch.compile_all(_kernels(problem, phase, ways), problem.device)
+    if phase == "forward" and problem.spec.norm == "batch":  # in training: the next to be needed
+        later = as_called(problem, "backward")
+        ways = rehearsal.ways(
+            _calls(choices.choice("triton", later, "backward")), later, "backward"
+        )
+        launch.compile_all(_kernels(later, "backward", ways), problem.device, wait=False)
     return make()
+
+
+def _kernels(problem: Problem, phase: Phase, ways: Sequence[Way]) -> list[launch.Launch]:
+    """One launch of each instance."""
+    made = resembling(problem, problem.batch, problem.size)
+    return [*{e.instance: e for w in ways for e in _launches(problem, phase, w, made)}.values()]
 
 
 def _calls(way: str | None) -> Calls:

@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 from ... import dispatch
 from ...nn.pair_of_modules import RECOMPUTE
 from . import rules, traced
+from .chain import Guess
 from .graphs import is_promise, taken
 
 ATTRIBUTE = "_conv_forward"
@@ -68,7 +69,7 @@ class Begins:
         self.served = False  # whether it is of a copy for inference
         self._folded: Any = None
         self.key = traced.register(self)
-        self.guess: Any = None  # the second convolution of its last pair: shape and settings
+        self.guess: Guess | None = None  # the second convolution of its last pair, or a likely one
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Tensor:
         conv = self.conv
@@ -179,7 +180,13 @@ class Begins:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, key=traced.register(self))
 
-    def took(self, plan: Any, second: Any) -> None:
+    def expect(self, conv: Any) -> None:
+        """Guess the second convolution of its first pair."""
+        if self.guess is None and len(conv.kernel_size) == 3:
+            shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
+            self.guess = Guess(shape, (conv.stride, conv.padding, conv.dilation, conv.groups))
+
+    def took(self, plan: Any, second: Guess) -> None:
         """A pair runs as one operation."""
         self.misses, self.guess = 0, second
         _tell(plan, None)

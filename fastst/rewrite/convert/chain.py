@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,14 @@ from .geometry import Pass
 from .graphs import is_promise, promised, rewritten, unread
 from .padding import Pad
 from .promise import Kept, Link, replace
+
+
+class Guess(NamedTuple):
+    """What a pair that is only begun may go on with."""
+
+    shape: Sequence[int]  # of the second weight, which has five axes
+    how: tuple[Any, ...]  # stride, padding, dilation and groups
+    activation: tuple[str, float] = "relu", 0.01
 
 
 class Plan(NamedTuple):

@@ -65,6 +65,8 @@ def convert(
             vars(conv)[ATTRIBUTE] = Begins(conv, name, wanted, barred)
     if sample is None:
         pairs = _neighbours(convs)
+        for pair in pairs:  # until a call has shown it
+            vars(convs[pair.first])[ATTRIBUTE].expect(convs[pair.second])
         reasons: dict[str, str] = {}
     else:
         pairs, reasons = sampling.run(model, sample)

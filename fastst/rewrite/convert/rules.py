@@ -18,7 +18,7 @@ from ... import functional
 from ...functional import BatchNorm
 from ...problem import activations
 from . import endings, forms, views
-from .chain import Alone, Plan, extended, is_open
+from .chain import Alone, Guess, Plan, extended, is_open
 from .forms import Form
 from .geometry import first_pass, second_pass
 from .graphs import promised
@@ -226,24 +226,32 @@ def _begin(link: Link, norm: BatchNorm) -> Any:
         return None
     temporal, m = plan.first.kind == "temporal", u[1]
     shape = u if len(u) == 5 else torch.Size((*u[:2], 1, *u[2:]))
-    likely = ((m, m, 1, 3, 3), 1, (0, 1, 1)) if temporal else ((m, m, 3, 1, 1), 1, (1, 0, 0))
-    for guess in filter(None, (plan.begun.guess, (*likely, 1, 1))):
-        settings = second_pass(plan.first, (), shape, guess[0], False, *guess[1:])
+    kernel, padding = ((1, 3, 3), (0, 1, 1)) if temporal else ((3, 1, 1), (1, 0, 0))
+    likely = Guess((m, m, *kernel), (1, padding, 1, 1))
+    for guess in filter(None, (plan.begun.guess, likely)):
+        settings = second_pass(plan.first, (), shape, guess.shape, False, *guess.how)
         if settings is None:
             continue
         x, weight, bias = _convolved(plan)
         if not link.unchanged():
             return None
-        second = torch.empty(guess[0], dtype=weight.dtype, device=weight.device)
+        first = forms.lifted(weight, temporal)
+        rows = first.is_contiguous(memory_format=torch.channels_last_3d)
+        layout = torch.channels_last_3d if rows else torch.contiguous_format
+        second = torch.empty(
+            guess.shape, dtype=first.dtype, device=first.device, memory_format=layout
+        )
         for _, kept in plan.convolution.kept:
             kept.release()
         if len(u) == 4:
             x = x.unsqueeze(2)
-        pairs: list[Any] = [[forms.lifted(weight, temporal), bias], [second, None]]
+        pairs: list[Any] = [[first, bias], [second, None]]
         if temporal:
             pairs.reverse()
         (ws, bs), (wt, bt) = pairs
-        half = functional.begin(x, ws, wt, bs, bt, norm=norm, **settings[0])
+        half = functional.begin(
+            x, ws, wt, bs, bt, norm=norm, activation=guess.activation, **settings[0]
+        )
         for _, kept in plan.convolution.kept:
             kept.hold()
         return half
@@ -348,7 +356,7 @@ def _second(link: Link, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...
     name, slope = plan.activation or ("none", 0.01)
     plan.convolution.taken = True
     alike = weight.shape if form is None else forms.lifted_shape(weight.shape, plan.first)
-    plan.begun.took(plan, (alike, *how))
+    plan.begun.took(plan, Guess(alike, how, (name, slope)))
     recompute, own = _recompute(plan), len(plan.convolution.kept)
     tensors = {"second weight": weight, "second bias": bias}
     tensors |= {f"first {n}": k.tensor for n, k in sources[:own]}

@@ -7,12 +7,14 @@ import io
 import pickle
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fastst
+from fastst.dispatch import selfcheck
 from fastst.models import r2plus1d_18
 
 
@@ -131,6 +133,24 @@ def test_filters(options, first):
     everything = fastst.convert(model)
     assert [r.first for r in everything.already] == first
     assert len(everything.replaced) == 2 - len(first)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_pair_that_is_begun_for_its_norm_guesses_what_follows(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are chosen, and on a GPU compiled and checked, for the pair itself alone."""
+    asked, original = [], selfcheck.why_broken
+
+    def why_broken(backend: Any, problem: Any, *rest: Any) -> str | None:
+        asked.append((problem.passes, problem.spec.activation, problem.weight_strides))
+        return original(backend, problem, *rest)
+
+    monkeypatch.setattr(selfcheck, "why_broken", why_broken)
+    model = small()[0].to(memory_format=layout)
+    fastst.convert(model)
+    step(model, torch.randn(2, 3, 4, 6, 6), True)
+    assert len(set(asked)) == 1
 
 
 @pytest.mark.parametrize("bad", [3, [3], [None]])
