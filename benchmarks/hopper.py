@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -46,35 +47,38 @@ def _share(p: Pass, positions: int, clocks: float, moved: float) -> tuple[float,
     return seconds * 1e6, 100 * p.flops(positions) / DENSE / seconds
 
 
-def _forward(problem: PairProblem) -> list[tuple[float, float]]:
-    spatial, temporal = problem.passes
-    x = 2 * problem.batch * spatial.in_channels * math.prod(problem.size)
-    mid = problem.bytes(1) - problem.bytes(0)
-    y = 2 * math.prod(problem.out_shape)
-    first, second = (problem.batch * math.prod(s) for s in problem.pass_sizes)
+def _moved(problem: PairProblem) -> tuple[int, int, int]:
+    """Bytes of x, of u and of y."""
+    x = 2 * problem.batch * problem.passes[0].in_channels * math.prod(problem.size)
+    return x, problem.bytes(1) - problem.bytes(0), 2 * math.prod(problem.out_shape)
+
+
+def _shares(problem: PairProblem, *kernels: tuple[int, Any, int]) -> list[tuple[float, float]]:
+    """Of kernels by (pass, tile, bytes moved)."""
+    positions = [problem.batch * math.prod(s) for s in problem.pass_sizes]
     return [
-        _share(spatial, first, launches.spatial_tile(problem).clocks, x + mid),
-        _share(temporal, second, launches.temporal_tile(problem).clocks, mid + y),
+        _share(problem.passes[i], positions[i], math.inf if t is None else t.clocks, moved)
+        for i, t, moved in kernels
     ]
+
+
+def _forward(problem: PairProblem) -> list[tuple[float, float]]:
+    x, u, y = _moved(problem)
+    return _shares(
+        problem, (0, launches.spatial_tile(problem), x + u),
+        (1, launches.temporal_tile(problem), u + y),
+    )  # fmt: skip
 
 
 def _backward(problem: PairProblem) -> list[tuple[float, float]]:
     """dz, dWt, dx, dWs."""
-    spatial, temporal = problem.passes
-    x = 2 * problem.batch * spatial.in_channels * math.prod(problem.size)
-    mid = problem.bytes(1) - problem.bytes(0)
-    y = 2 * math.prod(problem.out_shape)
-    first, second = (problem.batch * math.prod(s) for s in problem.pass_sizes)
-    tiles = (
-        launches.temporal_gradient_tile(problem), weights.temporal_tile(problem, 1),
-        launches.spatial_gradient_tile(problem), weights.spatial_tile(problem, 2),
+    x, u, y = _moved(problem)
+    return _shares(
+        problem, (1, launches.temporal_gradient_tile(problem), y + 2 * u),
+        (1, weights.temporal_tile(problem, 1), y + u),
+        (0, launches.spatial_gradient_tile(problem), 2 * u + x),
+        (0, weights.spatial_tile(problem, 2), 2 * u + x),
     )  # fmt: skip
-    moved = y + 2 * mid, y + mid, 2 * mid + x, 2 * mid + x
-    work = (temporal, second), (temporal, second), (spatial, first), (spatial, first)
-    return [
-        _share(*w, math.inf if t is None else t.clocks, m)
-        for w, t, m in zip(work, tiles, moved, strict=True)
-    ]
 
 
 def _row(*cells: object) -> str:

@@ -74,18 +74,8 @@ class Config:
 
     @property
     def pads(self) -> list[tuple[int, int]]:
-        """(before, after) of t, h, w, worked out here from what the documentation says."""
-        extent = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
-        if self.padding == "same":
-            pads = [(e // 2, e - e // 2) for e in extent]
-        elif self.padding == "valid":
-            pads = [(0, 0)] * 3
-        else:
-            p = (self.padding,) * 3 if isinstance(self.padding, int) else self.padding
-            pads = [(i, i) for i in p]
-        if self.causal:
-            pads[0] = (extent[0] + (1 - self.stride[0] if self.causal == "strided" else 0), 0)
-        return pads
+        """(before, after) of t, h, w."""
+        return documented_pads(self)
 
     def geometry(self, kind: str) -> tuple[Triple, Triple, Triple, list[tuple[int, int]], str]:
         """Kernel, stride, dilation, padding and padding mode of one pass, in all three axes."""
@@ -159,6 +149,22 @@ class Config:
         return common | dict(
             order=self.order, recompute=self.recompute, outer_activation=self.outer_activation
         )
+
+
+def documented_pads(config: Any, past: int = 0) -> list[tuple[int, int]]:
+    """(before, after) of t, h, w, worked out here from what the documentation says."""
+    extent = [d * (k - 1) for d, k in zip(config.dilation, config.kernel, strict=True)]
+    if config.padding == "same":
+        pads = [(e // 2, e - e // 2) for e in extent]
+    elif config.padding == "valid":
+        pads = [(0, 0)] * 3
+    else:
+        p = (config.padding,) * 3 if isinstance(config.padding, int) else config.padding
+        pads = [(i, i) if isinstance(i, int) else i for i in p]
+    if config.causal:
+        less = 1 - config.stride[0] if config.causal == "strided" else 0
+        pads[0] = (extent[0] + less - past, 0)
+    return pads
 
 
 @dataclass(frozen=True)

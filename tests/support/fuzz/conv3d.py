@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastst.functional import BatchNorm, Norm, conv3d
 
-from .config import ACTIVATIONS, DTYPES, KINKS, LAYOUTS, Triple
+from .config import ACTIVATIONS, DTYPES, KINKS, LAYOUTS, Triple, documented_pads
 from .truth import MOMENTUM, ChannelsLast, act
 from .values import lay_out, near_a_kink
 
@@ -59,19 +59,8 @@ class ConvConfig:
 
     @property
     def pads(self) -> list[tuple[int, int]]:
-        """(before, after) of t, h, w, worked out here from what the documentation says."""
-        extent = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
-        if self.padding == "same":
-            pads = [(e // 2, e - e // 2) for e in extent]
-        elif self.padding == "valid":
-            pads = [(0, 0)] * 3
-        else:
-            p = (self.padding,) * 3 if isinstance(self.padding, int) else self.padding
-            pads = [(i, i) if isinstance(i, int) else i for i in p]
-        if self.causal:
-            less = 1 - self.stride[0] if self.causal == "strided" else 0
-            pads[0] = (extent[0] + less - self.past, 0)
-        return pads
+        """(before, after) of t, h, w."""
+        return documented_pads(self, self.past)
 
     @property
     def read(self) -> Triple:
