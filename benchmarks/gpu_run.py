@@ -243,7 +243,7 @@ def judge_instances(status: int, results: Path) -> dict[str, Any]:
     rows = json.loads(results.read_text())
     states = [r["state"] for r in rows]
     bad = [r for r in rows if r["state"] not in ("passed", "not run")]
-    told = selfcheck.told({s: states.count(s) for s in dict.fromkeys(states)})
+    told = selfcheck.format_counts({s: states.count(s) for s in dict.fromkeys(states)})
     failures = [f"{r['backend']} {r['dtype']} {r['name']}: {r['state']} {r['why']}" for r in bad]
     kept = ("backend", "kind", "dtype", "name", "state")
     return {

@@ -373,7 +373,7 @@ def status(record: Record, family: Family) -> str:
     ]  # fmt: skip
     counts = selfcheck.tally(checked).get(family.backend, {})
     if set(counts) - {"passed", "not run", "unknown"}:
-        return f"**{selfcheck.told(counts)}** at `{record['commit']}`"
+        return f"**{selfcheck.format_counts(counts)}** at `{record['commit']}`"
     ours = [r for r in record["layers"] if r["kind"] == "fastst"]
     ran = [r for r in ours if r.get("ran_on") == [family.backend] and family.holds(r)]
     if not ran:

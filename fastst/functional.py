@@ -114,7 +114,7 @@ def conv2plus1d(
         ValueError: shapes, sizes or names that do not fit; says what was required and what came.
         BackendError: the backend asked for cannot run this call.
     """
-    x, batched = checks.batched("conv2plus1d", x)
+    x, batched = checks.with_batch("conv2plus1d", x)
     if isinstance(residual, Tensor) and not batched:
         residual = residual.unsqueeze(0)
     weights = in_execution_order(order, spatial_weight, temporal_weight)
@@ -292,7 +292,7 @@ def parallel_conv2plus1d(
         ValueError: shapes, sizes or names that do not fit, or branches of different output sizes.
         BackendError: the backend asked for cannot run this call.
     """
-    x, batched = checks.batched("parallel_conv2plus1d", x)
+    x, batched = checks.with_batch("parallel_conv2plus1d", x)
     tensors = ParallelTensors(x, spatial_weight, temporal_weight, spatial_bias, temporal_bias)
     cast = _autocast_dtype(x)
     spec = checks.parallel(
@@ -372,7 +372,7 @@ def conv3d(
         ValueError: shapes, sizes or names that do not fit; says what was required and what came.
         BackendError: the backend asked for cannot run this call.
     """
-    x, batched = checks.batched("conv3d", x)
+    x, batched = checks.with_batch("conv3d", x)
     if isinstance(residual, Tensor) and not batched:
         residual = residual.unsqueeze(0)
     if isinstance(past, Tensor) and not batched:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..problem.conv3d import ConvProblem, ConvTensors, problem_of
-from ..problem.examples import filled, kind_of, off_kinks, resembling
+from ..problem.examples import kind_of, off_kinks, random_like, resembling
 from ..problem.spec import (
     PairProblem,
     PairTensors,
@@ -196,7 +196,7 @@ def _example(
     instances: Sequence[str],
 ) -> Example:  # fmt: skip
     shapes, spec = made
-    tensors, dy, like = filled(shapes), None, replace(problem, spec=spec)
+    tensors, dy, like = random_like(shapes), None, replace(problem, spec=spec)
     if gradients:
         tensors = off_kinks(spec, tensors)
         dy = problem_of(tensors, spec).empty_output(tensors.x)

@@ -60,12 +60,12 @@ def why_broken(
     if not names:
         return None
     keys = _keys(backend.name, tuple(names), problem.device, problem.dtype, _tf32(problem.device))
-    found = _known(keys)  # without the lock: a check in another thread may take long
+    found = _find_verdict(keys)  # without the lock: a check in another thread may take long
     if found is not None:
         return found or None
     with _lock:
-        _read()
-        if (found := _known(keys)) is not None:
+        _load()
+        if (found := _find_verdict(keys)) is not None:
             return found or None
         if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "has not been checked before this graph capture"
@@ -76,8 +76,8 @@ def why_broken(
             return given_up
         what = f"{kind_of(problem)} layers such as this one, {phase}, in {problem.dtype}"
         with cache.locked(_file()):  # ranks of a node share one check
-            _read()
-            if (found := _known(keys)) is None:
+            _load()
+            if (found := _find_verdict(keys)) is None:
                 try:
                     found = _checked(backend, problem, phase, way)
                 except Postponed as reason:
@@ -123,12 +123,12 @@ def _keys(
     return _Keys(together, tuple(each))
 
 
-def _read() -> None:
+def _load() -> None:
     """Add what other processes have found."""
     _verdicts.update({k: v for k, v in cache.read(_file()).items() if k not in _verdicts})
 
 
-def _known(keys: _Keys) -> str | None:
+def _find_verdict(keys: _Keys) -> str | None:
     """The verdict on a call, empty where all that it launches has passed; None: there is none."""
     if (found := _verdicts.get(keys.together)) is not None:
         return found
@@ -158,7 +158,7 @@ def verdict(
     """State and reason of a check without a call, which is made where there is none."""
     key = _key(backend.name, kind, device, dtype)
     with _lock, cache.locked(_file()):
-        _read()
+        _load()
         if key not in _verdicts:
             try:
                 request = Request(backend.name, device, dtype, _tf32(device), kind=kind)
@@ -217,17 +217,17 @@ def check(
             begin("")  # compiling is no part of it
             made = example.make() if isinstance(example, Later) else example
             begin(name)
-            why = _compared(made, name, device, dtype)
+            why = _compare(made, name, device, dtype)
             if why is not None:
                 return why
     return None
 
 
-def _compared(example: Example, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _compare(example: Example, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with the results of an example."""
     allowed = _ULPS * _rounding(dtype, device)
     try:
-        there = type(example.tensors)(*(_moved(t, device) for t in example.tensors))
+        there = type(example.tensors)(*(_move(t, device) for t in example.tensors))
         true = _truth(example, there)
         runs = [example.run(problem_of(there, example.spec), there) for _ in range(2)]
         for (what, t), got, again in zip(true, *runs, strict=True):
@@ -245,7 +245,7 @@ def _compared(example: Example, name: str, device: torch.device, dtype: torch.dt
     return None
 
 
-def _moved(t: Tensor | None, device: torch.device) -> Tensor | None:
+def _move(t: Tensor | None, device: torch.device) -> Tensor | None:
     """t with all that it lies in: of the same strides, and as far from an aligned address."""
     if t is None or t.device == device:
         return t
@@ -310,7 +310,7 @@ def verdicts() -> dict[str, str]:
     return {**cache.read(_file()), **_verdicts}
 
 
-def seen() -> dict[str, dict[str, int]]:
+def count_verdicts() -> dict[str, dict[str, int]]:
     """``tally`` of the verdicts with the versions that run here, as for a record of benchmarks."""
     keys = ((key.split(" | "), verdict) for key, verdict in verdicts().items())
     return tally(
@@ -328,7 +328,7 @@ def tally(found: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def told(counts: Mapping[str, int]) -> str:
+def format_counts(counts: Mapping[str, int]) -> str:
     """ "31 passed, 1 hang": the states of kernels in words."""
     return ", ".join(f"{n} {what}" for what, n in counts.items())
 

@@ -99,7 +99,7 @@ class Conv3d(nn.Conv3d):
         self.norm_per_frame = norm_per_frame
         slopes = set()
         for label, given in (("input_activation", input_activation), ("activation", activation)):
-            name, slope = _named(f"{op}: {label}", given)
+            name, slope = _activation_name(f"{op}: {label}", given)
             setattr(self, label, name)
             slopes |= {slope} if name == "leaky_relu" else set()
         if len(slopes) > 1:
@@ -225,7 +225,7 @@ class Conv3d(nn.Conv3d):
         return ", ".join(parts)
 
 
-def _named(what: str, activation: ActivationArg) -> tuple[str, float]:
+def _activation_name(what: str, activation: ActivationArg) -> tuple[str, float]:
     """Name and slope of an activation.
 
     Raises:

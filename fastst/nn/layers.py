@@ -427,10 +427,11 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
         scale, shift = _scale_shift(self.norm)
         if self.combine == "add":
             (ws, bs), (wt, bt) = weights
-            return [_scaled(ws, bs, scale, shift), _scaled(wt, bt, scale, None)]
+            return [_scale_conv(ws, bs, scale, shift), _scale_conv(wt, bt, scale, None)]
         n = weights[0][0].shape[0]
         scales, shifts = (scale[:n], scale[n:]), (shift[:n], shift[n:])
-        return [_scaled(w, b, s, h) for (w, b), s, h in zip(weights, scales, shifts, strict=True)]
+        affine = zip(weights, scales, shifts, strict=True)
+        return [_scale_conv(w, b, s, h) for (w, b), s, h in affine]
 
     def _compose(self, x: Tensor) -> Tensor:
         a = self.spatial(x)
@@ -458,7 +459,7 @@ def _scale_shift(norm: Any) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias
 
 
-def _scaled(
+def _scale_conv(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of scale·conv(x) + shift, in the dtype of the weight."""
@@ -472,4 +473,4 @@ def _scaled(
 def _fold(conv: nn.Conv3d, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     if norm is None:
         return conv.weight, conv.bias
-    return _scaled(conv.weight, conv.bias, *_scale_shift(norm))
+    return _scale_conv(conv.weight, conv.bias, *_scale_shift(norm))

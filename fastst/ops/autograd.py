@@ -20,16 +20,16 @@ from ..problem import activations
 from ..problem.conv3d import ConvSpec, ConvTensors
 from ..problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors
 from .registered import (
-    batched,
     call,
-    named,
+    is_plain_call,
+    is_vmapped,
     pair_gradients,
+    profiler_range,
     results_of,
     second_pass,
-    unseen,
     without_autocast,
 )
-from .schema import packed
+from .schema import encode_spec
 
 _TENSORS = {PairSpec: PairTensors, ParallelSpec: ParallelTensors, ConvSpec: ConvTensors}
 
@@ -54,7 +54,7 @@ class _PairFunction(torch.autograd.Function):
     ) -> Any:
         args: Any = tensors
         if begun is None:
-            results = call("conv2plus1d_train", *tensors, *packed(spec), backend)
+            results = call("conv2plus1d_train", *tensors, *encode_spec(spec), backend)
         else:
             results = second_pass(PairTensors(*args), spec, backend, begun)
         y, u, mean, var, *_ = scatter(results, results_of(spec))
@@ -86,11 +86,12 @@ class _PairFunction(torch.autograd.Function):
         _check_unwritten(ctx.watched, tensors)
         tensors[4] = tensors[4] if ctx.second_bias is None else ctx.second_bias
         needs = ctx.needs_input_grad[4:]
-        if not torch.is_grad_enabled() and unseen(owner[0], *tensors):  # then none holds them
-            with named("conv2plus1d_backward"):
+        # Then none holds them.
+        if not torch.is_grad_enabled() and is_plain_call(owner[0], *tensors):
+            with profiler_range("conv2plus1d_backward"):
                 found = without_autocast(
                     owner[0].device.type, pair_gradients, owner, u, mean, var, *tensors,
-                    *packed(ctx.spec), ctx.backend, needs,
+                    *encode_spec(ctx.spec), ctx.backend, needs,
                 )  # fmt: skip
             return None, None, None, None, *scatter(found, needs)
         grads = backward_of(
@@ -144,7 +145,7 @@ class _ParallelFunction(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.watched = _watched(tensors)
         ctx.spec, ctx.backend = spec, backend
-        return call("parallel_conv2plus1d", *tensors, *packed(spec), backend)
+        return call("parallel_conv2plus1d", *tensors, *encode_spec(spec), backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -167,12 +168,12 @@ def backward_of(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    if batched(dy):
+    if is_vmapped(dy):
         grads = _composed_gradients(compose, spec, needs, dy, tensors)[0]
     elif torch.is_grad_enabled():  # create_graph
         grads = _BackwardFunction.apply(op, compose, spec, backend, needs, kept, dy, *tensors)
     else:
-        grads = op(dy, *kept, *tensors, *packed(spec), backend, list(needs))
+        grads = op(dy, *kept, *tensors, *encode_spec(spec), backend, list(needs))
     return scatter(grads, needs)
 
 
@@ -215,7 +216,7 @@ class _BackwardFunction(torch.autograd.Function):
     ) -> Any:
         ctx.compose, ctx.spec, ctx.needs = compose, spec, needs
         ctx.save_for_backward(dy, *tensors)
-        return tuple(op(dy, *kept, *tensors, *packed(spec), backend, list(needs)))
+        return tuple(op(dy, *kept, *tensors, *encode_spec(spec), backend, list(needs)))
 
     @staticmethod
     def backward(ctx: Any, *ddgrads: Tensor) -> Any:
@@ -262,7 +263,7 @@ class _NormFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
         gamma = None if weight is None else weight.to(mean.dtype)
         grads = None
-        if ctx.own is not None and not torch.is_grad_enabled() and not batched(dy):
+        if ctx.own is not None and not torch.is_grad_enabled() and not is_vmapped(dy):
             grads = ctx.own(dy, y, mean, var, gamma, ctx.eps, needs)
         if grads is None:
             grads = torch.ops.aten.native_batch_norm_backward(
@@ -308,14 +309,14 @@ def conv2plus1d(
     gradients = needs_grad(tensors)
     runs = forward or backend
     if not (gradients or spec.norm == "batch" or spec.output_statistics):
-        return call("conv2plus1d", *tensors, *packed(spec), runs), None, None
+        return call("conv2plus1d", *tensors, *encode_spec(spec), runs), None, None
     without_u = spec._replace(recompute=True)  # outside of autograd nobody sees or needs it
     if gradients:
         results = _PairFunction.apply(spec, runs, backend, begun, *tensors)
     elif begun is not None:
         results = second_pass(tensors, without_u, runs, begun)
     else:
-        results = call("conv2plus1d_train", *tensors, *packed(without_u), runs)
+        results = call("conv2plus1d_train", *tensors, *encode_spec(without_u), runs)
     found: list[Any] = scatter(results, results_of(without_u))
     y, _, mean, var, count, out_mean, out_var = found
     return (
@@ -328,4 +329,4 @@ def conv2plus1d(
 def parallel_conv2plus1d(tensors: ParallelTensors, spec: ParallelSpec, backend: str) -> Tensor:
     if needs_grad(tensors):
         return _ParallelFunction.apply(spec, backend, *tensors)
-    return call("parallel_conv2plus1d", *tensors, *packed(spec), backend)
+    return call("parallel_conv2plus1d", *tensors, *encode_spec(spec), backend)

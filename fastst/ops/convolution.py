@@ -18,8 +18,8 @@ from ..backends.contract import ConvBackward, ConvResult
 from ..problem import activations, norms
 from ..problem.conv3d import ConvSpec, ConvTensors
 from .autograd import backward_of, needs_grad, scatter
-from .registered import apart, as_laid_out, call, register
-from .schema import CONV, CONV_SPEC, CONV_TENSORS, conv_arguments, packed
+from .registered import as_laid_out, call, clone_aliases, register
+from .schema import CONV, CONV_SPEC, CONV_TENSORS, conv_arguments, encode_spec
 
 
 def _run(args: Sequence[Any]) -> tuple[ConvResult, ConvSpec]:
@@ -53,7 +53,7 @@ def results_of(spec: ConvSpec, known: bool) -> tuple[bool, ...]:
 def _conv3d_train(*args: Any) -> list[Tensor]:
     result, spec = _run(args)
     there = results_of(spec, args[ConvTensors._fields.index("var")] is not None)
-    return apart([t for t, asked in zip(result, there, strict=True) if asked])  # type: ignore[misc]
+    return clone_aliases([t for t, asked in zip(result, there, strict=True) if asked])  # type: ignore[misc]
 
 
 def _conv3d_train_fake(*args: Any) -> list[Tensor]:
@@ -105,7 +105,7 @@ class _ConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: ConvSpec, backend: str, *tensors: Tensor | None) -> Any:
-        results = call("conv3d_train", *tensors, *packed(spec), backend)
+        results = call("conv3d_train", *tensors, *encode_spec(spec), backend)
         there = results_of(spec, ConvTensors(*tensors).var is not None)  # type: ignore[arg-type]
         _, mean, var, *_ = scatter(results, there)
         ctx.save_for_backward(mean, var, *tensors)
@@ -135,13 +135,13 @@ def conv3d(
     gradients = needs_grad(tensors)
     batch = spec.norm == "batch" and tensors.var is None
     if not (gradients or batch or spec.output_statistics):
-        return call("conv3d", *tensors, *packed(spec), backend), None, None
+        return call("conv3d", *tensors, *encode_spec(spec), backend), None, None
     bare, inner = tensors, spec
     if gradients:
         bare, inner = tensors._replace(residual=None), spec._replace(activation="none")
         results = _ConvFunction.apply(inner, backend, *bare)
     else:
-        results = call("conv3d_train", *tensors, *packed(spec), backend)
+        results = call("conv3d_train", *tensors, *encode_spec(spec), backend)
     found: Any = scatter(results, results_of(spec, tensors.var is not None))
     y, mean, var, *out = found
     if gradients:

@@ -48,25 +48,25 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 def call(name: str, *args: Any) -> Any:
     """``torch.ops.fastst.<name>``, past the dispatcher, which costs time, where nobody sees it."""
-    if not unseen(*args):
+    if not is_plain_call(*args):
         return getattr(torch.ops.fastst, name)(*args)
-    with named(name):
+    with profiler_range(name):
         return _implementations[name](*args)
 
 
-def unseen(*args: Any) -> bool:
+def is_plain_call(*args: Any) -> bool:
     """Whether nobody but a profiler would see an op called now: no mode, no tracer, no subclass."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if batched(args[0]):
+    if is_vmapped(args[0]):
         return False
     # A view that is to be negated when it is read (z.conj().imag) is what a dispatcher resolves.
     return not any(isinstance(t, Tensor) and (type(t) not in _PLAIN or t.is_neg()) for t in args)
 
 
-def batched(t: Tensor | None) -> bool:
+def is_vmapped(t: Tensor | None) -> bool:
     """Whether a tensor stands for many: is_grads_batched maps backward over dy, by the older of
     PyTorch's two vmaps."""
     if t is None or torch.compiler.is_compiling():
@@ -77,7 +77,7 @@ def batched(t: Tensor | None) -> bool:
     )
 
 
-def named(name: str) -> Any:
+def profiler_range(name: str) -> Any:
     """A context in which profilers see an op of this name, without one."""
     if torch.autograd._profiler_enabled():
         return torch.autograd.profiler.record_function(f"fastst::{name}")
@@ -106,7 +106,7 @@ def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, PairProbl
     return tensors, spec, problem, backend
 
 
-def apart(results: Sequence[Tensor]) -> list[Tensor]:
+def clone_aliases(results: Sequence[Tensor]) -> list[Tensor]:
     """What an op returns must share no memory: rows that a kernel wrote to one table do."""
     seen: set[int] = set()
     apart = []
@@ -131,7 +131,7 @@ def as_laid_out(
             if grad.dtype != like.dtype or grad.stride() != like.stride():
                 grad = torch.empty_like(t).copy_(grad)
         out.append(grad)
-    return apart(out)
+    return clone_aliases(out)
 
 
 # ---- conv2plus1d
@@ -156,7 +156,7 @@ def results_of(spec: PairSpec) -> tuple[bool, ...]:
 def _conv2plus1d_train(*args: Any) -> list[Tensor]:
     tensors, spec, problem, backend = _trained_pair(args)
     r = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
-    return _asked(r, spec)
+    return _select_results(r, spec)
 
 
 def first_pass(tensors: PairTensors, spec: PairSpec, backend: str) -> Begun | None:
@@ -181,14 +181,14 @@ def second_pass(tensors: PairTensors, spec: PairSpec, backend: str, begun: Begun
         r = without_autocast(device, chosen.conv2plus1d, problem, tensors, True)
     else:
         r = without_autocast(device, chosen.second_pass, problem, tensors, begun)
-    return _asked(r, spec)
+    return _select_results(r, spec)
 
 
-def _asked(r: PairResult, spec: PairSpec) -> list[Tensor]:
+def _select_results(r: PairResult, spec: PairSpec) -> list[Tensor]:
     """The results that an op of training returns."""
     results = (r.y, r.u, r.mean, r.var, r.total, r.out_mean, r.out_var)
     asked = [t for t, there in zip(results, results_of(spec), strict=True) if there]
-    return apart(asked)  # type: ignore[arg-type]  # as the contract says
+    return clone_aliases(asked)  # type: ignore[arg-type]  # as the contract says
 
 
 def _conv2plus1d_train_fake(*args: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from ..problem.spec import (
     ParallelSpec,
     ParallelTensors,
     Problem,
-    remembered,
+    cached,
 )
 
 PAIR_TENSORS = (
@@ -44,8 +44,8 @@ PAIR, PARALLEL = len(PairTensors._fields), len(ParallelTensors._fields)
 CONV = len(ConvTensors._fields)
 
 
-@remembered
-def packed(spec: PairSpec | ParallelSpec | ConvSpec) -> tuple[Any, ...]:
+@cached
+def encode_spec(spec: PairSpec | ParallelSpec | ConvSpec) -> tuple[Any, ...]:
     """A specification as the ops take it: all ints, all names, then what is left, in its order."""
     stride, padding, dilation, groups, modes, *rest = spec
     names = ",".join([*modes, *[v for v in rest if isinstance(v, str)]])

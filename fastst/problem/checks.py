@@ -30,7 +30,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AXES = ("time", "height", "width")
 
 
-def batched(op: str, x: Tensor) -> tuple[Tensor, bool]:
+def with_batch(op: str, x: Tensor) -> tuple[Tensor, bool]:
     """x as (N, C, T, H, W), and whether it came so.
 
     Raises:
@@ -59,7 +59,9 @@ def layer_input(layer: str, x: Tensor, in_channels: int) -> None:
             f"{layer}: x must be (N, C, T, H, W) or (C, T, H, W), got {tuple(x.shape)}"
         )
     if x.shape[-4] != in_channels:
-        raise ValueError(f"{layer}: {as_read(x)}; this layer has in_channels={in_channels}")
+        raise ValueError(
+            f"{layer}: {describe_channels(x)}; this layer has in_channels={in_channels}"
+        )
 
 
 def of_layer(layer: str, error: Exception) -> Exception:
@@ -70,7 +72,7 @@ def of_layer(layer: str, error: Exception) -> Exception:
     return type(error)(re.sub(r"\b(spatial|temporal)_(weight|bias)\b", r"\1.\2", told))
 
 
-def as_read(x: Tensor) -> str:
+def describe_channels(x: Tensor) -> str:
     """Which channels x has, and how that is read where it may surprise."""
     shape, channels = tuple(x.shape), x.shape[-4]
     if x.dim() == 5:
@@ -108,7 +110,7 @@ def same_dtype(
             )
 
 
-def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
+def cached_check(check: Callable[..., Any]) -> Callable[..., Any]:
     """Check a combination of shapes, dtypes, devices and settings only the first time."""
     passed: dict[Any, Any] = {}
 
@@ -146,7 +148,7 @@ def _identity(tensors: Any, cast: torch.dtype | None, norm: Any, settings: tuple
     return marshal.dumps(settings, 2), cast, type(norm), *seen
 
 
-@remembered
+@cached_check
 def pair(
     tensors: PairTensors,
     cast: torch.dtype | None,
@@ -193,7 +195,7 @@ def pair(
     names = ("x", *(f"{p.kind}_{what}" for what in ("weight", "bias") for p in problem.passes))
     _weights_fit(op, names, tensors)
     if first.in_channels != tensors.x.shape[1] or second.in_channels != first.out_channels:
-        read = as_read(tensors.x if batched else tensors.x[0])
+        read = describe_channels(tensors.x if batched else tensors.x[0])
         raise ValueError(
             f"{op}: channels must chain: {read}; the {first.kind} weight takes "
             f"{first.in_channels} (groups {first.groups}) and gives {first.out_channels}; the "
@@ -254,7 +256,7 @@ def residual_fits(op: str, residual: Any, problem: Problem) -> None:
         )
 
 
-@remembered
+@cached_check
 def parallel(
     tensors: ParallelTensors,
     cast: torch.dtype | None,

@@ -20,9 +20,9 @@ from .spec import (
     Pass,
     Problem,
     Triple,
+    cached,
     is_channels_last,
     offset_of,
-    remembered,
     stride_of,
 )
 
@@ -119,7 +119,7 @@ class ConvProblem(Problem):
         return super().bytes(mid_transfers) + (past + residual) * self.dtype.itemsize
 
 
-@remembered
+@cached
 def _describe(
     spec: ConvSpec,
     x: Sequence[int],

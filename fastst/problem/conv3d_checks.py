@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import geometry, norms
 from .checks import (
-    as_read,
     batch_norm,
-    remembered,
+    cached_check,
+    describe_channels,
     residual_fits,
     same_dtype,
     sizes_fit,
@@ -21,7 +21,7 @@ from .conv3d import ConvProblem, ConvSpec, ConvTensors
 from .spec import BatchNorm, Triple
 
 
-@remembered
+@cached_check
 def conv3d(
     tensors: ConvTensors,
     cast: torch.dtype | None,
@@ -68,8 +68,8 @@ def conv3d(
         )
     if w.shape[1] * groups != x.shape[1]:
         raise ValueError(
-            f"{op}: {as_read(x if batched else x[0])}; the weight takes {w.shape[1] * groups} "
-            f"(groups {groups})"
+            f"{op}: {describe_channels(x if batched else x[0])}; the weight takes "
+            f"{w.shape[1] * groups} (groups {groups})"
         )
     kind, eps, norm_groups, per_frame = _input_norm(op, norm, x, tensors)
     spec = ConvSpec(

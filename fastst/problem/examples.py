@@ -76,7 +76,7 @@ def pair_tensors(
     return PairTensors(*main, gamma, beta, mean, var.abs() + 0.5)
 
 
-def filled(shapes: Any) -> Any:
+def random_like(shapes: Any) -> Any:
     """Random tensors on the CPU, in memory as those that are given."""
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -120,7 +120,7 @@ def resembling(
         x = x.contiguous(memory_format=torch.channels_last_3d)
     shapes = [(p.out_channels, p.in_channels // p.groups, *p.kernel) for p in passes]
     weights = [
-        _strided(empty(*shape), strides)
+        _empty_strided(empty(*shape), strides)
         for shape, strides in zip(shapes, problem.weight_strides, strict=True)
     ]
     if isinstance(problem, ConvProblem):
@@ -137,7 +137,7 @@ def resembling(
     rest = {n: empty(of[n == "second_bias"], like=d) for n, d in there.items() if n != "residual"}
     if problem.residual_stride is not None:
         y = empty(*Problem.of(tensors, spec).out_shape)
-        rest["residual"] = _strided(y, problem.residual_stride)
+        rest["residual"] = _empty_strided(y, problem.residual_stride)
     return tensors._replace(**rest), spec
 
 
@@ -155,15 +155,17 @@ def _of_conv(
     }  # fmt: skip
     n, c, _, *plane = x.shape
     if problem.past_stride is not None:
-        rest["past"] = _strided(empty("past", n, c, problem.past, *plane), problem.past_stride)
+        rest["past"] = _empty_strided(
+            empty("past", n, c, problem.past, *plane), problem.past_stride
+        )
     tensors = ConvTensors(x, weight, **rest)
     if problem.residual_stride is not None:
         y = empty("residual", *ConvProblem.of(tensors, spec).out_shape)
-        tensors = tensors._replace(residual=_strided(y, problem.residual_stride))
+        tensors = tensors._replace(residual=_empty_strided(y, problem.residual_stride))
     return tensors, spec
 
 
-def _strided(t: Tensor, strides: Sequence[int]) -> Tensor:
+def _empty_strided(t: Tensor, strides: Sequence[int]) -> Tensor:
     """t with its axes in the order in memory that strides are of."""
     order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
     inner = torch.empty([t.shape[d] for d in order], dtype=t.dtype, device=t.device)
@@ -300,10 +302,10 @@ def off_kinks(spec: Any, tensors: Any) -> Any:
     if norm == "frozen":  # v = (u − mean) / 10
         return tensors._replace(
             mean=_places(tensors.mean) * 10, var=torch.full_like(tensors.var, 100.0),
-            **_filled(tensors, norm_weight=1.0, norm_bias=0.0),
+            **_full_like(tensors, norm_weight=1.0, norm_bias=0.0),
         )  # fmt: skip
     if norm != "none" and tensors.norm_weight is not None and tensors.norm_bias is not None:
-        near, beta = _filled(tensors, norm_weight=0.1), _places(tensors.norm_bias)
+        near, beta = _full_like(tensors, norm_weight=0.1), _places(tensors.norm_bias)
         return tensors._replace(**near, norm_bias=beta)
     if isinstance(tensors, ConvTensors):
         return tensors._replace(x=tensors.x.copy_(torch.sign(tensors.x)))
@@ -323,18 +325,18 @@ def off_kinks(spec: Any, tensors: Any) -> Any:
     if all(getattr(tensors, b) is not None for b in biases):
         smaller = {n: getattr(tensors, n) * 0.1 for n in weights}
         above = _places(getattr(tensors, bias))
-        return tensors._replace(**smaller, **{bias: above}, **_filled(tensors, **{second: 0.7}))
+        return tensors._replace(**smaller, **{bias: above}, **_full_like(tensors, **{second: 0.7}))
     # Sums of equal terms are exact: none comes close to a kink that it does not meet.
     steps = {n: torch.sign(getattr(tensors, n)) * 0.28 for n in weights}
     x = tensors.x.copy_(torch.sign(tensors.x))
-    return tensors._replace(x=x, **steps, **_filled(tensors, **dict.fromkeys(biases, 0.0)))
+    return tensors._replace(x=x, **steps, **_full_like(tensors, **dict.fromkeys(biases, 0.0)))
 
 
 def _places(t: Tensor) -> Tensor:
     return torch.tensor([-4.5, -1.5, 1.5, 4.5]).repeat(len(t))[: len(t)].to(t)
 
 
-def _filled(tensors: Any, **values: float) -> dict[str, Tensor]:
+def _full_like(tensors: Any, **values: float) -> dict[str, Tensor]:
     """The tensors of these names that there are, each full of a value."""
     found = ((n, getattr(tensors, n), v) for n, v in values.items())
     return {n: torch.full_like(t, v) for n, t, v in found if t is not None}

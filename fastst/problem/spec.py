@@ -25,20 +25,20 @@ Triple = tuple[int, int, int]
 Padding = tuple[int, int, int, int, int, int]
 
 
-def remembered(function: Callable[..., Any]) -> Any:
+def cached(function: Callable[..., Any]) -> Any:
     """``lru_cache``, but not while a graph is traced, nor for symbolic sizes, which do not hash."""
-    cached = lru_cache(maxsize=4096)(function)
+    lookup = lru_cache(maxsize=4096)(function)
 
     @wraps(function)
-    def found(*args: Any) -> Any:
+    def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args)
         try:
-            return cached(*args)
+            return lookup(*args)
         except TypeError:
             return function(*args)
 
-    return found
+    return call
 
 
 class PairTensors(NamedTuple):
@@ -339,7 +339,7 @@ class ParallelProblem(Problem):
     passes: tuple[Pass, Pass]
 
 
-@remembered
+@cached
 def _describe(
     spec: PairSpec | ParallelSpec,
     x: Sequence[int],

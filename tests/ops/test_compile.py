@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastst
 from fastst import dispatch
 from fastst.functional import conv2plus1d, parallel_conv2plus1d
-from fastst.ops.schema import packed, pair_arguments, parallel_arguments
+from fastst.ops.schema import encode_spec, pair_arguments, parallel_arguments
 from fastst.problem import checks
 from fastst.problem.spec import PairTensors, ParallelTensors, Problem, in_execution_order
 from tests.support import fuzz
@@ -35,7 +35,7 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
             tensors, None, None, *geometry, config.branch_activation, config.activation,
             config.slope, config.combine, config.causal,
         )  # fmt: skip
-        args = (*tensors, *packed(spec), "auto")
+        args = (*tensors, *encode_spec(spec), "auto")
         needs = [t is not None for t in tensors]
         return [
             (OPS.parallel_conv2plus1d, args),
@@ -56,7 +56,7 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     )  # fmt: skip
     stats = (t["running_mean"], t["running_var"]) if config.norm == "frozen" else (None, None)
     tensors = PairTensors(*main, t.get("norm_weight"), t.get("norm_bias"), *stats)
-    args = (*tensors, *packed(spec), "auto")
+    args = (*tensors, *encode_spec(spec), "auto")
     kept = iter(OPS.conv2plus1d_train(*args)[1:])
     u = None if config.recompute else next(kept)
     mean, var = (next(kept), next(kept)) if config.norm == "batch" else (None, None)
@@ -69,12 +69,12 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     if dispatch.choose_with_statistics(
         Problem.of(tensors, spec), Problem.of(tensors, asking), "auto"
     ):
-        calls.append((OPS.conv2plus1d_train, (*tensors, *packed(asking), "auto")))
+        calls.append((OPS.conv2plus1d_train, (*tensors, *encode_spec(asking), "auto")))
     if config.norm == "batch":
         return calls
     tensors = tensors._replace(residual=t.get("residual"))
     spec = spec._replace(outer_activation=config.outer_activation)
-    return [(OPS.conv2plus1d, (*tensors, *packed(spec), "auto")), *calls]
+    return [(OPS.conv2plus1d, (*tensors, *encode_spec(spec), "auto")), *calls]
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -301,7 +301,7 @@ def test_problem_is_the_config() -> None:
         op, args = op_calls(replace(config, dtype=torch.float32))[0]
         arguments = parallel_arguments if config.parallel else pair_arguments
         _, spec, problem, backend = arguments(args)
-        assert (backend, packed(spec)) == ("auto", args[-1 - len(packed(spec)) : -1])
+        assert (backend, encode_spec(spec)) == ("auto", args[-1 - len(encode_spec(spec)) : -1])
         assert problem.out_size == config.sizes()[1], (op, config)
         assert problem.pass_sizes[0] == config.sizes()[0]
         dense = replace(config, groups=(1, 1))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastst
 from fastst.functional import BatchNorm, Norm, Statistics, conv3d
-from fastst.ops.schema import packed
+from fastst.ops.schema import encode_spec
 from fastst.problem import conv3d_checks
 from fastst.problem.conv3d import ConvTensors
 from tests.support import fuzz
@@ -189,7 +189,7 @@ def _op_calls(config: ConvConfig) -> list[tuple[Any, tuple[Any, ...]]]:
         tensors, None, norm, config.stride, config.padding, config.dilation, config.groups,
         config.padding_mode, config.causal, "silu", None, 0.01, False,
     )  # fmt: skip
-    args = (*tensors, *packed(spec), "auto")
+    args = (*tensors, *encode_spec(spec), "auto")
     mean, var = (*[None] * 2, *OPS.conv3d_train(*args)[1:])[-2:]
     needs = [t is not None for t in tensors]
     calls = [

@@ -14,7 +14,7 @@ import fastst
 from fastst.backends.contract import PairResult
 from fastst.functional import BatchNorm, conv2plus1d
 from fastst.ops import registered
-from fastst.ops.schema import packed
+from fastst.ops.schema import encode_spec
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import fuzz
 
@@ -124,11 +124,11 @@ def test_training_op_refuses() -> None:
     x, ws, wt = tensors()
     spec = PairSpec(padding=(1,) * 6, outer_activation="relu")
     with pytest.raises(ValueError, match="requires no residual and no outer activation"):
-        torch.ops.fastst.conv2plus1d_train(*PairTensors(x, ws, wt), *packed(spec), "auto")
+        torch.ops.fastst.conv2plus1d_train(*PairTensors(x, ws, wt), *encode_spec(spec), "auto")
     with pytest.raises(ValueError, match="requires no residual and no outer activation"):
         torch.ops.fastst.conv2plus1d_train(
             *PairTensors(x, ws, wt, residual=x),
-            *packed(spec._replace(outer_activation="none")),
+            *encode_spec(spec._replace(outer_activation="none")),
             "auto",
         )
 
