@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..machine import exactness
-from ..problem.spec import Pass
+from ..problem.spec import Pass, pad_index
 
 _PAD_MODE = {"zeros": "constant"}
 
@@ -24,6 +24,21 @@ def pad(x: Tensor, padding: Sequence[int], mode: str, frame_mode: str | None = N
     if frame_mode not in (None, mode):
         x, t0, t1 = pad(x, (t0, t1, 0, 0, 0, 0), str(frame_mode)), 0, 0
     return F.pad(x, (w0, w1, h0, h1, t0, t1), _PAD_MODE.get(mode, mode))
+
+
+def unpad(g: Tensor, size: Sequence[int], padding: Sequence[int], modes: Sequence[str]) -> Tensor:
+    """Gradient of padding to (T, H, W) of ``size``: what was copied is summed, what was zero is
+    dropped."""
+    for i, mode in enumerate(modes):
+        axis, (before, after) = 2 + i, padding[2 * i : 2 * i + 2]
+        if mode == "zeros":
+            g = g.narrow(axis, before, size[i])
+        elif before or after:
+            index = pad_index(mode, size[i], before, after, g.device)
+            shape = list(g.shape)
+            shape[axis] = size[i]
+            g = g.new_zeros(shape).index_add_(axis, index, g)
+    return g
 
 
 def prepared(x: Tensor, p: Pass) -> tuple[Tensor, tuple[int, int, int], Pass]:

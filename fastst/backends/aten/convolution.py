@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...problem import activations, norms
 from ...problem.conv3d import ConvProblem, ConvTensors
-from ...problem.spec import Pass, pad_index
+from ...problem.spec import Pass
 from ..contract import ConvBackward, ConvResult, Gradients
-from ..conv_pass import conv_pass, prepared
+from ..conv_pass import conv_pass, prepared, unpad
 
 aten = torch.ops.aten
 
@@ -167,21 +167,13 @@ def conv_gradients(
 
 
 def _unprepared(g: Tensor, size: Sequence[int], p: Pass, pads: Sequence[int]) -> Tensor:
-    """Gradient of what ``prepared`` does: strides are undone, what was copied is summed, what was
-    zero is dropped."""
+    """Gradient of what ``prepared`` does: strides are undone, and padding is."""
     steps, _ = p.subsampling()
-    for i, (step, mode) in enumerate(zip(steps, p.modes, strict=True)):
-        axis, (before, after) = 2 + i, pads[2 * i : 2 * i + 2]
-        shape = list(g.shape)
+    for i, step in enumerate(steps):
         if step > 1:
-            shape[axis] = size[i] + before + after
+            axis, shape = 2 + i, list(g.shape)
+            shape[axis] = size[i] + sum(pads[2 * i : 2 * i + 2])
             full = g.new_zeros(shape)
             full[(slice(None),) * axis + (slice(0, None, step),)] = g
             g = full
-        if mode == "zeros":
-            g = g.narrow(axis, before, size[i])
-        elif before or after:
-            index = pad_index(mode, size[i], before, after, g.device)
-            shape[axis] = size[i]
-            g = g.new_zeros(shape).index_add_(axis, index, g)
-    return g
+    return unpad(g, size, pads, p.modes)

@@ -39,12 +39,8 @@ def _why_not(problem: Problem, phase: Phase) -> str | None:
         return f"runs on the CPU, the tensors are on {problem.device}"
     if problem.dtype not in STORED:
         return "computes float32, bfloat16 and float16, the tensors are in float64"
-    why = None
-    if isinstance(problem, ConvProblem):
-        why = convolution.why_not(problem, phase)
-    elif phase == "backward":
-        why = backward.why_not(problem)
-    if why is not None:
+    pair = not isinstance(problem, ConvProblem)
+    if pair and phase == "backward" and (why := backward.why_not(problem)) is not None:
         return why
     found = load()
     return found if isinstance(found, str) else None

@@ -6,6 +6,7 @@ stores; cached frames are a second source.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,24 +15,8 @@ from torch import Tensor
 from ...problem import activations, norms
 from ...problem.conv3d import ConvProblem, ConvTensors
 from ..contract import ConvBackward, ConvResult, Gradients
+from ..conv_pass import unpad
 from .library import Launcher, floats
-
-
-def why_not(problem: ConvProblem, phase: str) -> str | None:
-    p = problem.conv
-    if problem.dtype != torch.float32:
-        return f"computes it in float32 only, not in {str(problem.dtype).removeprefix('torch.')}"
-    if phase == "forward":
-        return None
-    if problem.past:
-        return "reads cached frames in the forward pass only"
-    if any(mode != "zeros" and any(pads) for mode, pads in _modes(p)):
-        return "pads with zeros only in the backward pass"
-    return None
-
-
-def _modes(p: Any) -> list[tuple[str, tuple[int, ...]]]:
-    return [(mode, p.padding[2 * i : 2 * i + 2]) for i, mode in enumerate(p.modes)]
 
 
 def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
@@ -103,33 +88,72 @@ def _coefficients(
 def conv3d_backward(call: ConvBackward) -> Gradients:
     problem, t, need = call.problem, call.tensors, call.need
     spec, k = problem.spec, Launcher(problem)
-    dx = dw = db = dgamma = dbeta = None
+    dx = dw = db = dgamma = dbeta = dpast = None
     if need.weight:
         z = _source(k, problem, t, call.mean, call.var)
+        if t.past is not None:  # a second source is for the forward pass alone
+            v = activations.apply(spec.input_activation, _v(call), spec.slope)
+            whole = torch.cat((t.past, v.to(t.x.dtype)), 2)
+            z = k.plain(whole)
         dw = k.weight_gradient(z, k.plain(call.dy), t.weight, problem.conv)
     if need.bias:
         db = call.dy.sum((0, 2, 3, 4))
     of_norm = (need.x, need.norm_weight, need.norm_bias)
-    if any(of_norm):
-        dx = torch.empty_like(t.x)
-        if call.var is None:
+    if any(of_norm) or need.past:
+        padding = _copied(problem)
+        if spec.norm == "none" and not problem.past and not any(padding):
+            # act'(x) is what dz is multiplied by as it is stored.
             act = spec.input_activation
-            epilogue = k.epilogue()
-            if act != "none":
-                epilogue = k.epilogue("norm_gradient", act=act, aux=t.x, reductions=None)
-            k.input_gradient(k.plain(call.dy), t.weight, problem.conv, dx, epilogue)
+            masks: dict[str, Any] = {"write": "norm_gradient", "act": act, "aux": t.x}
+            dx = _gradient_of_z(k, call, padding, k.epilogue(**(masks if act != "none" else {})))
         else:
-            k.input_gradient(k.plain(call.dy), t.weight, problem.conv, dx, k.epilogue())
-            dx, dgamma, dbeta = _through_norm(problem, call, dx)
-    return dx, dw, db, dgamma, dbeta, None, None, None
+            dz = _gradient_of_z(k, call, padding, k.epilogue())
+            dpast = dz[:, :, : problem.past] if need.past else None
+            if any(of_norm):
+                dx, dgamma, dbeta = _through_norm(call, dz[:, :, problem.past :])
+    return dx, dw, db, dgamma, dbeta, None, None, dpast
 
 
-def _through_norm(problem: ConvProblem, call: ConvBackward, dz: Tensor) -> tuple[Any, Any, Any]:
+def _copied(problem: ConvProblem) -> Sequence[int]:
+    """Padding, before and after t, h, w, that repeats values."""
+    p = problem.conv
+    return [n if p.modes[i // 2] != "zeros" else 0 for i, n in enumerate(p.padding)]
+
+
+def _gradient_of_z(k: Launcher, call: ConvBackward, copied: Sequence[int], epilogue: Any) -> Tensor:
+    """That of all that the convolution has read; where values were repeated, first of each copy."""
+    problem, x, p = call.problem, call.tensors.x, call.problem.conv
+    zeros: Any = tuple(n - c for n, c in zip(p.padding, copied, strict=True))
+    size = [n + sum(copied[2 * i : 2 * i + 2]) for i, n in enumerate(problem.read_size)]
+    dtype = torch.float32 if any(copied) else x.dtype  # in which copies are added up
+    if tuple(size) == problem.size:
+        dz = torch.empty_like(x)
+    else:
+        dz = torch.empty((*x.shape[:2], *size), dtype=dtype, device="cpu")
+    plain = p._replace(padding=zeros, padding_mode="zeros", frame_mode=None)
+    k.input_gradient(k.plain(call.dy), call.tensors.weight, plain, dz, epilogue)
+    return unpad(dz, problem.read_size, copied, p.modes) if any(copied) else dz
+
+
+def _v(call: ConvBackward) -> Tensor:
+    """x behind its norm, in float32, or x where there is none."""
+    problem, t = call.problem, call.tensors
+    if call.var is None:
+        return t.x
+    return norms.apply(_norm(call), t.x, call.mean, call.var, problem.accumulate_dtype)
+
+
+def _norm(call: ConvBackward) -> norms.Norm:
+    t = call.tensors
+    return call.problem.spec.norm_form._replace(weight=t.norm_weight, bias=t.norm_bias)
+
+
+def _through_norm(call: ConvBackward, dz: Tensor) -> tuple[Any, Any, Any]:
     """Gradients of x, γ and β from that of z."""
-    t, need, spec = call.tensors, call.need, problem.spec
-    norm = spec.norm_form._replace(weight=t.norm_weight, bias=t.norm_bias)
-    assert call.var is not None
-    v = norms.apply(norm, t.x, call.mean, call.var, torch.float32)
-    dv = activations.grad(spec.input_activation, dz, v, spec.slope)
+    need, spec, v = call.need, call.problem.spec, _v(call)
+    dv = activations.grad(spec.input_activation, dz.to(v.dtype), v, spec.slope)
+    if call.var is None:
+        return dv, None, None
     needs = (need.x, need.norm_weight, need.norm_bias)
-    return norms.gradient(norm, dv, t.x, call.mean, call.var, needs, torch.float32)
+    wide = call.problem.accumulate_dtype
+    return norms.gradient(_norm(call), dv, call.tensors.x, call.mean, call.var, needs, wide)

@@ -23,7 +23,7 @@ WINOGRAD = dict(kernel=(3, 3, 3), stride=(1, 1, 1), dilation=(1, 1, 1))
 
 
 def limits(**fixed: Any) -> ConvLimits:
-    return ConvLimits(dtypes=(torch.float32,), fixed=fixed)
+    return ConvLimits(dtypes=(torch.float32, torch.bfloat16, torch.float16), fixed=fixed)
 
 
 @pytest.mark.parametrize("sums", ["best", "winograd"])
@@ -33,7 +33,7 @@ def test_forward(sums: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backward() -> None:
-    fuzz.fuzz("cpu", 30, limits(**ZEROS), first=fuzz.SEED + 200, least=1.0)
+    fuzz.fuzz("cpu", 40, limits(), first=fuzz.SEED + 200, least=1.0)
 
 
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
@@ -128,16 +128,3 @@ def test_nothing_is_written_but_y_and_statistics(
     kind = settings.get("input_norm", Norm("none"))
     positions = 8 if getattr(kind, "kind", None) == "rms" else 0  # floats of each, C = 8
     assert made.total - own <= 4 * (positions * x[0, 0].numel() + 200 * 8)
-
-
-def test_refuses_what_it_does_not_compute_backwards() -> None:
-    x, w = torch.randn(1, 4, 3, 5, 5), torch.randn(6, 4, 3, 3, 3, requires_grad=True)
-    for settings, why in (
-        (dict(padding=1, padding_mode="replicate"), "pads with zeros only in the backward pass"),
-        (dict(past=x), "reads cached frames in the forward pass only"),
-    ):
-        with fastst.use_backend("cpu"):
-            y = conv3d(x, w, **settings)  # type: ignore[arg-type]
-            with pytest.raises(fastst.BackendError, match=why):
-                y.sum().backward()
-        conv3d(x, w, **settings).sum().backward()  # type: ignore[arg-type]

@@ -35,13 +35,13 @@ from emulator.ptx.triton import executing
 from fastst.backends.triton import launch
 from tests.emulator.ptx import EXECUTED
 from tests.support import fuzz
-from tests.support.fuzz import Config
+from tests.support.fuzz import Config, ConvConfig
 
 BF16, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CHANNELS_LAST = {"x_layout": "channels_last"}
 WIDE = {"channels": 64, "mid": 144, "out": 64, "size": (4, 8, 8), "norm": "batch", **CHANNELS_LAST}
 # Every kernel that ships, at least once, on the smallest shape that reaches it.
-CASES: dict[str, Config] = {
+CASES: dict[str, Config | ConvConfig] = {
     "small": Config(dtype=BF16, norm="batch"),
     "64-144-64": Config(dtype=BF16, **WIDE),
     "64-144-64 half silu": Config(dtype=HALF, **{**WIDE, "activation": "silu", "batch": 1}),
@@ -71,6 +71,19 @@ CASES: dict[str, Config] = {
     "residual": Config(dtype=BF16, residual=True, outer_activation="relu"),
     "modes": Config(
         dtype=HALF, padding_mode=("reflect", "replicate"), causal=True, padding=(0, 1, 1)
+    ),
+    "conv3d group": ConvConfig(
+        dtype=BF16, channels=32, out=24, size=(3, 6, 6), norm="group", norm_groups=4,
+        padding_mode=("zeros", "replicate"), input_activation="silu", residual=True,
+        **CHANNELS_LAST,
+    ),
+    "conv3d past": ConvConfig(
+        dtype=HALF, channels=24, out=16, norm="rms", past=2, causal=True, padding=(0, 1, 1),
+        input_activation="silu", past_layout="channels_last", **CHANNELS_LAST,
+    ),
+    "conv3d depthwise": ConvConfig(
+        dtype=BF16, channels=16, out=16, groups=16, norm="batch", past=1, input_activation="relu",
+        **CHANNELS_LAST,
     ),
 }  # fmt: skip
 
