@@ -1,7 +1,8 @@
 """Video models of diffusers with random weights, converted: ``python -m benchmarks.video_models``.
 
-Prints a table: how many of a model's 3D convolutions ran as one operation, and how far the numbers
-are from those of the model as it was. Needs diffusers, which is installed by hand.
+Prints a table: how many of a model's 3D convolutions ran as one operation, what these took in, and
+how far the numbers are from those of the model as it was. Needs diffusers, which is installed by
+hand.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import fastst
 from fastst.dispatch import recording
+from fastst.problem.conv3d import ConvProblem
 
 
 class Model(NamedTuple):
@@ -177,16 +179,23 @@ def row(diffusers: Any, model: Model) -> str:
         tiled = _call(model.name, original, inputs) - _call(model.name, converted, inputs)
         difference = max(difference, tiled.abs().max().item() / y.abs().max().item())
     convs = sum(isinstance(m, nn.Conv3d) for m in original.modules())
-    ran = [c.what for c in calls if c.problem is not None]
-    pairs, alone = ran.count("conv2plus1d"), ran.count("conv3d")
-    return f"| `{model.name}` | {convs} | {alone} | {pairs} | {difference:.0e} |"
+    ran = [c.problem for c in calls if c.problem is not None]
+    alone = [p for p in ran if isinstance(p, ConvProblem)]
+    numbers = (
+        convs, len(alone), sum(p.spec.norm != "none" for p in alone),
+        sum(p.past > 0 for p in alone), sum(p.residual for p in alone), len(ran) - len(alone),
+    )  # fmt: skip
+    return f"| `{model.name}` | {' | '.join(map(str, numbers))} | {difference:.0e} |"
 
 
 def main() -> None:
     diffusers, _library = _diffusers()
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}\n")
-    print("| model | 3D convolutions | calls of `conv3d` | of `conv2plus1d` | largest difference |")
-    print("|---|---:|---:|---:|---:|")
+    print(
+        "| model | 3D convolutions | calls of `conv3d` | with a norm | with cached frames "
+        "| with the residual | calls of `conv2plus1d` | largest difference |"
+    )
+    print("|---|" + "---:|" * 7)
     for model in MODELS:
         try:
             print(row(diffusers, model), flush=True)

@@ -237,7 +237,7 @@ class _BackwardFunction(torch.autograd.Function):
 
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True

@@ -28,6 +28,7 @@ from torch import nn  # noqa: E402
 
 import fastst  # noqa: E402
 from fastst.rewrite.convert import begins  # noqa: E402
+from fastst.rewrite.convert.chain import Plan  # noqa: E402
 
 SUITES = {  # tests of the blocks and networks that have pairs
     "pytorchvideo": (
@@ -78,7 +79,9 @@ class _Converting:
                 with begins.listening() as events:
                     return call(module, *args, **kwargs)
             finally:
-                self.pairs += sum(event.why is None for event in events)
+                self.pairs += sum(
+                    event.why is None and isinstance(event.plan, Plan) for event in events
+                )
                 self.within.yes = False
 
         nn.Module.__call__ = converted  # type: ignore[method-assign]

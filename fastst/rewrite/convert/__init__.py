@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .converter import convert, revert
-from .report import Left, Replaced, Report
+from .report import Alone, Left, Replaced, Report
 
-__all__ = ["Left", "Replaced", "Report", "convert", "revert"]
+__all__ = ["Alone", "Left", "Replaced", "Report", "convert", "revert"]

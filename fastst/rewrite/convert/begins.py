@@ -48,7 +48,7 @@ def listening() -> Iterator[list[Event]]:
         _listeners[:] = [one for one in _listeners if one is not events]
 
 
-def _tell(plan: Any, why: str | None) -> None:
+def tell(plan: Any, why: str | None) -> None:
     if why is not None:
         dispatch.record_composed(plan.name or "the convolution", why)
     for events in _listeners:
@@ -58,6 +58,8 @@ def _tell(plan: Any, why: str | None) -> None:
 class Begins:
     """The convolution itself, answered with a promise where it may be the first of a pair."""
 
+    reads = False  # whether it can take in what stands before it
+
     def __init__(self, conv: Any, name: str, wanted: bool, barred: bool) -> None:
         self.conv = conv
         self.name = name  # in the model that was converted
@@ -65,7 +67,7 @@ class Begins:
         self.barred = barred  # by skip=
         self.misses = self.waits = 0
         self.wastes = 0  # pairs that ran though somebody read what lies in them, or ran twice
-        self.missed_norms = 0  # outputs in a row that no norm in training took
+        self.missed_followers = 0  # outputs in a row that were promised, and of which nothing came
         self.served = False  # whether it is of a copy for inference
         self._folded: Any = None
         self.key = traced.register(self)
@@ -137,12 +139,13 @@ class Begins:
         elif self.wastes >= _PATIENCE:
             self.waits = _LONGEST
 
-    def normed(self) -> bool:
-        """Whether to promise the output of a pair: a norm in training may follow."""
-        if not self.conv.training or torch.compiler.is_compiling():
+    def followed(self, state: Any) -> bool:
+        """Whether to promise the output of an operation: a norm in training may follow, or what the
+        next convolution reads."""
+        if not self.conv.training and (state.grad or not self.reads):
             return False
-        self.missed_norms += 1
-        return self.missed_norms <= _PATIENCE or self.missed_norms % _LONGEST == 0
+        self.missed_followers += 1
+        return self.missed_followers <= _PATIENCE or self.missed_followers % _LONGEST == 0
 
     def folded(self, second: Any, norm: Any) -> tuple[Tensor, Tensor]:
         """Weight and bias of a second convolution with the frozen norm behind it.
@@ -189,11 +192,11 @@ class Begins:
     def took(self, plan: Any, second: Guess) -> None:
         """A pair runs as one operation."""
         self.misses, self.guess = 0, second
-        _tell(plan, None)
+        tell(plan, None)
 
     def missed(self, plan: Any, why: str) -> None:
         """A promise was computed as it stands. After some in a row, fewer and fewer are made."""
-        _tell(plan, why)
+        tell(plan, why)
         if torch.compiler.is_compiling():
             return
         self.misses += 1

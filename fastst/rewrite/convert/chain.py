@@ -24,6 +24,18 @@ class Guess(NamedTuple):
     activation: tuple[str, float] = "relu", 0.01
 
 
+class Convolved:
+    """A first convolution: what it reads, the shape of its output, whether an operation has it.
+
+    No link: chains that hold themselves would keep what they read until somebody collects them.
+    """
+
+    __slots__ = ("kept", "shape", "taken")
+
+    def __init__(self, link: Link) -> None:
+        self.kept, self.shape, self.taken = link.kept, link.shape, False
+
+
 class Plan(NamedTuple):
     """What a chain of calls is, as one operation."""
 
@@ -31,7 +43,7 @@ class Plan(NamedTuple):
     name: str  # what messages call it
     first: Pass
     names: str  # of the axes of its input
-    convolution: Link
+    convolution: Convolved
     norm: BatchNorm | None = None
     activation: tuple[str, float] | None = None
     pads: tuple[Pad, ...] = ()  # before the second convolution, where ``axes`` is None
@@ -67,7 +79,6 @@ class Alone(NamedTuple):
 
     begun: Any
     name: str
-    convolution: Link
 
     def told(self, why: str) -> None:
         self.begun.missed(self, why)
@@ -86,9 +97,12 @@ def extended(
     kept: tuple[tuple[str, Kept], ...] = (),
     shape: torch.Size | None = None,
     in_place: bool = False,
+    onto: Any = None,
     **plan: Any,
 ) -> Any:
     """The promise of what ``run`` makes of an open one's value, in memory of its own or in place.
+
+    ``onto``: the plan that is changed, where it is not that of the promise.
 
     Others that see the same memory must see what is written to it: that is left to PyTorch.
     """
@@ -96,7 +110,7 @@ def extended(
     if in_place and (link.sees or any(view() is not None for view in link.views)):
         return NotImplemented
     state = link.state
-    longer = Link(link, run, link.plan._replace(**plan), kept, state, shape or link.shape)
+    longer = Link(link, run, (onto or link.plan)._replace(**plan), kept, state, shape or link.shape)
     if in_place:
         return rewritten(p, longer) if state.traced else replace(p, longer, link.dtype)
     return promised(longer, link.dtype)

@@ -10,7 +10,7 @@ from torch import nn
 from . import sampling
 from .begins import ATTRIBUTE, Begins
 from .names import Filter, holders, matcher
-from .report import Left, Replaced, Report
+from .report import Alone, Left, Replaced, Report
 from .whole import Whole, is_whole
 
 _NOT_SELECTED = "not selected by only= and skip="
@@ -67,10 +67,11 @@ def convert(
         pairs = _neighbours(convs)
         for pair in pairs:  # until a call has shown it
             vars(convs[pair.first])[ATTRIBUTE].expect(convs[pair.second])
+        alone: list[Alone] = []
         reasons: dict[str, str] = {}
     else:
-        pairs, reasons = sampling.run(model, sample)
-    report = Report(whole=_whole(model))
+        pairs, alone, reasons = sampling.run(model, sample)
+    report = Report(alone=alone, whole=_whole(model))
     for pair in pairs:
         names = [n for n in (pair.first, pair.second) if n in convs]
         ends = [vars(convs[n])[ATTRIBUTE] for n in names]
@@ -85,8 +86,8 @@ def convert(
     for name, conv in convs.items():
         if name not in paired:
             other = "temporal" if separable(conv) == "spatial" else "spatial"
-            alone = f"the model has no {other} convolution left to pair it with"
-            unknown = alone if len(kinds) < 2 else _ALONE if sample is None else _NEVER_CALLED
+            single = f"the model has no {other} convolution left to pair it with"
+            unknown = single if len(kinds) < 2 else _ALONE if sample is None else _NEVER_CALLED
             if not _selected([vars(conv)[ATTRIBUTE].selection]):
                 unknown = _NOT_SELECTED
             left.append(Left(name, reasons.get(name, unknown)))

@@ -69,7 +69,7 @@ def defer(
         return run(tensors)
     served = begun.served and not (state.grad and x.requires_grad) and state.autocast is None
     # What leaves a checkpoint must have been computed in it.
-    if state.hooks is not None or not (served or begun.normed()):
+    if state.hooks is not None or not (served or begun.followed(state)):
         return run(tensors)
     try:
         kept = tuple((name, Kept(t)) for name, t in tensors.items())
@@ -95,7 +95,7 @@ def batch_norm(p: Promise, norm: BatchNorm) -> Any:
     if norm.training:
         if p.link.shape.numel() == p.link.shape[1]:  # which PyTorch refuses
             return NotImplemented
-        plan.begun.missed_norms = 0
+        plan.begun.missed_followers = 0
         return plan.run(_release(p.link), outer_norm=norm)
     if not plan.begun.served:
         return NotImplemented
@@ -111,7 +111,7 @@ def add(p: Promise, other: Any, in_place: bool) -> Any:
     link = p.link
     if (other.shape, other.dtype, other.device) != (link.shape, link.dtype, link.state.device):
         return NotImplemented
-    if not plan.begun.served or (p.link.state.grad and other.requires_grad):
+    if not (plan.begun.served or plan.begun.reads) or (p.link.state.grad and other.requires_grad):
         return NotImplemented
     return _extended(p, {"residual": other}, in_place, residual=True)
 

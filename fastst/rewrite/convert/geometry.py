@@ -124,6 +124,12 @@ def _lifted(values: Sequence[Any], axes: Sequence[int], fill: Any) -> Any:
     return tuple(found)
 
 
+def pad_of(w: Sequence[int], conv: Any) -> Pad | None:
+    """The padding of a convolution over time, height and width, or None where it is odd."""
+    read = _read(w, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return None if read is None else Pad(read.sides, conv.padding_mode)
+
+
 def _sizes(value: Any, rank: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     values = values * rank if len(values) == 1 else values
@@ -176,7 +182,7 @@ def second_pass(
     if _kind(read) != other:
         return None
     around = merge([*pads, Pad(tuple(map(tuple, sides)), "zeros")], other)
-    if isinstance(around, str) or z[1] != w[1] * groups or w[0] % groups:
+    if around is None or z[1] != w[1] * groups or w[0] % groups:
         return None
     if b and tuple(b) != (w[0],):
         return None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 Sides = tuple[tuple[int, int], ...]  # (before, after) of t, h, w
-
-_NONE: Sides = ((0, 0),) * 3
 
 
 class Pad(NamedTuple):
@@ -17,17 +15,29 @@ class Pad(NamedTuple):
     mode: str  # as padding_mode of nn.Conv3d
 
 
-def merge(pads: Sequence[Pad], kind: str) -> Pad | str:
-    """Several pads in a row as one of a spatial or temporal convolution, or why that cannot be."""
-    real = [p for p in pads if p.sides != _NONE]
-    modes = {p.mode for p in real}
-    if len(modes) > 1 or (len(real) > 1 and modes & {"reflect", "circular"}):
-        return f"it is padded {len(real)} times, as {' and '.join(sorted(modes))}"
-    total = tuple(
-        (sum(p.sides[i][0] for p in real), sum(p.sides[i][1] for p in real)) for i in range(3)
-    )
+def merge(pads: Sequence[Pad], kind: str) -> Pad | None:
+    """Several pads in a row as one of a spatial or temporal convolution, if they are one."""
+    total, mode = _total(pads), _mode(pads, range(3))
     foreign = total[:1] if kind == "spatial" else total[1:]
-    if any(map(any, foreign)):
-        axes = "time" if kind == "spatial" else "space"
-        return f"its input is padded in {axes} though it is {kind}"
-    return Pad(total, modes.pop() if modes else "zeros")
+    return None if mode is None or any(map(any, foreign)) else Pad(total, mode)
+
+
+def merge_axes(pads: Sequence[Pad]) -> tuple[Sides, tuple[str, str]] | None:
+    """Several pads in a row as one of a convolution over space and time: sides, and the modes of
+    space and of time, each of which keeps to its own axes."""
+    space, time = _mode(pads, (1, 2)), _mode(pads, (0,))
+    return None if space is None or time is None else (_total(pads), (space, time))
+
+
+def _total(pads: Sequence[Pad]) -> Sides:
+    return tuple(
+        (sum(p.sides[i][0] for p in pads), sum(p.sides[i][1] for p in pads)) for i in range(3)
+    )
+
+
+def _mode(pads: Sequence[Pad], axes: Iterable[int]) -> str | None:
+    """What pads along some axes are together, or None where that is no pad of one mode."""
+    real = [p.mode for p in pads if any(p.sides[i] != (0, 0) for i in axes)]
+    if len(set(real)) > 1 or (len(real) > 1 and real[0] in ("reflect", "circular")):
+        return None
+    return real[0] if real else "zeros"

@@ -55,6 +55,11 @@ class State:
             return False
         if kind == "cuda" and self.stream != torch.cuda.current_stream(self.device):
             return False
+        return self.hooked
+
+    @property
+    def hooked(self) -> bool:
+        """Whether what backward needs is saved by the same hooks now."""
         hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
         return bool(self.hooks == hooks)
 
@@ -183,15 +188,21 @@ class Kept:
         self.hold()
         return True
 
-    def get(self, what: str, grad: bool) -> Tensor:
+    def get(self, what: str, grad: bool, ended: bool) -> Tensor:
         """The tensor, or its clone where the tensor has been written to.
+
+        Args:
+            grad: whether gradients go to it, if it needs some.
+            ended: whether the reader was called in a checkpoint that has ended: backward would have
+                read there what has been written by then.
 
         Raises:
             RuntimeError: it is another one now, and the clone would not do.
         """
         if self.same:
             return self.tensor
-        if self.clone is not None and not (grad and (self.needs_grad or self.tensor.requires_grad)):
+        wanted = grad and (self.needs_grad or self.tensor.requires_grad)
+        if self.clone is not None and not (wanted or ended):
             return self.clone
         raise RuntimeError(
             f"fastst: {what} changed after the call that read it and before its result was "
@@ -240,12 +251,11 @@ class Link:
         value: the result, once somebody wanted it.
         readers: how many links have this one before them.
         views: links that see the memory of the value, or a copy of it; ``sees``: this is one.
-        taken: whether an operation has this link in it.
     """
 
     __slots__ = (
-        "__weakref__", "before", "dtype", "kept", "plan", "readers", "run", "sees", "shape",
-        "state", "taken", "value", "version", "views",
+        "__weakref__", "before", "dtype", "kept", "plan", "readers", "run", "sees",
+        "shape", "state", "value", "version", "views",
     )  # fmt: skip
 
     def __init__(
@@ -262,7 +272,7 @@ class Link:
         self.value: Tensor | None = None
         self.dtype: torch.dtype
         self.version: int | None = None
-        self.readers, self.taken, self.sees = 0, False, False
+        self.readers, self.sees = 0, False
         self.views: list[weakref.ref[Link]] = []
         if before is not None:
             before.readers += 1
@@ -307,20 +317,40 @@ class Link:
         return self._computed(None if self.before is None else self.before.current())
 
     def _computed(self, source: Tensor | None) -> Tensor:
-        what, grad = self.plan.name or "the model", self.state.grad
-        tensors = {name: kept.get(f"{name} of {what}", grad) for name, kept in self.kept}
+        what, state = self.plan.name or "the model", self.state
+        ended = state.hooks is not None and not state.hooked
+        tensors = {
+            name: kept.get(f"{name} of {what}", state.grad, ended) for name, kept in self.kept
+        }
         for _, kept in self.kept:
             if kept.same:  # by address, kernels would make memory of its own for a clone
                 kept.release()
         with self.state.restored():
             return self.run(source, **tensors)
 
-    def current(self) -> Tensor:
+    def again(self) -> Tensor:
+        """The value with a graph of its own: that of another reader may have been freed."""
+        return self._computed(None if self.before is None else self.before.again())
+
+    def replayed(self, source: Link, value: Tensor) -> Tensor:
+        """What the calls after a link make of another value than that of the link."""
+        if self is source:
+            return value
+        assert self.before is not None
+        return self._computed(self.before.replayed(source, value))
+
+    def current(self, keep: bool = False) -> Tensor:
         """The value for the link after this one: kept, if anybody else may want it too."""
         if self.value is None:
-            return self.compute() if self.readers > 1 else self._fresh()
-        written = not self.value.is_inference() and self.value._version != self.version
-        return self._fresh() if written or self.version is None else self.value
+            return self.compute() if keep or self.readers > 1 else self._fresh()
+        return self.value if self.steady else self._fresh()
+
+    @property
+    def steady(self) -> bool:
+        """Whether the value, if it is there, has not been written to."""
+        if self.value is None or self.value.is_inference():
+            return self.value is None
+        return self.value._version == self.version
 
 
 class _Node(torch.autograd.Function):
@@ -335,7 +365,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         wanted = [t for t in ctx.tensors if t.requires_grad]
         grads = iter(torch.autograd.grad(
-            ctx.link.compute(), wanted, grad, retain_graph=True, allow_unused=True,
+            ctx.link.again(), wanted, grad, retain_graph=True, allow_unused=True,
             create_graph=torch.is_grad_enabled(),
         ))  # fmt: skip
         return None, None, *(next(grads) if t.requires_grad else None for t in ctx.tensors)
@@ -378,6 +408,7 @@ class Promise(Tensor):
     """A tensor that is computed when somebody reads it."""
 
     link: Link
+    seen: Tensor  # its value as part of a graph that has a node of its own for it
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -389,7 +420,7 @@ class Promise(Tensor):
             made = rule(*args, **(kwargs or {}))
             if made is not NotImplemented:
                 return made
-        args, kwargs = tree_map(lambda t: real(t, func), (args, kwargs or {}))
+        args, kwargs = _reals(args, func), _reals(kwargs or {}, func)
         with _unseen():
             return func(*args, **kwargs)
 
@@ -398,7 +429,7 @@ class Promise(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Below autograd, which has seen ``_Node``."""
-        args, kwargs = tree_map(lambda t: real(t, func, detached=True), (args, kwargs or {}))
+        args, kwargs = _reals(args, func, True), _reals(kwargs or {}, func, True)
         return func(*args, **kwargs)
 
 
@@ -406,13 +437,30 @@ def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
     """The tensor of a promise, for whoever reads it; anything else as it is."""
     if type(value) is not Promise:
         return value
-    tensor = value.link.compute(reader)
-    with _unseen():
-        seen = value.requires_grad and not tensor.requires_grad
-    if seen:  # it left a custom Function's forward, which autograd has given a gradient
-        with torch.enable_grad():
-            tensor = _Read.apply(value)
-    return tensor.detach() if detached else tensor
+    tensor, seen = value.link.compute(reader), vars(value).get("seen")
+    if detached:
+        return tensor.detach()
+    if seen is None:
+        with _unseen():
+            needs_grad = value.requires_grad
+        # Without one of its own it left a custom Function's forward, which autograd has given one.
+        if needs_grad and not tensor.requires_grad:
+            with torch.enable_grad():
+                value.seen = seen = _Read.apply(value)
+    return tensor if seen is None else seen
+
+
+def _reals(value: Any, reader: Any, detached: bool = False) -> Any:
+    """The same of what holds promises; for what calls hold mostly, tree_map takes ten times as long
+    and leaves cycles."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_reals(v, reader, detached) for v in value])
+    if kind is dict:
+        return {k: _reals(v, reader, detached) for k, v in value.items()}
+    if isinstance(value, (tuple, list, dict)):
+        return tree_map(lambda t: real(t, reader, detached), value)
+    return real(value, reader, detached)
 
 
 def replace(old: Promise, link: Link, dtype: torch.dtype) -> Promise:

@@ -37,6 +37,31 @@ class Replaced:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """A convolution without a partner that ran as one operation with what stands around it."""
+
+    name: str
+    norm: str | None = None  # of what it reads: "batch", "group", "instance" or "l2"
+    activation: str = "none"  # behind that norm
+    past: bool = False  # whether it reads frames of a cache before those of its input
+    padded: bool = False  # whether calls before it pad
+    residual: bool = False
+    outer: str = "none"
+    outer_norm: bool = False  # whether a batch norm behind it takes its statistics, or is in it
+
+    def __str__(self) -> str:
+        reads = [] if self.norm is None else [f"{self.norm} norm"]
+        reads += [self.activation] if self.activation != "none" else []
+        reads += ["cached frames"] * self.past + ["padding"] * self.padded
+        ends = ["batch norm"] * self.outer_norm + ["the residual"] * self.residual
+        ends += [self.outer] if self.outer != "none" else []
+        told = [
+            f"{what} {', '.join(some)}" for what, some in (("with", reads), ("then", ends)) if some
+        ]
+        return f"{self.name or 'the model'}: " + ("; ".join(told) or "alone")
+
+
+@dataclass(frozen=True)
 class Left:
     """A separable convolution, or a layer of this library, that runs as it did."""
 
@@ -54,22 +79,25 @@ class Report:
     Attributes:
         replaced: pairs whose convolutions this call has prepared.
         already: pairs that an earlier call had.
+        alone: with a sample, convolutions without a partner that ran as one operation.
         left: convolutions without a partner and layers, with the reason.
         whole: names of convolutions over space and time at once: ``factorize`` makes pairs of them.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
     already: list[Replaced] = field(default_factory=list)
+    alone: list[Alone] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        if not (self.replaced or self.already or self.left):
+        if not (self.replaced or self.already or self.alone or self.left):
             found = "no pair of a spatial and a temporal convolution found"
             several = f"; fastst.factorize makes pairs of {len(self.whole)} k×k×k convolutions"
             return found + several * bool(self.whole)
         parts = (
-            ("replaced", self.replaced), ("replaced before", self.already), ("left", self.left)
+            ("replaced", self.replaced), ("replaced before", self.already),
+            ("one operation each", self.alone), ("left", self.left),
         )  # fmt: skip
         lines = []
         for title, entries in parts:

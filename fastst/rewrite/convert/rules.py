@@ -17,11 +17,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ... import functional
 from ...functional import BatchNorm
 from ...problem import activations
-from . import endings, forms, views
-from .chain import Alone, Guess, Plan, extended, is_open
+from . import endings, forms, readings, views
+from .chain import Alone, Convolved, Guess, Plan, extended, is_open
 from .forms import Form
 from .geometry import first_pass, second_pass
-from .graphs import promised
+from .graphs import is_promise, promised
 from .promise import RULES, CannotDefer, Kept, Link, Promise, State, real, valueless
 from .traced import CONVOLVE
 
@@ -44,6 +44,8 @@ def begin(
     if not (_plain(x.device, x, weight, bias) and _settled(weight, bias)):
         return None
     state = State(x.device)
+    if _needs_grad(state, x, weight, bias) and _is_inference(x, weight):
+        return None
     dtype = _result_dtype(state, x, weight, bias)
     shapes = x.shape, weight.shape, bias is not None and bias.shape
     try:
@@ -74,9 +76,9 @@ def begin(
     except CannotDefer:
         return None
     link = Link(None, run, None, tuple(kept), state, found.shape)
-    link.plan = Alone(begun, name, link)
+    link.plan = Alone(begun, name)
     if found.pass_ is not None:
-        link.plan = Plan(begun, name, found.pass_, found.names, link)
+        link.plan = Plan(begun, name, found.pass_, found.names, Convolved(link))
     made: Promise | None = promised(link, dtype)
     return made
 
@@ -106,6 +108,11 @@ def _plain(device: torch.device, *tensors: Tensor | None) -> bool:
 
 def _needs_grad(state: State, *tensors: Tensor | None) -> bool:
     return state.grad and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_inference(*tensors: Tensor) -> bool:
+    """Whether one of them cannot be saved for backward."""
+    return any(t.is_inference() for t in tensors)
 
 
 def _settled(*weights: Tensor | None) -> bool:
@@ -142,12 +149,14 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """A norm in training runs the first convolution now: its statistics are counted at its call."""
-    if endings.ends(input):
-        norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
-        return endings.batch_norm(input, norm) if _fits(norm, input) else NotImplemented
-    if is_open(input, Alone):
-        norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
-        return _folded(input.link, norm) if _fits(norm, input) else NotImplemented
+    norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
+    if is_promise(input) and type(input.link.plan) in (endings.Ending, Alone, readings.Reading):
+        if not _fits(norm, input):
+            return NotImplemented
+        if is_open(input, Alone):
+            return _folded(input.link, norm)
+        made = endings.batch_norm(input, norm) if endings.ends(input) else NotImplemented
+        return readings.batch_norm(input, norm) if made is NotImplemented else made
     if not is_open(input) or not (
         training or (running_mean is not None and running_var is not None)
     ):
@@ -157,7 +166,6 @@ def _batch_norm(
         return NotImplemented
     if not plan.channels(shape):
         return NotImplemented
-    norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
     if not _fits(norm, input):
         return NotImplemented
     tensors = {n: t for n, t in zip(norm._fields, norm[:4], strict=False) if t is not None}
@@ -278,17 +286,19 @@ def _activation(
         in_place = in_place or written
         if in_place and slope < 0:  # which backward refuses
             return NotImplemented
-        if endings.ends(input):
-            return endings.activation(input, kind, slope, in_place)
-        if not is_open(input):
-            return NotImplemented
-        plan = input.link.plan
-        if plan.activation is not None or plan.padded:
-            return NotImplemented
 
         def run(v: Tensor) -> Tensor:
             return activations.apply(kind, v, slope)
 
+        if endings.ends(input):
+            made = endings.activation(input, kind, slope, in_place)
+            if made is not NotImplemented:
+                return made
+        if not is_open(input):
+            return readings.activation(input, kind, slope, run, in_place)
+        plan = input.link.plan
+        if plan.activation is not None or plan.padded:
+            return NotImplemented
         return extended(input, run, in_place=in_place, activation=(kind, slope))
 
     return rule
@@ -436,12 +446,30 @@ def _add(in_place: bool = False) -> Callable[..., Any]:
         if args or kwargs or input is other:
             return NotImplemented
         if endings.ends(input):
-            return endings.add(input, real(other, "a sum"), in_place)
+            made = endings.add(input, real(other, "a sum"), in_place)
+            if made is not NotImplemented:
+                return made
         if not in_place and endings.ends(other):
-            return endings.add(other, input, False)
-        return NotImplemented
+            return endings.add(other, real(input, "a sum"), False)
+        return NotImplemented if in_place else readings.added(input, other)
 
     return rule
+
+
+def _multiply(input: Any, other: Any, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else readings.multiplied(input, other)
+
+
+def _dropout(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Any:
+    """In evaluation nothing."""
+    return input if is_promise(input) and not training and 0 <= p <= 1 else NotImplemented
+
+
+def _to(input: Any, *args: Any, **kwargs: Any) -> Any:
+    """To the dtype or the device that it has."""
+    if kwargs or not is_promise(input) or [*map(type, args)] not in ([torch.dtype], [torch.device]):
+        return NotImplemented
+    return input if args[0] in (input.link.dtype, input.link.state.device) else NotImplemented
 
 
 RULES.update({
@@ -451,7 +479,14 @@ RULES.update({
     Tensor.__radd__: _add(),
     Tensor.__iadd__: _add(True),
     Tensor.add_: _add(True),
+    torch.mul: _multiply,
+    Tensor.mul: _multiply,
+    Tensor.__mul__: _multiply,
+    Tensor.__rmul__: _multiply,
     F.batch_norm: _batch_norm,
+    F.dropout: _dropout,
+    Tensor.to: _to,
+    **readings.RULES,
     **{function: SECOND[rank] for rank, function in CONVOLVE.items()},
     **views.FOLLOWED,
     **{getattr(F, name): _activation(name, getattr(F, name)) for name in activations.FUNCTIONS},

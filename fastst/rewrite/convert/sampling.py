@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
 
@@ -13,22 +12,37 @@ from torch.utils._pytree import tree_map
 
 from . import begins
 from .promise import real
-from .report import Replaced
+from .report import Alone, Replaced
+from .whole import Ran
 
 
-def run(model: nn.Module, sample: Any) -> tuple[list[Replaced], dict[str, str]]:
-    """The pairs of one call, and by the name of other first convolutions why they were none."""
+def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Those that have memory."""
+    return [(n, p) for n, p in model.named_parameters() if p.untyped_storage().size()]
+
+
+def run(model: nn.Module, sample: Any) -> tuple[list[Replaced], list[Alone], dict[str, str]]:
+    """The pairs of one call, convolutions that ran alone as one operation, and by the name of other
+    first convolutions why they were none."""
     args = sample if isinstance(sample, tuple) else (sample,)
-    with torch.no_grad(), contextlib.suppress(Exception):
-        model = copy.deepcopy(model)  # whatever its forward writes to; some cannot be copied
     buffers = {n: b.clone() for n, b in model.named_buffers()}
+    values: dict[str, Any] = dict(buffers)
+    with torch.no_grad():  # whatever its forward writes to
+        try:
+            model = copy.deepcopy(model)
+        except Exception:  # of what is pruned, or some of whose attributes cannot be copied
+            values |= {n: nn.Parameter(p.clone(), p.requires_grad) for n, p in _parameters(model)}
     norms = {id(b): n.rpartition(".")[0] for n, b in buffers.items()}
     with torch.no_grad(), torch.random.fork_rng(), begins.listening() as events:
-        tree_map(lambda t: real(t, "the caller"), functional_call(model, buffers, args))
+        tree_map(lambda t: real(t, "the caller"), functional_call(model, values, args))
     pairs: dict[tuple[str, str], Replaced] = {}
+    alone: dict[str, Alone] = {}
     reasons: dict[str, str] = {}
     for event in events:
         plan = event.plan
+        if isinstance(plan, Ran):
+            alone[plan.name] = plan.told()
+            continue
         first = plan.begun.name
         if event.why is not None:
             reasons.setdefault(first, event.why)
@@ -38,4 +52,4 @@ def run(model: nn.Module, sample: Any) -> tuple[list[Replaced], dict[str, str]]:
         activation = "none" if plan.activation is None else plan.activation[0]
         order = f"{plan.first.kind}-first"
         pairs[first, second] = Replaced(first, second, order, norm, activation)
-    return list(pairs.values()), reasons
+    return list(pairs.values()), list(alone.values()), reasons

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import readings
 from .axes import Atom, Axes, Padded, merges, reshaped, whole
 from .chain import Plan, extended, is_open, seen
 from .graphs import is_promise, unread
 from .padding import Pad
 from .promise import Link, Promise
+from .readings import Reading
 
 # ---- other shapes
 
@@ -71,9 +73,10 @@ def _dim(p: Promise, dim: Any) -> int:
 
 def _rule(rule: Callable[..., Any]) -> Callable[..., Any]:
     """Of an open promise and plain arguments; anything that it does not take is PyTorch's."""
+    reads = rule in _READ
 
     def guarded(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_open(input):
+        if not (is_open(input) or (reads and readings.onto(input) is not None)):
             return NotImplemented
         try:
             return rule(input, *args, **kwargs)
@@ -150,7 +153,8 @@ def _squeeze(p: Promise, dim: Any) -> Any:
 
 
 def _contiguous(p: Promise, memory_format: Any = torch.contiguous_format) -> Any:
-    return seen(p, lambda u: u.contiguous(memory_format=memory_format), p.link.shape, p.link.plan)
+    plan = readings.onto(p) or p.link.plan
+    return seen(p, lambda u: u.contiguous(memory_format=memory_format), p.link.shape, plan)
 
 
 # ---- pads
@@ -180,12 +184,14 @@ def _padded(
     p: Promise, sides: Mapping[int, Sequence[int]], mode: str, call: Callable[[Tensor], Tensor]
 ) -> Any:
     """With samples before and after some dimensions."""
-    plan: Plan = p.link.plan
+    plan: Any = p.link.plan
     shape = list(p.link.shape)
     for i, s in sides.items():
         shape[i] += sum(s)
+    pad = Pad(tuple(tuple(sides.get(i, (0, 0))) for i in (2, 3, 4)), mode)  # type: ignore[misc]
+    if type(plan) is not Plan:
+        return readings.padded(p, pad, call, torch.Size(shape))
     if plan.axes is None and plan.names == "bcthw":
-        pad = Pad(tuple(tuple(sides.get(i, (0, 0))) for i in (2, 3, 4)), mode)  # type: ignore[misc]
         return extended(p, call, shape=torch.Size(shape), pads=(*plan.pads, pad))
     axes = plan.axes_of(p.link.shape)
     dims, told = list(axes.dims), []
@@ -198,23 +204,24 @@ def _padded(
     return extended(p, call, shape=torch.Size(shape), axes=axes)
 
 
-# ---- first frames
+# ---- some of the frames
 
 
-class Edge(NamedTuple):
-    """The first of a promise's samples along a dimension, as often as it is there."""
+class Part(NamedTuple):
+    """Some of a promise's samples along a dimension; the first one as often as it is there."""
 
     begun: Any
     name: str
     source: Link
     dim: int
+    samples: tuple[int, int]  # from one to before the other
 
     def told(self, why: str) -> None:
         self.source.plan.told(why)
 
 
 def _getitem(p: Promise, index: Any) -> Any:
-    """The first of the samples along one dimension."""
+    """Neighbouring samples along one dimension."""
     rank = len(p.link.shape)
     index = index if isinstance(index, tuple) else (index,)
     if index.count(Ellipsis) == 1:
@@ -224,30 +231,54 @@ def _getitem(p: Promise, index: Any) -> Any:
     if len(some) != 1 or len(index) > rank:
         return NotImplemented
     (dim,) = some
-    if index[dim] not in (slice(1), slice(0, 1), slice(0, 1, 1)) or dim < 2:
+    if type(index[dim]) is not slice or index[dim].step not in (None, 1):
         return NotImplemented
-    return _edge(p, dim)
+    start, stop, _ = index[dim].indices(p.link.shape[dim])
+    return _part(p, dim, start, stop)
 
 
 def _narrow(p: Promise, dim: Any, start: Any, length: Any) -> Any:
     dim = _dim(p, dim)
-    return _edge(p, dim) if (start, length) == (0, 1) and dim > 1 else NotImplemented
-
-
-def _edge(p: Promise, dim: int) -> Any:
-    link, shape = p.link, list(p.link.shape)
-    if shape[dim] < 1:
+    if type(start) is not int or start < 0:
         return NotImplemented
-    shape[dim] = 1
-    plan = Edge(link.plan.begun, link.plan.name, link, dim)
-    return seen(p, lambda z: z.narrow(dim, 0, 1), torch.Size(shape), plan)
+    return _part(p, dim, start, start + length)
+
+
+def _part(p: Promise, dim: int, start: int, stop: int) -> Any:
+    link, shape = p.link, list(p.link.shape)
+    plan = readings.onto(p)
+    frames = dim == 2 and plan is not None and plan.frame_by_frame
+    if dim < 2 or not (frames or (start, stop) == (0, 1)) or not start < stop <= shape[dim]:
+        return NotImplemented
+    shape[dim] = stop - start
+    part = Part(link.plan.begun, link.plan.name, link, dim, (start, stop))
+    return seen(p, lambda z: z.narrow(dim, start, stop - start), torch.Size(shape), part)
+
+
+def _is_part(p: Any) -> bool:
+    return is_promise(p) and type(p.link.plan) is Part and unread(p)
+
+
+def _clone(p: Any, *, memory_format: Any = torch.preserve_format) -> Any:
+    """Some frames of what a convolution is to read, for a cache: of them alone."""
+    if not (_is_part(p) and type(p) is Promise and memory_format is torch.preserve_format):
+        return NotImplemented
+    part, link = p.link.plan, p.link.plan.source
+    plan = link.plan
+    if type(plan) is not Reading or not plan.frame_by_frame or part.dim != 2:
+        return NotImplemented
+    if not (plan.norm or plan.activation) or link.value is not None or not p.link.state.current:
+        return NotImplemented
+    start, stop = part.samples
+    value = plan.source.current(keep=True).narrow(2, start, stop - start)
+    return link.replayed(plan.source, value)
 
 
 def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
     """A rule of ``repeat`` or ``expand``; ``keeps``: what stands for a dimension that stays."""
 
     def rule(p: Any, *sizes: Any) -> Any:
-        if not (is_promise(p) and type(p.link.plan) is Edge and unread(p)):
+        if not _is_part(p) or p.link.plan.samples != (0, 1):
             return NotImplemented
         sizes, dim, shape = tuple(_sizes(sizes)), p.link.plan.dim, list(p.link.shape)
         if len(sizes) != len(shape) or shape[dim] != 1 or not p.link.state.current:
@@ -264,15 +295,19 @@ def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
 
 
 def _cat(tensors: Any, dim: Any = 0, **kwargs: Any) -> Any:
-    """A promise behind its own first samples is a promise that is padded."""
+    """A promise behind its own first samples is a promise that is padded; behind other frames it
+    has a past."""
     if kwargs or not isinstance(tensors, (tuple, list)) or len(tensors) < 2:
         return NotImplemented
     *before, p = tensors
-    if not is_open(p) or type(dim) is not int:
+    reads = readings.onto(p) is not None
+    if not (is_open(p) or reads) or type(dim) is not int:
         return NotImplemented
     dim = dim % len(p.link.shape)
+    if reads and len(before) == 1 and dim == 2 and not is_promise(before[0]):
+        return readings.after(p, before[0])
     for t in before:
-        if not (is_promise(t) and type(t.link.plan) is Edge and unread(t)):
+        if not _is_part(t) or t.link.plan.samples != (0, 1):
             return NotImplemented
         if t.link.plan.source is not p.link or t.link.plan.dim != dim:
             return NotImplemented
@@ -291,6 +326,7 @@ def _both(*names: str) -> list[Any]:
     return [getattr(where, n) for n in names for where in (torch, Tensor) if hasattr(where, n)]
 
 
+_READ = (_contiguous, _pad, _getitem, _narrow)  # what convolutions read takes these, too
 _SHAPES: dict[Callable[..., Any], Sequence[Any]] = {
     _permute: _both("permute"), _transpose: _both("transpose", "swapaxes", "swapdims"),
     _movedim: _both("movedim", "moveaxis"), _reshape: _both("reshape"), _view: [Tensor.view],
@@ -301,6 +337,7 @@ _SHAPES: dict[Callable[..., Any], Sequence[Any]] = {
 # By function: the rule of it.
 FOLLOWED: dict[Any, Callable[..., Any]] = {
     **{f: _rule(rule) for rule, functions in _SHAPES.items() for f in functions},
+    **dict.fromkeys(_both("clone"), _clone),
     Tensor.repeat: _repeated(Tensor.repeat, 1), Tensor.expand: _repeated(Tensor.expand, -1),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
 }  # fmt: skip

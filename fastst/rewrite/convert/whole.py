@@ -6,64 +6,110 @@ runs as it did.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ... import dispatch, functional
+from ...functional import BatchNorm
 from ...problem import conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
-from . import endings, rules
-from .begins import Begins
+from . import endings, readings, rules
+from .begins import Begins, tell
 from .promise import real
+from .readings import INPUT, Read
+from .report import Alone
+
+
+class Ran(NamedTuple):
+    """An operation that ran: by whom it is called, what it read, and what ended it."""
+
+    name: str
+    chain: Read
+    ending: dict[str, Any]
+
+    def told(self) -> Alone:
+        plan, ending = self.chain.plan, self.ending
+        outer = {
+            "residual": "residual" in ending, "outer": ending.get("outer_activation", "none"),
+            "outer_norm": "second" in ending or "outer_norm" in ending,
+        }  # fmt: skip
+        if plan is None:
+            return Alone(self.name, **outer)
+        kind = plan.norm and ("batch" if isinstance(plan.norm, BatchNorm) else plan.norm.kind)
+        activation = (plan.activation or ("none",))[0]
+        return Alone(self.name, kind, activation, plan.past, bool(plan.pads), **outer)
 
 
 class Whole(Begins):
-    """The convolution itself, answered with a promise where a norm or a block's end may follow."""
+    """The convolution itself, which takes in what a promise has before it, and answers with one
+    where a norm, the next convolution or a block's end may follow."""
+
+    reads = True
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Tensor:
         conv = self.conv
         if not torch.compiler.is_compiling():
-            x = real(x, f"{type(conv).__name__} {self.name}")
             if self.wanted and not self.barred and self._defers():
                 made = self._operation(x, weight, bias)
                 if made is not None:
                     return made
+            x = real(x, f"{type(conv).__name__} {self.name}")
         plain: Tensor = type(conv)._conv_forward(conv, x, weight, bias)
         return plain
 
     def _operation(self, x: Any, weight: Any, bias: Any) -> Tensor | None:
+        """The output as one operation, with the chain that x is one of; None where it is none."""
+        conv = self.conv
+        chain = readings.read(x, conv, weight)
+        made = None if chain is None else self._run(chain, weight, bias)
+        if made is not None:
+            return made
+        x = real(x, f"{type(conv).__name__} {self.name}")
+        return self._run(Read({INPUT: x}, None, conv.padding, conv.padding_mode), weight, bias)
+
+    def _run(self, chain: Read, weight: Any, bias: Any) -> Tensor | None:
+        conv, x = self.conv, chain.tensors[INPUT]
         dtype = rules.plain_call(x, weight, bias)
         if dtype is None:
             return None
-        conv = self.conv
         settings: dict[str, Any] = dict(
-            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
-            padding_mode=conv.padding_mode,
+            stride=conv.stride, padding=chain.padding, dilation=conv.dilation, groups=conv.groups,
+            padding_mode=chain.padding_mode,
         )  # fmt: skip
-        tensors = ConvTensors(x, weight, bias)
+        options = chain.options(chain.tensors)
+        norm, slope = options.get("input_norm"), options.get("negative_slope", 0.01)
+        tensors = ConvTensors(x, weight, bias, past=options.get("past"))
         try:
             spec = conv3d_checks.conv3d(
-                tensors, None if dtype == x.dtype else dtype, None, *settings.values(), False,
-                None, None, 0.01, False,
+                tensors, None if dtype == x.dtype else dtype, norm, *settings.values(), False,
+                options.get("input_activation"), None, slope, False,
             )  # fmt: skip
         except (TypeError, ValueError):
             return None  # PyTorch says what is wrong
+        if norm is not None:
+            tensors = tensors._replace(norm_weight=norm.weight, norm_bias=norm.bias)
+        if isinstance(norm, BatchNorm):
+            tensors = tensors._replace(mean=norm.running_mean, var=norm.running_var)
         problem = ConvProblem.of(tensors, spec)
         if not dispatch.has_kernels(problem):
             return None
 
         def run(given: dict[str, Any], second: Any = None, **ending: Any) -> Tensor:
+            folded = {} if second is None else {"second": second}
+            tell(Ran(self.name, chain, ending | folded), None)
             w, b = second or (given["second weight"], given.get("second bias"))
             ending["activation"] = ending.pop("outer_activation", None)
             ending["output_norm"] = ending.pop("outer_norm", None)
-            y: Tensor = functional.conv3d(given["first input"], w, b, **settings, **ending)
+            options = chain.options(given) | ending
+            y: Tensor = functional.conv3d(given[INPUT], w, b, **settings, **options)
             return y
 
-        given = {"first input": x, "second weight": weight, "second bias": bias}
+        given = chain.tensors | {"second weight": weight, "second bias": bias}
         given = {n: t for n, t in given.items() if t is not None}
-        return endings.defer(self, run, given, None, torch.Size(problem.out_shape), dtype, True)
+        shared = slope if options.get("input_activation") == "leaky_relu" else None
+        return endings.defer(self, run, given, shared, torch.Size(problem.out_shape), dtype, True)
 
 
 def is_whole(module: nn.Module) -> bool:

@@ -91,7 +91,7 @@ def random_numbers() -> Iterator[None]:
 def versions_ignored() -> Iterator[None]:
     with (
         mock.patch.object(promise.Kept, "same", property(lambda self: True)),
-        mock.patch.object(promise.Kept, "get", lambda self, what: self.tensor),
+        mock.patch.object(promise.Kept, "get", lambda self, *_: self.tensor),
     ):
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 import warnings
@@ -40,6 +41,19 @@ class Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return -g
+
+
+class Squares(torch.autograd.Function):
+    """Saves and reads its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
 
 
 def hooked(m: Any, x: Tensor) -> Tensor:
@@ -329,3 +343,75 @@ def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kept, "same", property(lambda self: True))
     with pytest.raises(AssertionError):
         test_in_inference_mode("written")
+
+
+def test_statistics_written_in_a_checkpoint_that_has_ended() -> None:
+    """Backward of the plain module reads them as they are then."""
+    block = Block(BODIES["pair"][0]).eval()
+
+    def inner(x: Tensor) -> Tensor:
+        u = block.n(block.s(x))
+        block.n.running_var.mul_(1.5)  # type: ignore[operator, union-attr]
+        return u
+
+    fastst.convert(block)
+    y = checkpoint(inner, torch.randn(1, 4, 5, 6, 6), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="fastst: running_var of s changed after the call"):
+        y.sum()
+
+
+def test_an_inference_tensor_is_refused_where_the_plain_module_refuses_it() -> None:
+    block = Block(BODIES["pair"][0])
+    fastst.convert(block)
+    with torch.inference_mode():
+        x = torch.randn(1, 4, 5, 6, 6)
+        with torch.enable_grad():  # records nothing
+            block(x).sum()
+    counted = block.n.num_batches_tracked.clone()  # type: ignore[operator, union-attr]
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        block(x)
+    assert block.n.num_batches_tracked == counted
+
+
+def test_written_in_place_after_it_left_a_function() -> None:
+    """What a reentrant checkpoint returns has a gradient of its own: one tensor, however read."""
+    block = Block(lambda m, x: F.relu_(checkpoint(m.s, x, use_reentrant=True)))
+    x = torch.randn(1, 4, 5, 6, 6, requires_grad=True)
+    wanted = block(x)
+    fastst.convert(block)
+    y = checkpoint(block.s, x, use_reentrant=True)
+    F.relu_(y)
+    torch.testing.assert_close(y + 0, wanted)
+
+
+def test_gradients_of_a_promise_and_of_its_value() -> None:
+    """A custom function's two ways to the same promise share no graph that the first one frees."""
+    block = Block(lambda m, x: Squares.apply(m.t(m.s(x)))).double()
+    x = torch.randn(1, 4, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for convert in (False, True):
+        if convert:
+            fastst.convert(block)
+        (g,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+        (g.square().sum() + block(x).sum()).backward()
+        found.append(x.grad)
+        x.grad = None
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_chains_hold_no_cycles(training: bool) -> None:
+    """What they read would stay until somebody collects it."""
+    block = Block(BODIES["pair"][0]).train(training)
+    fastst.convert(block)
+    x = torch.randn(1, 4, 5, 6, 6)
+    block(x).sum().backward()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            block(x).sum().backward()
+            block.s(x) + 1
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

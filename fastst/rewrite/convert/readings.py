@@ -1,0 +1,299 @@
+"""What stands before a convolution and can be read by it: norm, activation, earlier frames, pads.
+
+Such a chain begins at the promise of an operation's output. It is computed call by call where
+somebody else reads it; a convolution that reads it runs the operation, and takes in the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...functional import BatchNorm
+from ...problem.norms import Norm, frame_by_frame
+from .chain import extended, is_open
+from .endings import Ending
+from .geometry import pad_of
+from .padding import Pad, merge_axes
+from .promise import CannotDefer, Kept, Link, Promise
+
+INPUT = "first input"
+_WEIGHT, _BIAS, _MEAN, _VAR = "norm weight", "norm bias", "norm running_mean", "norm running_var"
+_PAST = "past"
+
+
+class Reading(NamedTuple):
+    """What a chain is, as part of the convolution that reads it."""
+
+    begun: Any  # the ``Begins`` whose output it is of
+    name: str
+    source: Link  # of that output
+    norm: BatchNorm | Norm | None = None  # without its tensors
+    unit: bool = False  # so far what ``F.normalize`` gives: not yet times √C
+    activation: tuple[str, float] | None = None
+    past: bool = False
+    pads: tuple[Pad, ...] = ()
+
+    def told(self, why: str) -> None:
+        """The chain is computed as separate calls, the operation before it in any case."""
+
+    @property
+    def frame_by_frame(self) -> bool:
+        """Whether a frame of it is made of one frame, and of nothing else."""
+        if self.past or self.pads:
+            return False
+        if isinstance(self.norm, BatchNorm):
+            return True
+        return self.norm is None or frame_by_frame(self.norm)
+
+
+def onto(p: Any) -> Reading | None:
+    """What is known of a promise that convolutions can read; the operation itself may have run."""
+    if type(p) is not Promise:
+        return None
+    link = p.link
+    if type(link.plan) is Ending:
+        if not (link.state.current and (link.unchanged() if link.value is None else link.steady)):
+            return None
+        plan = Reading(link.plan.begun, link.plan.name, link)
+    elif is_open(p, Reading):
+        plan = link.plan
+    else:
+        return None
+    state = link.state
+    if len(link.shape) != 5 or state.autocast is not None:
+        return None
+    if state.grad and any(t.requires_grad for t in link.tensors()):
+        return None
+    return plan
+
+
+def longer(
+    p: Promise,
+    run: Callable[..., Tensor],
+    tensors: dict[str, Tensor] | None = None,
+    in_place: bool = False,
+    shape: torch.Size | None = None,
+    **changes: Any,
+) -> Any:
+    """The promise of what ``run`` makes of one that ``onto`` knows."""
+    link, plan = p.link, onto(p)
+    assert plan is not None
+    if link.state.grad and any(t.requires_grad for t in (tensors or {}).values()):
+        return NotImplemented
+    if in_place and link.value is not None:  # others may see its memory
+        return NotImplemented
+    try:
+        kept = tuple((name, Kept(t)) for name, t in (tensors or {}).items())
+    except CannotDefer:
+        return NotImplemented
+    if link is plan.source:  # a shortcut may ask for it again
+        link.readers += 1
+    return extended(p, run, kept, shape, in_place, plan._replace(**changes))
+
+
+# ---- norms
+
+
+def _plain(p: Promise, vectors: Sequence[Tensor | None], shape: Sequence[int] = ()) -> bool:
+    """Whether a norm's tensors are of the dtype, the device and the channels of a promise."""
+    link, wanted = p.link, tuple(shape) or tuple(p.link.shape[1:2])
+    return all(
+        t is None
+        or (isinstance(t, Tensor) and type(t) is not Promise and tuple(t.shape) == wanted
+            and t.dtype == link.dtype and t.device == link.state.device)
+        for t in vectors
+    )  # fmt: skip
+
+
+def _normed(
+    p: Promise, norm: BatchNorm | Norm, run: Callable[..., Tensor], unit: bool = False
+) -> Any:
+    plan = onto(p)
+    if plan is None or plan.norm is not None or plan.activation or plan.past or plan.pads:
+        return NotImplemented
+    tensors = {_WEIGHT: norm.weight, _BIAS: norm.bias}
+    if isinstance(norm, BatchNorm):
+        tensors |= {_MEAN: norm.running_mean, _VAR: norm.running_var}
+    if not _plain(p, list(tensors.values())):
+        return NotImplemented
+    given = {n: t for n, t in tensors.items() if t is not None}
+    return longer(p, run, given, norm=norm, unit=unit)
+
+
+def batch_norm(p: Promise, norm: BatchNorm) -> Any:
+    """A frozen one."""
+    if norm.training:
+        return NotImplemented
+
+    def run(v: Tensor, **given: Tensor) -> Tensor:
+        mean, var = given[_MEAN], given[_VAR]
+        return F.batch_norm(v, mean, var, given.get(_WEIGHT), given.get(_BIAS), eps=norm.eps)
+
+    return _normed(p, norm, run)
+
+
+def _group_norm(
+    input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5
+) -> Any:
+    if onto(input) is None or type(num_groups) is not int or type(eps) is not float:
+        return NotImplemented
+    n, c = input.link.shape[:2]
+    if num_groups < 1 or c % num_groups or input.link.shape.numel() <= n * num_groups:
+        return NotImplemented
+
+    def run(v: Tensor, **given: Tensor) -> Tensor:
+        return F.group_norm(v, num_groups, given.get(_WEIGHT), given.get(_BIAS), eps)
+
+    return _normed(input, Norm("group", weight, bias, num_groups, eps=eps), run)
+
+
+def _instance_norm(
+    input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None,
+    bias: Any = None, use_input_stats: Any = True, momentum: Any = 0.1, eps: Any = 1e-5,
+) -> Any:  # fmt: skip
+    if onto(input) is None or not (running_mean is running_var is None and use_input_stats):
+        return NotImplemented
+    if type(eps) is not float or input.link.shape[2:].numel() < 2:
+        return NotImplemented
+
+    def run(v: Tensor, **given: Tensor) -> Tensor:
+        return F.instance_norm(v, None, None, given.get(_WEIGHT), given.get(_BIAS), eps=eps)
+
+    return _normed(input, Norm("instance", weight, bias, eps=eps), run)
+
+
+def _normalize(input: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None) -> Any:
+    """Over the channels of a position: with √C and γ behind it, an RMS norm."""
+    if onto(input) is None or (p, dim, out) != (2.0, 1, None) or type(eps) is not float:
+        return NotImplemented
+    return _normed(
+        input, Norm("l2", eps=eps), lambda v: F.normalize(v, p, dim, eps), unit=True
+    )  # fmt: skip
+
+
+def multiplied(p: Any, other: Any) -> Any:
+    """√C of a norm by ``F.normalize``, then γ of each channel."""
+    plan = onto(p)
+    if plan is None or plan.norm is None or plan.norm[0] != "l2" or plan.activation:
+        return NotImplemented
+    if plan.unit:
+        if type(other) is not float or not math.isclose(other, math.sqrt(p.link.shape[1])):
+            return NotImplemented
+        return longer(p, lambda v: v * other, unit=False)
+    norm = plan.norm
+    if norm.weight is not None or norm.bias is not None or not _of_channels(p, other):
+        return NotImplemented
+    longer_ = norm._replace(weight=other)
+    return longer(p, lambda v, **given: v * given[_WEIGHT], {_WEIGHT: other}, norm=longer_)
+
+
+def added(p: Any, other: Any) -> Any:
+    """β of each channel, of a norm by ``F.normalize``; or 0."""
+    plan = onto(p)
+    if plan is None or plan.norm is None or plan.norm[0] != "l2" or plan.unit or plan.activation:
+        return NotImplemented
+    norm = plan.norm
+    if type(other) is float and other == 0.0:
+        return longer(p, lambda v: v + 0.0)
+    if norm.bias is not None or not _of_channels(p, other):
+        return NotImplemented
+    return longer(
+        p, lambda v, **given: v + given[_BIAS], {_BIAS: other}, norm=norm._replace(bias=other)
+    )  # fmt: skip
+
+
+def _of_channels(p: Promise, vector: Any) -> bool:
+    """Whether a tensor has a value for each channel, as it broadcasts against a promise."""
+    return isinstance(vector, Tensor) and _plain(p, [vector], (p.link.shape[1], 1, 1, 1))
+
+
+# ---- what follows a norm
+
+
+def activation(p: Any, kind: str, slope: float, run: Callable[..., Tensor], in_place: bool) -> Any:
+    plan = onto(p)
+    if plan is None or plan.activation or plan.past or plan.pads or plan.unit:
+        return NotImplemented
+    return longer(p, run, in_place=in_place, activation=(kind, slope))
+
+
+def padded(p: Any, pad: Pad, call: Callable[[Tensor], Tensor], shape: torch.Size) -> Any:
+    plan = onto(p)
+    if plan is None or plan.unit:
+        return NotImplemented
+    return longer(p, call, shape=shape, pads=(*plan.pads, pad))
+
+
+def after(p: Any, past: Tensor) -> Any:
+    """A promise behind frames that are there."""
+    plan, link = onto(p), p.link
+    if plan is None or plan.past or plan.pads or plan.unit or type(past) is not Tensor:
+        return NotImplemented
+    n, c, t, h, w = link.shape
+    if past.dim() != 5 or (*past.shape[:2], *past.shape[3:]) != (n, c, h, w):
+        return NotImplemented
+    if past.dtype != link.dtype or past.device != link.state.device:
+        return NotImplemented
+    shape = torch.Size((n, c, t + past.shape[2], h, w))
+    return longer(p, lambda z, past: torch.cat([past, z], 2), {_PAST: past}, shape=shape, past=True)
+
+
+# ---- the convolution
+
+
+class Read(NamedTuple):
+    """What a convolution reads, as arguments of ``conv3d``."""
+
+    tensors: dict[str, Tensor]  # by name
+    plan: Reading | None  # of a chain
+    padding: Any
+    padding_mode: Any
+
+    def options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Of the operation, with tensors of that name."""
+        plan = self.plan
+        if plan is None:
+            return {}
+        norm = plan.norm
+        name, slope = plan.activation or ("none", 0.01)
+        options: dict[str, Any] = {"input_activation": name, "past": given.get(_PAST)}
+        if plan.activation is not None:
+            options["negative_slope"] = slope
+        if norm is not None:
+            weight, bias = given.get(_WEIGHT), given.get(_BIAS)
+            if isinstance(norm, BatchNorm):
+                norm = norm._replace(running_mean=given[_MEAN], running_var=given[_VAR])
+            vectors = [None if v is None else v.view(-1) for v in (weight, bias)]
+            options["input_norm"] = norm._replace(weight=vectors[0], bias=vectors[1])
+        return options
+
+
+def read(p: Any, conv: Any, weight: Tensor) -> Read | None:
+    """How a convolution reads a promise in one operation; None where it cannot."""
+    plan = onto(p)
+    if plan is None or plan.unit or p.link is plan.source:
+        return None
+    own = pad_of(weight.shape, conv)
+    found = None if own is None else merge_axes([*plan.pads, own])
+    kept, link = [], p.link
+    while link is not plan.source:
+        kept += link.kept
+        link = link.before
+    if found is None or not all(k.same for _, k in kept):
+        return None
+    for _, k in kept:
+        k.release()
+    tensors = {name: k.tensor for name, k in kept} | {INPUT: plan.source.current(keep=True)}
+    plan.begun.missed_followers = 0
+    return Read(tensors, plan, *found)
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    F.group_norm: _group_norm, F.instance_norm: _instance_norm, F.normalize: _normalize,
+}  # fmt: skip
