@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..problem import activations
-from ..problem.conv3d import ConvProblem, ConvSpec, ConvTensors
+from ..problem.conv3d import ConvProblem, ConvSpec, ConvTensors, problem_of
 from ..problem.examples import of_kind, off_kinks
 from ..problem.spec import (
     PairProblem,
@@ -173,7 +173,7 @@ def gradient_example(
     Args:
         gradients: of (problem, tensors, dy, needs), an entry for each of the first tensors.
     """
-    dy = Problem.of(tensors, spec).empty_output(tensors.x)
+    dy = problem_of(tensors, spec).empty_output(tensors.x)
     dy.copy_(torch.randn(dy.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu"))
     needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
 
@@ -307,6 +307,10 @@ class Backend:
         spec, tensors = of_kind(kind, dtype)
         if phase == "backward":
             return [gradient_example(spec, off_kinks(spec, tensors), self._gradients)]
+        if kind == "conv3d":
+            assert self.conv3d is not None
+            conv3d = self.conv3d
+            return [Example(spec, tensors, lambda p, t: [conv3d(p, t).y])]
         if kind == "parallel":
             assert self.parallel_conv2plus1d is not None
             parallel = self.parallel_conv2plus1d
@@ -319,6 +323,10 @@ class Backend:
         if isinstance(problem, ParallelProblem):
             assert self.parallel_conv2plus1d_backward is not None
             return self.parallel_conv2plus1d_backward(problem, tensors, dy, needs)
+        if isinstance(problem, ConvProblem):
+            assert self.conv3d is not None and self.conv3d_backward is not None
+            _, mean, var, *_ = self.conv3d(problem, tensors)
+            return self.conv3d_backward(ConvBackward(problem, tensors, dy, mean, var, needs))
         _, u, mean, var, *_ = self.conv2plus1d(problem, tensors, True)
         return self.conv2plus1d_backward(PairBackward(problem, tensors, [dy], u, mean, var, needs))
 

@@ -66,7 +66,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pytorchs_convolutions_pass_on_this_cpu(dtype: torch.dtype) -> None:
-    for kind in KINDS:
+    for kind in (*KINDS, "conv3d"):
         for phase in ("", " backward"):
             few = usual(aten.BACKEND, kind + phase, dtype)
             assert selfcheck.check(aten.BACKEND, few, CPU, dtype) is None
@@ -98,6 +98,21 @@ def test_wrong_convolutions_of_pytorch_are_not_used(
         pytest.raises(fastst.BackendError, match=r"'aten' is off by .* in its self-check"),
     ):
         call()
+
+
+@pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")
+def test_a_wrong_conv3d_of_pytorch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = aten.BACKEND.conv3d
+    assert right is not None
+    monkeypatch.setenv("FASTST_CACHE", os.environ["FASTST_CACHE"] + "/other")
+    monkeypatch.setattr(aten.BACKEND, "conv3d", lambda *call: right(*call)._replace(y=call[1].x))
+    selfcheck.forget()
+    x = torch.randn(1, 4, 3, 6, 6, dtype=torch.float64)
+    with (
+        pytest.warns(selfcheck.SelfCheckWarning, match="conv3d layers such as this one, forward"),
+        pytest.raises(fastst.BackendError, match=r"'aten' is off by .* in its self-check"),
+    ):
+        fastst.functional.conv3d(x, x.new_ones(4, 4, 3, 3, 3), padding=1)
 
 
 def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

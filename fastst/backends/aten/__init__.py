@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...problem import activations
-from ...problem.conv3d import ConvProblem
 from ...problem.examples import example, kind_of
 from ...problem.spec import (
     PairProblem,
@@ -66,7 +65,7 @@ def _candidate(problem: Problem, phase: Phase, name: str, save: bool) -> Callabl
 def _instances(problem: Problem, phase: Phase, way: str | None = None) -> Sequence[str]:
     """On CPUs only, where a check takes tens of milliseconds, and in this process: a crash of
     PyTorch's own convolutions would come with the call, too."""
-    if problem.device.type != "cpu" or isinstance(problem, ConvProblem):
+    if problem.device.type != "cpu":
         return ()
     return (kind_of(problem) if phase == "forward" else f"{kind_of(problem)} backward",)
 
