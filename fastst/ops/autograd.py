@@ -191,6 +191,9 @@ def _composed_gradients(
     with torch.enable_grad():
         # Aliases, so that nothing is differentiated through one argument into another.
         aliases = kind(*(None if t is None else t.view_as(t) for t in tensors))
+        for t, n in zip(aliases, needs, strict=False):
+            if n and not t.requires_grad:  # any more: somebody has frozen it since
+                t.requires_grad_()
         dy = dy.view_as(dy)
         wanted = [t for t, n in zip(aliases, needs, strict=False) if n]
         grads = torch.autograd.grad(

@@ -106,8 +106,8 @@ if how := os.environ.get("FASTST_PEERS"):  # as a plugin, before any conftest im
 
 
 def pytest_sessionstart() -> None:
-    """mmaction2's tests look for its blocks in its own registry, which one of them makes the default
-    for those that run after it."""
+    """mmaction2's tests look for its blocks in a registry that one of them makes the default for
+    those that run after it."""
     if importlib.util.find_spec("mmaction") is not None:
         importlib.import_module("mmaction.utils").register_all_modules()
 
