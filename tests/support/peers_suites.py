@@ -53,6 +53,9 @@ SUITES = {  # tests of the blocks and networks that have pairs
     ),
     "diffusers": (
         "tests/models/autoencoders/test_models_autoencoder_cosmos.py",
+        "tests/models/autoencoders/test_models_autoencoder_wan.py",
+        "tests/models/autoencoders/test_models_autoencoder_hunyuan_video.py",
+        "tests/models/autoencoders/test_models_autoencoder_kl_cogvideox.py",
         "tests/models/autoencoders/test_models_autoencoder_kl_temporal_decoder.py",
         "tests/models/unets/test_models_unet_3d_condition.py",
         "tests/models/unets/test_models_unet_spatiotemporal.py",
