@@ -11,7 +11,10 @@
 
 namespace fastst {
 
-inline void wgmma_fence() { emulator::wgmma_fence(); }
+template <class... Registers>
+void wgmma_fence(Registers&...) {
+  emulator::wgmma_fence();
+}
 inline void wgmma_commit() { emulator::wgmma_commit(); }
 
 template <int Pending>
@@ -19,8 +22,8 @@ void wgmma_wait(Where where = Where::current()) {
   emulator::wgmma_wait(Pending, where);
 }
 
-template <int R>
-void keep(float (&)[R]) {}
+template <class Registers>
+void keep(Registers&) {}
 
 template <class T, int N>
 constexpr bool is_wgmma = N % 8 == 0 && N >= 8 && N <= 256 &&

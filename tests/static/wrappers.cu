@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(128) from_registers(float* out) {
       ldmatrix_x4(fragments[k], a + 64 * (threadIdx.x % 64) + 16 * k);
     else
       ldmatrix_x4_transposed(fragments[k], a + 64 * (threadIdx.x % 64) + 16 * k);
-  wgmma_fence();
+  wgmma_fence(fragments);
 #pragma unroll
   for (int k = 0; k < 2; ++k) wgmma<T, N, MajorB>(d, fragments[k], descriptor(b) + 32 * k, k > 0);
   wgmma_commit();

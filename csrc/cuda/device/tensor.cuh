@@ -11,7 +11,7 @@ namespace fastst {
 
 template <class T>
 struct Tensor {
-  Global<T> data;
+  Global<T> data{};            // null: it is absent
   int64_t size[5], stride[5];  // (N, C, T, H, W)
 
   Tensor() = default;
@@ -39,7 +39,7 @@ struct Position {
 
 template <class A>
 struct Coefficients {  // (5, channels); none: the identity
-  Global<const A> data;
+  Global<const A> data{};
   int64_t channels;
 
   Coefficients() = default;

@@ -1,7 +1,7 @@
 // Hopper's matrix unit: D (64 × N, float, in registers) += A (64 × 16) · B (16 × N), by the 128
 // threads of a warpgroup together and asynchronously. Compiled for sm_90a alone.
 //
-//   wgmma_fence();                        registers written so far are seen
+//   wgmma_fence(a);                       registers written so far are seen
 //   wgmma<T, N>(d, a, b, true); ...       nobody touches d, nor A's registers or shared tiles
 //   wgmma_commit();
 //   wgmma_wait<0>();                      until they are free, and d is there
@@ -17,9 +17,6 @@
 
 namespace fastst {
 
-// Before the first wgmma of a group.
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -31,12 +28,22 @@ __device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
+__device__ inline void keep(float& r) { asm volatile("" : "+f"(r)::"memory"); }
+__device__ inline void keep(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
 // Keeps the compiler from moving accesses to these registers across: around what it does not know
-// to change them, that is after a wait.
-template <int R>
-__device__ void keep(float (&d)[R]) {
+// to read or change them, that is before a fence and after a wait.
+template <class T, int R>
+__device__ void keep(T (&registers)[R]) {
 #pragma unroll
-  for (int i = 0; i < R; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < R; ++i) keep(registers[i]);
+}
+
+// Before the first wgmma of a group, with all registers that were written since the last one: what
+// is not named here the compiler may write behind the fence.
+template <class... Registers>
+__device__ void wgmma_fence(Registers&... written) {
+  (keep(written), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
 #define FASTST_WGMMA(N, TYPE, R, A, SCALE, FLAGS)                                             \

@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
     for (int b = 0; b < Blocks; ++b)
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) sums[b][i] = 0;
+    keep(sums);
 
     // A group of products of the stage at `at`: of neighbouring taps and steps of 16 channels.
     const auto multiply = [&]<int Steps, int Taps>(int at, int tap, int step) {
@@ -209,8 +210,7 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
     });
     wgmma_wait<0>();
     if (previous >= 0) ring.release(previous);
-#pragma unroll
-    for (int b = 0; b < Blocks; ++b) keep(sums[b]);
+    keep(sums);
 
     const auto rows = [&](int b) {
       RowPair pair;

@@ -245,11 +245,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (Step at(p, walk); at.goes_on(p);) {
     const Step tile = at;
 #pragma unroll
-    for (int b = 0; b < Blocks; ++b) {
+    for (int b = 0; b < Blocks; ++b)
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) sums[b][i] = 0;
-      keep(sums[b]);
-    }
+    keep(sums);
     for (int chunk = 0; chunk < p.chunks(); ++chunk) {
       const int steps = p.steps(chunk);
       boxes.wait();
@@ -282,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int i = 0; i < K::kRows; ++i) {
             load(i, a[i % kAtOnce]);
-            wgmma_fence();
+            wgmma_fence(a[i % kAtOnce]);
 #pragma unroll
             for (int o = 0; o < K::kSpan; ++o)
               if (K::tap(i, o) >= 0)
@@ -297,6 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int i = 0; i < p.reach; ++i) {
             uint32_t a[2][4];
             load(i, a);
+            keep(a);
 #pragma unroll
             for (int b = 0; b < Blocks; ++b) {
               const int tap = p.taps[parity][i] >> 8 * b & 255;
@@ -328,9 +328,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       boxes.advance(), formed.advance();
       at.next(p);
     }
+    keep(sums);
 #pragma unroll
     for (int b = 0; b < Blocks; ++b) {
-      keep(sums[b]);
       RowPair rows;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

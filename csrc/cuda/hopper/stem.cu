@@ -115,8 +115,7 @@ __device__ void convolve(Shared<T> patch, float (&u)[kMid / 2]) {
     }
 #pragma unroll
   for (int i = 0; i < kMid / 2; ++i) u[i] = 0;
-  keep(u);
-  wgmma_fence();
+  wgmma_fence(u, a);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const Shared<T> weight = shared<T>(kSpatial + step / 4 * kMid * 128);
@@ -230,9 +229,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
             uint32_t z[kMid / 16][4];
             mid(u);
             activate_mid(p, u, z);
-#pragma unroll
-            for (int tap = 0; tap < kTaps; ++tap) keep(sums[tap][0]);
-            wgmma_fence();
+            wgmma_fence(sums, z);
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
               const Descriptor weight = descriptor(shared<T>(kTemporal + tap * kOut * 128));
@@ -242,8 +239,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
             }
             wgmma_commit();
             wgmma_wait<0>();
-#pragma unroll
-            for (int tap = 0; tap < kTaps; ++tap) keep(sums[tap][0]);
+            keep(sums);
           }
           if (j >= kTaps - 1)  // its last frame has come
             write_frame<T, kOut>(p, unit, unit.first + j - (kTaps - 1), sums[(i + 1) % kTaps],

@@ -192,11 +192,10 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
       statistics.clear();
     }
 #pragma unroll
-    for (int o = 0; o < Frames; ++o) {
+    for (int o = 0; o < Frames; ++o)
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) sums[o][i] = 0;
-      keep(sums[o]);
-    }
+    keep(sums);
 
     const bool leave = !stay || (index + static_cast<int>(gridDim.x)) / p.tiles != column;
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
@@ -215,8 +214,11 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
         };
         // A group of the products of `Steps` steps with all taps, A in registers where there is a
         // norm.
-        const auto multiply = [&]<int Steps>(int step, [[maybe_unused]] const uint32_t (&a)[2][4]) {
-          wgmma_fence();
+        const auto multiply = [&]<int Steps>(int step, uint32_t (&a)[2][4]) {
+          if constexpr (Norm)
+            wgmma_fence(a);
+          else
+            wgmma_fence();
 #pragma unroll
           for (int k = 0; k < Steps; ++k)
 #pragma unroll
@@ -264,8 +266,7 @@ __global__ void __launch_bounds__(kWarpGroup*(kGroups + 1), 1)
       if (leave) weights.release(stage), weights.advance();
     }
 
-#pragma unroll
-    for (int o = 0; o < Frames; ++o) keep(sums[o]);
+    keep(sums);
     const auto rows = [&](int o) {
       RowPair pair;
 #pragma unroll

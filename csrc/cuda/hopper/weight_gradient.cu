@@ -283,11 +283,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto block = [&](int i) { return ((group - 1) * Units + i) % p.blocks; };
   float sums[Units][N / 2];
 #pragma unroll
-  for (int i = 0; i < Units; ++i) {
+  for (int i = 0; i < Units; ++i)
 #pragma unroll
     for (int j = 0; j < N / 2; ++j) sums[i][j] = 0;
-    keep(sums[i]);
-  }
+  keep(sums);
 
   for_each_tile(p, output.split, [&](const Tile& tile) {
     ring.wait();
@@ -314,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             ldmatrix_x4_transposed(a[s][i], other + r * p.row_elements() + swizzled * kPiece);
           }
         }
-        wgmma_fence();
+        wgmma_fence(a);
 #pragma unroll
         for (int s = 0; s < L::kSteps; ++s)
 #pragma unroll
@@ -328,9 +327,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ring.advance(), formed.advance();
   });
 
+  keep(sums);
 #pragma unroll
   for (int i = 0; i < Units; ++i) {
-    keep(sums[i]);
     if (tap(i) < 0) continue;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

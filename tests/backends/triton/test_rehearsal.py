@@ -27,20 +27,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {f"{case.family} {case.name}": case for case in shapes.ALL}
 
 
-MODES = [*product(("channels_last", "contiguous"), ("frozen", "batch"))]
-
-
 @pytest.mark.parametrize(
-    ("name", "layout", "norm"), [(name, *MODES[i % 4]) for i, name in enumerate(CASES)]
+    ("name", "layout"),
+    [(name, ("channels_last", "contiguous")[i % 2]) for i, name in enumerate(CASES)],
 )
-def test_runs_what_the_call_launches(name: str, layout: str, norm: str) -> None:
-    """Of those that convolve: a check launches less than a hundred kernels, of few positions.
-
-    Each layer in one layout and with one norm, which neighbours of its family have in turn.
-    """
-    problem = of(name, norm, layout) or of(name, "frozen", layout)
-    assert problem is not None
-    for phase in ("forward", "backward"):
+def test_runs_what_the_call_launches(name: str, layout: str) -> None:
+    """Of those that convolve: a check launches less than a hundred kernels, of few positions."""
+    for norm, phase in product(("frozen", "batch"), ("forward", "backward")):
+        problem = of(name, norm, layout)
+        if problem is None:
+            continue
         needed = set(rehearsal.instances(problem, phase))  # type: ignore[arg-type]
         assert len({n.split()[0] for n in needed}) >= 2
         ran = [n for e in rehearsal.rehearse(problem, phase) for n in launched(e)]  # type: ignore[arg-type]
@@ -176,6 +172,6 @@ def test_auto_checks_the_problem_itself(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(quarantine, "checked", lambda r: seen.append((r.like, r.phase)) or "")
     for phase in ("forward", "backward"):
         assert selfcheck.why_broken(backend.BACKEND, problem, phase) is None  # type: ignore[arg-type]
-        more = replace(problem, batch=3 * problem.batch)  # tiles are as whole as before
-        assert selfcheck.why_broken(backend.BACKEND, more, phase) is None  # type: ignore[arg-type]
+        small = replace(problem, batch=1)
+        assert selfcheck.why_broken(backend.BACKEND, small, phase) is None  # type: ignore[arg-type]
     assert seen == [(problem, "forward"), (problem, "backward")]
