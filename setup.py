@@ -33,6 +33,7 @@ UP = Path("../..")  # ROOT from where ninja runs, so that objects serve wherever
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # sm_90a code serves no later chip: PTX of 9.0 does
 # csrc/cuda/hopper is written for it alone, and is launched on nothing else.
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"
+ONE_SOURCE = "-MD -MF $out.d -c $in -o $out"  # as ninja reads it
 VARIABLES = {
     "_C": "FASTST_BUILD_CUDA",
     "_cpu_avx2": "FASTST_BUILD_CPU",
@@ -119,11 +120,17 @@ def architectures_of(source: Path | None = None) -> str:
 
 
 def cuda_rules() -> tuple[str, str, list[Path]]:
-    """How to compile, how to link, and the sources; cudart goes in, libcuda stays out."""
+    """How to compile, how to link, and the sources; cudart goes in, libcuda stays out.
+
+    The PTX that the machine code was made from stays beside each object, for emulator/ptx.
+    """
     nvcc = find_nvcc()
     compile = (
-        f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DFASTST_MODULE=_C "
-        f"-DFASTST_EMULATED=false {includes('csrc', 'csrc/cuda')} -I. $architectures"
+        f"mkdir -p $out.ptx && {nvcc} -std=c++20 -O3 "
+        "-Xcompiler -fPIC,-fvisibility=hidden -DFASTST_MODULE=_C "
+        f"-DFASTST_EMULATED=false {includes('csrc', 'csrc/cuda')} -I. $architectures "
+        f"--keep --keep-dir $out.ptx {ONE_SOURCE} && "
+        "find $out.ptx -type f ! -name '*.ptx' -delete"
     )
     link = f"{nvcc} -shared -cudart static {architectures_of()}"
     return compile, link, [*ROOT.glob("csrc/cuda/**/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")]
@@ -138,7 +145,7 @@ def cpu_rules(name: str) -> tuple[str, str, list[Path]]:
     cxx = find_cxx()
     compile = (
         f"{cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra "
-        f"-DFASTST_MODULE={name} {INSTRUCTIONS[name]} {includes('csrc', 'csrc/cpu')}"
+        f"-DFASTST_MODULE={name} {INSTRUCTIONS[name]} {includes('csrc', 'csrc/cpu')} {ONE_SOURCE}"
     )
     return compile, f"{cxx} -shared -pthread", list(ROOT.glob("csrc/cpu/*.cpp"))
 
@@ -155,7 +162,7 @@ def ninja_file(name: str, output: Path) -> str:
     compile, link, sources = cuda_rules() if name == "_C" else cpu_rules(name)
     lines = [
         "rule compile",
-        f"  command = {compile} -MD -MF $out.d -c $in -o $out",
+        f"  command = {compile}",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

@@ -23,6 +23,7 @@ NVIDIA = ("8", "9", "10")
 STATES = {  # from the best to none: colour, and what it means
     "measured": ("good", "measured: agreed with float64 in a recorded run, with its times"),
     "tested": ("some", "tested: the tests run there"),
+    "executed": ("-plain", "executed: the compiled code, on a CPU; never on the GPU"),
     "emulated": ("-plain", "emulated: compiled, and run in an emulator on a CPU; never on the GPU"),
     "compiled": ("-plain", "compiled: for gfx942 and gfx1100; run nowhere"),
     "untried": ("-plain", "untried: PyTorch's own operators, which should run there"),
@@ -55,6 +56,7 @@ LINES = [
 _FAMILIES: dict[str, Callable[[str], bool]] = {
     "dense pairs, Hopper": lambda what: what.startswith("Hopper"),
     "depthwise pairs": lambda what: "depthwise" in what,
+    "everything else": lambda what: what.startswith(("generic", "parallel")),
 }
 
 
@@ -67,14 +69,22 @@ def hardware(record: Record) -> str:
     return str(machine.get("cpu_capability", "AVX512")).lower()
 
 
+def families(line: Line) -> list[tables.Family]:
+    belongs = _FAMILIES.get(line.what, lambda what: True)
+    return [f for f in FAMILIES if f.backend == line.backend and belongs(f.what)]
+
+
+def executed(line: Line, hardware: str) -> bool:
+    """Whether compiled code of all these kernels was executed for this hardware."""
+    return all(f"{hardware}.0" in tables.executed(f) for f in families(line))
+
+
 def measured(record: Record, line: Line) -> bool:
     """Whether the record has rows of these kernels, and none of them was refused."""
     if record["machine"]["device"] == "cpu":
         rows = [r for r in record["layers"] if line.backend in r.get("ran_on", ())]
         return bool(rows) and not any(r["refused"] for r in rows)
-    belongs = _FAMILIES.get(line.what, lambda what: True)
-    families = [f for f in FAMILIES if f.backend == line.backend and belongs(f.what)]
-    found = [tables.status(record, f) for f in families]
+    found = [tables.status(record, f) for f in families(line)]
     return any("measured" in s for s in found) and not any("refused" in s for s in found)
 
 
@@ -83,6 +93,7 @@ def states(records: dict[str, Record]) -> list[tuple[Line, dict[str, str]]]:
     found = []
     for line in LINES:
         known = {h: line.states.get(h, "no") for h in HARDWARE}
+        known |= {h: "executed" for h, s in known.items() if s == "emulated" and executed(line, h)}
         for record in records.values():
             if known.get(hardware(record), "no") != "no" and measured(record, line):
                 known[hardware(record)] = "measured"

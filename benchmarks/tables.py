@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastst.dispatch import selfcheck
@@ -15,6 +18,9 @@ Row = dict[str, Any]
 Record = dict[str, Any]
 
 NEVER = "never run on a GPU"
+# What was executed as compilers made it, on a CPU (docs/design/executed.md); its runs write it.
+EXECUTED = Path(__file__).parents[1] / "tests/emulator/ptx/executed.json"
+COMPILERS = {"cuda": "nvcc", "triton": "triton"}
 MODES = {
     "inference": "inference, norm folded for all",
     "eval": "inference, batch norm as in the model",
@@ -252,7 +258,6 @@ def cpu_block(record: Record | None) -> str:
         summary(rows, family, "fp32"),
         " ".join(filter(None, (control(rows), refusals(rows), slow_paths(rows)))),
         shapes(rows, family, "fp32", ("eval", "training-bn")),
-        by_family([r for r in rows if r["dtype"] != "fp32"]),
         memory(rows, family, "64-144-64", "fp32"),
         models(record), overhead(record),
     ]  # fmt: skip
@@ -308,17 +313,18 @@ def by_family(rows: list[Row]) -> str:
         "least",
         "of roofline",
     ]
-    return table(head, body) if body else ""
+    return table(head, body)
 
 
 def status_block(records: dict[str, Record]) -> str:
-    """Kernel family × GPU: verified at, measured at, or never run."""
+    """Kernel family × GPU: verified at, measured at, or never run; and where no GPU is needed."""
     names = [r["machine"]["gpu"] for r in records.values()] or ["any GPU"]
     body = []
     for family in FAMILIES:
         cells = [status(r, family) for r in records.values()] or [NEVER]
-        body.append([f"`{family.backend}`", family.what, *cells])
-    return table(["backend", "kernel family", *names], body)
+        ran = ", ".join(executed(family))
+        body.append([f"`{family.backend}`", family.what, ran or "–", *cells])
+    return table(["backend", "kernel family", "compiled code executed on a CPU", *names], body)
 
 
 class Family(NamedTuple):
@@ -360,6 +366,22 @@ FAMILIES = [
     Family("triton", "parallel 4D", lambda r: r["family"].startswith("parallel"),
            ("parallel forward", "parallel backward")),
 ]  # fmt: skip
+
+
+@functools.cache
+def _executed() -> dict[str, Any]:
+    return json.loads(EXECUTED.read_text()) if EXECUTED.exists() else {}
+
+
+def executed(family: Family) -> list[str]:
+    """Compute capabilities for which compiled kernels of a family were executed, and were right."""
+    return sorted({
+        case.split()[0]
+        for compiler, rows in _executed().items()
+        if compiler.startswith(COMPILERS[family.backend])
+        for case, row in rows.items()
+        if family.holds(row)
+    })  # fmt: skip
 
 
 def status(record: Record, family: Family) -> str:

@@ -106,7 +106,7 @@ def _flags(source: Path) -> tuple[str, ...]:
 def _prelude() -> tuple[str, ...]:
     """What includes the prelude, as the compiler has stored it."""
     text = "".join(f"#include <{name}>\n" for name in PRELUDE)
-    files = (f for name in PRELUDE for f in (HERE / name, *_included(HERE / name, CSRC)))
+    files = (f for name in PRELUDE for f in (HERE / name, *included(HERE / name)))
     flags = (*FLAGS, *KERNEL, f"-I{HERE}")
     key = digest(compiler(), text, *(f.read_text() for f in files), *flags)
     header = _written(cache() / key / "prelude.h", text)
@@ -136,7 +136,7 @@ def _written(file: Path, text: str) -> Path:
     return file
 
 
-def _included(source: Path, csrc: Path) -> list[Path]:
+def included(source: Path, csrc: Path = CSRC) -> list[Path]:
     """The headers of ours that a source may include, and those that they may, in a fixed order."""
     found: set[Path] = set()
     left = [source]
@@ -154,7 +154,7 @@ def _included(source: Path, csrc: Path) -> list[Path]:
 
 def _object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
     includes = [f"-I{folder}" for folder in _folders(csrc)]
-    texts = [f.read_text() for f in (source, *_included(source, csrc))]
+    texts = [f.read_text() for f in (source, *included(source, csrc))]
     key = digest(compiler(), *texts, *FLAGS, *flags)
     return _made(key, f"{source.stem}.o", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source))
 

@@ -30,6 +30,8 @@ void copy_async(Warp& w, const Instruction& i, Lanes lanes) {
   Launch& launch = *w.block->cluster->launch;
   Shared& shared = w.block->shared;
   std::vector<Copy> copies;
+  Longs sources, targets;
+  Lanes reading = 0;
   each(lanes, [&](int l) {
     const uint32_t read = i.r.size() > 2 ? w.value(i.r[2], l) : size;
     if (read > size) throw Error("cp.async reads more than it writes");
@@ -43,8 +45,13 @@ void copy_async(Warp& w, const Instruction& i, Lanes lanes) {
     }
     shared.will_write(to.address, size, "cp.async");
     copies.push_back({to.address, read, from});
-    if (launch.count) launch.counters.bytes_read += read;
+    sources[l] = reinterpret_cast<uint64_t>(from), targets[l] = to.address;
+    if (read) reading |= Lanes{1} << l;
   });
+  if (launch.count) {
+    if (reading) launch.counters.of_global(i, reading, sources, size, false);
+    launch.counters.of_shared(i, lanes, targets, size);
+  }
   w.copies.open.push_back([&w, &shared, copies = std::move(copies), size] {
     for (const Copy& copy : copies) {
       if (copy.read) std::memcpy(&shared.bytes[copy.to], copy.from, copy.read);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <sstream>
 
 #include "machine.h"
 
@@ -16,30 +15,6 @@ struct Module {
 };
 
 thread_local std::string said;
-
-std::string as_json(const ptx::Counters& c) {
-  std::ostringstream out;
-  out << "{\"instructions\": " << c.instructions << ", \"bytes_read\": " << c.bytes_read
-      << ", \"bytes_written\": " << c.bytes_written;
-  const char* comma = "";
-  for (const auto& [space, sites] : {std::pair{"global", &c.global}, {"shared", &c.shared}}) {
-    out << ", \"" << space << "\": {";
-    comma = "";
-    for (const auto& [line, site] : *sites) {
-      out << comma << '"' << line << "\": [" << site.requests << ", " << site.parts << ']';
-      comma = ", ";
-    }
-    out << '}';
-  }
-  out << ", \"kinds\": {";
-  comma = "";
-  for (const auto& [name, count] : c.kinds) {
-    out << comma << '"' << name << "\": " << count;
-    comma = ", ";
-  }
-  out << "}}";
-  return out.str();
-}
 
 }  // namespace
 
@@ -103,7 +78,7 @@ PTX_API int ptx_launch(const Module* module, const char* kernel, const uint32_t*
     launch.seed = seed;
     launch.count = counters;
     launch.run();
-    said = counters ? as_json(launch.counters) : "";
+    said = counters ? launch.counters.as_json() : "";
     return 0;
   } catch (const std::exception& error) {
     said = error.what();

@@ -154,7 +154,7 @@ void Warp::merge() {
 
 // Runs until every path waits or has ended.
 void Warp::run() {
-  const Launch& launch = *block->cluster->launch;
+  Launch& launch = *block->cluster->launch;
   const Program& program = *launch.program;
   const bool registers_matter = program.asynchronous_proxy;
   for (;;) {
@@ -218,12 +218,7 @@ void Warp::run() {
       } catch (const Error& error) {
         throw Error(std::string(error.what()) + "\n" + where(*this, i));
       }
-      if (launch.count) {
-        auto& counters = const_cast<Launch&>(launch).counters;
-        ++counters.instructions;
-        const size_t space = i.text.find_first_of(" @") == 0 ? i.text.find(' ') + 1 : 0;
-        ++counters.kinds[i.text.substr(space, i.text.find(' ', space) - space)];
-      }
+      if (launch.count) ++launch.counters.at(i).executed;
       if (!alone) same = false;
     }
   }
@@ -328,73 +323,6 @@ void Cluster::deadlock() const {
 
 // ---- launches
 
-namespace {
-
-uint32_t special(Special which, const Launch& launch, const Block& block, int warp, int lane) {
-  const int thread = warp * kLanes + lane;
-  const auto& b = launch.block;
-  const auto& g = launch.grid;
-  const auto& c = launch.cluster;
-  const Lanes bit = Lanes{1} << lane;
-  switch (which) {
-    case Special::tid_x:
-      return thread % b[0];
-    case Special::tid_y:
-      return thread / b[0] % b[1];
-    case Special::tid_z:
-      return thread / b[0] / b[1];
-    case Special::ntid_x:
-      return b[0];
-    case Special::ntid_y:
-      return b[1];
-    case Special::ntid_z:
-      return b[2];
-    case Special::ctaid_x:
-      return block.id[0];
-    case Special::ctaid_y:
-      return block.id[1];
-    case Special::ctaid_z:
-      return block.id[2];
-    case Special::nctaid_x:
-      return g[0];
-    case Special::nctaid_y:
-      return g[1];
-    case Special::nctaid_z:
-      return g[2];
-    case Special::laneid:
-      return lane;
-    case Special::warpid:
-      return warp;
-    case Special::cluster_ctarank:
-      return block.rank;
-    case Special::cluster_nctarank:
-      return c[0] * c[1] * c[2];
-    case Special::cluster_ctaid_x:
-      return block.id[0] % c[0];
-    case Special::cluster_nctaid_x:
-      return c[0];
-    case Special::clusterid_x:
-      return block.id[0] / c[0];
-    case Special::nclusterid_x:
-      return g[0] / c[0];
-    case Special::clock:
-      return 0;
-    case Special::lanemask_lt:
-      return bit - 1;
-    case Special::lanemask_le:
-      return bit | (bit - 1);
-    case Special::lanemask_eq:
-      return bit;
-    case Special::lanemask_ge:
-      return ~(bit - 1);
-    case Special::lanemask_gt:
-      return ~(bit | (bit - 1));
-  }
-  return 0;
-}
-
-}  // namespace
-
 void Launch::run() {
   const int threads = block[0] * block[1] * block[2];
   if (program->threads && program->threads != threads)
@@ -404,6 +332,7 @@ void Launch::run() {
     throw Error(program->name + " takes " + std::to_string(program->parameter_bytes) +
                 " bytes of parameters, given " + std::to_string(parameters.size()));
   random.seed(seed);
+  counters.program = program, counters.sites.resize(program->code.size());
 
   Warp fresh;
   fresh.p.resize(program->registers[0]);

@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -195,14 +196,22 @@ struct Place {
   uint32_t address;  // shared: in its block
 };
 
+// What a profiler would count, by instruction.
 struct Counters {
-  uint64_t instructions = 0;                   // of warps
-  uint64_t bytes_read = 0, bytes_written = 0;  // of global memory, as asked for
-  struct Site {                                // an instruction that accesses memory
-    uint64_t requests = 0, parts = 0;  // parts: sectors of 32 bytes, or passes over the banks
+  struct Site {
+    uint64_t executed = 0;               // by warps
+    uint64_t requests = 0, sectors = 0;  // of global memory, 32 bytes each
+    uint64_t served = 0, passes = 0;     // 128 bytes of shared memory, and passes over its banks
   };
-  std::map<int, Site> global, shared;     // by line of the PTX
-  std::map<std::string, uint64_t> kinds;  // instructions by class
+  const Program* program = nullptr;
+  std::vector<Site> sites;
+  uint64_t bytes_read = 0, bytes_written = 0;  // of global memory, as asked for
+
+  Site& at(const Instruction& i) { return sites[&i - program->code.data()]; }
+  // An access of `size` bytes a lane.
+  void of_global(const Instruction& i, Lanes lanes, const Longs& at, uint32_t size, bool writes);
+  void of_shared(const Instruction& i, Lanes lanes, const Longs& at, uint32_t size);
+  std::string as_json() const;  // by opcode
 };
 
 struct Launch {
@@ -229,6 +238,11 @@ void check_write(Warp& w, const Place& place, uint32_t size);
 
 // Errors name where they were: called by whoever catches one.
 std::string where(const Warp& warp, const Instruction& i);
+
+// ---- special registers
+
+std::optional<Special> special_of(const std::string& name);
+uint32_t special(Special which, const Launch& launch, const Block& block, int warp, int lane);
 
 // ---- families of instructions; each says what an opcode is, or that it is none of its own
 
@@ -265,7 +279,10 @@ struct Decoder {
 File file_of(const std::string& type);
 int size_of(const std::string& type);
 
+bool moves(Decoder& d);
 bool arithmetic(Decoder& d);
+bool bits(Decoder& d);
+bool comparison(Decoder& d);
 bool conversion(Decoder& d);
 bool control(Decoder& d);
 bool memory(Decoder& d);

@@ -14,10 +14,21 @@ void need_all(Lanes lanes) {
   if (lanes != kAllLanes) throw Error("needs all lanes of the warp");
 }
 
+// Lanes name the rows of `matrices`, 16 bytes each.
+void count_rows(Warp& w, const Instruction& i, int address, int matrices) {
+  Launch& launch = *w.block->cluster->launch;
+  if (!launch.count) return;
+  const Lanes lanes = matrices == 4 ? kAllLanes : (Lanes{1} << 8 * matrices) - 1;
+  Longs at;
+  each(lanes, [&](int l) { at[l] = w.address(i, address, l); });
+  launch.counters.of_shared(i, lanes, at, 16);
+}
+
 // r = registers, address (ldmatrix); number: transposed
 void load_matrices(Warp& w, const Instruction& i, Lanes lanes) {
   need_all(lanes);
   const int count = i.writes;
+  count_rows(w, i, count, count);
   for (int m = 0; m < count; ++m) {
     uint16_t rows[8][8];
     for (int row = 0; row < 8; ++row) {
@@ -39,6 +50,7 @@ void load_matrices(Warp& w, const Instruction& i, Lanes lanes) {
 // r = address, registers
 void store_matrices(Warp& w, const Instruction& i, Lanes lanes) {
   need_all(lanes);
+  count_rows(w, i, 0, static_cast<int>(i.r.size()) - 1);
   for (size_t m = 0; m + 1 < i.r.size(); ++m) {
     uint16_t rows[8][8];
     const Words& a = w.words(i, static_cast<int>(m) + 1);

@@ -1,7 +1,6 @@
-// Loads, stores and atomics, and what they cost: sectors of global memory, passes over banks.
+// Loads, stores and atomics.
 #include <algorithm>
 #include <cstring>
-#include <set>
 
 #include "numbers.h"
 
@@ -46,39 +45,12 @@ struct Access {
   uint32_t size() const { return element * count; }
 };
 
-// Sectors of 32 bytes that lanes touch; of shared memory: words of the busiest bank, as the chip
-// serves 128 bytes at once.
-void count(Warp& w, const Instruction& i, const Access& access, Lanes lanes,
-           const std::array<uint64_t, kLanes>& at) {
+void count(Warp& w, const Instruction& i, const Access& access, Lanes lanes, const Longs& at) {
   Launch& launch = *w.block->cluster->launch;
   if (!launch.count) return;
-  Counters& counters = launch.counters;
   const uint64_t window = at[__builtin_ctz(lanes)] & kWindow;
-  if (window != kSharedWindow && window != 0) return;
-  auto& site = (window ? counters.shared : counters.global)[i.line];
-  if (window == kSharedWindow) {
-    const int at_once = std::max<int>(1, 128 / static_cast<int>(std::max(access.size(), 4u)));
-    for (int from = 0; from < kLanes; from += at_once) {
-      std::set<uint64_t> words;
-      for (int l = from; l < std::min(from + at_once, kLanes); ++l)
-        if (lanes >> l & 1)
-          for (uint32_t b = 0; b < access.size(); b += 4) words.insert((at[l] + b) / 4);
-      if (words.empty()) continue;
-      std::array<int, 32> banks{};
-      for (const uint64_t word : words) ++banks[word % 32];
-      ++site.requests;
-      site.parts += *std::max_element(banks.begin(), banks.end());
-    }
-  } else {
-    std::set<uint64_t> sectors;
-    each(lanes, [&](int l) {
-      for (uint64_t s = at[l] / 32; s <= (at[l] + access.size() - 1) / 32; ++s) sectors.insert(s);
-    });
-    ++site.requests;
-    site.parts += sectors.size();
-    (i.writes ? counters.bytes_read : counters.bytes_written) +=
-        uint64_t{access.size()} * __builtin_popcount(lanes);
-  }
+  if (window == kSharedWindow) launch.counters.of_shared(i, lanes, at, access.size());
+  if (window == 0) launch.counters.of_global(i, lanes, at, access.size(), !i.writes);
 }
 
 uint64_t element_of(const uint8_t* bytes, const Access& access) {
@@ -92,7 +64,7 @@ uint64_t element_of(const uint8_t* bytes, const Access& access) {
 void load(Warp& w, const Instruction& i, Lanes lanes) {
   const Access access(i);
   Launch& launch = *w.block->cluster->launch;
-  std::array<uint64_t, kLanes> at;
+  Longs at;
   each(lanes, [&](int l) {
     at[l] = w.address(i, i.writes, l);
     if (!(at[l] & kWindow)) at[l] |= access.window;
@@ -109,7 +81,7 @@ void load(Warp& w, const Instruction& i, Lanes lanes) {
 void store(Warp& w, const Instruction& i, Lanes lanes) {
   const Access access(i);
   Launch& launch = *w.block->cluster->launch;
-  std::array<uint64_t, kLanes> at;
+  Longs at;
   each(lanes, [&](int l) {
     at[l] = w.address(i, 0, l);
     if (!(at[l] & kWindow)) at[l] |= access.window;

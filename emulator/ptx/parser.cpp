@@ -1,121 +1,16 @@
-// PTX text to programs: tokens, declarations with their scopes, and instructions that the families
-// of instructions decode.
+// PTX text to programs: declarations with their scopes, and instructions that the families of
+// instructions decode.
 #include <algorithm>
 #include <cctype>
 #include <cstring>
 #include <optional>
 
 #include "machine.h"
+#include "tokens.h"
 
 namespace ptx {
 
 namespace {
-
-struct Token {
-  std::string text;
-  int line;
-};
-
-[[noreturn]] void fail(int line, const std::string& what) {
-  throw Error("PTX line " + std::to_string(line) + ": " + what);
-}
-
-std::vector<Token> tokens_of(const std::string& text) {
-  std::vector<Token> tokens;
-  int line = 1;
-  const auto part_of_name = [](char c) {
-    return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '.' ||
-           c == '%';
-  };
-  for (size_t at = 0; at < text.size();) {
-    const char c = text[at];
-    if (c == '\n') ++line;
-    if (std::isspace(static_cast<unsigned char>(c))) {
-      ++at;
-    } else if (text.compare(at, 2, "//") == 0) {
-      at = std::min(text.find('\n', at), text.size());
-    } else if (text.compare(at, 2, "/*") == 0) {
-      const size_t end = std::min(text.find("*/", at), text.size() - 2) + 2;
-      for (; at < end; ++at) line += text[at] == '\n';
-    } else if (c == '"') {
-      const size_t end = text.find('"', at + 1);
-      tokens.push_back({text.substr(at, end - at + 1), line});
-      at = end + 1;
-    } else if (part_of_name(c) ||
-               (c == '-' && std::isdigit(static_cast<unsigned char>(text[at + 1])))) {
-      size_t end = at + 1;
-      while (end < text.size()) {
-        if (part_of_name(text[end]))
-          ++end;
-        else if (text.compare(end, 2, "::") == 0)
-          end += 2;
-        else
-          break;
-      }
-      tokens.push_back({text.substr(at, end - at), line});
-      at = end;
-    } else {
-      tokens.push_back({std::string(1, c), line});
-      ++at;
-    }
-  }
-  tokens.push_back({"", line});
-  return tokens;
-}
-
-uint64_t number_of(const std::string& text) {
-  if (text.size() == 10 && (text.compare(0, 2, "0f") == 0 || text.compare(0, 2, "0F") == 0))
-    return std::stoull(text.substr(2), nullptr, 16);
-  if (text.size() == 18 && (text.compare(0, 2, "0d") == 0 || text.compare(0, 2, "0D") == 0))
-    return std::stoull(text.substr(2), nullptr, 16);
-  if (text[0] == '-') return static_cast<uint64_t>(std::stoll(text, nullptr, 0));
-  return std::stoull(text, nullptr, 0);  // a U behind it is skipped
-}
-
-bool is_number(const std::string& text) {
-  return std::isdigit(static_cast<unsigned char>(text[0])) ||
-         (text[0] == '-' && text.size() > 1 && std::isdigit(static_cast<unsigned char>(text[1])));
-}
-
-const std::map<std::string, Special> kSpecials{
-    {"%tid.x", Special::tid_x},
-    {"%tid.y", Special::tid_y},
-    {"%tid.z", Special::tid_z},
-    {"%ntid.x", Special::ntid_x},
-    {"%ntid.y", Special::ntid_y},
-    {"%ntid.z", Special::ntid_z},
-    {"%ctaid.x", Special::ctaid_x},
-    {"%ctaid.y", Special::ctaid_y},
-    {"%ctaid.z", Special::ctaid_z},
-    {"%nctaid.x", Special::nctaid_x},
-    {"%nctaid.y", Special::nctaid_y},
-    {"%nctaid.z", Special::nctaid_z},
-    {"%laneid", Special::laneid},
-    {"%warpid", Special::warpid},
-    {"%cluster_ctarank", Special::cluster_ctarank},
-    {"%cluster_nctarank", Special::cluster_nctarank},
-    {"%cluster_ctaid.x", Special::cluster_ctaid_x},
-    {"%cluster_nctaid.x", Special::cluster_nctaid_x},
-    {"%clusterid.x", Special::clusterid_x},
-    {"%nclusterid.x", Special::nclusterid_x},
-    {"%clock", Special::clock},
-    {"%lanemask_lt", Special::lanemask_lt},
-    {"%lanemask_le", Special::lanemask_le},
-    {"%lanemask_eq", Special::lanemask_eq},
-    {"%lanemask_ge", Special::lanemask_ge},
-    {"%lanemask_gt", Special::lanemask_gt},
-};
-
-std::vector<std::string> split(const std::string& opcode) {
-  std::vector<std::string> parts;
-  size_t from = 0;
-  while (from <= opcode.size()) {
-    const size_t to = std::min(opcode.find('.', from), opcode.size());
-    parts.push_back(opcode.substr(from, to - from));
-    from = to + 1;
-  }
-  return parts;
-}
 
 // Names of the module, which every kernel of it sees.
 struct Module {
@@ -163,8 +58,8 @@ class Parser final : public Decoder {
     if (operand.kind != Operand::name) fail(line_, "expected a register or a number");
     if (operand.text == "_") return constant(0, file);
     if (operand.text == "WARP_SZ") return constant(kLanes, file);
-    if (const auto special = kSpecials.find(operand.text); special != kSpecials.end())
-      return special_register(special->first, special->second);
+    if (const auto special = special_of(operand.text))
+      return special_register(operand.text, *special);
     if (const auto r = find_register(operand.text)) return *r;
     return constant(symbol_or_number(operand), file);
   }
@@ -465,6 +360,7 @@ class Parser final : public Decoder {
       word = take();
     }
     made.text += word;
+    made.name = word;
     name = split(word);
     operands.clear();
     while (peek() != ";") {
@@ -479,8 +375,8 @@ class Parser final : public Decoder {
     } else if (name[0] == "ret" || name[0] == "exit") {
       made.flow = Flow::exit;
     } else {
-      for (const auto family :
-           {arithmetic, conversion, control, memory, matrix, warpgroup, asynchronous})
+      for (const auto family : {moves, arithmetic, bits, comparison, conversion, control, memory,
+                                matrix, warpgroup, asynchronous})
         if (family(*this)) break;
       if (!made.run) unknown();
     }
@@ -559,61 +455,5 @@ class Parser final : public Decoder {
 }  // namespace
 
 std::map<std::string, Program> parse(const std::string& text) { return Parser(text).all(); }
-
-// ---- what the families use
-
-File file_of(const std::string& type) {
-  if (type == "pred") return File::predicate;
-  return size_of(type) == 8 ? File::b64 : File::b32;
-}
-
-int size_of(const std::string& type) {
-  if (type == "bf16x2" || type == "f16x2" || type == "tf32") return 4;
-  if (type == "bf16") return 2;
-  const size_t digits = type.find_first_of("0123456789");
-  if (digits == std::string::npos || digits == 0) throw Error("no such type: ." + type);
-  return std::stoi(type.substr(digits)) / 8;
-}
-
-bool Decoder::has(const char* part) const {
-  return std::find(name.begin(), name.end(), part) != name.end();
-}
-
-void Decoder::write(int operand, File file) {
-  i->r.push_back(destination(operands.at(operand), file));
-  check(file);
-  ++i->writes;
-}
-
-// Conversions, loads and stores take wider registers than their type; nothing else does.
-void Decoder::check(File file) const {
-  const bool wider = name[0] == "cvt" || name[0] == "ld" || name[0] == "st";
-  if (!wider && i->r.back().file != file) unknown("a register of another size");
-}
-
-void Decoder::read(int operand, File file) {
-  const Operand& o = operands.at(operand);
-  if (o.kind == Operand::list) {
-    for (const Operand& part : o.inner) {
-      i->r.push_back(source(part, file));
-      check(file);
-    }
-  } else {
-    i->r.push_back(source(o, file));
-    check(file);
-  }
-}
-
-void Decoder::address(int operand, int which, File base) {
-  const Operand& o = operands.at(operand);
-  if (o.kind != Operand::address) unknown("expected an address");
-  i->offset[which] = static_cast<int64_t>(o.value);
-  i->r.push_back(source(o.inner.at(0), base));
-}
-
-void Decoder::unknown(const std::string& what) const {
-  throw Error("PTX line " + std::to_string(i->line) + ": unknown instruction: " + i->text +
-              (what.empty() ? "" : " (" + what + ")"));
-}
 
 }  // namespace ptx

@@ -52,7 +52,7 @@ struct Instruction {
   uint32_t target = 0;              // of a branch
   int line = 0;                     // in the PTX
   uint32_t source = 0;              // into Program::sources
-  std::string text;
+  std::string name, text;           // its opcode; with its operands
 };
 
 struct Parameter {

@@ -1,7 +1,7 @@
 // A CUDA runtime whose device is the machine of this folder: what nvcc's host code calls of it.
 //
-// nvcc registers each kernel by its symbol and the PTX that it lies in; launches go to Python,
-// which runs them. Tensor maps are encoded as the machine reads them.
+// nvcc's code registers each kernel by its symbol; launches go to Python, which runs them. Tensor
+// maps are encoded as the machine reads them.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -15,52 +15,22 @@
 
 namespace {
 
-// Told the kernel, its module's PTX, grid, block and cluster, shared bytes, and the address of each
-// argument; returns the error, or null.
-using Executor = const char* (*)(const char* kernel, const char* ptx, const uint32_t* dims,
-                                 uint64_t shared, void** arguments);
+// Told the kernel, grid, block and cluster, shared bytes, and the address of each argument; returns
+// the error, or null.
+using Executor = const char* (*)(const char* kernel, const uint32_t* dims, uint64_t shared,
+                                 void** arguments);
 Executor executor = nullptr;
 std::string said;
 cudaError_t last = cudaSuccess;
 
-struct Binary {
-  std::string ptx;
-};
-std::deque<Binary>& binaries() {
-  static std::deque<Binary> all;
-  return all;
-}
-struct Kernel {
-  const Binary* binary;
-  std::string name;
-};
-std::map<const void*, Kernel>& kernels() {
-  static std::map<const void*, Kernel> all;
+std::map<const void*, std::string>& kernels() {
+  static std::map<const void*, std::string> all;
   return all;
 }
 
 cudaError_t failed(const std::string& what) {
   said = what;
   return last = cudaErrorLaunchFailure;
-}
-
-// The PTX of a fat binary: a header of 16 bytes, then parts with a header each.
-std::string ptx_of(const char* fat) {
-  uint16_t header;
-  uint64_t size;
-  std::memcpy(&header, fat + 6, sizeof header);
-  std::memcpy(&size, fat + 8, sizeof size);
-  for (const char* at = fat + header; at < fat + header + size;) {
-    uint16_t kind;
-    uint32_t part_header;
-    uint64_t part;
-    std::memcpy(&kind, at, sizeof kind);
-    std::memcpy(&part_header, at + 4, sizeof part_header);
-    std::memcpy(&part, at + 8, sizeof part);
-    if (kind == 1) return {at + part_header, strnlen(at + part_header, part)};
-    at += part_header + part;
-  }
-  return "";
 }
 
 CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
@@ -94,17 +64,12 @@ extern "C" {
 
 __attribute__((visibility("default"))) void executed_by(Executor given) { executor = given; }
 
-void** __cudaRegisterFatBinary(void* wrapper) {
-  const char* fat;
-  std::memcpy(&fat, static_cast<char*>(wrapper) + 8, sizeof fat);
-  binaries().push_back({ptx_of(fat)});
-  return reinterpret_cast<void**>(&binaries().back());
-}
+void** __cudaRegisterFatBinary(void* wrapper) { return static_cast<void**>(wrapper); }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void** binary, const char* host, char*, const char* name, int, void*,
-                            void*, void*, void*, int*) {
-  kernels()[host] = {reinterpret_cast<const Binary*>(binary), name};
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*,
+                            void*, void*, int*) {
+  kernels()[host] = name;
 }
 
 // Launches of ours go through cudaLaunchKernelEx: these are named by nvcc's stubs only.
@@ -134,9 +99,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   for (unsigned n = 0; n < config->numAttrs; ++n)
     if (config->attrs[n].id == cudaLaunchAttributeClusterDimension)
       dims[6] = config->attrs[n].val.clusterDim.x;
-  const auto& [binary, name] = found->second;
-  const char* error =
-      executor(name.c_str(), binary->ptx.c_str(), dims, config->dynamicSmemBytes, arguments);
+  const char* error = executor(found->second.c_str(), dims, config->dynamicSmemBytes, arguments);
   return error ? failed(error) : cudaSuccess;
 }
 

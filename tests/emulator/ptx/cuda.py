@@ -1,132 +1,199 @@
-"""Execute what nvcc makes of the CUDA library's kernels, and hold the results to the rule.
+"""Execute the PTX of the CUDA library's kernels, and hold the results to the rule.
 
-    python -m tests.emulator.ptx.cuda                              every case
-    python -m tests.emulator.ptx.cuda --only temporal --seed 3     one, with warps in another order
+The library must have been built here (python setup.py build_ext --inplace):
 
-nvcc compiles a source when a kernel of it is first asked for, once for the same sources.
+    python -m tests.emulator.ptx.cuda                               every case on 8.0 and 9.0
+    python -m tests.emulator.ptx.cuda --only "9.0 stem" --seed 3    warps in another order
+    python -m tests.emulator.ptx.cuda --instances                   every kernel that ships
+    python -m tests.emulator.ptx.cuda --plant "no wgmma fence"      a fault that must be seen
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 os.environ["FASTST_CUDA_EMULATE"] = "1"
 
 import torch
 
-from emulator.ptx.cuda import executing
-from emulator.ptx.machine import Error
-from fastst.backends.cuda import library
-from tests.support import fuzz
-from tests.support.fuzz import Config
+from emulator.ptx import cuda as machine
+from emulator.ptx.executed import Executed
+from fastst.backends import cuda
+from fastst.backends.cuda import examples, hopper, library
+from fastst.dispatch import selfcheck
+from tests.emulator.ptx.driver import Driver, Plant, everywhere, record
+from tests.static import cuda as static
+from tests.support.fuzz import NAMES, Config, Limits
 
-BF16, HALF, DOUBLE = torch.bfloat16, torch.float16, torch.float64
+BF16, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DENSE = {
     "batch": 1, "channels": 64, "mid": 72, "out": 64, "size": (4, 8, 8),
     "x_layout": "channels_last", "grad_layout": "channels_last",
 }  # fmt: skip
-# The case, whether backward runs as well, and a name that one of the kernels must have.
-CASES: dict[str, tuple[Config, bool, str]] = {
-    "generic": (Config(dtype=HALF, norm="batch", channels=5), True, "tap_conv"),
-    "generic float64": (Config(dtype=DOUBLE, norm="batch"), True, "tap_conv"),
-    "depthwise": (
-        Config(
-            dtype=BF16, channels=16, mid=16, out=16, groups=(16, 16), norm="frozen",
-            x_layout="channels_last",
-        ),
-        True,
-        "depthwise",
+INFERENCE = {"constant": NAMES}
+CASES = {
+    "generic": Config(dtype=HALF, norm="batch", channels=5),
+    "generic bfloat16": Config(dtype=BF16, norm="frozen", residual=True, activation="silu"),
+    "generic float32": Config(dtype=SINGLE, norm="batch"),
+    "generic float64": Config(dtype=DOUBLE, norm="batch"),
+    "parallel": Config(
+        dtype=BF16, op="parallel_conv2plus1d", mid=8, out=8, branch_activation="relu"
     ),
-    "forward": (Config(dtype=BF16, norm="batch", **DENSE), False, "hopper_temporal"),
-    "forward half": (
-        Config(dtype=HALF, norm="frozen", activation="silu", residual=True, **DENSE), False,
-        "hopper_spatial",
+    "parallel half": Config(
+        dtype=HALF, op="parallel_conv2plus1d", mid=8, out=8, combine="cat", **INFERENCE
     ),
-    "stride": (
-        Config(dtype=BF16, norm="none", stride=(2, 2, 2), **DENSE), False, "hopper_spatial",
+    "depthwise": Config(
+        dtype=BF16, channels=16, mid=16, out=16, groups=(16, 16), norm="frozen",
+        x_layout="channels_last",
     ),
-    "backward": (Config(dtype=BF16, norm="batch", **DENSE), True, "hopper_weight_gradient"),
-    "stem": (
-        Config(
-            dtype=BF16, norm="batch", batch=1, channels=3, mid=45, out=64, kernel=(3, 7, 7),
-            stride=(1, 2, 2), padding=(1, 3, 3), size=(4, 16, 16),
-        ),
-        False,
-        "hopper_stem",
+    "forward": Config(dtype=BF16, norm="batch", **DENSE, **INFERENCE),
+    "forward half": Config(
+        dtype=HALF, norm="frozen", activation="silu", residual=True, **DENSE, **INFERENCE
+    ),
+    "deep": Config(dtype=BF16, **{**DENSE, "channels": 256, "mid": 48}, **INFERENCE),
+    "stride": Config(dtype=BF16, norm="none", stride=(2, 2, 2), **DENSE, **INFERENCE),
+    "backward": Config(dtype=BF16, norm="batch", **DENSE),
+    "stem": Config(
+        dtype=BF16, norm="batch", batch=1, channels=3, mid=45, out=64, kernel=(3, 7, 7),
+        stride=(1, 2, 2), padding=(1, 3, 3), size=(4, 16, 16), **INFERENCE,
     ),
 }  # fmt: skip
-# Faults in compiled code, and the error that must tell them.
-PLANTS: dict[str, tuple[str, Callable[[str], str], str]] = {
-    "no wgmma fence": (
-        "forward", lambda text: text.replace("wgmma.fence.sync.aligned;", ""), "wgmma.fence",
+NUMBERS = {"8.0": "80", "9.0": "90a"}
+WGMMA_A = r"(?s)(wgmma\.fence\.sync\.aligned;)((?:(?!wgmma\.fence).)*?\}, \{(%r\d+), )"
+PLANTS = {
+    "no wgmma fence": Plant(
+        "9.0 forward", everywhere(r"wgmma\.fence\.sync\.aligned;", ""), "wgmma.fence",
     ),
-    "products not waited for": (
-        "forward",
-        lambda text: re.sub(r"(wgmma\.wait_group\.sync\.aligned) \d+", r"\1 7", text),
-        "under way",
+    "operand written behind the fence": Plant(
+        "9.0 forward", everywhere(WGMMA_A, r"\1 xor.b32 \3, \3, 0; \2"), "wgmma.fence",
     ),
-    "too few bytes expected": (
-        "forward",
-        lambda text: text.replace("mbarrier.arrive.expect_tx.shared::cta.b64",
-                                  "mbarrier.arrive.shared::cta.b64"),
+    "operand written in flight": Plant(
+        "9.0 forward",
+        everywhere(r"(?s)(\}, \{(%r\d+), %r\d+, %r\d+, %r\d+\}, %rd\d+, p(?:(?!mma_async).)*?"
+                   r"wgmma\.commit_group\.sync\.aligned;)", r"\1 xor.b32 \2, \2, 0;"),
+        "a wgmma under way will read",
+    ),
+    "operands off by one": Plant(
+        "9.0 forward",
+        everywhere(r"\}, \{(%r\d+), (%r\d+), (%r\d+), (%r\d+)\}, %rd",
+                   r"}, {\2, \3, \4, \1}, %rd"),
+        "error",
+    ),
+    "no proxy fence": Plant(
+        "9.0 backward", everywhere(r"fence\.proxy\.async[^;]*;", ""), "fence.proxy.async",
+    ),
+    "products not waited for": Plant(
+        "9.0 forward",
+        everywhere(r"(wgmma\.wait_group\.sync\.aligned) \d+", r"\1 7"), "under way",
+    ),
+    "stage released early": Plant(
+        "9.0 deep", everywhere(r"(wgmma\.wait_group\.sync\.aligned) 1", r"\1 2"),
+        "still to be read by a product",
+    ),
+    "too few bytes expected": Plant(
+        "9.0 forward",
+        everywhere(r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64",
+                   "mbarrier.arrive.shared::cta.b64"),
         "deadlock|arrivals|under way|nothing has written",
     ),
 }  # fmt: skip
 
 
-def run(case: str, seed: int = 0, plant: Callable[[str], str] | None = None) -> list[str]:
-    """Execute a case; returns the kernels that ran.
+@functools.cache
+def readable(kernel: str) -> str:
+    return static.names([kernel])[kernel]
 
-    Raises:
-        AssertionError: the results are wrong, or another kernel ran than was meant.
-        Error: what the machine found.
-    """
-    config, backward, kernel = CASES[case]
+
+@contextlib.contextmanager
+def serving(arch: str) -> Iterator[Executed]:
+    """Within, the CUDA backend takes CPU tensors and the PTX of its kernels is executed."""
     with (
-        executing() as (module, executed),
+        machine.executing(NUMBERS[arch], readable) as (module, executed),
         mock.patch.object(library, "emulated", lambda: module),
+        mock.patch.object(hopper, "emulating", lambda: arch == "9.0"),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: (8, 0)),
     ):
-        executed.seed = seed
-        if plant is not None:
-            executed.plant = plant
-        fuzz.hold(config, "cuda", backward=backward)
-    assert any(kernel in name for name in executed.kernels), executed.kernels
-    return executed.kernels
+        yield executed
 
 
-def planted(name: str) -> str | None:
-    """Returns what is wrong with how a fault was seen, or None."""
-    case, plant, telling = PLANTS[name]
-    try:
-        run(case, plant=plant)
-    except (AssertionError, Error, RuntimeError) as error:
-        return None if re.search(telling, str(error)) else f"told otherwise: {error}"
-    return "not seen"
+def compiler() -> str:
+    """nvcc and its version, as the PTX says."""
+    file, *_ = next(iter(machine.kernels("80").values()))
+    found = re.search(r"Cuda compilation tools, release ([\d.]+)", file.read_text())
+    return f"nvcc {found[1] if found else 'of an unknown version'}"
+
+
+def instances(arch: str, executed: Executed, pattern: str, keep: bool) -> int:
+    """Run calls of the self-check, each twice, in two orders of warps; how many are wrong."""
+    wrong, cpu = 0, torch.device("cpu")
+    for dtype in (BF16, HALF, SINGLE):
+        for kind in examples.kinds(cpu, dtype):
+            if kind.startswith("hopper") and arch != "9.0":
+                continue
+            for example in examples.examples(cuda.CALLS, kind, dtype, cpu):
+                name = f"{arch} {example.name} in {str(dtype).removeprefix('torch.')}"
+                if not re.search(pattern, name):
+                    continue
+                begun = time.process_time()
+
+                def run(problem: Any, tensors: Any, run: Any = example.run) -> Any:
+                    executed.seed += 1
+                    return run(problem, tensors)
+
+                executed.kernels.clear()
+                why = selfcheck.check(cuda.BACKEND, [example._replace(run=run)], cpu, dtype)
+                wrong += why is not None
+                if why is None and keep:
+                    found = {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "family": "depthwise" if kind.startswith("depthwise") else "dense",
+                        "mode": "training" if kind.endswith("backward") else "inference",
+                        "kernels": sorted(set(executed.kernels)),
+                    }
+                    record(DRIVER.compiler, name, found)
+                took = time.process_time() - begun
+                print(f"{name}: {why or 'right'}, {took:.1f} s", flush=True)
+    return wrong
+
+
+LIMITS = {
+    "8.0": Limits(channels=20, frames=4, space=7, work=100_000),
+    "9.0": Limits(
+        frames=4, space=9, work=2_000_000, dtypes=(BF16, HALF),
+        fixed={
+            "op": "conv2plus1d", "order": "spatial-first", "kernel": (3, 3, 3), "padding": 1,
+            "dilation": (1, 1, 1), "groups": (1, 1), "padding_mode": ("zeros", "zeros"),
+            "causal": False, "x_layout": "channels_last", "grad_layout": "channels_last",
+        },
+        accept=lambda c: all(n % 8 == 0 for n in (c.channels, c.mid, c.out)),
+    ),
+}  # fmt: skip
+RUNS = [f"8.0 {case}" for case in list(CASES)[:7]] + [f"9.0 {case}" for case in CASES]
+DRIVER = Driver("cuda", compiler(), CASES, RUNS, LIMITS, PLANTS, serving)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", help="cases by name")
-    parser.add_argument("--plant", action="append", default=[], help="faults by name")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of warps and copies")
+    parser = DRIVER.parser(__doc__)
+    parser.add_argument(
+        "--instances", nargs="?", const="", metavar="PATTERN",
+        help="calls of the self-check, which run every kernel that ships; those of a name",
+    )  # fmt: skip
     args = parser.parse_args()
+    if args.instances is None:
+        return DRIVER.main(args)
     torch.set_num_threads(1)
     wrong = 0
-    for name in args.plant:
-        said = planted(name)
-        print(f"planted {name}: {said or 'seen'}", flush=True)
-        wrong += said is not None
-    for name in args.only or ([] if args.plant else CASES):
-        try:
-            print(f"{name}: {', '.join(run(name, args.seed))}", flush=True)
-        except (AssertionError, Error, RuntimeError) as error:
-            wrong += 1
-            print(f"{name}: {error}", flush=True)
+    for arch in NUMBERS:
+        with serving(arch) as executed:
+            wrong += instances(arch, executed, args.instances, args.record)
     return min(wrong, 1)
 
 

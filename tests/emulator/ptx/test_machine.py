@@ -249,7 +249,8 @@ def test_counters() -> None:
         HEAD
         + LOAD
         + "  shl.b32 %r6, %r1, 7;\n  mov.u32 %r5, dynamic;\n  add.s32 %r6, %r5, %r6;\n"
-        + "  st.shared.b32 [%r6], %r2;\n  ret;\n}\n"
+        + "  st.shared.b32 [%r6], %r2;\n"
+        + "  stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r6], {%r2, %r2, %r3, %r3};\n  ret;\n}\n"
     )
     a = np.zeros(64, np.uint32)
     counted = module.launch(
@@ -257,7 +258,8 @@ def test_counters() -> None:
         [Memory(a.ctypes.data, a.nbytes)], shared=4096, count=True,
     )  # fmt: skip
     assert counted["bytes_read"] == 256 and counted["bytes_written"] == 0
-    assert counted["kinds"]["ld.global.b32"] == 2
-    for requests, sectors in counted["global"].values():
-        assert requests == 1 and sectors in (4, 5)  # 5 where the array begins within a sector
-    assert list(counted["shared"].values()) == [[1, 32]]
+    assert counted["instructions"]["ld.global.b32"] == 2
+    ((requests, sectors),) = counted["global"].values()
+    assert requests == 2 and sectors in (8, 10)  # 10 where the array begins within a sector
+    rows = "stmatrix.sync.aligned.m8n8.x4.shared.b16"  # 8 rows of 16 bytes, all in the same banks
+    assert counted["shared"] == {"st.shared.b32": [1, 32], rows: [4, 32]}

@@ -4,20 +4,19 @@ A process of its own: Triton decides when it is imported whether it interprets. 
 are those of the fuzz, forward and every gradient, against float64:
 
     python -m tests.emulator.ptx.triton                           every case on 8.0 and 9.0
-    python -m tests.emulator.ptx.triton --fuzz 20 --arch 9.0      random configurations as well
+    python -m tests.emulator.ptx.triton --only "9.0 .*"           those on 9.0
+    python -m tests.emulator.ptx.triton --fuzz 20                 random configurations
     python -m tests.emulator.ptx.triton --count FILE              what a profiler would count
+    python -m tests.emulator.ptx.triton --plant "no barriers"     a fault that must be seen
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -30,12 +29,10 @@ import torch
 import triton
 
 from emulator.ptx.executed import Executed
-from emulator.ptx.machine import Error
 from emulator.ptx.triton import executing
 from fastst.backends.triton import launch
-from tests.emulator.ptx import EXECUTED
-from tests.support import fuzz
-from tests.support.fuzz import Config, ConvConfig
+from tests.emulator.ptx.driver import Driver, Plant, everywhere
+from tests.support.fuzz import Config, ConvConfig, Limits
 
 BF16, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CHANNELS_LAST = {"x_layout": "channels_last"}
@@ -89,9 +86,11 @@ CASES: dict[str, Config | ConvConfig] = {
 
 
 @contextlib.contextmanager
-def serving(capability: tuple[int, int]) -> Iterator[Executed]:
+def serving(arch: str) -> Iterator[Executed]:
     """Within, the Triton backend takes CPU tensors and its compiled kernels are executed."""
     launch.kernels()
+    major, minor = map(int, arch.split("."))
+    capability = major, minor
     with (
         executing(capability) as executed,
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # what a CPU tensor is asked for
@@ -103,118 +102,43 @@ def serving(capability: tuple[int, int]) -> Iterator[Executed]:
         yield executed
 
 
-def nth(pattern: str, replacement: str) -> Callable[[str], str]:
-    """Change what a pattern finds in a kernel, everywhere."""
-    return lambda text: re.sub(pattern, replacement, text)
-
-
-# A fault in compiled code, and the error that must tell it.
-PLANTS: dict[str, tuple[str, str, Callable[[str], str], str]] = {
-    "no proxy fence": (
-        "64-144-64", "9.0", nth(r"\tfence\.proxy\.async[^;]*;", "\t"), "fence.proxy.async",
+PLANTS = {
+    "no proxy fence": Plant(
+        "9.0 64-144-64", everywhere(r"\tfence\.proxy\.async[^;]*;", "\t"), "fence.proxy.async",
     ),
-    "no wgmma fence": (
-        "64-144-64", "9.0", nth(r"\twgmma\.fence\.sync\.aligned;", "\t"), "wgmma.fence",
+    "no wgmma fence": Plant(
+        "9.0 64-144-64", everywhere(r"\twgmma\.fence\.sync\.aligned;", "\t"), "wgmma.fence",
     ),
-    "products not waited for": (
-        "64-144-64", "9.0", nth(r"wgmma\.wait_group\.sync\.aligned (\d+)",
+    "products not waited for": Plant(
+        "9.0 64-144-64", everywhere(r"wgmma\.wait_group\.sync\.aligned (\d+)",
                                 "wgmma.wait_group.sync.aligned 7"),
         "under way",
     ),
-    "copies not waited for": (
-        "64-144-64", "8.0", nth(r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7"),
+    "copies not waited for": Plant(
+        "8.0 64-144-64", everywhere(r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7"),
         "copy under way",
     ),
-    "no barriers": ("small", "8.0", nth(r"\tbar\.sync[^;]*;", "\t"), "nothing has written|error"),
-    "operands exchanged": (
-        "small", "8.0",
-        nth(r"(mma\.sync.*?\{.*?\},\s*\{) ?(%r\d+), (%r\d+)", r"\1 \3, \2"), "error",
+    "no barriers": Plant(
+        "8.0 small", everywhere(r"\tbar\.sync[^;]*;", "\t"), "nothing has written|error"
     ),
-    "one word beyond": (
-        "small", "8.0", nth(r"(st\.global\.b16 \[ ?%rd\d+ ?\+ ?)0", r"\g<1>99999998"),
+    "operands exchanged": Plant(
+        "8.0 small",
+        everywhere(r"(mma\.sync.*?\{.*?\},\s*\{) ?(%r\d+), (%r\d+)", r"\1 \3, \2"), "error",
+    ),
+    "one word beyond": Plant(
+        "8.0 small", everywhere(r"(st\.global\.b16 \[ ?%rd\d+ ?\+ ?)0", r"\g<1>99999998"),
         "outside of every tensor",
     ),
 }  # fmt: skip
 
 
-def planted(name: str) -> str | None:
-    """Run a kernel with a fault in it; returns what is wrong with how it was seen, or None."""
-    case, arch, plant, telling = PLANTS[name]
-    major, minor = arch.split(".")
-    with serving((int(major), int(minor))) as executed:
-        executed.plant = plant
-        try:
-            fuzz.hold(CASES[case], "triton", device="cpu")
-        except (Error, AssertionError) as error:
-            return None if re.search(telling, str(error)) else f"told otherwise: {error}"
-    return "not seen"
-
-
-def counts(executed: Executed) -> list[dict[str, object]]:
-    """A row for each kernel that ran: what a profiler would count.
-
-    sectors: of 32 bytes, for each request of a warp to global memory; passes: over the banks, for
-    each request to shared memory, 1 where there are no conflicts.
-    """
-    rows = []
-    for name, counted in executed.counted:
-        kinds = counted["kinds"]
-        products = sum(n for kind, n in kinds.items() if re.match(r"(wg)?mma\.(mma_|sync)", kind))
-        row = {"kernel": name, "instructions": counted["instructions"], "products": products}
-        row |= {key: counted[key] for key in ("bytes_read", "bytes_written")}
-        for key, space in (("sectors", "global"), ("passes", "shared")):
-            requests, parts = (sum(s[n] for s in counted[space].values()) for n in (0, 1))
-            row[key] = round(parts / requests, 2) if requests else None
-        rows.append(row)
-    return rows
-
-
-def write(path: Path, rows: dict[str, list[dict[str, object]]]) -> None:
-    """A table with a line for each kernel."""
-    lines = [
-        f'  "{case}": [\n   ' + ",\n   ".join(json.dumps(row) for row in kernels) + "\n  ]"
-        for case, kernels in rows.items()
-    ]
-    head = f'{{\n "triton": "{triton.__version__}",\n "rows": {{\n'
-    path.write_text(head + ",\n".join(lines) + "\n }\n}\n")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", action="append", help="compute capabilities; default 8.0 and 9.0")
-    parser.add_argument("--only", action="append", help="cases by name")
-    parser.add_argument("--plant", action="append", default=[], help="faults by name")
-    parser.add_argument("--count", metavar="FILE", help="write what was counted, as JSON")
-    parser.add_argument("--fuzz", type=int, default=0, help="random configurations as well")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    wrong, table = 0, {}
-    for name in args.plant:
-        said = planted(name)
-        print(f"planted {name}: {said or 'seen'}", flush=True)
-        wrong += said is not None
-    for arch in args.arch or EXECUTED:
-        only = args.only or ([] if args.plant else EXECUTED[arch] if args.count else CASES)
-        major, minor = arch.split(".")
-        with serving((int(major), int(minor))) as executed:
-            executed.count = args.count is not None
-            for name in only:
-                try:
-                    fuzz.hold(CASES[name], "triton", device="cpu")
-                    print(f"{arch} {name}: {len(executed.kernels)} kernels", flush=True)
-                except (Error, AssertionError) as error:
-                    wrong += 1
-                    print(f"{arch} {name}: {error}", flush=True)
-                if args.count:
-                    table[f"{arch} {name}"] = counts(executed)
-                executed.kernels.clear()
-                executed.counted.clear()
-            if args.fuzz:
-                fuzz.fuzz("triton", args.fuzz)
-    if args.count:
-        write(Path(args.count), table)
-    return min(wrong, 1)
+SMALL = Limits(channels=20, frames=4, space=7, work=100_000)
+DRIVER = Driver(
+    "triton", f"triton {triton.__version__}", CASES,
+    [f"{arch} {case}" for arch in ("8.0", "9.0") for case in CASES],
+    {"8.0": SMALL, "9.0": SMALL}, PLANTS, serving,
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(DRIVER.main(DRIVER.parser(__doc__).parse_args()))
