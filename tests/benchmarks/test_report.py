@@ -294,7 +294,7 @@ def test_headline_says_what_no_gpu_has_run() -> None:
     assert re.search(r"\*\*No GPU has run\*\* .*`cuda` depthwise pair", gpu)
 
 
-def test_coverage_follows_the_records() -> None:
+def test_coverage_follows_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     def state(records: dict[str, Any], backend: str, hardware: str) -> set[str]:
         return {s[hardware] for line, s in coverage.states(records) if line.backend == backend}
 
@@ -311,6 +311,8 @@ def test_coverage_follows_the_records() -> None:
     gpu = record("some-gpu")
     assert state({"gpu": gpu}, "triton", "9") == {"measured"}
     assert state({"gpu": gpu}, "triton", "8") == {"emulated"}
+    assert state({"gpu": gpu}, "cuda", "9") == {"executed"}
+    monkeypatch.setattr(tables, "_executed", dict)
     assert state({"gpu": gpu}, "cuda", "9") == {"emulated"}
     assert "measured" in " ".join(texts(coverage.picture({"gpu": gpu})))
 
