@@ -167,6 +167,18 @@ def run_length(x: Tensor, y: Tensor) -> int:
     return math.gcd(16, y.shape[4]) if contiguous else 1
 
 
+def dense(*tensors: Tensor | None) -> bool:
+    """Whether positions of all these lie one after another, at the distance of columns."""
+    for t in tensors:
+        if t is not None:
+            apart = t.stride(4)
+            for axis in (4, 3, 2, 0):
+                if t.shape[axis] > 1 and t.stride(axis) != apart:
+                    return False
+                apart *= t.shape[axis]
+    return True
+
+
 def uses_tensor_cores(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 or (dtype == torch.float32 and launch.tf32_allowed())
 

@@ -68,6 +68,7 @@ def input_gradient(
     if not config.flat:
         dy = arguments.channels_last(dy)
     packed = pack(Weight.transposed(weight, groups), channels, config)
+    tiles_n = packed.shape[-1] // config.columns
     dy_args, dy_align = arguments.operand(dy, channels)
     dx_args, dx_align = arguments.operand(dx, stored)
     tiles = -(-count // config.block_p) * math.prod(classes)
@@ -77,14 +78,16 @@ def input_gradient(
     run = arguments.run_length(dy, dx) if classes[2] == 1 else 1
     launch.run(
         launch.kernels().input_gradient.input_gradient,
-        (tiles * groups * (packed.shape[-1] // config.columns),), config,
-        *dy_args, channels, groups, packed, packed.shape[-1],
-        *dx_args, in_channels, stored, u, u_scale, u_shift, mean, partial,
+        (tiles * groups * tiles_n,), config,
+        *dy_args, channels, groups, packed, packed.shape[-1], tiles_n,
+        *dx_args, in_channels, None if stored == in_channels else stored,
+        u, u_scale, u_shift, mean, partial,
         arguments.grid(grid, run), count,
         TAPS=arguments.transposed_taps(p, classes), FLAT=channels if config.flat else 0,
         CLASSES=classes, Y_ALIGN=dy_align, X_ALIGN=dx_align,
-        RUN=run, WIDE=arguments.wide(count), SCALED=scaled, ACTIVATION=activation, SLOPE=slope,
-        **arguments.tiling(config),
+        RUN=run, WIDE=arguments.wide(count), WHOLE=sums and count % config.block_p == 0,
+        DENSE=classes == (1, 1, 1) and arguments.dense(dx),
+        SCALED=scaled, ACTIVATION=activation, SLOPE=slope, **arguments.tiling(config),
         **arguments.arithmetic(dy.dtype),
     )  # fmt: skip
     return partial

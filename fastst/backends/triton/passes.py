@@ -116,16 +116,19 @@ def conv_pass(
         past = None if past is None else arguments.channels_last(past)
     stored = y.shape[1] if groups == 1 else out_channels
     packed = pack(laid_out, channels, config)
+    tiles_n = packed.shape[-1] // config.columns
     x_args, x_align = arguments.sources(x, past, channels)
     end, y_align = arguments.results(y, residual, stored, store)
     tiles, partial = partials(config.block_p)
     run = arguments.run_length(x, y)
     launch.run(
-        kernels.tap_conv.tap_conv, (tiles * groups * (packed.shape[-1] // config.columns),), config,
-        *x_args, channels, groups, packed, packed.shape[-1],
-        scale, shift, partial, *end, arguments.grid(y.shape[2:], run), out_channels, stored, count,
+        kernels.tap_conv.tap_conv, (tiles * groups * tiles_n,), config,
+        *x_args, channels, groups, packed, packed.shape[-1], tiles_n,
+        scale, shift, partial, *end, arguments.grid(y.shape[2:], run), out_channels,
+        None if stored == out_channels else stored, count,
         TAPS=arguments.taps(p), FLAT=channels if config.flat else 0, X_ALIGN=x_align,
-        Y_ALIGN=y_align, RUN=run, **common, **arguments.tiling(config),
+        Y_ALIGN=y_align, RUN=run, WHOLE=statistics and count % config.block_p == 0,
+        DENSE=arguments.dense(y, residual), **common, **arguments.tiling(config),
         **arguments.arithmetic(x.dtype),
     )  # fmt: skip
     return partial, config.block_p

@@ -1,9 +1,10 @@
 """Small problems that run the very kernels of a large one: what the self-check compares.
 
 Triton compiles a kernel anew for every tile configuration, for what is known of each integer
-(that it is 1, or a multiple of 16) and for which tensors there are. So what the check of a problem
-compiles then serves its call, and a problem of other sizes with the same instances needs no check.
-Which ones a problem has its own host code tells, on tensors without memory.
+(that it is 1, or a multiple of 16), for which tensors there are, and for tiles that are all whole.
+So what the check of a problem compiles then serves its call, and a problem of other sizes with the
+same instances needs no check. Which ones a problem has its own host code tells, on tensors without
+memory.
 """
 
 from __future__ import annotations
@@ -137,15 +138,20 @@ def _smaller(problem: Problem) -> Iterator[Smaller]:
     for passes, least_size in (
         (_few_channels(problem), size), (problem.passes, size), (problem.passes, problem.size),
     ):  # fmt: skip
-        yield passes, _clips(problem, least_size), least_size
+        for clips in _clips(problem, least_size):
+            yield passes, clips, least_size
     yield problem.passes, problem.batch, problem.size
 
 
-def _clips(problem: Problem, size: tuple[int, int, int]) -> int:
-    """On a GPU so many that its multiprocessors go through several waves of tiles."""
+def _clips(problem: Problem, size: tuple[int, int, int]) -> tuple[int, ...]:
+    """On a GPU so many that its multiprocessors go through several waves of tiles.
+
+    The compiler is told whether all tiles are whole, of up to 128 positions: so many, or not.
+    """
     if problem.device.type != "cuda":
-        return min(problem.batch, 2)
-    return max(1, min(POSITIONS, problem.batch * math.prod(problem.size)) // math.prod(size))
+        return (min(problem.batch, 2),)
+    n = max(1, min(POSITIONS, problem.batch * math.prod(problem.size)) // math.prod(size))
+    return n // 128 * 128 or n, n | 1
 
 
 def _few_channels(problem: Problem) -> tuple[Pass, ...]:

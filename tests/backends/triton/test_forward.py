@@ -445,9 +445,14 @@ MUTANTS = {
     "a tap that reads beyond the end": (
         "common", "< size.to(tl.uint32)", "<= size.to(tl.uint32)"),
     "statistics count rows that are not there": (
-        "tap_conv", "away = tl.where(ok, acc - mean[None, :], 0.0)", "away = acc - mean[None, :]"),
-    "one row too many": ("tap_conv", "row_ok = p < count", "row_ok = p <= count"),
-    "padding channels stay unwritten": ("tap_conv", "n < stored, y_ptr", "n < channels, y_ptr"),
+        "common", "away = tl.where(ok, x - mean, 0.0)", "away = x - mean"),
+    "statistics merged without their distance": (
+        "common", "m2 + other_m2 + step * step * (n * share)", "m2 + other_m2"),
+    "one row too many": (
+        "tap_conv", "tl.minimum(count - start, BLOCK_P)", "tl.minimum(count - start + 1, BLOCK_P)"),
+    "rows one after another that are not": ("common", "if DENSE:", "if True:"),
+    "padding channels stay unwritten": (
+        "tap_conv", "channels if stored is None else stored", "channels"),
     "second column block repeats the first": (
         "tap_conv", "width + BLOCK_N + tl.arange", "width + tl.arange"),
     "kernel height and width change places": (
@@ -475,7 +480,7 @@ MUTANTS = {
     "a walk keeps every frame": ("walk", "index % STRIDE == 0", "index >= 0"),
     "a walk forgets dilation": ("walk", "across * SECOND.dilation[2]", "across"),
     "residual after the activation": (
-        "tap_conv", "acc = activate(acc, ACTIVATION, SLOPE)\n    if y", "if y"),
+        "tap_conv", "acc = activate(acc, ACTIVATION, SLOPE)\n    if stored", "if stored"),
     "weights packed with rows and columns exchanged": (
         "pack", "tap // kw % kh,\n        tap % kw,", "tap % kh,\n        tap // kh % kw,"),
 }  # fmt: skip
@@ -484,7 +489,7 @@ MUTANTS = {
 def check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     test_nothing_is_written_outside(1)
     base = Config(size=(3, 5, 4), batch=1)
-    wide = replace(base, mid=40, channels=17)
+    wide = replace(base, mid=72, channels=17)
     forward(replace(wide, norm="batch", kernel=(3, 3, 2), padding=(1, 1, 1)))
     forward(replace(base, padding_mode=("reflect", "reflect"), activation="gelu_tanh"))
     forward(replace(base, dtype=torch.float16, norm="frozen"))

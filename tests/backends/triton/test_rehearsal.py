@@ -172,6 +172,6 @@ def test_auto_checks_the_problem_itself(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(quarantine, "checked", lambda r: seen.append((r.like, r.phase)) or "")
     for phase in ("forward", "backward"):
         assert selfcheck.why_broken(backend.BACKEND, problem, phase) is None  # type: ignore[arg-type]
-        small = replace(problem, batch=1)
-        assert selfcheck.why_broken(backend.BACKEND, small, phase) is None  # type: ignore[arg-type]
+        more = replace(problem, batch=3 * problem.batch)  # tiles are as whole as before
+        assert selfcheck.why_broken(backend.BACKEND, more, phase) is None  # type: ignore[arg-type]
     assert seen == [(problem, "forward"), (problem, "backward")]

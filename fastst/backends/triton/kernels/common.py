@@ -149,6 +149,16 @@ def positions(p, grid, RUN: tl.constexpr):
 
 
 @triton.jit
+def written_positions(p, grid, RUN: tl.constexpr, DENSE: tl.constexpr):
+    """``positions``; of DENSE ones, which lie one after another, as if all were of one row."""
+    if DENSE:
+        position = (p * 0, p * 0, p * 0, p)
+    else:
+        position = positions(p, grid, RUN)
+    return position
+
+
+@triton.jit
 def source(i, size, MODE: tl.constexpr):
     """The index that a padded index reads, and whether it reads at all."""
     if MODE == "replicate":
@@ -276,6 +286,13 @@ def row_offsets(position, strides, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def tile_offsets(position, channel, strides, ALIGN: tl.constexpr):
+    """int64 offsets of channels (C,) of positions: their shape, and C."""
+    rows = tl.expand_dims(row_offsets(position, strides, ALIGN), -1)
+    return rows + channel.to(tl.int64) * strides[1]
+
+
+@triton.jit
 def columns(position):
     """(n, t, h, w) of (BLOCK_P,) each as (BLOCK_P, 1)."""
     return position[0][:, None], position[1][:, None], position[2][:, None], position[3][:, None]
@@ -301,6 +318,90 @@ def read_du(
             v = tl.where(ok, v, 0.0)
         du = narrow(v, du.dtype, EMULATE)
     return du
+
+
+# Columns from which on a thread has the same of 16 rows in every sixteenth. Triton 3.6 shares the
+# first of three dimensions among warps.
+_MANY = tl.constexpr(1 << 30 if triton.__version__.startswith("3.6.") else 64)
+
+
+@triton.jit
+def tile_rows(BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a tile as (BLOCK_P/16, 16), for sums over the first dimension without an exchange.
+
+    Of few columns they are (BLOCK_P,).
+    """
+    if COLUMNS < _MANY:
+        row = tl.arange(0, BLOCK_P)
+    else:
+        row = tl.arange(0, BLOCK_P // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    return row
+
+
+@triton.jit
+def by_rows(acc):
+    """(BLOCK_P, columns) with rows as of ``tile_rows``."""
+    P: tl.constexpr = acc.shape[0]
+    C: tl.constexpr = acc.shape[1]
+    if C >= _MANY:
+        acc = tl.reshape(acc, (P // 16, 16, C))
+    return acc
+
+
+@triton.jit
+def halves(x):
+    """The upper and the lower half of (R, C)."""
+    R: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    return tl.split(tl.permute(tl.reshape(x, (2, R // 2, C)), (1, 2, 0)))
+
+
+@triton.jit
+def column_sums(x):
+    """(C,) sums over the rows of (P, C) or of (P/16, 16, C).
+
+    Warps exchange what is left by halves: up to Triton 3.7, its own reduction would ask a bank of
+    shared memory for the columns of 16 threads at once.
+    """
+    C: tl.constexpr = x.shape[-1]
+    x = tl.sum(x, 0)
+    if len(x.shape) == 2:
+        for _ in tl.static_range(4):
+            a, b = halves(x)
+            x = a + b
+        x = tl.reshape(x, (C,))
+    return x
+
+
+@triton.jit
+def merged(mean, m2, rows):
+    """Half as many (R, C) of both, by Chan's formula; those of a tile's rows r, r + R, …"""
+    R: tl.constexpr = mean.shape[0] // 2
+    left = rows + (R - 1) - tl.arange(0, R)[:, None]
+    n, more = ((left + R) // (2 * R)).to(mean.dtype), (left // (2 * R)).to(mean.dtype)
+    mean, other = halves(mean)
+    m2, other_m2 = halves(m2)
+    step = other - mean
+    share = more / tl.maximum(n + more, 1.0)
+    return mean + step * share, m2 + other_m2 + step * step * (n * share)
+
+
+@triton.jit
+def column_moments(x, row_ok, rows):
+    """(mean, M2), each (C,), of the first ``rows`` rows of (P, C) or of (P/16, 16, C)."""
+    C: tl.constexpr = x.shape[-1]
+    ok = tl.expand_dims(row_ok, -1)
+    n = rows
+    if len(x.shape) == 3:
+        n = tl.maximum((rows + 15 - tl.arange(0, 16)[:, None]) // 16, 1)
+    mean = tl.sum(tl.where(ok, x, 0.0), 0) / n.to(x.dtype)
+    away = tl.where(ok, x - mean, 0.0)
+    m2 = tl.sum(away * away, 0)
+    if len(x.shape) == 3:
+        for _ in tl.static_range(4):
+            mean, m2 = merged(mean, m2, rows)
+        mean, m2 = tl.reshape(mean, (C,)), tl.reshape(m2, (C,))
+    return mean, m2
 
 
 @triton.jit

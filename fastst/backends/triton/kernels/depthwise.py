@@ -97,7 +97,7 @@ def direct_conv(
     if partial_ptr is not None:
         partial_ptr += tile_p.to(tl.int64) * 2 * out_channels
     finish(
-        acc, n, 0, out_channels, out_channels, out_channels, out_scale_ptr, out_shift_ptr,
+        acc, n, 0, out_channels, out_channels, None, out_scale_ptr, out_shift_ptr,
         partial_ptr, residual_ptr, residual_strides, y_ptr, y_strides, position, row_ok,
         tl.minimum(count - start, BLOCK_P), INNER, ACTIVATION, SLOPE, Y_ALIGN, EMULATE,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def direct_pair(
         output = step - (TAPS - 1)
         at, kept = walked(position, residue + output * SECOND.dilation[AXIS], SECOND, AXIS)
         finish(
-            sums[0], n, 0, out_channels, 0, out_channels, None, bias_ptr, None, residual_ptr,
+            sums[0], n, 0, out_channels, 0, None, None, bias_ptr, None, residual_ptr,
             residual_strides, y_ptr, y_strides, at, row_ok & kept & (output >= first), BLOCK_P,
             "none", OUTER, SLOPE, Y_ALIGN, EMULATE,
         )  # fmt: skip

@@ -17,26 +17,33 @@ import triton.language as tl
 
 from .common import (
     activate_gradient,
+    by_rows,
+    column_sums,
     grid_of,
     image_positions,
-    positions,
-    row_offsets,
     size_of,
     strides_of,
+    tile_offsets,
+    tile_rows,
+    written_positions,
 )
 from .tap_conv import accumulate, reduction_rows, store, tile_positions
 
 
 @triton.jit
 def class_tile(
-    tile, grid, size, count,
+    tile, row, grid, size, count,
     CLASSES: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Positions of a tile of one residue class, which of them exist, and the residues."""
+    """Positions of rows of a tile of one residue class, which of them exist, and the residues."""
     tiles = (count + BLOCK_P - 1) // BLOCK_P
-    _, p = tile_positions(tile % tiles, BLOCK_P, WIDE)
+    start, _ = tile_positions(tile % tiles, BLOCK_P, WIDE)
+    p = start + row
     row_ok = p < count
-    sample, t, h, w = positions(p, grid, RUN)
+    if WHOLE:
+        row_ok = row < BLOCK_P
+    sample, t, h, w = written_positions(p, grid, RUN, DENSE)
     index = tile // tiles
     residue = (
         index // (CLASSES[1] * CLASSES[2]), index // CLASSES[2] % CLASSES[1], index % CLASSES[2],
@@ -102,8 +109,8 @@ def gather(
 
 @triton.jit
 def finish_gradient(
-    acc, n,  # dz: (BLOCK_P, columns), and channels within the group
-    group, channels, all_channels, stored,  # of a group; of all; how many of n are written
+    acc, n,  # dz: (rows, columns), and channels within the group
+    group, channels, all_channels, stored,  # as of ``tap_conv.finish``
     u_ptr, scale_ptr, shift_ptr,  # u with the strides of dv, or None; of the norm, or None
     mean_ptr,  # (all_channels,), or None
     partial_ptr,  # (2, all_channels) of this tile, or None
@@ -117,42 +124,42 @@ def finish_gradient(
     """
     n_ok = n < channels
     # ALIGN divides both numbers: multiplied by it, the mask is seen to be one of whole vectors.
-    stored = stored // ALIGN * ALIGN
+    there = n < (channels if stored is None else stored) // ALIGN * ALIGN
     channel = group * channels // ALIGN * ALIGN + n
-    ok = row_ok[:, None] & n_ok[None, :]
     if u_ptr is not None:
-        offsets = row_offsets(position, dv_strides, ALIGN)[:, None]
-        offsets = offsets + channel.to(tl.int64)[None, :] * dv_strides[1]
-        u = tl.load(u_ptr + offsets, mask=row_ok[:, None] & (n < stored)[None, :], other=0.0)
-        u = u.to(acc.dtype)
+        offsets = tile_offsets(position, channel, dv_strides, ALIGN)
+        ok = tl.expand_dims(row_ok, -1) & there
+        u = tl.load(u_ptr + offsets, mask=ok, other=0.0).to(acc.dtype)
         v = u
         if scale_ptr is not None:
-            v = v * tl.load(scale_ptr + channel, mask=n_ok, other=0.0)[None, :]
-            v = v + tl.load(shift_ptr + channel, mask=n_ok, other=0.0)[None, :]
+            v = v * tl.load(scale_ptr + channel, mask=n_ok, other=0.0)
+            v = v + tl.load(shift_ptr + channel, mask=n_ok, other=0.0)
         acc = activate_gradient(acc, v, ACTIVATION, SLOPE)
-    acc = tl.where(ok, acc, 0.0)
+    if stored is not None:
+        acc = tl.where(n_ok, acc, 0.0)
     if partial_ptr is not None:
-        tl.store(partial_ptr + channel, tl.sum(acc, 0), mask=n_ok)
+        acc = tl.where(tl.expand_dims(row_ok, -1), acc, 0.0)
+        tl.store(partial_ptr + channel, column_sums(acc), mask=n_ok)
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)
-            away = tl.where(ok, u - mean[None, :], 0.0)
-            tl.store(partial_ptr + all_channels + channel, tl.sum(acc * away, 0), mask=n_ok)
+            tl.store(partial_ptr + all_channels + channel, column_sums(acc * (u - mean)), mask=n_ok)
     if SCALED:
-        acc = acc * tl.load(scale_ptr + channel, mask=n_ok, other=0.0)[None, :]
-    store(acc, channel, n < stored, dv_ptr, dv_strides, position, row_ok, ALIGN, EMULATE)
+        acc = acc * tl.load(scale_ptr + channel, mask=n_ok, other=0.0)
+    store(acc, channel, there, dv_ptr, dv_strides, position, row_ok, ALIGN, EMULATE)
 
 
 @triton.jit(do_not_specialize=["count"])
 def input_gradient(
     dy_ptr, dy_strides, dy_size,  # (N, K, T', H', W'); size (T', H', W')
     channels, groups,  # channels of a group of dy
-    w_ptr, width,  # (groups, reduction, width)
+    w_ptr, width, tiles_n,  # (groups, reduction, width), of so many tiles
     dx_ptr, dx_strides, dx_size,  # (N, C, T, H, W)
-    dx_channels, dx_stored,  # of a group; of it stored: more than it has are zeros
+    dx_channels, dx_stored,  # of a group; ``tap_conv.finish``
     u_ptr, scale_ptr, shift_ptr, mean_ptr, partial_ptr,  # ``finish_gradient``; or None
     grid, count,  # (T, H, W) of one residue class, and its positions: N·T·H·W
     TAPS: tl.constexpr, FLAT: tl.constexpr, CLASSES: tl.constexpr,  # classes along each axis
     Y_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, DENSE: tl.constexpr,  # as of ``tap_conv``
     SCALED: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -160,14 +167,15 @@ def input_gradient(
     """dx, or dv with its sums. Programs of one tile of positions are neighbours."""
     dy_strides, dy_size = strides_of(dy_strides), size_of(dy_size)
     dx_strides, dx_size = strides_of(dx_strides), size_of(dx_size)
-    tiles_n = width // (BLOCK_N + REST_N)
+    grid = grid_of(grid)
     pid = tl.program_id(0)
     tile = pid // (tiles_n * groups)
     group = pid // tiles_n % groups
     first = pid % tiles_n * (BLOCK_N + REST_N)
     position, row_ok, residue = class_tile(
-        tile, grid_of(grid), dx_size, count, CLASSES, RUN, BLOCK_P, WIDE
-    )
+        tile, tl.arange(0, BLOCK_P), grid, dx_size, count, CLASSES, RUN, BLOCK_P, WIDE, WHOLE,
+        False,
+    )  # fmt: skip
     acc, rest = gather(
         tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE),
         tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
@@ -179,16 +187,22 @@ def input_gradient(
     all_channels = groups * dx_channels
     if partial_ptr is not None:
         partial_ptr += tile.to(tl.int64) * 2 * all_channels
-    n = first + tl.arange(0, BLOCK_N)
+    position, row_ok, _ = class_tile(
+        tile, tile_rows(BLOCK_P, BLOCK_N), grid, dx_size, count, CLASSES, RUN, BLOCK_P, WIDE,
+        WHOLE, DENSE,
+    )  # fmt: skip
     finish_gradient(
-        acc, n, group, dx_channels, all_channels, dx_stored, u_ptr, scale_ptr, shift_ptr, mean_ptr,
-        partial_ptr, dx_ptr, dx_strides, position, row_ok, SCALED, ACTIVATION, SLOPE, X_ALIGN,
-        EMULATE,
+        by_rows(acc), first + tl.arange(0, BLOCK_N), group, dx_channels, all_channels, dx_stored,
+        u_ptr, scale_ptr, shift_ptr, mean_ptr, partial_ptr, dx_ptr, dx_strides, position, row_ok,
+        SCALED, ACTIVATION, SLOPE, X_ALIGN, EMULATE,
     )  # fmt: skip
     if REST_N > 0:
-        n = first + BLOCK_N + tl.arange(0, REST_N)
+        position, row_ok, _ = class_tile(
+            tile, tile_rows(BLOCK_P, REST_N), grid, dx_size, count, CLASSES, RUN, BLOCK_P, WIDE,
+            WHOLE, DENSE,
+        )  # fmt: skip
         finish_gradient(
-            rest, n, group, dx_channels, all_channels, dx_stored, u_ptr, scale_ptr, shift_ptr,
-            mean_ptr, partial_ptr, dx_ptr, dx_strides, position, row_ok, SCALED, ACTIVATION, SLOPE,
-            X_ALIGN, EMULATE,
+            by_rows(rest), first + BLOCK_N + tl.arange(0, REST_N), group, dx_channels, all_channels,
+            dx_stored, u_ptr, scale_ptr, shift_ptr, mean_ptr, partial_ptr, dx_ptr, dx_strides,
+            position, row_ok, SCALED, ACTIVATION, SLOPE, X_ALIGN, EMULATE,
         )  # fmt: skip

@@ -125,7 +125,7 @@ def pair_conv(
         output = step - (TAPS - 1)
         at, kept = walked(position, residue + output * SECOND.dilation[AXIS], SECOND, AXIS)
         finish(
-            sums[0], tl.arange(0, BLOCK_N), group, out_channels, 0, out_channels, None, bias_ptr,
+            sums[0], tl.arange(0, BLOCK_N), group, out_channels, 0, None, None, bias_ptr,
             None, residual_ptr, residual_strides, y_ptr, y_strides, at,
             row_ok & kept & (output >= first), BLOCK_P, "none", OUTER, SLOPE, Y_ALIGN, EMULATE,
         )  # fmt: skip

@@ -232,8 +232,9 @@ def parallel_input_gradient(
     dx_strides, dx_size, dy_size = strides_of(dx_strides), size_of(dx_size), size_of(dy_size)
     tile, part, first = part_tile(tl.program_id(0), tiles_n, parts, BLOCK_N + REST_N)
     position, row_ok, residue = class_tile(
-        tile, grid_of(grid), dx_size, count, CLASSES, RUN, BLOCK_P, WIDE
-    )
+        tile, tl.arange(0, BLOCK_P), grid_of(grid), dx_size, count, CLASSES, RUN, BLOCK_P, WIDE,
+        False, False,
+    )  # fmt: skip
     acc = tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE)
     rest = tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE)
     acc, rest = gather_branch(
@@ -248,13 +249,13 @@ def parallel_input_gradient(
     )  # fmt: skip
     all_channels = parts * per_part
     finish_gradient(
-        acc, first + tl.arange(0, BLOCK_N), part, per_part, all_channels, per_part, None, None,
+        acc, first + tl.arange(0, BLOCK_N), part, per_part, all_channels, None, None, None,
         None, None, None, dx_ptr, dx_strides, position, row_ok, False, "none", 0.0, X_ALIGN,
         EMULATE,
     )  # fmt: skip
     if REST_N > 0:
         finish_gradient(
-            rest, first + BLOCK_N + tl.arange(0, REST_N), part, per_part, all_channels, per_part,
+            rest, first + BLOCK_N + tl.arange(0, REST_N), part, per_part, all_channels, None,
             None, None, None, None, None, dx_ptr, dx_strides, position, row_ok, False, "none", 0.0,
             X_ALIGN, EMULATE,
         )  # fmt: skip

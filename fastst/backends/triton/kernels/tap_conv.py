@@ -16,6 +16,8 @@ import triton.language as tl
 from .common import (
     activate,
     below,
+    by_rows,
+    column_moments,
     columns,
     grid_of,
     narrow,
@@ -27,6 +29,9 @@ from .common import (
     strides_of,
     tap_position,
     tap_start,
+    tile_offsets,
+    tile_rows,
+    written_positions,
 )
 
 
@@ -275,16 +280,27 @@ def store(
     Y_ALIGN: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """A tile of y, narrowed to its dtype."""
-    offsets = row_offsets(position, y_strides, Y_ALIGN)[:, None]
-    offsets = offsets + channel.to(tl.int64)[None, :] * y_strides[1]
+    offsets = tile_offsets(position, channel, y_strides, Y_ALIGN)
     v = narrow(v, y_ptr.dtype.element_ty, EMULATE)
-    tl.store(y_ptr + offsets, v, mask=row_ok[:, None] & channel_ok[None, :])
+    tl.store(y_ptr + offsets, v, mask=tl.expand_dims(row_ok, -1) & channel_ok)
+
+
+@triton.jit
+def as_stored(acc, ptr, offsets):
+    """acc, but in the layout in which it will be written.
+
+    The compiler keeps the layout of products, in which sums over rows are dear, through all
+    arithmetic up to the store, unless a load comes in: this one is of nothing, and ends there.
+    """
+    never = (offsets < 0) & (offsets >= 0)
+    return tl.where(never, tl.load(ptr + offsets, mask=never, other=0.0).to(acc.dtype), acc)
 
 
 @triton.jit
 def finish(
-    acc, n,  # (BLOCK_P, columns) and (columns,): channel within the group
-    group, channels, all_channels, stored,  # of a group; of all; how many of n are written
+    acc, n,  # (rows, columns) and (columns,): channel within the group
+    group, channels, all_channels,  # of a group; of all
+    stored,  # how many of n are written: those beyond channels are zeros; None: as many
     scale_ptr, shift_ptr,  # (all_channels,), or None
     partial_ptr,  # (2, all_channels) of this tile, or None
     residual_ptr, residual_strides,  # like y, or None
@@ -293,30 +309,35 @@ def finish(
     INNER: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, Y_ALIGN: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """y = ACTIVATION(INNER(acc·scale + shift) + residual), and (mean, M2) per channel before it."""
+    """y = ACTIVATION(INNER(acc·scale + shift) + residual), and (mean, M2) per channel before it.
+
+    Rows have one dimension, or two: ``tile_rows``.
+    """
     n_ok = n < channels
     # Y_ALIGN divides both numbers: multiplied by it, the mask is seen to be one of whole vectors.
-    stored = stored // Y_ALIGN * Y_ALIGN
+    there = n < (channels if stored is None else stored) // Y_ALIGN * Y_ALIGN
     channel = group * channels // Y_ALIGN * Y_ALIGN + n
+    if partial_ptr is not None and len(acc.shape) == 3:
+        offsets = tile_offsets(position, channel, y_strides, Y_ALIGN)
+        acc = as_stored(acc, partial_ptr if y_ptr is None else y_ptr, offsets)
     if scale_ptr is not None:
-        acc = acc * tl.load(scale_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)[None, :]
+        acc = acc * tl.load(scale_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)
     if shift_ptr is not None:
-        acc = acc + tl.load(shift_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)[None, :]
+        acc = acc + tl.load(shift_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)
     if partial_ptr is not None:
-        ok = row_ok[:, None] & n_ok[None, :]
-        mean = tl.sum(tl.where(ok, acc, 0.0), 0) / rows.to(acc.dtype)
-        away = tl.where(ok, acc - mean[None, :], 0.0)
+        mean, m2 = column_moments(acc, row_ok, rows)
         tl.store(partial_ptr + channel, mean, mask=n_ok)
-        tl.store(partial_ptr + all_channels + channel, tl.sum(away * away, 0), mask=n_ok)
-    acc = tl.where(n_ok[None, :], activate(acc, INNER, SLOPE), 0.0)  # also where 0·inf is no number
+        tl.store(partial_ptr + all_channels + channel, m2, mask=n_ok)
+    acc = activate(acc, INNER, SLOPE)
     if residual_ptr is not None:
-        offsets = row_offsets(position, residual_strides, Y_ALIGN)[:, None]
-        offsets = offsets + channel.to(tl.int64)[None, :] * residual_strides[1]
-        ok = row_ok[:, None] & n_ok[None, :]
+        offsets = tile_offsets(position, channel, residual_strides, Y_ALIGN)
+        ok = tl.expand_dims(row_ok, -1) & n_ok
         acc += tl.load(residual_ptr + offsets, mask=ok, other=0.0).to(acc.dtype)
     acc = activate(acc, ACTIVATION, SLOPE)
+    if stored is not None:
+        acc = tl.where(n_ok, acc, 0.0)  # also where 0·inf is no number
     if y_ptr is not None:
-        store(acc, channel, n < stored, y_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
+        store(acc, channel, there, y_ptr, y_strides, position, row_ok, Y_ALIGN, EMULATE)
 
 
 @triton.jit
@@ -333,15 +354,16 @@ def tap_conv(
     x_ptr, x_strides, x_size,  # (N, C, T, H, W); size (T, H, W), with the frames before
     past_ptr, past_strides, past_size,  # frames before x, or None
     channels, groups,  # channels of a group
-    w_ptr, width,  # (groups, reduction, width)
+    w_ptr, width, tiles_n,  # (groups, reduction, width), of so many tiles
     out_scale_ptr, out_shift_ptr,  # (K,) epilogue, or None
     partial_ptr,  # (tiles of positions, 2, K), or None
     residual_ptr, residual_strides,  # like y, or None; may be y itself
     y_ptr, y_strides, grid,  # (N, K, T', H', W')
-    y_channels, y_stored,  # of a group; of it stored: more than it has are zeros
+    y_channels, y_stored,  # of a group; ``finish``
     count,  # N·T'·H'·W'
     TAPS: tl.constexpr, FLAT: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
-    RUN: tl.constexpr, WIDE: tl.constexpr,
+    RUN: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,  # no tile is cut
+    DENSE: tl.constexpr,  # of y and residual: ``written_positions``
     INNER: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -351,14 +373,17 @@ def tap_conv(
     y_strides = strides_of(y_strides)
     if residual_ptr is not None:
         residual_strides = strides_of(residual_strides)
-    tiles_n = width // (BLOCK_N + REST_N)
     pid = tl.program_id(0)
     tile_p = pid // (tiles_n * groups)
     group = pid // tiles_n % groups
     first = pid % tiles_n * (BLOCK_N + REST_N)
     start, p = tile_positions(tile_p, BLOCK_P, WIDE)
-    row_ok = p < count
-    position = positions(p, grid_of(grid), RUN)
+    rows = tl.minimum(count - start, BLOCK_P)
+    if WHOLE:
+        rows = BLOCK_P
+    row_ok = tl.arange(0, BLOCK_P) < rows
+    grid = grid_of(grid)
+    position = positions(p, grid, RUN)
 
     in_channel = group * channels
     reduction = reduction_rows(channels, TAPS, FLAT, BLOCK_K)
@@ -372,19 +397,20 @@ def tap_conv(
     )  # fmt: skip
 
     all_channels = groups * y_channels
-    rows = tl.minimum(count - start, BLOCK_P)
     if partial_ptr is not None:
         partial_ptr += tile_p.to(tl.int64) * 2 * all_channels
-    n = first + tl.arange(0, BLOCK_N)
+    row = tile_rows(BLOCK_P, BLOCK_N)
     finish(
-        acc, n, group, y_channels, all_channels, y_stored, out_scale_ptr, out_shift_ptr,
-        partial_ptr, residual_ptr, residual_strides, y_ptr, y_strides, position, row_ok, rows,
+        by_rows(acc), first + tl.arange(0, BLOCK_N), group, y_channels, all_channels, y_stored,
+        out_scale_ptr, out_shift_ptr, partial_ptr, residual_ptr, residual_strides, y_ptr, y_strides,
+        written_positions(start + row, grid, RUN, DENSE), row < rows, rows,
         INNER, ACTIVATION, SLOPE, Y_ALIGN, EMULATE,
     )  # fmt: skip
     if REST_N > 0:
-        n = first + BLOCK_N + tl.arange(0, REST_N)
+        row = tile_rows(BLOCK_P, REST_N)
         finish(
-            rest, n, group, y_channels, all_channels, y_stored, out_scale_ptr, out_shift_ptr,
-            partial_ptr, residual_ptr, residual_strides, y_ptr, y_strides, position, row_ok, rows,
+            by_rows(rest), first + BLOCK_N + tl.arange(0, REST_N), group, y_channels, all_channels,
+            y_stored, out_scale_ptr, out_shift_ptr, partial_ptr, residual_ptr, residual_strides,
+            y_ptr, y_strides, written_positions(start + row, grid, RUN, DENSE), row < rows, rows,
             INNER, ACTIVATION, SLOPE, Y_ALIGN, EMULATE,
         )  # fmt: skip
