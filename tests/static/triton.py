@@ -34,6 +34,8 @@ sys.path[0] = str(Path(__file__).parents[2])  # this file's own name would hide 
 if "--triton" in sys.argv:  # before anything imports the installed one
     sys.path.insert(0, sys.argv[sys.argv.index("--triton") + 1])
 
+import torch
+
 from fastst.backends import triton as backend
 from fastst.backends.triton import tiles
 from fastst.machine import gpu
@@ -234,9 +236,26 @@ def rows(task: tuple[Case | ConvCase, str]) -> list[Row]:
 # ---- faults that the checks must see
 
 
+def broken(least: int) -> Kernel:
+    """A product of what is in registers, as the library forms none."""
+    import triton
+
+    from tests.emulator.ptx import hazard
+
+    triton.runtime.driver.set_active(OfflineDriver("9.0"))
+    tensors = (
+        torch.empty(64, 64, dtype=t, device="meta")
+        for t in (torch.bfloat16, torch.bfloat16, SINGLE)
+    )
+    binary = hazard.scaled_product.warmup(*tensors, 128, least, 64, 64, 64, False, grid=(1,))
+    return Kernel(binary, "", False, True)
+
+
 def planted(fault: str) -> str:
     """What is found wrong with a kernel that has a fault."""
     case = Case("planted", (64, 144, 64), (16, 56, 56), **SERVED)
+    if fault in BROKEN:
+        return inspect(broken(BROKEN[fault]), case, "9.0").wrong
     plain = tiles.candidates
     change: dict[str, Any] = {}
     if fault == "shared memory":
@@ -269,9 +288,11 @@ def every_kernel() -> set[str]:
     return {f.__name__ for f in functions if f.do_not_specialize}
 
 
+# By the least depth of the product, of which a step has 64.
+BROKEN = {"operands overwritten in flight": 64, "serialised products": 0}
 FAULTS = (
-    "spills in a loop", "bytes in local memory", "shared memory", "no tensor-core instruction",
-    "loads of 2 bytes",
+    *BROKEN, "spills in a loop", "bytes in local memory", "shared memory",
+    "no tensor-core instruction", "loads of 2 bytes",
 )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Triton leaves the product under way over the end of the loop, and the next round writes the
 registers that it still reads: the hazard S1, which PTX calls undefined. The library's kernels avoid
-it by multiplying transposed; ``scaled_product(cured=True)`` does as they do.
+it by multiplying transposed; CURED does as they do. Where the loop may have no step, ptxas makes
+the products wait for each other instead.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ M, N, K, STEP = 64, 64, 128, 32
 
 @triton.jit
 def scaled_product(
-    a, b, d, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
-    CURED: tl.constexpr,
+    a, b, d, K, LEAST: tl.constexpr,  # LEAST: of K
+    M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, CURED: tl.constexpr,
 ):  # fmt: skip
     """d = relu(a) b"""
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, STEP)
     sums = tl.zeros((M, N), tl.float32)
-    for start in tl.range(0, K, STEP, num_stages=3):
+    for start in tl.range(0, tl.maximum(K, LEAST), STEP, num_stages=3):
         left = tl.load(a + m[:, None] * K + start + k[None, :])
         right = tl.load(b + (start + k)[:, None] * N + n[None, :])
         left = tl.maximum(left.to(tl.float32), 0.0).to(tl.bfloat16)
@@ -50,7 +51,7 @@ def main() -> None:
         for cured in (False, True):
             d = torch.full((M, N), torch.nan)
             try:
-                scaled_product[(1,)](a, b, d, K, M, N, STEP, cured, num_warps=4)
+                scaled_product[(1,)](a, b, d, K, STEP, M, N, STEP, cured, num_warps=4)
                 said = f"error {float((d - wanted).abs().max()):.0e}"
             except Error as error:
                 said = str(error).splitlines()[0]
