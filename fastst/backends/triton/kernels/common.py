@@ -341,19 +341,15 @@ def tile_rows(BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def by_rows(acc):
     """(BLOCK_P, columns) with rows as of ``tile_rows``."""
-    P: tl.constexpr = acc.shape[0]
-    C: tl.constexpr = acc.shape[1]
-    if C >= _MANY:
-        acc = tl.reshape(acc, (P // 16, 16, C))
+    if acc.shape[1] >= _MANY:
+        acc = tl.reshape(acc, (acc.shape[0] // 16, 16, acc.shape[1]))
     return acc
 
 
 @triton.jit
 def halves(x):
     """The upper and the lower half of (R, C)."""
-    R: tl.constexpr = x.shape[0]
-    C: tl.constexpr = x.shape[1]
-    return tl.split(tl.permute(tl.reshape(x, (2, R // 2, C)), (1, 2, 0)))
+    return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
 
 
 @triton.jit
@@ -363,20 +359,18 @@ def column_sums(x):
     Warps exchange what is left by halves: up to Triton 3.7, its own reduction would ask a bank of
     shared memory for the columns of 16 threads at once.
     """
-    C: tl.constexpr = x.shape[-1]
     x = tl.sum(x, 0)
     if len(x.shape) == 2:
         for _ in tl.static_range(4):
             a, b = halves(x)
             x = a + b
-        x = tl.reshape(x, (C,))
+        x = tl.reshape(x, (x.shape[1],))
     return x
 
 
 @triton.jit
-def merged(mean, m2, rows):
-    """Half as many (R, C) of both, by Chan's formula; those of a tile's rows r, r + R, …"""
-    R: tl.constexpr = mean.shape[0] // 2
+def merged(mean, m2, rows, R: tl.constexpr):
+    """(R, C) of both from twice as many, of a tile's rows r, r + 2R, …: by Chan's formula."""
     left = rows + (R - 1) - tl.arange(0, R)[:, None]
     n, more = ((left + R) // (2 * R)).to(mean.dtype), (left // (2 * R)).to(mean.dtype)
     mean, other = halves(mean)
@@ -389,7 +383,6 @@ def merged(mean, m2, rows):
 @triton.jit
 def column_moments(x, row_ok, rows):
     """(mean, M2), each (C,), of the first ``rows`` rows of (P, C) or of (P/16, 16, C)."""
-    C: tl.constexpr = x.shape[-1]
     ok = tl.expand_dims(row_ok, -1)
     n = rows
     if len(x.shape) == 3:
@@ -399,8 +392,8 @@ def column_moments(x, row_ok, rows):
     m2 = tl.sum(away * away, 0)
     if len(x.shape) == 3:
         for _ in tl.static_range(4):
-            mean, m2 = merged(mean, m2, rows)
-        mean, m2 = tl.reshape(mean, (C,)), tl.reshape(m2, (C,))
+            mean, m2 = merged(mean, m2, rows, mean.shape[0] // 2)
+        mean, m2 = tl.reshape(mean, (x.shape[2],)), tl.reshape(m2, (x.shape[2],))
     return mean, m2
 
 
