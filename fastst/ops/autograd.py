@@ -64,7 +64,7 @@ class _PairFunction(torch.autograd.Function):
             ctx.second_bias = args[4].detach().requires_grad_(args[4].requires_grad)
             args = (*args[:4], None, *args[5:])
         ctx.save_for_backward(u, mean, var, *args)
-        ctx.watched = _watched(args)
+        ctx.watched = _record_versions(args)
         statistics = results[1 if u is None else 2 :]
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
@@ -104,7 +104,7 @@ class _PairFunction(torch.autograd.Function):
 Watched = list[tuple["weakref.ref[Tensor]", int, int] | None]
 
 
-def _watched(tensors: Sequence[Tensor | None]) -> Watched:
+def _record_versions(tensors: Sequence[Tensor | None]) -> Watched:
     """What tells whether tensors that hooks of the user save are written to before backward.
 
     PyTorch checks versions of what it saves itself only, and more is read here than in backward of
@@ -143,7 +143,7 @@ class _ParallelFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: ParallelSpec, backend: str, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.watched = _watched(tensors)
+        ctx.watched = _record_versions(tensors)
         ctx.spec, ctx.backend = spec, backend
         return call("parallel_conv2plus1d", *tensors, *encode_spec(spec), backend)
 
@@ -191,6 +191,9 @@ def _composed_gradients(
     with torch.enable_grad():
         # Aliases, so that nothing is differentiated through one argument into another.
         aliases = kind(*(None if t is None else t.view_as(t) for t in tensors))
+        for t, n in zip(aliases, needs, strict=False):
+            if n and not t.requires_grad:  # any more: somebody has frozen it since
+                t.requires_grad_()
         dy = dy.view_as(dy)
         wanted = [t for t, n in zip(aliases, needs, strict=False) if n]
         grads = torch.autograd.grad(

@@ -10,6 +10,7 @@ converts every module with an ``nn.Conv3d`` before its first call from outside.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -52,6 +53,9 @@ SUITES = {  # tests of the blocks and networks that have pairs
     ),
     "diffusers": (
         "tests/models/autoencoders/test_models_autoencoder_cosmos.py",
+        "tests/models/autoencoders/test_models_autoencoder_wan.py",
+        "tests/models/autoencoders/test_models_autoencoder_hunyuan_video.py",
+        "tests/models/autoencoders/test_models_autoencoder_kl_cogvideox.py",
         "tests/models/autoencoders/test_models_autoencoder_kl_temporal_decoder.py",
         "tests/models/unets/test_models_unet_3d_condition.py",
         "tests/models/unets/test_models_unet_spatiotemporal.py",
@@ -102,6 +106,13 @@ if how := os.environ.get("FASTST_PEERS"):  # as a plugin, before any conftest im
     peers._define_nms()
     if how == "converted":
         _converting.install()
+
+
+def pytest_sessionstart() -> None:
+    """mmaction2's tests look for its blocks in a registry that one of them makes the default for
+    those that run after it."""
+    if importlib.util.find_spec("mmaction") is not None:
+        importlib.import_module("mmaction.utils").register_all_modules()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -91,7 +91,10 @@ def plain_call(x: Any, weight: Any, bias: Any) -> torch.dtype | None:
         or not (_plain(x.device, x, weight, bias) and _settled(weight, bias))
     ):
         return None
-    return _result_dtype(State(x.device), x, weight, bias)
+    state = State(x.device)
+    if _needs_grad(state, weight, bias) and _is_inference(x, weight):
+        return None
+    return _result_dtype(state, x, weight, bias)
 
 
 def _plain(device: torch.device, *tensors: Tensor | None) -> bool:

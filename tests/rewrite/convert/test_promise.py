@@ -360,6 +360,22 @@ def test_statistics_written_in_a_checkpoint_that_has_ended() -> None:
         y.sum()
 
 
+def test_frozen_before_backward() -> None:
+    """Gradients of gradients need what the first ones needed."""
+    block = Block(BODIES["pair"][0]).double().eval()
+    x = torch.randn(1, 4, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for convert in (False, True):
+        if convert:
+            fastst.convert(block)
+        y = block(x)
+        block.requires_grad_(False)
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), x)[0])
+        block.requires_grad_(True)
+    torch.testing.assert_close(*found)
+
+
 def test_an_inference_tensor_is_refused_where_the_plain_module_refuses_it() -> None:
     block = Block(BODIES["pair"][0])
     fastst.convert(block)

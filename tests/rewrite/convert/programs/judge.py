@@ -114,7 +114,7 @@ def run(program: Program, *, converted: bool) -> Run:
         try:
             _look(module, x, done)
         except Exception as error:
-            done.error = done.error or error
+            done.error = error if refused(error) else done.error or error
     return done
 
 
