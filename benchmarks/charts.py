@@ -120,7 +120,8 @@ def speedup(record: Record) -> Card | None:
 
 def network(record: Record) -> Card | None:
     """Clips per second of the whole network in every form that was measured."""
-    rows = [r for r in record["models"] if r["mode"] == "inference" and r["ms"]]
+    dtype = MAIN_DTYPE[record["machine"]["device"]]
+    rows = [r for r in find(record["models"], mode="inference", dtype=dtype) if r["ms"]]
     by_name = {r["contender"]: r for r in rows if r["contender"] in MODELS}
     if "original" not in by_name or not any(r["kind"] == "fastst" for r in by_name.values()):
         return None

@@ -1,7 +1,8 @@
 """The CPU part: a record, tables and charts in under five minutes on two cores.
 
 ``--long`` adds training and torch.compile of every form of the model, and every peer of the layers.
-``--engines`` adds OpenVINO and ONNX Runtime where they are installed (``pip install .[engines]``).
+``--engines`` adds OpenVINO and ONNX Runtime where they are installed (``pip install .[engines]``),
+``--dtypes fp32,bf16`` bfloat16, which is for processors that multiply it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(device="cpu", threads=2)
     parser.add_argument("--long", action="store_true", help="with torch.compile and all peers")
     parser.add_argument("--engines", action="store_true", help="with OpenVINO and ONNX Runtime")
+    parser.add_argument("--dtypes", default="fp32", help="comma-separated: fp32, bf16, fp16")
     args = parser.parse_args(argv)
     engines = [name for name in ENGINES if version(name)] if args.engines else []
     if args.engines and not engines:
@@ -37,16 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry:
         cases, clip = [c.tiny() for c in cases[:2]], models.Clip(1, 4, 32, 8)
         seconds, rounds = 0.0, 2
-    ceilings = measure.ceilings(device, ["fp32"], args.dry)
+    dtypes = args.dtypes.split(",")
+    ceilings = measure.ceilings(device, dtypes, args.dry)
     record.set(ceilings=ceilings, threads=torch.get_num_threads())
     level = "all" if args.long else "short"
     options = layers.Options(device, level, ("auto",), seconds, rounds, ceilings)
-    wrong = layers.run(record, cases, MODES, ["fp32"], options)
+    wrong = layers.run(record, cases, MODES, dtypes, options)
     what = ("inference", "training") if args.long else ("inference",)
     model_seconds = 0.0 if args.dry else 15.0
     compiled = "all" if args.long else "original"
     wrong += models.run(
-        record, clip, device, ["fp32"], what, compiled, model_seconds, rounds, engines=engines
+        record, clip, device, dtypes, what, compiled, model_seconds, rounds, engines=engines
     )
     overhead.run(record, device, *((3, 1) if args.dry else (30, 3)))
     record.set(seconds=time.monotonic() - start)

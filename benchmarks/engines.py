@@ -1,7 +1,7 @@
 """Inference engines that people would take in the place of PyTorch: OpenVINO and ONNX Runtime.
 
-Optional: ``pip install '.[engines]'``. They get the original model, exported, in float32 and on
-PyTorch's number of threads, and are compared with float64 as everybody else is.
+Optional: ``pip install '.[engines]'``. They get the original model in float32, exported, compute in
+a dtype on PyTorch's number of threads, and are compared with float64 as everybody else is.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor, nn
 Call = Callable[[Tensor], Tensor]
 
 
-def openvino(model: nn.Module, clip: Tensor) -> Call:
+def openvino(model: nn.Module, clip: Tensor, dtype: torch.dtype) -> Call:
     """OpenVINO's CPU plugin, tuned for the latency of one request."""
     import openvino as ov
 
+    precisions = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
     program = torch.export.export(model, (clip,))
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
+        "INFERENCE_PRECISION_HINT": precisions[dtype],
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = ov.Core().compile_model(ov.convert_model(program), "CPU", settings)
@@ -38,9 +39,16 @@ def openvino(model: nn.Module, clip: Tensor) -> Call:
     return call
 
 
-def onnxruntime(model: nn.Module, clip: Tensor) -> Call:
-    """ONNX Runtime's CPU provider, with all of its graph optimisations."""
+def onnxruntime(model: nn.Module, clip: Tensor, dtype: torch.dtype) -> Call:
+    """ONNX Runtime's CPU provider, with all of its graph optimisations.
+
+    Raises:
+        ValueError: a dtype in which it has no convolutions.
+    """
     import onnxruntime as ort
+
+    if dtype != torch.float32:
+        raise ValueError(f"ONNX Runtime requires float32 on CPUs, got {dtype}")
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -59,7 +67,7 @@ def onnxruntime(model: nn.Module, clip: Tensor) -> Call:
     return call
 
 
-ENGINES: dict[str, Callable[[nn.Module, Tensor], Call]] = {
+ENGINES: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Call]] = {
     "openvino": openvino,
     "onnxruntime": onnxruntime,
 }

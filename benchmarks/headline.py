@@ -14,7 +14,7 @@ def block(cpu: Record | None, gpus: dict[str, Record]) -> str:
 def _numbers(record: Record) -> str:
     """Against PyTorch as it is and, beside it, in its faster memory format, where measured."""
     rows = []
-    models = {r["contender"]: r for r in find(record["models"], mode="inference")}
+    models = {r["contender"]: r for r in find(record["models"], mode="inference", dtype="fp32")}
     last = models.get("original channels-last")
     if (ours := models.get("optimised")) and last:
         rows.append((

@@ -100,14 +100,20 @@ def variants(training: bool, compiled: str, engines: Sequence[str] = ()) -> Iter
 
 
 class ModelStep:
-    """One variant's inference, or its forward, loss and backward."""
+    """One variant's inference, or its forward, loss and backward.
+
+    16 bits are the model's own dtype in inference, and autocast's in training.
+    """
 
     def __init__(
         self, base: nn.Module, variant: Variant, clips: Sequence[Tensor], targets: Tensor,
-        training: bool, amp: torch.dtype | None,
+        training: bool, half: torch.dtype | None,
     ) -> None:  # fmt: skip
-        self.training, self.amp, self.targets = training, amp, targets
+        self.training, self.targets = training, targets
+        self.amp = half if training else None
         self.model = copy.deepcopy(base).train(training)
+        if not (training or half is None or variant.engine):
+            self.model, clips = self.model.to(half), [x.to(half) for x in clips]
         if variant.model == "optimised":
             self.model = optimize_for_inference(self.model)
         converted = variant.model == "converted"
@@ -119,7 +125,8 @@ class ModelStep:
         self.clips = [x.contiguous(memory_format=fmt) for x in clips]
         self.engine = None
         if variant.engine:
-            self.engine = ENGINES[variant.model](self.model, self.clips[0])
+            dtype = half or torch.float32
+            self.engine = ENGINES[variant.model](self.model, self.clips[0], dtype)
 
     def __call__(self, i: int = 0) -> Tensor:
         return self.step(self.clips[i], self.targets)
@@ -185,7 +192,7 @@ def compare(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of every variant of the model in one mode."""
     torch.manual_seed(seed)
-    amp = None if dtype == "fp32" else measure.DTYPES[dtype]
+    half = None if dtype == "fp32" else measure.DTYPES[dtype]
     base = clip.network().to(device).train(training)
     size = (clip.batch, 3, clip.frames, clip.space, clip.space)
     clips = [torch.randn(size, device=device) for _ in range(3)]
@@ -210,7 +217,7 @@ def compare(
             row["version"] = version(v.model)
         rows[v.name] = row
         try:
-            step = ModelStep(base, v, clips, targets, training, amp)
+            step = ModelStep(base, v, clips, targets, training, half)
             if v.compiled:
                 clip.compile(step.model)
             found = _errors(step, truth)
@@ -351,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--compile", default="all", choices=("none", "original", "all"), help="by torch.compile"
     )
-    parser.add_argument("--dtypes", default="", help="of autocast: bf16, fp16; or fp32 without")
+    parser.add_argument("--dtypes", default="", help="bf16, fp16: autocast's in training; fp32")
     parser.add_argument("--memory", help="GiB, comma-separated: largest batches")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, per mode")
     args = parser.parse_args(argv)

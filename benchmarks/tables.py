@@ -258,6 +258,7 @@ def cpu_block(record: Record | None) -> str:
         summary(rows, family, "fp32"),
         " ".join(filter(None, (control(rows), refusals(rows), slow_paths(rows)))),
         shapes(rows, family, "fp32", ("eval", "training-bn")),
+        by_family([r for r in rows if r["dtype"] != "fp32"]),
         memory(rows, family, "64-144-64", "fp32"),
         models(record), overhead(record),
     ]  # fmt: skip
@@ -313,7 +314,7 @@ def by_family(rows: list[Row]) -> str:
         "least",
         "of roofline",
     ]
-    return table(head, body)
+    return table(head, body) if body else ""
 
 
 def status_block(records: dict[str, Record]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import dispatch, ops
 from .backends import reference
-from .backends.contract import Begun
+from .backends.contract import Backend, Begun
 from .machine import exactness, settings
 from .problem import activations, checks, conv3d_checks
 from .problem.conv3d import ConvProblem, ConvSpec, ConvTensors
@@ -220,15 +220,10 @@ def _normed_pair(
     outer_norm: BatchNorm,
     begun: Begun | None,
 ) -> Tensor:
-    """outer_norm of the pair alone, with statistics from the pair's own kernel if there are some.
-
-    The compiler needs none: it fuses a norm with what follows.
-    """
+    """outer_norm of the pair alone, with statistics from its kernel if there are some."""
     tensors, spec = tensors._replace(residual=None), spec._replace(outer_activation="none")
     asks, backend = spec._replace(output_statistics=True), None
-    if outer_norm.training and not (
-        outer_norm.group or torch.compiler.is_compiling() or _composes(tensors.x)
-    ):
+    if _takes_statistics(outer_norm, tensors.x):
         backend = dispatch.choose_with_statistics(
             Problem.of(tensors, spec), Problem.of(tensors, asks), dispatch.requested()
         )
@@ -236,10 +231,7 @@ def _normed_pair(
         y, _ = _pair(tensors, spec, values, norm, begun=begun)
         return _norm_function(outer_norm)(y)
     y, statistics = _pair(tensors, asks, values, norm, backend.name, begun)
-    assert statistics is not None
-    _update_running(outer_norm, *statistics, y.numel() // y.shape[1])
-    affine = outer_norm.weight, outer_norm.bias
-    return ops.batch_norm(y, *statistics, *affine, outer_norm.eps, backend)
+    return _normalise(outer_norm, y, statistics, backend)
 
 
 def parallel_conv2plus1d(
@@ -430,9 +422,7 @@ def _normed_conv3d(
     """output_norm of the convolution alone, with statistics from its kernel if there are some."""
     tensors, spec = tensors._replace(residual=None), spec._replace(activation="none")
     backend = None
-    if output_norm.training and not (
-        output_norm.group or torch.compiler.is_compiling() or _composes(tensors.x)
-    ):
+    if _takes_statistics(output_norm, tensors.x):
         backend = dispatch.choose_unrecorded(
             ConvProblem.of(tensors, spec), "forward", dispatch.requested()
         )
@@ -440,10 +430,7 @@ def _normed_conv3d(
         y, _ = _conv3d(tensors, spec, norm)
         return _norm_function(output_norm)(y)
     y, statistics = _conv3d(tensors, spec._replace(output_statistics=True), norm)
-    assert statistics is not None
-    _update_running(output_norm, *statistics, y.numel() // y.shape[1])
-    affine = output_norm.weight, output_norm.bias
-    return ops.batch_norm(y, *statistics, *affine, output_norm.eps, backend)
+    return _normalise(output_norm, y, statistics, backend)
 
 
 def _recomputes(norm: BatchNorm | None) -> bool:
@@ -492,6 +479,20 @@ def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
         return v
 
     return pooled
+
+
+def _takes_statistics(norm: BatchNorm, x: Tensor) -> bool:
+    """Whether a norm of y wants those of a kernel; the compiler fuses a norm with what follows."""
+    return norm.training and not (norm.group or torch.compiler.is_compiling() or _composes(x))
+
+
+def _normalise(
+    norm: BatchNorm, y: Tensor, moments: tuple[Tensor, Tensor] | None, backend: Backend
+) -> Tensor:
+    """The norm of y by its mean and variance, which update those of the norm."""
+    assert moments is not None
+    _update_running(norm, *moments, y.numel() // y.shape[1])
+    return ops.batch_norm(y, *moments, norm.weight, norm.bias, norm.eps, backend)
 
 
 def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, n: int | Tensor) -> None:

@@ -182,8 +182,8 @@ def _self_checks() -> Iterator[str]:
     verdicts = checks.verdicts()
     failed = {what: why for what, why in verdicts.items() if why}
     yield f"self-checks of kernels: {len(verdicts) - len(failed)} passed, {len(failed)} failed"
-    for backend, counts in checks.seen().items():
-        yield f"of {backend}, with these versions: {checks.told(counts)}"
+    for backend, counts in checks.count_verdicts().items():
+        yield f"of {backend}, with these versions: {checks.format_counts(counts)}"
     for what, why in failed.items():
         yield f"not chosen, {what}: it {why}"
     for what, why in checks.postponed().items():

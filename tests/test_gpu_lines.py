@@ -110,13 +110,15 @@ def checks_in_advance(s: Setting) -> None:
     s.mp.setattr(launch, "_compiling", {})
     s.mp.setattr(cuda_depthwise, "_stages", lambda problem, backward: 2)
     assert triton.BACKEND.kinds(GPU, torch.float16)
-    for backend, kind in ((triton.BACKEND, "dense forward"), (cuda.BACKEND, "hopper")):
+    kinds = [(triton.BACKEND, f"{kind} forward") for kind in ("dense", "parallel", "conv3d")]
+    for backend, kind in (*kinds, (cuda.BACKEND, "hopper")):
+        before = len(s.gpus.compiled)
         found = selfcheck.examples_of(backend, kind, torch.float16, GPU)
         assert any(e.instances for e in found)
+        assert len(s.gpus.compiled) == before
         if backend is triton.BACKEND:
-            assert not s.gpus.compiled
             assert found[0].make().instances  # type: ignore[union-attr]
-    assert s.gpus.compiled
+            assert len(s.gpus.compiled) > before
     # In training backward's kernels are compiled while those of the forward pass are checked.
     spec, tensors = of_kind("dense", torch.float16)
     training = Problem.of(tensors._replace(mean=None, var=None), spec._replace(norm="batch"))

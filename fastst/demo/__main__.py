@@ -82,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     saved = {name: measure.saved_bytes(model, x) for name, model in trained.items()}
 
     panels = [
-        chart.Panel("Inference, median", "ms", _scaled(1e3, inference)),
-        chart.Panel("Training step, median", "ms", _scaled(1e3, training)),
-        chart.Panel("Saved for backward", "MB", _scaled(1e-6, saved)),
+        chart.Panel("Inference, median", "ms", _scale(1e3, inference)),
+        chart.Panel("Training step, median", "ms", _scale(1e3, training)),
+        chart.Panel("Saved for backward", "MB", _scale(1e-6, saved)),
     ]
     weights = options.weights.name if options.weights else "random weights"
     setting = (
@@ -170,7 +170,7 @@ def _agreement(
     return Agreement(outputs, gradient, statistics)
 
 
-def _scaled(factor: float, values: Mapping[str, float]) -> dict[str, float]:
+def _scale(factor: float, values: Mapping[str, float]) -> dict[str, float]:
     return {name: factor * value for name, value in values.items()}
 
 

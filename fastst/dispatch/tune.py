@@ -162,14 +162,14 @@ def race_on_gpu(
     """
     with torch.cuda.device(device):
         pool = torch.cuda.graph_pool_handle()  # one for all: they run in turns
-        graphs = {name: _captured(trial, pool) for name, trial in trials.items()}
+        graphs = {name: _capture(trial, pool) for name, trial in trials.items()}
         return _medians({name: partial(_gpu_seconds, g) for name, g in graphs.items()}, seconds)
 
 
 _CALLS = 8  # of a graph: those of a small layer take longer than a replay
 
 
-def _captured(trial: Callable[[], object], pool: Any) -> Any:
+def _capture(trial: Callable[[], object], pool: Any) -> Any:
     """A graph of several calls, after one that compiles and loads."""
     trial()
     torch.cuda.synchronize()

@@ -316,7 +316,7 @@ def _replaced_method(module: nn.Module) -> str | None:
     kind, here = type(module), vars(module)
     known = _OWN_METHODS[kind]
     now = _read(kind, known.names, known.read)
-    if now == known.own and not any(n in here for n in _METHODS):
+    if now == known.own and not [n for n in _METHODS if n in here]:
         return None
     of_class = (n for n, a, b in zip(known.names, now, known.own, strict=True) if a is not b)
     return next((n for n in _METHODS if n in here), None) or next(of_class)

@@ -62,8 +62,14 @@ def is_plain_call(*args: Any) -> bool:
         return False
     if is_vmapped(args[0]):
         return False
-    # A view that is to be negated when it is read (z.conj().imag) is what a dispatcher resolves.
-    return not any(isinstance(t, Tensor) and (type(t) not in _PLAIN or t.is_neg()) for t in args)
+    for t in args:
+        if type(t) in _PLAIN:
+            # To be negated when it is read (z.conj().imag): a dispatcher resolves it.
+            if t.is_neg():
+                return False
+        elif isinstance(t, Tensor):
+            return False
+    return True
 
 
 def is_vmapped(t: Tensor | None) -> bool:

@@ -76,7 +76,7 @@ def is_centred(kind: str) -> bool:
     return kind in _CENTRED
 
 
-def _split(norm: Norm, channels: int) -> tuple[int, tuple[int, ...]]:
+def _groups_and_axes(norm: Norm, channels: int) -> tuple[int, tuple[int, ...]]:
     """Groups of channels, and the axes of (N, G, C/G, T, H, W) over which statistics go."""
     if norm.kind in _BY_CHANNEL:
         return channels, (0, 2, 3, 4, 5)
@@ -110,7 +110,7 @@ def rstd(norm: Norm, var: Tensor, channels: int) -> Tensor:
 
 def moments(norm: Norm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """Mean, unless it is left out, and biased variance of x, in a dtype and the shape above."""
-    groups, axes = _split(norm, x.shape[1])
+    groups, axes = _groups_and_axes(norm, x.shape[1])
     values = x.unflatten(1, (groups, -1))
     shape = size_of_statistics(norm, x.shape)
     if is_centred(norm.kind):
@@ -122,7 +122,7 @@ def moments(norm: Norm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, T
 
 def apply(norm: Norm, x: Tensor, mean: Tensor | None, var: Tensor, dtype: torch.dtype) -> Tensor:
     """v of x by given statistics, in the dtype in which it is computed."""
-    groups, _ = _split(norm, x.shape[1])
+    groups, _ = _groups_and_axes(norm, x.shape[1])
     values = x.unflatten(1, (groups, -1)).to(dtype)
     r = _beside(norm, rstd(norm, var.to(dtype), x.shape[1]), x)
     if norm.kind in (*_BY_CHANNEL, "group") and norm.weight is not None:
@@ -146,7 +146,7 @@ def gradient(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, γ and β where needed, in a dtype; statistics count as functions of x, but
     those of "frozen"."""
-    groups, axes = _split(norm, x.shape[1])
+    groups, axes = _groups_and_axes(norm, x.shape[1])
     r = _beside(norm, rstd(norm, var.to(dtype), x.shape[1]), x)
     values, g = (a.unflatten(1, (groups, -1)).to(dtype) for a in (x, dv))
     away = (values if mean is None else values - _beside(norm, mean.to(dtype), x)) * r

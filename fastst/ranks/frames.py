@@ -84,8 +84,8 @@ class _Fetch(torch.autograd.Function):
         ctx.needs, ctx.group, ctx.frames = needs, group, frames
         ctx.channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
         # parts[q]: what this rank reads of rank q; gifts[r]: what rank r reads of this one.
-        parts = [_owned(needs[me], q, frames) for q in ranks_of(group)]
-        gifts = [_owned(wanted, me, frames) for wanted in needs]
+        parts = [_local_frames(needs[me], q, frames) for q in ranks_of(group)]
+        gifts = [_local_frames(wanted, me, frames) for wanted in needs]
         sent = [_select(x, gift).contiguous() if r != me else None for r, gift in enumerate(gifts)]
         received = [
             x.new_empty(*x.shape[:2], len(part), *x.shape[3:]) if q != me else None
@@ -102,8 +102,8 @@ class _Fetch(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         needs, group, frames = ctx.needs, ctx.group, ctx.frames
         me = dist.get_rank(group)
-        parts = [_owned(needs[me], q, frames) for q in ranks_of(group)]
-        gifts = [_owned(wanted, me, frames) for wanted in needs]
+        parts = [_local_frames(needs[me], q, frames) for q in ranks_of(group)]
+        gifts = [_local_frames(wanted, me, frames) for wanted in needs]
         pieces = dy.split([len(p) for p in parts], 2)
         sent = [p.contiguous() if q != me else None for q, p in enumerate(pieces)]
         received = [
@@ -134,7 +134,7 @@ def _swap(sent: list[Tensor | None], received: list[Tensor | None], group: Any) 
         work.wait()
 
 
-def _owned(wanted: Sequence[int], rank: int, frames: int) -> list[int]:
+def _local_frames(wanted: Sequence[int], rank: int, frames: int) -> list[int]:
     """Frames of ``wanted`` that a rank holds, each once, counted from its first one."""
     first = rank * frames
     return sorted({n - first for n in wanted if first <= n < first + frames})

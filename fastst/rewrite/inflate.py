@@ -60,7 +60,7 @@ def inflate(
     frames = _frames(model, example)
     _check(model, inflated, frames)
     # Norms, gates and scales that start at 0 hide what comes before them.
-    drawn = _redrawn(model)
+    drawn = _randomise_copy(model)
     _check(drawn, _inflate(copy.deepcopy(drawn), temporal_kernel, depthwise), frames)
     return inflated
 
@@ -70,7 +70,7 @@ def _inflate(model: nn.Module, temporal_kernel: int, depthwise: bool) -> nn.Modu
     replaced: dict[int, nn.Module] = {}  # by the 2D module, so that shared ones stay shared
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) not in replaced:
-            replaced[id(module)] = _inflated(name, module, temporal_kernel, depthwise)
+            replaced[id(module)] = _inflate_module(name, module, temporal_kernel, depthwise)
         new = replaced[id(module)]
         if new is module:
             continue
@@ -94,7 +94,7 @@ def _check_plain(name: str, module: nn.Module) -> None:
         raise ValueError(f"inflate: {why}")
 
 
-def _inflated(name: str, module: Any, kt: int, depthwise: bool) -> nn.Module:
+def _inflate_module(name: str, module: Any, kt: int, depthwise: bool) -> nn.Module:
     """The 3D form of a module; the module itself where it has nothing to do with space."""
     kind = type(module)
     spatial = any(base in _FORMS or base is nn.Conv2d for base in kind.__mro__)
@@ -203,7 +203,7 @@ def _frames(model: nn.Module, example: Tensor | None) -> Tensor:
     return example.detach().cpu().double()
 
 
-def _redrawn(model: nn.Module) -> nn.Module:
+def _randomise_copy(model: nn.Module) -> nn.Module:
     """A float64 copy with other parameters and statistics, none of which is 0."""
     model = copy.deepcopy(model).cpu().double()
     generator = torch.Generator().manual_seed(0)

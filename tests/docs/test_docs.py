@@ -18,6 +18,7 @@ import torch
 import fastst
 from fastst.backends import cpu, cuda, triton
 from fastst.machine import choices
+from fastst.problem.conv3d import ConvSpec, ConvTensors, problem_of
 from fastst.problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors, Problem
 from tests.support import ROOT
 
@@ -141,18 +142,21 @@ def test_every_environment_variable_is_documented() -> None:
 
 
 def problem(**changes: Any) -> Problem:
-    """A pair on a device, or the parallel layer, with one thing made different."""
+    """A pair on a device, or another op, with one thing made different."""
     device = torch.device(changes.pop("device", "cuda"))
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    parallel, dtype = changes.pop("parallel", False), changes.pop("dtype", usual)
+    op, dtype = changes.pop("op", "pair"), changes.pop("dtype", usual)
     groups = changes.get("groups", (1, 1))
     sizes = [(2, 16, 5, 9, 9), (16, 16 // groups[0], 1, 3, 3), (16, 16 // groups[1], 3, 1, 1)]
     tensors = [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
     padding = (1, 1, 1, 1, 1, 1)
-    if parallel:
-        described = Problem.of(ParallelTensors(*tensors), ParallelSpec(padding=padding, **changes))
-    else:
-        described = Problem.of(PairTensors(*tensors), PairSpec(padding=padding, **changes))
+    if op == "conv3d":
+        tensors[1:] = [torch.empty(16, 16, 3, 3, 3, dtype=dtype, device="meta")]
+    made, spec = {
+        "pair": (PairTensors, PairSpec), "parallel": (ParallelTensors, ParallelSpec),
+        "conv3d": (ConvTensors, ConvSpec),
+    }[op]  # fmt: skip
+    described = problem_of(made(*tensors), spec(padding=padding, **changes))
     return dataclasses.replace(described, device=device)
 
 
@@ -166,8 +170,10 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
     "depthwise and grouped": ("forward", {"groups": (16, 16)}),
     "temporal-first": ("forward", {"order": "temporal-first"}),
     "padding modes": ("forward", {"padding_mode": ("reflect", "replicate")}),
-    "parallel layer": ("forward", {"parallel": True}),
-    "parallel layer, backward": ("backward", {"parallel": True}),
+    "parallel layer": ("forward", {"op": "parallel"}),
+    "parallel layer, backward": ("backward", {"op": "parallel"}),
+    "`conv3d`": ("forward", {"op": "conv3d"}),
+    "`conv3d`, backward": ("backward", {"op": "conv3d"}),
 }
 
 

@@ -450,8 +450,8 @@ def test_options_of_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
-def test_a_run_prints_any_name(tmp_path: Path, encoding: str) -> None:
+def test_a_run_prints_any_name(tmp_path: Path) -> None:
+    """To streams that take ASCII alone, which no name here is."""
     for part in ("train", "val"):
         for label in ("é", "猫"):
             for i in range(2):
@@ -463,7 +463,8 @@ def test_a_run_prints_any_name(tmp_path: Path, encoding: str) -> None:
         "--clips", "1", "--device", "cpu", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"
+        **os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:strict",
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode(errors="replace")

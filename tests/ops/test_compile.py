@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,18 +257,6 @@ def test_export_in_training_mode() -> None:
     expected = Net()
     expected.load_state_dict(net.state_dict())
     torch.testing.assert_close(program.module()(x), expected(x))
-
-
-@pytest.mark.slow
-def test_aot_inductor(tmp_path: Path) -> None:
-    net = fastst.Conv2Plus1d(3, 4, 3, padding=1, norm="batch").eval()
-    x = torch.randn(1, 3, 4, 8, 8)
-    with torch.no_grad():
-        program = torch.export.export(net, (x,))
-        package = str(tmp_path / "net.pt2")
-        torch._inductor.aoti_compile_and_package(program, package_path=package)
-        loaded = torch._inductor.aoti_load_package(package)
-        torch.testing.assert_close(loaded(x), net(x))
 
 
 @pytest.mark.slow

@@ -147,6 +147,8 @@ def _forked(path: str, dtype: str, first: int, end: int) -> Iterator[str]:
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if seed < end:
         why = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        if code == -signal.SIGALRM:
+            why = f"did not end within {SECONDS} s"
         drawn = _draw_pass(path, seed) if path in SINGLE else _config(path, dtype, seed)
         yield f"crash seed {seed}: {why} in {drawn}"
 

@@ -20,7 +20,7 @@ import torch
 from ...machine import choices
 from ...problem.conv3d import ConvProblem, problem_of
 from ...problem.examples import KINDS, of_kind, problems, resembling
-from ...problem.spec import PairProblem, Pass, Problem
+from ...problem.spec import PairProblem, ParallelProblem, Pass, Problem
 from .. import rehearsal
 from ..contract import Example, Later, Phase
 from ..rehearsal import POSITIONS, Calls, Smaller, Way, as_called
@@ -86,7 +86,8 @@ def _compiled(
 ) -> Example:
     """The first example, made when the kernels of all are compiled."""
     launch.compile_all(_kernels(problem, phase, ways), problem.device)
-    if phase == "forward" and problem.spec.norm == "batch":  # in training: the next to be needed
+    batch = not isinstance(problem, ParallelProblem) and problem.spec.norm == "batch"
+    if phase == "forward" and batch:  # in training: backward is the next to be needed
         later = as_called(problem, "backward")
         ways = rehearsal.ways(
             _calls(choices.choice("triton", later, "backward")), later, "backward"

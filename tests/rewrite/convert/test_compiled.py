@@ -116,21 +116,19 @@ def test_recorded_by_make_fx() -> None:
 
 
 @pytest.mark.slow
-def test_inductor_and_aot_inductor(tmp_path: Path) -> None:
+def test_aot_inductor(tmp_path: Path) -> None:
+    """Which compiles by Inductor."""
     plain, converted = two(lambda m, x: m.t(F.relu(m.n(m.s(x)))))
     x = torch.randn(2, 4, 5, 6, 6)
     with torch.no_grad(), fastst.dispatch.recording() as calls:
         wanted = plain(x)
-        compiled = torch.compile(converted, fullgraph=True)
-        torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-5)
-        assert len(calls) == 1
         program = torch.export.export(converted, (x,))
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(tmp_path / "model.pt2")
         )
         loaded = torch._inductor.aoti_load_package(path)
         torch.testing.assert_close(loaded(x), wanted, rtol=1e-4, atol=1e-5)
-        assert len(calls) == 2
+        assert len(calls) == 1
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from .launches import (
     temporal_gradient_tile,
     temporal_tile,
 )
-from .packing import AFFINE, PROLOGUE, Packing, Ready, Table, chunked, from_statistics, ready
+from .packing import AFFINE, PROLOGUE, Packing, Ready, Table, from_statistics, ready, round_to_chunk
 from .tiles import HopperTile
 
 __all__ = [
@@ -202,7 +202,7 @@ def forward(
                 *_second(k, packing, problem, tensors, temporal),
             )
             if not batch and (prologue != "none" or (spec.norm == "frozen" and not folded)):
-                table = packing.table(bias if folded else norm, chunked(m), PROLOGUE)
+                table = packing.table(bias if folded else norm, round_to_chunk(m), PROLOGUE)
                 ready = ready._replace(prologue=table)
             packing.launch()
             return ready
@@ -217,7 +217,7 @@ def forward(
         )
         table = r.prologue
         if partials is not None:
-            table, tables = from_statistics(k, tensors, chunked(m), PROLOGUE)
+            table, tables = from_statistics(k, tensors, round_to_chunk(m), PROLOGUE)
             mean, var = k.combine_statistics(partials, tables)
         y, outer, last = _temporal(launches, tensors, u, r, temporal, table, prologue)
     if not batch:
@@ -289,7 +289,7 @@ def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> Pai
         launches, packing = Launches(k, problem), Packing(k)
         norm = k.norm(m, None, tensors, begun.mean, begun.var)
         r = Ready(None, None, *_second(k, packing, problem, tensors, tile))
-        table = packing.table(norm, chunked(m), PROLOGUE)
+        table = packing.table(norm, round_to_chunk(m), PROLOGUE)
         packing.launch()
         u = begun.u.permute(0, 4, 1, 2, 3)
         y, outer, last = _temporal(launches, tensors, u, r, tile, table, problem.spec.activation)

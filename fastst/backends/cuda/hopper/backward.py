@@ -36,7 +36,7 @@ from .launches import (
     stem_why_not,
     temporal_gradient_tile,
 )
-from .packing import AFFINE, Packing, Table, chunked
+from .packing import AFFINE, Packing, Table, round_to_chunk
 from .tiles import HopperTile
 
 Tiles = tuple[GradientTile, HopperTile]
@@ -75,7 +75,7 @@ def backward(
         if call.u is not None:
             mid = call.u.permute(0, 4, 1, 2, 3)
         elif packed.again is not None:
-            mid = _recomputed(launches, tensors, *packed.again)
+            mid = _recompute_u(launches, tensors, *packed.again)
         dy = evenly_placed(call.dy_owner[0])
         if need.second_bias and not need.second_weight:
             dbt = k.sums(k.plain(dy), dy.shape)[0]
@@ -128,7 +128,9 @@ def _pack(
             again = weight, packing.table(bias, tile.whole(problem.mid_shape[-1]), AFFINE)
         packed = packed._replace(again=again)
     if need.second_weight and not straight:
-        packed = packed._replace(z=packing.table(norm, chunked(m), ("scale", "shift", "zero")))
+        packed = packed._replace(
+            z=packing.table(norm, round_to_chunk(m), ("scale", "shift", "zero"))
+        )
     if below:
         weight = packing.weight(tensors.second_weight, tiles[1].columns, "mirrored")
         columns = tiles[1].whole(problem.mid_shape[-1])
@@ -151,7 +153,7 @@ def _through_norm(
     found = [k.empty(m) if normed else None, k.empty(m) if normed else None, k.empty(m)]
     du, tables, coefficients = Gradient(g), [], None
     if spec.norm == "batch":
-        values = k.empty(3, chunked(m))
+        values = k.empty(3, round_to_chunk(m))
         du = Gradient(g, mid, Table(values))
         tables = [k.table(norm, values, ("one", "r", "p"))]
         if spec.group:
@@ -165,7 +167,7 @@ def _through_norm(
     return du, found
 
 
-def _recomputed(launches: Launches, tensors: PairTensors, packed: Tensor, affine: Table) -> Tensor:
+def _recompute_u(launches: Launches, tensors: PairTensors, packed: Tensor, affine: Table) -> Tensor:
     """u (N, M', T, H, W), as the forward pass would have kept it."""
     problem = launches.problem
     u = tensors.x.new_empty(problem.mid_shape).permute(0, 4, 1, 2, 3)

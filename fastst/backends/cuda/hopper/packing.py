@@ -76,7 +76,7 @@ class Packing:
         k.lib.pack(k.dtype, self._weights, self._tables, k.stream)
 
 
-def chunked(channels: int) -> int:
+def round_to_chunk(channels: int) -> int:
     """Columns of a table that is read in whole chunks."""
     return round_up(channels, CHUNK)
 

@@ -156,7 +156,8 @@ def _partials(
         k.kept.append(table.values)
         array = table.array(k.lib)
     argument = k.lib.HopperWeightGradient(
-        k.view(_stored(mid)), None if u is None else k.view(_stored(u)), k.view(rows_of(other)),
+        k.view(_whole_rows(mid)), None if u is None else k.view(_whole_rows(u)),
+        k.view(rows_of(other)),
         k.conv(p), p.kind == "temporal", narrow, array, k.act(activation), k.slope,
         k.array(partials), k.array(sums), tap,
         k.lib.HopperWeightTile(
@@ -167,7 +168,7 @@ def _partials(
     return partials
 
 
-def _stored(t: Tensor) -> Tensor:
+def _whole_rows(t: Tensor) -> Tensor:
     """t with all the channels that its rows have: a multiple of 8, zeros behind the last."""
     n, m, *size = t.shape
     return rows_of(t.as_strided((n, round_up(m, ROW), *size), t.stride()))
