@@ -17,7 +17,15 @@ struct Conversion {
   std::string to, from;
   Round round;
   bool saturate, relu;
+  bool whole;  // of floats: to an integer
 };
+
+double to_integer(double value, Round round) {
+  return round == Round::nearest ? std::nearbyint(value)
+         : round == Round::zero  ? std::trunc(value)
+         : round == Round::down  ? std::floor(value)
+                                 : std::ceil(value);
+}
 
 bool is_float(const std::string& type) {
   return type[0] == 'f' || type[0] == 'b' || type == "tf32";
@@ -72,6 +80,7 @@ uint64_t convert(const Conversion& c, uint64_t bits) {
       return write_float(c.to, wide, c.round);
     }
     double value = read_float(c.from, bits);
+    if (c.whole) value = to_integer(value, c.round);
     if (c.relu && value < 0) value = 0;
     if (c.saturate) value = std::isnan(value) ? 0 : value < 0 ? 0 : value > 1 ? 1 : value;
     return write_float(c.to, value, c.round);
@@ -86,10 +95,7 @@ uint64_t convert(const Conversion& c, uint64_t bits) {
   }
   const double value = read_float(c.from, bits);
   if (std::isnan(value)) return to.bits == 64 ? uint64_t{1} << 63 : 0;
-  const double whole = c.round == Round::nearest ? std::nearbyint(value)
-                       : c.round == Round::zero  ? std::trunc(value)
-                       : c.round == Round::down  ? std::floor(value)
-                                                 : std::ceil(value);
+  const double whole = to_integer(value, c.round);
   if (whole >= 0x1p64) return static_cast<uint64_t>(clamp(to, __int128{1} << 100));
   if (whole < -0x1p63) return static_cast<uint64_t>(clamp(to, -(__int128{1} << 100)));
   return static_cast<uint64_t>(clamp(to, static_cast<__int128>(whole)));
@@ -131,7 +137,7 @@ void to_two(Warp& w, const Instruction& i, Lanes lanes) {
 }
 
 Run fast(const Conversion& c) {
-  if (c.saturate || c.relu || c.round != Round::nearest) {
+  if (c.saturate || c.relu || c.whole || c.round != Round::nearest) {
     if (is_float(c.to) || is_float(c.from)) return nullptr;
   }
   if (c.saturate) return nullptr;
@@ -185,12 +191,15 @@ bool conversion(Decoder& d) {
     return true;
   }
   if (op != "cvt") return false;
-  const Conversion c{d.type(1), d.type(),
+  const Conversion c{d.type(1),
+                     d.type(),
                      d.has("rzi") || d.has("rz")   ? Round::zero
                      : d.has("rmi") || d.has("rm") ? Round::down
                      : d.has("rpi") || d.has("rp") ? Round::up
                                                    : Round::nearest,
-                     d.has("sat"), d.has("relu")};
+                     d.has("sat"),
+                     d.has("relu"),
+                     d.has("rni") || d.has("rzi") || d.has("rmi") || d.has("rpi")};
   if (c.to == "bf16x2" || c.to == "f16x2") {
     if (c.from != "f32" || c.round != Round::nearest || c.saturate) return false;
     d.write(0, File::b32);

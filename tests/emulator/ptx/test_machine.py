@@ -92,6 +92,8 @@ def test_integers(instruction: str, expected) -> None:
         ("fma.rn.f32 %r4, %r2, %r3, 0f3F800000", "f32", lambda a, b: a * b + 1),
         ("div.full.f32 %r4, %r2, %r3", "f32", lambda a, b: a / b),
         ("max.NaN.f32 %r4, %r2, %r3", "f32", torch.maximum),
+        ("cvt.rzi.f32.f32 %r4, %r2", "f32", lambda a, b: a.trunc()),
+        ("cvt.rni.f32.f32 %r4, %r2", "f32", lambda a, b: a.round()),
         ("cvt.rn.bf16x2.f32 %r4, %r3, %r2", "pair", lambda a, b: torch.stack([a, b], 1).bfloat16()),
         ("cvt.rn.f16x2.f32 %r4, %r3, %r2", "pair", lambda a, b: torch.stack([a, b], 1).half()),
     ],
