@@ -126,11 +126,9 @@ def cuda_rules() -> tuple[str, str, list[Path]]:
     """
     nvcc = find_nvcc()
     compile = (
-        f"mkdir -p $out.ptx && {nvcc} -std=c++20 -O3 "
-        "-Xcompiler -fPIC,-fvisibility=hidden -DFASTST_MODULE=_C "
+        f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DFASTST_MODULE=_C "
         f"-DFASTST_EMULATED=false {includes('csrc', 'csrc/cuda')} -I. $architectures "
-        f"--keep --keep-dir $out.ptx {ONE_SOURCE} && "
-        "find $out.ptx -type f ! -name '*.ptx' -delete"
+        f"--keep --keep-dir $out.ptx {ONE_SOURCE}"
     )
     link = f"{nvcc} -shared -cudart static {architectures_of()}"
     return compile, link, [*ROOT.glob("csrc/cuda/**/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")]
@@ -226,6 +224,9 @@ def build(name: str, output: Path) -> None:
         (folder / "build.ninja").write_text(ninja_file(name, output))
         if name == "_C":
             write_instances(folder / "hopper_instances.h")
+            for source in cuda_rules()[2]:
+                kept = folder / source.relative_to(ROOT / "csrc").with_suffix(".o.ptx")
+                kept.mkdir(parents=True, exist_ok=True)
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         process = subprocess.Popen(
@@ -239,7 +240,11 @@ def build(name: str, output: Path) -> None:
     for line in process.stdout:
         print(line, end="", flush=True)
         said.append(line.strip())
-    if process.wait():
+    failed = process.wait()
+    for file in folder.glob("cuda/**/*.ptx/*"):  # what else nvcc keeps
+        if file.suffix != ".ptx":
+            file.unlink()
+    if failed:
         raise BuildError(f"the build of fastst.{name} failed: {first_error(said)}")
 
 
