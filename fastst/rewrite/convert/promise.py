@@ -329,7 +329,7 @@ class Link:
             return self.run(source, **tensors)
 
     def again(self) -> Tensor:
-        """The value with a graph of its own: that of another reader may have been freed."""
+        """The value with a graph of its own."""
         return self._computed(None if self.before is None else self.before.again())
 
     def replayed(self, source: Link, value: Tensor) -> Tensor:
@@ -364,10 +364,19 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         wanted = [t for t in ctx.tensors if t.requires_grad]
-        grads = iter(torch.autograd.grad(
-            ctx.link.again(), wanted, grad, retain_graph=True, allow_unused=True,
-            create_graph=torch.is_grad_enabled(),
-        ))  # fmt: skip
+        graph = torch.is_grad_enabled()
+
+        def gradients(value: Tensor) -> Iterator[Tensor | None]:
+            return iter(torch.autograd.grad(
+                value, wanted, grad, retain_graph=True, allow_unused=True, create_graph=graph
+            ))  # fmt: skip
+
+        try:
+            grads = gradients(ctx.link.compute())
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            grads = gradients(ctx.link.again())  # backward of another reader has freed the graph
         return None, None, *(next(grads) if t.requires_grad else None for t in ctx.tensors)
 
 

@@ -415,6 +415,16 @@ def test_gradients_of_a_promise_and_of_its_value() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_backward_of_a_function_computes_nothing_again() -> None:
+    """What a custom function reads has a graph: weights may be gone by now, as FSDP's are."""
+    block = Block(lambda m, x: Squares.apply(m.t(m.s(x))))
+    fastst.convert(block)
+    y = block(torch.randn(1, 4, 5, 6, 6)).sum()
+    with fastst.dispatch.recording() as calls:
+        y.backward()
+    assert {call.phase for call in calls} == {"backward"}
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_chains_hold_no_cycles(training: bool) -> None:
     """What they read would stay until somebody collects it."""
