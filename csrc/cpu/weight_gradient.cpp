@@ -144,9 +144,13 @@ struct Pairing {
   // Every second one of neighbours that are `stride` positions apart, from the first or second on.
   Input half(const Input& in, int64_t stride, bool second) const {
     Input part = in;
-    for (Tensor* t : {&part.a, &part.b}) {
+    for (Tensor* t : {&part.a, &part.b, &part.mean, &part.factor}) {
       if (second && t->data) *t = t->shifted(t->*step * stride);
       t->*step *= 2 * stride;
+    }
+    if (which == 0) {  // tables of frames
+      if (second) part.norm = part.norm.at(0, stride);
+      part.norm.t *= 2 * stride;
     }
     return part;
   }

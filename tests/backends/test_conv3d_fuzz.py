@@ -100,7 +100,7 @@ def _running_variance_is_biased(patch: pytest.MonkeyPatch) -> None:
         _running_variance_is_biased,
         _replaced("gradient", _forgets_the_mean),
         _replaced("rstd", lambda real, norm, *rest: real(norm._replace(eps=1e-6), *rest)),
-        _replaced("_split", lambda real, n, c: real(n._replace(per_frame=False), c)),
+        _replaced("_groups_and_axes", lambda real, n, c: real(n._replace(per_frame=False), c)),
         _replaced("is_centred", lambda real, kind: True),
         _replaced("_read", _drops_past, on_aten),
         _replaced(

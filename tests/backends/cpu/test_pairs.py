@@ -14,7 +14,7 @@ from fastst.backends import cpu
 from fastst.backends.cpu import library
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import fuzz
-from tests.support.fuzz import Limits
+from tests.support.fuzz import ConvLimits, Limits
 
 
 def why_not() -> str | None:
@@ -57,6 +57,15 @@ def test_forward_and_backward() -> None:
 def test_odd_and_many_channels(channels: int) -> None:
     fixed = dict(channels=channels, mid=131, out=100, size=(2, 5, 6), groups=(1, 1))
     fuzz.fuzz("cpu", 3, limits(60_000_000, **fixed), backward=False, least=1.0)
+
+
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 1, 1), (3, 3, 3)])
+def test_norms_of_positions_and_frames(kernel: tuple[int, int, int]) -> None:
+    """Statistics of a norm are those of the positions that make a pair."""
+    for norm in ("layer", "group"):
+        fixed = dict(kernel=kernel, norm=norm, per_frame=True, past=0, groups=1)
+        of_norm = ConvLimits(dtypes=(torch.bfloat16,), fixed=fixed)
+        fuzz.fuzz("cpu", 3, of_norm, first=fuzz.SEED + 6000, least=1.0)
 
 
 FITTING = dict(

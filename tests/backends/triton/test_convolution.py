@@ -32,16 +32,10 @@ def check(config: ConvConfig, backward: bool = True) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(3))
-def test_random_calls_are_right(part: int) -> None:
-    first = fuzz.SEED + 1000 * part
-    fuzz.fuzz("triton", 6, TINY, first=first, backward=False, device=DEVICE, least=1.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(3))
-def test_random_gradients_are_right(part: int) -> None:
-    fuzz.fuzz("triton", 5, TINY, first=fuzz.SEED + 500 + 1000 * part, device=DEVICE, least=1.0)
+@pytest.mark.parametrize("backward", [False, True])
+def test_random_calls_are_right(backward: bool) -> None:
+    first = fuzz.SEED + 500 * backward
+    fuzz.fuzz("triton", 4, TINY, first=first, backward=backward, device=DEVICE, least=1.0)
 
 
 SMALL: dict[str, Any] = {
@@ -51,7 +45,7 @@ SMALL: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "group by frames, past": dict(
         norm="instance", per_frame=True, past=2, causal=True, padding=(0, 1, 1),
-        input_activation="silu",
+        input_activation="silu", padding_mode=("circular", "zeros"),
     ),
     "rms, first frame": dict(
         norm="rms", causal=True, padding=(0, 1, 1), padding_mode=("zeros", "replicate")
@@ -136,24 +130,17 @@ def test_self_check_runs_what_the_call_launches(norm: str, phase: Any) -> None:
         assert not needed >= set(rehearsal.instances(other, phase))
 
 
-def passes_its_self_check(norm: str, phase: Any) -> None:
-    call = problem(norm)
-    examples = rehearsal.rehearse(call, phase)[:1]
-    device = torch.device(DEVICE)
-    why = selfcheck.check(backend.BACKEND, examples, device, torch.float16)
-    assert why is None, why
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "phase"), [("group", "forward"), ("frozen", "backward")])
 def test_self_check_passes(norm: str, phase: Any) -> None:
-    passes_its_self_check(norm, phase)
+    examples = rehearsal.rehearse(problem(norm), phase)[:1]
+    why = selfcheck.check(backend.BACKEND, examples, torch.device(DEVICE), torch.float16)
+    assert why is None, why
 
 
 NORM, TAP, DIRECT = "norm", "tap_conv", "depthwise"
 MUTANTS = {
     "all frames are of x": (TAP, "tl.where(t + i_t * TAPS.move[0] < past[2], old, read)", "read"),
-    "mirrored ones, too": (TAP, "tl.where(tapped[1] < past[2], old, read)", "read"),
     "past is activated": (DIRECT, "tl.where(tapped[1] < past[2], raw, z)", "z"),
     "time is padded as space": (
         "common", "MODE: tl.constexpr = TAPS.modes[AXIS]", "MODE: tl.constexpr = TAPS.modes[2]",
@@ -162,23 +149,21 @@ MUTANTS = {
     "statistics of another clip": (NORM, "* frames + each % frames", "* frames"),
     "the part is the whole": (NORM, "m2 + seen * away * away", "m2"),
     "the mean is no function of x": (NORM, "g -= centre[:, None]", "g = g"),
-    "nor the deviation": (NORM, "        g -= x * slope\n", ""),
 }  # fmt: skip
 
 
+SEEN_BY = {
+    "all frames are of x": "past alone",
+    "past is activated": "depthwise, past",
+    "time is padded as space": "rms, first frame",
+    "the mean is no function of x": "layer in float64",
+    "eps is added to the deviation": "layer in float64",
+}
+
+
 def all_checks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = {
-        "all frames are of x": "past alone", "past is activated": "depthwise, past",
-        "mirrored ones, too": "group by frames, past",
-        "time is padded as space": "rms, first frame", "the mean is no function of x":
-        "layer in float64", "eps is added to the deviation": "layer in float64",
-    }.get(name, "group by frames, past")  # fmt: skip
-    more: dict[str, Any] = {}
-    if name == "mirrored ones, too":
-        more = dict(padding_mode=("circular", "zeros"))
-    if name == "the part is the whole":
-        more = dict(size=(2, 3, 40))
-    check(ConvConfig(**(SMALL | KINDS[kind] | more)))
+    """``test_each_kind`` passes without the bug."""
+    check(ConvConfig(**(SMALL | KINDS[SEEN_BY.get(name, "group by frames, past")])))
 
 
 test_planted_bugs_are_seen: Callable[..., None] = planted_bugs(MUTANTS, all_checks)
