@@ -136,7 +136,7 @@ struct Pairing {
   int which;  // of t, h, w
 
   static std::optional<Pairing> of(const Geometry& g) {
-    const auto free = [](const Axis& a) { return a.kernel == 1 && a.before == 0 && a.out > 1; };
+    const auto free = [](const Axis& a) { return a.kernel == 1 && a.inside() && a.out > 1; };
     if (free(g.w)) return Pairing{&Tensor::w, &Geometry::w, 2};
     if (free(g.t)) return Pairing{&Tensor::t, &Geometry::t, 0};
     return {};

@@ -75,6 +75,8 @@ def defer(
         kept = tuple((name, Kept(t)) for name, t in tensors.items())
     except CannotDefer:
         return run(tensors)
+    if any(k.foreign for name, k in kept if name in ("first input", "past")):
+        return run(tensors)  # y may leave the model, and be read when others have written to x
     plan = Ending(begun, begun.name, run, slope, sums, ran=([],))
     link = Link(None, plan.finish, plan, kept, state, shape)
     return promise(link, dtype)
@@ -131,10 +133,14 @@ def _extended(
     p: Promise, tensors: dict[str, Tensor], in_place: bool = False, **changes: Any
 ) -> Any:
     link = p.link
+    if in_place and any(view() is not None for view in link.views):  # which see what is written
+        return NotImplemented
     plan: Ending = link.plan._replace(**changes)
     try:
         kept = tuple((name, Kept(t)) for name, t in tensors.items())
     except CannotDefer:
+        return NotImplemented
+    if any(k.foreign for name, k in kept if name == "residual"):
         return NotImplemented
     longer = Link(None, plan.finish, plan, (*link.kept, *kept), link.state, link.shape)
     return replace(p, longer, link.dtype) if in_place else promise(longer, link.dtype)

@@ -171,6 +171,11 @@ class Kept:
             self.hold()
 
     @property
+    def foreign(self) -> bool:
+        """Whether its memory is of others (NumPy, shared), who may write to it unseen."""
+        return self.clone is None and not (self.valueless or self.resized)
+
+    @property
     def same(self) -> bool:
         """Whether the tensor still is what it was, and in the memory that it had."""
         t = self.tensor
@@ -322,11 +327,14 @@ class Link:
         tensors = {
             name: kept.get(f"{name} of {what}", state.grad, ended) for name, kept in self.kept
         }
-        for _, kept in self.kept:
-            if kept.same:  # by address, kernels would make memory of its own for a clone
-                kept.release()
+        released = [kept for _, kept in self.kept if kept.same]
+        for kept in released:  # by address, kernels would make memory of its own for a clone
+            kept.release()
         with self.state.restored():
-            return self.run(source, **tensors)
+            value = self.run(source, **tensors)
+        for kept in released:
+            kept.held_again()
+        return value
 
     def again(self) -> Tensor:
         """The value with a graph of its own."""

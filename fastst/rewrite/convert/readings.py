@@ -92,6 +92,8 @@ def longer(
         kept = tuple((name, Kept(t)) for name, t in (tensors or {}).items())
     except CannotDefer:
         return NotImplemented
+    if any(k.foreign for name, k in kept if name == _PAST):
+        return NotImplemented
     if link is plan.source:  # a shortcut may ask for it again
         link.readers += 1
     return extended(p, run, kept, shape, in_place, plan._replace(**changes))
@@ -180,7 +182,7 @@ def _normalize(input: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: An
 def multiplied(p: Any, other: Any) -> Any:
     """√C of a norm by ``F.normalize``, then γ of each channel."""
     plan = onto(p)
-    if plan is None or plan.norm is None or plan.norm[0] != "l2" or plan.activation:
+    if plan is None or not _scales(plan):
         return NotImplemented
     if plan.unit:
         if type(other) is not float or not math.isclose(other, math.sqrt(p.link.shape[1])):
@@ -196,7 +198,7 @@ def multiplied(p: Any, other: Any) -> Any:
 def added(p: Any, other: Any) -> Any:
     """β of each channel, of a norm by ``F.normalize``; or 0."""
     plan = onto(p)
-    if plan is None or plan.norm is None or plan.norm[0] != "l2" or plan.unit or plan.activation:
+    if plan is None or plan.unit or not _scales(plan):
         return NotImplemented
     norm = plan.norm
     if type(other) is float and other == 0.0:
@@ -206,6 +208,13 @@ def added(p: Any, other: Any) -> Any:
     return longer(
         p, lambda v, **given: v + given[_BIAS], {_BIAS: other}, norm=norm._replace(bias=other)
     )  # fmt: skip
+
+
+def _scales(plan: Reading) -> bool:
+    """Whether a factor or a shift now is of a norm by ``F.normalize``, and of nothing else."""
+    if plan.norm is None or isinstance(plan.norm, BatchNorm) or plan.norm.kind != "l2":
+        return False
+    return not (plan.activation or plan.past or plan.pads)
 
 
 def _of_channels(p: Promise, vector: Any) -> bool:
@@ -254,6 +263,7 @@ class Read(NamedTuple):
     plan: Reading | None  # of a chain
     padding: Any
     padding_mode: Any
+    kept: tuple[Kept, ...] = ()  # that are released
 
     def options(self, given: dict[str, Any]) -> dict[str, Any]:
         """Of the operation, with tensors of that name."""
@@ -291,7 +301,7 @@ def read(p: Any, conv: Any, weight: Tensor) -> Read | None:
         k.release()
     tensors = {name: k.tensor for name, k in kept} | {INPUT: plan.source.current(keep=True)}
     plan.begun.missed_followers = 0
-    return Read(tensors, plan, *found)
+    return Read(tensors, plan, *found, tuple(k for _, k in kept))
 
 
 RULES: dict[Any, Callable[..., Any]] = {

@@ -70,7 +70,10 @@ def begin(
         return convolve(input, weight, bias, *how)
 
     try:
-        kept = [("input", Kept(x)), ("weight", Kept(weight))]
+        input = Kept(x)
+        if input.foreign:
+            input = Kept(x.clone())
+        kept = [("input", input), ("weight", Kept(weight))]
         if bias is not None:
             kept.append(("bias", Kept(bias)))
     except CannotDefer:

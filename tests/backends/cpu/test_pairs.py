@@ -68,6 +68,15 @@ def test_norms_of_positions_and_frames(kernel: tuple[int, int, int]) -> None:
         fuzz.fuzz("cpu", 3, of_norm, first=fuzz.SEED + 6000, least=1.0)
 
 
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 1)])
+def test_padding_behind_alone(kernel: tuple[int, int, int]) -> None:
+    """An axis of one tap has no pairs where its last outputs read padding."""
+    behind = tuple(0 if k == 3 else (0, 2) for k in kernel)
+    fixed = dict(kernel=kernel, padding=behind, stride=(1, 1, 1), groups=1, causal=False)
+    only = ConvLimits(dtypes=(torch.bfloat16,), fixed=fixed)
+    fuzz.fuzz("cpu", 3, only, first=fuzz.SEED + 7000, least=1.0)
+
+
 FITTING = dict(
     kernel=(3, 3, 3), padding=1, dilation=(1, 1, 1), stride=(1, 1, 1), causal=False,
     padding_mode=("zeros", "zeros"),

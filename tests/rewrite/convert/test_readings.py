@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,13 @@ def _in_place(m: Any, x: Tensor) -> Tensor:
     return m.two(h) + k.mean()
 
 
+def _view_then_written(m: Any, x: Tensor) -> Any:
+    y = m.one(x)
+    last, whole = y[:, :, -2:], y.contiguous()
+    y += x
+    return y, last, whole
+
+
 # A body, and of each call of the operation: norm, activation, cached frames, residual.
 Took = tuple[str, str, int, bool]
 PLAIN: Took = ("none", "none", 0, False)
@@ -139,6 +147,14 @@ BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], list[Took]]] = {
     "padded, then a cache": (
         lambda m, x: m.two(torch.cat([x, F.pad(m.silu(m.one(x)), (0,) * 6)], 2)), [PLAIN] * 2,
     ),
+    "γ of a cache, too": (
+        lambda m, x: m.two(torch.cat([x, F.normalize(m.one(x)) * math.sqrt(8)], 2) * m.gamma),
+        [PLAIN] * 2,
+    ),
+    "β of pads, too": (
+        lambda m, x: m.two(F.pad(m.l2(m.one(x)), (0, 0, 0, 0, 2, 0)) + m.beta), [PLAIN] * 2,
+    ),
+    "view, then written": (_view_then_written, [PLAIN]),
     "written": (_written, [*[PLAIN] * 3, ("group", "silu", 0, True)]),  # the first one runs again
     "weight written": (_weight_written, [PLAIN] * 2),
     "part written": (_part_written, [PLAIN] * 2),
@@ -171,6 +187,57 @@ def test_as_the_plain_module(name: str) -> None:
     torch.manual_seed(0)
     body, took = BODIES[name]
     assert compared(Net(body).eval(), torch.randn(2, 8, 4, 6, 7)) == sorted(took)
+
+
+def _activation_kept(m: Any, x: Tensor) -> Any:
+    z = m.silu(m.group(m.one(x)))
+    y = m.two(z)
+    x.zero_()
+    return y, z
+
+
+def _cache_kept(m: Any, x: Tensor) -> Any:
+    cache = x[:, :, :2] + 1
+    z = torch.cat([cache, m.silu(m.group(m.one(x)))], 2)
+    y = m.two(z)
+    cache.zero_()
+    return y, z
+
+
+def _read_before(m: Any, x: Tensor) -> Any:
+    y = m.one(x)
+    z, mean = m.silu(m.group(y)), y.mean()
+    x.zero_()
+    return m.two(z), mean
+
+
+@pytest.mark.parametrize("body", [_activation_kept, _cache_kept, _read_before])
+def test_what_inference_mode_writes_to_afterwards(body: Any) -> None:
+    """Tensors made there have no version counter."""
+    with torch.inference_mode():
+        compared(Net(body).eval(), torch.randn(1, 8, 4, 6, 6))
+
+
+@pytest.mark.parametrize("body", [
+    lambda m, x: m.one(x),
+    lambda m, x: m.one.space(x),
+])  # fmt: skip
+def test_memory_that_numpy_writes_to(body: Any) -> None:
+    """Its tensors are told of no write: what is returned may be read after the next clip came."""
+    net = Net(body).eval()
+    net.one.space = nn.Conv3d(8, 8, (1, 3, 3))  # type: ignore[assignment]
+    outputs = []
+    for convert in (False, True):
+        if convert:
+            fastst.convert(net)
+        clip = np.zeros((1, 8, 4, 6, 6), np.float32)
+        with torch.no_grad():
+            found = []
+            for i in range(3):
+                clip[:] = i
+                found.append(net(torch.from_numpy(clip)))
+        outputs.append(torch.stack(found))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_training_and_gradients_compute() -> None:
