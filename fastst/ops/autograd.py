@@ -240,7 +240,10 @@ class _BackwardFunction(torch.autograd.Function):
 
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+    if not torch.is_grad_enabled():
+        return False
+    # Compilers trace no question about inference mode, in which they call their code without grad.
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True

@@ -37,7 +37,7 @@ def step(backend: str, halves: bool, groups: int, order: str) -> list[Tensor]:
         if halves:
             guess = [torch.empty_like(w) for w in (ws, wt)]
             guessed = (x, ws, guess[1], bs, None) if spatial_first else (x, guess[0], wt, None, bt)
-            begun = begin(*guessed, norm=norm, **settings)
+            begun = begin(*guessed, norm=norm, activation=("silu", 0.01), **settings)
             assert begun is not None
         y = conv2plus1d(x, ws, wt, bs, bt, norm=norm, activation="silu", begun=begun, **settings)
         grads = torch.autograd.grad(y.sin().sum(), [x, ws, wt, bs, bt, gamma, beta])
