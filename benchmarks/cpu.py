@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.set(seconds=time.monotonic() - start)
     if args.out is None:
         report.update()
-        charts.draw(record.data, report.IMAGES)
     else:
         charts.draw(record.data, args.out.parent)
     print(report.show(record.data))
