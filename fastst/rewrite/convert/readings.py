@@ -182,13 +182,13 @@ def _normalize(input: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: An
 def multiplied(p: Any, other: Any) -> Any:
     """√C of a norm by ``F.normalize``, then γ of each channel."""
     plan = onto(p)
-    if plan is None or not _scales(plan):
+    norm = _unfinished(plan)
+    if plan is None or norm is None:
         return NotImplemented
     if plan.unit:
         if type(other) is not float or not math.isclose(other, math.sqrt(p.link.shape[1])):
             return NotImplemented
         return longer(p, lambda v: v * other, unit=False)
-    norm = plan.norm
     if norm.weight is not None or norm.bias is not None or not _of_channels(p, other):
         return NotImplemented
     longer_ = norm._replace(weight=other)
@@ -198,9 +198,9 @@ def multiplied(p: Any, other: Any) -> Any:
 def added(p: Any, other: Any) -> Any:
     """β of each channel, of a norm by ``F.normalize``; or 0."""
     plan = onto(p)
-    if plan is None or plan.unit or not _scales(plan):
+    norm = _unfinished(plan)
+    if plan is None or norm is None or plan.unit:
         return NotImplemented
-    norm = plan.norm
     if type(other) is float and other == 0.0:
         return longer(p, lambda v: v + 0.0)
     if norm.bias is not None or not _of_channels(p, other):
@@ -210,11 +210,12 @@ def added(p: Any, other: Any) -> Any:
     )  # fmt: skip
 
 
-def _scales(plan: Reading) -> bool:
-    """Whether a factor or a shift now is of a norm by ``F.normalize``, and of nothing else."""
-    if plan.norm is None or isinstance(plan.norm, BatchNorm) or plan.norm.kind != "l2":
-        return False
-    return not (plan.activation or plan.past or plan.pads)
+def _unfinished(plan: Reading | None) -> Norm | None:
+    """The norm by ``F.normalize`` of which a factor or a shift would be now, if of nothing else."""
+    if plan is None or plan.activation or plan.past or plan.pads:
+        return None
+    norm = plan.norm
+    return norm if isinstance(norm, Norm) and norm.kind == "l2" else None
 
 
 def _of_channels(p: Promise, vector: Any) -> bool:
