@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastst
+from tests.rewrite.convert.programs.helpers import Doubles
 
 
 class Block(nn.Module):
@@ -42,19 +43,6 @@ class Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return -g
-
-
-class Squares(torch.autograd.Function):
-    """Saves and reads its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * g
 
 
 def hooked(m: Any, x: Tensor) -> Tensor:
@@ -403,7 +391,7 @@ def test_written_in_place_after_it_left_a_function() -> None:
 
 def test_gradients_of_a_promise_and_of_its_value() -> None:
     """A custom function's two ways to the same promise share no graph that the first one frees."""
-    block = Block(lambda m, x: Squares.apply(m.t(m.s(x)))).double()
+    block = Block(lambda m, x: Doubles.apply(m.t(m.s(x)))).double()
     x = torch.randn(1, 4, 5, 6, 6, dtype=torch.float64, requires_grad=True)
     found = []
     for convert in (False, True):
@@ -418,7 +406,7 @@ def test_gradients_of_a_promise_and_of_its_value() -> None:
 
 def test_backward_of_a_function_computes_nothing_again() -> None:
     """What a custom function reads has a graph: weights may be gone by now, as FSDP's are."""
-    block = Block(lambda m, x: Squares.apply(m.t(m.s(x))))
+    block = Block(lambda m, x: Doubles.apply(m.t(m.s(x))))
     fastst.convert(block)
     y = block(torch.randn(1, 4, 5, 6, 6)).sum()
     with fastst.dispatch.recording() as calls:
