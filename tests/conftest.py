@@ -36,18 +36,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick", action="store_true", help="the first case of each test, and none marked slow"
     )
+    parser.addoption("--thorough", action="store_true", help="those marked thorough, too")
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], left: set[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=[i for i in items if i in left])
+    items[:] = [i for i in items if i not in left]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("thorough"):
+        _leave_out(config, items, {i for i in items if "thorough" in i.keywords})
     if config.getoption("quick"):
         first: dict[str, pytest.Item] = {}
         for item in items:
             # The emulator compiles for minutes where it has not been used before.
             if "slow" not in item.keywords and "emulated" not in getattr(item, "fixturenames", ()):
                 first.setdefault(item.nodeid.partition("[")[0], item)
-        quick = set(first.values())
-        config.hook.pytest_deselected(items=[i for i in items if i not in quick])
-        items[:] = [i for i in items if i in quick]
+        _leave_out(config, items, set(items) - set(first.values()))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 import fastst
 from fastst.models import r2plus1d_18
 from tests.support import ROOT
+from tests.support.ranks import Ranks
 
 pytest.importorskip("av")
 
@@ -427,27 +429,29 @@ def test_command_line() -> None:
     assert Options.parse(None, []) == Options()
 
 
+def _as_replica(rank: int, folder: Path, out: Path) -> None:
+    started = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}  # as by torchrun
+    with mock.patch.dict(os.environ, started):
+        train.train(options(out, folder, epochs=1, clips=1, parallel="ddp", sync_bn=True))
+
+
 @pytest.mark.slow
-def test_torchrun(folder: Path, tmp_path: Path) -> None:
+def test_torchrun(folder: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Two processes; replicas first, then resumed as shards."""
-
-    def launch(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            str(ROOT / "examples/train.py"), str(folder), "--width", "4", "--frames", "4",
-            "--size", "24", "--clips", "1", "--batch", "2", "--workers", "0", "--device", "cpu",
-            "--sync-bn", "--out", str(tmp_path), *more,
-        ]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-    done = launch("--epochs", "1", "--parallel", "ddp")
-    assert done.returncode == 0, done.stderr
-    done = launch("--epochs", "2", "--parallel", "fsdp", "--resume")
+    ranks.run(_as_replica, folder, tmp_path)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(ROOT / "examples/train.py"), str(folder), "--width", "4", "--frames", "4",
+        "--size", "24", "--clips", "1", "--batch", "2", "--workers", "0", "--device", "cpu",
+        "--sync-bn", "--out", str(tmp_path / "run"), "--epochs", "2", "--parallel", "fsdp",
+        "--resume",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "epoch 2/2" in done.stdout
     assert "4 files could not be used" in done.stdout
-    found = checkpoints.read_checkpoint(tmp_path / "last.pt")
+    found = checkpoints.read_checkpoint(tmp_path / "run" / "last.pt")
     model = train.build_model(options(tmp_path), found["classes"])
     model.load_state_dict(found["model"])  # whole tensors under the names of the model
 

@@ -38,6 +38,11 @@ def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(instances, name, tiles)
 
 
+def more(*values: object) -> Any:
+    """A bug of a kind of which another is planted as well: with ``--thorough``."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
+
 TOLD = r"^emulator: |could not be launched: emulator: |error \S+ > |of Case\("
 
 

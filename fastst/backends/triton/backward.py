@@ -133,24 +133,14 @@ def _run(
         )  # fmt: skip
         dw2 = found if dw2 is None else dw2
     if dv is not None:
-        norm: NormTerms | None = None
         if partial is not None:
             sums = sum_rows(partial, partial.new_empty(partial.shape[1:]))
             db1 = sums[0]
+        norm: NormTerms | None = None
         if spec.norm != "none" and not scaled:
             norm = NormTerms(scale)
         if spec.norm == "batch" or (spec.norm == "frozen" and sums is not None):
-            assert mean is not None and var is not None and scale is not None
-            pooled = sums if spec.norm == "batch" else None
-            count = dv[:, 0].numel()
-            if spec.group and means is None:
-                assert sums is not None
-                means = _pooled(sums, count, spec.group)
-            if means is not None:
-                pooled = means * count
-            local = pooled if sums is None else sums
-            assert local is not None
-            dgamma, db1, p, r = norm_gradient(problem, tensors, local, pooled, mean, var, scale)
+            dgamma, db1, p, r = _through_norm(call, means, sums, dv[:, 0].numel(), mean, var, scale)
             if spec.norm == "batch":
                 norm = NormTerms(scale, r, mid, p)
         bias_of_ranks = b1 if need.first_bias and spec.norm == "batch" and spec.group else None
@@ -169,6 +159,33 @@ def _run(
             )
     dbeta = None if sums is None else sums[0]
     return dx, dw1, dw2, db1, db2, dgamma, dbeta
+
+
+def _through_norm(
+    call: PairBackward,
+    means: Tensor | None,
+    sums: Tensor | None,
+    count: int,
+    mean: Tensor | None,
+    var: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``norm_gradient`` of the norm: from the sums of these ``count`` positions of a channel.
+
+    Its own means over all that the norm has normalised are ``means`` where the caller knows them
+    (it cuts the batch), else those of the ranks, else those of the sums.
+    """
+    problem, spec = call.problem, call.problem.spec
+    assert mean is not None and var is not None and scale is not None
+    if spec.group and means is None:
+        assert sums is not None
+        means = _pooled(sums, count, spec.group)
+    pooled = sums if spec.norm == "batch" else None
+    if means is not None:
+        pooled = means * count
+    local = pooled if sums is None else sums
+    assert local is not None
+    return norm_gradient(problem, call.tensors, local, pooled, mean, var, scale)
 
 
 def _pooled(sums: Tensor, count: int, group: str) -> Tensor:

@@ -17,7 +17,7 @@ from fastst.backends.cuda import library as native
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import fuzz, planted
 from tests.support.fuzz import Config
-from tests.support.planted import Plant
+from tests.support.planted import Plant, more
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -210,20 +210,20 @@ def test_nothing_is_caught_without_a_bug(plant: Plant) -> None:
         ("device/tensor.cuh", "i < size) return i", "i <= size) return i", GENERIC),
         ("device/tensor.cuh", "2 * (size - 1) - i;\n      case", "2 * size - 1 - i;\n      case",
          REFLECT),
-        ("generic/tap_conv.cu", "c % in_per_group * b", "(c + 1) % in_per_group * b", GENERIC),
-        ("generic/weight_gradient.cu", "i < end; ++i", "i + 1 < end; ++i", GENERIC),
+        more("generic/tap_conv.cu", "c % in_per_group * b", "(c + 1) % in_per_group * b", GENERIC),
+        more("generic/weight_gradient.cu", "i < end; ++i", "i + 1 < end; ++i", GENERIC),
         ("reductions.cu", "begin + threadIdx.y;", "begin + 1 + threadIdx.y;", GENERIC),
         # a missing barrier
         ("reductions.cu", "    sync_block();\n    if (lane", "    if (lane", GENERIC),
         ("depthwise/forward.cu", "copy_wait<0>();\n      sync_block();", "copy_wait<0>();",
          DEPTHWISE),
-        ("depthwise/backward.cu", "dx.data) continue;\n    sync_block();", "dx.data) continue;",
+        more("depthwise/backward.cu", "dx.data) continue;\n    sync_block();", "dx.data) continue;",
          DEPTHWISE),
         ("depthwise/backward.cu", "    copy_wait<0>();\n", "", DEPTHWISE),
         # a wrong pad
         ("depthwise/forward.cu", "task.h0 * S - p.pad_h", "task.h0 * S - p.pad_h + 1", DEPTHWISE),
-        ("depthwise/forward.cu", "p.pad_t - (KT - 1)", "p.pad_t - KT", DEPTHWISE),
-        ("depthwise/backward.cu", "oh0 * S - p.pad_h", "oh0 * S", DEPTHWISE),
+        more("depthwise/forward.cu", "p.pad_t - (KT - 1)", "p.pad_t - KT", DEPTHWISE),
+        more("depthwise/backward.cu", "oh0 * S - p.pad_h", "oh0 * S", DEPTHWISE),
         # a wrong term
         ("depthwise/backward.cu", "(k == 0 || t == 0)", "(k == 0)", DEPTHWISE),
         ("reductions.cu", "+ delta * delta * count * share", "", GENERIC),
@@ -244,7 +244,7 @@ def test_planted_bug_is_caught(
     [
         # a row too many, rows counted twice, squares between the parts lost, a missing barrier
         ("there = r < rows_;", "there = r <= rows_;"),
-        ("first = threadIdx.y; first < rows_", "first = threadIdx.y / 2; first < rows_"),
+        more("first = threadIdx.y; first < rows_", "first = threadIdx.y / 2; first < rows_"),
         ("m2 + n * (row - centre) * (row - centre)", "m2 + 0 * n * row"),
         ("  sync_block();  // it may be called again\n", ""),
     ],

@@ -141,6 +141,32 @@ def tap_offset(c, taps, strides, ALIGN: tl.constexpr, TAPS: tl.constexpr):
 
 
 @triton.jit
+def taps_inside(first, row_ok, x_size, counts, rows, lanes, TAPS: tl.constexpr):
+    """Which taps read something, of positions whose first tap is at (t, h, w): for ``is_inside``.
+
+    A bit for each tap, if there are few enough, else for each along an axis.
+    """
+    within_t = tl.where(row_ok[:, None], taps_within(first[0], x_size[0], counts[0], 0, TAPS), 0)
+    within_h = taps_within(first[1], x_size[1], counts[1], 1, TAPS)
+    within_w = taps_within(first[2], x_size[2], counts[2], 2, TAPS)
+    if TAPS.kernel[0] * TAPS.kernel[1] * TAPS.kernel[2] <= 32:
+        within = combined(within_t, within_h, within_w, rows, lanes, TAPS)
+    else:
+        within = (within_t, within_h, within_w)
+    return within
+
+
+@triton.jit
+def is_inside(within, index, along, TAPS: tl.constexpr):
+    """Whether a tap reads something: by its number and by its index along each axis."""
+    if TAPS.kernel[0] * TAPS.kernel[1] * TAPS.kernel[2] <= 32:
+        inside = within >> index
+    else:
+        inside = (within[0] >> along[0]) & (within[1] >> along[1]) & (within[2] >> along[2])
+    return (inside & 1) != 0
+
+
+@triton.jit
 def accumulate(
     acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
     x_ptr, x_strides, x_size,  # x_ptr at the first channel of the group
@@ -184,11 +210,8 @@ def accumulate(
         h = tap_start(h, first_h, 1, TAPS)
         w = tap_start(w, first_w, 2, TAPS)
         x_rows, past_rows = row_pointers((n, t, h, w), x_ptr, x_strides, past, ALIGN)
-        within_t = tl.where(row_ok[:, None], taps_within(t, x_size[0], taps_t, 0, TAPS), 0)
-        within_h = taps_within(h, x_size[1], taps_h, 1, TAPS)
-        within_w = taps_within(w, x_size[2], taps_w, 2, TAPS)
-        if COUNT <= 32:
-            within = combined(within_t, within_h, within_w, rows, lanes, TAPS)
+        counts = (taps_t, taps_h, taps_w)
+        within = taps_inside((t, h, w), row_ok, x_size, counts, rows, lanes, TAPS)
     # The taps that are done, and the channels of the next that are; that tap along each axis. They
     # are counted: to divide by what the compiler does not know takes it 25 instructions.
     chunk = tl.cast(0, tl.int32)
@@ -211,11 +234,7 @@ def accumulate(
             if past is not None:
                 old = past_rows + tap_offset(c, (i_t, i_h, i_w), past[1], ALIGN, TAPS)
                 read = tl.where(t + i_t * TAPS.move[0] < past[2], old, read)
-            if COUNT <= 32:
-                inside = within >> index
-            else:
-                inside = (within_t >> i_t) & (within_h >> i_h) & (within_w >> i_w)
-            ok = (inside & 1) != 0
+            ok = is_inside(within, index, (i_t, i_h, i_w), TAPS)
         else:
             tap, _ = tap_of((i_t, i_h, i_w), subset, TAPS)
             tapped, inside = tap_position(at, tap, x_size, TAPS)

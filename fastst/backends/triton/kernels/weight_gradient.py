@@ -129,6 +129,31 @@ def tap_block(block, first, channels, TAPS: tl.constexpr, FLAT: tl.constexpr, SI
 
 
 @triton.jit
+def block_of(block, first, channels, TAPPED: tl.constexpr, TAPS: tl.constexpr, FLAT: tl.constexpr,
+             SIZE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    """``tap_block`` or, without TAPPED, the same over channels alone."""
+    if TAPPED:
+        index, place, ok = tap_block(block, first, channels, TAPS, FLAT, SIZE, STEP)
+    else:
+        index = block * STEP + first + tl.arange(0, SIZE)
+        place, ok = index, index < channels
+    return index, place, ok
+
+
+@triton.jit
+def next_box(box, boxes):
+    """The box after one, along w first; all as (n, t, h, w), but ``boxes`` as ``weight_tile``."""
+    n, t, h, w = box
+    w += 1
+    h += (w == boxes[2]).to(tl.int32)
+    w = tl.where(w == boxes[2], 0, w)
+    t += (h == boxes[1]).to(tl.int32)
+    h = tl.where(h == boxes[1], 0, h)
+    n += (t == boxes[0]).to(tl.int32)
+    return n, tl.where(t == boxes[0], 0, t), h, w
+
+
+@triton.jit
 def weight_tile(
     index, split,  # of a block of rows and columns of a group; of a part of the boxes
     x_ptr, x_strides, x_size, channels, dy_ptr, dy_strides, dy_size, dy_channels,
@@ -147,21 +172,14 @@ def weight_tile(
     x_ptr += (group * channels // X_ALIGN * X_ALIGN).to(tl.int64) * x_strides[1]
     dy_ptr += (group * dy_channels // Y_ALIGN * Y_ALIGN).to(tl.int64) * dy_strides[1]
 
-    if SWAP:
-        r = row * BLOCK_R + tl.arange(0, BLOCK_R)
-        r_place, r_ok = r, r < dy_channels
-        n, n_place, n_ok = tap_block(width, 0, channels, TAPS, FLAT, BLOCK_N, STEP)
-        if REST_N > 0:
-            m, m_place, m_ok = tap_block(width, BLOCK_N, channels, TAPS, FLAT, REST_N, STEP)
-        length = COUNT * channels
-    else:
-        r, r_place, r_ok = tap_block(row, 0, channels, TAPS, FLAT, BLOCK_R, BLOCK_R)
-        n = width * STEP + tl.arange(0, BLOCK_N)
-        n_place, n_ok = n, n < dy_channels
-        if REST_N > 0:
-            m = width * STEP + BLOCK_N + tl.arange(0, REST_N)
-            m_place, m_ok = m, m < dy_channels
-        length = dy_channels
+    # Either the rows or the columns are (tap, c).
+    r_channels = dy_channels if SWAP else channels
+    n_channels = channels if SWAP else dy_channels
+    r, r_place, r_ok = block_of(row, 0, r_channels, not SWAP, TAPS, FLAT, BLOCK_R, BLOCK_R)
+    n, n_place, n_ok = block_of(width, 0, n_channels, SWAP, TAPS, FLAT, BLOCK_N, STEP)
+    if REST_N > 0:
+        m, m_place, m_ok = block_of(width, BLOCK_N, n_channels, SWAP, TAPS, FLAT, REST_N, STEP)
+    length = COUNT * channels if SWAP else dy_channels
 
     lane = lanes(box, BLOCK_P)
     start, x_rows = tap_rows(lane, x_ptr, x_strides, X_ALIGN, TAPS)
@@ -202,13 +220,7 @@ def weight_tile(
             else:
                 b = read_rows(m, dy_rows, origin, row_ok, dy_strides, dy_channels, Y_ALIGN)
             rest = product(a, b, rest, PRECISION, EMULATE)
-        w += 1
-        h += (w == boxes[2]).to(tl.int32)
-        w = tl.where(w == boxes[2], 0, w)
-        t += (h == boxes[1]).to(tl.int32)
-        h = tl.where(h == boxes[1], 0, h)
-        n_box += (t == boxes[0]).to(tl.int32)
-        t = tl.where(t == boxes[0], 0, t)
+        n_box, t, h, w = next_box((n_box, t, h, w), boxes)
     acc = acc + 0.0
     rest = rest + 0.0
 

@@ -31,7 +31,7 @@ from fastst.problem.spec import PairSpec, PairTensors, Problem
 from fastst.ranks import groups, statistics
 from tests.support import fuzz, hopper, planted
 from tests.support.fuzz import Config
-from tests.support.planted import Plant
+from tests.support.planted import Plant, more
 
 MODULE = importlib.import_module("fastst.backends.cuda.hopper.backward")
 
@@ -365,18 +365,18 @@ def test_nothing_is_caught_without_a_bug(plant_anew: Plant) -> None:
         # a tap off by one, an output of a cell left out
         ("spatial_gradient", "* dilation - narrow_size", "* dilation + 1 - narrow_size", NORM),
         ("spatial_gradient", "static_cast<uint8_t>(output)", "output * 0", STRIDED),
-        ("temporal_gradient", "kTaps - 1 - before", "kTaps - before", NORM),
-        ("temporal_gradient", "before & 1", "0", STRIDED),
+        more("temporal_gradient", "kTaps - 1 - before", "kTaps - before", NORM),
+        more("temporal_gradient", "before & 1", "0", STRIDED),
         # du: p·u left out, r where there is no place
         ("spatial_gradient", "(norm_p[i] * widen", "(0 * norm_p[i] * widen", NORM),
-        ("spatial_gradient", "inside ? widen", "inside || true ? widen", STRIDED),
+        more("spatial_gradient", "inside ? widen", "inside || true ? widen", STRIDED),
         # a missing fence or barrier, a wrong phase, a stage given back too early, a wrong swizzle
         ("spatial_gradient", "fence_proxy_async();\n", "", DEEP),
         ("spatial_gradient", "if (p.affine) formed.wait();", "", NORM),
-        ("spatial_gradient", "boxes.advance(), formed.advance();\n      at",
+        more("spatial_gradient", "boxes.advance(), formed.advance();\n      at",
          "boxes.advance();\n      at", NORM),
         ("spatial_gradient", "if (i % kAtOnce == kAtOnce - 1) wgmma_wait<0>();", "", STRIDED),
-        ("spatial_gradient", "wgmma_commit();\n            }\n            wgmma_wait<0>();",
+        more("spatial_gradient", "wgmma_commit();\n            }\n            wgmma_wait<0>();",
          "wgmma_commit();\n            }", TABLE),
         # the taps of another kernel
         ("spatial_gradient", "fits<Pattern::same, Blocks>(p) ?", "true ?", TABLE),

@@ -16,7 +16,7 @@ from fastst.dispatch import quarantine, selfcheck
 from fastst.problem.spec import Problem
 from tests.support import fuzz, hopper, planted
 from tests.support.fuzz import Config
-from tests.support.planted import Plant
+from tests.support.planted import Plant, more
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +54,11 @@ def test_nothing_is_caught_without_a_bug(plant: Plant, monkeypatch: pytest.Monke
         # a tap off by one
         ("hopper/spatial.cu", "(block * p.h.kernel + kh + i) * N",
          "(block * p.h.kernel + (kh + i + 1) % p.h.kernel) * N", SPATIAL),
-        ("hopper/temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
-        ("hopper/stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
+        more("hopper/temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;", TEMPORAL),
+        more("hopper/stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps", STEM),
         # a wrong swizzle
         ("hopper/spatial.cu", ".swizzle = swizzle});", ".swizzle = Swizzle::none});", SPATIAL),
-        ("hopper/temporal.cu", "^ (row % 8)", "^ (row % 4)", TEMPORAL),
+        more("hopper/temporal.cu", "^ (row % 8)", "^ (row % 4)", TEMPORAL),
         # a wrong phase
         ("hopper/spatial.cu", "mbarrier_wait(empty_ + stage_, phase_ ^ 1)",
          "mbarrier_wait(empty_ + stage_, phase_)", SPATIAL),
@@ -66,31 +66,32 @@ def test_nothing_is_caught_without_a_bug(plant: Plant, monkeypatch: pytest.Monke
         ("hopper/spatial.cu", "wgmma_fence();", "", SPATIAL),
         ("hopper/spatial.cu", "fence_proxy_async();", "", SPATIAL),
         ("hopper/temporal.cu", "mbarrier_fence_init();", "", TEMPORAL),
-        ("hopper/stem.cu", "wgmma_fence(sums, z);", "", STEM),
+        more("hopper/stem.cu", "wgmma_fence(sums, z);", "", STEM),
         # a stage given back too early
-        ("hopper/spatial.cu", "wgmma_wait<1>();", "", SPATIAL),
+        more("hopper/spatial.cu", "wgmma_wait<1>();", "", SPATIAL),
         ("hopper/temporal.cu", "operator()<2>(2, ahead);\n          wgmma_wait<0>();",
          "operator()<2>(2, ahead);", TEMPORAL),
         # operands normalised in the place of those that are multiplied
         ("hopper/temporal.cu", "uint32_t a[2][4] = {}, ahead[2][4];",
          "uint32_t a[2][4]; auto& ahead = a;", TEMPORAL),
-        ("hopper/stem.cu", "sync_warp();\n    if (threadIdx.x % 32 == 0) mbarrier_arrive(full());",
+        more("hopper/stem.cu",
+         "sync_warp();\n    if (threadIdx.x % 32 == 0) mbarrier_arrive(full());",
          "if (threadIdx.x % 32 == 0) mbarrier_arrive(full());", STEM),
         # blocks of a cluster: a stage that is not given back to both, or not waited for by both; a
         # copy to one of them; barriers used before they exist, or after their block has ended
         ("hopper/spatial.cu", ", mbarrier_arrive_at(empty_ + stage, 1);", ";", SPATIAL),
-        ("hopper/temporal.cu", "warps * cluster_", "warps", TEMPORAL),
+        more("hopper/temporal.cu", "warps * cluster_", "warps", TEMPORAL),
         ("hopper/temporal.cu", "(1 << cluster_) - 1", "1", TEMPORAL),
         ("hopper/spatial.cu", "cluster_sync();", "sync_block();", SPATIAL),
         ("hopper/spatial.cu", "ring.end();", "", SPATIAL),
-        ("hopper/temporal.cu", "weights.end();", "", TEMPORAL),
+        more("hopper/temporal.cu", "weights.end();", "", TEMPORAL),
         # weights of other columns
         ("hopper/temporal.cu", "stay && column == held", "stay && held >= 0", TEMPORAL),
         # statistics of rows that do not exist, and normalised padding
         ("hopper/spatial.cu", "total += float(pair.out[half] >= 0)", "total += 1.0f", SPATIAL),
         # a statistic counted twice, and one of some rows taken for one of all
         ("hopper/spatial.cu", "count_ += total;", "count_ += 2 * total;", SPATIAL),
-        ("hopper/spatial.cu", "warp_all(total == 2 * Blocks)", "true", SPATIAL),
+        more("hopper/spatial.cu", "warp_all(total == 2 * Blocks)", "true", SPATIAL),
         ("hopper/temporal.cu", "return !replicate ? -1 :", "return", TEMPORAL),
     ],
 )  # fmt: skip
@@ -109,8 +110,8 @@ def test_planted_bug_is_caught(
     ("file", "right", "wrong"),
     [
         ("hopper/spatial.cu", "+ k * dilation - before;", "+ k * dilation - before + 1;"),
-        ("hopper/temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;"),
-        ("hopper/stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps"),
+        more("hopper/temporal.cu", "- before) / Up + i;", "- before) / Up + i + 1;"),
+        more("hopper/stem.cu", "(i + kTaps - tap) % kTaps", "(i + tap) % kTaps"),
     ],
 )
 def test_auto_passes_over_a_wrong_kernel(

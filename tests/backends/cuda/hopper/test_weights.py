@@ -26,7 +26,7 @@ from fastst.backends.cuda.hopper.packing import Table
 from fastst.backends.cuda.hopper.weight_tiles import Reach, WeightTile
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import fuzz, planted
-from tests.support.planted import Plant
+from tests.support.planted import Plant, more
 
 
 @pytest.fixture(autouse=True)
@@ -270,22 +270,22 @@ def test_nothing_is_caught_without_a_bug(plant_small: Plant) -> None:
     [
         # a tap off by one, in the plane and in time
         ("t % width * at(conv.dilation, 2)", "(t + 1) % width * at(conv.dilation, 2)", MUTANT),
-        ("/ p.residues - least)", "/ p.residues + 1 - least)", MUTANT),
+        more("/ p.residues - least)", "/ p.residues + 1 - least)", MUTANT),
         # the layout of B: its swizzle, its major dimension
         ("Swizzle::b64, 8 * 2", "Swizzle::b32, 8 * 2", MUTANT),
-        ("wgmma<T, N, Major::mn>", "wgmma<T, N>", MUTANT),
+        more("wgmma<T, N, Major::mn>", "wgmma<T, N>", MUTANT),
         # what makes B: places outside, the second tensor, the fence
         ("there ? values[k]", "there || true ? values[k]", MUTANT),
-        ("if (p.two) {", "if (false) {", MUTANT),
+        more("if (p.two) {", "if (false) {", MUTANT),
         ("        fence_proxy_async();\n        formed", "        formed", MUTANT),
         # phases, waits, and positions that fill up a step
         ("ring.advance(), formed.advance();\n  });", "ring.advance();\n  });", MUTANT),
-        ("    ring.wait();\n    if", "    if", dataclasses.replace(MUTANT, made=False)),
+        more("    ring.wait();\n    if", "    if", dataclasses.replace(MUTANT, made=False)),
         ("wgmma_wait<0>();", "", MUTANT),
-        ("int i = positions * 16 + thread", "int i = padded * 16 + thread", MUTANT),
+        more("int i = positions * 16 + thread", "int i = padded * 16 + thread", MUTANT),
         # positions lost at the end of a part, and sums of dy
         ("i < end", "i + 1 < end", MUTANT),
-        ("sum[0] = sum[0] + values[e]", "sum[0] = values[e]", MUTANT),
+        more("sum[0] = sum[0] + values[e]", "sum[0] = values[e]", MUTANT),
         # the stem's rows: taps in place of channels
         ("piece * p.narrow", "0", STEM),
     ],
