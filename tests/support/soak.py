@@ -6,9 +6,9 @@ them, forward and backward, is run here until it has been seen not to::
     python -m tests.support.soak --cases 3000
     python -m tests.support.soak --paths aten --dtypes bfloat16 --isas AVX2 --first 812 --cases 1
 
-A crash, a result that is no rounding of the right one and a hang are reported with their
-configuration and seed. Without arguments beside ``--cases`` all paths, dtypes and instruction sets
-are run, each from ``--first`` on.
+A crash, a result that is no rounding of the right one and what twice did not end in time are
+reported with their configuration and seed. Without arguments beside ``--cases`` all paths, dtypes
+and instruction sets are run, each from ``--first`` on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 ISAS = ("", "AVX512_CORE_BF16", "AVX512_CORE", "AVX2", "SSE41")
 PLANTED = "planted"  # aten with a write of one element behind y
 THREADS = 2  # oneDNN writes out of bounds with several threads that it does not with one
-SECONDS = 120  # for one configuration
+SECONDS = 120.0  # for one configuration, and again if it needed more: a machine may be busy
+TROUBLE = ("wrong", "crash", "late")
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Outcome:
     """What one child process found."""
 
     name: str
-    counts: Counter[str] = field(default_factory=Counter)  # by "right", "refused", "wrong", "crash"
+    counts: Counter[str] = field(default_factory=Counter)  # "right", "refused" and TROUBLE
     trouble: list[str] = field(default_factory=list)
 
 
@@ -77,7 +78,14 @@ def build_guard(folder: Path) -> Path:
 
 
 def soak(
-    path: str, dtype: str, isa: str, first: int, cases: int, guard: Path, threads: int = THREADS
+    path: str,
+    dtype: str,
+    isa: str,
+    first: int,
+    cases: int,
+    guard: Path,
+    threads: int = THREADS,
+    seconds: float = SECONDS,
 ) -> Outcome:
     """Run the configurations of ``cases`` seeds in a child process that survives their crashes."""
     outcome = Outcome(f"{path} {dtype} {isa or 'best'}")
@@ -85,7 +93,8 @@ def soak(
         "LD_PRELOAD": str(guard), "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0",
     }  # fmt: skip
     environment |= {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
-    module = ["-m", "tests.support.soak", "--child", path, dtype, str(first), str(cases)]
+    child = ["--child", path, dtype, str(first), str(cases), str(seconds)]
+    module = ["-m", "tests.support.soak", *child]
     done = subprocess.run(
         [sys.executable, *module], cwd=ROOT, env=environment, capture_output=True, text=True,
         check=False,
@@ -93,7 +102,7 @@ def soak(
     for line in done.stdout.splitlines():
         what = line.split()[0]
         outcome.counts[what] += 1
-        if what in ("wrong", "crash"):
+        if what in TROUBLE:
             outcome.trouble.append(f"{outcome.name}: {line}")
     if done.returncode or sum(outcome.counts.values()) != cases:
         raise RuntimeError(f"{outcome.name}: the child ended with {done.returncode}: {done.stderr}")
@@ -103,19 +112,21 @@ def soak(
 # ---- in the child
 
 
-def _child(path: str, dtype: str, first: int, cases: int) -> None:
-    """Fork for the seeds, and again after each crash; a line for each seed."""
+def _child(path: str, dtype: str, first: int, cases: int, seconds: float) -> None:
+    """Fork for the seeds, and again after each that ended the process; a line for each seed."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if path == "composed":
         functional._composes = lambda x: True
     if path == PLANTED:
         aten.leave = _write_behind
         path = "aten"
-    done = 0
+    done, again = 0, False
     while done < cases:
-        for line in _forked(path, dtype, first + done, first + cases):
-            print(line, flush=True)
-            done += 1
+        for line in _forked(path, dtype, first + done, first + cases, seconds):
+            again = line.startswith("late") and not again
+            if not again:
+                print(line, flush=True)
+                done += 1
 
 
 def _write_behind(rows: Tensor, out: Tensor) -> Tensor:
@@ -124,8 +135,8 @@ def _write_behind(rows: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _forked(path: str, dtype: str, first: int, end: int) -> Iterator[str]:
-    """A line for each seed up to the end or to the first that crashes, inclusive."""
+def _forked(path: str, dtype: str, first: int, end: int, seconds: float) -> Iterator[str]:
+    """A line for each seed up to the end or to the first that ends the process, inclusive."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -137,7 +148,7 @@ def _forked(path: str, dtype: str, first: int, end: int) -> Iterator[str]:
     seed = first
     with os.fdopen(reading) as lines:
         while seed < end:
-            if not select.select([lines], [], [], SECONDS)[0]:
+            if not select.select([lines], [], [], seconds)[0]:
                 os.kill(process, signal.SIGALRM)
             line = lines.readline()
             if not line:
@@ -146,11 +157,11 @@ def _forked(path: str, dtype: str, first: int, end: int) -> Iterator[str]:
             seed += 1
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if seed < end:
-        why = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        what, why = "crash", signal.Signals(-code).name if code < 0 else f"exit status {code}"
         if code == -signal.SIGALRM:
-            why = f"did not end within {SECONDS} s"
+            what, why = "late", f"did not end within {seconds:g} s"
         drawn = _draw_pass(path, seed) if path in SINGLE else _config(path, dtype, seed)
-        yield f"crash seed {seed}: {why} in {drawn}"
+        yield f"{what} seed {seed}: {why} in {drawn}"
 
 
 def _config(path: str, dtype: str, seed: int) -> Config:
@@ -276,23 +287,26 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--isas", nargs="+", default=ISAS, help="ONEDNN_MAX_CPU_ISA; '': best")
     parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for one configuration")
     options = parser.parse_args()
     folder = ROOT / "build"
     folder.mkdir(exist_ok=True)
     guard = build_guard(folder)
     total: Counter[str] = Counter()
     for path, dtype, isa in itertools.product(options.paths, options.dtypes, options.isas):
-        outcome = soak(path, dtype, isa, options.first, options.cases, guard, options.threads)
+        outcome = soak(
+            path, dtype, isa, options.first, options.cases, guard, options.threads, options.seconds
+        )
         total += outcome.counts
         print(f"{outcome.name}, seeds from {options.first}: {dict(outcome.counts)}", flush=True)
         for line in outcome.trouble:
             print(f"  {line}", flush=True)
     print(f"in all {dict(total)}")
-    sys.exit(bool(total["crash"] + total["wrong"]))
+    sys.exit(any(total[what] for what in TROUBLE))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        _child(*sys.argv[2:4], *map(int, sys.argv[4:6]))  # type: ignore[call-arg, arg-type]
+        _child(*sys.argv[2:4], *map(int, sys.argv[4:6]), float(sys.argv[6]))  # type: ignore[call-arg, arg-type]
     else:
         main()

@@ -70,3 +70,10 @@ def test_guard_sees_every_byte(offset: int, written: bool, guard: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode < 0) == written, done.stderr
+
+
+def test_what_does_not_end_in_time_is_no_crash(guard: Path) -> None:
+    """It runs once more before it is told."""
+    found = soak.soak("passes", "float32", "", fuzz.SEED, 2, guard, seconds=0.0)
+    assert found.counts == {"late": 2}
+    assert all("did not end within 0 s" in line for line in found.trouble)
