@@ -8,35 +8,46 @@ namespace {
 enum class Compare { eq, ne, lt, le, gt, ge, num, nan };
 
 template <Compare compare, bool unordered, class T>
+bool holds(T a, T b) {
+  if constexpr (std::is_integral_v<T>) {
+    return compare == Compare::eq   ? a == b
+           : compare == Compare::ne ? a != b
+           : compare == Compare::lt ? a < b
+           : compare == Compare::le ? a <= b
+           : compare == Compare::gt ? a > b
+                                    : a >= b;
+  } else {
+    const auto x = widen(a), y = widen(b);
+    const bool nan = std::isnan(x) || std::isnan(y);
+    const bool is = compare == Compare::eq    ? x == y
+                    : compare == Compare::ne  ? !nan && x != y
+                    : compare == Compare::lt  ? x < y
+                    : compare == Compare::le  ? x <= y
+                    : compare == Compare::gt  ? x > y
+                    : compare == Compare::ge  ? x >= y
+                    : compare == Compare::num ? !nan
+                                              : nan;
+    return is || (unordered && nan);
+  }
+}
+
+// The second predicate is what the first is not; of two values in a register, what the high ones
+// are.
+template <Compare compare, bool unordered, class T>
 void set_predicate(Warp& w, const Instruction& i, Lanes lanes) {
   View<T> a(w, i.r[i.writes]), b(w, i.r[i.writes + 1]);
-  Lanes found = 0;
+  Lanes found = 0, other = 0;
   each(lanes, [&](int l) {
-    bool is;
-    if constexpr (std::is_integral_v<T>) {
-      const T x = a[l], y = b[l];
-      is = compare == Compare::eq   ? x == y
-           : compare == Compare::ne ? x != y
-           : compare == Compare::lt ? x < y
-           : compare == Compare::le ? x <= y
-           : compare == Compare::gt ? x > y
-                                    : x >= y;
+    const T x = a[l], y = b[l];
+    if constexpr (requires { x.low; }) {
+      found |= Lanes{holds<compare, unordered>(x.low, y.low)} << l;
+      other |= Lanes{holds<compare, unordered>(x.high, y.high)} << l;
     } else {
-      const auto x = widen(a[l]), y = widen(b[l]);
-      const bool nan = std::isnan(x) || std::isnan(y);
-      is = compare == Compare::eq    ? x == y
-           : compare == Compare::ne  ? !nan && x != y
-           : compare == Compare::lt  ? x < y
-           : compare == Compare::le  ? x <= y
-           : compare == Compare::gt  ? x > y
-           : compare == Compare::ge  ? x >= y
-           : compare == Compare::num ? !nan
-                                     : nan;
-      if (unordered) is |= nan;
+      const bool is = holds<compare, unordered>(x, y);
+      found |= Lanes{is} << l;
+      other |= Lanes{!is} << l;
     }
-    found |= Lanes{is} << l;
   });
-  Lanes other = ~found;
   if (i.r.size() > static_cast<size_t>(i.writes) + 2) {  // combined with a predicate
     const Lanes c = i.number & 4 ? ~w.p[i.r[i.writes + 2].index] : w.p[i.r[i.writes + 2].index];
     switch (i.number & 3) {
@@ -92,6 +103,7 @@ bool compare(Decoder& d) {
   const std::string& how = d.name[1];
   Run run = of_integer(type, [&]<class T>() -> Run { return run_of<T>(how); });
   if (!run) run = of_float(type, [&]<class T>() -> Run { return run_of<T>(how); });
+  if (!run) run = of_pair(type, [&]<class T>() -> Run { return run_of<T>(how); });
   // p|q comes as two operands: with a predicate to combine with there are 5, else 4.
   const bool combined = d.name[2] == "and" || d.name[2] == "or" || d.name[2] == "xor";
   const int sources = combined ? 3 : 2, writes = static_cast<int>(d.operands.size()) - sources;

@@ -123,6 +123,20 @@ def test_directed_rounding(mode: str, wanted: float) -> None:
     assert found.view(np.float32)[0] == np.float32(wanted)
 
 
+@pytest.mark.parametrize("type_", ["f16x2", "bf16x2", "f32"])
+@pytest.mark.parametrize(("how", "unordered"), [("lt", False), ("ltu", True)])
+def test_two_predicates(type_: str, how: str, unordered: bool) -> None:
+    """Of two values in a register one each; of one value, what it is and what it is not."""
+    body = f"  setp.{how}.{type_} %p1|%p2, %r2, %r3;\n  selp.b32 %r4, 1, 0, %p1;\n"
+    body += "  selp.b32 %r5, 2, 0, %p2;\n  or.b32 %r4, %r4, %r5;\n"
+    dtype = {"f16x2": torch.half, "bf16x2": torch.bfloat16, "f32": torch.float}[type_]
+    a, b = (torch.from_numpy(words(256, n).view(np.int32)).view(dtype).float() for n in (1, 2))
+    less = (a < b) | (unordered & (a.isnan() | b.isnan()))
+    less = less.view(256, -1)
+    wanted = less[:, 0] + 2 * (less[:, 1] if type_ != "f32" else ~less[:, 0])
+    np.testing.assert_array_equal(run(LOAD + body + STORE, threads=256), wanted.numpy())
+
+
 def test_lanes_part_and_meet_again() -> None:
     """Each lane counts to its own number; the shuffle behind the loop needs all of them."""
     found = run(
