@@ -7,6 +7,7 @@ while: starting it takes seconds, a check milliseconds beside what the call comp
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import logging
 import os
@@ -76,6 +77,15 @@ def checked(request: Request) -> str:
                 raise
 
 
+@functools.cache  # once, however many processes this one has check for it
+def _say_cost() -> None:
+    _log.warning(
+        "fastst checks GPU kernels in a process of its own before their first use on this "
+        "machine: seconds to start, about one for each kernel that is to be compiled, and no "
+        "time from then on; python -m fastst.check does it in advance"
+    )
+
+
 class _Idle(Exception):
     """The process had ended by itself just before it was asked."""
 
@@ -94,18 +104,15 @@ class _Process:
                 [sys.executable, "-m", "fastst.check", "--serve"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
                 start_new_session=True,  # a Ctrl-C is its parent's to handle
-                env={**os.environ, "PYTHONPATH": paths},
+                # Files beside the caller's must not hide modules that it has found elsewhere.
+                env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
             )  # fmt: skip
         except OSError as error:
             raise Postponed(f"no process could be started to check it: {error}") from error
         self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.doing, self.answered, self.gone = "", False, False
         threading.Thread(target=self._read, daemon=True).start()
-        _log.warning(
-            "fastst checks GPU kernels in a process of its own before their first use on this "
-            "machine: seconds to start, about one for each kernel that is to be compiled, and no "
-            "time from then on; python -m fastst.check does it in advance"
-        )
+        _say_cost()
         try:
             ready = "ready" in self._next(_START_SECONDS)
         except BaseException:  # of a user who interrupts

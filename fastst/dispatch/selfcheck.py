@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -229,6 +230,9 @@ def _compare(example: Example, name: str, device: torch.device, dtype: torch.dty
     try:
         there = type(example.tensors)(*(_move(t, device) for t in example.tensors))
         true = _truth(example, there)
+    except Exception as failure:  # of PyTorch's float64: it says nothing of the kernels
+        raise Postponed(f"no right result to compare with: {_told(failure)}") from failure
+    try:
         runs = [example.run(problem_of(there, example.spec), there) for _ in range(2)]
         for (what, t), got, again in zip(true, *runs, strict=True):
             # Where a fault is reported, at the latest: it waits for the device.
@@ -259,16 +263,25 @@ _FAULTS = (
     "invalid address space", "invalid program counter", "hardware stack", "device-side assert",
     "launch timed out", "AcceleratorError",
 )  # fmt: skip
-_AROUND = ("devices unavailable", "busy or unavailable", "no CUDA-capable device")
+_AROUND = (
+    "devices unavailable", "busy or unavailable", "no CUDA-capable device",
+    # Of what Triton has a C compiler make on the host, whatever the kernel:
+    "Failed to find C compiler", "Failed to load newly compiled", "libcuda.so",
+)  # fmt: skip
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOMEM}
+
+
+def _told(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"
 
 
 def _failure(failure: Exception, name: str) -> str:
     """The verdict on what an example raised."""
-    text = f"{type(failure).__name__}: {failure}"
+    text = _told(failure)
     memory = isinstance(failure, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text
     room = isinstance(failure, OSError) and failure.errno in _NO_ROOM
-    if memory or room or any(words in text for words in _AROUND):
+    compiler = isinstance(failure, subprocess.CalledProcessError)  # that one: ptxas has its own
+    if memory or room or compiler or any(words in text for words in _AROUND):
         raise Postponed(text) from failure
     if any(words in text for words in _FAULTS):
         return f"faulted in {name} in its self-check with {text}"

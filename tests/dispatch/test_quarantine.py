@@ -63,6 +63,8 @@ TOLD = {
     "compile": ("failed its self-check with ValueError: PTXAS error", "failed"),
     "oom": ("could not be checked: OutOfMemoryError: CUDA out of memory", None),
     "disk": ("could not be checked: OSError: .*No space left", None),
+    "no gcc": ("could not be checked: RuntimeError: Failed to find C compiler", None),
+    "gcc": ("could not be checked: CalledProcessError: .*gcc.* exit status 1", None),
     "busy": ("could not be checked: RuntimeError: .*busy or unavailable", None),
     "around": ("could not be checked: RuntimeError: nothing of a kernel", None),
     # What ends the process:
@@ -117,7 +119,7 @@ def one_after_the_other(
 
 
 def test_planted_in_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plants = ["wrong", "nan", "unequal", "compile", "oom", "disk", "busy", "around"]
+    plants = ["wrong", "nan", "unequal", "compile", "oom", "no gcc", "gcc", "disk", "busy", "around"]
     one_after_the_other(triton.BACKEND, plants, tmp_path, monkeypatch)
 
 
@@ -169,7 +171,7 @@ def test_a_hang_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_right_kernels_pass_whatever_the_modes_of_the_caller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -207,6 +209,19 @@ def test_right_kernels_pass_whatever_the_modes_of_the_caller(
     assert quarantine._process is one
     one.end()  # as after a while without a question
     assert selfcheck.why_broken(triton.BACKEND, problem("grouped"), "forward") is None
+    told = [r for r in caplog.records if "checks GPU kernels in a process" in r.message]
+    assert len(told) <= 1  # of all of these processes, and of earlier tests
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH needs Python 3.11")
+def test_files_where_the_caller_is_hide_no_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("queue", "triton"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    assert selfcheck.why_broken(triton.BACKEND, problem(), "forward") is None
 
 
 @pytest.mark.slow

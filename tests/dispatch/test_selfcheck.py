@@ -170,3 +170,15 @@ def test_failing_to_run_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     few = usual(backend.BACKEND, "dense", torch.float32)
     why = selfcheck.check(backend.BACKEND, few, DEVICE, torch.float32)
     assert why is not None and "no ptxas" in why
+
+
+def test_failing_to_compute_the_right_result_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where PyTorch's float64 convolutions find no memory beside a model."""
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    few = usual(backend.BACKEND, "dense", torch.float32)
+    monkeypatch.setattr(selfcheck.reference, "compose_pair", broken)
+    with pytest.raises(quarantine.Postponed, match=r"no right result .* CUDNN_STATUS_ALLOC_FAILED"):
+        selfcheck.check(backend.BACKEND, few, DEVICE, torch.float32)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import fastst
 from fastst.machine import cache
+from tests.support.standin import StandIn
 
 PACKAGE = Path(fastst.__file__).parent
 
@@ -28,3 +31,41 @@ def test_another_kernel_makes_another_key(tmp_path: Path, monkeypatch: pytest.Mo
         kernel.write_text(text)
         keys.add(cache.versions.__wrapped__())
     assert len(keys) == 2
+
+
+def test_keys_name_the_triton_that_is_imported_and_its_assembler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever package it came in, and a ptxas that is set by hand by what it is."""
+    module, ptxas = tmp_path / "triton.py", tmp_path / "ptxas"
+    module.write_text("__version__ = '3.9.1+git'\n")
+    monkeypatch.setattr(
+        cache.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(module))
+    )
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas))
+    keys = set()
+    for text in ("one", "another"):
+        ptxas.write_text(text)
+        keys.add(cache.versions.__wrapped__())
+    assert len(keys) == 2
+    assert all(f"triton 3.9.1+git TRITON_PTXAS_PATH {ptxas} " in key for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("told", "driver"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.10  Wed Jan 22\nGCC version:",
+         "driver 13000 570.86.10 cudnn"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build",
+         "driver 13000 580.65.06 cudnn"),
+        (None, "driver 13000 cudnn"),
+    ],
+)  # fmt: skip
+def test_keys_name_the_driver(
+    told: str | None, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StandIn(monkeypatch)
+    monkeypatch.setattr(cache, "_MODULE", tmp_path / "version")
+    if told is not None:
+        (tmp_path / "version").write_text(told)
+    assert driver in cache.machine.__wrapped__(torch.device("cuda", 0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,8 @@ def _spoil(results: list[Any], plant: str) -> list[Any]:
         "fault": RuntimeError("CUDA error: an illegal memory access was encountered"),
         "oom": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         "compile": ValueError("PTXAS error: no such instruction"),
+        "no gcc": RuntimeError("Failed to find C compiler. Please specify via CC"),
+        "gcc": subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]),  # no Python.h
         "disk": OSError(errno.ENOSPC, "No space left on device"),
         "busy": RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
         "ends": KeyboardInterrupt("in the thread that checks"),
