@@ -162,8 +162,10 @@ def stages(dry: str | None, out: Path, scratch: Path, plants: Sequence[str] = ()
         tests += ["--collect-only", *(["tests/backends/test_gpu.py"] if few else [])]
     else:
         tests.append("--continue-on-collection-errors")
+        # Instances and repeats have stages of their own, with limits that suit them.
+        tests += ["--deselect", "tests/backends/test_gpu.py"]
         if importlib.util.find_spec("pytest_timeout"):
-            tests += ["--timeout=60", "--timeout-method=thread"]
+            tests += ["--timeout=120", "--timeout-method=thread"]
         if importlib.util.find_spec("xdist"):
             tests += ["-n", "4"]
     probe = module("benchmarks.probe", "--device", device, *few)
@@ -192,7 +194,10 @@ def stages(dry: str | None, out: Path, scratch: Path, plants: Sequence[str] = ()
             "layers", 24, "128-230-128", "--dtypes", "bf16", "--modes", "inference,training-bn",
             "--families", "r2plus1d-18,depthwise",
         ),
-        Stage("tests", 18, tests, None, (), lambda s, text: judge_tests(s, junit, bool(dry), text)),
+        Stage(
+            "tests", 18, tests, None, (("FASTST_FUZZ", "4"),),  # each compiles kernels of its own
+            lambda s, text: judge_tests(s, junit, bool(dry), text),
+        ),
         Stage("tune", 6, [*probe, "--tune"]),
         layers(
             "layers compiled", 10, "mid-45", "--dtypes", "bf16", "--peers", "compiled",

@@ -185,11 +185,13 @@ def a_check_in_the_other_process(s: Setting) -> None:
     told: list[dict[str, Any]] = []
     flags: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = flags.fp32_precision  # which that process sets for itself alone
+    s.gpus.current = 1
     with kernels(s.mp):
         request = quarantine.Request("aten", GPU, torch.float32, False, kind="dense")
         assert not check.answer(request, lambda **what: told.append(what))
     flags.fp32_precision = before
     assert told[-1] == {"verdict": "", "last": False}
+    assert s.gpus.current == 0  # on the device that was asked for, whichever was in use
     assert [d.index for d in check.devices()] == [2, 0]
     with kernels(s.mp):
         assert any(k == "dense forward" for k in triton.BACKEND.kinds(GPU, torch.float16))

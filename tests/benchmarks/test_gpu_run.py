@@ -161,6 +161,15 @@ def test_a_stage_goes_on_in_a_new_process_after_a_fault(
     assert "rest" in (tmp_path / "log.txt").read_text()
 
 
+def test_no_stage_repeats_another(tmp_path: Path) -> None:
+    """Every instance and 10,000 repeats of a pair have stages, and no time in that of the tests."""
+    stages = {s.name: s for s in gpu_run.stages(None, tmp_path, tmp_path)}
+    assert list(stages) == ORDER
+    command = " ".join(stages["tests"].command)
+    assert "-m gpu" in command and "--deselect tests/backends/test_gpu.py" in command
+    assert "10000" in stages["stress"].command
+
+
 def test_plants_are_for_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_run.main(["--plant", "hang"])

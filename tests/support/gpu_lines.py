@@ -1,7 +1,7 @@
 """Which lines only a GPU reaches, and whether they ran: for ``tests/test_gpu_lines.py``.
 
 Such a line asks something of ``torch.cuda`` or of another CUDA-only part of PyTorch, or lies in a
-branch whose condition says that a device is one.
+branch whose condition says that a device is one, or behind one that leaves where it is none.
 """
 
 from __future__ import annotations
@@ -37,8 +37,19 @@ def _of(tree: ast.AST) -> Iterator[int]:
                 yield from _statements(node.body)
             elif _tells(node.test, ast.NotEq):
                 yield from _statements(node.orelse)
+        for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+            yield from _behind_exits(block if isinstance(block, list) else [])
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.cuda."):
             yield node.lineno
+
+
+def _behind_exits(block: list[ast.stmt]) -> Iterator[int]:
+    """What follows "if it is no GPU: return"."""
+    leave = (ast.Return, ast.Raise, ast.Continue)
+    for i, statement in enumerate(block):
+        exits = isinstance(statement, ast.If) and isinstance(statement.body[-1], leave)
+        if exits and _tells(statement.test, ast.NotEq):
+            yield from _statements(block[i + 1 :])
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[int]:
