@@ -20,14 +20,25 @@ from .svg import Card
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "backends.md")
 IMAGES = ROOT / "docs" / "img"
+STATUS = ROOT / "fastst" / "status.json"  # what ``python -m fastst`` says of kernels for GPUs
 _BLOCK = re.compile(
     r"(<!-- benchmarks:begin (?P<name>[\w-]+) -->\n).*?(<!-- benchmarks:end (?P=name) -->)", re.S
 )
 
 
+def of_gpus(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {place: r for place, r in records.items() if place != "cpu"}
+
+
+def status(records: dict[str, dict[str, Any]]) -> str:
+    """The text of STATUS, a line for each kernel family."""
+    rows = tables.status_rows(of_gpus(records))
+    return "[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n"
+
+
 def blocks(records: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Every block that a page can hold, by name."""
-    gpus = {place: r for place, r in records.items() if place != "cpu"}
+    gpus = of_gpus(records)
     return {
         "headline": headline.block(records.get("cpu"), gpus),
         "cpu": tables.cpu_block(records.get("cpu")),
@@ -70,7 +81,7 @@ def fill(text: str, found: dict[str, str], page: str = "README.md") -> str:
 def differs(
     pages: Sequence[Path] = PAGES, results: Path = RESULTS, images: Path = IMAGES
 ) -> list[Path]:
-    """The pages and pictures that say something else than the newest records."""
+    """The pages, pictures and data that say something else than the newest records."""
     records = newest(results)
     found = blocks(records)
     old = [p for p in pages if fill(text := p.read_text(), found, p.name) != text]
@@ -78,17 +89,20 @@ def differs(
         path = images / name
         if not path.exists() or path.read_text() != card.svg():
             old.append(path)
+    if STATUS.read_text() != status(records):
+        old.append(STATUS)
     return old
 
 
 def update(pages: Sequence[Path] = PAGES, results: Path = RESULTS, images: Path = IMAGES) -> None:
-    """Rewrite the blocks of the pages, and the pictures, from the newest records."""
+    """Rewrite the blocks of the pages, the pictures and STATUS from the newest records."""
     records = newest(results)
     found = blocks(records)
     for page in pages:
         page.write_text(fill(page.read_text(), found, page.name))
     for name, card in pictures(results).items():
         card.write(images / name)
+    STATUS.write_text(status(records))
 
 
 def show(record: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ Record = dict[str, Any]
 NEVER = "never run on a GPU"
 # What was executed as compilers made it, on a CPU (docs/design/executed.md); its runs write it.
 EXECUTED = Path(__file__).parents[1] / "tests/emulator/ptx/executed.json"
+HALVES = {"bfloat16", "float16"}
 COMPILERS = {"cuda": "nvcc", "triton": "triton"}
 MODES = {
     "inference": "inference, norm folded for all",
@@ -317,14 +318,27 @@ def by_family(rows: list[Row]) -> str:
     return table(head, body) if body else ""
 
 
+def status_rows(records: dict[str, Record]) -> list[dict[str, Any]]:
+    """What is known of each kernel family; ``fastst.info`` has it, too (fastst/status.json)."""
+    return [
+        {
+            "backend": family.backend, "kernels": family.what, "executed": executed(family),
+            "gpus": {r["machine"]["gpu"]: status(r, family) for r in records.values()},
+        }
+        for family in FAMILIES
+    ]  # fmt: skip
+
+
 def status_block(records: dict[str, Record]) -> str:
     """Kernel family × GPU: verified at, measured at, or never run; and where no GPU is needed."""
     names = [r["machine"]["gpu"] for r in records.values()] or ["any GPU"]
-    body = []
-    for family in FAMILIES:
-        cells = [status(r, family) for r in records.values()] or [NEVER]
-        ran = ", ".join(executed(family))
-        body.append([f"`{family.backend}`", family.what, ran or "–", *cells])
+    body = [
+        [
+            f"`{row['backend']}`", row["kernels"], ", ".join(row["executed"]) or "–",
+            *(row["gpus"].get(name, NEVER) for name in names),
+        ]
+        for row in status_rows(records)
+    ]  # fmt: skip
     return table(["backend", "kernel family", "compiled code executed on a CPU", *names], body)
 
 
@@ -342,7 +356,7 @@ def _hopper(row: Row) -> bool:
 
 
 def _pair(row: Row) -> bool:
-    return not row["family"].startswith(("parallel", "depthwise"))
+    return not row["family"].startswith(("parallel", "depthwise", "conv3d"))
 
 
 def _trains(row: Row) -> bool:
@@ -366,6 +380,8 @@ FAMILIES = [
            ("depthwise forward", "depthwise backward")),
     Family("triton", "parallel 4D", lambda r: r["family"].startswith("parallel"),
            ("parallel forward", "parallel backward")),
+    Family("triton", "conv3d", lambda r: r["family"] == "conv3d",
+           ("conv3d forward", "conv3d backward")),
 ]  # fmt: skip
 
 
@@ -375,14 +391,15 @@ def _executed() -> dict[str, Any]:
 
 
 def executed(family: Family) -> list[str]:
-    """Compute capabilities for which compiled kernels of a family were executed, and were right."""
-    return sorted({
-        case.split()[0]
-        for compiler, rows in _executed().items()
-        if compiler.startswith(COMPILERS[family.backend])
-        for case, row in rows.items()
-        if family.holds(row)
-    })  # fmt: skip
+    """Compute capabilities for which compiled kernels of a family were executed in both dtypes of
+    16 bits, and were right."""
+    dtypes: dict[str, set[str]] = {}
+    for compiler, rows in _executed().items():
+        if compiler.startswith(COMPILERS[family.backend]):
+            for case, row in rows.items():
+                if family.holds(row):
+                    dtypes.setdefault(case.split()[0], set()).add(row["dtype"])
+    return sorted(capability for capability, seen in dtypes.items() if seen >= HALVES)
 
 
 def status(record: Record, family: Family) -> str:

@@ -28,6 +28,7 @@ def report() -> str:
         "Devices": _devices,
         "Native library": _native,
         "Backends": _backends,
+        "Kernels for GPUs": _kernels,
         "Cache": _cache,
         "Environment": _environment,
     }
@@ -162,6 +163,20 @@ def _dense_pair(device: Any, dtype: Any) -> Any:
     return shapes.Problem.of(
         shapes.PairTensors(*tensors), shapes.PairSpec(padding=(1, 1, 1, 1, 1, 1))
     )
+
+
+def _kernels() -> Iterator[str]:
+    """What was seen of them before they came here, from records: written by benchmarks.report."""
+    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "status.json")
+    with open(file, encoding="utf-8") as text:
+        rows = json.load(text)
+    for row in rows:
+        for_ = ", ".join(row["executed"])
+        said = [f"compiled code executed on a CPU, for {for_}"] if for_ else []
+        said += [f"on {gpu}: {told}" for gpu, told in row["gpus"].items()]
+        if not row["gpus"]:
+            said.append("never run on a GPU")
+        yield f"{row['backend']}, {row['kernels']}: {'; '.join(said)}"
 
 
 def _cache() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from fastst import info
 from fastst.dispatch import selfcheck
 from tests.support import ROOT
 
-SECTIONS = ("Versions", "Devices", "Native library", "Backends", "Cache", "Environment")
+SECTIONS = (
+    "Versions", "Devices", "Native library", "Backends", "Kernels for GPUs", "Cache", "Environment",
+)  # fmt: skip
 
 
 def run(
@@ -97,6 +100,23 @@ def test_tells_of_the_cache(
     if contents is not None:
         (tmp_path / "tuning.json").write_text(contents)
     assert expected in info.report()
+
+
+def test_tells_what_was_seen_of_kernels_for_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a GPU and without the records that it is from."""
+    rows = json.loads((ROOT / "fastst" / "status.json").read_text())
+    said = [line for line in info.report().splitlines() if "executed on a CPU" in line]
+    assert len(said) == sum(bool(row["executed"]) for row in rows) > 0
+    assert (
+        "  triton, (2+1)D pair, training: compiled code executed on a CPU, for 8.0, 9.0; "
+        in (said[next(i for i, line in enumerate(said) if "triton, (2+1)D pair, training" in line)])
+    )
+    told = {"backend": "cuda", "kernels": "k", "executed": [], "gpus": {"H200": "measured at `a`"}}
+    (tmp_path / "status.json").write_text(json.dumps([told]))
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "info.py"))
+    assert "  cuda, k: on H200: measured at `a`\n" in info.report()
 
 
 def test_tells_of_failed_self_checks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,10 +310,17 @@ def test_coverage_follows_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     assert state({"cpu": cpu}, "cpu", "avx512") == {"tested"}
     gpu = record("some-gpu")
     assert state({"gpu": gpu}, "triton", "9") == {"measured"}
-    assert state({"gpu": gpu}, "triton", "8") == {"emulated"}
+    assert state({"gpu": gpu}, "triton", "8") == {"executed"}
+    assert state({"gpu": gpu}, "triton", "10") == {"emulated"}
     assert state({"gpu": gpu}, "cuda", "9") == {"executed"}
-    monkeypatch.setattr(tables, "_executed", dict)
-    assert state({"gpu": gpu}, "cuda", "9") == {"emulated"}
+    every = tables._executed()
+    half = {
+        compiler: {case: row for case, row in rows.items() if row["dtype"] != "float16"}
+        for compiler, rows in every.items()
+    }
+    for found in ({}, half):  # both dtypes of 16 bits, or it was not
+        monkeypatch.setattr(tables, "_executed", lambda found=found: found)
+        assert state({"gpu": gpu}, "cuda", "9") == {"emulated"}
     assert "measured" in " ".join(texts(coverage.picture({"gpu": gpu})))
 
 

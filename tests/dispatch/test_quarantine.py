@@ -119,7 +119,18 @@ def one_after_the_other(
 
 
 def test_planted_in_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plants = ["wrong", "nan", "unequal", "compile", "oom", "no gcc", "gcc", "disk", "busy", "around"]
+    plants = [
+        "wrong",
+        "nan",
+        "unequal",
+        "compile",
+        "oom",
+        "no gcc",
+        "gcc",
+        "disk",
+        "busy",
+        "around",
+    ]
     one_after_the_other(triton.BACKEND, plants, tmp_path, monkeypatch)
 
 

@@ -15,7 +15,6 @@ import functools
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -27,9 +26,10 @@ import torch
 from emulator.ptx import cuda as machine
 from emulator.ptx.executed import Executed
 from fastst.backends import cuda
+from fastst.backends.contract import Example
 from fastst.backends.cuda import examples, hopper, library
 from fastst.dispatch import selfcheck
-from tests.emulator.ptx.driver import Driver, Plant, everywhere, record
+from tests.emulator.ptx.driver import Driver, Plant, Row, everywhere, in_both
 from tests.static import cuda as static
 from tests.support.fuzz import NAMES, Config, Limits
 
@@ -39,15 +39,15 @@ DENSE = {
     "x_layout": "channels_last", "grad_layout": "channels_last",
 }  # fmt: skip
 INFERENCE = {"constant": NAMES}
-CASES = {
+CASES = in_both({
     "generic": Config(dtype=HALF, norm="batch", channels=5),
-    "generic bfloat16": Config(dtype=BF16, norm="frozen", residual=True, activation="silu"),
+    "generic residual": Config(dtype=BF16, norm="frozen", residual=True, activation="silu"),
     "generic float32": Config(dtype=SINGLE, norm="batch"),
     "generic float64": Config(dtype=DOUBLE, norm="batch"),
     "parallel": Config(
         dtype=BF16, op="parallel_conv2plus1d", mid=8, out=8, branch_activation="relu"
     ),
-    "parallel half": Config(
+    "parallel cat": Config(
         dtype=HALF, op="parallel_conv2plus1d", mid=8, out=8, combine="cat", **INFERENCE
     ),
     "depthwise": Config(
@@ -65,7 +65,7 @@ CASES = {
         dtype=BF16, norm="batch", batch=1, channels=3, mid=45, out=64, kernel=(3, 7, 7),
         stride=(1, 2, 2), padding=(1, 3, 3), size=(4, 16, 16), **INFERENCE,
     ),
-}  # fmt: skip
+})  # fmt: skip
 NUMBERS = {"8.0": "80", "9.0": "90a"}
 WGMMA_A = r"(?s)(wgmma\.fence\.sync\.aligned;)((?:(?!wgmma\.fence).)*?\}, \{(%r\d+), )"
 PLANTS = {
@@ -131,42 +131,41 @@ def compiler() -> str:
     return f"nvcc {found[1] if found else 'of an unknown version'}"
 
 
-def instances(arch: str, executed: Executed, pattern: str, keep: bool) -> int:
-    """Run calls of the self-check, each twice, in two orders of warps; how many are wrong."""
-    wrong, cpu = 0, torch.device("cpu")
+def instances(arch: str, executed: Executed, pattern: str) -> Iterator[tuple[str, str | None, Row]]:
+    """Run calls of the self-check, each twice, in two orders of warps."""
+    cpu = torch.device("cpu")
+
+    def reordered(run: Any) -> Any:
+        def first(*call: Any) -> Any:
+            executed.seed += 1
+            return run(*call)
+
+        return first
+
     for dtype in (BF16, HALF, SINGLE):
+        word = str(dtype).removeprefix("torch.")
         for kind in examples.kinds(cpu, dtype):
             if kind.startswith("hopper") and arch != "9.0":
                 continue
             for example in examples.examples(cuda.CALLS, kind, dtype, cpu):
-                name = f"{arch} {example.name} in {str(dtype).removeprefix('torch.')}"
+                assert isinstance(example, Example)
+                name = f"{arch} {example.name} in {word}"
                 if not re.search(pattern, name):
                     continue
-                begun = time.process_time()
-
-                def run(problem: Any, tensors: Any, run: Any = example.run) -> Any:
-                    executed.seed += 1
-                    return run(problem, tensors)
-
                 executed.kernels.clear()
-                why = selfcheck.check(cuda.BACKEND, [example._replace(run=run)], cpu, dtype)
-                wrong += why is not None
-                if why is None and keep:
-                    found = {
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "family": "depthwise" if kind.startswith("depthwise") else "dense",
-                        "mode": "training" if kind.endswith("backward") else "inference",
-                        "kernels": sorted(set(executed.kernels)),
-                    }
-                    record(DRIVER.compiler, name, found)
-                took = time.process_time() - begun
-                print(f"{name}: {why or 'right'}, {took:.1f} s", flush=True)
-    return wrong
+                again = example._replace(run=reordered(example.run))
+                why = selfcheck.check(cuda.BACKEND, [again], cpu, dtype)
+                yield name, why, {
+                    "dtype": word,
+                    "family": "depthwise" if kind.startswith("depthwise") else "dense",
+                    "mode": "training" if kind.endswith("backward") else "inference",
+                    "kernels": sorted(set(executed.kernels)),
+                }  # fmt: skip
 
 
 LIMITS = {
-    "8.0": Limits(channels=20, frames=4, space=7, work=100_000),
-    "9.0": Limits(
+    "8.0": [Limits(channels=20, frames=4, space=7, work=100_000)],
+    "9.0": [Limits(
         frames=4, space=9, work=2_000_000, dtypes=(BF16, HALF),
         fixed={
             "op": "conv2plus1d", "order": "spatial-first", "kernel": (3, 3, 3), "padding": 1,
@@ -174,28 +173,13 @@ LIMITS = {
             "causal": False, "x_layout": "channels_last", "grad_layout": "channels_last",
         },
         accept=lambda c: all(n % 8 == 0 for n in (c.channels, c.mid, c.out)),
-    ),
+    )],
 }  # fmt: skip
-RUNS = [f"8.0 {case}" for case in list(CASES)[:7]] + [f"9.0 {case}" for case in CASES]
-DRIVER = Driver("cuda", compiler(), CASES, RUNS, LIMITS, PLANTS, serving)
-
-
-def main() -> int:
-    parser = DRIVER.parser(__doc__)
-    parser.add_argument(
-        "--instances", nargs="?", const="", metavar="PATTERN",
-        help="calls of the self-check, which run every kernel that ships; those of a name",
-    )  # fmt: skip
-    args = parser.parse_args()
-    if args.instances is None:
-        return DRIVER.main(args)
-    torch.set_num_threads(1)
-    wrong = 0
-    for arch in NUMBERS:
-        with serving(arch) as executed:
-            wrong += instances(arch, executed, args.instances, args.record)
-    return min(wrong, 1)
+GENERAL = ("generic", "parallel", "depthwise")  # what runs on 8.0 as well
+RUNS = [f"8.0 {case}" for case in CASES if case.startswith(GENERAL)]
+RUNS += [f"9.0 {case}" for case in CASES]
+DRIVER = Driver("cuda", compiler(), CASES, RUNS, LIMITS, PLANTS, serving, instances)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(DRIVER.main(__doc__))

@@ -31,14 +31,15 @@ import triton
 from emulator.ptx.executed import Executed
 from emulator.ptx.triton import executing
 from fastst.backends.triton import launch
-from tests.emulator.ptx.driver import Driver, Plant, everywhere
-from tests.support.fuzz import Config, ConvConfig, Limits
+from tests.emulator.ptx.driver import Driver, Plant, everywhere, in_both
+from tests.support.fuzz import CONV_NAMES, NAMES, Config, ConvConfig, ConvLimits, Limits
 
 BF16, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CHANNELS_LAST = {"x_layout": "channels_last"}
 WIDE = {"channels": 64, "mid": 144, "out": 64, "size": (4, 8, 8), "norm": "batch", **CHANNELS_LAST}
-# Every kernel that ships, at least once, on the smallest shape that reaches it.
-CASES: dict[str, Config | ConvConfig] = {
+INFERENCE = {"constant": NAMES}
+# Every kernel that ships, in both dtypes of 16 bits, on the smallest shape that reaches it.
+CASES = in_both({
     "small": Config(dtype=BF16, norm="batch"),
     "64-144-64": Config(dtype=BF16, **WIDE),
     "64-144-64 half silu": Config(dtype=HALF, **{**WIDE, "activation": "silu", "batch": 1}),
@@ -65,7 +66,7 @@ CASES: dict[str, Config | ConvConfig] = {
     ),
     "float32": Config(dtype=SINGLE, norm="batch"),
     "float64": Config(dtype=DOUBLE, norm="batch"),
-    "residual": Config(dtype=BF16, residual=True, outer_activation="relu"),
+    "residual": Config(dtype=BF16, residual=True, outer_activation="silu"),
     "modes": Config(
         dtype=HALF, padding_mode=("reflect", "replicate"), causal=True, padding=(0, 1, 1)
     ),
@@ -79,10 +80,31 @@ CASES: dict[str, Config | ConvConfig] = {
         input_activation="silu", past_layout="channels_last", **CHANNELS_LAST,
     ),
     "conv3d depthwise": ConvConfig(
-        dtype=BF16, channels=16, out=16, groups=16, norm="batch", past=1, input_activation="relu",
+        dtype=BF16, channels=16, out=16, groups=16, norm="batch", past=1, input_activation="silu",
         **CHANNELS_LAST,
     ),
-}  # fmt: skip
+    "inference": Config(dtype=BF16, **{**WIDE, "norm": "frozen"}, **INFERENCE),
+    "inference one kernel": Config(
+        dtype=BF16, channels=16, mid=24, out=16, size=(4, 8, 8), norm="frozen", **CHANNELS_LAST,
+        **INFERENCE,
+    ),
+    "inference statistics of many tiles": Config(
+        dtype=BF16, batch=1, channels=2, mid=3, out=2, size=(2, 256, 300), kernel=(1, 1, 1),
+        padding=0, norm="batch", **CHANNELS_LAST, **INFERENCE,
+    ),
+    "inference parallel": Config(
+        dtype=BF16, op="parallel_conv2plus1d", channels=16, mid=16, out=16,
+        branch_activation="relu", **INFERENCE,
+    ),
+    "inference depthwise": Config(
+        dtype=BF16, channels=32, mid=32, out=32, groups=(32, 32), norm="frozen", **CHANNELS_LAST,
+        **INFERENCE,
+    ),
+    "inference conv3d": ConvConfig(
+        dtype=BF16, channels=32, out=24, size=(3, 6, 6), norm="group", norm_groups=4,
+        input_activation="silu", constant=CONV_NAMES, **CHANNELS_LAST,
+    ),
+})  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -132,7 +154,10 @@ PLANTS = {
 }  # fmt: skip
 
 
-SMALL = Limits(channels=20, frames=4, space=7, work=100_000)
+SMALL = (
+    Limits(channels=20, frames=4, space=7, work=100_000),
+    ConvLimits(channels=20, frames=4, space=7, work=100_000),
+)
 DRIVER = Driver(
     "triton", f"triton {triton.__version__}", CASES,
     [f"{arch} {case}" for arch in ("8.0", "9.0") for case in CASES],
@@ -141,4 +166,4 @@ DRIVER = Driver(
 
 
 if __name__ == "__main__":
-    sys.exit(DRIVER.main(DRIVER.parser(__doc__).parse_args()))
+    sys.exit(DRIVER.main(__doc__))

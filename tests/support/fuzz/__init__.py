@@ -11,9 +11,11 @@ first. Environment: FASTST_SEED (first seed), FASTST_FUZZ (cases per test).
 
 from .config import ACTIVATIONS, DTYPES, KINKS, LAYOUTS, NAMES, SMALL, Config, Limits, random_config
 from .conv3d import KINDS as CONV_NORMS
+from .conv3d import NAMES as CONV_NAMES
 from .conv3d import ConvConfig, ConvLimits, call_conv, compose_conv, make_conv, random_conv
 from .rule import (
     CASES,
+    KITS,
     SEED,
     VENDOR_BUG,
     call,
@@ -31,9 +33,9 @@ from .truth import act, compose, first_pass
 from .values import clear_of_kinks, lay_out, make
 
 __all__ = [
-    "ACTIVATIONS", "CASES", "CONV_NORMS", "Config", "ConvConfig", "ConvLimits", "DTYPES", "KINKS",
-    "LAYOUTS", "Limits", "NAMES", "SEED", "SMALL", "VENDOR_BUG", "act", "call", "call_conv",
-    "check", "clear_of_kinks", "complaints", "compose", "compose_conv", "error", "first_pass",
-    "fuzz", "hold", "lay_out", "make", "make_conv", "no_rounding", "poisoned", "random_config",
-    "random_conv", "results", "scales",
+    "ACTIVATIONS", "CASES", "CONV_NAMES", "CONV_NORMS", "Config", "ConvConfig", "ConvLimits",
+    "DTYPES", "KINKS", "KITS", "LAYOUTS", "Limits", "NAMES", "SEED", "SMALL", "VENDOR_BUG",
+    "act", "call", "call_conv", "check", "clear_of_kinks", "complaints", "compose",
+    "compose_conv", "error", "first_pass", "fuzz", "hold", "lay_out", "make", "make_conv",
+    "no_rounding", "poisoned", "random_config", "random_conv", "results", "scales",
 ]  # fmt: skip
