@@ -249,7 +249,8 @@ def judge_instances(status: int, results: Path) -> dict[str, Any]:
     states = [r["state"] for r in rows]
     bad = [r for r in rows if r["state"] not in ("passed", "not run")]
     told = selfcheck.format_counts({s: states.count(s) for s in dict.fromkeys(states)})
-    failures = [f"{r['backend']} {r['dtype']} {r['name']}: {r['state']} {r['why']}" for r in bad]
+    # The state first: the summary has room for the beginning.
+    failures = [f"{r['state']}: {r['backend']} {r['dtype']} {r['name']}: {r['why']}" for r in bad]
     kept = ("backend", "kind", "dtype", "name", "state")
     return {
         "ok": status == 0 and not bad, "told": told, "failures": failures,
