@@ -50,19 +50,20 @@ void Counters::of_shared(const Instruction& i, Lanes lanes, const Longs& at, uin
 }
 
 std::string Counters::as_json() const {
-  std::map<std::string, Site> by_name;
+  std::map<std::string, Site> by_name, by_place;
   for (size_t n = 0; n < sites.size(); ++n) {
-    Site& all = by_name[program->code[n].name];
-    all.executed += sites[n].executed;
-    all.requests += sites[n].requests, all.sectors += sites[n].sectors;
-    all.served += sites[n].served, all.passes += sites[n].passes;
+    const Instruction& i = program->code[n];
+    by_name[i.name] += sites[n];
+    by_place[i.name + " at " +
+             (i.source ? program->sources[i.source - 1] : "line " + std::to_string(i.line))] +=
+        sites[n];
   }
   std::ostringstream out;
   out << "{\"bytes_read\": " << bytes_read << ", \"bytes_written\": " << bytes_written;
-  const auto list = [&](const char* title, auto there, auto write) {
+  const auto list = [&](const char* title, const auto& sums, auto there, auto write) {
     out << ", \"" << title << "\": {";
     const char* comma = "";
-    for (const auto& [name, site] : by_name) {
+    for (const auto& [name, site] : sums) {
       if (!there(site)) continue;
       out << comma << '"' << name << "\": ";
       write(site);
@@ -71,14 +72,18 @@ std::string Counters::as_json() const {
     out << '}';
   };
   list(
-      "instructions", [](const Site& s) { return s.executed; },
+      "instructions", by_name, [](const Site& s) { return s.executed; },
       [&](const Site& s) { out << s.executed; });
-  list(
-      "global", [](const Site& s) { return s.requests; },
-      [&](const Site& s) { out << '[' << s.requests << ", " << s.sectors << ']'; });
-  list(
-      "shared", [](const Site& s) { return s.served; },
-      [&](const Site& s) { out << '[' << s.served << ", " << s.passes << ']'; });
+  for (const auto& [place, sums] : {std::pair{"", &by_name}, std::pair{"_sites", &by_place}}) {
+    const std::string global = std::string("global") + place,
+                      shared = std::string("shared") + place;
+    list(
+        global.c_str(), *sums, [](const Site& s) { return s.requests; },
+        [&](const Site& s) { out << '[' << s.requests << ", " << s.sectors << ']'; });
+    list(
+        shared.c_str(), *sums, [](const Site& s) { return s.served; },
+        [&](const Site& s) { out << '[' << s.served << ", " << s.passes << ']'; });
+  }
   out << '}';
   return out.str();
 }

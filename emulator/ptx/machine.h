@@ -202,6 +202,12 @@ struct Counters {
     uint64_t executed = 0;               // by warps
     uint64_t requests = 0, sectors = 0;  // of global memory, 32 bytes each
     uint64_t served = 0, passes = 0;     // 128 bytes of shared memory, and passes over its banks
+
+    void operator+=(const Site& other) {
+      executed += other.executed;
+      requests += other.requests, sectors += other.sectors;
+      served += other.served, passes += other.passes;
+    }
   };
   const Program* program = nullptr;
   std::vector<Site> sites;
@@ -211,7 +217,7 @@ struct Counters {
   // An access of `size` bytes a lane.
   void of_global(const Instruction& i, Lanes lanes, const Longs& at, uint32_t size, bool writes);
   void of_shared(const Instruction& i, Lanes lanes, const Longs& at, uint32_t size);
-  std::string as_json() const;  // by opcode
+  std::string as_json() const;  // by opcode; accesses also by where they stand
 };
 
 struct Launch {

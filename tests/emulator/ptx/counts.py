@@ -40,6 +40,20 @@ def of_kernel(name: str, counted: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def worst_sites(executed: Executed, most: int = 12) -> list[str]:
+    """Where accesses cost the most, in words: 32 bytes of global memory and passes over the banks
+    that went beyond what a warp with its words side by side would take."""
+    found: Counter[str] = Counter()
+    told: dict[str, str] = {}
+    for kernel, counted in executed.counted:
+        for space, unit, least in (("global", "sectors", 4), ("shared", "passes", 1)):
+            for site, (asked, parts) in counted[f"{space}_sites"].items():
+                name = f"{kernel}: {site}"
+                found[name] += parts - least * asked
+                told[name] = f"{parts / asked:.1f} {unit} for each of {asked}"
+    return [f"{name}: {told[name]}" for name, beyond in found.most_common(most) if beyond > 0]
+
+
 def of_case(config: fuzz.Config | fuzz.ConvConfig, executed: Executed) -> dict[str, Any]:
     """``floor``: bytes of x, weights and the rest read once and y written once; of backward, all of
     them and dy read once more, and gradients written once."""

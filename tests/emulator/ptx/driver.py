@@ -157,6 +157,7 @@ class Driver:
         add("--plant", action="append", default=[], help="faults by name")
         add("--seed", type=int, default=0, help="of the order of warps, of copies")
         add("--count", metavar="FILE", type=Path, help="write what was counted")
+        add("--sites", action="store_true", help="print where accesses cost the most")
         add("--record", action="store_true", help=f"add what was right to {RECORD.name}")
         add("--fuzz", type=int, default=0, help="random cases of each kind for each capability")
         add("--first", type=int, default=fuzz.SEED, help="seed of the first of them")
@@ -171,7 +172,7 @@ class Driver:
         wrong, table = 0, {}
 
         def prepare(executed: Executed) -> None:
-            executed.seed, executed.count = args.seed, args.count is not None
+            executed.seed, executed.count = args.seed, args.sites or args.count is not None
 
         for run in runs:
             case, begun = self.cases[run.split(maxsplit=1)[1]], time.process_time()
@@ -181,6 +182,8 @@ class Driver:
                     record(self.compiler, run, row(case, executed))
                 table[run] = counts.of_case(case, executed)
                 said = f"{len(executed.kernels)} kernels"
+                for line in counts.worst_sites(executed) if args.sites else ():
+                    print(f"  {line}", flush=True)
             except (RuntimeError, AssertionError) as error:
                 wrong += 1
                 said = str(error)

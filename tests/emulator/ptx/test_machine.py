@@ -279,3 +279,6 @@ def test_counters() -> None:
     assert requests == 2 and sectors in (8, 10)  # 10 where the array begins within a sector
     rows = "stmatrix.sync.aligned.m8n8.x4.shared.b16"  # 8 rows of 16 bytes, all in the same banks
     assert counted["shared"] == {"st.shared.b32": [1, 32], rows: [4, 32]}
+    places = [*counted["global_sites"].items()]
+    assert [place.split(" at line ")[0] for place, _ in places] == ["ld.global.b32"] * 2
+    assert sum(requests for _, (requests, _) in places) == 2
