@@ -208,9 +208,8 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("batch", [1, 32])
-def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
+def tiles_of(shape: tuple[int, ...], batch: int) -> Iterator[tuple[Reach, int, WeightTile]]:
+    """Reach, tensors that mid is made of, and tile, of the spatial and of the temporal pass."""
     c, m, k, t, side, stride = shape
     spatial = Reach((stride, stride), (2, 2))
     temporal = Reach((1, 1), (0, -(-2 // stride)), stride)
@@ -220,15 +219,27 @@ def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
     for reach, size, taps, rows, sources in cases:
         tile = weight_tiles.weight_gradient(size, reach, taps, rows, m, sources, False, 132)
         assert tile is not None
+        yield reach, sources, tile
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [1, 32])
+def test_tiles_keep_to_the_limits(shape: tuple[int, ...], batch: int) -> None:
+    for reach, sources, tile in tiles_of(shape, batch):
         positions = math.prod(tile.box)
         halo = reach.box(tile.box)
         a = tile.blocks * -(-math.prod(halo) * 128 // 1024) * 1024
-        b = max(1, sources) * -(-tile.columns // 32) * -(-positions // 16) * 16 * 64
+        b = sources * -(-tile.columns // 32) * -(-positions // 16) * 16 * 64
         assert positions <= 256 and max(*halo, tile.box[1] * reach.residues) <= 256
         assert 5 * 1024 + tile.stages * (a + b) <= 227 << 10 and tile.stages >= 2
         assert (tile.columns, tile.units) in instances.WEIGHT_GRADIENT
         assert tile.blocks <= weight_tiles.GROUPS * tile.units
         assert reach.residues == 1 or tile.blocks % tile.units == 0
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] == 2])
+def test_whole_spans_where_they_cost_nothing(shape: tuple[int, ...]) -> None:
+    assert all(tile.columns % 32 == 0 for *_, tile in tiles_of(shape, 32))
 
 
 @pytest.mark.parametrize(
