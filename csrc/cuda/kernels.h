@@ -54,7 +54,7 @@ struct HopperOutput {
 
 struct HopperTile {
   int64_t columns;             // output channels of a tile
-  int64_t groups;              // warpgroups that multiply
+  int64_t groups;              // warpgroups that share a tile: 2; spatial: or 1, by turns
   int64_t blocks;              // of 64 × columns sums that each of them has
   std::array<int64_t, 3> box;  // positions of a tile: spatial frames, rows, columns of the output;
                                // temporal clips, output frames, pixels

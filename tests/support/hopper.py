@@ -21,12 +21,16 @@ def in_clusters(
     module: ModuleType = hopper,
     names: Sequence[str] = ("spatial_tile", "temporal_tile"),
 ) -> None:
-    """The tiles that the module's functions choose, by four blocks in clusters of two."""
+    """The tiles that the module's functions choose, in clusters of two.
+
+    By four blocks; by two where warpgroups take turns, so that these come again.
+    """
     for name in names:
         chosen = getattr(module, name)
 
         def pairs(*arguments: object, chosen: Any = chosen) -> object:
-            return replace(chosen(*arguments), grid=4, cluster=2)
+            tile: Any = chosen(*arguments)
+            return replace(tile, grid=2 if getattr(tile, "groups", 2) == 1 else 4, cluster=2)
 
         monkeypatch.setattr(module, name, pairs)
 

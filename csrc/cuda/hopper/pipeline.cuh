@@ -7,6 +7,7 @@
 namespace fastst {
 
 constexpr int kWarpGroup = 128;
+constexpr int kConsumers = 2;     // warpgroups that multiply, beside the producer's
 constexpr int kSwizzleRow = 64;   // elements of 16 bits in one 128-byte row of a swizzled tile
 constexpr int kTileAlign = 1024;  // of such a tile: its pattern repeats every 8 rows
 constexpr int kMaxStages = 16;
@@ -141,9 +142,54 @@ class Ring {
     if (++stage_ == stages_) stage_ = 0, phase_ ^= 1;
   }
 
+  // Where in the ring somebody is, for another who goes on from there.
+  __device__ int place() const { return 2 * stage_ + phase_; }
+  __device__ void go_on(int place) { stage_ = place / 2, phase_ = place % 2; }
+
  private:
   Shared<uint64_t> full_, empty_;
   int stages_, cluster_, stage_ = 0, phase_ = 0;
+};
+
+// Two warpgroups that consume one ring by turns, each the stages of tiles of its own: one
+// multiplies while the other writes what it has multiplied.
+//
+// A turn ends when its last stage has been waited for, ahead of its products. So a stage is waited
+// for only when all that come before it in the ring have been filled: else the parity of its
+// barrier would not tell this round from the one before last.
+class Turns {
+ public:
+  // `byte`: where a barrier and a place in the ring lie for each; own: 0 or 1, which this is.
+  __device__ Turns(int byte, int own)
+      : begins_(shared<uint64_t>(byte)),
+        place_(shared<int>(byte + 16)),
+        own_(own),
+        phase_(1 - own) {}
+
+  // By one thread, before the ring's `begin`.
+  __device__ void init() const {
+    for (int i = 0; i < 2; ++i) mbarrier_init(begins_ + i, kWarpGroup / 32);
+    place_[0] = 0;
+  }
+  // Until the other's turn has ended: the ring goes on where that left it. Before the first of all
+  // turns there is none.
+  __device__ void begin(Ring& ring) {
+    mbarrier_wait(begins_ + own_, phase_);
+    phase_ ^= 1;
+    ring.go_on(place_[own_]);
+  }
+  // A warp, together.
+  __device__ void end(const Ring& ring) const {
+    sync_warp();
+    if (threadIdx.x % 32 != 0) return;
+    if (threadIdx.x % kWarpGroup == 0) place_[1 - own_] = ring.place();
+    mbarrier_arrive(begins_ + (1 - own_));
+  }
+
+ private:
+  Shared<uint64_t> begins_;
+  Shared<int> place_;
+  int own_, phase_;
 };
 
 }  // namespace fastst

@@ -1,9 +1,10 @@
 // Spatial pass on Hopper, u = act(scale·conv(x) + shift): an implicit GEMM of exact N tiles.
 //
-// One warp copies boxes of the input and of the packed weights, two warpgroups multiply. A box is
-// 64 channels of the positions of one output tile, shifted by a tap: zero padding, strides and
-// edges are the tensor map's business. Blocks stay and walk over tiles; those of a cluster have the
-// same places of neighbouring frames, and copy the weights, which are then the same, to each other.
+// One warp copies boxes of the input and of the packed weights, two warpgroups multiply: a tile
+// together, or one each, by turns. A box is 64 channels of the positions of one output tile,
+// shifted by a tap: zero padding, strides and edges are the tensor map's business. Blocks stay and
+// walk over tiles; those of a cluster have the same places of neighbouring frames, and copy the
+// weights, which are then the same, to each other.
 #include <device/launch.cuh>
 #include <device/tma.cuh>
 #include <device/wgmma.cuh>
@@ -74,10 +75,14 @@ __device__ void for_each_step(const Parameters<T>& p, const Tile& tile, F f) {
     }
 }
 
+// Groups: warpgroups that share a tile, of the two that there are.
 template <int N, int Groups, int Blocks>
 struct Layout {
+  static_assert(Groups == 1 || Groups == kConsumers);
+  static constexpr bool kTurns = Groups == 1;
   static constexpr int kRows = 64 * Groups * Blocks;
   static constexpr int kWeightBytes = N * 128;  // of one tap and 64 channels
+  static constexpr int kTurn = kRingBytes;
   static constexpr int kPlaces = kTileAlign;  // after the barriers: rows of a tile, as w, h, frame
   static constexpr int kFirst = 2 * kTileAlign;  // stages
   static_assert(4 * kRows <= kTileAlign);
@@ -91,32 +96,35 @@ struct Layout {
   }
 };
 
+constexpr int kThreads = kWarpGroup * (kConsumers + 1);
+
 template <class T, int N, int Groups, int Blocks>
-__global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
+__global__ void __launch_bounds__(kThreads, 1)
     hopper_spatial_kernel(const __grid_constant__ Parameters<T> p) {
   using L = Layout<N, Groups, Blocks>;
   const int box_rows = p.frame_rows() * p.box_frames;
   const int x_bytes = L::x_bytes(box_rows), stage_bytes = L::stage_bytes(box_rows, p.share);
+  const int group = threadIdx.x / kWarpGroup, consumer = group - 1;
   Ring ring(0, p.stages, p.cluster);
+  Turns turns(L::kTurn, consumer);
   if (threadIdx.x == 0) {
     ring.init(4 * Groups);
+    if (L::kTurns) turns.init();
     mbarrier_fence_init();
   }
   const Shared<uint32_t> places = shared<uint32_t>(L::kPlaces);
-  for (int row = threadIdx.x; row < L::kRows; row += kWarpGroup * (Groups + 1))
+  for (int row = threadIdx.x; row < L::kRows; row += kThreads)
     places[row] = row % p.w.box | row / p.w.box % p.h.box << 8 | row / p.w.box / p.h.box << 16;
   // A box may have fewer rows than the products: those that it leaves out stay zero.
   for (int stage = 0; stage < p.stages; ++stage) {
     const Shared<uint32_t> x = shared<uint32_t>(L::kFirst + stage * stage_bytes);
-    for (int i = box_rows * 32 + threadIdx.x; i < L::kRows * 32; i += kWarpGroup * (Groups + 1))
-      x[i] = 0u;
+    for (int i = box_rows * 32 + threadIdx.x; i < L::kRows * 32; i += kThreads) x[i] = 0u;
   }
   fence_proxy_async();
   ring.begin();
 
   const Walk walk(p.cluster);
   const int all = p.tiles * p.column_tiles;
-  const int group = threadIdx.x / kWarpGroup;
   if (group == 0) {
     registers_decrease<40>();
     if (threadIdx.x != 0) return;
@@ -142,21 +150,23 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
 
   registers_increase<232>();
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int64_t partial = int64_t(blockIdx.x) * 4 * Groups + (threadIdx.x / 32 - 4);
+  const int64_t partial = int64_t(blockIdx.x) * 4 * kConsumers + (threadIdx.x / 32 - 4);
   ColumnStatistics<N> statistics;
   statistics.clear();
   int counted = 0;  // tiles of columns whose statistics are written
   float sums[Blocks][N / 2];
   // Where blocks of 64 products lie in the box: with shared boxes, frames have rows between them.
   const int frame_blocks = p.share > 1 ? p.h.box * p.w.box / 64 : 1 << 20;
+  const int first_block = L::kTurns ? 0 : consumer * Blocks;
   int first_row[Blocks];
 #pragma unroll
   for (int b = 0; b < Blocks; ++b) {
-    const int block = (group - 1) * Blocks + b;
+    const int block = first_block + b;
     first_row[b] = block / frame_blocks * p.frame_rows() + block % frame_blocks * 64;
   }
 
-  for (int index = walk.first; index < all; index += walk.step) {
+  const int first = walk.first + (L::kTurns ? consumer * walk.step : 0);
+  for (int index = first; index < all; index += walk.step * (L::kTurns ? kConsumers : 1)) {
     const Tile tile(p, index % p.tiles, walk.rank);
     const int column = index / p.tiles;
     for (; counted < column; ++counted) {
@@ -186,6 +196,7 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
       }
       wgmma_commit();
     };
+    if (L::kTurns) turns.begin(ring);
     int previous = -1;  // stage that products under way still read
     for_each_step(p, tile, [&](int chunk, int, int) {
       const int steps = p.steps(chunk);
@@ -208,6 +219,7 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
       previous = ring.stage();
       ring.advance();
     });
+    if (L::kTurns && index + walk.step < all) turns.end(ring);
     wgmma_wait<0>();
     if (previous >= 0) ring.release(previous);
     keep(sums);
@@ -216,8 +228,7 @@ __global__ void __launch_bounds__(kWarpGroup*(Groups + 1), 1)
       RowPair pair;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t place =
-            places[((group - 1) * Blocks + b) * 64 + warp * 16 + half * 8 + lane / 4];
+        const uint32_t place = places[(first_block + b) * 64 + warp * 16 + half * 8 + lane / 4];
         const int w = tile.w * p.w.box + int(place & 255);
         const int h = tile.h * p.h.box + int(place >> 8 & 255);
         const int in_box = place >> 16, frame = tile.frame * p.box_frames + in_box;
@@ -283,8 +294,7 @@ void run(Dtype dtype, const HopperSpatial& conv, Stream stream) {
   p.weight = packed_weight(dtype, conv.weight, N);
   const int bytes = L::kFirst + p.stages * L::stage_bytes(box_rows, p.share);
   launch_clusters("hopper_spatial", p.cluster, hopper_spatial_kernel<T, N, Groups, Blocks>,
-                  dim3(tile.grid), dim3(kWarpGroup * (Groups + 1)), bytes, stream,
-                  "output " + shape(out), p);
+                  dim3(tile.grid), dim3(kThreads), bytes, stream, "output " + shape(out), p);
 }
 
 }  // namespace

@@ -33,7 +33,8 @@ def _forward(dtype: torch.dtype) -> list[Example]:
 
         # Half of them with statistics, and a norm and an activation between the two kernels.
         batch = 2 * i < len(instances)
-        m, k = spatial.columns + 8, temporal.columns + 8
+        # As many tiles that the turns of a warpgroup come again.
+        m, k = spatial.columns * tiles.GROUPS // spatial.groups + 8, temporal.columns + 8
         tensors = pair_tensors(dtype, (1, 72, 2, 5, 7), (m, 72, 1, 3, 3), (k, m, 3, 1, 1))
         spec = PairSpec(
             stride=(stride, 1, 1), padding=(1,) * 6, norm="batch" if batch else "frozen",
@@ -48,7 +49,8 @@ def _forward(dtype: torch.dtype) -> list[Example]:
 
 
 def _of(tile: Any) -> str:
-    return f"{tile.columns} columns of {tile.blocks} blocks in clusters of {tile.cluster}"
+    turns = " by turns" if getattr(tile, "groups", 0) == 1 else ""
+    return f"{tile.columns} columns of {tile.blocks} blocks{turns} in clusters of {tile.cluster}"
 
 
 def _gradients(

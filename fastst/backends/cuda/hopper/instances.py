@@ -4,17 +4,22 @@
 kernels in ``csrc/cuda/hopper/`` take their instances. So nothing here is imported.
 """
 
-# (columns, warpgroups, blocks of 64 rows each). wgmma takes any multiple of 8 columns, so these fit
-# 45 mid channels (48), 144, 288, 576 and 1,152 (144, 192), 230, 460 and 921 (232) and powers of two
-# (64, 128) with at most 1% to spare, 45 apart, and 320 with 5% (112). 2 × 144 sums take 144 of a
-# thread's 232 registers, beside which 2 × 160 spilled; 1 × 232 take 116, and 256 spilled.
+# (columns, warpgroups that share a tile, blocks of 64 rows that each has of it). wgmma takes any
+# multiple of 8 columns, so these fit 45 mid channels (48), 144, 288, 576 and 1,152 (144, 192), 230,
+# 460 and 921 (232) and powers of two (64, 128) with at most 1% to spare, 45 apart, and 320 with 5%
+# (112). 2 × 144 sums take 144 of a thread's 232 registers, beside which 2 × 160 spilled; 1 × 232
+# take 116, and 256 spilled. A tile of one warpgroup is written while the other multiplies its own;
+# it reads the weights for half as many places, which single taps, 64 and 96 columns and strides
+# cannot afford.
 SPATIAL = (
-    (48, 2, 2),
+    (48, 1, 2),
     (64, 2, 2),
     (96, 2, 2),
-    (112, 2, 2),
+    (112, 1, 2),
     (128, 2, 2),
+    (128, 1, 2),
     (144, 2, 2),
+    (144, 1, 2),
     (192, 2, 1),
     (232, 2, 1),
 )

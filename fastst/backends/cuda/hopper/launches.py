@@ -174,7 +174,7 @@ class Launches:
     ) -> Tensor | None:
         """Fills u (N, stored channels, T, H, W); partial statistics where asked for."""
         k, p = self.k, self.problem.passes[0]
-        warps = tile.grid * 4 * tile.groups
+        warps = tile.grid * 4 * configs_hopper.GROUPS
         output, partials = self._output(u, p.out_channels, affine, warps, **epilogue)
         argument = k.lib.HopperSpatial(
             k.view(x), self._array(packed), k.conv(p), output, self._tile(tile)
@@ -196,7 +196,7 @@ class Launches:
         """Fills y from z = prologue(scale·u + shift), or from u where ``table`` is None; partial
         statistics where asked for."""
         k, p = self.k, self.problem.passes[1]
-        warps = tile.grid * 4 * tile.groups
+        warps = tile.grid * 4 * configs_hopper.GROUPS
         output, partials = self._output(y, p.out_channels, affine, warps, **epilogue)
         argument = k.lib.HopperTemporal(
             k.view(u), self._array(packed), k.conv(p), self._rows(table), k.act(prologue), k.slope,
@@ -219,7 +219,7 @@ class Launches:
         where asked for."""
         k, p = self.k, self.problem.passes[1]
         m = p.in_channels
-        partials = k.empty(tile.grid * 4 * tile.groups, 2, m) if statistics else None
+        partials = k.empty(tile.grid * 4 * configs_hopper.GROUPS, 2, m) if statistics else None
         argument = k.lib.HopperTemporalGradient(
             k.view(dy), self._array(packed), k.conv(p), k.view(g), None if u is None else k.view(u),
             self._rows(table), k.array(partials), m, k.act(self.problem.spec.activation), k.slope,

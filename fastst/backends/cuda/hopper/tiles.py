@@ -22,9 +22,13 @@ CLUSTERS = (1, 2)
 _CLUSTER_GAIN = 1.05
 # Clocks that a tile costs besides its products and what is issued for it: filling the pipeline.
 _TILE_CLOCKS = 1000
+# Clocks for an instruction of a warp that has its scheduler to itself, as a warpgroup has while it
+# writes and the other multiplies: what depends on an instruction waits for four.
+_ALONE = 2
 # Clocks in which a warp norms, activates and packs 16 channels: 70 instructions, and waits.
 _PROLOGUE_CLOCKS = 140
-_TEMPORAL_ROWS, _TEMPORAL_GROUPS = 128, 2
+GROUPS = 2  # warpgroups of a block that multiply
+_TEMPORAL_ROWS = 128
 _TEMPORAL_TAPS = 3
 _LEAST_FRAMES = 6  # in shared memory: what a tile of 4 reads, or all that one of 2 does and more
 _SPATIAL_FIRST = 2048  # bytes of barriers and the table of places
@@ -43,7 +47,7 @@ class HopperTile:
     """Tile and launch parameters of a Hopper pass."""
 
     columns: int  # output channels of a tile
-    groups: int  # warpgroups that multiply
+    groups: int  # warpgroups that share a tile; where it is 1, each of two has its own, by turns
     blocks: int  # of 64 × columns sums of each
     box: tuple[int, int, int]  # spatial: frames, rows, columns; temporal: clips, frames, pixels
     share: int  # vertical taps that one box of x serves
@@ -60,6 +64,9 @@ class HopperTile:
 def issue_slots(columns: int, groups: int, blocks: int, counts: bool) -> float:
     """Of a scheduler, besides products, for a tile: fitted to the machine code (``make static``).
 
+    Args:
+        groups: warpgroups that share the tile.
+
     A warp of each warpgroup has columns / 2 values of each block, of which each takes 3.75
     instructions: scale and shift, activation, packing, exchanging, storing. Statistics take 3.5 a
     value, and 5 to halve the columns among the lanes.
@@ -69,10 +76,20 @@ def issue_slots(columns: int, groups: int, blocks: int, counts: bool) -> float:
     return groups * (own + counts * values * (5 + 3.5 * blocks))
 
 
-def _clocks(products: float, own: float, common: float, cluster: int, slots: float) -> float:
-    """Of a tile, from bytes that are of its own and those that are common to a cluster."""
+def _clocks(products: float, own: float, common: float, cluster: int) -> float:
+    """Of a tile's products, or of copying what is of its own and what is common to a cluster."""
     copies = max((own + common / cluster) / _L2_BYTES, (own + common) / _PORT_BYTES)
-    return max(products, copies) + _TILE_CLOCKS + slots
+    return max(products, copies)
+
+
+def _in_turns(tiles: int, clocks: float, products: float, slots: float) -> float:
+    """Of a block's tiles, which two warpgroups have by turns, one writing as the other multiplies.
+
+    Args:
+        clocks: of a tile's products or copies, whichever take longer.
+    """
+    own = _TILE_CLOCKS + _ALONE * slots
+    return tiles * max(clocks, (products + own) / GROUPS) + own
 
 
 def waited_for(clocks: float, own: float, common: float, cluster: int) -> float:
@@ -135,8 +152,12 @@ def spatial(
                     if not walks:
                         continue
                     slots = issue_slots(columns, groups, blocks, counts)
-                    clocks = _clocks(products, steps * own, steps * common, cluster, slots)
-                    clocks *= math.ceil(tiles / walks)
+                    clocks = _clocks(products, steps * own, steps * common, cluster)
+                    each = math.ceil(tiles / walks)
+                    if groups < GROUPS:
+                        clocks = _in_turns(each, clocks, products, slots)
+                    else:
+                        clocks = each * (clocks + _TILE_CLOCKS + slots)
                     cost = waited_for(clocks, own, common, cluster)
                     order = cost, tiles, box[0] * math.prod(halo)
                     if best is None or order < best[0]:
@@ -216,11 +237,11 @@ def temporal(
         products *= steps * columns  # half a clock per column for each of two warpgroups
         # Of its own products a warpgroup hides half behind what it normalises meanwhile.
         made = prologue * read * steps * _PROLOGUE_CLOCKS
-        busy = max(products, made + products / _TEMPORAL_GROUPS / 2)
+        busy = max(products, made + products / GROUPS / 2)
         bytes_in = read * _TEMPORAL_ROWS * round_up(channels, 8) * 2
         common = 0 if stay else chunks * weights
         # The derivative costs about what statistics do.
-        slots = issue_slots(columns, _TEMPORAL_GROUPS, frames, gradient)
+        slots = issue_slots(columns, GROUPS, frames, gradient)
         for p in range(1, min(pixels, _TEMPORAL_ROWS) + 1):
             n = min(clips, _TEMPORAL_ROWS // p)
             boxes = math.ceil(out_frames / frames) * math.ceil(pixels / p) * math.ceil(clips / n)
@@ -229,11 +250,11 @@ def temporal(
                 walks = min(tiles, processors // cluster)
                 if not walks:
                     continue
-                clocks = _clocks(busy, bytes_in, common, cluster, slots)
+                clocks = _clocks(busy, bytes_in, common, cluster) + _TILE_CLOCKS + slots
                 clocks *= math.ceil(tiles / walks)
                 order = waited_for(clocks, bytes_in, common, cluster), tiles, n
                 if best is None or order < best[0]:
-                    shape = columns, _TEMPORAL_GROUPS, frames, (n, frames, p), 1, stages
+                    shape = columns, GROUPS, frames, (n, frames, p), 1, stages
                     best = order, HopperTile(*shape, walks * cluster, cluster, clocks)
     assert best is not None
     return best[1]
@@ -268,7 +289,12 @@ def trials() -> list[tuple[HopperTile, HopperTile, int]]:
     for i, (columns, frames, stride) in enumerate(instances.TEMPORAL * 2):
         n, groups, blocks = instances.SPATIAL[i % len(instances.SPATIAL)]
         share, box = (3, (groups * blocks, 8, 8)) if i % 2 else (1, (1, 5, 7))
-        spatial_one = HopperTile(n, groups, blocks, box, share, 2, 2, CLUSTERS[i // 2 % 2])
-        temporal_one = HopperTile(columns, 2, frames, (1, frames, 30), 1, 2, 2, CLUSTERS[i % 2])
+        cluster = CLUSTERS[i // 2 % 2]
+        # Turns come again where one block, or one cluster, has all tiles.
+        grid = 2 if groups == GROUPS else cluster
+        spatial_one = HopperTile(n, groups, blocks, box, share, 2, grid, cluster)
+        temporal_one = HopperTile(
+            columns, GROUPS, frames, (1, frames, 30), 1, 2, 2, CLUSTERS[i % 2]
+        )
         found.append((spatial_one, temporal_one, stride))
     return found

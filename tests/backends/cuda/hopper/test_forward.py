@@ -81,7 +81,8 @@ def test_spatial_tiles(
     columns, groups, blocks = tile
     planes = groups * blocks
     boxes = {1: (1, 5, 5), 3: (planes, 8, 8)}
-    chosen = HopperTile(columns, groups, blocks, boxes[share], share, 2, 2, cluster)
+    grid = 2 if groups == tiles.GROUPS else cluster  # turns come again
+    chosen = HopperTile(columns, groups, blocks, boxes[share], share, 2, grid, cluster)
     monkeypatch.setattr(cuda_hopper, "spatial_tile", lambda problem: chosen)
     config = Config(
         seed=columns, channels=8, mid=columns + 8, out=8, batch=1, size=(3, 9, 5), norm="batch",
@@ -438,7 +439,7 @@ def test_needs_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPat
         (dict(box=(1, 9, 32)), "boxes of at most a tile's places"),
         (dict(stages=17), "1 to 16 stages"),
         (dict(share=3, box=(4, 4, 8)), "whole blocks of 64 places in rows of 8"),
-        (dict(columns=56), "no tile (56, 2, 2)"),
+        (dict(columns=56), "no tile (56, 1, 2)"),
         (dict(cluster=2, grid=3), "a grid of whole ones"),
         (dict(cluster=3, grid=3), "clusters of 1 or 2 blocks"),
     ],

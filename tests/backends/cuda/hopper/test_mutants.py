@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,37 @@ def test_planted_bug_is_caught(
     plant(file, right, wrong, **planted.HOPPER)
     hopper.in_clusters(monkeypatch)
     with planted.caught():
+        fuzz.hold(config, "cuda", backward=False)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [
+        # the other's turn is not waited for, or never ends, or ends as it begins
+        ("mbarrier_wait(begins_ + own_, phase_);", "", "emulator: .*that nobody has written"),
+        ("if (L::kTurns && index + walk.step < all) turns.end(ring);", "", "emulator: .*deadlock"),
+        ("if (L::kTurns) turns.begin(ring);", "if (L::kTurns) turns.begin(ring), turns.end(ring);",
+         "emulator: .*more arrivals at an mbarrier"),
+        # the ring does not go on where the other left it
+        ("ring.go_on(place_[own_]);", "ring.go_on(ring.place());", "emulator: "),
+        # the last stage of a tile is given back while products read it
+        ("wgmma_wait<0>();\n    if (previous >= 0) ring.release(previous);",
+         "if (previous >= 0) ring.release(previous);\n    wgmma_wait<0>();",
+         "emulator: .*race: write .* and a read by wgmma"),
+        # tiles that both count, and statistics of one warpgroup in the place of the other's
+        ("(L::kTurns ? consumer * walk.step : 0)", "0", r"error \S+ > "),
+        ("* 4 * kConsumers + (threadIdx.x / 32 - 4)", "* 4 * kConsumers + threadIdx.x / 32 % 4",
+         r"error \S+ > "),
+    ],
+)  # fmt: skip
+def test_turns_that_go_wrong_are_told(
+    right: str, wrong: str, told: str, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant("hopper/spatial.cu", right, wrong, **planted.HOPPER)
+    hopper.in_clusters(monkeypatch)
+    # 9 stages a tile, in a ring of 9: none that comes round to the same place and parity.
+    config = replace(SPATIAL, channels=64)
+    with pytest.raises((AssertionError, RuntimeError), match=f"(?s){told}"):
         fuzz.hold(config, "cuda", backward=False)
 
 
