@@ -19,6 +19,7 @@ from ..backends.contract import Backend, Begun
 from ..problem import activations
 from ..problem.conv3d import ConvSpec, ConvTensors
 from ..problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors
+from . import registered
 from .registered import (
     call,
     is_plain_call,
@@ -315,7 +316,7 @@ def conv2plus1d(
     gradients = needs_grad(tensors)
     runs = forward or backend
     if not (gradients or spec.norm == "batch" or spec.output_statistics):
-        return call("conv2plus1d", *tensors, *encode_spec(spec), runs), None, None
+        return registered.conv2plus1d(tensors, spec, runs), None, None
     without_u = spec._replace(recompute=True)  # outside of autograd nobody sees or needs it
     if gradients:
         results = _PairFunction.apply(spec, runs, backend, begun, *tensors)

@@ -25,6 +25,7 @@ from .schema import (
     PARALLEL,
     PARALLEL_SPEC,
     PARALLEL_TENSORS,
+    encode_spec,
     pair_arguments,
     parallel_arguments,
 )
@@ -143,8 +144,22 @@ def as_laid_out(
 # ---- conv2plus1d
 
 
+def conv2plus1d(tensors: PairTensors, spec: PairSpec, backend: str) -> Tensor:
+    """The op of inference; past the dispatcher and its schema, too, where nobody sees it."""
+    if not is_plain_call(*tensors):
+        y: Tensor = torch.ops.fastst.conv2plus1d(*tensors, *encode_spec(spec), backend)
+        return y
+    problem = Problem.of(tensors, spec)
+    with profiler_range("conv2plus1d"):
+        return without_autocast(problem.device.type, _run_pair, tensors, problem, backend)
+
+
 def _conv2plus1d(*args: Any) -> Tensor:
     tensors, _, problem, backend = pair_arguments(args)
+    return _run_pair(tensors, problem, backend)
+
+
+def _run_pair(tensors: PairTensors, problem: PairProblem, backend: str) -> Tensor:
     result = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, False)
     return apply_ending(result, problem, tensors)
 

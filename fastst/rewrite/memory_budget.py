@@ -167,6 +167,8 @@ def _listening(names: dict[int, str]) -> Iterator[dict[str, _Use]]:
     found: dict[str, _Use] = {}
 
     class Mode(TorchDispatchMode):
+        knows_operations = True  # without which converted models would run PyTorch's under it
+
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:

@@ -17,9 +17,10 @@ from torch.nn.modules import module as torch_module
 
 from ... import dispatch
 from ...nn.pair_of_modules import RECOMPUTE
-from . import rules, traced
+from . import pairs, rules, traced
 from .chain import Guess
 from .graphs import is_promise, taken
+from .state import watched
 
 ATTRIBUTE = "_conv_forward"
 _FORWARDS = tuple(kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -89,14 +90,14 @@ class Begins:
     def answer(self, x: Any, weight: Any, bias: Any, how: Any, mode: str, widths: Any) -> Tensor:
         """The promise of the convolution, the pair that it is the second of, or its output."""
         conv = self.conv
-        if is_promise(x):
+        if type(x) is not Tensor and is_promise(x):
             if self.barred or _watched(conv) or not rules.extends(x):
                 x = taken(x, f"{type(conv).__name__} {self.name}")
             else:
                 x.link.plan = x.link.plan._replace(ends=self)
                 if mode != "zeros":
                     return type(conv)._conv_forward(conv, x, weight, bias)
-                made = rules.SECOND[weight.dim()](x, weight, bias, *how)
+                made = pairs.SECOND[weight.dim()](x, weight, bias, *how)
                 if made is not NotImplemented:
                     return made
                 x = taken(x, f"{type(conv).__name__} {self.name}")
@@ -122,9 +123,13 @@ class Begins:
             return False
         if torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state():
             return False
-        if type(conv)._conv_forward not in _FORWARDS or _proxied():
+        if type(conv)._conv_forward not in _FORWARDS:
             return False
-        if self.waits and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return True
+        if watched() or _proxied():
+            return False
+        if self.waits:
             self.waits -= 1
             return False
         return True
@@ -205,8 +210,8 @@ class Begins:
 
 
 def _proxied() -> bool:
-    """Whether ``make_fx`` records each operator, outside of a compiler."""
-    if not torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
+    """Whether ``make_fx`` records each operator."""
+    if not torch._C._len_torch_dispatch_stack():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 

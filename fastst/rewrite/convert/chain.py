@@ -12,8 +12,9 @@ from ...functional import BatchNorm
 from .axes import Axes, Dim, whole
 from .geometry import Pass
 from .graphs import is_promise, promised, rewritten, unread
+from .kept import Kept
 from .padding import Pad
-from .promise import Kept, Link, replace
+from .promise import Link, replace
 
 
 class Guess(NamedTuple):
@@ -50,6 +51,17 @@ class Plan(NamedTuple):
     axes: Axes | None = None  # None where the dimensions are those that the convolution left
     ends: Any = None  # the ``Begins`` of the second one, where it has one
     half: Any = None  # what the first pass has left, where a norm in training asked for it
+
+    def normed(self, norm: BatchNorm, half: Any) -> Plan:
+        return Plan(*self[:5], norm, *self[6:10], half)
+
+    def activated(self, kind: str, slope: float) -> Plan:
+        return Plan(*self[:6], (kind, slope), *self[7:])
+
+    def convolved(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, weight and bias of the first convolution."""
+        x, weight, *bias = [kept.tensor for _, kept in self.convolution.kept]
+        return x, weight, bias[0] if bias else None
 
     def told(self, why: str) -> None:
         """The chain is computed as separate calls."""
@@ -94,15 +106,12 @@ def is_open(p: Any, kind: type = Plan) -> bool:
 def extended(
     p: Any,
     run: Callable[..., Tensor],
+    plan: Any,
     kept: tuple[tuple[str, Kept], ...] = (),
     shape: torch.Size | None = None,
     in_place: bool = False,
-    onto: Any = None,
-    **plan: Any,
 ) -> Any:
     """The promise of what ``run`` makes of an open one's value, in memory of its own or in place.
-
-    ``onto``: the plan that is changed, where it is not that of the promise.
 
     Others that see the same memory must see what is written to it: that is left to PyTorch.
     """
@@ -110,15 +119,15 @@ def extended(
     if in_place and (link.sees or any(view() is not None for view in link.views)):
         return NotImplemented
     state = link.state
-    longer = Link(link, run, (onto or link.plan)._replace(**plan), kept, state, shape or link.shape)
+    longer = Link(link, run, plan, kept, state, shape or link.shape, link.dtype)
     if in_place:
-        return rewritten(p, longer) if state.traced else replace(p, longer, link.dtype)
-    return promised(longer, link.dtype)
+        return rewritten(p, longer) if state.traced else replace(p, longer)
+    return promised(longer)
 
 
 def seen(p: Any, call: Callable[[Tensor], Tensor], shape: torch.Size, plan: Any) -> Any:
     """The promise of what ``call`` makes of an open one's value: its memory, or a copy of it."""
     link = p.link
-    longer = Link(link, call, plan, (), link.state, shape)
+    longer = Link(link, call, plan, (), link.state, shape, link.dtype)
     link.see(longer)
-    return promised(longer, link.dtype)
+    return promised(longer)

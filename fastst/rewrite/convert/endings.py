@@ -7,14 +7,18 @@ where a whole residual block ends in its last pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...functional import BatchNorm
-from .promise import CannotDefer, Kept, Link, Promise, State, promise, replace
+from .kept import CannotDefer, Kept
+from .layouts import Call, as_separate, call
+from .promise import Link, Promise, promise, replace
+from .state import State
 
 
 class Ending(NamedTuple):
@@ -29,6 +33,8 @@ class Ending(NamedTuple):
     residual: bool = False
     ran: tuple[list[None], ...] = ()  # an element for each time that the pair has run
     activation: str | None = None
+    calls: tuple[Call, ...] = ()  # that all of it stands for
+    viewed: bool = False  # whether some of them turn dimensions
 
     def told(self, why: str) -> None:
         """The pair runs, once if all goes well."""
@@ -52,34 +58,72 @@ class Ending(NamedTuple):
             }
             second = given["second weight"], given.get("second bias")
             options["second"] = self.begun.folded(second, self.norm._replace(**changed))
-        return self.run(given, **options)
+        y = self.run(given, **options)
+        return _laid_out(self, y, lambda: self.calls, given)
 
 
-def defer(
-    begun: Any, run: Callable[..., Tensor], tensors: dict[str, Tensor], slope: float | None,
-    shape: Any, dtype: torch.dtype, sums: bool,
-) -> Tensor:  # fmt: skip
-    """The output of a pair, as a promise where that may lead to something.
+class Operation(NamedTuple):
+    """An operation that is about to run."""
 
-    ``sums``: whether the operation can take a shortcut of that shape in.
-    """
-    x = tensors["first input"]
-    state = State(x.device)
-    if torch.compiler.is_compiling():  # which fuses what follows by itself
-        return run(tensors)
-    served = begun.served and not (state.grad and x.requires_grad) and state.autocast is None
-    # What leaves a checkpoint must have been computed in it.
-    if state.hooks is not None or not (served or begun.followed(state)):
-        return run(tensors)
-    try:
-        kept = tuple((name, Kept(t)) for name, t in tensors.items())
-    except CannotDefer:
-        return run(tensors)
-    if any(k.foreign for name, k in kept if name in ("first input", "past")):
-        return run(tensors)  # y may leave the model, and be read when others have written to x
-    plan = Ending(begun, begun.name, run, slope, sums, ran=([],))
-    link = Link(None, plan.finish, plan, kept, state, shape)
-    return promise(link, dtype)
+    begun: Any  # the ``Begins`` of the first convolution
+    run: Callable[..., Tensor]  # of its tensors, by name
+    tensors: dict[str, Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    slope: float | None  # of leaky_relu, which both activations share
+    sums: bool  # whether it can take a shortcut of that shape in
+    calls: Callable[[], tuple[Call, ...]]  # that it stands for
+    viewed: bool  # whether some of them turn dimensions
+    held: Kept | None = None  # what holds the first of its tensors already
+
+    def deferred(self, state: State) -> bool:
+        """Whether something may come of a promise of its output."""
+        if state.traced:  # a compiler fuses what follows by itself
+            return False
+        x = self.tensors["first input"]
+        served = self.begun.served and not (state.grad and x.requires_grad)
+        # What leaves a checkpoint must have been computed in it.
+        if state.hooks is not None:
+            return False
+        return (served and state.autocast is None) or bool(self.begun.followed(state))
+
+    def kept(self) -> tuple[tuple[str, Kept], ...]:
+        """
+        Raises:
+            CannotDefer: a tensor cannot be kept, or is of memory that others write to: the output
+                may leave the model, and be read when they have.
+        """
+        held = self.held
+        if held is not None:
+            held.hold()
+        kept = tuple(
+            (name, held if held is not None and t is held.tensor else Kept(t))
+            for name, t in self.tensors.items()
+        )
+        if any(k.foreign for name, k in kept if name in ("first input", "past")):
+            raise CannotDefer
+        return kept
+
+
+def defer(op: Operation, state: State) -> Tensor:
+    """The output of an operation, as a promise where that may lead to something; ``state``: that of
+    now."""
+    if op.deferred(state):
+        with contextlib.suppress(CannotDefer):
+            kept = op.kept()
+            plan = Ending(
+                op.begun, op.begun.name, op.run, op.slope, op.sums,
+                ran=([],), calls=op.calls(), viewed=op.viewed,
+            )  # fmt: skip
+            return promise(Link(None, plan.finish, plan, kept, state, op.shape, op.dtype))
+    return _laid_out(op, op.run(op.tensors), op.calls, op.tensors)
+
+
+def _laid_out(
+    op: Operation | Ending, y: Tensor, calls: Callable[[], Sequence[Call]], given: dict[str, Tensor]
+) -> Tensor:
+    """y in the strides of separate calls; a copy for inference has its own layout."""
+    return y if op.begun.served else as_separate(y, calls, given, op.viewed)
 
 
 def ends(p: Any) -> bool:
@@ -98,15 +142,19 @@ def batch_norm(p: Promise, norm: BatchNorm) -> Any:
         if p.link.shape.numel() == p.link.shape[1]:  # which PyTorch refuses
             return NotImplemented
         plan.begun.missed_followers = 0
-        return plan.run(_release(p.link), outer_norm=norm)
+        p.link.take()
+        given = _release(p.link)
+        y = plan.run(given, outer_norm=norm)
+        return _laid_out(plan, y, lambda: plan.calls, given)
     if not plan.begun.served:
         return NotImplemented
     tensors = {n: t for n, t in zip(norm._fields, norm[:4], strict=False) if t is not None}
     return _extended(p, {f"outer {n}": t for n, t in tensors.items()}, norm=norm)
 
 
-def add(p: Promise, other: Any, in_place: bool) -> Any:
-    """The sum with a shortcut of the same shape and dtype."""
+def add(p: Promise, other: Any, in_place: bool, first: bool) -> Any:
+    """The sum with a shortcut of the same shape and dtype; ``first``: the shortcut is what is added
+    to the promise."""
     plan: Ending = p.link.plan
     if not plan.sums or plan.residual or plan.activation is not None or type(other) is not Tensor:
         return NotImplemented
@@ -115,7 +163,17 @@ def add(p: Promise, other: Any, in_place: bool) -> Any:
         return NotImplemented
     if not (plan.begun.served or plan.begun.reads) or (p.link.state.grad and other.requires_grad):
         return NotImplemented
-    return _extended(p, {"residual": other}, in_place, residual=True)
+    summed = _sum if first or in_place else _other_sum
+    calls = (*plan.calls, call(summed, {"residual": "residual"}))
+    return _extended(p, {"residual": other}, in_place, residual=True, calls=calls)
+
+
+def _sum(y: Tensor, residual: Tensor) -> Tensor:
+    return y + residual
+
+
+def _other_sum(y: Tensor, residual: Tensor) -> Tensor:
+    return residual + y
 
 
 def activation(p: Promise, kind: str, slope: float, in_place: bool) -> Any:
@@ -142,8 +200,8 @@ def _extended(
         return NotImplemented
     if any(k.foreign for name, k in kept if name == "residual"):
         return NotImplemented
-    longer = Link(None, plan.finish, plan, (*link.kept, *kept), link.state, link.shape)
-    return replace(p, longer, link.dtype) if in_place else promise(longer, link.dtype)
+    longer = Link(None, plan.finish, plan, (*link.kept, *kept), link.state, link.shape, link.dtype)
+    return replace(p, longer) if in_place else promise(longer)
 
 
 def _release(link: Link) -> dict[str, Tensor]:

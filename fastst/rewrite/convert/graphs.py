@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -97,11 +96,10 @@ def taken(value: Any, reader: Any) -> Any:
     return real(value, reader)
 
 
-def promised(link: Link, dtype: torch.dtype) -> Any:
+def promised(link: Link) -> Any:
     """The promise of what a link computes."""
     if not link.state.traced:
-        return promise(link, dtype)
-    link.dtype = dtype
+        return promise(link)
     before = None if link.before is None else link.before.value
     with _plain(before):
         value = link.run(before, **{name: kept.tensor for name, kept in link.kept})
@@ -110,7 +108,6 @@ def promised(link: Link, dtype: torch.dtype) -> Any:
 
 def rewritten(p: Any, link: Link) -> Any:
     """A value of a graph after what a link computes of it has been written to it."""
-    link.dtype = p.link.dtype
     with _plain(p):
         p.copy_(link.run(p, **{name: kept.tensor for name, kept in link.kept}))
     return _remembers(p, link)

@@ -8,240 +8,23 @@ that the separate modules would have made, computed in the state in which it was
 from __future__ import annotations
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Callable, Iterator
+from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._pytree import tree_map
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .kept import CannotDefer, Kept
+from .layouts import Call, Names, call
+from .state import State
 
 _unseen = torch._C.DisableTorchFunctionSubclass
-_autograd: Any = torch._C._autograd
+_as_tensor: Callable[..., Any] = torch._C._disabled_torch_function_impl
 _make: Callable[..., Any] = Tensor._make_wrapper_subclass
-
-
-class State:
-    """What besides tensors decides about a result: modes of the thread, and the stream."""
-
-    __slots__ = ("autocast", "device", "grad", "hooks", "inference", "stream", "traced")
-
-    def __init__(self, device: torch.device) -> None:
-        kind = device.type
-        self.device = device
-        self.traced = torch.compiler.is_compiling()
-        self.inference = torch.is_inference_mode_enabled()
-        self.grad = torch.is_grad_enabled() and not self.inference
-        on = kind != "meta" and torch.is_autocast_enabled(kind)
-        self.autocast = torch.get_autocast_dtype(kind) if on else None
-        self.stream = torch.cuda.current_stream(device) if kind == "cuda" else None
-        self.hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
-
-    @property
-    def current(self) -> bool:
-        """Whether it is that of this thread now."""
-        if self.inference != torch.is_inference_mode_enabled():
-            return False
-        if self.grad != (torch.is_grad_enabled() and not self.inference):
-            return False
-        if self.traced != torch.compiler.is_compiling():
-            return False
-        kind = self.device.type
-        on = kind != "meta" and torch.is_autocast_enabled(kind)
-        if self.autocast != (torch.get_autocast_dtype(kind) if on else None):
-            return False
-        if kind == "cuda" and self.stream != torch.cuda.current_stream(self.device):
-            return False
-        return self.hooked
-
-    @property
-    def hooked(self) -> bool:
-        """Whether what backward needs is saved by the same hooks now."""
-        hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
-        return bool(self.hooks == hooks)
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """The state as it was, within the block."""
-        now = State(self.device)
-        with contextlib.ExitStack() as stack:
-            if self.grad and _below_autograd():
-                stack.enter_context(_above_autograd())
-            if now.inference != self.inference:
-                stack.enter_context(torch.inference_mode(self.inference))
-            stack.enter_context(torch.set_grad_enabled(self.grad))
-            if now.autocast != self.autocast:
-                on = self.autocast is not None
-                kind = self.device.type
-                stack.enter_context(torch.autocast(kind, self.autocast, on, cache_enabled=False))
-            if now.stream != self.stream:
-                stack.enter_context(torch.cuda.stream(self.stream))
-            if now.hooks != self.hooks:
-                stack.enter_context(_saved_under(self.hooks))
-            yield
-        if now.stream is not None and self.stream is not None and now.stream != self.stream:
-            now.stream.wait_stream(self.stream)
-
-
-def _below_autograd() -> bool:
-    """Whether the reader is C++ that autograd has called: it would see nothing of what runs now."""
-    key = torch._C.DispatchKey.AutogradFunctionality
-    return torch._C._dispatch_tls_is_dispatch_key_excluded(key)
-
-
-def _above_autograd() -> Any:
-    """A context in which autograd sees calls again."""
-    keys: Any = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "ADInplaceOrView", "AutogradOther"):
-        keys = keys.remove(getattr(torch._C.DispatchKey, name))
-    guard: Any = torch._C._ForceDispatchKeyGuard
-    return guard(torch._C._dispatch_tls_local_include_set(), keys)
-
-
-@contextlib.contextmanager
-def _saved_under(hooks: Any) -> Iterator[None]:
-    """Within the block tensors for backward are saved by these hooks: later ones see none."""
-    later = []
-    while (top := _autograd._top_saved_tensors_default_hooks(True)) not in (None, hooks):
-        later.append(top)
-        _autograd._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        for top in reversed(later):
-            _autograd._push_saved_tensors_default_hooks(*top)
-
-
-class Kept:
-    """A tensor as it is now, whatever is written to it later.
-
-    A copy-on-write clone: it costs no memory unless somebody writes. Memory that cannot be cloned
-    so, or that FSDP resizes, is watched by its version counter and address instead.
-    """
-
-    __slots__ = ("address", "clone", "needs_grad", "resized", "tensor", "valueless", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.needs_grad = tensor, tensor.requires_grad
-        self.version = None if tensor.is_inference() else tensor._version
-        self.address = 0  # of the clone, or of memory that has none
-        self.clone: Tensor | None = None
-        self.resized, self.valueless = False, valueless(tensor)
-        if self.valueless:
-            return
-        self.resized = type(tensor) is nn.Parameter and _is_sharded(tensor)
-        self.hold()
-        if self.clone is None:
-            if self.version is None:
-                raise CannotDefer
-            self.address = tensor.data_ptr()
-
-    def hold(self) -> None:
-        """Take a clone, where that can be."""
-        if self.resized:
-            return
-        grad = self.needs_grad and torch.is_grad_enabled()
-        if grad:
-            torch._C._set_grad_enabled(False)
-        try:
-            self.clone = clone = torch._lazy_clone(self.tensor)
-            self.address = _address(clone)
-        except RuntimeError:  # memory that PyTorch has not allocated
-            self.clone, self.address = None, 0
-        finally:
-            if grad:
-                torch._C._set_grad_enabled(True)
-
-    def release(self) -> None:
-        """Give the memory back to the tensor alone, so that reading it by address copies nothing.
-
-        From now on it is watched by its version counter, if it has one. Its address says nothing:
-        memory that others hold clones of moves when it is read.
-        """
-        if self.clone is not None:
-            self.clone, self.address = None, 0
-            self.tensor.data_ptr()
-
-    def held_again(self) -> None:
-        """After ``release``, where there is no version counter."""
-        if self.version is None and not self.valueless:
-            self.hold()
-
-    @property
-    def foreign(self) -> bool:
-        """Whether its memory is of others (NumPy, shared), who may write to it unseen."""
-        return self.clone is None and not (self.valueless or self.resized)
-
-    @property
-    def same(self) -> bool:
-        """Whether the tensor still is what it was, and in the memory that it had."""
-        t = self.tensor
-        if t.requires_grad != self.needs_grad:
-            return False
-        if self.version is not None and t._version != self.version:
-            return False
-        if self.clone is None:
-            return not self.address or t.data_ptr() == self.address
-        if _address(t) == self.address:
-            return True
-        # Memory of its own, which a reader by address makes as well as a writer to ``.data``.
-        if t.device != self.clone.device or not torch.equal(t, self.clone):
-            return False
-        self.hold()
-        return True
-
-    def get(self, what: str, grad: bool, ended: bool) -> Tensor:
-        """The tensor, or its clone where the tensor has been written to.
-
-        Args:
-            grad: whether gradients go to it, if it needs some.
-            ended: whether the reader was called in a checkpoint that has ended: backward would have
-                read there what has been written by then.
-
-        Raises:
-            RuntimeError: it is another one now, and the clone would not do.
-        """
-        if self.same:
-            return self.tensor
-        wanted = grad and (self.needs_grad or self.tensor.requires_grad)
-        if self.clone is not None and not (wanted or ended):
-            return self.clone
-        raise RuntimeError(
-            f"fastst: {what} changed after the call that read it and before its result was "
-            "computed; leave the convolution out with fastst.convert(..., skip=...), or read its "
-            "output before that"
-        )
-
-
-# Without making memory of its own of a clone.
-_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
-
-
-def valueless(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape only."""
-    return tensor.is_meta or type(tensor) in (FakeTensor, FunctionalTensor)
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether ``fully_shard`` gives a parameter its memory for a call, and takes it away again."""
-    composable = sys.modules.get("torch.distributed._composable_state")
-    for found in list(getattr(composable, "_module_state_mapping", {}).values()):
-        state = found() if isinstance(found, weakref.ref) else found
-        groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # before PyTorch 2.13
-            groups = filter(None, [getattr(state, "_fsdp_param_group", None)])
-        for group in groups:
-            for one in group.fsdp_params:
-                if getattr(one, "_unsharded_param", None) is parameter:
-                    return True
-    return False
-
-
-class CannotDefer(Exception):
-    """Nothing would tell whether a tensor is written to: its reader runs at once."""
+_set_throw = torch._C._set_throw_on_mutable_data_ptr
 
 
 class Link:
@@ -251,16 +34,19 @@ class Link:
         before: the link whose value is the first argument; None for a convolution.
         run: computes the value from that of ``before``.
         plan: what ``rules`` know of the chain up to here.
-        kept: the other tensors that the call reads.
+        kept: the other tensors that the call reads; ``reads``: all that the chain reads.
         state: in which it was called.
-        value: the result, once somebody wanted it.
+        value: the result, once somebody wanted it; ``held``: it as it was then, while others may
+            read it.
         readers: how many links have this one before them.
-        views: links that see the memory of the value, or a copy of it; ``sees``: this is one.
+        views: links that see the memory of the value, or a copy of it; ``sees``: this is one;
+            ``viewed``: this or one before it is.
+        taken: whether an operation, whose gradients pass it by, has it within.
     """
 
     __slots__ = (
-        "__weakref__", "before", "dtype", "kept", "plan", "readers", "run", "sees",
-        "shape", "state", "value", "version", "views",
+        "__weakref__", "before", "dtype", "held", "kept", "plan", "readers", "reads", "run", "sees",
+        "shape", "state", "taken", "value", "version", "viewed", "views",
     )  # fmt: skip
 
     def __init__(
@@ -271,28 +57,43 @@ class Link:
         kept: tuple[tuple[str, Kept], ...],
         state: State,
         shape: Any,
+        dtype: torch.dtype,
     ) -> None:
         self.before, self.run, self.plan, self.kept, self.state = before, run, plan, kept, state
-        self.shape = shape
+        self.shape, self.dtype = shape, dtype
         self.value: Tensor | None = None
-        self.dtype: torch.dtype
+        self.held: Kept | None = None
         self.version: int | None = None
-        self.readers, self.sees = 0, False
+        self.readers, self.sees, self.taken = 0, False, False
         self.views: list[weakref.ref[Link]] = []
+        self.reads, self.viewed = kept, False
         if before is not None:
+            self.viewed = before.viewed
             before.readers += 1
-
-    def all_kept(self) -> list[tuple[str, Kept]]:
-        """All that the chain reads."""
-        above = [] if self.before is None else self.before.all_kept()
-        return [*above, *self.kept]
+            self.reads = (*before.reads, *kept)
+            before.hold()
 
     def tensors(self) -> list[Tensor]:
-        return [kept.tensor for _, kept in self.all_kept()]
+        return [kept.tensor for _, kept in self.reads]
 
     def unchanged(self) -> bool:
         """Whether all that the chain reads is what it was."""
-        return all(kept.same for _, kept in self.all_kept())
+        return all(kept.same for _, kept in self.reads)
+
+    def calls(self, first: Names, others: Names, source: Link | None = None) -> tuple[Call, ...]:
+        """All calls up to this one, of a chain that begins behind ``source``, and by which names
+        tensors of its first call and of the others are known."""
+        names = first if self.before is source else others
+        own = call(self.run, {name: names[name] for name, _ in self.kept})
+        if self.before is source or self.before is None:
+            return (own,)
+        return *self.before.calls(first, others, source), own
+
+    def take(self) -> None:
+        """Say that an operation has it within, with all that is before it."""
+        link: Link | None = self
+        while link is not None:
+            link.taken, link = True, link.before
 
     def compute(self, reader: Any = "C++") -> Tensor:
         """The value, as separate calls make it, for whoever reads it."""
@@ -300,9 +101,16 @@ class Link:
             self.plan.told(f"its output goes to {getattr(reader, '__name__', reader)}")
         return self._settled()
 
+    def hold(self) -> None:
+        """Notice writes to the value from now on, also those that no version counter tells of."""
+        if self.value is None or self.held is not None or self.state.traced:
+            return
+        with contextlib.suppress(CannotDefer):
+            self.held = Kept(self.value)
+
     def see(self, view: Link) -> None:
         """Take up a link that may see the memory of the value."""
-        view.sees = True
+        view.sees = view.viewed = True
         self.views.append(weakref.ref(view))
 
     def _settled(self) -> Tensor:
@@ -313,6 +121,8 @@ class Link:
         if self.value is None:
             self.value = value = self._computed(source)
             self.version = None if value.is_inference() else value._version
+            if self.readers:
+                self.hold()
             for view in filter(None, (ref() for ref in self.views)):
                 view._settled()
         return self.value
@@ -324,14 +134,15 @@ class Link:
     def _computed(self, source: Tensor | None) -> Tensor:
         what, state = self.plan.name or "the model", self.state
         ended = state.hooks is not None and not state.hooked
-        tensors = {
-            name: kept.get(f"{name} of {what}", state.grad, ended) for name, kept in self.kept
-        }
-        released = [kept for _, kept in self.kept if kept.same]
-        for kept in released:  # by address, kernels would make memory of its own for a clone
-            kept.release()
-        with self.state.restored():
-            value = self.run(source, **tensors)
+        with _leaves_as_they_were(kept for _, kept in self.kept if kept.switched):
+            tensors = {
+                name: kept.get(f"{name} of {what}", state.grad, ended) for name, kept in self.kept
+            }
+            released = [kept for _, kept in self.kept if kept.same]
+            for kept in released:  # by address, kernels would make memory of its own for a clone
+                kept.release()
+            with state.restored():
+                value = self.run(source, **tensors)
         for kept in released:
             kept.held_again()
         return value
@@ -356,9 +167,24 @@ class Link:
     @property
     def steady(self) -> bool:
         """Whether the value, if it is there, has not been written to."""
-        if self.value is None or self.value.is_inference():
-            return self.value is None
-        return self.value._version == self.version
+        if self.value is None:
+            return True
+        if self.held is not None:
+            return self.held.same
+        return not self.value.is_inference() and self.value._version == self.version
+
+
+@contextlib.contextmanager
+def _leaves_as_they_were(switched: Iterator[Kept]) -> Iterator[None]:
+    """Within the block leaves need a gradient that needed one when they were read."""
+    leaves = [kept.tensor for kept in switched]
+    for leaf in leaves:
+        leaf.requires_grad_(not leaf.requires_grad)
+    try:
+        yield
+    finally:
+        for leaf in leaves:
+            leaf.requires_grad_(not leaf.requires_grad)
 
 
 class _Node(torch.autograd.Function):
@@ -371,7 +197,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        wanted = [t for t in ctx.tensors if t.requires_grad]
+        wanted = [t for t in ctx.tensors if t.requires_grad]  # which may have been frozen since
         graph = torch.is_grad_enabled()
 
         def gradients(value: Tensor) -> Iterator[Tensor | None]:
@@ -386,6 +212,11 @@ class _Node(torch.autograd.Function):
                 raise
             grads = gradients(ctx.link.again())  # backward of another reader has freed the graph
         return None, None, *(next(grads) if t.requires_grad else None for t in ctx.tensors)
+
+
+_OURS: Any = _Node._backward_cls
+# Without the search for functorch's wrappers, which are never among what a promise reads.
+_seen_by_autograd: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
 
 
 class _Read(torch.autograd.Function):
@@ -403,17 +234,18 @@ class _Read(torch.autograd.Function):
 def _wrap(link: Link, dtype: torch.dtype) -> Promise:
     made: Promise = _make(Promise, link.shape, dtype=dtype, device=link.state.device)
     # It has no memory: C++ that asks nobody (to_dlpack of old) is to raise, not to crash.
-    torch._C._set_throw_on_mutable_data_ptr(made)
+    _set_throw(made)
     return made
 
 
-def promise(link: Link, dtype: torch.dtype) -> Promise:
-    """The promise of what a link computes."""
-    link.dtype = dtype
+def promise(link: Link) -> Promise:
+    """The promise of what a link computes, whose dtype it knows."""
+    dtype = link.dtype
+    made: Promise
     if link.state.grad:
-        tensors = link.tensors()
-        if any(t.requires_grad for t in tensors):
-            made: Promise = _Node.apply(link, dtype, *tensors)
+        tensors = [kept.tensor for _, kept in link.reads if kept.needs_grad]
+        if tensors:
+            made = _seen_by_autograd(link, dtype, *tensors)
             made.link = link
             return made
     made = _wrap(link, dtype)
@@ -430,22 +262,30 @@ class Promise(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SHAPE_ONLY:
-            with _unseen():
-                return func(*args, **(kwargs or {}))
+            return _as_tensor(func, types, args, kwargs or {})
         rule = RULES.get(func)
         if rule is not None:
             made = rule(*args, **(kwargs or {}))
             if made is not NotImplemented:
                 return made
-        args, kwargs = _reals(args, func), _reals(kwargs or {}, func)
+        reals, kwargs = _reals(args, func), _reals(kwargs or {}, func)
         with _unseen():
-            return func(*args, **kwargs)
+            result = func(*reals, **kwargs)
+        _resemble(args)
+        if reals and result is reals[0] and _is_in_place(func):  # u.mul_(2) is u
+            return args[0]
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Below autograd, which has seen ``_Node``."""
+        if func.overloadpacket is torch.ops.aten.set_:
+            raise RuntimeError(
+                "fastst: set_ of the output of a converted convolution requires that it has been "
+                "computed; call it on a clone of it"
+            )
         args, kwargs = _reals(args, func, True), _reals(kwargs or {}, func, True)
         return func(*args, **kwargs)
 
@@ -459,9 +299,9 @@ def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
         return tensor.detach()
     if seen is None:
         with _unseen():
-            needs_grad = value.requires_grad
-        # Without one of its own it left a custom Function's forward, which autograd has given one.
-        if needs_grad and not tensor.requires_grad:
+            node = value.grad_fn
+        # Another one than ours: it left a custom Function's forward, which autograd has given one.
+        if node is not None and not (tensor.requires_grad and isinstance(node, _OURS)):
             with torch.enable_grad():
                 value.seen = seen = _Read.apply(value)
     return tensor if seen is None else seen
@@ -480,10 +320,35 @@ def _reals(value: Any, reader: Any, detached: bool = False) -> Any:
     return real(value, reader, detached)
 
 
-def replace(old: Promise, link: Link, dtype: torch.dtype) -> Promise:
+def _is_in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _resemble(values: Any) -> None:
+    """Let promises tell what their values are, which a call may have changed: ``u.resize_(0)``,
+    ``u.transpose_(0, 1)``, ``u.data = ...``, ``u.detach_()``."""
+    for p in values:
+        if type(p) is not Promise or p.link.value is None:
+            continue
+        link, value = p.link, p.link.value
+        with _unseen():
+            detached = isinstance(p.grad_fn, _OURS) and not value.requires_grad
+        if not detached and (value.shape, value.dtype) == (link.shape, link.dtype):
+            continue
+        link.shape, link.dtype = value.shape, value.dtype
+        torch._C._swap_tensor_impl(p, _wrap(link, link.dtype) if detached else promise(link))
+
+
+def replace(old: Promise, link: Link) -> Promise:
     """Write to a promise in place: the same object now is what a link computes."""
-    new = promise(link, dtype)
-    torch._C._swap_tensor_impl(old, new)
+    with _unseen():
+        node: Any = old.grad_fn
+    new = [kept for _, kept in link.reads[len(old.link.reads) :] if kept.needs_grad]
+    if (new and link.state.grad) or not isinstance(node, (_OURS, NoneType)):
+        torch._C._swap_tensor_impl(old, promise(link))
+    elif node is not None:
+        node.link = link
     old.link = link
     return old
 
@@ -504,3 +369,24 @@ SHAPE_ONLY: set[Any] = {
 }  # fmt: skip
 # By function: takes the call's arguments, the first a promise; a promise or NotImplemented.
 RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def _of_gradients(*args: Any, **kwargs: Any) -> Any:
+    """
+    Raises:
+        RuntimeError: for the gradient of what lies in an operation, which never forms it.
+    """
+    for p in tree_leaves((args, kwargs)):
+        if type(p) is Promise and p.link.taken and p.requires_grad:
+            raise RuntimeError(
+                f"fastst: the output of {p.link.plan.name or 'the convolution'}, or what a norm or "
+                "an activation has made of it, is part of an operation that has run; ask for its "
+                "gradient before the next convolution reads it, or leave the convolution out with "
+                "fastst.convert(..., skip=...)"
+            )
+    return NotImplemented
+
+
+RULES.update(dict.fromkeys(
+    (Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad), _of_gradients
+))  # fmt: skip

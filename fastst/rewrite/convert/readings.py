@@ -19,12 +19,15 @@ from ...problem.norms import Norm, frame_by_frame
 from .chain import extended, is_open
 from .endings import Ending
 from .geometry import pad_of
+from .kept import CannotDefer, Kept
+from .layouts import Call
 from .padding import Pad, merge_axes
-from .promise import CannotDefer, Kept, Link, Promise
+from .promise import Link, Promise
 
 INPUT = "first input"
-_WEIGHT, _BIAS, _MEAN, _VAR = "norm weight", "norm bias", "norm running_mean", "norm running_var"
+WEIGHT, BIAS, _MEAN, _VAR = "norm weight", "norm bias", "norm running_mean", "norm running_var"
 _PAST = "past"
+_OWN = {n: n for n in (WEIGHT, BIAS, _MEAN, _VAR, _PAST)}
 
 
 class Reading(NamedTuple):
@@ -38,6 +41,9 @@ class Reading(NamedTuple):
     activation: tuple[str, float] | None = None
     past: bool = False
     pads: tuple[Pad, ...] = ()
+    form: str = (
+        ""  # "" is (N, C, T, H, W); or "last", "by frame" or "frames", as ``norms`` has them
+    )
 
     def told(self, why: str) -> None:
         """The chain is computed as separate calls, the operation before it in any case."""
@@ -45,7 +51,7 @@ class Reading(NamedTuple):
     @property
     def frame_by_frame(self) -> bool:
         """Whether a frame of it is made of one frame, and of nothing else."""
-        if self.past or self.pads:
+        if self.past or self.pads or self.form:
             return False
         if isinstance(self.norm, BatchNorm):
             return True
@@ -66,11 +72,19 @@ def onto(p: Any) -> Reading | None:
     else:
         return None
     state = link.state
-    if len(link.shape) != 5 or state.autocast is not None:
+    if len(plan.source.shape) != 5 or state.autocast is not None:
         return None
     if state.grad and any(t.requires_grad for t in link.tensors()):
         return None
     return plan
+
+
+def keep(tensors: dict[str, Tensor]) -> tuple[tuple[str, Kept], ...] | None:
+    """What a call reads, or None where nothing would tell of writes to it."""
+    try:
+        return tuple((name, Kept(t)) for name, t in tensors.items())
+    except CannotDefer:
+        return None
 
 
 def longer(
@@ -88,15 +102,12 @@ def longer(
         return NotImplemented
     if in_place and link.value is not None:  # others may see its memory
         return NotImplemented
-    try:
-        kept = tuple((name, Kept(t)) for name, t in (tensors or {}).items())
-    except CannotDefer:
-        return NotImplemented
-    if any(k.foreign for name, k in kept if name == _PAST):
+    kept = keep(tensors or {})
+    if kept is None or any(k.foreign for name, k in kept if name == _PAST):
         return NotImplemented
     if link is plan.source:  # a shortcut may ask for it again
         link.readers += 1
-    return extended(p, run, kept, shape, in_place, plan._replace(**changes))
+    return extended(p, run, plan._replace(**changes), kept, shape, in_place)
 
 
 # ---- norms
@@ -104,7 +115,7 @@ def longer(
 
 def _plain(p: Promise, vectors: Sequence[Tensor | None], shape: Sequence[int] = ()) -> bool:
     """Whether a norm's tensors are of the dtype, the device and the channels of a promise."""
-    link, wanted = p.link, tuple(shape) or tuple(p.link.shape[1:2])
+    link, wanted = p.link, tuple(shape) or (_channels(p),)
     return all(
         t is None
         or (isinstance(t, Tensor) and type(t) is not Promise and tuple(t.shape) == wanted
@@ -113,13 +124,23 @@ def _plain(p: Promise, vectors: Sequence[Tensor | None], shape: Sequence[int] = 
     )  # fmt: skip
 
 
-def _normed(
+def channel_axis(plan: Reading | None) -> int:
+    """Which dimension of a reading that of the channels is."""
+    return {"last": 4, "by frame": 2}.get(plan.form, 1) if plan is not None else 1
+
+
+def _channels(p: Promise) -> int:
+    n: int = p.link.shape[channel_axis(onto(p))]
+    return n
+
+
+def normed(
     p: Promise, norm: BatchNorm | Norm, run: Callable[..., Tensor], unit: bool = False
 ) -> Any:
     plan = onto(p)
     if plan is None or plan.norm is not None or plan.activation or plan.past or plan.pads:
         return NotImplemented
-    tensors = {_WEIGHT: norm.weight, _BIAS: norm.bias}
+    tensors = {WEIGHT: norm.weight, BIAS: norm.bias}
     if isinstance(norm, BatchNorm):
         tensors |= {_MEAN: norm.running_mean, _VAR: norm.running_var}
     if not _plain(p, list(tensors.values())):
@@ -130,51 +151,41 @@ def _normed(
 
 def batch_norm(p: Promise, norm: BatchNorm) -> Any:
     """A frozen one."""
-    if norm.training:
+    plan = onto(p)
+    if norm.training or plan is None or plan.form:
         return NotImplemented
 
     def run(v: Tensor, **given: Tensor) -> Tensor:
         mean, var = given[_MEAN], given[_VAR]
-        return F.batch_norm(v, mean, var, given.get(_WEIGHT), given.get(_BIAS), eps=norm.eps)
+        return F.batch_norm(v, mean, var, given.get(WEIGHT), given.get(BIAS), eps=norm.eps)
 
-    return _normed(p, norm, run)
-
-
-def _group_norm(
-    input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5
-) -> Any:
-    if onto(input) is None or type(num_groups) is not int or type(eps) is not float:
-        return NotImplemented
-    n, c = input.link.shape[:2]
-    if num_groups < 1 or c % num_groups or input.link.shape.numel() <= n * num_groups:
-        return NotImplemented
-
-    def run(v: Tensor, **given: Tensor) -> Tensor:
-        return F.group_norm(v, num_groups, given.get(_WEIGHT), given.get(_BIAS), eps)
-
-    return _normed(input, Norm("group", weight, bias, num_groups, eps=eps), run)
+    return normed(p, norm, run)
 
 
 def _instance_norm(
     input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None,
     bias: Any = None, use_input_stats: Any = True, momentum: Any = 0.1, eps: Any = 1e-5,
 ) -> Any:  # fmt: skip
-    if onto(input) is None or not (running_mean is running_var is None and use_input_stats):
+    plan = onto(input)
+    if plan is None or plan.form or not (running_mean is running_var is None and use_input_stats):
         return NotImplemented
     if type(eps) is not float or input.link.shape[2:].numel() < 2:
         return NotImplemented
 
     def run(v: Tensor, **given: Tensor) -> Tensor:
-        return F.instance_norm(v, None, None, given.get(_WEIGHT), given.get(_BIAS), eps=eps)
+        return F.instance_norm(v, None, None, given.get(WEIGHT), given.get(BIAS), eps=eps)
 
-    return _normed(input, Norm("instance", weight, bias, eps=eps), run)
+    return normed(input, Norm("instance", weight, bias, eps=eps), run)
 
 
 def _normalize(input: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None) -> Any:
     """Over the channels of a position: with √C and γ behind it, an RMS norm."""
-    if onto(input) is None or (p, dim, out) != (2.0, 1, None) or type(eps) is not float:
+    plan = onto(input)
+    if plan is None or plan.form not in ("", "last") or (p, out) != (2.0, None):
         return NotImplemented
-    return _normed(
+    if dim not in (channel_axis(plan), channel_axis(plan) - 5) or type(eps) is not float:
+        return NotImplemented
+    return normed(
         input, Norm("l2", eps=eps), lambda v: F.normalize(v, p, dim, eps), unit=True
     )  # fmt: skip
 
@@ -186,13 +197,13 @@ def multiplied(p: Any, other: Any) -> Any:
     if plan is None or norm is None:
         return NotImplemented
     if plan.unit:
-        if type(other) is not float or not math.isclose(other, math.sqrt(p.link.shape[1])):
+        if type(other) is not float or not math.isclose(other, math.sqrt(_channels(p))):
             return NotImplemented
         return longer(p, lambda v: v * other, unit=False)
     if norm.weight is not None or norm.bias is not None or not _of_channels(p, other):
         return NotImplemented
     longer_ = norm._replace(weight=other)
-    return longer(p, lambda v, **given: v * given[_WEIGHT], {_WEIGHT: other}, norm=longer_)
+    return longer(p, lambda v, **given: v * given[WEIGHT], {WEIGHT: other}, norm=longer_)
 
 
 def added(p: Any, other: Any) -> Any:
@@ -206,7 +217,7 @@ def added(p: Any, other: Any) -> Any:
     if norm.bias is not None or not _of_channels(p, other):
         return NotImplemented
     return longer(
-        p, lambda v, **given: v + given[_BIAS], {_BIAS: other}, norm=norm._replace(bias=other)
+        p, lambda v, **given: v + given[BIAS], {BIAS: other}, norm=norm._replace(bias=other)
     )  # fmt: skip
 
 
@@ -215,12 +226,13 @@ def _unfinished(plan: Reading | None) -> Norm | None:
     if plan is None or plan.activation or plan.past or plan.pads:
         return None
     norm = plan.norm
-    return norm if isinstance(norm, Norm) and norm.kind == "l2" else None
+    return norm if isinstance(norm, Norm) and norm.kind in ("l2", "rms") else None
 
 
 def _of_channels(p: Promise, vector: Any) -> bool:
     """Whether a tensor has a value for each channel, as it broadcasts against a promise."""
-    return isinstance(vector, Tensor) and _plain(p, [vector], (p.link.shape[1], 1, 1, 1))
+    after = (1,) * (4 - channel_axis(onto(p)))
+    return isinstance(vector, Tensor) and _plain(p, [vector], (_channels(p), *after))
 
 
 # ---- what follows a norm
@@ -235,7 +247,7 @@ def activation(p: Any, kind: str, slope: float, run: Callable[..., Tensor], in_p
 
 def padded(p: Any, pad: Pad, call: Callable[[Tensor], Tensor], shape: torch.Size) -> Any:
     plan = onto(p)
-    if plan is None or plan.unit:
+    if plan is None or plan.unit or plan.form:
         return NotImplemented
     return longer(p, call, shape=shape, pads=(*plan.pads, pad))
 
@@ -244,6 +256,8 @@ def after(p: Any, past: Tensor) -> Any:
     """A promise behind frames that are there."""
     plan, link = onto(p), p.link
     if plan is None or plan.past or plan.pads or plan.unit or type(past) is not Tensor:
+        return NotImplemented
+    if plan.form:
         return NotImplemented
     n, c, t, h, w = link.shape
     if past.dim() != 5 or (*past.shape[:2], *past.shape[3:]) != (n, c, h, w):
@@ -265,6 +279,9 @@ class Read(NamedTuple):
     padding: Any
     padding_mode: Any
     kept: tuple[Kept, ...] = ()  # that are released
+    held: Kept | None = None  # of the tensor that it reads
+    calls: tuple[Call, ...] = ()  # of the chain
+    viewed: bool = False  # whether some of them turn dimensions
 
     def options(self, given: dict[str, Any]) -> dict[str, Any]:
         """Of the operation, with tensors of that name."""
@@ -277,7 +294,7 @@ class Read(NamedTuple):
         if plan.activation is not None:
             options["negative_slope"] = slope
         if norm is not None:
-            weight, bias = given.get(_WEIGHT), given.get(_BIAS)
+            weight, bias = given.get(WEIGHT), given.get(BIAS)
             if isinstance(norm, BatchNorm):
                 norm = norm._replace(running_mean=given[_MEAN], running_var=given[_VAR])
             vectors = [None if v is None else v.view(-1) for v in (weight, bias)]
@@ -288,7 +305,7 @@ class Read(NamedTuple):
 def read(p: Any, conv: Any, weight: Tensor) -> Read | None:
     """How a convolution reads a promise in one operation; None where it cannot."""
     plan = onto(p)
-    if plan is None or plan.unit or p.link is plan.source:
+    if plan is None or plan.unit or plan.form or p.link is plan.source:
         return None
     own = pad_of(weight.shape, conv)
     found = None if own is None else merge_axes([*plan.pads, own])
@@ -302,9 +319,16 @@ def read(p: Any, conv: Any, weight: Tensor) -> Read | None:
         k.release()
     tensors = {name: k.tensor for name, k in kept} | {INPUT: plan.source.current(keep=True)}
     plan.begun.missed_followers = 0
-    return Read(tensors, plan, *found, tuple(k for _, k in kept))
+    released, held = [k for _, k in kept], plan.source.held
+    if held is not None and held.tensor is tensors[INPUT]:
+        held.release()
+        released.append(held)
+    else:
+        held = None
+    calls = p.link.calls(_OWN, _OWN, plan.source)
+    return Read(tensors, plan, *found, tuple(released), held, calls, p.link.viewed)
 
 
 RULES: dict[Any, Callable[..., Any]] = {
-    F.group_norm: _group_norm, F.instance_norm: _instance_norm, F.normalize: _normalize,
+    F.instance_norm: _instance_norm, F.normalize: _normalize,
 }  # fmt: skip

@@ -10,24 +10,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ... import functional
 from ...functional import BatchNorm
 from ...problem import activations
-from . import endings, forms, readings, views
+from . import endings, forms, norms, pairs, readings, views
 from .chain import Alone, Convolved, Guess, Plan, extended, is_open
-from .forms import Form
 from .geometry import first_pass, second_pass
 from .graphs import is_promise, promised
-from .promise import RULES, CannotDefer, Kept, Link, Promise, State, real, valueless
+from .kept import CannotDefer, Kept, valueless
+from .plain import PLAIN, are_plain, are_settled, is_inference, needs_grad, result_dtype
+from .promise import RULES, Link, Promise, real
+from .state import State
 from .traced import CONVOLVE
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-
 
 # ---- the first convolution
 
@@ -39,14 +36,14 @@ def begin(
 
     That is also all that the convolution would refuse.
     """
-    if type(x) not in _PLAIN or x.dim() != weight.dim():
+    if type(x) not in PLAIN or x.dim() != weight.dim():
         return None
-    if not (_plain(x.device, x, weight, bias) and _settled(weight, bias)):
+    if not (are_plain(x.device, x, weight, bias) and are_settled(weight, bias)):
         return None
     state = State(x.device)
-    if _needs_grad(state, x, weight, bias) and _is_inference(x, weight):
+    if needs_grad(state, x, weight, bias) and is_inference(x, weight):
         return None
-    dtype = _result_dtype(state, x, weight, bias)
+    dtype = result_dtype(state, x, weight, bias)
     shapes = x.shape, weight.shape, bias is not None and bias.shape
     try:
         found = first_pass(*shapes, *settings)
@@ -54,11 +51,11 @@ def begin(
         found = first_pass.__wrapped__(*shapes, *settings)
     if found is None or dtype is None:
         return None
-    grad = _needs_grad(state, weight, bias)
+    grad = needs_grad(state, weight, bias)
     plain = not (grad or state.traced) and state.autocast is None
     if found.pass_ is None and not (begun.served and plain):
         return None
-    if state.traced and type(x) is FakeTensor and (grad or _needs_grad(state, x)):
+    if state.traced and type(x) is FakeTensor and (grad or needs_grad(state, x)):
         return None  # an exported program has no gradient of the operation
     mode = "constant" if settings[-2] == "zeros" else settings[-2]
     padded, how = found.padded, found.how
@@ -78,62 +75,12 @@ def begin(
             kept.append(("bias", Kept(bias)))
     except CannotDefer:
         return None
-    link = Link(None, run, None, tuple(kept), state, found.shape)
+    link = Link(None, run, None, tuple(kept), state, found.shape, dtype)
     link.plan = Alone(begun, name)
     if found.pass_ is not None:
         link.plan = Plan(begun, name, found.pass_, found.names, Convolved(link))
-    made: Promise | None = promised(link, dtype)
+    made: Promise | None = promised(link)
     return made
-
-
-def plain_call(x: Any, weight: Any, bias: Any) -> torch.dtype | None:
-    """The dtype of a convolution's result, or None for a call that must run at once."""
-    if (
-        type(x) not in _PLAIN
-        or x.dim() != 5
-        or not (_plain(x.device, x, weight, bias) and _settled(weight, bias))
-    ):
-        return None
-    state = State(x.device)
-    if _needs_grad(state, weight, bias) and _is_inference(x, weight):
-        return None
-    return _result_dtype(state, x, weight, bias)
-
-
-def _plain(device: torch.device, *tensors: Tensor | None) -> bool:
-    """Whether tensors are PyTorch's own, of values in strides, all on one device."""
-    for t in tensors:
-        if t is None:
-            continue
-        if type(t) not in _PLAIN or t.layout is not torch.strided or t.device != device:
-            return False
-        if t.is_neg():  # complex ones are none of those that a kernel takes
-            return False
-    return True
-
-
-def _needs_grad(state: State, *tensors: Tensor | None) -> bool:
-    return state.grad and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _is_inference(*tensors: Tensor) -> bool:
-    """Whether one of them cannot be saved for backward."""
-    return any(t.is_inference() for t in tensors)
-
-
-def _settled(*weights: Tensor | None) -> bool:
-    """Whether weights are nobody's views: such ones are freed when a module's call ends (FSDP)."""
-    return all(w is None or type(w) is nn.Parameter or not w._is_view() for w in weights)
-
-
-def _result_dtype(state: State, *tensors: Tensor | None) -> torch.dtype | None:
-    """Of a convolution of these tensors, or None where it may refuse them."""
-    dtypes = {t.dtype for t in tensors if t is not None}
-    if not dtypes.issubset(_FLOATS):
-        return None
-    if state.autocast is not None and torch.float64 not in dtypes:
-        return state.autocast if state.autocast in _FLOATS else None
-    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 # ---- what may stand between
@@ -155,42 +102,31 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """A norm in training runs the first convolution now: its statistics are counted at its call."""
-    norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
-    if is_promise(input) and type(input.link.plan) in (endings.Ending, Alone, readings.Reading):
-        if not _fits(norm, input):
-            return NotImplemented
-        if is_open(input, Alone):
-            return _folded(input.link, norm)
-        made = endings.batch_norm(input, norm) if endings.ends(input) else NotImplemented
-        return readings.batch_norm(input, norm) if made is NotImplemented else made
-    if not is_open(input) or not (
-        training or (running_mean is not None and running_var is not None)
-    ):
+    if not is_promise(input):
         return NotImplemented
-    plan, shape = input.link.plan, input.link.shape
+    norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
+    link = input.link
+    plan, shape = link.plan, link.shape
+    if type(plan) is not Plan:
+        return _normed_elsewhere(input, norm)
     if plan.norm is not None or plan.activation is not None or plan.padded:
         return NotImplemented
-    if not plan.channels(shape):
+    if not (is_open(input) and plan.channels(shape) and _fits(norm, input)):
         return NotImplemented
-    if not _fits(norm, input):
-        return NotImplemented
-    tensors = {n: t for n, t in zip(norm._fields, norm[:4], strict=False) if t is not None}
+    vectors = list(zip(_VECTORS, norm[:4], strict=True))
     run = None
     if training:
         if shape.numel() == shape[1]:  # which PyTorch refuses
             return NotImplemented
-        x = plan.convolution.kept[0][1].tensor
-        if input.link.state.traced:  # in a graph they are counted where they stand
+        if link.state.traced:  # in a graph they are counted where they stand
             return NotImplemented
-        if not valueless(x):
-            run = _begin(input.link, norm)
+        if not valueless(plan.convolution.kept[0][1].tensor):
+            run = _begin(link, norm)
             if run is None:
                 return NotImplemented
-            # Counted by now.
-            tensors.pop("running_mean", None)
-            tensors.pop("running_var", None)
+            del vectors[:2]  # counted by now
     try:
-        kept = tuple((n, Kept(t)) for n, t in tensors.items())
+        kept = tuple([(n, Kept(t)) for n, t in vectors if t is not None])
     except CannotDefer:
         return NotImplemented
 
@@ -201,12 +137,27 @@ def _batch_norm(
             u, running_mean, running_var, **affine, training=training, momentum=momentum, eps=eps
         )
 
-    return extended(input, separately, kept, norm=norm, half=run)
+    return extended(input, separately, plan.normed(norm, run), kept)
+
+
+_VECTORS = BatchNorm._fields[:4]
+
+
+def _normed_elsewhere(input: Any, norm: BatchNorm) -> Any:
+    """A norm of what is no first convolution of a pair."""
+    if type(input.link.plan) not in (endings.Ending, Alone, readings.Reading):
+        return NotImplemented
+    if not _fits(norm, input):
+        return NotImplemented
+    if is_open(input, Alone):
+        return _folded(input.link, norm)
+    made = endings.batch_norm(input, norm) if endings.ends(input) else NotImplemented
+    return readings.batch_norm(input, norm) if made is NotImplemented else made
 
 
 def _folded(link: Link, norm: BatchNorm) -> Any:
     """A convolution of a copy for inference with the frozen norm behind it in its weights."""
-    if norm.training or _needs_grad(link.state, *norm[:4]) or not link.unchanged():
+    if norm.training or needs_grad(link.state, *norm[:4]) or not link.unchanged():
         return NotImplemented
     tensors = {name: kept.tensor for name, kept in link.kept}
     for _, kept in link.kept:
@@ -223,13 +174,17 @@ def _fits(norm: BatchNorm, p: Promise) -> bool:
         return False
     if type(momentum) not in (int, float) or type(eps) not in (int, float):
         return False
-    dtype, tensors = p.link.dtype, [t for t in (mean, var, weight, bias) if t is not None]
-    for t in tensors:
-        if not _plain(p.link.state.device, t) or t.shape != p.link.shape[1:2]:
+    if eps < 0 or (training and eps == 0):  # which PyTorch refuses
+        return False
+    link = p.link
+    device, shape, dtype, own = link.state.device, link.shape[1:2], link.dtype, None
+    for t in norm[:4]:
+        if t is None:
+            continue
+        if not are_plain(device, t) or t.shape != shape or own not in (None, t.dtype):
             return False
-        if t.dtype != dtype and not (t.dtype is torch.float32 and dtype.itemsize == 2):
-            return False
-    return len({t.dtype for t in tensors}) < 2
+        own = t.dtype
+    return own in (None, dtype) or (own is torch.float32 and dtype.itemsize == 2)
 
 
 def _begin(link: Link, norm: BatchNorm) -> Any:
@@ -246,7 +201,7 @@ def _begin(link: Link, norm: BatchNorm) -> Any:
         settings = second_pass(plan.first, (), shape, guess.shape, False, *guess.how)
         if settings is None:
             continue
-        x, weight, bias = _convolved(plan)
+        x, weight, bias = plan.convolved()
         if not link.unchanged():
             return None
         first = forms.lifted(weight, temporal)
@@ -270,13 +225,6 @@ def _begin(link: Link, norm: BatchNorm) -> Any:
             kept.hold()
         return half
     return None
-
-
-def _convolved(plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, weight and bias of the first convolution."""
-    sources = dict(plan.convolution.kept)
-    bias = sources.get("bias")
-    return sources["input"].tensor, sources["weight"].tensor, None if bias is None else bias.tensor
 
 
 def _activation(
@@ -305,7 +253,7 @@ def _activation(
         plan = input.link.plan
         if plan.activation is not None or plan.padded:
             return NotImplemented
-        return extended(input, run, in_place=in_place, activation=(kind, slope))
+        return extended(input, run, plan.activated(kind, slope), in_place=in_place)
 
     return rule
 
@@ -326,125 +274,7 @@ def _named(name: str, args: Any, kwargs: Any) -> tuple[str, float, bool] | None:
     return name, float(slope), bool(in_place)
 
 
-# ---- the second convolution
-
-
-def _second_of(rank: int) -> Callable[..., Any]:
-    """The rule of a second convolution of tensors of that rank."""
-
-    def rule(
-        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
-        dilation: Any = 1, groups: Any = 1,
-    ) -> Any:  # fmt: skip
-        if not is_open(input) or not isinstance(weight, Tensor) or len(input.link.shape) != rank:
-            return NotImplemented
-        if not _plain(input.link.state.device, weight, bias) or weight.dim() != rank:
-            return NotImplemented
-        settings = (tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation))
-        return _second(input.link, weight, bias, (*settings, groups))
-
-    return rule
-
-
-SECOND = {rank: _second_of(rank) for rank in CONVOLVE}
-
-
-def _second(link: Link, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]) -> Any:
-    plan: Plan = link.plan
-    if not _selected(plan):
-        return NotImplemented
-    found = _fitting(link, weight.shape, bias is not None and bias.shape, how)
-    sources = link.all_kept()
-    if found is None or not all(kept.same for _, kept in sources):
-        return NotImplemented
-    settings, shape, form = found
-    half = plan.half
-    if form is not None and half is not None:
-        half = form.divided(half)
-        if half is None:
-            return NotImplemented
-    x, *first = _convolved(plan)
-    dtype = _result_dtype(link.state, x, first[0], first[1], weight, bias)
-    if dtype is None:
-        return NotImplemented
-    for _, kept in sources:
-        kept.release()
-    name, slope = plan.activation or ("none", 0.01)
-    plan.convolution.taken = True
-    alike = weight.shape if form is None else forms.lifted_shape(weight.shape, plan.first)
-    plan.begun.took(plan, Guess(alike, how, (name, slope)))
-    recompute, own = _recompute(plan), len(plan.convolution.kept)
-    tensors = {"second weight": weight, "second bias": bias}
-    tensors |= {f"first {n}": k.tensor for n, k in sources[:own]}
-    tensors |= {f"norm {n}": k.tensor for n, k in sources[own:]}
-
-    def run(given: dict[str, Any], second: Any = None, **ending: Any) -> Tensor:
-        x = given["first input"]
-        pairs: list[Any] = [
-            [given["first weight"], given.get("first bias")],
-            second or [given["second weight"], given.get("second bias")],
-        ]
-        temporal = plan.first.kind == "temporal"
-        if form is not None:
-            x = forms.arranged(x, form.x)
-            pairs = [[forms.lifted(w, temporal is (i == 0)), b] for i, (w, b) in enumerate(pairs)]
-        if temporal:
-            pairs.reverse()
-        (ws, bs), (wt, bt) = pairs
-        norm = plan.norm
-        if norm is not None:
-            prefix = "norm "
-            changed: dict[str, Any] = {
-                n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)
-            }
-            norm = norm._replace(**changed)
-        options = {"negative_slope": slope, **ending}
-        y = functional.conv2plus1d(
-            x, ws, wt, bs, bt, **settings, activation=name, norm=norm, recompute=recompute,
-            begun=half, **options,
-        )  # fmt: skip
-        return y if form is None else forms.laid_out(forms.arranged(y, form.y))
-
-    shared = slope if name == "leaky_relu" else None
-    given = {n: t for n, t in tensors.items() if t is not None}
-    y = endings.defer(plan.begun, run, given, shared, shape, dtype, form is None)
-    for _, kept in sources:
-        kept.held_again()
-    return y
-
-
-def _fitting(
-    link: Link, w: torch.Size, b: Any, how: tuple[Any, ...]
-) -> tuple[dict[str, Any], torch.Size, Form | None] | None:
-    """Settings of the pair with a second convolution, the shape of y, and the form, if any."""
-    plan: Plan = link.plan
-    if plan.axes is None and plan.names == "bcthw":
-        arguments = plan.first, plan.pads, link.shape, w, b, *how
-        try:
-            found = second_pass(*arguments)
-        except TypeError:  # sizes of a graph, or settings, that do not hash
-            found = second_pass.__wrapped__(*arguments)
-        return found and (found[0], torch.Size((link.shape[0], w[0], *found[1])), None)
-    x = plan.convolution.kept[0][1].tensor
-    try:
-        form = forms.form(
-            plan.first, plan.names, x.shape, plan.convolution.shape, plan.axes_of(link.shape),
-            link.shape, w, b, *how,
-        )  # fmt: skip
-    except TypeError:
-        return None
-    return None if form is None else (form.settings, form.shape, form)
-
-
-def _selected(plan: Plan) -> bool:
-    """Whether the filters of ``convert`` want the pair."""
-    ends = plan.ends
-    return bool(plan.begun.wanted or (ends is not None and ends.wanted))
-
-
-def _recompute(plan: Plan) -> bool | None:
-    owner = plan.begun if plan.first.kind == "spatial" else plan.ends
-    return None if owner is None else owner.recompute
+# ---- sums and products
 
 
 def _add(in_place: bool = False) -> Callable[..., Any]:
@@ -452,18 +282,29 @@ def _add(in_place: bool = False) -> Callable[..., Any]:
         if args or kwargs or input is other:
             return NotImplemented
         if endings.ends(input):
-            made = endings.add(input, real(other, "a sum"), in_place)
+            made = endings.add(input, real(other, "a sum"), in_place, first=True)
             if made is not NotImplemented:
                 return made
         if not in_place and endings.ends(other):
-            return endings.add(other, real(input, "a sum"), False)
-        return NotImplemented if in_place else readings.added(input, other)
+            return endings.add(other, real(input, "a sum"), False, first=False)
+        if in_place:
+            return NotImplemented
+        if is_open(input, norms.Root):
+            return norms.raised(input, other)
+        return readings.added(input, other)
 
     return rule
 
 
 def _multiply(input: Any, other: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else readings.multiplied(input, other)
+    if kwargs:
+        return NotImplemented
+    if is_promise(input) and is_promise(other):
+        made = norms.divided(input, other)
+        return norms.divided(other, input) if made is NotImplemented else made
+    if is_promise(input):
+        return readings.multiplied(input, other)
+    return readings.multiplied(other, input)
 
 
 def _dropout(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Any:
@@ -493,7 +334,8 @@ RULES.update({
     F.dropout: _dropout,
     Tensor.to: _to,
     **readings.RULES,
-    **{function: SECOND[rank] for rank, function in CONVOLVE.items()},
+    **norms.RULES,
+    **{function: pairs.SECOND[rank] for rank, function in CONVOLVE.items()},
     **views.FOLLOWED,
     **{getattr(F, name): _activation(name, getattr(F, name)) for name in activations.FUNCTIONS},
     torch.relu: _activation("relu", torch.relu),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import readings
+from . import norms, readings
 from .axes import Atom, Axes, Padded, merges, reshaped, whole
 from .chain import Plan, extended, is_open, seen
 from .graphs import is_promise, unread
@@ -23,7 +23,9 @@ from .readings import Reading
 
 
 def _reordered(p: Any, order: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
-    plan: Plan = p.link.plan
+    plan = p.link.plan
+    if type(plan) is not Plan:
+        return norms.turned(p, order, call)
     if plan.pads or sorted(order) != list(range(len(p.link.shape))):
         return NotImplemented
     axes = plan.axes_of(p.link.shape)
@@ -35,6 +37,8 @@ def _resized(
     p: Any, sizes: Sequence[Any], call: Callable[[Tensor], Tensor], view: bool = False
 ) -> Any:
     plan, shape = p.link.plan, p.link.shape
+    if type(plan) is not Plan:
+        return norms.resized(p, _known(sizes, shape), call)
     if plan.pads or not all(type(n) is int for n in sizes) or not shape.numel():
         return NotImplemented
     known = prod(n for n in sizes if n != -1)
@@ -48,6 +52,14 @@ def _resized(
     if dims is None or (view and merges(dims)):  # which PyTorch may refuse
         return NotImplemented
     return _in_shape(p, axes._replace(dims=dims), sizes, call)
+
+
+def _known(sizes: Sequence[Any], shape: Sequence[int]) -> Sequence[Any]:
+    """Sizes without the one that PyTorch is to find."""
+    if list(sizes).count(-1) != 1 or not all(type(n) is int for n in sizes):
+        return sizes
+    rest = -prod(sizes)
+    return [prod(shape) // rest if n == -1 else n for n in sizes] if rest > 0 else sizes
 
 
 def _in_shape(
@@ -192,7 +204,7 @@ def _padded(
     if type(plan) is not Plan:
         return readings.padded(p, pad, call, torch.Size(shape))
     if plan.axes is None and plan.names == "bcthw":
-        return extended(p, call, shape=torch.Size(shape), pads=(*plan.pads, pad))
+        return extended(p, call, plan._replace(pads=(*plan.pads, pad)), shape=torch.Size(shape))
     axes = plan.axes_of(p.link.shape)
     dims, told = list(axes.dims), []
     for i, (before, after) in sides.items():
@@ -201,7 +213,7 @@ def _padded(
             told.append((new, dims[i], before, after))
             dims[i] = (Atom(new, 1, shape[i]),)
     axes = Axes(tuple(dims), (*axes.padded, Padded(mode, tuple(told))))
-    return extended(p, call, shape=torch.Size(shape), axes=axes)
+    return extended(p, call, plan._replace(axes=axes), shape=torch.Size(shape))
 
 
 # ---- some of the frames
@@ -248,7 +260,9 @@ def _part(p: Promise, dim: int, start: int, stop: int) -> Any:
     link, shape = p.link, list(p.link.shape)
     plan = readings.onto(p)
     frames = dim == 2 and plan is not None and plan.frame_by_frame
-    if dim < 2 or not (frames or (start, stop) == (0, 1)) or not start < stop <= shape[dim]:
+    if dim < 2 or (plan is not None and plan.form) or not start < stop <= shape[dim]:
+        return NotImplemented
+    if not frames and (start, stop) not in ((0, 1), (shape[dim] - 1, shape[dim])):
         return NotImplemented
     shape[dim] = stop - start
     part = Part(link.plan.begun, link.plan.name, link, dim, (start, stop))
@@ -257,6 +271,15 @@ def _part(p: Promise, dim: int, start: int, stop: int) -> Any:
 
 def _is_part(p: Any) -> bool:
     return is_promise(p) and type(p.link.plan) is Part and unread(p)
+
+
+def _is_end(p: Any, which: str, of: Promise | None = None) -> bool:
+    """Whether a promise is the first or the last sample of another along a dimension."""
+    if not _is_part(p) or (of is not None and p.link.plan.source is not of.link):
+        return False
+    part: Part = p.link.plan
+    n = part.source.shape[part.dim]
+    return bool(part.samples == ((0, 1) if which == "first" else (n - 1, n)))
 
 
 def _clone(p: Any, *, memory_format: Any = torch.preserve_format) -> Any:
@@ -278,7 +301,7 @@ def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
     """A rule of ``repeat`` or ``expand``; ``keeps``: what stands for a dimension that stays."""
 
     def rule(p: Any, *sizes: Any) -> Any:
-        if not _is_part(p) or p.link.plan.samples != (0, 1):
+        if not (_is_end(p, "first") or _is_end(p, "last")):
             return NotImplemented
         sizes, dim, shape = tuple(_sizes(sizes)), p.link.plan.dim, list(p.link.shape)
         if len(sizes) != len(shape) or shape[dim] != 1 or not p.link.state.current:
@@ -295,30 +318,41 @@ def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
 
 
 def _cat(tensors: Any, dim: Any = 0, **kwargs: Any) -> Any:
-    """A promise behind its own first samples is a promise that is padded; behind other frames it
-    has a past."""
-    if kwargs or not isinstance(tensors, (tuple, list)) or len(tensors) < 2:
+    """A promise between its own first and last samples is a promise that is padded; behind other
+    frames it has a past."""
+    if kwargs or not isinstance(tensors, (tuple, list)) or not tensors:
         return NotImplemented
-    *before, p = tensors
+    if type(dim) is int and is_promise(tensors[0]) and is_open(tensors[0], norms.Frames):
+        return norms.joined(tensors, dim)
+    if len(tensors) < 2:
+        return NotImplemented
+    at = next((i for i, t in enumerate(tensors) if is_promise(t) and not _is_part(t)), None)
+    if at is None or type(dim) is not int:
+        return NotImplemented
+    p, before, after = tensors[at], tensors[:at], tensors[at + 1 :]
     reads = readings.onto(p) is not None
-    if not (is_open(p) or reads) or type(dim) is not int:
+    if not (is_open(p) or reads):
         return NotImplemented
     dim = dim % len(p.link.shape)
-    if reads and len(before) == 1 and dim == 2 and not is_promise(before[0]):
+    if reads and (len(before), len(after), dim) == (1, 0, 2) and not is_promise(before[0]):
         return readings.after(p, before[0])
-    for t in before:
-        if not _is_part(t) or t.link.plan.samples != (0, 1):
-            return NotImplemented
-        if t.link.plan.source is not p.link or t.link.plan.dim != dim:
-            return NotImplemented
-    count = sum(t.link.shape[dim] for t in before)
+    ends = [_is_end(t, "first", p) for t in before] + [_is_end(t, "last", p) for t in after]
+    if not all(ends) or any(t.link.plan.dim != dim for t in (*before, *after)):
+        return NotImplemented
+    return _repeating(p, dim, *(sum(t.link.shape[dim] for t in ts) for ts in (before, after)))
+
+
+def _repeating(p: Promise, dim: int, before: int, after: int) -> Any:
+    """With so many copies of its first samples before it, and of its last ones after it."""
 
     def call(z: Tensor) -> Tensor:
-        sizes = [-1] * z.dim()
-        sizes[dim] = count
-        return torch.cat([z.narrow(dim, 0, 1).expand(sizes), z], dim)
+        def copies(sample: int, count: int) -> list[Tensor]:
+            sizes = [count if i == dim else -1 for i in range(z.dim())]
+            return [z.narrow(dim, sample, 1).expand(sizes)] if count else []
 
-    return _padded(p, {dim: (count, 0)}, "replicate", call)
+        return torch.cat([*copies(0, before), z, *copies(z.shape[dim] - 1, after)], dim)
+
+    return _padded(p, {dim: (before, after)}, "replicate", call)
 
 
 def _both(*names: str) -> list[Any]:
@@ -326,7 +360,11 @@ def _both(*names: str) -> list[Any]:
     return [getattr(where, n) for n in names for where in (torch, Tensor) if hasattr(where, n)]
 
 
-_READ = (_contiguous, _pad, _getitem, _narrow)  # what convolutions read takes these, too
+# What convolutions read takes these, too.
+_READ = (
+    _contiguous, _pad, _getitem, _narrow, _permute, _transpose, _movedim, _reshape, _view, _flatten,
+    _unflatten,
+)  # fmt: skip
 _SHAPES: dict[Callable[..., Any], Sequence[Any]] = {
     _permute: _both("permute"), _transpose: _both("transpose", "swapaxes", "swapdims"),
     _movedim: _both("movedim", "moveaxis"), _reshape: _both("reshape"), _view: [Tensor.view],

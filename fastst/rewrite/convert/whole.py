@@ -9,17 +9,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import dispatch, functional
 from ...functional import BatchNorm
 from ...problem import conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
-from . import endings, readings, rules
+from . import endings, readings
 from .begins import Begins, tell
+from .endings import Operation
+from .layouts import Call, call
+from .plain import plain_call
 from .promise import real
 from .readings import INPUT, Read
 from .report import Alone
+from .state import State
 
 
 class Ran(NamedTuple):
@@ -73,7 +78,7 @@ class Whole(Begins):
 
     def _run(self, chain: Read, weight: Any, bias: Any) -> Tensor | None:
         conv, x = self.conv, chain.tensors[INPUT]
-        dtype = rules.plain_call(x, weight, bias)
+        dtype = plain_call(x, weight, bias)
         if dtype is None:
             return None
         settings: dict[str, Any] = dict(
@@ -111,7 +116,37 @@ class Whole(Begins):
         given = chain.tensors | {"second weight": weight, "second bias": bias}
         given = {n: t for n, t in given.items() if t is not None}
         shared = slope if options.get("input_activation") == "leaky_relu" else None
-        return endings.defer(self, run, given, shared, torch.Size(problem.out_shape), dtype, True)
+        shape = torch.Size(problem.out_shape)
+        op = Operation(
+            self,
+            run,
+            given,
+            shape,
+            dtype,
+            shared,
+            True,
+            lambda: self._calls(chain),
+            chain.viewed,
+            chain.held,
+        )
+        return endings.defer(op, State(x.device))
+
+    def _calls(self, chain: Read) -> tuple[Call, ...]:
+        """What the operation stands for."""
+        conv = self.conv
+        how, mode = (conv.stride, conv.padding, conv.dilation, conv.groups), conv.padding_mode
+        widths = tuple(conv._reversed_padding_repeated_twice)
+
+        def source(_: None, x: Tensor) -> Tensor:
+            return x
+
+        def convolve(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            if mode == "zeros":
+                return F.conv3d(z, weight, bias, *how)
+            return F.conv3d(F.pad(z, widths, mode), weight, bias, how[0], 0, *how[2:])
+
+        last = call(convolve, {"weight": "second weight", "bias": "second bias"})
+        return (source, (("x", INPUT),)), *chain.calls, last
 
 
 def is_whole(module: nn.Module) -> bool:

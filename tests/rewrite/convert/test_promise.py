@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastst
@@ -43,6 +46,17 @@ class Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return -g
+
+
+class Dirty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
 
 
 def hooked(m: Any, x: Tensor) -> Tensor:
@@ -136,6 +150,99 @@ def autocast_second(m: Any, x: Tensor) -> Tensor:
         return m.t(u).float()
 
 
+class Twice(TorchFunctionMode):
+    """Sees each function, and doubles what some of them give."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        return 2 * y if func in (F.conv3d, torch.conv3d, F.relu) else y
+
+
+class TwiceBelow(TorchDispatchMode):
+    """The same of operators."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        return 2 * y if "convolution.default" in str(func) else y
+
+
+def under(mode: Any, first: bool) -> Callable[[Any, Tensor], Tensor]:
+    """Both convolutions, or the second one alone, in a mode of the user's."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        with mode() if first else contextlib.nullcontext():
+            u = m.s(x)
+        with mode():
+            return m.t(F.relu(m.n(u)))
+
+    return body
+
+
+def on_a_device(m: Any, x: Tensor) -> Tensor:
+    with torch.device("cpu"):
+        return m.t(F.relu(m.s(x)))
+
+
+def frozen_between(m: Any, x: Tensor) -> Tensor:
+    u = m.s(x)
+    m.s.requires_grad_(False)
+    y = u.sin()
+    m.s.requires_grad_(True)
+    return m.t(y)
+
+
+def thawed_between(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = x * 1
+    m.s.requires_grad_(False)
+    u = m.s(x)
+    m.s.requires_grad_(True)
+    return m.t(u.sin())
+
+
+def cast_between(m: Any, x: Tensor) -> Tensor:
+    """Weights are those values again, in another dtype."""
+    with torch.no_grad():
+        m.s.weight.data = m.s.weight.data.bfloat16().to(x.dtype)
+        u = m.s(x)
+        m.s.bfloat16()
+        v = u * 1
+        m.s.to(x.dtype)
+    return m.t(v)
+
+
+def turned_in_place(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        u = m.s(x)
+        u.transpose_(3, 4)
+        return m.t(u) + u.shape[3]
+
+
+def shorter_in_place(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        u = m.s(x)
+        u.resize_(2, 6, 5, 6, 4)
+        return m.t(u) + u.numel()
+
+
+def other_memory(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        u = m.s(x)
+        u.data = torch.ones(2, 6, 3, 6, 6, dtype=u.dtype)
+        return m.t(u) + u.shape[2]
+
+
+def detached_in_place(m: Any, x: Tensor) -> Tensor:
+    u = m.s(x)
+    u.detach_()
+    return m.t(u)
+
+
+def dirty(m: Any, x: Tensor) -> Tensor:
+    u = m.s(x)
+    return m.t(Dirty.apply(u)) + u.mean()
+
+
 def swish(m: Any, x: Tensor) -> Tensor:
     u = m.n(m.s(x))
     return m.t(u * torch.sigmoid(u))
@@ -164,6 +271,19 @@ BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {  # with how many
     "autocast first": (autocast_first, 0),
     "autocast second": (autocast_second, 0),
     "swish": (swish, 0),
+    "under a mode": (under(Twice, True), 0),
+    "into a mode": (under(Twice, False), 0),
+    "under a mode of operators": (under(TwiceBelow, True), 0),
+    "into a mode of operators": (under(TwiceBelow, False), 0),
+    "on a device": (on_a_device, 1),
+    "frozen between": (frozen_between, 0),
+    "thawed between": (thawed_between, 0),
+    "cast between": (cast_between, 0),
+    "turned in place": (turned_in_place, 0),
+    "shorter in place": (shorter_in_place, 0),
+    "other memory": (other_memory, 0),
+    "detached in place": (detached_in_place, 0),
+    "dirty": (dirty, 0),
     "split": (lambda m, x: m.t(torch.cat(m.s(x).chunk(2, 1), 1)), 0),
     "compared": (lambda m, x: m.t(torch.where(m.s(x) > 0, m.s(x), -m.s(x))), 0),
     "checkpoint": (
@@ -363,6 +483,49 @@ def test_frozen_before_backward() -> None:
         found.append(torch.autograd.grad(g.square().sum(), x)[0])
         block.requires_grad_(True)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("ask", [
+    lambda u, y: u.register_hook(lambda g: 2 * g),
+    lambda u, y: u.retain_grad(),
+    lambda u, y: torch.autograd.grad(y.sum(), [u], allow_unused=True),
+], ids=["hook", "retained", "differentiated"])  # fmt: skip
+@pytest.mark.parametrize("named", ["u", "z", "y"])
+def test_gradients_of_what_lies_in_an_operation_are_refused(named: str, ask: Any) -> None:
+    """The operation passes them by: asked for before, they are what they were."""
+    block = Block(BODIES["pair"][0])
+    fastst.convert(block)
+    u = block.s(torch.randn(2, 4, 5, 6, 6))
+    z = F.relu(block.n(u))
+    y = block.t(z)
+    v = nn.BatchNorm3d(4)(y)  # takes the statistics of y's kernel
+    with pytest.raises(RuntimeError, match="part of an operation that has run"):
+        ask({"u": u, "z": z, "y": y}[named], v)
+    F.silu(u).register_hook(lambda g: 2 * g)
+
+
+@pytest.mark.parametrize(("eps", "training"), [(0.0, True), (-1e-5, True), (-1e-5, False)])
+def test_an_eps_that_pytorch_refuses(eps: float, training: bool) -> None:
+    block = Block(BODIES["pair"][0]).train(training)
+    block.n.eps = eps
+    x = torch.randn(2, 4, 5, 6, 6)
+    errors = []
+    for convert in (False, True):
+        if convert:
+            fastst.convert(block)
+        try:
+            block(x).sum()
+        except ValueError as error:
+            errors.append(str(error))
+    assert len(errors) in (0, 2)  # older versions of PyTorch compute
+
+
+def test_set_is_refused() -> None:
+    """PyTorch asks nobody about it, and a promise has no memory to set."""
+    block = Block(BODIES["pair"][0])
+    fastst.convert(block)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="requires that it has been computed"):
+        block.s(torch.randn(1, 4, 3, 6, 6)).set_(torch.zeros(1))
 
 
 def test_an_inference_tensor_is_refused_where_the_plain_module_refuses_it() -> None:

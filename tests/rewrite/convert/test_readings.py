@@ -20,6 +20,38 @@ from tests.backends.cpu.test_cpu import built
 pytestmark = built
 
 
+class WrittenOut(nn.Module):
+    """diffusers' RMS norm of the last dimension, of LTX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        return x * torch.rsqrt(variance + 1e-6) * self.weight
+
+
+class Chunked(nn.Module):
+    """diffusers' group norm of frames, of Mochi, in chunks of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(2, 8)
+        nn.init.normal_(self.norm_layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.size(0)
+        x = x.permute(0, 2, 1, 3, 4).flatten(0, 1)
+        y = torch.cat([self.norm_layer(chunk) for chunk in x.split(3, dim=0)], dim=0)
+        return y.unflatten(0, (batch, -1)).permute(0, 2, 1, 3, 4)
+
+
+def last(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A norm of the last dimension, of the channels."""
+    return norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class Net(nn.Module):
     """Two convolutions with a function of the test's between and behind them."""
 
@@ -32,6 +64,10 @@ class Net(nn.Module):
         self.gamma = nn.Parameter(torch.rand(8, 1, 1, 1) + 0.5)
         self.beta = nn.Parameter(torch.randn(8, 1, 1, 1))
         self.silu, self.dropout = nn.SiLU(), nn.Dropout(0.5)
+        self.layer, self.rms = nn.LayerNorm(8), nn.RMSNorm(8)
+        self.written_out, self.chunked = WrittenOut(), Chunked()
+        nn.init.normal_(self.layer.weight)
+        nn.init.normal_(self.rms.weight)
         nn.init.normal_(self.batch.running_mean)  # type: ignore[arg-type]
         self.body = body
 
@@ -65,6 +101,39 @@ def _hunyuan(m: Any, x: Tensor) -> Tensor:
 def _first_frames(m: Any, x: Tensor) -> Tensor:
     z = F.gelu(m.group(m.one(x)))
     return m.two(torch.cat([z[:, :, :1]] * 2 + [z], 2))
+
+
+def _both_ends(m: Any, x: Tensor) -> Tensor:
+    """LTX, not causal."""
+    z = m.silu(last(m.written_out, m.one(x)))
+    before, after = z[:, :, :1].repeat((1, 1, 2, 1, 1)), z[:, :, -1:].repeat((1, 1, 1, 1, 1))
+    return m.two(torch.concatenate([before, z, after], dim=2))
+
+
+def _pieces_kept(m: Any, x: Tensor) -> Tensor:
+    y = m.one(x)
+    variance = y.pow(2).mean(1, keepdim=True)
+    return m.two(F.silu(y * torch.rsqrt(variance + 1e-5))) + variance.sum()
+
+
+def _frames_in_another_order(m: Any, x: Tensor) -> Tensor:
+    y = m.one(x).permute(0, 2, 1, 3, 4).flatten(0, 1)
+    y = torch.cat([m.group(part) for part in y.split(3)][::-1])
+    return m.two(y.unflatten(0, (x.shape[0], -1)).permute(0, 2, 1, 3, 4))
+
+
+def _frames_with_two_norms(m: Any, x: Tensor) -> Tensor:
+    a, b, c = m.one(x).permute(0, 2, 1, 3, 4).flatten(0, 1).split(3)
+    y = torch.cat([m.group(a), m.chunked.norm_layer(b), m.group(c)])
+    return m.two(y.unflatten(0, (x.shape[0], -1)).permute(0, 2, 1, 3, 4))
+
+
+def _moved_and_written(m: Any, x: Tensor) -> Tensor:
+    y = m.one(x)
+    v = y.movedim(1, -1)
+    z = m.layer(v).movedim(-1, 1)
+    v.mul_(2)
+    return m.two(m.silu(z)) + y[:, :, :2]
 
 
 def _written(m: Any, x: Tensor) -> Tensor:
@@ -127,11 +196,58 @@ BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], list[Took]]] = {
     ),
     "activation alone": (lambda m, x: m.two(m.one(x).relu()), [PLAIN, ("none", "relu", 0, False)]),
     "in place": (_in_place, [PLAIN, ("none", "silu", 0, False)]),
+    "layer": (
+        lambda m, x: m.two(m.silu(last(m.layer, m.one(x)))), [PLAIN, ("layer", "silu", 0, False)],
+    ),
+    "rms": (
+        lambda m, x: m.two(last(lambda v: m.silu(m.rms(v)), m.one(x))) + x[:, :, :2],
+        [PLAIN, ("rms", "silu", 0, True)],
+    ),
+    "rms by permute": (
+        lambda m, x: m.two(
+            m.rms(m.one(x).permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+        ), [PLAIN, ("rms", "none", 0, False)],
+    ),
+    "rms written out": (
+        lambda m, x: m.two(m.silu(last(m.written_out, m.one(x)))),
+        [PLAIN, ("rms", "silu", 0, False)],
+    ),
+    "rms of dimension 1": (
+        lambda m, x: m.two(
+            torch.rsqrt((y := m.one(x)).square().mean(1, True) + 1e-5) * y * m.gamma + m.beta
+        ), [PLAIN, ("rms", "none", 0, False)],
+    ),
+    "l2 of the last": (
+        lambda m, x: m.two(last(lambda v: F.normalize(v, dim=-1) * math.sqrt(8), m.one(x))),
+        [PLAIN, ("l2", "none", 0, False)],
+    ),
+    "frames in chunks": (
+        lambda m, x: m.two(m.silu(m.chunked(m.one(x)))), [PLAIN, ("group", "silu", 0, False)],
+    ),
+    "both ends": (_both_ends, [PLAIN, ("rms", "silu", 0, False)]),
+    "pieces kept": (_pieces_kept, [PLAIN, ("rms", "silu", 0, False)]),
     "twice": (
         lambda m, x: m.two(z := m.silu(m.group(m.one(x)))) + m.two(z).sin() + z.mean(),
         [PLAIN, *[("group", "silu", 0, False), ("group", "silu", 0, True)]],
     ),
     # What computes.
+    "moved, not back": (lambda m, x: m.layer(m.one(x).movedim(1, -1)), [PLAIN]),
+    "rms of another": (
+        lambda m, x: m.two(
+            (y := m.one(x)) * torch.rsqrt(m.three(x).pow(2).mean(1, keepdim=True) + 1e-5)
+        ) + y.mean(), [PLAIN] * 3,
+    ),
+    "mean of other axes": (
+        lambda m, x: m.two((y := m.one(x)) * torch.rsqrt(y.pow(2).mean((1, 2), True) + 1e-5)),
+        [PLAIN] * 2,
+    ),
+    "cubes": (
+        lambda m, x: m.two((y := m.one(x)) * torch.rsqrt(y.pow(4).mean(1, keepdim=True) + 1e-5)),
+        [PLAIN] * 2,
+    ),
+    "frames in another order": (_frames_in_another_order, [PLAIN] * 2),
+    "frames with two norms": (_frames_with_two_norms, [PLAIN] * 2),
+    "moved and written": (_moved_and_written, [*[PLAIN] * 2, ("layer", "silu", 0, True)]),
     "read between": (lambda m, x: m.two(m.group(m.one(x)).sin()), [PLAIN] * 2),
     "two activations": (lambda m, x: m.two(F.silu(F.relu(m.one(x)))), [PLAIN] * 2),
     "activation first": (lambda m, x: m.two(m.group(F.relu(m.one(x)))), [PLAIN] * 2),
@@ -209,6 +325,41 @@ def _read_before(m: Any, x: Tensor) -> Any:
     z, mean = m.silu(m.group(y)), y.mean()
     x.zero_()
     return m.two(z), mean
+
+
+def _value_written(m: Any, x: Tensor) -> Any:
+    y = m.one(x)
+    mean, z = y.mean(), m.group(y)
+    y.data.mul_(2)
+    return m.two(z), mean
+
+
+def _value_of_a_chain_written(m: Any, x: Tensor) -> Any:
+    y = m.one(x)
+    z = m.silu(m.group(y))
+    w = m.two(m.silu(m.l2(y)))
+    y.mul_(2)
+    return m.two(z), w, y
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("body", [_value_written, _value_of_a_chain_written])
+def test_a_value_that_is_written_under_its_chains(body: Any, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        compared(Net(body).eval(), torch.randn(1, 8, 4, 6, 6))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_several_readers_of_a_chain_run_what_is_before_it_once(inference: bool) -> None:
+    """In inference mode tensors have no version counter that tells of writes."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        z = m.silu(m.group(m.one(x)))
+        return m.two(z) + m.two(z) + m.two(m.silu(m.l2(z)))
+
+    with torch.inference_mode(inference):
+        took = compared(Net(body).eval(), torch.randn(1, 8, 4, 6, 6))
+    assert len(took) == 4
 
 
 @pytest.mark.parametrize("body", [_activation_kept, _cache_kept, _read_before])

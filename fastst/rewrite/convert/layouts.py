@@ -1,0 +1,90 @@
+"""Strides of an operation's output: those that the calls have which it stands for.
+
+PyTorch's convolutions write channels-last or not by what they read, by their kernel and by how much
+there is to do, and what follows keeps it. So the strides are asked of PyTorch itself, of the same
+calls on tensors without values; once for all calls of the same sizes and strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+# A call: what it makes of the value so far, and (its argument's name, name of a tensor) of others.
+Call = tuple[Callable[..., Tensor], tuple[tuple[str, str], ...]]
+Names = Mapping[str, str]
+_LONGEST = 4096
+_known: dict[Any, tuple[int, ...]] = {}
+
+
+def call(run: Callable[..., Tensor], names: Names) -> Call:
+    """A call of tensors, by its own names for them and those by which they are known."""
+    return run, tuple(names.items())
+
+
+def as_separate(
+    y: Tensor, calls: Callable[[], Sequence[Call]], given: Mapping[str, Tensor], viewed: bool
+) -> Tensor:
+    """y in the strides of the separate calls; ``viewed``: some of them turn dimensions."""
+    if not viewed and all(t.is_contiguous() for t in given.values()):  # and so is y, either way
+        return y
+    strides = _strides(calls(), given)
+    if strides is None or y.stride() == strides:
+        return y
+    return torch.empty_strided(y.shape, strides, dtype=y.dtype, device=y.device).copy_(y)
+
+
+def _strides(calls: Sequence[Call], given: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """None for sizes of a graph that are symbols."""
+    device = next(iter(given.values())).device
+    key = (
+        tuple((n, t.shape, t.stride(), t.dtype) for n, t in given.items()), device,
+        _meaning(calls), torch.get_num_threads(), torch.is_autocast_enabled(device.type)
+    )  # fmt: skip
+    try:
+        found = _known.get(key)
+    except TypeError:
+        return None
+    if found is None:
+        if len(_known) >= _LONGEST:
+            _known.clear()
+        with _disable_current_modes(), FakeTensorMode(), _AsKernelsWrite(), torch.no_grad():
+            empty = {
+                n: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+                for n, t in given.items()
+            }
+            value: Any = None
+            for run, names in calls:
+                value = run(value, **{own: empty[n] for own, n in names if n in empty})
+        found = _known[key] = value.stride()
+    return found
+
+
+class _AsKernelsWrite(TorchFunctionMode):
+    """Within the block norms and pads without values give the strides that their kernels give."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        y = func(*args, **kwargs)
+        pads = func is F.pad and kwargs["mode"] in ("replicate", "reflect")
+        if pads or func is F.batch_norm:
+            y = y.contiguous(memory_format=suggest_memory_format(args[0]))
+        return y
+
+
+def _meaning(what: Any) -> Any:
+    """Code and settings of a call, which holds no tensors."""
+    if isinstance(what, (tuple, list)):
+        return tuple(map(_meaning, what))
+    if not isinstance(what, FunctionType):
+        return repr(what)
+    return what.__code__, *(_meaning(cell.cell_contents) for cell in what.__closure__ or ())

@@ -1,0 +1,133 @@
+"""What besides tensors decides about a result: modes of the thread, and the stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
+
+_autograd: Any = torch._C._autograd
+KNOWS = "knows_operations"  # an attribute of modes that look for operations of this library
+_KINDS: dict[torch.device, str] = {}  # their ``type``, which makes a string each time
+
+
+class State:
+    """As it is in this thread now."""
+
+    __slots__ = (
+        "autocast", "device", "grad", "hooks", "inference", "kind", "stream", "traced", "watched",
+    )  # fmt: skip
+
+    def __init__(self, device: torch.device) -> None:
+        kind = _KINDS.get(device) or _KINDS.setdefault(device, device.type)
+        self.device, self.kind = device, kind
+        self.inference = torch.is_inference_mode_enabled()
+        self.grad = torch.is_grad_enabled() and not self.inference
+        self.traced = torch.compiler.is_compiling()
+        on = kind != "meta" and torch.is_autocast_enabled(kind)
+        self.autocast = torch.get_autocast_dtype(kind) if on else None
+        self.stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+        self.hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
+        self.watched = watched() and not self.traced  # modes of the user's see each call
+
+    @property
+    def current(self) -> bool:
+        """Whether it is that of this thread now."""
+        if self.inference != torch.is_inference_mode_enabled():
+            return False
+        if self.grad != (torch.is_grad_enabled() and not self.inference):
+            return False
+        if self.traced != torch.compiler.is_compiling():
+            return False
+        kind = self.kind
+        on = kind != "meta" and torch.is_autocast_enabled(kind)
+        if self.autocast is not (torch.get_autocast_dtype(kind) if on else None):
+            return False
+        if kind == "cuda" and self.stream != torch.cuda.current_stream(self.device):
+            return False
+        return self.watched == (watched() and not self.traced) and self.hooked
+
+    @property
+    def hooked(self) -> bool:
+        """Whether what backward needs is saved by the same hooks now."""
+        if not self.grad:
+            return True
+        return bool(self.hooks == _autograd._top_saved_tensors_default_hooks(True))
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """The state as it was, within the block."""
+        now = State(self.device)
+        with contextlib.ExitStack() as stack:
+            if now.watched and not self.watched:
+                stack.enter_context(torch._C.DisableTorchFunction())
+                stack.enter_context(_disable_current_modes())
+            if self.grad and _below_autograd():
+                stack.enter_context(_above_autograd())
+            if now.inference != self.inference:
+                stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            if now.autocast != self.autocast:
+                on = self.autocast is not None
+                stack.enter_context(
+                    torch.autocast(self.kind, self.autocast, on, cache_enabled=False)
+                )
+            if now.stream != self.stream:
+                stack.enter_context(torch.cuda.stream(self.stream))
+            if now.hooks != self.hooks:
+                stack.enter_context(_saved_under(self.hooks))
+            yield
+        if now.stream is not None and self.stream is not None and now.stream != self.stream:
+            now.stream.wait_stream(self.stream)
+
+
+def watched() -> bool:
+    """Whether a mode of the user's sees calls of functions or of operators, outside of a compiler.
+
+    ``with torch.device(...)`` is one that only looks at what makes tensors.
+    """
+    functions, operators = (
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
+    if not (functions or operators):
+        return False
+    modes = map(torch._C._get_function_stack_at, range(functions))
+    if not all(isinstance(mode, DeviceContext) for mode in modes):
+        return True
+    # Those of PyTorch itself, by which it traces, have a place of their own on the stack.
+    below = map(torch._C._get_dispatch_stack_at, range(operators))
+    return not all(hasattr(mode, "_mode_key") or hasattr(mode, KNOWS) for mode in below)
+
+
+def _below_autograd() -> bool:
+    """Whether the reader is C++ that autograd has called: it would see nothing of what runs now."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+
+
+def _above_autograd() -> Any:
+    """A context in which autograd sees calls again."""
+    keys: Any = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "ADInplaceOrView", "AutogradOther"):
+        keys = keys.remove(getattr(torch._C.DispatchKey, name))
+    guard: Any = torch._C._ForceDispatchKeyGuard
+    return guard(torch._C._dispatch_tls_local_include_set(), keys)
+
+
+@contextlib.contextmanager
+def _saved_under(hooks: Any) -> Iterator[None]:
+    """Within the block tensors for backward are saved by these hooks: later ones see none."""
+    later = []
+    while (top := _autograd._top_saved_tensors_default_hooks(True)) not in (None, hooks):
+        later.append(top)
+        _autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for top in reversed(later):
+            _autograd._push_saved_tensors_default_hooks(*top)

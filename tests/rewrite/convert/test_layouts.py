@@ -1,0 +1,84 @@
+"""Strides of what operations give: those of the separate calls, whatever is mixed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastst
+from fastst.rewrite.convert import endings
+from tests.backends.cpu.test_cpu import built
+from tests.rewrite.convert.test_promise import Block
+from tests.rewrite.convert.test_readings import Net
+
+pytestmark = built
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last_3d}
+LAST = torch.channels_last_3d
+
+PAIRS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "pair": lambda m, x: m.t(F.relu(m.n(m.s(x)))),
+    "laid out between": lambda m, x: m.t(F.relu(m.s(x).contiguous(memory_format=LAST))),
+    "padded": lambda m, x: m.t(F.pad(m.s(x), (0, 0, 0, 0, 1, 1), mode="replicate")),
+    "turned": lambda m, x: m.t(m.n(m.s(x.transpose(3, 4)))),
+}
+CHAINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "norm": lambda m, x: m.two(F.silu(m.group(m.one(x)))),
+    "cache": lambda m, x: m.two(torch.cat([x.contiguous(), m.silu(m.l2(m.one(x)))], 2)),
+    "other cache": lambda m, x: m.two(torch.cat([x, m.silu(m.l2(m.one(x.contiguous())))], 2)),
+    "shortcut": lambda m, x: m.three(m.silu(m.one(x))) + x,
+    "to a shortcut": lambda m, x: x + m.three(m.silu(m.one(x))),
+    "to a turned one": lambda m, x: x.transpose(3, 4) + m.three(m.silu(m.one(x))),
+}
+
+
+def same_strides(plain: Any, x: Tensor) -> None:
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    wanted, found = plain(x), converted(x)
+    assert found.stride() == wanted.stride()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("clip", "weight"), list(itertools.product(FORMATS, repeat=2)))
+@pytest.mark.parametrize("batch", [2, 1])  # oneDNN's convolution, or PyTorch's own
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name: str, training: bool, batch: int, clip: str, weight: str) -> None:
+    plain = Block(PAIRS[name]).train(training)
+    for conv, fmt in ((plain.s, weight), (plain.t, clip)):
+        conv.weight.data = conv.weight.data.contiguous(memory_format=FORMATS[fmt])
+    same_strides(plain, torch.randn(batch, 4, 5, 6, 6).to(memory_format=FORMATS[clip]))
+
+
+@pytest.mark.parametrize("clip", FORMATS)
+@pytest.mark.parametrize("batch", [2, 1])
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains(name: str, batch: int, clip: str) -> None:
+    x = torch.randn(batch, 8, 4, 6, 6).to(memory_format=FORMATS[clip])
+    with torch.no_grad():
+        same_strides(Net(CHAINS[name]).eval(), x)
+
+
+def test_gradients_pass_a_change_of_layout() -> None:
+    plain, grads = Block(PAIRS["pair"]), []
+    x = torch.randn(2, 4, 5, 6, 6).to(memory_format=LAST)
+    for _ in range(2):
+        plain.zero_grad()
+        plain(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in plain.parameters() if p.grad is not None])
+        fastst.convert(plain)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+
+
+def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs as the operation writes them."""
+    monkeypatch.setattr(endings, "as_separate", lambda y, *_: y)
+    with pytest.raises(AssertionError):
+        test_pairs("pair", False, 1, "channels-last", "contiguous")
