@@ -281,20 +281,21 @@ def stem(clips: int, size: Sequence[int], processors: int) -> tuple[int, int]:
 def trials() -> list[tuple[HopperTile, HopperTile, int]]:
     """Tiles of a spatial and of a temporal pass, and the temporal stride: every instance comes up.
 
-    Boxes are for small problems; every other spatial one serves all three taps of a column, and
-    both kernels run alone and in clusters with each kind of box and every temporal instance.
+    Boxes are for small problems. Each instance runs alone and in a cluster, a spatial one with a
+    box for each tap and with one for all three taps of a column.
     """
     found = []
-    # Twice as many as instances of either kernel: each temporal one with and without a norm.
-    for i, (columns, frames, stride) in enumerate(instances.TEMPORAL * 2):
-        n, groups, blocks = instances.SPATIAL[i % len(instances.SPATIAL)]
-        share, box = (3, (groups * blocks, 8, 8)) if i % 2 else (1, (1, 5, 7))
-        cluster = CLUSTERS[i // 2 % 2]
+    spatial, temporal = instances.SPATIAL, instances.TEMPORAL
+    for i in range(2 * max(len(spatial), len(temporal))):
+        again, at = divmod(i, len(spatial))
+        n, groups, blocks = spatial[at]
+        share, box = (3, (groups * blocks, 8, 8)) if (at + again) % 2 else (1, (1, 5, 7))
+        cluster = CLUSTERS[(at // 2 + again) % 2]
         # Turns come again where one block, or one cluster, has all tiles.
         grid = 2 if groups == GROUPS else cluster
         spatial_one = HopperTile(n, groups, blocks, box, share, 2, grid, cluster)
-        temporal_one = HopperTile(
-            columns, GROUPS, frames, (1, frames, 30), 1, 2, 2, CLUSTERS[i % 2]
-        )
+        columns, frames, stride = temporal[i % len(temporal)]
+        box = 1, frames, 30
+        temporal_one = HopperTile(columns, GROUPS, frames, box, 1, 2, 2, CLUSTERS[i % 2])
         found.append((spatial_one, temporal_one, stride))
     return found

@@ -5,6 +5,7 @@ Everything here ran on no GPU. Forward only: that is all that these kernels do.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -299,13 +300,14 @@ def test_self_check_runs_every_instance(ran: list[Problem]) -> None:
     found = examples.examples("hopper", torch.float16)
     assert selfcheck.check(cuda.BACKEND, found, torch.device("cpu"), torch.float16) is None
     trials = tiles.trials()
-    spatial = {(a.columns, a.groups, a.blocks) for a, _, _ in trials}
-    temporal = {(b.columns, b.box[1], s) for _, b, s in trials}
-    assert spatial == set(instances.SPATIAL)
-    assert temporal == set(instances.TEMPORAL)
+    spatial = {((a.columns, a.groups, a.blocks), a.cluster) for a, _, _ in trials}
+    shared = {((a.columns, a.groups, a.blocks), a.share) for a, _, _ in trials}
+    temporal = {((b.columns, b.box[1], s), b.cluster) for _, b, s in trials}
+    assert spatial == set(itertools.product(instances.SPATIAL, (1, 2)))
+    assert shared == set(itertools.product(instances.SPATIAL, (1, 3)))
+    assert temporal == set(itertools.product(instances.TEMPORAL, (1, 2)))
     assert {(a.share, a.cluster) for a, _, _ in trials} == {(1, 1), (1, 2), (3, 1), (3, 2)}
-    assert len({(b.columns, b.box[1], s, b.cluster) for _, b, s in trials}) == 2 * len(temporal)
-    norms = ["batch"] * 5 + ["frozen"] * 5 + ["batch"]
+    norms = ["batch"] * 10 + ["frozen"] * 10 + ["batch"]
     assert [p.spec.norm for p in ran] == [n for n in norms for _ in range(2)]  # type: ignore[union-attr]
     assert cuda_hopper.stem_why_not(ran[-1]) is None
 
