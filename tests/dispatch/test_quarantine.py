@@ -152,7 +152,9 @@ def lethal(backend: Any, plant: str, mp: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plant", ["SIGSEGV", "exit", "ends"])
+@pytest.mark.parametrize(
+    "plant", ["SIGSEGV", *(pytest.param(p, marks=pytest.mark.thorough) for p in ("exit", "ends"))]
+)
 def test_planted_in_triton_ends_the_other_process(
     plant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,7 +60,11 @@ SMALL["paper's mids"] = (models.r2plus1d_18, {"mids": "paper", "width": 8}, (2, 
 
 
 # One of each kind of block, for what takes seconds and sees no more of a network than its blocks.
-KINDS = ("r2plus1d_18", "r2plus1d_50", "eco_lite, add", "cnn_lstm")
+THOROUGH = pytest.mark.thorough
+KINDS = (
+    "r2plus1d_18", pytest.param("r2plus1d_50", marks=THOROUGH),
+    pytest.param("eco_lite, add", marks=THOROUGH), "cnn_lstm",
+)  # fmt: skip
 
 
 def small(name: str) -> tuple[nn.Module, Tensor]:
@@ -223,7 +227,9 @@ def clips_of_full_size() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [two_streams, causal_pair, clips_of_full_size])
+@pytest.mark.parametrize(
+    "make", [causal_pair, two_streams, pytest.param(clips_of_full_size, marks=THOROUGH)]
+)
 def test_the_rest_converts_exports_and_compiles(
     make: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]],
 ) -> None:
