@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -27,16 +29,22 @@ def check(config: Config) -> None:
 def planted_bugs(
     mutants: Mapping[str, tuple[str, str, str]], checks: Callable[[str, pytest.MonkeyPatch], None]
 ) -> Callable[..., None]:
-    """A test that ``checks`` see each bug.
+    """A test that ``checks`` see each bug, or two of a module of kernels unless all are asked for.
 
     Args:
         mutants: by what is wrong, a module of the kernels, a text in it, and what stands instead.
         checks: called with the name of the bug; an AssertionError tells it.
     """
 
+    of_module: Counter[str] = Counter()
+    names: list[Any] = []
+    for name, (module, *_) in mutants.items():
+        of_module[module] += 1
+        names.append(pytest.param(name, marks=[pytest.mark.thorough] * (of_module[module] > 2)))
+
     @pytest.mark.slow
     @pytest.mark.skipif(DEVICE == "cuda", reason="one device is enough")
-    @pytest.mark.parametrize("name", mutants)
+    @pytest.mark.parametrize("name", names)
     def test(name: str, mutated: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
         mutated(*mutants[name])
         with pytest.raises(AssertionError):
