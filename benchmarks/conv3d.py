@@ -1,7 +1,9 @@
 """``conv3d`` on shapes of real networks, side by side with PyTorch's own modules.
 
 ``python -m benchmarks.conv3d [--families r3d wan] [--modes inference training stream]`` prints
-ratios of medians (above 1: fastst is faster) and of peak memory (below 1: fastst needs less).
+ratios of medians (above 1: fastst is faster) and of peak memory (below 1: fastst needs less);
+``--networks r3d_18 mc3_18 [--dtype bf16]`` those of whole networks, plain, converted and optimised,
+each held to float64 first.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch.nn import functional as F
 
 import fastst
 
-from .measure import Clock, Spread, Timed, interleave, observe, ratios
+from . import models
+from .measure import Clock, Spread, Timed, interleave, observe, precision, ratios
 from .record import place
 
 
@@ -160,14 +163,40 @@ def measured(shape: Shape, mode: str, seconds: float) -> tuple[Spread, float]:
     return ratios(times["eager"], times["fastst"]), peaks["fastst"] / max(1, peaks["eager"])
 
 
+def whole(name: str, mode: str, dtype: str, seconds: float) -> list[str]:
+    """A line for each way to run a network at 16×112²: against the plain one's time and memory."""
+    clip, device = models.Clip(1, model=name), torch.device("cpu")
+    with precision(dtype):
+        rows = models.compare(clip, device, dtype, mode == "training", "none", seconds, 60)
+    plain = rows[0]["peak_bytes"]
+    lines = []
+    for row in rows:
+        told = f"{name:10} {mode:10} {dtype} {row['contender']:24}"
+        if row["refused"] is not None:
+            lines.append(f"{told} refused: {row['refused']}")
+            continue
+        spread, memory = row["vs_users"], row["peak_bytes"] / max(1, plain)
+        lines.append(
+            f"{told} {spread.median:5.2f}× ({spread.q25:.2f}–{spread.q75:.2f})  peak {memory:.2f}"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", nargs="*", default=["r3d", "mc3", "wan"])
+    parser.add_argument("--networks", nargs="*", default=[], help="of fastst.models, instead")
+    parser.add_argument("--dtype", default="fp32", help="of whole networks: fp32, bf16 or fp16")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each shape and mode")
     options = parser.parse_args()
     print(place(torch.device("cpu")), f"{torch.get_num_threads()} threads")
-    for shape in SHAPES:
+    for name in options.networks:
+        for mode in options.modes:
+            if mode != "stream":
+                lines = whole(name, mode, options.dtype, options.seconds)
+                print(*lines, sep="\n", flush=True)
+    for shape in SHAPES if not options.networks else ():
         for mode in options.modes:
             if shape.family not in options.families or (mode == "stream" and shape.family != "wan"):
                 continue

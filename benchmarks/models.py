@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastst.models
 from fastst import optimize_for_inference
-from fastst.models import r2plus1d_18
 from fastst.models.resnet import Stage, VideoResNet
 from fastst.rewrite.convert import convert
 
@@ -43,7 +43,12 @@ class Clip:
     frames: int = 16
     space: int = 112
     classes: int = 400
+    model: str = "r2plus1d_18"  # of fastst.models
     dry: bool = False  # the first two stages, a block each; compiled without generating code
+
+    @property
+    def named(self) -> str:
+        return MODEL if self.model == "r2plus1d_18" else self.model
 
     @property
     def label(self) -> str:
@@ -51,7 +56,8 @@ class Clip:
 
     def network(self) -> nn.Module:
         if not self.dry:
-            return r2plus1d_18(self.classes)
+            made: nn.Module = getattr(fastst.models, self.model)(self.classes)
+            return made
         stages = [Stage("2+1d", 16, 1, 1), Stage("2+1d", 32, 1, 2)]
         return VideoResNet("2+1d", stages, self.classes)
 
@@ -209,7 +215,7 @@ def compare(
     yardsticks: list[Errors] = []
     for v in variants(training, compiled, engines):
         row: dict[str, Any] = {
-            "model": MODEL, "clip": clip.label, "batch": clip.batch, "dtype": dtype,
+            "model": clip.named, "clip": clip.label, "batch": clip.batch, "dtype": dtype,
             "mode": "training" if training else "inference", "contender": v.name, "kind": v.kind,
             "ms": None, "refused": None, "peak_bytes": None,
         }  # fmt: skip
