@@ -93,6 +93,21 @@ class ConvBackward(NamedTuple):
     var: Tensor | None
     needs: Sequence[bool]  # of each of ``tensors``, whether its gradient is asked for
 
+    @staticmethod
+    def of(
+        problem: ConvProblem,
+        tensors: ConvTensors,
+        result: ConvResult,
+        dy: Tensor,
+        needs: Sequence[bool] | None = None,
+    ) -> ConvBackward:
+        """Behind a forward pass; ``needs`` None: of all tensors but mean and var."""
+        known = result if tensors.var is None else tensors
+        if needs is None:
+            given = tensors._asdict().items()
+            needs = [t is not None and n not in ("mean", "var") for n, t in given]
+        return ConvBackward(problem, tensors, dy, known.mean, known.var, needs)
+
     @property
     def need(self) -> Any:
         """``needs`` by the names of the tensors."""
@@ -325,8 +340,8 @@ class Backend:
             return self.parallel_conv2plus1d_backward(problem, tensors, dy, needs)
         if isinstance(problem, ConvProblem):
             assert self.conv3d is not None and self.conv3d_backward is not None
-            _, mean, var, *_ = self.conv3d(problem, tensors)
-            return self.conv3d_backward(ConvBackward(problem, tensors, dy, mean, var, needs))
+            result = self.conv3d(problem, tensors)
+            return self.conv3d_backward(ConvBackward.of(problem, tensors, result, dy, needs))
         _, u, mean, var, *_ = self.conv2plus1d(problem, tensors, True)
         return self.conv2plus1d_backward(PairBackward(problem, tensors, [dy], u, mean, var, needs))
 

@@ -132,10 +132,8 @@ def _gradients(
         found = calls.parallel_backward(problem, t, dy, needs)
     elif isinstance(problem, ConvProblem):
         assert calls.conv is not None and calls.conv_backward is not None
-        _, mean, var, *_ = calls.conv(problem, t, problem)
-        if t.var is not None:
-            mean, var = t.mean, t.var
-        found = calls.conv_backward(ConvBackward(problem, t, dy, mean, var, needs))
+        result = calls.conv(problem, t, problem)
+        found = calls.conv_backward(ConvBackward.of(problem, t, result, dy, needs))
     else:
         _, u, mean, var, *_ = calls.forward(problem, t, True, problem)
         part = None

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..backends.contract import PairBackward, Phase
+from ..backends.contract import ConvBackward, PairBackward, Phase
 from ..machine import choices
+from ..problem.conv3d import ConvProblem
 from ..problem.examples import example
 from ..problem.spec import PairProblem, Problem
 from . import selection, selfcheck
@@ -119,8 +120,21 @@ def _choices(call: Decision, training: bool) -> Iterator[tuple[str, dict[str, Ma
             if not auto or selfcheck.why_broken(backend, p, phase, w) is None
         ]  # fmt: skip
         yield name, {way: partial(backend.candidate, p, phase, way, keeps) for way in ways}
-    if isinstance(p, PairProblem) and p.device.type == "cpu":
-        yield "auto", {name: partial(_trial, name, p, phase, keeps) for name in able}
+    if isinstance(p, (PairProblem, ConvProblem)) and p.device.type == "cpu":
+        trial: Any = _trial if isinstance(p, PairProblem) else _conv_trial
+        yield "auto", {name: partial(trial, name, p, phase, keeps) for name in able}
+
+
+def _conv_trial(name: str, problem: ConvProblem, phase: Phase, keeps: bool) -> Callable[[], object]:
+    """A backend's whole call on random tensors; what backward needs it makes anyway."""
+    backend, t = selection.BACKENDS[name], example(problem)
+    forward, backward = backend.conv3d, backend.conv3d_backward
+    assert forward is not None and backward is not None
+    if phase == "forward":
+        return lambda: forward(problem, t)
+    result = forward(problem, t)
+    call = ConvBackward.of(problem, t, result, torch.randn_like(result.y))
+    return lambda: backward(call)
 
 
 def _trial(

@@ -53,7 +53,7 @@ def _name(key: Key) -> str:
     parts: Sequence[object] = (
         cache.machine(problem.device), cache.versions(), threads, backend, phase, problem.op,
         tuple(problem.spec), [tuple(p) for p in problem.passes], problem.batch, problem.size,
-        problem.dtype, layout, getattr(problem, "residual", False),
+        problem.dtype, layout, getattr(problem, "residual", False), getattr(problem, "past", 0),
     )  # fmt: skip
     return " | ".join(map(str, parts))
 

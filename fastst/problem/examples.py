@@ -31,8 +31,16 @@ def example(problem: PairProblem) -> PairTensors: ...
 def example(problem: ParallelProblem) -> ParallelTensors: ...
 
 
-def example(problem: Problem) -> PairTensors | ParallelTensors:
-    """Random tensors of a problem, of magnitudes as in a network, without biases."""
+@overload
+def example(problem: ConvProblem) -> ConvTensors: ...
+
+
+def example(problem: Problem) -> PairTensors | ParallelTensors | ConvTensors:
+    """Random tensors of a problem, of magnitudes as in a network; of pairs without biases."""
+    if isinstance(problem, ConvProblem):
+        drawn = random_like(resembling(problem, problem.batch, problem.size)[0])
+        placed = (None if t is None else t.to(problem.device) for t in drawn)
+        return ConvTensors(*placed)  # type: ignore[arg-type]
     layout = torch.channels_last_3d if problem.channels_last else torch.contiguous_format
 
     def normal(*shape: int) -> Tensor:

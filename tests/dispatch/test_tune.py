@@ -158,6 +158,11 @@ def _model() -> tuple[torch.nn.Module, torch.Tensor]:
     return torch.nn.Sequential(*layers).eval(), torch.randn(1, 4, 4, 8, 8)
 
 
+def _convolutions() -> tuple[torch.nn.Module, torch.Tensor]:
+    layers = [fastst.Conv3d(8, 8, 3, padding=1, input_activation="relu") for _ in range(2)]
+    return torch.nn.Sequential(*layers).eval(), torch.randn(1, 8, 4, 8, 8)
+
+
 @needs_onednn
 def test_tune_measures_once_and_remembers(tmp_path: Path) -> None:
     model, x = _model()
@@ -243,10 +248,11 @@ def test_training_is_tuned_forward_and_backward(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(isinstance(cpu.load(), str), reason="the cpu library was not built")
+@pytest.mark.parametrize("make", [_model, _convolutions])
 def test_backends_are_measured_and_the_faster_one_is_taken(
-    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], tuple[torch.nn.Module, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, x = _model()
+    model, x = make()
     fastst.use_backend("auto")
     found = fastst.tune(model.train(), x, seconds=0.001)
     both = [m for m in found if m.backend == "auto"]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ...machine import gpu
+from ...problem.conv3d import ConvProblem
 from ...problem.spec import PairProblem, Problem
 from ..contract import (
     COMMON_CONV_FIELDS,
@@ -84,12 +85,16 @@ def _mid_tensors_alive(problem: PairProblem) -> int:
 
 
 def _candidates(problem: Problem, phase: Phase) -> Sequence[str]:
+    if isinstance(problem, ConvProblem):
+        return convolution.ways(problem, phase)
     if not isinstance(problem, PairProblem):
         return ()
     return pair.ways(problem) if phase == "forward" else backward.ways(problem)
 
 
 def _candidate(problem: Problem, phase: Phase, name: str, save: bool) -> Callable[[], object]:
+    if isinstance(problem, ConvProblem):
+        return convolution.trial(problem, phase, name)
     assert isinstance(problem, PairProblem)
     return pair.trial(problem, name, save) if phase == "forward" else backward.trial(problem, name)
 

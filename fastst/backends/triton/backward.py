@@ -40,10 +40,11 @@ _WAYS = 8  # of the tiles of both kernels, each in its own order, that ``tune`` 
 
 def ways(problem: PairProblem) -> list[str]:
     """What ``tune`` may choose from: tiles."""
-    return [f"tiles {i}" for i in range(max(_choices(p) for p in problem.passes))]
+    return [f"tiles {i}" for i in range(max(count_ways(p) for p in problem.passes))]
 
 
-def _choices(p: Pass) -> int:
+def count_ways(p: Pass) -> int:
+    """Ranks of tiles that the gradients of a pass can run in."""
     return 1 if tiles.thin(p.in_channels // p.groups, p.groups) else _WAYS
 
 

@@ -9,17 +9,19 @@ frames before it; the gradient of z takes its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...machine import choices
 from ...machine.gpu import round_up
 from ...problem.conv3d import ConvProblem, ConvTensors
-from ..contract import ConvBackward, ConvResult, Gradients
+from ...problem.examples import example
+from ..contract import ConvBackward, ConvResult, Gradients, Phase
 from . import arguments, plans, tiles
-from .backward import pass_gradients
+from .backward import count_ways, pass_gradients
 from .gradients import channel_sums
 from .norm import gradients, moments, normalised
 from .passes import PassConfig, candidates, coefficients, conv_pass
@@ -27,15 +29,38 @@ from .passes import moments as combined
 
 
 def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
-    return run(problem, tensors, problem)
+    return run(problem, tensors, problem, choices.choice("triton", problem, "forward"))
 
 
-def run(problem: ConvProblem, tensors: ConvTensors, like: ConvProblem) -> ConvResult:
-    """The call, in the configuration of a problem ``like`` it."""
-    return ConvResult(*plans.run(_run, problem.device, [*tensors], problem, like))
+def ways(problem: ConvProblem, phase: Phase) -> list[str]:
+    """What ``tune`` may choose from: tiles."""
+    several = count_ways(problem.conv) if phase == "backward" else len(_configs(problem, True))
+    return [f"tiles {i}" for i in range(several)][:12]
 
 
-def _run(given: Sequence[Any], problem: ConvProblem, like: ConvProblem) -> ConvResult:
+def trial(problem: ConvProblem, phase: Phase, way: str) -> Callable[[], object]:
+    """Run a phase of the problem once in one of its ways, on random tensors."""
+    tensors = example(problem)
+    if phase == "forward":
+        return lambda: run(problem, tensors, problem, way)
+    result = run(problem, tensors, problem)
+    call = ConvBackward.of(problem, tensors, result, torch.randn_like(result.y))
+    return lambda: run_backward(call, way)
+
+
+def _rank(problem: ConvProblem, phase: Phase, way: str | None) -> int:
+    return int(way.removeprefix("tiles ")) if way and way in ways(problem, phase) else 0
+
+
+def run(
+    problem: ConvProblem, tensors: ConvTensors, like: ConvProblem, way: str | None = None
+) -> ConvResult:
+    """The call in one of its ``ways`` (None: the best guess), as a problem ``like`` it is run."""
+    rank = _rank(like, "forward", way)
+    return ConvResult(*plans.run(_run, problem.device, [*tensors], problem, like, rank))
+
+
+def _run(given: Sequence[Any], problem: ConvProblem, like: ConvProblem, rank: int) -> ConvResult:
     t, spec = ConvTensors(*given), problem.spec
     prologue: dict[str, Any] = {}
     z, mean, var = t.x, t.mean, t.var
@@ -54,7 +79,7 @@ def _run(given: Sequence[Any], problem: ConvProblem, like: ConvProblem) -> ConvR
     partial, rows = conv_pass(
         problem.conv, z, t.weight, y, past=t.past, **prologue, shift=t.bias, residual=t.residual,
         activation=spec.activation, slope=spec.slope, statistics=spec.output_statistics,
-        config=_config(like, z.stride(1) == 1),
+        config=_configs(like, z.stride(1) == 1)[rank],
     )  # fmt: skip
     taken = (mean, var) if t.var is None else (None, None)
     out: tuple[Tensor, ...] = ()
@@ -90,18 +115,27 @@ def _empty_z(problem: ConvProblem, x: Tensor, frames: int) -> Tensor:
     return rows.permute(0, 4, 1, 2, 3)
 
 
-def _config(like: ConvProblem, channels_last: bool) -> PassConfig:
+def _configs(like: ConvProblem, channels_last: bool) -> Sequence[PassConfig]:
+    """Of the convolution, the best guess first."""
     count = like.batch * math.prod(like.out_size)
     channels = like.in_channels if _reads_x(like) else _z_channels(like)
-    return candidates(like.conv, channels, count, like.dtype, like.device, channels_last)[0]
+    return candidates(like.conv, channels, count, like.dtype, like.device, channels_last)
 
 
 def conv3d_backward(call: ConvBackward) -> Gradients:
+    return run_backward(call, choices.choice("triton", call.problem, "backward"))
+
+
+def run_backward(call: ConvBackward, way: str | None) -> Gradients:
+    """Gradients in one of the ``ways``; None: the best guess."""
     given = [*call.tensors, call.mean, call.var, call.dy]
-    return plans.run(_backward, call.problem.device, given, call.problem, tuple(call.needs))
+    rank = _rank(call.problem, "backward", way)
+    return plans.run(_backward, call.problem.device, given, call.problem, tuple(call.needs), rank)
 
 
-def _backward(given: Sequence[Any], problem: ConvProblem, needs: Sequence[bool]) -> Gradients:
+def _backward(
+    given: Sequence[Any], problem: ConvProblem, needs: Sequence[bool], rank: int
+) -> Gradients:
     *tensors, mean, var, dy = given
     t = ConvTensors(*tensors)
     need = ConvBackward(problem, t, dy, mean, var, needs).need
@@ -122,7 +156,7 @@ def _backward(given: Sequence[Any], problem: ConvProblem, needs: Sequence[bool])
         else:
             dz = z
     if need.weight or dz is not None:
-        _, dw = pass_gradients(problem.conv, z, dy, t.weight, dz, need.weight)
+        _, dw = pass_gradients(problem.conv, z, dy, t.weight, dz, need.weight, rank=rank)
     if dz is not None:
         if need.past:
             dpast = dz[:, : problem.in_channels, : problem.past]

@@ -107,7 +107,8 @@ def _calls(way: str | None) -> Calls:
         lambda problem, t, save, like: pair.run(problem, t, save, way, like),
         pair.first_pass, pair.second_pass, lambda call: backward.run(call, way),
         parallel_conv2plus1d, parallel_conv2plus1d_backward,
-        convolution.run, convolution.conv3d_backward,
+        lambda problem, t, like: convolution.run(problem, t, like, way),
+        lambda call: convolution.run_backward(call, way),
     )  # fmt: skip
 
 

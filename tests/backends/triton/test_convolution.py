@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import fastst
+from fastst.backends import reference
 from fastst.backends import triton as backend
-from fastst.backends.triton import arguments, rehearsal
+from fastst.backends.contract import ConvBackward
+from fastst.backends.triton import arguments, convolution, rehearsal
 from fastst.dispatch import selfcheck
 from fastst.functional import Norm, conv3d
+from fastst.machine import choices
 from fastst.problem.conv3d import ConvProblem, ConvSpec, ConvTensors
 from tests.backends.triton.test_rehearsal import launched as instances_of
 from tests.support import fuzz
@@ -128,6 +131,38 @@ def test_self_check_runs_what_the_call_launches(norm: str, phase: Any) -> None:
     other = problem(norm, past=0 if norm == "layer" else 2, activation="silu")
     if phase == "forward":
         assert not needed >= set(rehearsal.instances(other, phase))
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_tune_may_choose_among_tiles(phase: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way launches other instances, which the check of that way runs."""
+    call = problem("rms", past=0)
+    ways = backend.BACKEND.candidates(call, phase)
+    assert len(ways) > 2
+    launched = {way: frozenset(rehearsal.instances(call, phase, way)) for way in ways}
+    assert len(set(launched.values())) == len(ways)
+    monkeypatch.setattr(choices, "choice", lambda *call: ways[1])
+    assert launched[ways[1]] == frozenset(rehearsal.instances(call, phase))
+    depthwise = ConvTensors(
+        torch.empty(1, 8, 4, 9, 9, device="meta"), torch.empty(8, 1, 3, 3, 3, device="meta")
+    )
+    alone = replace(ConvProblem.of(depthwise, ConvSpec(groups=(8,))), device=torch.device(DEVICE))
+    assert list(backend.BACKEND.candidates(alone, phase)) == ["tiles 0"]
+
+
+def test_each_way_is_right() -> None:
+    tensors = ConvTensors(torch.randn(1, 16, 2, 4, 5), torch.randn(8, 16, 3, 3, 3) / 20)
+    call = ConvProblem.of(tensors, ConvSpec(padding=(1,) * 6, input_activation="relu"))
+    truth = reference.conv3d(call, tensors)
+    dy = torch.randn(call.out_shape)
+    exact = reference.conv3d_backward(ConvBackward.of(call, tensors, truth, dy))
+    for way in convolution.ways(call, "forward")[:3]:
+        y = convolution.run(call, tensors, call, way).y
+        torch.testing.assert_close(y, truth.y, rtol=1e-5, atol=1e-5)
+    for way in convolution.ways(call, "backward"):
+        dx, dw, *_ = convolution.run_backward(ConvBackward.of(call, tensors, truth, dy), way)
+        torch.testing.assert_close(dx, exact[0].float(), rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+        torch.testing.assert_close(dw, exact[1].float(), rtol=1e-5, atol=1e-4)  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
