@@ -359,6 +359,10 @@ def _pair(row: Row) -> bool:
     return not row["family"].startswith(("parallel", "depthwise", "conv3d"))
 
 
+def _single(row: Row) -> bool:
+    return row["family"] == "conv3d"
+
+
 def _trains(row: Row) -> bool:
     return row["mode"].startswith("training")
 
@@ -372,6 +376,7 @@ FAMILIES = [
     Family("cuda", "depthwise pair", lambda r: r["family"] == "depthwise",
            ("depthwise", "depthwise backward")),
     Family("cuda", "parallel 4D", lambda r: r["family"].startswith("parallel")),
+    Family("cuda", "generic: conv3d", _single),
     Family("triton", "(2+1)D pair, inference", lambda r: _pair(r) and not _trains(r),
            ("dense forward", "grouped forward")),
     Family("triton", "(2+1)D pair, training", lambda r: _pair(r) and _trains(r),
@@ -380,8 +385,7 @@ FAMILIES = [
            ("depthwise forward", "depthwise backward")),
     Family("triton", "parallel 4D", lambda r: r["family"].startswith("parallel"),
            ("parallel forward", "parallel backward")),
-    Family("triton", "conv3d", lambda r: r["family"] == "conv3d",
-           ("conv3d forward", "conv3d backward")),
+    Family("triton", "conv3d", _single, ("conv3d forward", "conv3d backward")),
 ]  # fmt: skip
 
 

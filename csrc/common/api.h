@@ -37,7 +37,7 @@ struct Conv {
   std::array<int64_t, 6> padding;                   // before and after, of t, h, w
   int64_t groups;
   PadMode mode;        // of height and width
-  PadMode frame_mode;  // of time; the same on GPUs
+  PadMode frame_mode;  // of time
 };
 
 // What a convolution reads for element e of channel c, as a function of stored tensors a and b.
@@ -47,20 +47,25 @@ enum class Read {
   norm_gradient,  // scale·a + p·(b − mean) + q
 };
 
+// Where each position has a norm of its own, x̂ = (a − mean[p])·factor[p] takes the place of a, and
+// of b; norm_gradient is factor[p]·(scale·a − centre[p] − slope[p]·x̂) then.
 struct Source {
   View a;
   std::optional<View> b;  // u, for norm_gradient
-  Array coefficients;     // (5, C): mean, scale, beta, p, q; not used by plain
+  Array coefficients;     // (5, C): mean, scale, beta, p, q; or such a table for each clip, or for
+                          // each frame of each clip; not used by plain
   Read read;
   Activation act;
   double slope;
+  Array positions = {};           // (4, N·T·H·W): mean, factor, centre, slope; norm_act reads two
+  std::optional<View> past = {};  // frames before those of a, which are read as they are
 };
 
 // What a tap convolution writes, from the values v_i of its branches with act_i.
 enum class Write {
-  forward,          // out_0 = act(Σ act_i(v_i))
+  forward,          // out_0 = act(Σ act_i(v_i) + aux), aux the residual or none
   branch_gradient,  // out_i = aux·act'(Σ act_i(v_i))·act_i'(v_i), aux = dy
-  norm_gradient,    // out_0 = Σ v_i · act'((aux − mean)·scale + beta), aux = u
+  norm_gradient,    // out_0 = Σ v_i · act'(v), where the forward pass has read act(v) of aux, u
 };
 
 }  // namespace fastst

@@ -15,9 +15,7 @@ struct View : fastst::View {
   Storage storage = Storage::f32;
 };
 
-// As fastst::Source, of these views. norm_act may take a mean and a factor for each position before
-// the scale and beta of channels: act((a − mean[p])·factor[p]·scale + beta). Its coefficients may
-// be a table for each clip, or for each frame of each clip, instead of one.
+// As fastst::Source, of these views; norm_gradient knows one table and no positions.
 struct Source {
   View a;
   std::optional<View> b;

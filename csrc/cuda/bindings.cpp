@@ -28,12 +28,13 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
       .def(py::init<>())
       .def(py::init([=](uintptr_t data, int64_t count) { return Array{pointer(data), count}; }));
   py::class_<Source>(m, "Source", kLocal)
-      .def(py::init<View, std::optional<View>, Array, Read, Activation, double>());
+      .def(py::init<View, std::optional<View>, Array, Read, Activation, double, Array,
+                    std::optional<View>>());
 
   py::class_<Branch>(m, "Branch", kLocal).def(py::init<Source, View, Array, Conv, Activation>());
   py::class_<TapConv>(m, "TapConv", kLocal)
-      .def(py::init<std::vector<Branch>, std::vector<View>, std::optional<View>, Array, Write,
-                    Activation, double, bool>());
+      .def(py::init<std::vector<Branch>, std::vector<View>, std::optional<Source>, Write,
+                    Activation, double, bool, std::array<int64_t, 2>>());
   py::class_<Depthwise>(m, "Depthwise", kLocal)
       .def(py::init<View, View, View, Array, Array, Array, std::array<int64_t, 3>,
                     std::array<int64_t, 6>, Activation, double, int64_t, int64_t>());
@@ -92,6 +93,9 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.def("weight_gradient", unlocked(weight_gradient));
   m.def("channel_statistics", unlocked(channel_statistics));
   m.def("channel_sums", unlocked(channel_sums));
+  m.def("position_moments", unlocked(position_moments));
+  m.def("position_sums", unlocked(position_sums));
+  m.def("write_source", unlocked(write_source));
   m.def("sum_rows", unlocked(sum_rows));
   m.def("combine_statistics", unlocked(combine_statistics));
   m.def("norm_gradient", unlocked(norm_gradient));

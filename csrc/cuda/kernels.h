@@ -20,12 +20,12 @@ struct Branch {
 struct TapConv {
   std::vector<Branch> branches;  // one or two
   std::vector<View> out;
-  std::optional<View> aux;
-  Array coefficients;
+  std::optional<Source> aux;
   Write write;
   Activation act;
   double slope;
   bool transposed;  // input gradient: sources are output gradients, out is shaped as the input
+  std::array<int64_t, 2> around;  // frames of that input before and after those of out
 };
 
 // A depthwise pair, spatial first: channels of every view are neighbours in memory, in 16-byte
@@ -208,11 +208,21 @@ void tap_conv(Dtype, const TapConv&, Stream);
 void weight_gradient(Dtype, const Source& x, const Source& dy, const Conv&, View weight,
                      Array partials, int64_t splits, Stream);
 
-// partials (splits, 3, C): count, mean and sum of squared deviations.
-void channel_statistics(Dtype, const View& u, Array partials, int64_t splits, Stream);
-// partials (splits, 2, C): Σ s and Σ s·(u − mean); the second only with u.
-void channel_sums(Dtype, const Source& s, std::optional<View> u, Array partials, int64_t splits,
-                  Stream);
+// partials (splits, 3, sets, C): count, mean and sum of squared deviations, of as many positions in
+// each set: of all clips, of a clip or of a frame.
+void channel_statistics(Dtype, const View& u, Array partials, int64_t splits, int64_t sets, Stream);
+// partials (splits, 2, sets, C): Σ s and Σ s·(u − mean), or Σ s·x̂ with values of positions, by the
+// norm of `u`; the second only with u.
+void channel_sums(Dtype, const Source& s, const std::optional<Source>& u, Array partials,
+                  int64_t splits, int64_t sets, Stream);
+// Each (N·T·H·W,): mean of the channels of u, and their mean square around it; around 0 with no
+// mean.
+void position_moments(Dtype, const View& u, Array mean, Array var, Stream);
+// out (2, N·T·H·W): means over the channels of scale·dv, or 0 if not centred, and of scale·dv·x̂, by
+// the norm of `u`.
+void position_sums(Dtype, const View& dv, const Source& u, bool centred, Array out, Stream);
+// out = what is read; out may be a.
+void write_source(Dtype, const Source&, const View& out, Stream);
 // Each (rows, columns) → (columns,)
 struct RowSum {
   Array partials, out;

@@ -4,8 +4,8 @@
 // the partials of the chunks in a fixed order.
 #include <algorithm>
 #include <device/launch.cuh>
+#include <device/source.cuh>
 #include <device/tables.cuh>
-#include <device/tensor.cuh>
 
 namespace fastst {
 namespace {
@@ -62,52 +62,127 @@ __device__ V merge_lanes(V value) {
 
 __device__ inline int64_t column() { return int64_t(blockIdx.x) * kColumns + threadIdx.x; }
 
+// The channels and the positions of a block, of sets of as many positions each, of which every one
+// is cut into gridDim.y chunks.
+struct Part {
+  int64_t set, c, begin, end;
+
+  __device__ Part(int64_t positions, int64_t sets, int64_t chunk) {
+    const int64_t blocks = gridDim.x / sets, length = positions / sets;
+    set = blockIdx.x / blocks, c = blockIdx.x % blocks * kColumns + threadIdx.x;
+    begin = blockIdx.y * chunk, end = begin + chunk < length ? begin + chunk : length;
+    begin += set * length, end += set * length;
+  }
+  // Of (splits, rows, sets, channels).
+  __device__ int64_t at(int64_t row, int64_t rows, int64_t sets, int64_t channels) const {
+    return ((blockIdx.y * rows + row) * sets + set) * channels + c;
+  }
+};
+
 template <class T>
 __global__ void statistics_kernel(const __grid_constant__ Tensor<const T> u,
-                                  Global<Acc<T>> partials, int64_t chunk) {
-  const int64_t c = column(), channels = u.size[1], positions = u.positions();
-  const int64_t begin = blockIdx.y * chunk;
-  const int64_t end = begin + chunk < positions ? begin + chunk : positions;
+                                  Global<Acc<T>> partials, int64_t sets, int64_t chunk) {
+  const int64_t channels = u.size[1];
+  const Part part(u.positions(), sets, chunk);
+  const int64_t c = part.c;
   Moments<Acc<T>> moments;
   if (c < channels)
-    for (int64_t i = begin + threadIdx.y; i < end; i += kLanes) {
+    for (int64_t i = part.begin + threadIdx.y; i < part.end; i += kLanes) {
       const Position at(i, u);
       moments.add(widen(u.data[u.offset(at.n, at.t, at.h, at.w) + c * u.stride[1]]));
     }
   moments = merge_lanes(moments);
   if (threadIdx.y == 0 && c < channels) {
-    const int64_t row = int64_t(blockIdx.y) * 3;
-    partials[row * channels + c] = moments.count;
-    partials[(row + 1) * channels + c] = moments.mean;
-    partials[(row + 2) * channels + c] = moments.m2;
+    partials[part.at(0, 3, sets, channels)] = moments.count;
+    partials[part.at(1, 3, sets, channels)] = moments.mean;
+    partials[part.at(2, 3, sets, channels)] = moments.m2;
   }
 }
 
 template <class T>
 __global__ void sums_kernel(const __grid_constant__ Reader<T> s,
-                            const __grid_constant__ Tensor<const T> u, Global<Acc<T>> partials,
-                            int64_t chunk) {
+                            const __grid_constant__ Reader<T> u, Global<Acc<T>> partials,
+                            int64_t sets, int64_t chunk) {
   using A = Acc<T>;
-  const int64_t c = column(), channels = s.a.size[1], positions = s.a.positions();
-  const int64_t begin = blockIdx.y * chunk;
-  const int64_t end = begin + chunk < positions ? begin + chunk : positions;
+  const int64_t channels = s.a.size[1];
+  const Part part(s.a.positions(), sets, chunk);
   Sums<A> sums;
-  if (c < channels) {
-    const A mean = u.data && s.norm.data ? s.norm.mean(c) : A(0);
-    for (int64_t i = begin + threadIdx.y; i < end; i += kLanes) {
+  if (part.c < channels)
+    for (int64_t i = part.begin + threadIdx.y; i < part.end; i += kLanes) {
       const Position at(i, s.a);
-      const A value = s(s.place(at.n, at.t, at.h, at.w), c);
+      const A value = s(s.place(at.n, at.t, at.h, at.w), part.c);
       sums.first += value;
-      if (u.data)
-        sums.second +=
-            value * (widen(u.data[u.offset(at.n, at.t, at.h, at.w) + c * u.stride[1]]) - mean);
+      if (u.a.data) sums.second += value * u.centred(u.place(at.n, at.t, at.h, at.w), part.c);
     }
-  }
   sums = merge_lanes(sums);
-  if (threadIdx.y == 0 && c < channels) {
-    partials[int64_t(blockIdx.y) * 2 * channels + c] = sums.first;
-    partials[(int64_t(blockIdx.y) * 2 + 1) * channels + c] = sums.second;
+  if (threadIdx.y == 0 && part.c < channels) {
+    partials[part.at(0, 2, sets, channels)] = sums.first;
+    partials[part.at(1, 2, sets, channels)] = sums.second;
   }
+}
+
+constexpr int kThreads = 256;  // of the kernels below, with a position or an element each
+constexpr int kChain = 32;     // terms added up before they join the total: shorter rounding chains
+
+// Σ term(c) over the channels.
+template <class A, class F>
+__device__ A over_channels(int64_t channels, F term) {
+  A total(0);
+  for (int64_t c = 0; c < channels;) {
+    A sum(0);
+    for (const int64_t end = c + kChain < channels ? c + kChain : channels; c < end; ++c)
+      sum += term(c);
+    total += sum;
+  }
+  return total;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    position_moments_kernel(const __grid_constant__ Tensor<const T> u, Global<Acc<T>> mean,
+                            Global<Acc<T>> var) {
+  using A = Acc<T>;
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t positions = u.positions(), channels = u.size[1];
+  if (index >= positions) return;
+  const Position at(index, u);
+  const int64_t first = u.offset(at.n, at.t, at.h, at.w);
+  const auto value = [&](int64_t c) { return widen(u.data[first + c * u.stride[1]]); };
+  const A centre = mean ? over_channels<A>(channels, value) / A(channels) : A(0);
+  const auto square = [&](int64_t c) { return (value(c) - centre) * (value(c) - centre); };
+  if (mean) mean[index] = centre;
+  var[index] = over_channels<A>(channels, square) / A(channels);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    position_sums_kernel(const __grid_constant__ Tensor<const T> dv,
+                         const __grid_constant__ Reader<T> u, bool centred, Global<Acc<T>> out) {
+  using A = Acc<T>;
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t positions = dv.positions(), channels = dv.size[1];
+  if (index >= positions) return;
+  const Position at(index, dv);
+  const int64_t first = dv.offset(at.n, at.t, at.h, at.w);
+  const auto place = u.place(at.n, at.t, at.h, at.w);
+  const auto g = [&](int64_t c) {
+    return u.scale(place, c) * widen(dv.data[first + c * dv.stride[1]]);
+  };
+  const auto along = [&](int64_t c) { return g(c) * u.centred(place, c); };
+  out[index] = centred ? over_channels<A>(channels, g) / A(channels) : A(0);
+  out[positions + index] = over_channels<A>(channels, along) / A(channels);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    write_source_kernel(const __grid_constant__ Reader<T> s,
+                        const __grid_constant__ Tensor<T> out) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t channels = out.size[1], c = index % channels;
+  if (index >= out.positions() * channels) return;
+  const Position at(index / channels, out);
+  out.data[out.offset(at.n, at.t, at.h, at.w) + c * out.stride[1]] =
+      narrow<T>(s(s.place(at.n, at.t, at.h, at.w), c));
 }
 
 constexpr int kMaxSums = 2;
@@ -246,25 +321,54 @@ void with_accumulator(Dtype dtype, F f) {
 
 }  // namespace
 
-void channel_statistics(Dtype dtype, const View& u, Array partials, int64_t splits, Stream stream) {
+void channel_statistics(Dtype dtype, const View& u, Array partials, int64_t splits, int64_t sets,
+                        Stream stream) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t positions = u.size[0] * u.size[2] * u.size[3] * u.size[4];
-    launch("channel_statistics", statistics_kernel<T>, dim3(divide_up(u.size[1], kColumns), splits),
-           dim3(kColumns, kLanes), sizeof(Moments<Acc<T>>) * kColumns * kLanes, stream, shape(u),
-           Tensor<const T>(u), out<Acc<T>>(partials), divide_up(positions, splits));
+    const int64_t length = u.size[0] * u.size[2] * u.size[3] * u.size[4] / sets;
+    launch("channel_statistics", statistics_kernel<T>,
+           dim3(divide_up(u.size[1], kColumns) * sets, splits), dim3(kColumns, kLanes),
+           sizeof(Moments<Acc<T>>) * kColumns * kLanes, stream, shape(u), Tensor<const T>(u),
+           out<Acc<T>>(partials), sets, divide_up(length, splits));
   });
 }
 
-void channel_sums(Dtype dtype, const Source& s, std::optional<View> u, Array partials,
-                  int64_t splits, Stream stream) {
+void channel_sums(Dtype dtype, const Source& s, const std::optional<Source>& u, Array partials,
+                  int64_t splits, int64_t sets, Stream stream) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t positions = s.a.size[0] * s.a.size[2] * s.a.size[3] * s.a.size[4];
-    launch("channel_sums", sums_kernel<T>, dim3(divide_up(s.a.size[1], kColumns), splits),
+    const int64_t length = s.a.size[0] * s.a.size[2] * s.a.size[3] * s.a.size[4] / sets;
+    launch("channel_sums", sums_kernel<T>, dim3(divide_up(s.a.size[1], kColumns) * sets, splits),
            dim3(kColumns, kLanes), sizeof(Sums<Acc<T>>) * kColumns * kLanes, stream, shape(s.a),
-           Reader<T>(s), Tensor<const T>(u.value_or(View{})), out<Acc<T>>(partials),
-           divide_up(positions, splits));
+           Reader<T>(s), u ? Reader<T>(*u) : Reader<T>(), out<Acc<T>>(partials), sets,
+           divide_up(length, splits));
+  });
+}
+
+void position_moments(Dtype dtype, const View& u, Array mean, Array var, Stream stream) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    launch("position_moments", position_moments_kernel<T>,
+           dim3(divide_up(u.count() / u.size[1], kThreads)), dim3(kThreads), 0, stream, shape(u),
+           Tensor<const T>(u), out<Acc<T>>(mean), out<Acc<T>>(var));
+  });
+}
+
+void position_sums(Dtype dtype, const View& dv, const Source& u, bool centred, Array found,
+                   Stream stream) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    launch("position_sums", position_sums_kernel<T>,
+           dim3(divide_up(dv.count() / dv.size[1], kThreads)), dim3(kThreads), 0, stream, shape(dv),
+           Tensor<const T>(dv), Reader<T>(u), centred, out<Acc<T>>(found));
+  });
+}
+
+void write_source(Dtype dtype, const Source& s, const View& to, Stream stream) {
+  with_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    launch("write_source", write_source_kernel<T>, dim3(divide_up(to.count(), kThreads)),
+           dim3(kThreads), 0, stream, shape(to), Reader<T>(s), Tensor<T>(to));
   });
 }
 

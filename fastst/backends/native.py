@@ -70,26 +70,43 @@ class Launcher:
         self.kept.append(t)
         return self.lib.Array(t.data_ptr(), t.numel())
 
-    def plain(self, t: Tensor, coefficients: Tensor | None = None) -> Any:
-        return self._source("plain", t, None, coefficients)
+    def plain(self, t: Tensor) -> Any:
+        return self._source("plain", t, None, None)
 
-    def norm_act(self, u: Tensor, coefficients: Tensor | None, activation: str) -> Any:
-        if coefficients is None and activation == "none":
-            return self.plain(u)
-        return self._source("norm_act", u, None, coefficients, activation)
+    def norm_act(
+        self,
+        u: Tensor,
+        coefficients: Tensor | None,
+        activation: str,
+        positions: Tensor | None = None,
+        past: Tensor | None = None,
+    ) -> Any:
+        """act(norm(u)), of whose frames those of ``past`` come first, as they are.
 
-    def norm_gradient(self, dv: Tensor, u: Tensor, coefficients: Tensor | None) -> Any:
+        Args:
+            coefficients: (5, C), or such a table for each clip or each frame of each clip.
+            positions: (2, N, T, H, W): mean and factor of each position.
+        """
+        plain = coefficients is None and activation == "none"
+        read = "plain" if plain else "norm_act"
+        return self._source(read, u, None, coefficients, activation, positions, past)
+
+    def norm_gradient(
+        self, dv: Tensor, u: Tensor, coefficients: Tensor | None, positions: Tensor | None = None
+    ) -> Any:
+        """du of dv = act'(v)·dz."""
         if coefficients is None:
             return self.plain(dv)
-        return self._source("norm_gradient", dv, u, coefficients)
+        return self._source("norm_gradient", dv, u, coefficients, positions=positions)
 
     def _source(
         self, read: str, a: Tensor, b: Tensor | None, coefficients: Tensor | None,
-        activation: str = "none",
+        activation: str = "none", positions: Tensor | None = None, past: Tensor | None = None,
     ) -> Any:  # fmt: skip
+        b, past = (None if t is None else self.view(t) for t in (b, past))
         return self.lib.Source(
-            self.view(a), None if b is None else self.view(b), self.array(coefficients),
-            getattr(self.lib.Read, read), self.act(activation), self.slope,
+            self.view(a), b, self.array(coefficients), getattr(self.lib.Read, read),
+            self.act(activation), self.slope, self.array(positions), past,
         )  # fmt: skip
 
     def conv(self, p: Pass) -> Any:

@@ -107,10 +107,13 @@ class ConvProblem(Problem):
         return self.conv.in_channels
 
     @property
+    def in_shape(self) -> tuple[int, int, int, int, int]:
+        return (self.batch, self.in_channels, *self.size)
+
+    @property
     def statistics_shape(self) -> tuple[int, ...]:
         """Shape of mean and variance of the norm of x."""
-        x = (self.batch, self.in_channels, *self.size)
-        return size_of_statistics(self.spec.norm_form, x)
+        return size_of_statistics(self.spec.norm_form, self.in_shape)
 
     def bytes(self, mid_transfers: int) -> int:
         """Bytes moved: x, past, weights, residual and y once each."""

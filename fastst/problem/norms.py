@@ -21,6 +21,7 @@ from torch import Tensor
 
 KINDS = ("none", "batch", "frozen", "group", "layer", "rms", "l2")
 _BY_CHANNEL = ("batch", "frozen")
+_BY_POSITION = ("layer", "rms", "l2")
 _CENTRED = ("batch", "frozen", "group", "layer")
 
 
@@ -61,6 +62,22 @@ def size_of_statistics(norm: Norm, x: Sequence[int]) -> tuple[int, ...]:
     return n, t, h, w
 
 
+class Sets(NamedTuple):
+    """Positions that share the statistics of a norm that is none by position."""
+
+    number: int
+    length: int  # positions of each
+    frames: int  # sets of a clip
+
+
+def sets_of(norm: Norm, x: Sequence[int]) -> Sets:
+    """Of x of a shape; of a norm by position one, of all."""
+    n, _, t, h, w = x
+    if norm.kind != "group":
+        return Sets(1, n * t * h * w, 1)
+    return Sets(n * t, h * w, t) if norm.per_frame else Sets(n, t * h * w, 1)
+
+
 def part_of_statistics(
     norm: Norm, statistic: Tensor | None, clips: slice, frames: slice
 ) -> Tensor | None:
@@ -74,6 +91,11 @@ def part_of_statistics(
 
 def is_centred(kind: str) -> bool:
     return kind in _CENTRED
+
+
+def by_position(kind: str) -> bool:
+    """Whether each position has statistics of its own."""
+    return kind in _BY_POSITION
 
 
 def _groups_and_axes(norm: Norm, channels: int) -> tuple[int, tuple[int, ...]]:
@@ -106,6 +128,51 @@ def rstd(norm: Norm, var: Tensor, channels: int) -> Tensor:
     if norm.kind == "l2":
         return var.sqrt().clamp_min(norm.eps / math.sqrt(channels)).reciprocal()
     return (var + norm.eps).rsqrt()
+
+
+def of_channels(norm: Norm, statistic: Tensor, channels: int) -> Tensor:
+    """A statistic of groups, (N, G, T), as one of channels, (N, T, C); others as they are."""
+    if norm.kind != "group":
+        return statistic
+    return statistic.repeat_interleave(channels // norm.groups, 1).transpose(1, 2)
+
+
+def of_sets(norm: Norm, mean: Tensor, var: Tensor, x: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The statistics of a norm of x from those of the channels of its sets, (sets, C)."""
+    if norm.kind == "group":
+        # Of as many values each: those of the channels of a group together.
+        sets = sets_of(norm, x)
+        of_groups = (sets.number, norm.groups, x[1] // norm.groups)
+        among, mean = torch.var_mean(mean.view(of_groups), 2, correction=0)
+        var = var.view(of_groups).mean(2).add_(among)
+        mean, var = (
+            s.view(-1, sets.frames, norm.groups).transpose(1, 2).contiguous() for s in (mean, var)
+        )
+    shape = size_of_statistics(norm, x)
+    return mean.view(shape), var.view(shape)
+
+
+def tables(
+    norm: Norm, channels: int, mean: Tensor | None, var: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """What kernels compute v by, from statistics: v = (x̂ − mean)·scale + β of each channel.
+
+    Returns:
+        (5, C) of mean, scale, β and zeros, or such a table for each clip, (N, 1, 5, C), or frame,
+        (N, T, 5, C); and (2, N, T, H, W), mean and factor of each position, for
+        x̂ = (x − mean)·factor, or None where x̂ is x.
+    """
+    zero = torch.zeros(channels, dtype=dtype, device=var.device)
+    gamma = zero + 1 if norm.weight is None else norm.weight.to(dtype)
+    beta = zero if norm.bias is None else norm.bias.to(dtype)
+    r = rstd(norm, var.to(dtype), channels)
+    if by_position(norm.kind):
+        table = torch.stack((zero, gamma, beta, zero, zero))
+        return table, torch.stack((torch.zeros_like(r) if mean is None else mean.to(dtype), r))
+    assert mean is not None
+    mean, r = (of_channels(norm, s, channels) for s in (mean.to(dtype), r))
+    rows = torch.broadcast_tensors(mean, r * gamma, beta, zero, zero)
+    return torch.stack(rows, -2), None
 
 
 def moments(norm: Norm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:

@@ -21,6 +21,13 @@ Plant = Callable[..., ModuleType]  # file, right, wrong, and options of ``librar
 
 # Left out of mutants of Hopper kernels to compile them quickly, as (file, pattern, replacement).
 NO_BF16 = (("hopper/instances.cuh", r" *if \(dtype == Dtype::bf16\).*\n", ""),)
+# Of generic and depthwise ones, likewise: they are for float32, 3×3×3 and stride 1 then.
+ONE_OF_A_KIND = (
+    *NO_BF16,
+    ("device/math.cuh", r"return f\((__half|__nv_bfloat16|double)\{\}\);", "break;"),
+    ("depthwise/slab.cuh", r" *if \((kernel == \d && temporal_kernel == 5|kernel == 5).*\n", ""),
+    ("depthwise/slab.cuh", r" *if \(stride == 2\).*\n", ""),
+)
 # Options of ``library`` for bugs in the headers of Hopper kernels, too.
 HOPPER: dict[str, Any] = dict(
     unused=NO_BF16,

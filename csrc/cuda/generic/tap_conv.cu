@@ -1,9 +1,9 @@
-// Generic tap convolution: every pass of the pair, forward and input gradient, on any architecture.
+// Generic tap convolution: every pass, forward and input gradient, on any architecture.
 //
 // One thread per output element; it sums over its taps and input channels, reading through a
 // Reader. Plain on purpose: it is what the fast kernels are compared with on a GPU.
 #include <device/launch.cuh>
-#include <device/tensor.cuh>
+#include <device/source.cuh>
 
 namespace fastst {
 namespace {
@@ -23,12 +23,12 @@ template <class T>
 struct Parameters {
   TypedBranch<T> branch[2];
   Tensor<T> out[2];
-  Tensor<const T> aux;
-  Coefficients<Acc<T>> norm;
+  Reader<T> aux;
   int branches;
   Write write;
   Activation act;
   Acc<T> slope;
+  int before;  // frames of what the convolution reads, before those of out
   bool channels_fastest;
 };
 
@@ -105,10 +105,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Neighbouring threads write neighbouring elements in either layout.
   const int64_t inner = out.size[2] * out.size[3] * out.size[4];
   const int c = static_cast<int>(p.channels_fastest ? index % channels : index / inner % channels);
-  const Position at(
+  Position at(
       p.channels_fastest ? index / channels : index / (inner * channels) * inner + index % inner,
       out);
   const int64_t to = out.offset(at.n, at.t, at.h, at.w) + c * out.stride[1];
+  const auto beside = p.aux.place(at.n, at.t, at.h, at.w);
+  at.t += p.before;
   const int64_t computed = p.branch[0].weight.size[0];
   if (!Transposed && c >= computed) {  // channels that only fill up the rows of u
     out.data[to] = narrow<T>(A(0));
@@ -121,9 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       v[i] = Transposed ? convolve_transposed(p.branch[i], c, at) : convolve(p.branch[i], c, at);
 
   if (p.write == Write::norm_gradient) {
-    const A u = widen(p.aux.data[p.aux.offset(at.n, at.t, at.h, at.w) + c * p.aux.stride[1]]);
-    const A slope = activate_gradient(p.act, p.slope, p.norm.normalise(u, c));
-    out.data[to] = narrow<T>((v[0] + v[1]) * slope);
+    out.data[to] = narrow<T>((v[0] + v[1]) * p.aux.derivative(beside, c));
     return;
   }
   A sum(0);
@@ -131,11 +131,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = 0; i < 2; ++i)
     if (i < p.branches) sum += activate(p.branch[i].act, p.slope, v[i]);
   if (p.write == Write::forward) {
+    if (p.aux.a.data) sum += p.aux(beside, c);
     out.data[to] = narrow<T>(activate(p.act, p.slope, sum));
     return;
   }
-  const A dy = widen(p.aux.data[p.aux.offset(at.n, at.t, at.h, at.w) + c * p.aux.stride[1]]);
-  const A gradient = dy * activate_gradient(p.act, p.slope, sum);
+  const A gradient = p.aux(beside, c) * activate_gradient(p.act, p.slope, sum);
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     if (i < p.branches) {
@@ -151,15 +151,17 @@ void run(const TapConv& conv, Stream stream) {
   p.branches = static_cast<int>(conv.branches.size());
   for (int i = 0; i < p.branches; ++i) {
     const Branch& b = conv.branches[i];
-    const View &stored = b.source.a, &out = conv.out[0];
+    const auto read = size_of(b.source);
+    auto out = conv.out[0].size;
+    out[2] += conv.around[0] + conv.around[1];
     p.branch[i] = {Reader<T>(b.source), Tensor<const T>(b.weight),
                    global<const Acc<T>>(b.bias.data, b.bias.count),
-                   conv.transposed ? Geometry(b.conv, out, stored) : Geometry(b.conv, stored, out),
+                   conv.transposed ? Geometry(b.conv, out, read) : Geometry(b.conv, read, out),
                    b.act};
   }
   for (size_t i = 0; i < conv.out.size(); ++i) p.out[i] = Tensor<T>(conv.out[i]);
-  if (conv.aux) p.aux = Tensor<const T>(*conv.aux);
-  p.norm = Coefficients<Acc<T>>(conv.coefficients);
+  if (conv.aux) p.aux = Reader<T>(*conv.aux);
+  p.before = narrow_size(conv.around[0]);
   p.write = conv.write, p.act = conv.act, p.slope = Acc<T>(conv.slope);
   p.channels_fastest = conv.out[0].stride[1] == 1;
   const int64_t blocks = (conv.out[0].count() + kThreads - 1) / kThreads;

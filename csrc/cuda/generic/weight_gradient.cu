@@ -3,7 +3,7 @@
 // One thread per weight and split of the positions. Every sum has a fixed order: partials of the
 // splits are added by sum_rows.
 #include <device/launch.cuh>
-#include <device/tensor.cuh>
+#include <device/source.cuh>
 
 namespace fastst {
 namespace {
@@ -56,7 +56,7 @@ template <class T>
 void run(const Source& x, const Source& dy, const Conv& conv, const View& weight, Array partials,
          int64_t splits, Stream stream) {
   Parameters<T> p{};
-  p.x = Reader<T>(x), p.dy = Reader<T>(dy), p.geometry = Geometry(conv, x.a, dy.a);
+  p.x = Reader<T>(x), p.dy = Reader<T>(dy), p.geometry = Geometry(conv, size_of(x), dy.a.size);
   p.partials = global<Acc<T>>(partials.data, partials.count);
   for (int i = 0; i < 5; ++i) p.size[i] = weight.size[i];
   p.weights = weight.count();

@@ -35,8 +35,8 @@ def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
 def moments(k: Launcher, norm: norms.Norm, x: Tensor) -> tuple[Tensor | None, Tensor]:
     """As ``norms.moments``."""
     n, c, t, h, w = x.shape
-    if norm.kind in ("layer", "rms", "l2"):
-        centred = norm.kind == "layer"
+    if norms.by_position(norm.kind):
+        centred = norms.is_centred(norm.kind)
         out = floats(1 + centred, n, t, h, w)
         k.lib.position_moments(x, centred, out.flatten(), k.threads)
         # Memory of their own: they are kept for backward, apart.
@@ -61,28 +61,9 @@ def _source(
     """z, as it is loaded."""
     table, positions = None, None
     if var is not None:
-        table, positions = _coefficients(problem, t, mean, var)
-    return k.reads(t.x, table, problem.spec.input_activation, positions, t.past)
-
-
-def _coefficients(
-    problem: ConvProblem, t: ConvTensors, mean: Tensor | None, var: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Tables (mean, scale, shift, 0, 0) of channels; mean and factor of positions."""
-    c, norm = problem.in_channels, problem.spec.norm_form
-    zero = torch.zeros(c, dtype=torch.float32, device="cpu")
-    gamma = zero + 1 if t.norm_weight is None else t.norm_weight
-    beta = zero if t.norm_bias is None else t.norm_bias
-    r = norms.rstd(norm, var.float(), c)
-    if norm.kind in ("layer", "rms", "l2"):
-        table = torch.stack((zero, gamma, beta, zero, zero))
-        return table, torch.stack((torch.zeros_like(r) if mean is None else mean.float(), r))
-    assert mean is not None
-    if norm.kind == "group":  # (N, G, T) of groups as (N, T, C) of channels
-        each = c // norm.groups
-        mean, r = (s.repeat_interleave(each, 1).transpose(1, 2) for s in (mean, r))
-    rows = torch.broadcast_tensors(mean.float(), r * gamma, beta, zero, zero)
-    return torch.stack(rows, -2), None
+        norm = problem.spec.norm_form._replace(weight=t.norm_weight, bias=t.norm_bias)
+        table, positions = norms.tables(norm, problem.in_channels, mean, var, torch.float32)
+    return k.norm_act(t.x, table, problem.spec.input_activation, positions, t.past)
 
 
 def conv3d_backward(call: ConvBackward) -> Gradients:

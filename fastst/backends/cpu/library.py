@@ -115,30 +115,9 @@ class Launcher(native.Launcher):
     def array(self, t: Tensor | None) -> Tensor | None:
         if t is not None:
             t = t.to(self.accumulate).contiguous()
+            t = t.flatten() if t.dim() > 2 else t  # as the library asks
             self.kept.append(t)
         return t
-
-    def reads(
-        self,
-        x: Tensor,
-        coefficients: Tensor | None,
-        activation: str,
-        positions: Tensor | None,
-        past: Tensor | None,
-    ) -> Any:
-        """act(norm(x)), of whose frames those of ``past`` come first, as they are.
-
-        Args:
-            coefficients: (5, C), or such a table for each clip or each frame of each clip.
-            positions: (2, N, T, H, W): mean and factor of each position.
-        """
-        plain = coefficients is None and activation == "none"
-        flat = (None if t is None else t.flatten() for t in (coefficients, positions))
-        table, of_positions = map(self.array, flat)
-        read = self.lib.Read.plain if plain else self.lib.Read.norm_act
-        return self.lib.Source(
-            x, None, table, read, self.act(activation), self.slope, of_positions, past
-        )
 
     def input_gradient(
         self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any

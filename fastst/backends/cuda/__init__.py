@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...problem.conv3d import ConvProblem
 from ...problem.spec import (
     PairProblem,
     PairTensors,
@@ -23,6 +24,7 @@ from ...problem.spec import (
     Problem,
 )
 from ..contract import (
+    COMMON_CONV_FIELDS,
     COMMON_PAIR_FIELDS,
     COMMON_PARALLEL_FIELDS,
     Backend,
@@ -33,7 +35,7 @@ from ..contract import (
     Phase,
 )
 from ..rehearsal import Calls
-from . import depthwise, examples, hopper
+from . import convolution, depthwise, examples, hopper
 from .library import Launcher, emulated, emulating, launching, load
 
 
@@ -60,6 +62,12 @@ def _mid_tensors_alive(problem: PairProblem) -> int:
 def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
     if emulating():
         return "is emulated"
+    if isinstance(problem, ConvProblem):
+        taps = "×".join(map(str, problem.conv.kernel))
+        return (
+            "has only its generic kernels: its depthwise and its Hopper ones run pairs, and no "
+            f"single {taps} convolution"
+        )
     if not isinstance(problem, PairProblem):
         return "has only its generic kernels: the others are for conv2plus1d"
     depthwise_lacks = depthwise.why_not(problem)
@@ -170,12 +178,12 @@ def conv2plus1d_backward(call: PairBackward) -> Gradients:
             dv = k.rows(problem.mid_size, problem.mid_channels)
             k.tap_conv(
                 [k.branch(k.plain(dy), w2, None, second)], [dv], "norm_gradient",
-                spec.activation, u, coefficients, transposed=True,
+                aux=k.norm_act(u, coefficients, spec.activation), transposed=True,
             )  # fmt: skip
             call.dy_owner.clear()
             del dy
             if coefficients is not None and mean is not None and var is not None:
-                sums = k.sums(k.plain(dv, coefficients), dv.shape, u)
+                sums = k.sums(k.plain(dv), dv.shape, k.norm_act(u, coefficients, "none"))
                 dgamma = k.norm_gradient_coefficients(
                     tensors, sums, (mean, var), coefficients, call.means
                 )
@@ -246,7 +254,7 @@ def parallel_conv2plus1d_backward(
                 each = zip(branches, gradients, parts, strict=True)
                 together = [([b], [g], part) for b, g, part in each]
             for b, g, part in together:
-                k.tap_conv(b, g, "branch_gradient", spec.activation, part)
+                k.tap_conv(b, g, "branch_gradient", spec.activation, k.plain(part))
         sources = [k.plain(g) for g in gradients]
         weights = (tensors.spatial_weight, tensors.temporal_weight)
         wanted = (need.spatial_weight, need.temporal_weight)
@@ -279,6 +287,7 @@ BACKEND = Backend(
     device="cuda",
     pair_fields=COMMON_PAIR_FIELDS | {"group", "output_statistics"},
     parallel_fields=COMMON_PARALLEL_FIELDS,
+    conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},
     why_not=_why_not,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,
@@ -286,6 +295,8 @@ BACKEND = Backend(
     second_pass=second_pass,
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
+    conv3d=convolution.conv3d,
+    conv3d_backward=convolution.conv3d_backward,
     why_not_auto=_why_not_auto,
     instances=examples.instances,
     rehearse=partial(examples.rehearse, CALLS),

@@ -123,15 +123,14 @@ class Launcher(native.Launcher):
         out: Sequence[Tensor],
         write: str = "forward",
         activation: str = "none",
-        aux: Tensor | None = None,
-        coefficients: Tensor | None = None,
+        aux: Any = None,
         transposed: bool = False,
+        around: tuple[int, int] = (0, 0),
     ) -> None:
         lib = self.lib
         conv = lib.TapConv(
-            list(branches), [self.view(o) for o in out], None if aux is None else self.view(aux),
-            self.array(coefficients), getattr(lib.Write, write), self.act(activation), self.slope,
-            transposed,
+            list(branches), [self.view(o) for o in out], aux, getattr(lib.Write, write),
+            self.act(activation), self.slope, transposed, around,
         )  # fmt: skip
         lib.tap_conv(self.dtype, conv, self.stream)
 
@@ -162,13 +161,41 @@ class Launcher(native.Launcher):
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance per channel of (N, M, T, H, W)."""
+        return self.combine_statistics(self._parts(u, 1))
+
+    def statistics_of_sets(self, x: Tensor, sets: int) -> tuple[Tensor, Tensor]:
+        """The same, (sets, C), of as many positions in each: of all clips, of a clip or a frame."""
+        mean, var = self.moments(self._parts(x, sets))
+        return mean.view(sets, -1), var.view(sets, -1)
+
+    def _parts(self, u: Tensor, sets: int) -> Tensor:
         channels = u.shape[1]
-        splits = _splits(u.numel() // channels, -(-channels // 32))
-        partials = self.empty(splits, 3, channels)
+        splits = _splits(u.numel() // channels // sets, sets * -(-channels // 32))
+        partials = self.empty(splits, 3, sets * channels)
         self.lib.channel_statistics(
-            self.dtype, self.view(u), self.array(partials), splits, self.stream
+            self.dtype, self.view(u), self.array(partials), splits, sets, self.stream
         )
-        return self.combine_statistics(partials)
+        return partials
+
+    def position_moments(self, x: Tensor, centred: bool) -> tuple[Tensor | None, Tensor]:
+        """Mean over the channels of each position, and mean square around it, or around 0."""
+        n, _, *size = x.shape
+        mean, var = self.empty(n, *size) if centred else None, self.empty(n, *size)
+        self.lib.position_moments(
+            self.dtype, self.view(x), self.array(mean), self.array(var), self.stream
+        )
+        return mean, var
+
+    def position_sums(self, dv: Tensor, u: Any, centred: bool) -> Tensor:
+        """(2, N, T, H, W): means over the channels of scale·dv, or 0, and of scale·dv·x̂."""
+        n, _, *size = dv.shape
+        out = self.empty(2, n, *size)
+        self.lib.position_sums(self.dtype, self.view(dv), u, centred, self.array(out), self.stream)
+        return out
+
+    def write_source(self, source: Any, out: Tensor) -> None:
+        """What is read, into memory that may be what the source is stored in."""
+        self.lib.write_source(self.dtype, source, self.view(out), self.stream)
 
     def moments(self, partials: Tensor, tables: Tables = _no_tables) -> tuple[Tensor, Tensor]:
         """Mean and biased variance from (splits, 3, C), and the tables that they make."""
@@ -192,15 +219,18 @@ class Launcher(native.Launcher):
             self.lib.pack(self.dtype, [], made, self.stream)
         return mean, var
 
-    def sums(self, source: Any, shape: Sequence[int], u: Tensor | None = None) -> Tensor:
-        """(2, C): Σ s and Σ s·(u − mean), for a source s shaped as ``shape``."""
+    def sums(self, source: Any, shape: Sequence[int], u: Any = None) -> Tensor:
+        """(2, C): Σ s and Σ s·(u − mean), for a source s shaped as ``shape``, by the norm of u."""
+        return self.sums_of_sets(source, shape, 1, u)[:, 0]
+
+    def sums_of_sets(self, source: Any, shape: Sequence[int], sets: int, u: Any = None) -> Tensor:
+        """(2, sets, C): the same, as of ``statistics_of_sets``."""
         channels = shape[1]
-        splits = _splits(math.prod(shape) // channels, -(-channels // 32))
-        partials = self.empty(splits, 2, channels)
+        splits = _splits(math.prod(shape) // channels // sets, sets * -(-channels // 32))
+        partials = self.empty(splits, 2, sets, channels)
         self.lib.channel_sums(
-            self.dtype, source, None if u is None else self.view(u), self.array(partials), splits,
-            self.stream,
-        )  # fmt: skip
+            self.dtype, source, u, self.array(partials), splits, sets, self.stream
+        )
         return self.sum_rows(partials)[0]
 
     def _channels(self, t: Tensor | None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +14,13 @@ from ...problem.conv3d import ConvProblem, ConvTensors
 from . import arguments, launch, passes, tiles
 
 
-class Sets(NamedTuple):
-    """Positions that share their statistics, if not each has its own."""
-
-    number: int
-    length: int  # positions of each
-    frames: int  # sets of a clip
-
-
-def sets_of(problem: ConvProblem) -> Sets:
-    n, (t, h, w) = problem.batch, problem.size
-    if problem.spec.norm != "group":
-        return Sets(1, n * t * h * w, 1)
-    return Sets(n * t, h * w, t) if problem.spec.per_frame else Sets(n, t * h * w, 1)
-
-
-def by_position(problem: ConvProblem) -> bool:
-    return problem.spec.norm in ("layer", "rms", "l2")
+def sets_of(problem: ConvProblem) -> norms.Sets:
+    return norms.sets_of(problem.spec.norm_form, problem.in_shape)
 
 
 def moments(problem: ConvProblem, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of x for a norm whose statistics are of channels; as ``norms.moments``."""
-    sets, channels, norm = sets_of(problem), problem.in_channels, problem.spec.norm_form
+    sets, channels = sets_of(problem), problem.in_channels
     block_p, block_c = tiles.norm(channels)
     blocks = -(-channels // block_c)
     parts, per_part = tiles.parts_of_set(
@@ -50,16 +35,7 @@ def moments(problem: ConvProblem, x: Tensor) -> tuple[Tensor, Tensor]:
         ALIGN=align, **shape, ACCUMULATE=arguments.dot_type(x.dtype),
     )  # fmt: skip
     mean, var = passes.moments(partial, per_part, sets.length)
-    if norm.kind == "group":
-        # Of as many values each: those of the channels of a group together.
-        of_groups = (sets.number, norm.groups, channels // norm.groups)
-        among, mean = torch.var_mean(mean.view(of_groups), 2, correction=0)
-        var = var.view(of_groups).mean(2).add_(among)
-        mean, var = (
-            s.view(-1, sets.frames, norm.groups).transpose(1, 2).contiguous() for s in (mean, var)
-        )
-    shape_of = norms.size_of_statistics(norm, x.shape)
-    return mean.view(shape_of), var.view(shape_of)
+    return norms.of_sets(problem.spec.norm_form, mean, var, x.shape)
 
 
 def normalised(
@@ -76,7 +52,7 @@ def normalised(
     spec, x, channels = problem.spec, t.x, problem.in_channels
     take = False
     if spec.norm != "none" and var is None:
-        if by_position(problem):
+        if norms.by_position(problem.spec.norm):
             take, size = True, (problem.batch, *problem.size)
             var = x.new_empty(size, dtype=problem.accumulate_dtype)
             mean = torch.empty_like(var) if norms.is_centred(spec.norm) else None
@@ -140,7 +116,7 @@ def gradients(
     if needs[0]:
         dx = torch.empty_like(x)
         dx_align = arguments.alignment(dx, channels)
-        block_p, block_c = tiles.norm(channels, whole=by_position(problem))
+        block_p, block_c = tiles.norm(channels, whole=norms.by_position(problem.spec.norm))
         parts = -(-sets.length // block_p)
         grid, shape = _tiles(problem, x, dx, block_p, block_c)
         launch.run(
@@ -180,5 +156,6 @@ def _form(problem: ConvProblem) -> dict[str, Any]:
     least = spec.eps / math.sqrt(problem.in_channels)
     return {
         "EPS": 0.0 if l2 else spec.eps, "LEAST": least if l2 else 0.0,
-        "POSITION": by_position(problem), "ACTIVATION": spec.input_activation, "SLOPE": spec.slope,
+        "POSITION": norms.by_position(spec.norm), "ACTIVATION": spec.input_activation,
+        "SLOPE": spec.slope,
     }  # fmt: skip

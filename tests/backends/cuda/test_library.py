@@ -76,7 +76,7 @@ def test_a_launch_that_fails_says_which_kernel_and_shape() -> None:
     view = _C.View(x.data_ptr(), x.shape, x.stride())
     partials = _C.Array(x.data_ptr(), 6)
     with pytest.raises(RuntimeError, match=r"channel_statistics for \(1, 2, 1, 4, 4\).*driver"):
-        _C.channel_statistics(_C.Dtype.f32, view, partials, 1, 0)
+        _C.channel_statistics(_C.Dtype.f32, view, partials, 1, 1, 0)
 
 
 def test_cpu_tensors_are_refused_by_name() -> None:

@@ -6,7 +6,7 @@ EXECUTED = {
         "--fuzz", "1",  # each compiles a dozen kernels of its own
     ),
     "cuda": (
-        "--only", "8.0 (generic|depthwise)|9.0 (forward half|backward)",
+        "--only", "8.0 (generic|depthwise|conv3d)|9.0 (forward half|backward)",
         "--fuzz", "2",
         "--instances",
         "9.0 (weight gradients 72|gradients of (the stem|depthwise 5 × 3² stride 2)).* in float16",

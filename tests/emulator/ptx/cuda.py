@@ -31,7 +31,7 @@ from fastst.backends.cuda import examples, hopper, library
 from fastst.dispatch import selfcheck
 from tests.emulator.ptx.driver import Driver, Plant, Row, everywhere, in_both
 from tests.static import cuda as static
-from tests.support.fuzz import NAMES, Config, Limits
+from tests.support.fuzz import NAMES, Config, ConvConfig, ConvLimits, Limits
 
 BF16, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DENSE = {
@@ -39,7 +39,13 @@ DENSE = {
     "x_layout": "channels_last", "grad_layout": "channels_last",
 }  # fmt: skip
 INFERENCE = {"constant": NAMES}
+CONV: dict[str, Any] = {"out": 6, "size": (3, 4, 5), "input_activation": "silu"}
 CASES = in_both({
+    "conv3d": ConvConfig(dtype=HALF, norm="group", norm_groups=2, per_frame=True, past=1, **CONV),
+    "conv3d residual": ConvConfig(dtype=BF16, norm="batch", residual=True, **CONV),
+    "conv3d positions": ConvConfig(dtype=HALF, norm="layer", past=2, **CONV),
+    "conv3d float32": ConvConfig(dtype=SINGLE, norm="rms", **CONV),
+    "conv3d float64": ConvConfig(dtype=DOUBLE, norm="l2", **CONV),
     "generic": Config(dtype=HALF, norm="batch", channels=5),
     "generic residual": Config(dtype=BF16, norm="frozen", residual=True, activation="silu"),
     "generic float32": Config(dtype=SINGLE, norm="batch"),
@@ -164,7 +170,10 @@ def instances(arch: str, executed: Executed, pattern: str) -> Iterator[tuple[str
 
 
 LIMITS = {
-    "8.0": [Limits(channels=20, frames=4, space=7, work=100_000)],
+    "8.0": [
+        Limits(channels=20, frames=4, space=7, work=100_000),
+        ConvLimits(batch=2, channels=17, frames=4, space=6, work=60_000),
+    ],
     "9.0": [Limits(
         frames=4, space=9, work=2_000_000, dtypes=(BF16, HALF),
         fixed={
@@ -175,7 +184,7 @@ LIMITS = {
         accept=lambda c: all(n % 8 == 0 for n in (c.channels, c.mid, c.out)),
     )],
 }  # fmt: skip
-GENERAL = ("generic", "parallel", "depthwise")  # what runs on 8.0 as well
+GENERAL = ("generic", "conv3d", "parallel", "depthwise")  # what runs on 8.0 as well
 RUNS = [f"8.0 {case}" for case in CASES if case.startswith(GENERAL)]
 RUNS += [f"9.0 {case}" for case in CASES]
 DRIVER = Driver("cuda", compiler(), CASES, RUNS, LIMITS, PLANTS, serving, instances)
