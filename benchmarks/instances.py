@@ -8,6 +8,7 @@ written as they come. Ends with 1 where a kernel was wrong.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastst import check
+from fastst import check, dispatch
 from fastst.dispatch import quarantine, selfcheck
 
 
@@ -40,6 +41,17 @@ def units(device: torch.device, dtypes: Sequence[torch.dtype], dry: bool) -> Ite
         examples = selfcheck.examples_of(backend, kind, dtype, device)
         for index, example in enumerate(examples):
             yield Unit(backend.name, kind, dtype, index, example.name or f"{kind} {index}")
+
+
+def absent(device: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for each backend without kernels on a GPU; that one was not built is not wrong."""
+    for name, backend in dispatch.BACKENDS.items() if device.type == "cuda" else ():
+        why = backend.why_not(check.problem_for(device), "forward")
+        if backend.device == "cuda" and why is not None:
+            built = name != "cuda" or importlib.util.find_spec("fastst._C") is not None
+            unit = Unit(name, "none", torch.float16, 0, "no kernel at all")
+            row: dict[str, Any] = unit._asdict() | {"dtype": "", "seconds": 0.0, "why": f"it {why}"}
+            yield row | {"state": "unknown" if built else "not run"}
 
 
 def run(
@@ -81,11 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["FASTST_CHECK_SECONDS"] = args.unit_seconds
     device = torch.device(args.device)
     dtypes = [torch.float16] if args.dry else [torch.bfloat16, torch.float16, torch.float32]
-    results = run(
-        device, list(units(device, dtypes, args.dry)), deadline,
-        lambda rows: args.out.write_text(json.dumps(rows, indent=1)),
-    )  # fmt: skip
-    states = [row["state"] for row in results]
+    missing = list(absent(device))
+    for row in missing:
+        print(f"{row['backend']}: {row['name']}, {row['why']}", flush=True)
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        args.out.write_text(json.dumps(missing + rows, indent=1))
+
+    write([])
+    results = run(device, list(units(device, dtypes, args.dry)), deadline, write)
+    states = [row["state"] for row in missing + results]
     print(", ".join(f"{states.count(s)} {s}" for s in sorted(set(states))) or "no units")
     return 0 if states and set(states) <= {"passed", "not run"} and "passed" in states else 1
 

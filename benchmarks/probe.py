@@ -49,26 +49,38 @@ def stress(device: torch.device, repeats: int) -> int:
         inputs = layers.Inputs(clips, seeds, torch.bfloat16, device, True)
         for contender in peers.ours(model, ["auto"], "training-bn"):
             step = layers.Step(contender, "training-bn", inputs, torch.bfloat16, device, m)
-            outputs = step.outputs().items()  # running statistics are meant to go on
+            with dispatch.recording() as calls:
+                outputs = step.outputs().items()  # running statistics are meant to go on
+            if cuda and (others := {c.chosen for c in calls} - {*with_kernels(device)}):
+                print(case.name, contender.name, f"ran on {', '.join(sorted(others))}: no kernels")
+                wrong += 1
+                continue
             first = {n: t.clone() for n, t in outputs if not n.startswith("norm.running")}
-            others = torch.zeros((), dtype=torch.int64, device=device)
+            unlike = torch.zeros((), dtype=torch.int64, device=device)
             for _ in range(repeats):
                 if side is not None:
                     with torch.cuda.stream(side):
                         noise @ noise
                 found = step.outputs()
-                others += torch.stack([(found[n] != t).any() for n, t in first.items()]).any()
-            print(case.name, contender.name, f"{int(others)} of {repeats} runs gave other bits")
-            wrong += int(others)
+                unlike += torch.stack([(found[n] != t).any() for n, t in first.items()]).any()
+            print(case.name, contender.name, f"{int(unlike)} of {repeats} runs gave other bits")
+            wrong += int(unlike)
     return wrong
 
 
+def with_kernels(device: torch.device) -> list[str]:
+    """Backends whose kernels a device has, if they are there."""
+    return [name for name, b in dispatch.BACKENDS.items() if b.device == device.type]
+
+
 def probe(device: torch.device, cases: Sequence[Case]) -> int:
-    """Run every backend with kernels; how many calls broke or disagreed with float64.
+    """Run every backend with kernels; how many calls broke or disagreed with float64, and how many
+    backends refused all of them.
 
     The reference runs on the CPU: on the device nothing runs but what is to be watched.
     """
-    backends = [b for b in dispatch.BACKENDS if b not in ("aten", "reference")]
+    backends = with_kernels(device)
+    silent = {*backends}
     dtypes = ["bf16", "fp32"] if device.type == "cuda" else ["fp32"]
     generator = torch.Generator().manual_seed(0)
     wrong = 0
@@ -91,8 +103,11 @@ def probe(device: torch.device, cases: Sequence[Case]) -> int:
                         print(case.label, mode, dtype, c.name, f"cannot: {str(e)[:120]}")
                         continue
                     wrong += why is not None
+                    silent -= {c.backend}
                     print(case.label, mode, dtype, c.name, why or "agrees")
-    return wrong
+    for name in sorted(silent):
+        print(f"{name} ran nothing: there was nothing to watch")
+    return wrong + len(silent)
 
 
 def tune(device: torch.device, width: int) -> None:

@@ -52,14 +52,14 @@ def devices() -> list[torch.device]:
 def checks(device: torch.device, dtypes: Sequence[torch.dtype]) -> Iterator[Check]:
     """Everything that can be checked on a device without a call."""
     for backend in BACKENDS.values():
-        if backend.device != "cuda" or backend.why_not(_problem(device), "forward") is not None:
+        if backend.device != "cuda" or backend.why_not(problem_for(device), "forward") is not None:
             continue
         for dtype in dtypes:
             for kind in backend.kinds(device, dtype):
                 yield Check(backend, kind, dtype)
 
 
-def _problem(device: torch.device) -> Problem:
+def problem_for(device: torch.device) -> Problem:
     """One that every backend with kernels takes, if it takes any."""
     spec, tensors = of_kind("dense", torch.float16)
     return replace(Problem.of(tensors, spec), device=device)

@@ -321,6 +321,8 @@ def stress_beside_a_stream(s: Setting) -> None:
 
     s.mp.setattr(torch, "randn", randn)
     with kernels(s.mp):
+        assert probe.stress(GPU, 2) == 6  # PyTorch's convolutions, again and again, tell nothing
+        s.mp.setattr(probe, "with_kernels", lambda device: ["aten"])
         assert probe.stress(GPU, 2) == 0
     s.mp.setattr(probe, "stress", lambda device, n: 0)
     s.mp.setattr(torch.cuda, "is_available", lambda: False)
@@ -335,7 +337,10 @@ def whole_runs(s: Setting) -> None:
     data = json.loads((s.folder / "record.json").read_text())
     assert data["machine"]["capability"] == "9.0"
     s.mp.setattr(instances, "units", lambda *_: iter(()))
-    assert instances.main(["--out", str(s.folder / "units.json")]) == 1  # no units
+    units = s.folder / "units.json"
+    assert instances.main(["--out", str(units)]) == 1  # no units, and it says why
+    told = {row["backend"]: row["why"] for row in json.loads(units.read_text())}
+    assert set(told) == {"cuda", "triton"} and all(why.startswith("it ") for why in told.values())
     from benchmarks import coverage, report, tables
 
     assert coverage.hardware(data) == "9"
