@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..problem.conv3d import ConvProblem, ConvTensors, problem_of
-from ..problem.examples import kind_of, off_kinks, random_like, resembling
+from ..problem.examples import (
+    gradient_like,
+    kind_of,
+    move,
+    off_kinks,
+    random_gradient,
+    random_like,
+    resembling,
+)
 from ..problem.spec import (
     PairProblem,
     PairTensors,
@@ -197,11 +205,9 @@ def _example(
     tensors, dy, like = random_like(shapes), None, replace(problem, spec=spec)
     if gradients:
         tensors = off_kinks(spec, tensors)
-        dy = problem_of(tensors, spec).empty_output(tensors.x)
-        generator = torch.Generator("cpu").manual_seed(1)
-        dy.copy_(torch.randn(dy.shape, generator=generator, device="cpu"))
+        dy = random_gradient(gradient_like(problem, problem_of(tensors, spec)))
 
     def run(small: Any, t: Any) -> list[Tensor]:
-        return way.run(small, t, like, None if dy is None else dy.to(t.x.device))
+        return way.run(small, t, like, None if dy is None else move(dy, t.x.device))
 
     return Example(spec, tensors, run, dy, name, instances, way.wanted)

@@ -27,7 +27,7 @@ from ..backends.contract import Backend, Example, Later, Phase
 from ..backends.rehearsal import bare
 from ..machine import cache
 from ..problem.conv3d import ConvSpec, problem_of
-from ..problem.examples import kind_of
+from ..problem.examples import kind_of, move
 from ..problem.spec import PairSpec, Problem
 from . import quarantine, said
 from .quarantine import Postponed, Request
@@ -228,7 +228,9 @@ def _compare(example: Example, name: str, device: torch.device, dtype: torch.dty
     """What is wrong with the results of an example."""
     allowed = _ULPS * _rounding(dtype, device)
     try:
-        there = type(example.tensors)(*(_move(t, device) for t in example.tensors))
+        there = type(example.tensors)(
+            *(None if t is None else move(t, device) for t in example.tensors)
+        )
         true = _truth(example, there)
     except Exception as failure:  # of PyTorch's float64: it says nothing of the kernels
         raise Postponed(f"no right result to compare with: {_told(failure)}") from failure
@@ -247,14 +249,6 @@ def _compare(example: Example, name: str, device: torch.device, dtype: torch.dty
     except Exception as failure:  # a compiler or a driver that fails is a verdict, too
         return _failure(failure, name)
     return None
-
-
-def _move(t: Tensor | None, device: torch.device) -> Tensor | None:
-    """t with all that it lies in: of the same strides, and as far from an aligned address."""
-    if t is None or t.device == device:
-        return t
-    whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(device)
-    return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 # What CUDA calls errors of a kernel, all of which end the context; out of memory is none of them.

@@ -82,10 +82,11 @@ class _Sums(dict[str, Tensor]):
         for start, end in pairwise(self.cuts) if names else ():
             share = tensors._replace(x=tensors.x[start:end])
             dx = self.dx[start:end] if self.dx is not None and "x" in names else None
-            own = Problem.of(share, spec)
+            dy = self.dy[start:end]
+            own = Problem.of(share, spec).with_gradient(dy)
             grads = self.choose(own).conv2plus1d_backward(
                 PairBackward(
-                    own, share, [self.dy[start:end]], None, *statistics, needs,
+                    own, share, [dy], None, *statistics, needs,
                     BatchSlice(dx, means),
                 )
             )  # fmt: skip

@@ -75,6 +75,7 @@ def _conv3d_backward(
     tensors, _, problem, backend = conv_arguments(args)
     if tensors.var is not None:
         mean, var = tensors.mean, tensors.var
+    problem = problem.with_gradient(dy)
     run = dispatch.choose(problem, "backward", backend).conv3d_backward
     assert run is not None  # else it had been refused
     return as_laid_out(run(ConvBackward(problem, tensors, dy, mean, var, needs)), tensors, needs)

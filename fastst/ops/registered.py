@@ -240,6 +240,7 @@ def pair_gradients(
     """``conv2plus1d_backward`` of the dy in a list, which is emptied once nothing reads dy."""
     *args, needs = args  # type: ignore[assignment]
     tensors, spec, problem, backend = _trained_pair(args)
+    problem = problem.with_gradient(dy_owner[0])
     chosen = dispatch.choose(problem, "backward", backend)
     call = PairBackward(problem, tensors, dy_owner, u, mean, var, needs)
     if spec.recompute and chosen.mid_tensors_alive is not None:
@@ -293,6 +294,7 @@ def _parallel_conv2plus1d_fake(*args: Any) -> Tensor:
 def _parallel_conv2plus1d_backward(dy: Tensor, *args: Any) -> list[Tensor]:
     *args, needs = args  # type: ignore[assignment]
     tensors, _, problem, backend = parallel_arguments(args)
+    problem = problem.with_gradient(dy)
     run = dispatch.choose(problem, "backward", backend).parallel_conv2plus1d_backward
     assert run is not None  # else it had been refused
     return as_laid_out(run(problem, tensors, dy, needs), tensors, needs)

@@ -89,8 +89,7 @@ def random_like(shapes: Any) -> Any:
     generator = torch.Generator("cpu").manual_seed(0)
 
     def fill(name: str, t: Tensor) -> Tensor:
-        reach = t.storage_offset() + 1 + _reach(t.shape, t.stride())
-        drawn = torch.randn(reach, generator=generator, device="cpu")
+        drawn = _drawn(t, generator)
         if name.endswith("weight") and t.dim() == 5:
             drawn /= math.prod(t.shape[1:]) ** 0.5
         if name == "var":
@@ -100,6 +99,38 @@ def random_like(shapes: Any) -> Any:
     return type(shapes)(
         **{n: None if t is None else fill(n, t) for n, t in shapes._asdict().items()}
     )
+
+
+def _drawn(t: Tensor, generator: torch.Generator) -> Tensor:
+    """What t lies in, and before it in memory."""
+    reach = t.storage_offset() + 1 + _reach(t.shape, t.stride())
+    return torch.randn(reach, generator=generator, device="cpu")
+
+
+def gradient_like(problem: Problem, small: Problem) -> Tensor:
+    """dy of a small problem on "meta", laid out as that of a call.
+
+    It has the very strides and offset of the call's where at most the batch is another.
+    """
+    dy = small.empty_output(torch.empty((), dtype=small.dtype, device="meta"))
+    if problem.dy_layout is None:
+        return dy
+    strides, offset = problem.dy_layout
+    return _laid_out(dy, strides, problem.out_shape, offset // small.dtype.itemsize)
+
+
+def random_gradient(dy: Tensor) -> Tensor:
+    """Random on the CPU, in memory as the one that is given."""
+    drawn = _drawn(dy, torch.Generator("cpu").manual_seed(1)).to(dy.dtype)
+    return drawn.as_strided(dy.shape, dy.stride(), dy.storage_offset())
+
+
+def move(t: Tensor, device: torch.device) -> Tensor:
+    """t with all that it lies in: of the same strides, and as far from an aligned address."""
+    if t.device == device:
+        return t
+    whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(device)
+    return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def resembling(
@@ -120,16 +151,17 @@ def resembling(
         return torch.empty(shape, dtype=like, device="meta")
 
     x = empty(batch, passes[0].in_channels, *size)
-    if tuple(size) == problem.size and passes[0].in_channels == problem.passes[0].in_channels:
+    x_shape = problem.batch, problem.passes[0].in_channels, *problem.size
+    if x.shape[1:] == x_shape[1:]:
         offset = problem.x_offset // problem.dtype.itemsize
-        reach = offset + 1 + _reach(x.shape, problem.x_stride)
-        x = empty(reach).as_strided(x.shape, problem.x_stride, offset)
+        x = _laid_out(x, problem.x_stride, x_shape, offset)
     elif problem.x_stride[1] == 1:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     shapes = [(p.out_channels, p.in_channels // p.groups, *p.kernel) for p in passes]
+    theirs = [(p.out_channels, p.in_channels // p.groups, *p.kernel) for p in problem.passes]
     weights = [
-        _empty_strided(empty(*shape), strides)
-        for shape, strides in zip(shapes, problem.weight_strides, strict=True)
+        _laid_out(empty(*shape), strides, their if shape == their else ())
+        for shape, their, strides in zip(shapes, theirs, problem.weight_strides, strict=True)
     ]
     if isinstance(problem, ConvProblem):
         return _of_conv(problem, passes[0], there, x, weights[0])
@@ -145,7 +177,7 @@ def resembling(
     rest = {n: empty(of[n == "second_bias"], like=d) for n, d in there.items() if n != "residual"}
     if problem.residual_stride is not None:
         y = empty(*Problem.of(tensors, spec).out_shape)
-        rest["residual"] = _empty_strided(y, problem.residual_stride)
+        rest["residual"] = _laid_out(y, problem.residual_stride, problem.out_shape)
     return tensors._replace(**rest), spec
 
 
@@ -163,20 +195,25 @@ def _of_conv(
     }  # fmt: skip
     n, c, _, *plane = x.shape
     if problem.past_stride is not None:
-        rest["past"] = _empty_strided(
-            empty("past", n, c, problem.past, *plane), problem.past_stride
-        )
+        past = empty("past", n, c, problem.past, *plane)
+        there_before = problem.batch, problem.in_channels, problem.past, *problem.size[1:]
+        rest["past"] = _laid_out(past, problem.past_stride, there_before)
     tensors = ConvTensors(x, weight, **rest)
     if problem.residual_stride is not None:
         y = empty("residual", *ConvProblem.of(tensors, spec).out_shape)
-        tensors = tensors._replace(residual=_empty_strided(y, problem.residual_stride))
+        residual = _laid_out(y, problem.residual_stride, problem.out_shape)
+        tensors = tensors._replace(residual=residual)
     return tensors, spec
 
 
-def _empty_strided(t: Tensor, strides: Sequence[int]) -> Tensor:
-    """t with its axes in the order in memory that strides are of."""
+def _laid_out(t: Tensor, strides: Sequence[int], of: Sequence[int], offset: int = 0) -> Tensor:
+    """t on "meta" with these strides and offset, if all but the batch is ``of`` this shape; else
+    with its axes in the order in memory that the strides are of."""
+    if tuple(t.shape[1:]) == tuple(of[1:]) and of:
+        whole = torch.empty(offset + 1 + _reach(t.shape, strides), dtype=t.dtype, device="meta")
+        return whole.as_strided(t.shape, strides, offset)
     order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
-    inner = torch.empty([t.shape[d] for d in order], dtype=t.dtype, device=t.device)
+    inner = torch.empty([t.shape[d] for d in order], dtype=t.dtype, device="meta")
     return inner.permute([order.index(d) for d in range(t.dim())])
 
 

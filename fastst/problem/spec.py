@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, wraps
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, wraps
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 import torch
@@ -21,6 +21,7 @@ NORMS = ("none", "batch", "frozen")
 COMBINES = ("add", "cat")
 
 T = TypeVar("T")
+Some = TypeVar("Some", bound="Problem")
 Triple = tuple[int, int, int]
 Padding = tuple[int, int, int, int, int, int]
 
@@ -233,6 +234,8 @@ class Problem:
     x_offset: int  # bytes from an address that is a multiple of 16 to x
     weight_strides: tuple[tuple[int, ...], ...]  # in the order of the tensors
     others: tuple[torch.dtype | None, ...]  # of the tensors after the weights; None: there is none
+    # Strides and offset of the dy of a backward pass, as those of x; None: it lies as y.
+    dy_layout: tuple[tuple[int, ...], int] | None = field(default=None, kw_only=True)
 
     @overload
     @staticmethod
@@ -253,6 +256,16 @@ class Problem:
             stride_of(tensors.residual) if isinstance(tensors, PairTensors) else None,
         )  # fmt: skip
         return found
+
+    def with_gradient(self: Some, dy: Tensor) -> Some:
+        """The same call with the layout of this gradient of y: kernels are compiled for it."""
+        layout = dy.stride(), offset_of(dy)
+        found: Some = self if layout == self._as_y else _with_layout(self, layout)
+        return found
+
+    @cached_property
+    def _as_y(self) -> tuple[tuple[int, ...], int]:
+        return self.empty_output(torch.empty((), dtype=self.dtype, device="meta")).stride(), 0
 
     @property
     def out_shape(self) -> tuple[int, int, int, int, int]:
@@ -287,6 +300,11 @@ class Problem:
         """Uninitialised y with the strides that ``nn.Conv3d`` would give it."""
         fmt = torch.channels_last_3d if self.channels_last else torch.contiguous_format
         return torch.empty(self.out_shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+
+
+@cached
+def _with_layout(problem: Problem, layout: tuple[tuple[int, ...], int]) -> Problem:
+    return replace(problem, dy_layout=layout)
 
 
 @dataclass(frozen=True, eq=False)

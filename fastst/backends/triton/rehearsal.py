@@ -19,7 +19,7 @@ import torch
 
 from ...machine import choices
 from ...problem.conv3d import ConvProblem, problem_of
-from ...problem.examples import KINDS, of_kind, problems, resembling
+from ...problem.examples import KINDS, gradient_like, of_kind, problems, resembling
 from ...problem.spec import PairProblem, ParallelProblem, Pass, Problem
 from .. import rehearsal
 from ..contract import Example, Later, Phase
@@ -122,7 +122,7 @@ def _launches(
 ) -> list[launch.Launch]:
     tensors, spec = made
     small = problem_of(tensors, spec)
-    dy = small.empty_output(tensors.x) if phase == "backward" else None
+    dy = gradient_like(problem, small) if phase == "backward" else None
     like = replace(problem, spec=spec)
     return launch.noted(problem.device, lambda: way.run(small, tensors, like, dy))
 

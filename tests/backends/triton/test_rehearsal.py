@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import fastst
 from benchmarks import shapes
+from fastst import dispatch
 from fastst.backends import reference
 from fastst.backends import triton as backend
 from fastst.backends.contract import Later
@@ -21,6 +24,8 @@ from fastst.machine import gpu
 from fastst.problem.conv3d import problem_of
 from fastst.problem.examples import of_kind, off_kinks, resembling
 from fastst.problem.spec import PairProblem, PairSpec, PairTensors, Problem
+from tests.support import fuzz
+from tests.support.fuzz import ConvLimits, Limits
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,6 +51,37 @@ def test_runs_what_the_call_launches(name: str, layout: str, norm: str) -> None:
         ran = [n for e in rehearsal.rehearse(problem, phase) for n in launched(e)]  # type: ignore[arg-type]
         assert needed <= set(ran)
         assert len(ran) < 100
+
+
+@pytest.mark.parametrize(
+    ("limits", "seed"),
+    [
+        *((Limits(batch=5), seed) for seed in (4, 16, 18, 35)),  # dy in another layout than y
+        *((ConvLimits(), seed) for seed in (6, 19, 106)),
+        (ConvLimits(), 23), (ConvLimits(), 132),  # past frames, and weights, with gaps
+    ],
+)  # fmt: skip
+def test_calls_launch_nothing_that_was_not_rehearsed(
+    limits: Limits | ConvLimits, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies how in memory: each of these did once."""
+    draw: Any = fuzz.random_conv if isinstance(limits, ConvLimits) else fuzz.random_config
+    config = draw(seed, limits)
+    kit, names = fuzz.KITS[type(config)], set()
+    tensors, dy = kit.make(config, DEVICE)
+    for name, t in tensors.items():
+        t.requires_grad_(not name.startswith("running") and name not in config.constant)
+
+    def note(launch: backend.launch.Launch) -> bool:
+        names.add(launch.instance)
+        return False
+
+    with (
+        fastst.use_backend("triton"), dispatch.recording() as calls, backend.launch.watched(note)
+    ):  # fmt: skip
+        torch.autograd.backward(kit.call(config, tensors), dy)
+    known = {n for c in calls for n in rehearsal.instances(c.problem, c.phase)}  # type: ignore[arg-type]
+    assert names and names <= known
 
 
 def launched(example: Later) -> list[str]:
