@@ -84,6 +84,24 @@ def test_calls_launch_nothing_that_was_not_rehearsed(
     assert names and names <= known
 
 
+@pytest.mark.parametrize("layout", ["expanded", "sliced"])
+def test_checks_have_the_gradient_of_the_call(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a mean over positions, and behind a concatenation of channels."""
+    monkeypatch.setattr(gpu, "processors", lambda capability: 1)
+    spec, tensors = of_kind("dense", torch.float16)
+    call = Problem.of(tensors, spec)
+    n, k, *size = call.out_shape
+    dy = torch.zeros(n, k, 1, 1, 1, dtype=torch.float16).expand(n, k, *size)
+    if layout == "sliced":
+        dy = torch.zeros(n, *size, k + 3, dtype=torch.float16).permute(0, 4, 1, 2, 3)[:, 1:-2]
+    assert call.with_gradient(call.empty_output(tensors.x)) is call
+    other = call.with_gradient(dy)
+    assert other is call.with_gradient(dy) is not call
+    few = rehearsal.rehearse(other, "backward")
+    assert {*rehearsal.instances(other, "backward")} <= {n for e in few for n in launched(e)}
+    assert selfcheck.check(backend.BACKEND, few, torch.device("cpu"), torch.float16) is None
+
+
 def launched(example: Later) -> list[str]:
     """Instances that an example launches."""
     e = example.make()
