@@ -99,7 +99,7 @@ def test_checks_have_the_gradient_of_the_call(layout: str, monkeypatch: pytest.M
     assert other is call.with_gradient(dy) is not call
     few = rehearsal.rehearse(other, "backward")
     assert {*rehearsal.instances(other, "backward")} <= {n for e in few for n in launched(e)}
-    assert selfcheck.check(backend.BACKEND, few, torch.device("cpu"), torch.float16) is None
+    assert selfcheck.check(backend.BACKEND, few[-1:], torch.device("cpu"), torch.float16) is None
 
 
 def launched(example: Later) -> list[str]:
