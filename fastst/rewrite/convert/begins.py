@@ -94,7 +94,7 @@ class Begins:
             if self.barred or _watched(conv) or not rules.extends(x):
                 x = taken(x, f"{type(conv).__name__} {self.name}")
             else:
-                x.link.plan = x.link.plan._replace(ends=self)
+                x.link.plan = x.link.plan.ended(self)
                 if mode != "zeros":
                     return type(conv)._conv_forward(conv, x, weight, bias)
                 made = pairs.SECOND[weight.dim()](x, weight, bias, *how)

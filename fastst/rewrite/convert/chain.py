@@ -58,6 +58,9 @@ class Plan(NamedTuple):
     def activated(self, kind: str, slope: float) -> Plan:
         return Plan(*self[:6], (kind, slope), *self[7:])
 
+    def ended(self, ends: Any) -> Plan:
+        return Plan(*self[:9], ends, self.half)
+
     def convolved(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """x, weight and bias of the first convolution."""
         x, weight, *bias = [kept.tensor for _, kept in self.convolution.kept]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastst.rewrite.convert import begins, promise, rules
+from fastst.rewrite.convert import begins, endings, promise, rules
 
 from .programs.judge import judge, run, shrink
 from .programs.source import Program, random_program
@@ -126,6 +126,10 @@ PLANTS: dict[str, tuple[Callable[[], Any], str]] = {
     "random numbers": (random_numbers, "dropout"),
     "versions ignored": (versions_ignored, "k = x\n"),
     "state ignored": (state_ignored, "with torch.no_grad():\n            x = self.m"),
+    "strides of its own": (
+        lambda: mock.patch.object(endings, "as_separate", lambda y, *_: y),
+        "nn.Conv3d(4, 4, (3, 1, 1)",
+    ),
     "a millionth more": (other_weights, "nn.GroupNorm"),
 }
 

@@ -416,6 +416,17 @@ def test_the_report_says_what_was_taken_in() -> None:
     assert "one operation each: 2" in str(report)
 
 
+def test_an_empty_batch_is_refused_where_the_plain_module_refuses_it() -> None:
+    """Before a norm behind it counts a batch."""
+    m = nn.Sequential(nn.Conv3d(8, 8, 3), nn.InstanceNorm3d(8, affine=True), nn.BatchNorm3d(8))
+    for convert in (False, True):
+        if convert:
+            fastst.convert(m)
+        with torch.no_grad(), pytest.raises(IndexError):
+            m(torch.randn(0, 8, 4, 6, 6))
+    assert m[2].num_batches_tracked == 0
+
+
 def test_errors_are_those_of_the_plain_module() -> None:
     m = Net(lambda m, x: m.two(F.group_norm(m.one(x), 3)))
     fastst.convert(m.eval())

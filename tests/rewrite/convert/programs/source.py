@@ -18,8 +18,20 @@ DRIVER: dict[str, tuple[Any, ...]] = {  # the first of each is what shrinking go
     "calls": (1, 1, 2),
     "step": (False, True),  # of an optimizer, between two calls
     "batch": (2, 2, 2, 2, 2, 2, 1, 1, 0),
-    "layout": ("plain", "plain", "sliced", "offset"),
-    "after": ("", "", "", "", "deepcopy", "load", "float", "freeze", "twice", "sample"),
+    "layout": ("plain", "plain", "sliced", "offset", "channels-last"),
+    "after": (
+        "",
+        "",
+        "",
+        "",
+        "deepcopy",
+        "load",
+        "float",
+        "freeze",
+        "twice",
+        "sample",
+        "channels-last",
+    ),
     "backward": ("sum", "sum", "square", "second", "twice", "none", "mutated"),
     "inputs": ("normal", "normal", "large", "nan", "small"),
 }
