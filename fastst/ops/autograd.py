@@ -55,7 +55,7 @@ class _PairFunction(torch.autograd.Function):
     ) -> Any:
         args: Any = tensors
         if begun is None:
-            results = call("conv2plus1d_train", *tensors, *encode_spec(spec), backend)
+            results = registered.conv2plus1d_train(PairTensors(*args), spec, backend)
         else:
             results = second_pass(PairTensors(*args), spec, backend, begun)
         y, u, mean, var, *_ = scatter(results, results_of(spec))
@@ -323,7 +323,7 @@ def conv2plus1d(
     elif begun is not None:
         results = second_pass(tensors, without_u, runs, begun)
     else:
-        results = call("conv2plus1d_train", *tensors, *encode_spec(without_u), runs)
+        results = registered.conv2plus1d_train(tensors, without_u, runs)
     found: list[Any] = scatter(results, results_of(without_u))
     y, _, mean, var, count, out_mean, out_var = found
     return (

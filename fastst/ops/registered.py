@@ -174,10 +174,26 @@ def results_of(spec: PairSpec) -> tuple[bool, ...]:
     return True, not spec.recompute, batch, batch, spec.group != "", out, out
 
 
+def conv2plus1d_train(tensors: PairTensors, spec: PairSpec, backend: str) -> list[Tensor]:
+    """The op of training, likewise."""
+    if not is_plain_call(*tensors):
+        found: list[Tensor] = torch.ops.fastst.conv2plus1d_train(
+            *tensors, *encode_spec(spec), backend
+        )
+        return found
+    problem = Problem.of(tensors, spec)
+    with profiler_range("conv2plus1d_train"):
+        return without_autocast(problem.device.type, _train_pair, tensors, problem, backend)
+
+
 def _conv2plus1d_train(*args: Any) -> list[Tensor]:
-    tensors, spec, problem, backend = _trained_pair(args)
+    tensors, _, problem, backend = _trained_pair(args)
+    return _train_pair(tensors, problem, backend)
+
+
+def _train_pair(tensors: PairTensors, problem: PairProblem, backend: str) -> list[Tensor]:
     r = dispatch.choose(problem, "forward", backend).conv2plus1d(problem, tensors, True)
-    return _select_results(r, spec)
+    return _select_results(r, problem.spec)
 
 
 def first_pass(tensors: PairTensors, spec: PairSpec, backend: str) -> Begun | None:
