@@ -48,7 +48,8 @@ def _strides(calls: Sequence[Call], given: Mapping[str, Tensor]) -> tuple[int, .
     device = next(iter(given.values())).device
     key = (
         tuple((n, t.shape, t.stride(), t.dtype) for n, t in given.items()), device,
-        _meaning(calls), torch.get_num_threads(), torch.is_autocast_enabled(device.type)
+        _meaning(calls), torch.get_num_threads(), torch.is_autocast_enabled(device.type),
+        torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled,
     )  # fmt: skip
     try:
         found = _known.get(key)

@@ -177,13 +177,14 @@ def _fits(norm: BatchNorm, p: Promise) -> bool:
     if eps < 0 or (training and eps == 0):  # which PyTorch refuses
         return False
     link = p.link
-    device, shape, dtype, own = link.state.device, link.shape[1:2], link.dtype, None
-    for t in norm[:4]:
-        if t is None:
-            continue
-        if not are_plain(device, t) or t.shape != shape or own not in (None, t.dtype):
-            return False
-        own = t.dtype
+    shape, dtype, own = link.shape[1:2], link.dtype, None
+    if not are_plain(link.state.device, mean, var, weight, bias):
+        return False
+    for t in (mean, var, weight, bias):
+        if t is not None:
+            if t.shape != shape or own not in (None, t.dtype):
+                return False
+            own = t.dtype
     return own in (None, dtype) or (own is torch.float32 and dtype.itemsize == 2)
 
 
