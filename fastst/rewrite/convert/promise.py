@@ -271,6 +271,8 @@ class Promise(Tensor):
         reals, kwargs = _reals(args, func), _reals(kwargs or {}, func)
         with _unseen():
             result = func(*reals, **kwargs)
+        if torch.compiler.is_compiling():  # of a part of the model: Dynamo guards all that is read
+            return result
         _resemble(args)
         if reals and result is reals[0] and _is_in_place(func):  # u.mul_(2) is u
             return args[0]
@@ -297,14 +299,24 @@ def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
     tensor, seen = value.link.compute(reader), vars(value).get("seen")
     if detached:
         return tensor.detach()
-    if seen is None:
-        with _unseen():
-            node = value.grad_fn
-        # Another one than ours: it left a custom Function's forward, which autograd has given one.
-        if node is not None and not (tensor.requires_grad and isinstance(node, _OURS)):
-            with torch.enable_grad():
-                value.seen = seen = _Read.apply(value)
+    # A node other than ours: it left a custom Function's forward, which autograd has given one.
+    if seen is None and not (tensor.requires_grad and _is_ours(value)) and _needs_grad(value):
+        with torch.enable_grad():
+            value.seen = seen = _Read.apply(value)
     return tensor if seen is None else seen
+
+
+def _needs_grad(p: Promise) -> bool:
+    with _unseen():
+        return p.requires_grad
+
+
+def _is_ours(p: Promise) -> bool:
+    """Whether nobody but this module has given a promise its gradient."""
+    if torch.compiler.is_compiling():  # of a part of the model: Dynamo guards all that is read
+        return True
+    with _unseen():
+        return isinstance(p.grad_fn, _OURS)
 
 
 def _reals(value: Any, reader: Any, detached: bool = False) -> Any:

@@ -137,3 +137,21 @@ def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastst.rewrite.convert.chain, "unread", lambda p: True)
     with pytest.raises(AssertionError):
         test_compiled("written")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_part_that_is_compiled_reads_a_promise(grad: bool) -> None:
+    """Dynamo traces what a promise does when it is read."""
+    compiled = torch.compile(lambda v: v * torch.sigmoid(v) + 1, backend="eager")
+    block = Block(lambda m, x: compiled(m.t(compiled(m.n(m.s(x)))))).eval()
+    x, found = torch.randn(2, 4, 5, 6, 6), []
+    for convert in (False, True):
+        if convert:
+            fastst.convert(block)
+        block.zero_grad()
+        with torch.set_grad_enabled(grad):
+            y = block(x)
+        if grad:
+            y.square().sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in block.parameters() if grad)])  # type: ignore[union-attr]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
