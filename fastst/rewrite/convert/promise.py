@@ -193,10 +193,13 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: Link, dtype: torch.dtype, *tensors: Tensor) -> Any:
         ctx.link, ctx.tensors = link, tensors
+        ctx.set_materialize_grads(False)
         return _wrap(link, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is None:
+            return (None,) * (2 + len(ctx.tensors))
         wanted = [t for t in ctx.tensors if t.requires_grad]  # which may have been frozen since
         graph = torch.is_grad_enabled()
 

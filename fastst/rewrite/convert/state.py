@@ -78,7 +78,8 @@ class State:
                 )
             if now.stream != self.stream:
                 stack.enter_context(torch.cuda.stream(self.stream))
-            if now.hooks != self.hooks:
+            # Asked anew: where the reader records nothing it has not looked for hooks.
+            if self.grad and _autograd._top_saved_tensors_default_hooks(True) != self.hooks:
                 stack.enter_context(_saved_under(self.hooks))
             yield
         if now.stream is not None and self.stream is not None and now.stream != self.stream:

@@ -243,6 +243,24 @@ def dirty(m: Any, x: Tensor) -> Tensor:
     return m.t(Dirty.apply(u)) + u.mean()
 
 
+def read_by_nobody(m: Any, x: Tensor) -> Tensor:
+    """No gradient comes back: parameters have none, not zeros."""
+    return m.t(checkpoint(lambda u: u.detach() + 0 * m.n.weight.sum(), m.s(x), use_reentrant=True))
+
+
+def written_in_a_checkpoint(m: Any, x: Tensor) -> Tensor:
+    """The convolution runs in there, without recording what is recorded outside."""
+    u = m.s(x)
+    m.s.weight = nn.Parameter(m.s.weight.detach())
+
+    def inner(v: Tensor) -> Tensor:
+        with torch.no_grad():
+            u.mul_(1.5)
+        return v
+
+    return m.t(checkpoint(inner, u, use_reentrant=False).sin())
+
+
 def swish(m: Any, x: Tensor) -> Tensor:
     u = m.n(m.s(x))
     return m.t(u * torch.sigmoid(u))
@@ -271,6 +289,8 @@ BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {  # with how many
     "autocast first": (autocast_first, 0),
     "autocast second": (autocast_second, 0),
     "swish": (swish, 0),
+    "read by nobody": (read_by_nobody, 0),
+    "written in a checkpoint": (written_in_a_checkpoint, 0),
     "under a mode": (under(Twice, True), 0),
     "into a mode": (under(Twice, False), 0),
     "under a mode of operators": (under(TwiceBelow, True), 0),
@@ -344,7 +364,9 @@ def test_as_the_plain_module(name: str, training: bool) -> None:
 
 @pytest.mark.parametrize("name", BODIES)
 def test_in_inference_mode(name: str) -> None:
-    if name in ("hook", "checkpoint", "reentrant", "nested reentrant", "checkpoint between"):
+    if name in ("hook", "checkpoint", "reentrant", "nested reentrant", "checkpoint between") or (
+        name in ("read by nobody", "written in a checkpoint")
+    ):
         pytest.skip("needs gradients")
     plain = Block(BODIES[name][0]).eval()
     converted = copy.deepcopy(plain)
