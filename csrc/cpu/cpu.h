@@ -15,7 +15,8 @@ struct View : fastst::View {
   Storage storage = Storage::f32;
 };
 
-// As fastst::Source, of these views; norm_gradient knows one table and no positions.
+// As fastst::Source, of these views; norm_gradient knows one table and no positions. Channels of a
+// plain one beyond those that are read are zeros.
 struct Source {
   View a;
   std::optional<View> b;

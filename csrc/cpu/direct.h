@@ -8,26 +8,28 @@
 
 namespace fastst::cpu {
 
-// Weights of two input channels each, side by side in the place of a float.
+// Weights of two input channels each, side by side in the place of a float. Taps of a row may be
+// taken together, as channels.
 class PairPacker {
  public:
-  PairPacker(const Weights& weights, int64_t)
-      : paired_(weights.paired()),
-        channels_(weights.in),
-        units_(units<Bf16Pairs>(weights.in)),
-        packer_(paired_.value_or(weights), paired_ ? units_ : channels_) {}
+  PairPacker(const Weights& weights, int64_t together)
+      : paired_(together > 1 ? std::nullopt : weights.paired()),
+        channels_(weights.in * together),
+        units_(units<Bf16Pairs>(channels_)),
+        packer_(paired_.value_or(weights), paired_ ? units_ : weights.in),
+        taps_(packer_.taps() / together) {}
 
   const std::vector<Block>& blocks() const { return packer_.blocks(); }
   int64_t channels() const { return units_; }
   int64_t chunk() const { return units_; }
   int64_t row(int64_t tap, int64_t unit) const { return tap * units_ + unit; }
-  int64_t size(const Block& b) const { return packer_.taps() * units_ * b.vectors * kLanes; }
+  int64_t size(const Block& b) const { return taps_ * units_ * b.vectors * kLanes; }
   void pack(const Block& b, float* to) const {
     if (paired_) return packer_.pack(b, to);
     const Scratch rows(packer_.size(b));
     packer_.pack(b, rows);
     const int64_t pitch = b.vectors * kLanes;
-    for (int64_t tap = 0; tap < packer_.taps(); ++tap)
+    for (int64_t tap = 0; tap < taps_; ++tap)
       for (int64_t c = 0; c < channels_; c += 2) {
         const float* even = rows + (tap * channels_ + c) * pitch;
         for (int64_t i = 0; i < pitch; i += kLanes, to += kLanes) {
@@ -41,6 +43,7 @@ class PairPacker {
   std::optional<Weights> paired_;  // whose numbers are pairs, where they lie so
   int64_t channels_, units_;
   WeightPacker packer_;
+  int64_t taps_;
 };
 
 // What an output channel sums over: all channels of the source.
@@ -91,10 +94,15 @@ class Direct {
       : problems_(problems),
         g_(joined(problems)),
         in_(problems[0].in),
-        in_place_(readable_in_place<Kind>(g_, in_)) {
+        row_(problems[0].row),
+        channels_(in_.channels * (row_ ? row_->kernel : 1)),
+        in_place_(!row_ && readable_in_place<Kind>(g_, in_)) {
     for (const Problem& p : problems) {
       const int index = static_cast<int>(packers_.size());
-      packers_.emplace_back(p.weights, Products::chunk_of(p.weights));
+      if constexpr (Kind::kChannels == 1)
+        packers_.emplace_back(p.weights, Products::chunk_of(p.weights));
+      else
+        packers_.emplace_back(p.weights, row_ ? row_->kernel : 1);
       for (const Block& b : packers_.back().blocks()) work_.push_back({index, b});
     }
   }
@@ -106,12 +114,17 @@ class Direct {
   int64_t weights_size(const Work& w) const { return packers_[w.problem].size(w.block); }
   void pack_weights(const Work& w, float* to) const { packers_[w.problem].pack(w.block, to); }
 
-  int64_t reads(const Tile& t) const { return packed_size<Kind>(g_, t, in_.channels); }
-  int64_t tile_size(const Tile& t) const { return in_place_ ? 0 : reads(t); }
+  int64_t reads(const Tile& t) const { return packed_size<Kind>(g_, t, channels_); }
+  int64_t tile_size(const Tile& t) const { return in_place_ ? 0 : reads(t) + (row_ ? kLanes : 0); }
   Packed pack(const Tile& t, float* to) const {
     if (in_place_) return in_place<Kind>(g_, t, in_);
+    if constexpr (Kind::kChannels > 1)
+      if (row_) {
+        pack_rows_of_taps<Kind>(g_, *row_, t, in_, to);
+        return packed_strides<Kind>(g_, t, channels_, to);
+      }
     pack_tile<Kind>(g_, t, in_, to);
-    return packed_strides<Kind>(g_, t, in_.channels, to);
+    return packed_strides<Kind>(g_, t, channels_, to);
   }
 
   // Calls done(sums, pitch, positions, count) until all positions of a tile, which is inside what
@@ -138,10 +151,8 @@ class Direct {
     const auto start = [&](int64_t i) {
       return p.lines ? std::min(i * held, each) : groups.start(i);
     };
-    const Offsets places(tile, [&](int64_t t, int64_t h, int64_t w) {
-      return t * p.g.t.stride * packed.t + h * p.g.h.stride * packed.h +
-             w * p.g.w.stride * packed.w;
-    });
+    const Offsets places(tile, 0, p.g.t.stride * packed.t, p.g.h.stride * packed.h,
+                         p.g.w.stride * packed.w);
     const Scratch sums((chunks > 1 ? tile.positions() : kHeld) * pitch);
     std::vector<Segment> segments;
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
@@ -227,6 +238,8 @@ class Direct {
   const std::vector<Problem>& problems_;
   const Geometry g_;
   const Input in_;
+  const std::optional<Axis> row_;
+  const int64_t channels_;  // of what is packed
   const bool in_place_;
   std::deque<typename Products::Packer> packers_;
   std::vector<Work> work_;

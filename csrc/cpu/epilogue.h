@@ -12,10 +12,9 @@ namespace fastst::cpu {
 constexpr int kMostPlaces = 32;
 static_assert(kMostPlaces >= 2 * kMostRows && kMostPlaces * 4 >= kLine);
 struct Places {
-  int64_t offset[kMostPlaces];
-  int count = 0;
+  const int64_t* offset;
+  int count;
 
-  void add(int64_t at) { offset[count++] = at; }
   // How many from r on, at most kLanes, are neighbours: each one element after the one before it.
   int run(int r) const {
     int n = 1;
@@ -46,16 +45,21 @@ class Finisher {
         bias_(bias),
         norm_(norm) {}
 
-  // Says that a vector of channels will be stored to these places.
-  void expect(int64_t channel, const Places& to) const {
+  // Says that some vectors of channels will be stored to these places. Of neighbours each line
+  // once: where the last one is not whole, it is the first of the next place.
+  void expect(int64_t channel, int vectors, const Places& to) const {
     if (large_) return;
     const Tensor base = out_.from(channel);
     const auto place = [&](int64_t at) { return base.shifted(at).data; };
+    const int64_t wide = std::min<int64_t>(vectors * kLanes, stored_ - channel);
     if (out_.c == 1) {
-      for (int r = 0; r < to.count; ++r) prefetch_to_write(place(to.offset[r]));
+      const int64_t bytes = wide * bytes_of(out_.storage);
+      for (int r = 0; r < to.count; ++r) {
+        const std::byte* at = place(to.offset[r]);
+        for (int64_t b = 0; b < bytes; b += kLine) prefetch_to_write(at + b);
+      }
       return;
     }
-    const int64_t wide = std::min<int64_t>(kLanes, stored_ - channel);
     const int64_t last = to.offset[to.count - 1];
     for (int64_t i = 0; i < wide; ++i) prefetch_to_write(place(i * out_.c + last));
   }
@@ -74,7 +78,7 @@ class Finisher {
       for (int r = 0; r < rows; ++r) x[r] = load(sums + r * pitch) + k.bias;
       statistics(x, rows, *partial, before);
     }
-    with_storage(out_.storage, [&](auto s) {
+    with_stored([&](auto s) {
       using S = decltype(s);
       S* const base = out_.at<S>(channel * out_.c);
       const int64_t wide = std::min<int64_t>(kLanes, stored_ - channel);
@@ -109,6 +113,12 @@ class Finisher {
  private:
   static constexpr int kBlock = 8;  // rows that are finished in registers
 
+  template <class F>
+  void with_stored(F f) const {
+    if (out_.storage == Storage::bf16 && rounds_) return f(RoundedBFloat16{});
+    with_storage(out_.storage, f);
+  }
+
   // What is done to a vector of channels.
   struct Channels {
     Vec bias{}, mean{}, scale = splat(1.0f), beta{};
@@ -138,6 +148,11 @@ class Finisher {
 
   [[gnu::always_inline]] void activate_all(Activation act, Vec (&v)[kBlock]) const {
     if (act == Activation::none) return;
+    if (act == Activation::relu) {  // in registers, where a choice of all would pass them in memory
+#pragma GCC unroll 8
+      for (Vec& x : v) x = activate<Activation::relu>(x, slope_);
+      return;
+    }
     with_activation(act, [&](auto k) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (Vec& x : v) x = activate<decltype(k)::value>(x, slope_);
@@ -231,6 +246,7 @@ class Finisher {
   Activation act_, outer_;
   float slope_;
   bool large_;
+  const bool rounds_ = multiplies_pairs();  // by an instruction
   Tensor out_, aux_;
   int64_t channels_, stored_;
   const float* bias_;

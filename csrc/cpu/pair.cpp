@@ -109,7 +109,6 @@ struct Strips {
     Conv conv = p.conv[0];
     conv.padding[2 * axis] -= begin * conv.stride[axis];
     tap_conv(plain(part(t.x, 0, clip, end_clip)), t.weight[0], conv, mid, between, p.sums, threads);
-    mid.size[1] = t.mid_channels();
     const auto cut = [&](const View& v) {
       return part(part(v, 0, clip, end_clip), 2 + axis, begin, end);
     };
@@ -172,7 +171,6 @@ void pair_training(const PairPlan& p, const PairTensors& t, void* mid, bool kept
   const Coefficients norm(t.mean, t.var, t.gamma, t.beta, p.eps);
   View z = rows(mid, p.mid_shape, t.x.storage);
   run(p, t, 0, plain(t.x), z, beginning(p, t, norm.array(), p.act), {}, threads);
-  z.size[1] = t.mid_channels();
   run(p, t, 1, plain(z), out, ending(p, t), out_statistics, threads);
 }
 

@@ -3,12 +3,15 @@
 
 #include <storage.h>
 
+#include <algorithm>
+
 namespace fastst::cpu {
 
 // What is multiplied: floats.
 struct Floats {
   using Stored = float;
-  static constexpr int kChannels = 1;  // in the place of a float
+  static constexpr int kChannels = 1;   // in the place of a float
+  static constexpr bool kWhole = true;  // and all that lies there
   static Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
   static Vec of(const Vec* channels) { return *channels; }
   // n neighbouring channels of a position, from c on.
@@ -37,17 +40,11 @@ constexpr bool kHasPairs = false;
 struct Bf16Pairs {
   using Stored = BFloat16;
   static constexpr int kChannels = 2;
+  static constexpr bool kWhole = true;
 #if defined(__AVX512F__)
-  // In assembler: with the compiler's option for them, it would use these instructions elsewhere as
-  // well.
   static Vec add(Vec sum, Vec a, Vec b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
-  }
-  static Half round(Vec v) {
-    Half rounded;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
-    return rounded;
   }
 #else
   // What that instruction does, so that all around it can be tried without.
@@ -57,7 +54,6 @@ struct Bf16Pairs {
     const auto even = [](Bits v) { return reinterpret_cast<Vec>(v << 16); };
     return sum + odd(x) * odd(y) + even(x) * even(y);
   }
-  static Half round(Vec v) { return narrow(v, BFloat16{}); }
 #endif
   static Vec of(const Vec* channels) {
     const auto low = bits(channels[0]) >> 16, high = bits(channels[1]);
@@ -71,9 +67,22 @@ struct Bf16Pairs {
   static void put(float* position, int64_t c, Vec v, int64_t n) {
     BFloat16* to = reinterpret_cast<BFloat16*>(position) + c;
     if (n == kLanes)
-      store_half(to, round(v));
+      store_half(to, round_bf16(v));
     else
-      store_half(to, round(v), n + n % 2);
+      store_half(to, round_bf16(v), n + n % 2);
+  }
+  // Neighbouring channels, and zeros that fill the last vector.
+  static void fill(const BFloat16* from, int64_t channels, float* to) {
+    constexpr int64_t kAtOnce = 2 * kLanes;
+    for (; channels > 0; channels -= kAtOnce, from += kAtOnce, to += kLanes) {
+      const int64_t n = std::min(channels, kAtOnce);
+#if defined(__AVX512F__)
+      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(~__mmask32(0) >> (kAtOnce - n), from));
+#else
+      std::memset(to, 0, kLanes * sizeof(float));
+      std::memcpy(to, from, n * sizeof(BFloat16));
+#endif
+    }
   }
   template <class F>
   static void with_stored(Storage, F f) {
@@ -81,13 +90,14 @@ struct Bf16Pairs {
   }
   // Rounded, in the upper half.
   static UnsignedBits bits(Vec v) {
-    return reinterpret_cast<UnsignedBits>(widen(round(v), BFloat16{}));
+    return reinterpret_cast<UnsignedBits>(widen(round_bf16(v), BFloat16{}));
   }
 };
 
 // Pairs whose two numbers come apart: the first one, beside a zero; and the second.
 struct FirstOfPairs : Floats {
   using Stored = void;
+  static constexpr bool kWhole = false;
   static void put(float* to, int64_t c, Vec v, int64_t n) {
     Floats::put(to, c, reinterpret_cast<Vec>(Bf16Pairs::bits(v) >> 16), n);
   }

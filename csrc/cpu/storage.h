@@ -19,6 +19,9 @@ struct Float16 {
   uint16_t bits;
 };
 
+// BFloat16 on processors that round to it by an instruction (AVX512_BF16).
+struct RoundedBFloat16 : BFloat16 {};
+
 // Calls f with a value of the type, so that what it compiles to has no choice inside.
 template <class F>
 auto with_storage(Storage storage, F f) {
@@ -99,8 +102,27 @@ inline Half narrow(Vec v, BFloat16) {
   return pack_half(reinterpret_cast<Bits>(v == v ? rounded : high | 0x40));
 }
 
+#if defined(__AVX512F__)
+// By that instruction, which takes denormals for zeros. In assembler: with the compiler's option
+// for it, it would use such instructions elsewhere as well.
+inline Half round_bf16(Vec v) {
+  Half rounded;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+  return rounded;
+}
+inline Half narrow(Vec v, RoundedBFloat16) {
+  constexpr int kDenormal = 0x20;
+  if (_mm512_fpclass_ps_mask(v, kDenormal)) [[unlikely]]
+    return narrow(v, BFloat16{});
+  return round_bf16(v);
+}
+#else
+inline Half round_bf16(Vec v) { return narrow(v, BFloat16{}); }
+inline Half narrow(Vec v, RoundedBFloat16) { return narrow(v, BFloat16{}); }
+#endif
+
 template <class S>
-concept Narrow = std::is_same_v<S, BFloat16> || std::is_same_v<S, Float16>;
+concept Narrow = std::is_base_of_v<BFloat16, S> || std::is_same_v<S, Float16>;
 
 template <Narrow S>
 inline Vec load(const S* p) {

@@ -3,6 +3,7 @@
 
 #include <activation.h>
 #include <cpu.h>
+#include <parallel.h>
 #include <products.h>
 
 #include <algorithm>
@@ -151,12 +152,13 @@ struct Input {
   Activation act;
   float slope;
   int64_t channels;
+  int64_t zeros = 0;  // that follow the channels of a plain source
 
   Input from(int64_t channel, int64_t count) const {
     Input part = *this;
     part.a = a.from(channel), part.b = b.from(channel), part.norm = norm.from(channel);
     part.past = past.from(channel);
-    part.channels = count;
+    part.channels = count, part.zeros = 0;
     return part;
   }
   // The past alone: it is read as it is.
@@ -239,7 +241,7 @@ class Reader {
     if (R == Read::plain && pitch == each) {
       if (in_.a.c == 1 && in_.a.w == channels && channels % Kind::kChannels == 0)
         return copy(a, count * channels, to);
-      if (in_.a.w == 1 && each <= kFew) return interleave(a, count, to);
+      if (in_.a.w == 1 && each <= kFew && Kind::kWhole) return interleave(a, count, to);
     }
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, channels - c);
@@ -367,15 +369,25 @@ void with_reader(const Input& in, F f) {
   });
 }
 
+// The positions of a row that outputs read, from `left` on, in pieces that are neighbours in
+// memory: piece(the first, where that is, how many); where there are none, −1. `zeros`: the whole
+// row is.
+template <class F>
+void each_piece(const Axis& axis, int64_t left, int64_t width, bool zeros, F piece) {
+  if (zeros) return piece(0, -1, width);
+  const int64_t from = std::clamp<int64_t>(-left, 0, width);
+  const int64_t until = std::clamp<int64_t>(axis.in - left, from, width);
+  for (int64_t i = 0; i < from; ++i) piece(i, axis.source(left + i), 1);
+  if (until > from) piece(from, left + from, until - from);
+  for (int64_t i = until; i < width; ++i) piece(i, axis.source(left + i), 1);
+}
+
 // Fills what the outputs of a tile read. Frames that are zeros are left as they are: taps skip
 // them, because zeros that are read through norm and activation would not stay zeros.
 template <class Kind>
 void pack_tile(const Geometry& g, const Tile& tile, const Input& in, float* to) {
   const Packed at = packed_strides<Kind>(g, tile, in.channels, to);
   const int64_t width = g.w.extent(tile.w1 - tile.w0), left = g.w.first(tile.w0);
-  // Positions [from, until) of a row are stored side by side; the others are padding.
-  const int64_t from = std::clamp<int64_t>(-left, 0, width);
-  const int64_t until = std::clamp<int64_t>(g.w.in - left, from, width);
   const Input past = in.as_past();
   const auto read_past = [&](const From& at, int64_t count, float* row, int64_t pitch) {
     with_reader<Kind>(past, [&](const auto& read) { read(at, count, row, pitch); });
@@ -387,21 +399,62 @@ void pack_tile(const Geometry& g, const Tile& tile, const Input& in, float* to) 
       for (int64_t ih = 0; ih < g.h.extent(tile.h1 - tile.h0); ++ih) {
         float* row = to + it * at.t + ih * at.h;
         const int64_t h = g.h.source(g.h.first(tile.h0) + ih);
-        const auto piece = [&](int64_t begin, int64_t count) {
-          const int64_t w = h < 0 ? -1 : g.w.source(left + begin);
+        each_piece(g.w, left, width, h < 0, [&](int64_t begin, int64_t w, int64_t count) {
           if (w < 0)
             std::memset(row + begin * at.w, 0, count * at.w * sizeof(float));
           else if (t < in.before)
             read_past(past.at(tile.n, t, h, w), count, row + begin * at.w, at.w);
           else
             read(in.at(tile.n, t - in.before, h, w), count, row + begin * at.w, at.w);
-        };
-        for (int64_t i = 0; i < from; ++i) piece(i, 1);
-        if (until > from) piece(from, until - from);
-        for (int64_t i = until; i < width; ++i) piece(i, 1);
+        });
       }
     }
   });
+}
+
+constexpr int64_t kFewChannels = 8;
+
+// Whether the pixels of a row are stored one after the other, as pairs of bfloat16 are made of
+// them.
+inline bool has_dense_rows(const Input& in) {
+  const Tensor& a = in.a;
+  return in.read == Read::plain && a.storage == Storage::bf16 && a.c == 1 && a.w == in.channels &&
+         !in.before;
+}
+
+// The same, of a few channels, with the taps of a row as channels of an output, side by side: those
+// of (w, its channels) in the order of memory, and zeros up to a whole pair. `row` is the axis of
+// these taps, `g` what is left without them. Up to a vector of zeros follows.
+template <class Kind>
+void pack_rows_of_taps(Geometry g, const Axis& row, const Tile& tile, const Input& in, float* to) {
+  using Stored = typename Kind::Stored;
+  const int64_t c = in.channels, channels = row.kernel * c, each = units<Kind>(channels);
+  const int64_t outputs = tile.w1 - tile.w0, width = row.extent(outputs), pitch = units<Kind>(c);
+  const bool dense = has_dense_rows(in);
+  g.w = row;
+  const Scratch apart(dense ? 0 : packed_size<Kind>(g, tile, c) + kFewChannels);
+  if (!dense) pack_tile<Kind>(g, tile, in, apart);
+  const Scratch memory(width * pitch + kFewChannels);
+  auto* const line = reinterpret_cast<Stored*>(memory.data());
+  const float* from = apart;
+  for (int64_t it = 0; it < g.t.extent(tile.t1 - tile.t0); ++it)
+    for (int64_t ih = 0; ih < g.h.extent(tile.h1 - tile.h0); ++ih) {
+      const int64_t t = g.t.source(g.t.first(tile.t0) + it);
+      const int64_t h = g.h.source(g.h.first(tile.h0) + ih);
+      if (dense && t >= 0)
+        each_piece(row, row.first(tile.w0), width, h < 0, [&](int64_t i, int64_t w, int64_t n) {
+          if (w < 0)
+            std::memset(line + i * c, 0, n * c * sizeof(Stored));
+          else
+            std::memcpy(line + i * c, in.a.at<Stored>(in.a.offset(tile.n, t, h, w)),
+                        n * c * sizeof(Stored));
+        });
+      else if (!dense)
+        for (int64_t w = 0; w < width; ++w, from += pitch)
+          std::memcpy(line + w * c, from, kFewChannels * sizeof(Stored));
+      for (int64_t o = 0; o < outputs; ++o, to += each)
+        Kind::fill(line + o * row.stride * c, channels, to);
+    }
 }
 
 // Whether the tiles can be read where they are: stored as they are multiplied, nothing to compute,
@@ -412,10 +465,11 @@ bool readable_in_place(const Geometry& g, const Input& in) {
   const Tensor& a = in.a;
   const bool frames = g.t.mode == PadMode::zeros || g.t.inside();
   const auto whole = [](auto... elements) { return ((elements % Kind::kChannels == 0) && ...); };
+  const int64_t lacking = units<Kind>(in.channels) * Kind::kChannels - in.channels;
   bool stored = false;
   with_storage(a.storage, [&](auto s) { stored = std::is_same_v<decltype(s), Stored>; });
-  return in.read == Read::plain && stored && a.c == 1 && whole(in.channels, a.t, a.h, a.w) &&
-         !in.before && g.h.inside() && g.w.inside() && frames;
+  return in.read == Read::plain && stored && a.c == 1 && lacking <= in.zeros &&
+         whole(a.t, a.h, a.w) && !in.before && g.h.inside() && g.w.inside() && frames;
 }
 
 template <class Kind>

@@ -8,6 +8,7 @@
 #include <weights.h>
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 namespace fastst::cpu {
@@ -24,6 +25,7 @@ struct Problem {
   int64_t first, stored;  // channel of out in its tensor; channels of out
   const float* bias;
   Norm norm;
+  std::optional<Axis> row;  // the axis w as it was, where its taps are channels of each output
   bool lines;  // channels of out are not neighbours: sums wait until they fill lines of positions
 };
 
@@ -45,14 +47,15 @@ inline Tile inside(const Tile& tile, const Geometry& g) {
 // that find a place take as long as many products.
 class Offsets {
  public:
-  template <class F>
-  Offsets(const Tile& tile, F f)
+  // t, h, w: from one output to the next.
+  Offsets(const Tile& tile, int64_t start, int64_t t, int64_t h, int64_t w)
       : memory_(tile.positions() * sizeof(int64_t) / sizeof(float)),
         data_(reinterpret_cast<int64_t*>(memory_.data())) {
     int64_t* to = data_;
-    for (int64_t t = 0; t < tile.t1 - tile.t0; ++t)
-      for (int64_t h = 0; h < tile.h1 - tile.h0; ++h)
-        for (int64_t w = 0; w < tile.w1 - tile.w0; ++w) *to++ = f(t, h, w);
+    const int64_t width = tile.w1 - tile.w0;
+    for (int64_t i = 0; i < tile.t1 - tile.t0; ++i)
+      for (int64_t j = 0; j < tile.h1 - tile.h0; ++j, to += width)
+        for (int64_t k = 0; k < width; ++k) to[k] = start + i * t + j * h + k * w;
   }
   int64_t operator[](int64_t i) const { return data_[i]; }
   const int64_t* from(int64_t i) const { return data_ + i; }

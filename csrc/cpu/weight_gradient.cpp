@@ -38,16 +38,16 @@ std::vector<Panel> vector_panels(int64_t lo, int64_t hi) {
   return panels;
 }
 
-// Where a tap (t, h, w) finds packed x for the outputs of a box, in elements of panels; dy's are
-// `width` channels wide. Neighbouring runs are joined.
+// Where a tap (t, h, w) finds packed x for the outputs of a box, in elements of panels that are
+// `x_width` channels wide; dy's are `width`. Neighbouring runs are joined.
 std::vector<Segment> segments(const Reads& x, const Box& box, const std::array<int64_t, 3>& tap,
-                              int64_t width) {
+                              int64_t x_width, int64_t width) {
   const auto& [clips, ts, hs, ws] = box;
   const Range t = valid(x.axis[0], ts, tap[0]), h = valid(x.axis[1], hs, tap[1]);
   const Range w = valid(x.axis[2], ws, tap[2]);
   std::vector<Segment> found;
   if (w.size() == 0) return found;
-  const int64_t step = x.window[2].pitch * kLanes;
+  const int64_t step = x.window[2].pitch * x_width;
   const auto entry = [&](int i, int64_t o) { return x.window[i].entry(x.axis[i], o, tap[i]); };
   for (int64_t n = 0; n < clips.size(); ++n)
     for (int64_t i = t.lo; i < t.hi; ++i)
@@ -55,7 +55,7 @@ std::vector<Segment> segments(const Reads& x, const Box& box, const std::array<i
         const int64_t frame = n * x.window[0].count + entry(0, i);
         const int64_t line = frame * x.window[1].count + entry(1, j);
         const int64_t own = (n * ts.size() + i - ts.lo) * hs.size() + j - hs.lo;
-        const Segment s = {(line * x.window[2].count + entry(2, w.lo)) * kLanes,
+        const Segment s = {(line * x.window[2].count + entry(2, w.lo)) * x_width,
                            (own * ws.size() + w.lo - ws.lo) * width, w.size()};
         const bool joins = !found.empty() && found.back().count + s.count <= kLongestSum &&
                            found.back().a + found.back().count * step == s.a &&
@@ -74,12 +74,13 @@ Reads reads_of(const std::array<Axis, 3>& axis, const Box& box) {
 }
 
 // The same of all taps.
-std::vector<std::vector<Segment>> all_segments(const Reads& x, const Box& box, int64_t width) {
+std::vector<std::vector<Segment>> all_segments(const Reads& x, const Box& box, int64_t x_width,
+                                               int64_t width) {
   std::vector<std::vector<Segment>> found;
   for (int64_t t = 0; t < x.axis[0].kernel; ++t)
     for (int64_t h = 0; h < x.axis[1].kernel; ++h)
       for (int64_t w = 0; w < x.axis[2].kernel; ++w)
-        found.push_back(segments(x, box, {t, h, w}, width));
+        found.push_back(segments(x, box, {t, h, w}, x_width, width));
   return found;
 }
 
@@ -169,8 +170,10 @@ class Group {
   Group(const Input& x, const Input& dy, const Geometry& g, const View& dw, int threads,
         const Pairing& pairing = {})
       : pairing_(pairing), dw_(dw), threads_(threads), taps_(g.taps()) {
+    // A few channels lie as close as they do in a clip.
+    x_width_ = std::min<int64_t>(kLanes, x.channels);
     for (int64_t c = 0; c < x.channels; c += kLanes)
-      in_.push_back({c, std::min<int64_t>(kLanes, x.channels - c), kLanes});
+      in_.push_back({c, std::min<int64_t>(kLanes, x.channels - c), x_width_});
     Geometry own = g;
     if constexpr (kPaired) {
       const Axis& axis = g.*pairing.axis;
@@ -224,7 +227,8 @@ class Group {
     first_.push_back(out_.size());
     const int64_t share = (vectors + ranges_ - 1) / ranges_ * kLanes;
     parts_ = threads_ / ranges_;
-    const int64_t limit = parts_ == 1 ? kWholeFloats : kBoxFloats, wide = in_.size() * kLanes;
+    const int64_t limit = parts_ == 1 ? kWholeFloats : kBoxFloats;
+    const int64_t wide = in_.size() * x_width_;
     boxes_ = cut_boxes(g, wide, share, limit, parts_);
     if (parts_ == 1 && boxes_.size() > 1) boxes_ = cut_boxes(g, wide, share, kBoxFloats, 1);
     parts_ = std::min<int64_t>(parts_, boxes_.size());
@@ -234,30 +238,36 @@ class Group {
   int64_t at(int64_t out, int64_t in) const { return start_[out] + in * block_size(out_[out]); }
 
   Reads reads(const Box& box) const { return reads_of(axis_, box); }
+  // Floats of packed x, up to where dy begins.
+  int64_t panels_of(const Reads& x) const {
+    const int64_t vectors = (x.count() * in_.size() * x_width_ + kLanes - 1) / kLanes;
+    return vectors * kLanes;
+  }
 
   // Sums over one part of the boxes for one range of dy's channels.
   void item(int64_t part, int64_t range, float* sums, bool whole) const {
     const int64_t count = boxes_.size();
     const int64_t begin = count * part / parts_, end = count * (part + 1) / parts_;
     const Panel *first = &out_[first_[range]], *last = &out_[first_[range + 1]];
-    const int64_t wide = in_.size() * kLanes, columns = last[-1].channel + last[-1].width;
+    const int64_t columns = last[-1].channel + last[-1].width;
     const Scratch block(whole ? taps_ * kLanes * kMostVectors * kLanes : 0);
     int64_t most = 0;
     for (int64_t b = begin; b < end; ++b)
       most = std::max(
-          most, reads(boxes_[b]).count() * wide + outputs(boxes_[b]) * (columns - first->channel));
+          most, panels_of(reads(boxes_[b])) + outputs(boxes_[b]) * (columns - first->channel));
     const Scratch packed(most);
     for (int64_t b = begin; b < end; ++b) {
       const Reads x = reads(boxes_[b]), own = themselves(boxes_[b]);
-      float* dy = packed + x.count() * wide;
+      float* dy = packed + panels_of(x);
       pack(x, x_, &in_.front(), &in_.back() + 1, packed);
       pack(own, dy_, first, last, dy);
       for (const Panel* out = first; out < last; dy += own.count() * out++->width) {
-        const auto taps = all_segments(x, boxes_[b], out->width);
+        const auto taps = all_segments(x, boxes_[b], x_width_, out->width);
         for (size_t i = 0; i < in_.size(); ++i) {
-          const float* panel = packed + i * x.count() * kLanes;
+          const float* panel = packed + i * x.count() * x_width_;
           float* to = whole ? block.data() : sums + part * start_.back() + at(out - &out_[0], i);
-          multiply_panels(panel, x.window[2].pitch * kLanes, in_[i], dy, *out, taps, to, b > begin);
+          multiply_panels(panel, x.window[2].pitch * x_width_, in_[i], dy, *out, taps, to,
+                          b > begin);
           if (whole) write_block(to, in_[i], *out, dw_);
         }
       }
@@ -309,6 +319,7 @@ class Group {
   std::vector<int64_t> first_;  // dy panel of each range
   std::vector<Box> boxes_;
   int64_t parts_ = 1, ranges_ = 1;
+  int64_t x_width_;  // of panels of x
 };
 
 // A depthwise convolution: dW[c, tap] = Σ_p x[p·stride + tap, c] · dy[p, c], a vector of channels
@@ -348,7 +359,7 @@ class Channelwise {
       float* dy = packed + x.count() * wide;
       pack_panels<Floats>(x, x_, &panels_.front(), &panels_.back() + 1, packed);
       pack_panels<Floats>(own, dy_, &panels_.front(), &panels_.back() + 1, dy);
-      const auto taps = all_segments(x, boxes_[b], kLanes);
+      const auto taps = all_segments(x, boxes_[b], kLanes, kLanes);
       for (size_t i = 0; i < panels_.size(); ++i)
         for (int64_t tap = 0; tap < taps_; ++tap)
           for (const Segment& s : taps[tap]) {

@@ -60,7 +60,7 @@ def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
         return f"does not use the instructions by which this processor multiplies {name}"
     in_pairs = problem.dtype == torch.bfloat16 and library.library().multiplies_pairs()
     for p in problem.passes:
-        if in_pairs and p.in_channels // p.groups < _LEAST_PER_GROUP:  # 3 take the time of 4
+        if in_pairs and p.groups > 1 and p.in_channels // p.groups < _LEAST_PER_GROUP:
             return (
                 f"is slow with fewer than {_LEAST_PER_GROUP} input channels per group in "
                 f"bfloat16, here {p.in_channels // p.groups}"

@@ -18,6 +18,15 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
+def _bias_gradient(dy: Tensor, bias: Tensor | None, wide: torch.dtype | None) -> Tensor:
+    """Rounded once."""
+    # Where all positions are neighbours, PyTorch adds 16 bits up in float32 and rounds the sum, ten
+    # times as fast as where it is to stay in float32.
+    joined = dy.is_contiguous(memory_format=torch.channels_last_3d)
+    once = joined and wide is None and bias is not None and bias.dtype == dy.dtype
+    return dy.sum((0, 2, 3, 4), dtype=None if once else torch.float32)
+
+
 def conv2plus1d_backward(call: PairBackward) -> Gradients:
     problem, tensors, need = call.problem, call.tensors, call.need
     m = problem.mid_channels
@@ -35,7 +44,7 @@ def conv2plus1d_backward(call: PairBackward) -> Gradients:
     )
     db2 = None
     if need.second_bias:
-        db2 = call.dy_owner[0].sum((0, 2, 3, 4), dtype=torch.float32)
+        db2 = _bias_gradient(call.dy_owner[0], tensors.second_bias, wide)
     u = rows(problem) if call.u is None else call.u
     dx = library.library().pair_backward(
         library.plan(problem), tensors, call.dy_owner, u, call.u is None, buffer(problem),

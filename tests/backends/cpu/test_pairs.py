@@ -120,6 +120,57 @@ def test_what_is_no_number_is_where_it_would_be_without_winograd(
         assert torch.equal(kind(u[:, :50]), kind(truth))
 
 
+@pytest.mark.parametrize("channels", [3, 1, 5, 7])
+def test_few_channels(channels: int) -> None:
+    """Stems: taps of a row are channels of an output; many rows, an odd number of frames."""
+    fixed = dict(channels=channels, mid=45, out=20, groups=(1, 1), size=(3, 21, 19), batch=1)
+    few = fixed | dict(padding_mode=("zeros", "zeros"))
+    for kernel, stride in (((3, 7, 7), (1, 2, 2)), ((3, 3, 3), (2, 1, 1)), ((1, 5, 4), (1, 1, 3))):
+        stem = dict(kernel=kernel, stride=stride, dilation=(1, 1, 1), padding=1, causal=False)
+        fuzz.fuzz("cpu", 2, limits(10**8, **few, **stem), first=fuzz.SEED + 8000, least=1.0)
+        any_mode = limits(10**8, **fixed, **stem)
+        fuzz.fuzz("cpu", 2, any_mode, first=fuzz.SEED + 8100, backward=False, least=1.0)
+
+
+def test_auto_takes_stems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not many groups of few channels, of which pairs are half empty."""
+    monkeypatch.setattr(cpu, "outdoes", lambda dtype: False)
+    monkeypatch.setattr(library.library(), "multiplies_pairs", lambda: True)
+
+    def why_not(groups: int) -> str | None:
+        sizes = (1, 6, 3, 9, 9), (48, 6 // groups, 1, 3, 3), (16, 48, 3, 1, 1)
+        tensors = PairTensors(*(torch.empty(s, dtype=torch.bfloat16) for s in sizes))
+        spec = PairSpec(padding=(1,) * 6, groups=(groups, 1))
+        return cpu.BACKEND.why_not_auto(Problem.of(tensors, spec), "forward")
+
+    assert why_not(1) is None
+    assert "slow with fewer than 8 input channels per group" in str(why_not(2))
+
+
+MODES = dict(zeros="constant", replicate="replicate", reflect="reflect", circular="circular")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_channels_last"])
+@pytest.mark.parametrize("bad", [1.0, math.inf, math.nan])
+def test_taps_of_a_row_meet_their_weights(bad: float, layout: str, mode: str) -> None:
+    """Whole numbers, whose sums are exact. What fills the last pair of a row is a zero, not the
+    next pixel, which would let infinity reach outputs that do not read it."""
+    torch.manual_seed(5)
+    x = torch.randint(-3, 4, (2, 3, 3, 12, 29)).bfloat16()
+    x[1, 0, 1, 5, 16] = bad  # the pixel behind the taps of output 6
+    weight = torch.randint(-3, 4, (18, 3, 1, 7, 7)).bfloat16()
+    weight[weight == 0] = 1  # of infinity it would make NaN
+    tensors = PairTensors(fuzz.lay_out(x, layout), weight, torch.empty(1, 18, 1, 1, 1).bfloat16())
+    spec = PairSpec(stride=(1, 2, 2), padding=(0, 0, 3, 3, 3, 3), padding_mode=(mode, "zeros"))
+    problem = Problem.of(tensors, spec)
+    call, u = library.Launcher(problem), library.rows(problem).permute(0, 4, 1, 2, 3)
+    call.tap_conv(call.plain(tensors.x), weight, problem.passes[0], u, call.epilogue())
+    padded = torch.nn.functional.pad(x.double(), (3, 3, 3, 3, 0, 0), MODES[mode])
+    truth = torch.nn.functional.conv3d(padded, weight.double(), stride=(1, 2, 2)).bfloat16()
+    torch.testing.assert_close(u[:, :18], truth, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 7, 16])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
 def test_channels_are_paired_as_weights_are(channels: int, memory: torch.memory_format) -> None:
