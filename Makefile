@@ -85,8 +85,15 @@ format: $(TOOLS)
 	$(BIN)/ruff format .
 	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
 
-static: $(SETUP)
+# The oldest Triton compiles a kernel of each kind: its language takes less than the newest.
+OLDEST := build/triton-3.6.0
+
+$(OLDEST): $(SETUP)
+	$(PIP) install --quiet --no-deps --target $@ triton==3.6.0
+
+static: $(SETUP) $(OLDEST)
 	$(if $(wildcard tests/static/triton.py),$(BIN)/python tests/static/triton.py $(ARGS))
+	$(if $(wildcard tests/static/triton.py),$(BIN)/python tests/static/triton.py --triton $(OLDEST) --arch 8.0)
 	$(if $(wildcard tests/static/cuda.py),$(BIN)/python tests/static/cuda.py $(ARGS))
 
 bench: $(SETUP)

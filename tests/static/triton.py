@@ -55,6 +55,11 @@ TABLE = {
     **dict.fromkeys(("8.0", "8.9", "9.0"), (*EVERYWHERE, "128-288-128", "256-576-256", "stem")),
     **dict.fromkeys(("8.6", "10.0", "12.0", *AMD), EVERYWHERE),
 }
+# One of each kind: what other versions of Triton are tried on, unless cases are named.
+KINDS = (
+    *EVERYWHERE, "one kernel", "depthwise batch", "parallel add", "conv3d", "conv3d past",
+    "conv3d depthwise past",
+)  # fmt: skip
 SUBSET = {
     "9.0": (
         *SOME, "64-144-64 contiguous", "thin inference", "float64", "depthwise batch",
@@ -309,7 +314,7 @@ def compiled(sweep: tuple[str, int]) -> tuple[int, int]:
 
 def measure(args: argparse.Namespace) -> list[Row]:
     """Rows of what is asked for, printed as they come; and of faults that are not seen."""
-    named = TABLE if args.table else SUBSET
+    named = TABLE if args.table else dict.fromkeys(SUBSET, KINDS) if args.triton else SUBSET
     chosen = args.arch or ([*NVIDIA, *AMD] if args.all else list(named))
     tasks = [
         (c, a)
@@ -324,7 +329,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
                 if row not in found:
                     print(row, flush=True)
                 found.append(row)
-        if not args.case and not args.table and "9.0" in chosen:
+        if named is SUBSET and not args.case and "9.0" in chosen:
             for fault, told in zip(FAULTS, pool.map(planted, FAULTS), strict=True):
                 if fault not in told:
                     sys.exit(f"a planted fault is not seen: {fault}")

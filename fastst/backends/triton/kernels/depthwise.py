@@ -90,9 +90,9 @@ def direct_conv(
     n = pid % tiles_n * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = direct_sum(
         tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE), x_ptr, x_strides, x_size,
-        earlier(past_ptr, past_strides, past_size), w_ptr, n, n < out_channels, out_channels,
-        per_group, out_per_group, in_scale_ptr, in_shift_ptr, columns(position), row_ok[:, None],
-        TAPS, X_ALIGN, IN_ACTIVATION, SLOPE, UNROLL,
+        earlier(past_ptr, past_strides, past_size, tl.cast(0, tl.int32)), w_ptr, n,
+        n < out_channels, out_channels, per_group, out_per_group, in_scale_ptr, in_shift_ptr,
+        columns(position), row_ok[:, None], TAPS, X_ALIGN, IN_ACTIVATION, SLOPE, UNROLL,
     )  # fmt: skip
     if partial_ptr is not None:
         partial_ptr += tile_p.to(tl.int64) * 2 * out_channels

@@ -95,19 +95,15 @@ def combined(within_t, within_h, within_w, rows, lanes, TAPS: tl.constexpr):
 
 
 @triton.jit
-def earlier(past_ptr, past_strides, past_size):
-    """What ``sources`` takes of the frames before x, which may be none."""
+def earlier(past_ptr, past_strides, past_size, channel):
+    """What ``sources`` takes of the frames before x, from a channel on; or None, if there are none.
+
+    Made and returned here alone: Triton 3.6 gives no None back that it was given.
+    """
     past = None
     if past_ptr is not None:
-        past = (past_ptr, strides_of(past_strides), shown(past_size[0]))
-    return past
-
-
-@triton.jit
-def of_group(past, channel):
-    """The same from a channel on."""
-    if past is not None:
-        past = (past[0] + channel.to(tl.int64) * past[1][1], past[1], past[2])
+        strides = strides_of(past_strides)
+        past = (past_ptr + channel.to(tl.int64) * strides[1], strides, shown(past_size[0]))
     return past
 
 
@@ -410,7 +406,7 @@ def tap_conv(
         tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE),
         tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
         x_ptr + in_channel.to(tl.int64) * x_strides[1], x_strides, x_size,
-        of_group(earlier(past_ptr, past_strides, past_size), in_channel), channels,
+        earlier(past_ptr, past_strides, past_size, in_channel), channels,
         w_ptr + group.to(tl.int64) * reduction * width + first, width, position, row_ok, None,
         TAPS, FLAT, X_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
     )  # fmt: skip
