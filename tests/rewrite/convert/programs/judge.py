@@ -59,7 +59,7 @@ def judge(
         if (
             ".grad " in name
         ):  # as of a bias before a norm, of whose sum nothing but rounding is left
-            least = max(least, 1e-5 * plain.largest(name.split(".grad ")[1]))
+            least = max(least, 1e-4 * plain.largest(name.split(".grad ")[1]))
         why = _differ(plain.seen[name], ours.seen[name], tolerance(program), least)
         if why is not None:
             return f"{name}: {why}"
