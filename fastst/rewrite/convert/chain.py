@@ -100,10 +100,11 @@ class Alone(NamedTuple):
 
 
 def is_open(p: Any, kind: type = Plan) -> bool:
-    """Whether nobody has computed a promise yet, and its state is still the current one."""
+    """Whether nobody has computed a promise yet, or asked for the gradient of what it is made of,
+    and its state is still the current one."""
     if not (is_promise(p) and type(p.link.plan) is kind and unread(p)):
         return False
-    return bool(p.link.state.current)
+    return bool(p.link.state.current) and not p.link.separate
 
 
 def extended(

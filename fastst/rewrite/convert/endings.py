@@ -193,6 +193,8 @@ def _extended(
     link = p.link
     if in_place and any(view() is not None for view in link.views):  # which see what is written
         return NotImplemented
+    if link.state.grad and any(k.needs_grad for _, k in link.kept):  # y has a gradient of its own
+        return NotImplemented
     plan: Ending = link.plan._replace(**changes)
     try:
         kept = tuple((name, Kept(t)) for name, t in tensors.items())

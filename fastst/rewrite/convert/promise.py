@@ -42,11 +42,14 @@ class Link:
         views: links that see the memory of the value, or a copy of it; ``sees``: this is one;
             ``viewed``: this or one before it is.
         taken: whether an operation, whose gradients pass it by, has it within.
+        asked: whether somebody has asked for its gradient; ``separate``: or for one before it, so
+            that no operation may take it in any more.
+        promise: of the value, as long as anybody has it.
     """
 
     __slots__ = (
-        "__weakref__", "before", "dtype", "held", "kept", "plan", "readers", "reads", "run", "sees",
-        "shape", "state", "taken", "value", "version", "viewed", "views",
+        "__weakref__", "asked", "before", "dtype", "held", "kept", "plan", "promise", "readers",
+        "reads", "run", "sees", "shape", "state", "taken", "value", "version", "viewed", "views",
     )  # fmt: skip
 
     def __init__(
@@ -64,7 +67,8 @@ class Link:
         self.value: Tensor | None = None
         self.held: Kept | None = None
         self.version: int | None = None
-        self.readers, self.sees, self.taken = 0, False, False
+        self.readers, self.sees, self.taken, self.asked = 0, False, False, False
+        self.promise: Callable[[], Promise | None] = _nobody
         self.views: list[weakref.ref[Link]] = []
         self.reads, self.viewed = kept, False
         if before is not None:
@@ -94,6 +98,13 @@ class Link:
         link: Link | None = self
         while link is not None:
             link.taken, link = True, link.before
+
+    @property
+    def separate(self) -> bool:
+        link: Link | None = self
+        while link is not None and not link.asked:
+            link = link.before
+        return link is not None
 
     def compute(self, reader: Any = "C++") -> Tensor:
         """The value, as separate calls make it, for whoever reads it."""
@@ -159,10 +170,25 @@ class Link:
         return self._computed(self.before.replayed(source, value))
 
     def current(self, keep: bool = False) -> Tensor:
-        """The value for the link after this one: kept, if anybody else may want it too."""
+        """The value for the link after this one: kept, if anybody else may want it too, or its
+        gradient."""
         if self.value is None:
-            return self.compute() if keep or self.readers > 1 else self._fresh()
-        return self.value if self.steady else self._fresh()
+            if keep or self.readers > 1:
+                return self.compute()
+            return self._settled() if self._has_gradient() else self._fresh()
+        if self.steady:
+            return self.value
+        if self.asked:  # another value would have no hooks
+            raise RuntimeError(
+                f"fastst: the output of {self.plan.name or 'the convolution'} was written to after "
+                "its gradient was asked for and before what reads it was computed; write to a clone"
+            )
+        return self._fresh()
+
+    def _has_gradient(self) -> bool:
+        """Whether somebody may still ask for its gradient."""
+        promise = self.promise()
+        return promise is not None and _needs_grad(promise)
 
     @property
     def steady(self) -> bool:
@@ -172,6 +198,10 @@ class Link:
         if self.held is not None:
             return self.held.same
         return not self.value.is_inference() and self.value._version == self.version
+
+
+def _nobody() -> None:
+    """In the place of a reference to a promise."""
 
 
 @contextlib.contextmanager
@@ -213,6 +243,8 @@ class _Node(torch.autograd.Function):
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise
+            if ctx.link.separate:  # whose hooks another graph would not have
+                raise _needs_clone(ctx.link) from error
             grads = gradients(ctx.link.again())  # backward of another reader has freed the graph
         return None, None, *(next(grads) if t.requires_grad else None for t in ctx.tensors)
 
@@ -249,7 +281,7 @@ def promise(link: Link) -> Promise:
         tensors = [kept.tensor for _, kept in link.reads if kept.needs_grad]
         if tensors:
             made = _seen_by_autograd(link, dtype, *tensors)
-            made.link = link
+            made.link, link.promise = link, weakref.ref(made)
             return made
     made = _wrap(link, dtype)
     made.link = link
@@ -364,7 +396,7 @@ def replace(old: Promise, link: Link) -> Promise:
         torch._C._swap_tensor_impl(old, promise(link))
     elif node is not None:
         node.link = link
-    old.link = link
+    old.link, link.promise = link, weakref.ref(old)
     return old
 
 
@@ -399,9 +431,59 @@ def _of_gradients(*args: Any, **kwargs: Any) -> Any:
                 "gradient before the next convolution reads it, or leave the convolution out with "
                 "fastst.convert(..., skip=...)"
             )
+        _asks(p)
     return NotImplemented
 
 
-RULES.update(dict.fromkeys(
-    (Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad), _of_gradients
-))  # fmt: skip
+def _asks(p: Any) -> Any:
+    """What is made of a promise goes by its value from now on."""
+    if type(p) is Promise and _needs_grad(p):
+        p.link.asked = True
+    return NotImplemented
+
+
+def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """
+    Raises:
+        RuntimeError: for the gradient of what C++ has read, whose graph knows leaves only.
+    """
+    _of_gradients(outputs, inputs)
+    asked = {p.link for p in tree_leaves(inputs) if type(p) is Promise}
+    for node in _graph(outputs) if asked else ():
+        link = node.link if isinstance(node, _OURS) else None
+        while link is not None:
+            if link in asked:
+                raise _needs_clone(link)
+            link = link.before
+    return NotImplemented
+
+
+def _needs_clone(link: Link) -> RuntimeError:
+    return RuntimeError(
+        f"fastst: the output of {link.plan.name or 'the convolution'}, or what was made of it, was "
+        "read by a custom autograd function, which requires a clone of it where its gradient is "
+        "asked for as well"
+    )
+
+
+def _graph(outputs: Any) -> set[Any]:
+    """All nodes that backward of some tensors, or of edges, may come to."""
+    found: set[Any] = set()
+    ahead = [getattr(real(t), "grad_fn", t) for t in tree_leaves(outputs)]
+    while ahead:
+        node = ahead.pop()
+        if node not in found and hasattr(node, "next_functions"):
+            found.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return found
+
+
+def _backward(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> Any:
+    return NotImplemented if inputs is None else _grad(tensors, inputs)
+
+
+RULES.update(dict.fromkeys((Tensor.register_hook, Tensor.retain_grad), _of_gradients))
+RULES.update({
+    Tensor.backward: _backward, torch.autograd.backward: _backward, torch.autograd.grad: _grad,
+    Tensor.grad_fn.__get__: _asks,  # type: ignore[union-attr]
+})  # fmt: skip

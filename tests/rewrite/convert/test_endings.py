@@ -237,3 +237,15 @@ def test_two_pairs_meet() -> None:
     optimised = fastst.optimize_for_inference(model)
     torch.testing.assert_close(optimised(x), model(x))
     assert len(endings(optimised, x)) == 2
+
+
+def test_a_hook_of_what_a_shortcut_was_added_to() -> None:
+    """In a copy for inference whose weights need gradients again."""
+    model = nn.Sequential(nn.Conv3d(3, 6, (1, 3, 3)), nn.ReLU(), nn.Conv3d(6, 4, (3, 1, 1))).eval()
+    served = fastst.optimize_for_inference(model)
+    served[0].weight.requires_grad_()
+    y = served(torch.randn(1, 3, 5, 6, 6))
+    z = y + torch.ones(y.shape)
+    y.register_hook(lambda g: 0 * g)
+    z.sum().backward()
+    assert not served[0].weight.grad.any()
