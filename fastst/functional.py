@@ -497,9 +497,4 @@ def _normalise(
 
 def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
     """Running statistics as ``torch.nn.functional.batch_norm`` leaves them, of n values."""
-    with torch.no_grad():
-        if norm.running_mean is not None:
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        if norm.running_var is not None:
-            unbiased = var * (n / (n - 1))
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+    statistics.update_running(norm.running_mean, norm.running_var, mean, var, n, norm.momentum)

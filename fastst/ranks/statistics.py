@@ -62,6 +62,30 @@ def pool_means(sums: Tensor, count: int, group: Any) -> Tensor:
     return (pooled[:-1] / pooled[-1]).view(sums.shape)
 
 
+def update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor,
+    n: int | Tensor, momentum: float,
+) -> None:  # fmt: skip
+    """Running statistics as ``torch.nn.functional.batch_norm`` leaves them, of n values.
+
+    With its version counters as well, which PyTorch's kernels do not raise: backward of a call
+    before this one has saved the same tensors, and reads no values of theirs.
+
+    Args:
+        mean, var: (C,) of the values, the variance biased.
+    """
+    counted = tuple(
+        t for t in (running_mean, running_var)
+        if t is not None and not (torch.compiler.is_compiling() or t.is_inference())
+    )  # fmt: skip
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(counted):
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        if running_var is not None:
+            unbiased = var * (n / (n - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+
+
 def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

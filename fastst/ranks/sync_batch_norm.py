@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .statistics import SyncedNorm
+from .statistics import SyncedNorm, update_running
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -36,11 +35,7 @@ class SyncBatchNorm(_BatchNorm):
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         y, mean, var, n = SyncedNorm.apply(x, self.weight, self.bias, self.eps, group)
-        if self.running_mean is not None and self.running_var is not None:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                unbiased = var * (n / (n - 1))
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        update_running(self.running_mean, self.running_var, mean, var, n, momentum)
         return y
 
 

@@ -75,8 +75,12 @@ class Kept:
             self.tensor.data_ptr()
 
     def held_again(self) -> None:
-        """After ``release``, where there is no version counter."""
-        if self.version is None and not self.valueless:
+        """After ``release``, where no version counter tells of writes: there is none, or running
+        statistics are counted, by PyTorch as well as here."""
+        unversioned = self.version is None or (
+            type(self.tensor) is Tensor and self.tensor.dim() == 1
+        )
+        if unversioned and not self.valueless:
             self.hold()
 
     @property

@@ -492,6 +492,31 @@ def test_statistics_written_in_a_checkpoint_that_has_ended() -> None:
         y.sum()
 
 
+def test_a_norm_that_was_called_before() -> None:
+    """PyTorch's backward of that call has saved the running statistics, and checks versions."""
+    plain = Block(BODIES["pair"][0]).double()
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    x, found = torch.randn(2, 4, 5, 6, 6, dtype=torch.float64), []
+    for m in (plain, converted):
+        v = m.n(torch.cat([x, x[:, :2]], 1) * m.s.bias.view(1, 6, 1, 1, 1))
+        (m(x).square().sum() + v.square().sum()).backward()
+        found.append([p.grad for p in m.parameters()] + list(m.buffers()))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_statistics_counted_after_an_operation_has_read_them() -> None:
+    """Without a sign in their version counters: PyTorch's norms and pairs leave none."""
+    block = Block(BODIES["pair"][0]).double().eval()
+    fastst.convert(block)
+    x = torch.randn(2, 4, 5, 6, 6, dtype=torch.float64)
+    v = block.n(block.s(x))
+    block.t(F.relu(v)).sum()
+    wanted = block.n(block.s(x) + 0)
+    block.train()(x).sum()
+    torch.testing.assert_close(v + 0, wanted)
+
+
 def test_frozen_before_backward() -> None:
     """Gradients of gradients need what the first ones needed."""
     block = Block(BODIES["pair"][0]).double().eval()
