@@ -131,6 +131,8 @@ def reads_of_statistics() -> Iterator[list[str]]:
     seen: list[str] = []
 
     class Mode(TorchDispatchMode):
+        knows_operations = True  # converted models run theirs under it
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
             name = str(func)
             in_training = "batch_norm" in name and "backward" not in name and args[5] is True
