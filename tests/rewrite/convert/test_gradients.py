@@ -1,0 +1,181 @@
+"""Gradients of promises, and of what is made of them: whoever asks for them, and when."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
+
+import fastst
+from tests.rewrite.convert.programs.helpers import Doubles
+from tests.rewrite.convert.test_promise import BODIES, Block, Reverse
+
+
+@pytest.mark.parametrize("ask", [
+    lambda u, y: u.register_hook(lambda g: 2 * g),
+    lambda u, y: u.retain_grad(),
+    lambda u, y: torch.autograd.grad(y.sum(), [u], allow_unused=True),
+    lambda u, y: y.sum().backward(inputs=[u]),
+    lambda u, y: torch.autograd.backward([y.sum()], inputs=u),
+], ids=["hook", "retained", "differentiated", "inputs", "inputs of several"])  # fmt: skip
+@pytest.mark.parametrize("named", ["u", "z", "y"])
+def test_gradients_of_what_lies_in_an_operation_are_refused(named: str, ask: Any) -> None:
+    """The operation passes them by: asked for before, they are what they were."""
+    block = Block(BODIES["pair"][0])
+    fastst.convert(block)
+    u = block.s(torch.randn(2, 4, 5, 6, 6))
+    z = F.relu(block.n(u))
+    y = block.t(z)
+    v = nn.BatchNorm3d(4)(y)  # takes the statistics of y's kernel
+    with pytest.raises(RuntimeError, match="part of an operation that has run"):
+        ask({"u": u, "z": z, "y": y}[named], v)
+    F.silu(u).register_hook(lambda g: 2 * g)
+
+
+def retained(t: Tensor) -> Callable[[], Any]:
+    t.retain_grad()
+    return lambda: t.grad
+
+
+def hooked_by(register: Callable[[Tensor, Any], Any]) -> Callable[[Tensor], Callable[[], Any]]:
+    def ask(t: Tensor) -> Callable[[], Any]:
+        grads: list[Any] = []
+        register(t, grads)
+        return lambda: grads[0]
+
+    return ask
+
+
+HOOKS: dict[str, Callable[[Tensor], Callable[[], Any]]] = {
+    "retained": retained,
+    "hook": hooked_by(lambda t, grads: t.register_hook(grads.append)),
+    "hook of several": hooked_by(
+        lambda t, grads: register_multi_grad_hook([t], lambda given: grads.extend(given))
+    ),
+    "hook of the node": hooked_by(
+        lambda t, grads: t.grad_fn.register_hook(lambda _, given: grads.extend(given))  # type: ignore[union-attr]
+    ),
+}
+
+
+@pytest.mark.parametrize("named", ["u", "v", "padded"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_of_what_was_extended_already(name: str, named: str) -> None:
+    """The pair that would have taken it in leaves it out: a plan that knew nothing of it, once."""
+    plain = Block(BODIES["pair"][0]).double()
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    x, found = torch.randn(2, 4, 5, 6, 6, dtype=torch.float64), []
+    for m in (plain, converted):
+        u = m.s(x)
+        v = m.n(u)
+        z = F.pad(v, (0, 0, 0, 0, 1, 1)) if named == "padded" else F.relu(v)
+        asked = HOOKS[name](u if named == "u" else v)
+        m.t(z).square().sum().backward()
+        found.append((asked(), m.s.weight.grad))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_hooks_that_change_gradients_of_what_was_extended_already() -> None:
+    block = Block(BODIES["pair"][0])
+    fastst.convert(block)
+    u = block.s(torch.randn(2, 4, 5, 6, 6))
+    z, read = F.relu(u), Reverse.apply(F.silu(u))
+    u.register_hook(lambda g: 0 * g)
+    read.sum().backward()
+    y = block.t(z).sum()
+    y.backward(retain_graph=True)
+    assert not block.s.weight.grad.any()  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="was read by a custom autograd function"):
+        (y + Reverse.apply(u).sum() + read.sum()).backward()
+
+
+@pytest.mark.parametrize("ask", [
+    lambda y, t: torch.autograd.grad(y.square().sum(), t)[0],
+    lambda y, t: (y.square().sum().backward(inputs=[t]), t.grad)[1],
+    lambda y, t: (y.backward(torch.ones(y.shape, dtype=y.dtype), inputs=t), t.grad)[1],
+    lambda y, t: (torch.autograd.backward([y.sum()], inputs=(t,)), t.grad)[1],
+    lambda y, t: torch.autograd.grad(y.square().sum(), get_gradient_edge(t))[0],
+], ids=["grad", "inputs", "of a promise", "of several", "edge"])  # fmt: skip
+def test_gradients_of_what_was_extended(ask: Any) -> None:
+    """What reads it is made of the value that somebody still has, not of one of its own."""
+    plain = Block(BODIES["pair"][0]).double()
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    x, found = torch.randn(2, 4, 5, 6, 6, dtype=torch.float64), []
+    for m in (plain, converted):
+        u = m.s(x)
+        found.append(ask(F.relu(m.n(u)), u))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_what_a_custom_function_has_read_are_refused() -> None:
+    """Its graph goes to the leaves at once."""
+    block = Block(BODIES["pair"][0])
+    fastst.convert(block)
+    u = block.s(torch.randn(2, 4, 5, 6, 6))
+    for read in (Reverse.apply(F.relu(u)).sum() + u.sum(), Reverse.apply(u)):
+        with pytest.raises(RuntimeError, match="was read by a custom autograd function"):
+            torch.autograd.grad(read.sum(), u, allow_unused=True)
+    copied = u.clone()
+    torch.autograd.grad(Reverse.apply(copied).sum(), [copied, u])
+
+
+def test_written_after_its_gradient_was_asked_for() -> None:
+    """What was made of it before would be of another value, without hooks."""
+    block = Block(BODIES["pair"][0])
+    fastst.convert(block)
+    u = block.s(torch.randn(2, 4, 5, 6, 6))
+    z = F.relu(u)
+    u.register_hook(lambda g: 0 * g)
+    with torch.no_grad():
+        u.mul_(2)
+    with pytest.raises(RuntimeError, match="written to after its gradient was asked for"):
+        z.sum()
+
+
+def test_frozen_before_backward() -> None:
+    """Gradients of gradients need what the first ones needed."""
+    block = Block(BODIES["pair"][0]).double().eval()
+    x = torch.randn(1, 4, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for convert in (False, True):
+        if convert:
+            fastst.convert(block)
+        y = block(x)
+        block.requires_grad_(False)
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), x)[0])
+        block.requires_grad_(True)
+    torch.testing.assert_close(*found)
+
+
+def test_gradients_of_a_promise_and_of_its_value() -> None:
+    """A custom function's two ways to the same promise share no graph that the first one frees."""
+    block = Block(lambda m, x: Doubles.apply(m.t(m.s(x)))).double()
+    x = torch.randn(1, 4, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for convert in (False, True):
+        if convert:
+            fastst.convert(block)
+        (g,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+        (g.square().sum() + block(x).sum()).backward()
+        found.append(x.grad)
+        x.grad = None
+    torch.testing.assert_close(*found)
+
+
+def test_backward_of_a_function_computes_nothing_again() -> None:
+    """What a custom function reads has a graph: weights may be gone by now, as FSDP's are."""
+    block = Block(lambda m, x: Doubles.apply(m.t(m.s(x))))
+    fastst.convert(block)
+    y = block(torch.randn(1, 4, 5, 6, 6)).sum()
+    with fastst.dispatch.recording() as calls:
+        y.backward()
+    assert {call.phase for call in calls} == {"backward"}
