@@ -85,7 +85,8 @@ class _PairFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         u, mean, var, *tensors = ctx.saved_tensors  # read once: a checkpoint unpacks them
         _check_unwritten(ctx.watched, tensors)
-        tensors[4] = tensors[4] if ctx.second_bias is None else ctx.second_bias
+        bias = tensors[4] if ctx.second_bias is None else ctx.second_bias
+        tensors = [*tensors[:4], bias, *tensors[5:]]
         needs = ctx.needs_input_grad[4:]
         # Then none holds them.
         if not torch.is_grad_enabled() and is_plain_call(owner[0], *tensors):

@@ -82,7 +82,8 @@ class Begins:
             widths = tuple(conv._reversed_padding_repeated_twice)
         if not torch.compiler.is_dynamo_compiling():
             return self.answer(x, weight, bias, how, mode, widths)
-        if type(conv)._conv_forward in _FORWARDS and traced.written_exactly(*how):
+        known = traced.LOWERS and type(conv)._conv_forward in _FORWARDS
+        if known and traced.written_exactly(*how):
             traced.allow()
             return traced.convolution(self.key, x, weight, bias, *how, mode, widths)
         return type(conv)._conv_forward(conv, x, weight, bias)

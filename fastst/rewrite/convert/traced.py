@@ -2,8 +2,8 @@
 
 Dynamo writes ``convolution`` into its graph as it stands, with guards on all that it is given. What
 lowers the graph (AOTAutograd, for Inductor and others) calls it and what follows, so that the pair
-is one operation of the graph that is compiled. ``torch.export`` runs the module's own Python, and
-nothing has to be done for it.
+is one operation of the graph that is compiled; before PyTorch 2.13 it stays separate calls there.
+``torch.export`` runs the module's own Python, and nothing has to be done for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+# Earlier ones read what a graph returns where its calls can no longer be lowered.
+LOWERS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 CONVOLVE: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by rank
 _known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _keys = itertools.count()

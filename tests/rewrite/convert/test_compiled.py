@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastst
+from fastst.rewrite.convert import traced
 from tests.rewrite.convert.test_forms import FORMS, Frames
 from tests.rewrite.convert.test_promise import Block, results
+
+fuses = pytest.mark.skipif(not traced.LOWERS, reason="calls stay separate before PyTorch 2.13")
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +52,7 @@ BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], int, type]] = {  # with ho
 }
 
 
+@fuses
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BODIES)
 def test_compiled(name: str) -> None:
@@ -65,6 +69,7 @@ def test_compiled(name: str) -> None:
     assert sum(c.problem is not None for c in calls) == pairs
 
 
+@fuses
 @pytest.mark.slow
 def test_sizes_that_vary_and_numbers_that_change() -> None:
     """The graph is guarded: by sizes where they are in it, by every number of a convolution."""
@@ -131,6 +136,7 @@ def test_aot_inductor(tmp_path: Path) -> None:
         assert len(calls) == 1
 
 
+@fuses
 @pytest.mark.slow
 def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of a graph that remember their chain whatever is written to them."""
