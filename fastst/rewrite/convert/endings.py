@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...functional import BatchNorm
-from .kept import CannotDefer, Kept
+from .kept import CannotDefer, Kept, as_own
 from .layouts import Call, as_separate, call
 from .promise import Link, Promise, promise, replace
 from .state import State
@@ -90,19 +90,21 @@ class Operation(NamedTuple):
     def kept(self) -> tuple[tuple[str, Kept], ...]:
         """
         Raises:
-            CannotDefer: a tensor cannot be kept, or is of memory that others write to: the output
-                may leave the model, and be read when they have.
+            CannotDefer: a tensor cannot be kept, or cached frames are of memory that others write
+                to: the output may leave the model, and be read when they have.
         """
         held = self.held
         if held is not None:
             held.hold()
-        kept = tuple(
-            (name, held if held is not None and t is held.tensor else Kept(t))
-            for name, t in self.tensors.items()
-        )
-        if any(k.foreign for name, k in kept if name in ("first input", "past")):
+        kept = {}
+        for name, t in self.tensors.items():
+            if held is not None and t is held.tensor and not held.foreign:
+                kept[name] = held
+            else:
+                kept[name] = as_own(t) if name == "first input" else Kept(t)
+        if any(kept[name].foreign for name in ("first input", "past") if name in kept):
             raise CannotDefer
-        return kept
+        return tuple(kept.items())
 
 
 def defer(op: Operation, state: State) -> Tensor:

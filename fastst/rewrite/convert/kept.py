@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from collections.abc import Callable
@@ -20,12 +21,14 @@ class CannotDefer(Exception):
 class Kept:
     """A tensor as it is now, whatever is written to it later.
 
-    A copy-on-write clone: it costs no memory unless somebody writes. Memory that cannot be cloned
-    so, or that FSDP resizes, is watched by its version counter and address instead.
+    A copy-on-write clone: it costs no memory unless somebody writes. Then it is the tensor that
+    moves, so memory of which others may have the address is not cloned. That, memory that cannot be
+    cloned so, and memory that FSDP resizes are watched by version counter and address instead.
     """
 
     __slots__ = (
-        "address", "clone", "leaf", "needs_grad", "resized", "tensor", "valueless", "version",
+        "address", "clone", "laid_out", "leaf", "needs_grad", "resized", "tensor", "valueless",
+        "version",
     )  # fmt: skip
 
     clone: Tensor | None
@@ -36,13 +39,15 @@ class Kept:
         self.version = None if tensor.is_inference() else tensor._version
         self.resized = False
         self.valueless = tensor.is_meta or type(tensor) in _VALUELESS
+        self.laid_out = None if self.valueless else _laid_out(tensor)
         if self.valueless:
             self.clone, self.address = None, 0
             return
         if _SHARDED in sys.modules and type(tensor) is nn.Parameter:
             self.resized = _is_sharded(tensor)
         self.clone, self.address = None, 0
-        self.hold()
+        if not _is_held_elsewhere(tensor):
+            self.hold()
         if self.clone is None:
             if self.version is None:
                 raise CannotDefer
@@ -50,7 +55,7 @@ class Kept:
 
     def hold(self) -> None:
         """Take a clone, where that can be."""
-        if self.resized:
+        if self.resized or _has_other_owners(self.tensor):
             return
         grad = self.needs_grad and torch.is_grad_enabled()
         if grad:
@@ -92,12 +97,18 @@ class Kept:
     def same(self) -> bool:
         """Whether the tensor still is what it was, and in the memory that it had."""
         t = self.tensor
-        if t.requires_grad != self.needs_grad:
+        if t.requires_grad != self.needs_grad or not self._as_laid_out:
             return False
         held = self.clone is not None and self.version is not None
         if held and t._version == self.version and _address(t) == self.address:
             return True
         return self._unwritten
+
+    @property
+    def _as_laid_out(self) -> bool:
+        """Whether it has the shape, the strides and the dtype that it had: ``x.data = x.data[:1]``
+        changes neither the version nor the address."""
+        return self.laid_out is None or _laid_out(self.tensor) == self.laid_out
 
     @property
     def _unwritten(self) -> bool:
@@ -109,18 +120,19 @@ class Kept:
         if _address(t) == self.address:
             return True
         # Memory of its own, which a reader by address makes as well as a writer to ``.data``.
-        if (t.device, t.dtype) != (self.clone.device, self.clone.dtype):
+        if t.device != self.clone.device or not torch.equal(t, self.clone):
             return False
-        if not torch.equal(t, self.clone):
-            return False
-        self.hold()
+        if not _is_held_elsewhere(t):  # since then its address may have gone to somebody
+            self.hold()
         return True
 
     @property
     def switched(self) -> bool:
         """Whether a leaf has only been frozen, or made to need a gradient."""
         t = self.tensor
-        return t.requires_grad != self.needs_grad and self.leaf and t.is_leaf and self._unwritten
+        if t.requires_grad == self.needs_grad or not (self.leaf and t.is_leaf):
+            return False
+        return self._as_laid_out and self._unwritten
 
     def get(self, what: str, grad: bool, ended: bool) -> Tensor:
         """The tensor, or its clone where the tensor has been written to.
@@ -145,6 +157,46 @@ class Kept:
         )
 
 
+def as_own(x: Tensor) -> Kept:
+    """x, or a copy of it where others may write to its memory unseen, or know its address."""
+    with contextlib.suppress(CannotDefer):
+        kept = Kept(x)
+        if not kept.foreign:
+            return kept
+    return Kept(x.clone())
+
+
+def _has_other_owners(t: Tensor) -> bool:
+    """Whether more hold a tensor's memory than itself, its base, and the node that made it.
+
+    An array of NumPy's does (``t.numpy()``, of a view too), and so does whatever else was given the
+    address of another tensor of that memory.
+    """
+    owners, base = 2, t._base  # with the storage that is asked
+    if base is not None:
+        owners += 1
+    made_by = t.grad_fn if base is None else base.grad_fn
+    if hasattr(type(made_by), "_saved_result"):  # relu's and its kin, which keep their output
+        owners += 1
+    return _use_count(t.untyped_storage()._cdata) > owners
+
+
+def _is_held_elsewhere(t: Any) -> bool:
+    """Whether something besides Python holds a tensor itself: a capsule of DLPack's, or a graph.
+
+    What needs a gradient is not exported, and lies in graphs.
+    """
+    base: Any = t._base
+    if base is not None and not base.requires_grad and base._use_count() > 2:  # of which t is one
+        return True
+    return bool(not t.requires_grad and t._use_count() > 1)
+
+
+def _laid_out(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.stride(), t.dtype
+
+
+_use_count: Callable[[int], int] = torch._C._storage_Use_Count
 # Without making memory of its own of a clone.
 _address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
 

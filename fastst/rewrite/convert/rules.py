@@ -20,7 +20,7 @@ from . import endings, forms, norms, pairs, readings, views
 from .chain import Alone, Convolved, Guess, Plan, extended, is_open
 from .geometry import first_pass, second_pass
 from .graphs import is_promise, promised
-from .kept import CannotDefer, Kept, valueless
+from .kept import CannotDefer, Kept, as_own, valueless
 from .plain import PLAIN, are_plain, are_settled, is_inference, needs_grad, result_dtype
 from .promise import RULES, Link, Promise, real
 from .state import State
@@ -67,10 +67,7 @@ def begin(
         return convolve(input, weight, bias, *how)
 
     try:
-        input = Kept(x)
-        if input.foreign:
-            input = Kept(x.clone())
-        kept = [("input", input), ("weight", Kept(weight))]
+        kept = [("input", as_own(x)), ("weight", Kept(weight))]
         if bias is not None:
             kept.append(("bias", Kept(bias)))
     except CannotDefer:

@@ -1,0 +1,206 @@
+"""What a promise reads keeps its memory, of which others may have the address."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastst
+
+STATES = [torch.no_grad, torch.inference_mode, torch.enable_grad]
+EXPORTS: dict[str, Callable[[Tensor], Any]] = {
+    "array": lambda x: x.numpy(),
+    "array of a view": lambda x: x[1:].numpy(),
+    "array of another": lambda x: x.detach().numpy(),
+    "capsule": lambda x: x.__dlpack__(),
+    "array by DLPack": np.from_dlpack,
+}
+
+
+def pair() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv3d(3, 6, (1, 3, 3), padding=(0, 1, 1)),
+        nn.ReLU(),
+        nn.Conv3d(6, 4, (3, 1, 1), padding=(1, 0, 0)),
+    ).eval()
+
+
+@pytest.fixture(params=["converted", "served"])
+def net(request: pytest.FixtureRequest) -> nn.Module:
+    if request.param == "served":
+        return fastst.optimize_for_inference(pair())
+    converted = pair()
+    fastst.convert(converted)
+    return converted
+
+
+@pytest.mark.parametrize("part", ["first", "whole"])
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("export", EXPORTS)
+def test_memory_that_was_exported_stays(net: Any, export: str, state: Any, part: str) -> None:
+    with state():
+        for x in (torch.zeros(2, 3, 4, 9, 9), torch.zeros(2, 4, 3, 9, 9).transpose(1, 2)):
+            exported, address = EXPORTS[export](x), x.data_ptr()
+            y = net[0](x) if part == "first" else net(x)
+            x.sum()
+            assert x.data_ptr() == address
+            wanted = pair()[0](x) if part == "first" else pair()(x)
+            x.add_(1)
+            assert x.data_ptr() == address
+            torch.testing.assert_close(y + 0, wanted)
+            del exported
+
+
+def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone of memory whoever else holds it: x moves, and the array sees it no longer."""
+    from fastst.rewrite.convert import kept
+
+    monkeypatch.setattr(kept, "_has_other_owners", lambda t: False)
+    with pytest.raises(AssertionError):
+        test_memory_that_was_exported_stays(
+            fastst.optimize_for_inference(pair()), "array", torch.no_grad, "whole"
+        )
+    monkeypatch.undo()
+    monkeypatch.setattr(kept, "_is_held_elsewhere", lambda t: False)
+    with pytest.raises(AssertionError):
+        test_memory_that_was_exported_stays(
+            fastst.optimize_for_inference(pair()), "capsule", torch.no_grad, "whole"
+        )
+
+
+@pytest.mark.parametrize("state", STATES[:2])
+def test_an_array_is_filled_between_calls(state: Any) -> None:
+    """In a process of its own: where x has moved, the array is of memory that is freed."""
+    script = f"""
+import torch, fastst
+from tests.rewrite.convert.test_memory import pair
+plain, served = pair(), fastst.optimize_for_inference(pair())
+with torch.{state.__name__}():
+    for size in (9, 160):
+        x = torch.zeros(1, 3, 4, size, size)
+        a = x.numpy()
+        unread = served(x)
+        for i in range(3):
+            a[:] = i
+            y = served(x)
+            a[:] = 7
+            z = served(x)
+            a[:] = i
+            torch.testing.assert_close(y + 0, plain(x))
+            unread = served(x)
+            x.add_(1)
+            del unread
+            torch.randn_like(x)
+            assert (a == i + 1).all() and a.ctypes.data == x.data_ptr()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
+def test_weights_that_were_exported_stay(net: Any) -> None:
+    x, array = torch.randn(1, 3, 4, 9, 9), net[0].weight.detach().numpy()
+    with torch.no_grad():
+        unread = net(x)
+        net(x).sum()
+        assert np.shares_memory(array, net[0].weight.detach().numpy())
+        del unread
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_exported_while_a_promise_is_unread(net: Any, state: Any) -> None:
+    """The array is of the memory that x has from then on."""
+    with state():
+        x = torch.zeros(1, 3, 4, 9, 9)
+        u = net[0](x)
+        array, wanted = x.numpy(), pair()[0](x)
+        array[:] = 1
+        v = net[0](x)
+        array[:] = 2
+        assert x.sum() == 2 * x.numel()
+        torch.testing.assert_close(u + 0, wanted)
+        array[:] = 1
+        torch.testing.assert_close(v + 0, pair()[0](x))
+        array[:] = 3
+        assert x.sum() == 3 * x.numel()
+
+
+def test_memory_of_an_activation_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor that of a permuted tensor: nobody else has its address."""
+    net = pair()
+    fastst.convert(net)
+    copied: list[Tensor] = []
+    clone = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda t, **kw: copied.append(t) or clone(t, **kw))
+    a = torch.randn(1, 3, 4, 9, 9, requires_grad=True)
+    b = torch.randn(1, 4, 3, 9, 9)
+    net(F.relu(a)).sum().backward()
+    net(F.relu(a * 2, inplace=True)).sum().backward()
+    with torch.no_grad():
+        net(b.transpose(1, 2)).sum(), net(F.relu(a)).sum()
+    assert not copied
+    array = b.numpy()
+    net(b.transpose(1, 2)).sum()
+    assert len(copied) == 1
+    del array
+
+
+def shorter(net: Any, x: Tensor) -> None:
+    x.data = x.data[:1]
+
+
+def turned(net: Any, x: Tensor) -> None:
+    x.data = x.data.transpose(3, 4)
+
+
+def spread(net: Any, x: Tensor) -> None:
+    x.data = x.data.as_strided(x.shape, (0, *x.stride()[1:]))
+
+
+def turned_weight(net: Any, x: Tensor) -> None:
+    net[0].weight.data = net[0].weight.data.transpose(3, 4)
+
+
+def spread_bias(net: Any, x: Tensor) -> None:
+    net[0].bias.data = net[0].bias.data[:1].expand(6)
+
+
+CHANGES = [shorter, turned, spread, turned_weight, spread_bias]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_laid_out_anew_in_the_same_memory(change: Any, grad: bool) -> None:
+    """Neither version nor address change: computed as promised, or an error that says so."""
+    outputs = []
+    for convert in (False, True):
+        net = pair()
+        x = torch.arange(2.0 * 3 * 5 * 6 * 7).cos().view(2, 3, 5, 6, 7)
+        if convert:
+            fastst.convert(net)
+        with torch.set_grad_enabled(grad):
+            u = net[0](x)
+            change(net, x)
+            if convert and grad and change in (turned_weight, spread_bias):
+                with pytest.raises(RuntimeError, match="of 0 changed after the call"):
+                    net[2](F.relu(u))
+                return
+            outputs.append(net[2](F.relu(u)))
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_planted_bug_in_layouts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions and addresses alone."""
+    from fastst.rewrite.convert import kept
+
+    monkeypatch.setattr(kept, "_laid_out", lambda t: ())
+    for change in CHANGES:
+        with pytest.raises((AssertionError, pytest.fail.Exception)):
+            test_laid_out_anew_in_the_same_memory(change, change in (turned_weight, spread_bias))
