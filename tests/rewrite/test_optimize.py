@@ -9,6 +9,7 @@ from torch import nn
 import fastst
 from fastst.dispatch import tune
 from fastst.models import r2plus1d_18
+from fastst.rewrite.convert import begins
 from tests.rewrite.convert.test_converter import small
 
 
@@ -173,3 +174,80 @@ def test_norms_of_copies_that_are_trained_after_all():
     torch.testing.assert_close(optimised.state_dict(), model.state_dict())
     for p, q in zip(optimised.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+def ending_in_a_norm(name):
+    """A pair, or a convolution of another kind, with a norm behind it."""
+    torch.manual_seed(0)
+    first = [nn.Conv3d(3, 6, (1, 3, 3)), nn.ReLU()] if name == "pair" else []
+    channels = 6 if name == "pair" else 3
+    last = nn.Conv3d(channels, 4, (3, 1, 1) if name == "pair" else 1)
+    return settle(nn.Sequential(*first, last, nn.BatchNorm3d(4)))
+
+
+UNCOUNTED = {  # writes that no version counter tells of
+    "data": lambda t: t.data.copy_(torch.rand(t.shape) + 1),
+    "data in place": lambda t: t.data.mul_(2),
+    "by NumPy": lambda t: t.detach().numpy().__imul__(2),
+}
+
+
+@pytest.mark.parametrize("write", UNCOUNTED)
+@pytest.mark.parametrize("name", ["pair", "alone"])
+def test_writes_that_are_not_counted(name, write):
+    """To the norm behind a convolution, or to the weights that it is multiplied into."""
+    model = ending_in_a_norm(name)
+    optimised = fastst.optimize_for_inference(model)
+    x = torch.randn(2, 3, 5, 7, 6)
+    with torch.no_grad():
+        for attribute in ("running_mean", "running_var", "weight", "bias"):
+            for at in (-1, -2):
+                if attribute.startswith("running") and at == -2:
+                    continue
+                torch.testing.assert_close(optimised(x) + 0, model(x))
+                torch.testing.assert_close(optimised(x) + 0, model(x))
+                for m in (model, optimised):
+                    torch.manual_seed(1)
+                    UNCOUNTED[write](getattr(m[at], attribute))
+        torch.testing.assert_close(optimised(x) + 0, model(x))
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+@pytest.mark.parametrize("name", ["pair", "alone"])
+def test_gradients_after_inference_mode(name, remembered, monkeypatch):
+    """Nothing that is saved for backward was made in inference mode, remembered or not."""
+    if remembered:  # as on devices where reading values waits
+        monkeypatch.setattr(begins, "_is_made_anew", lambda tensors: False)
+    model = ending_in_a_norm(name).requires_grad_(False)
+    optimised = fastst.optimize_for_inference(model)
+    x, grads = torch.randn(2, 3, 5, 7, 6), []
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(optimised(x) + 0, model(x))
+    for m in (model, optimised):
+        leaf = x.clone().requires_grad_()
+        m(leaf).square().sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_planted_bugs_are_caught(monkeypatch):
+    """What is folded is remembered by version counters alone, or made in inference mode."""
+    monkeypatch.setattr(begins, "_is_made_anew", lambda tensors: False)
+    with pytest.raises(AssertionError):
+        test_writes_that_are_not_counted("pair", "data")
+    monkeypatch.setattr(torch, "inference_mode", lambda mode=True: Unless(mode))
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        test_gradients_after_inference_mode("alone", False, monkeypatch)
+
+
+class Unless(torch.autograd.grad_mode.inference_mode):
+    """Inference mode that is not left for a block."""
+
+    def __enter__(self):
+        if self.mode:
+            super().__enter__()
+
+    def __exit__(self, *exc):
+        if self.mode:
+            super().__exit__(*exc)

@@ -156,30 +156,21 @@ class Begins:
     def folded(self, second: Any, norm: Any) -> tuple[Tensor, Tensor]:
         """Weight and bias of a second convolution with the frozen norm behind it.
 
-        Remembered as long as the version counters of all of them say that they are the same.
+        On a CPU made anew each time: writes to ``.data`` and by NumPy change no version counter,
+        and to look for them takes as long. Elsewhere, where the host would wait for it, remembered
+        as long as version counters and addresses of all of them say that they are the same.
         """
         tensors = [t for t in (*second, *norm[:4]) if t is not None]
-        versions = None
-        if not any(t.is_inference() for t in tensors):
-            versions = [(t._version, t.data_ptr()) for t in tensors], norm.eps
-        if self._folded is not None and versions is not None:
+        if _is_made_anew(tensors):
+            return _with_norm(second, norm)
+        versions = [(t._version, t.data_ptr()) for t in tensors], norm.eps
+        if self._folded is not None:
             same = all(a is b for a, b in zip(self._folded[0], tensors, strict=False))
             if same and len(self._folded[0]) == len(tensors) and self._folded[1] == versions:
                 found: tuple[Tensor, Tensor] = self._folded[2]
                 return found
-        with torch.no_grad():
-            weight, bias = second
-            scale = (norm.running_var.double() + norm.eps).rsqrt()
-            if norm.weight is not None:
-                scale = scale * norm.weight.double()
-            shift = (
-                -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean
-            )
-            shift = shift * scale
-            if norm.bias is not None:
-                shift = shift + norm.bias.double()
-            wide = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-            made = torch.empty_like(weight).copy_(wide), shift.to(weight.dtype)
+        with torch.inference_mode(False):  # it may be saved for backward later
+            made = _with_norm(second, norm)
         self._folded = tensors, versions, made
         return made
 
@@ -208,6 +199,25 @@ class Begins:
         self.misses += 1
         if self.misses >= _PATIENCE:
             self.waits = min(2 ** (self.misses - _PATIENCE + 2), _LONGEST)
+
+
+def _is_made_anew(tensors: list[Tensor]) -> bool:
+    return tensors[0].is_cpu or any(t.is_inference() for t in tensors)
+
+
+def _with_norm(second: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        weight, bias = second
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean
+        shift = shift * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = scale.to(wide).view(-1, *[1] * (weight.dim() - 1))
+        return (weight.to(wide) * scale).to(weight.dtype), shift.to(weight.dtype)
 
 
 def _proxied() -> bool:
