@@ -46,16 +46,23 @@ class Kept:
         if _SHARDED in sys.modules and type(tensor) is nn.Parameter:
             self.resized = _is_sharded(tensor)
         self.clone, self.address = None, 0
-        if not _is_held_elsewhere(tensor):
-            self.hold()
+        self.hold(_is_held_elsewhere(tensor))
         if self.clone is None:
             if self.version is None:
                 raise CannotDefer
             self.address = tensor.data_ptr()
 
-    def hold(self) -> None:
-        """Take a clone, where that can be."""
-        if self.resized or _has_other_owners(self.tensor):
+    def hold(self, shared: bool = False) -> None:
+        """Take a clone, where that can be; ``shared``: others may have the address.
+
+        Vectors of others are copied: PyTorch's batch norm counts no version of its statistics.
+        """
+        if self.resized:
+            return
+        if shared or _has_other_owners(self.tensor):
+            if self.tensor.is_cpu and self.tensor.dim() == 1:
+                self.clone = copied = self.tensor.detach().clone()
+                self.address = _address(copied)
             return
         grad = self.needs_grad and torch.is_grad_enabled()
         if grad:

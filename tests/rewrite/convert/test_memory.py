@@ -204,3 +204,24 @@ def test_a_planted_bug_in_layouts_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
     for change in CHANGES:
         with pytest.raises((AssertionError, pytest.fail.Exception)):
             test_laid_out_anew_in_the_same_memory(change, change in (turned_weight, spread_bias))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("holder", ["state_dict", "graph"])
+def test_statistics_that_others_hold(holder: str, grad: bool) -> None:
+    """PyTorch counts no version of them: they are copied."""
+    outputs = []
+    for convert in (False, True):
+        net = pair().train()
+        net.insert(1, nn.BatchNorm3d(6))
+        if convert:
+            fastst.convert(net)
+        z = torch.arange(6.0 * 40).cos().view(1, 6, 2, 4, 5)
+        held = net.state_dict() if holder == "state_dict" else net[1](z)
+        with torch.set_grad_enabled(grad):
+            net[1].eval()
+            v = net[1](net[0](torch.ones(1, 3, 4, 6, 6)))
+            net[1].train()(z * 9)
+            outputs.append(net[3](F.relu(v)) + 0)
+        del held
+    torch.testing.assert_close(*outputs)
