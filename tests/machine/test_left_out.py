@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from fastst import info
 from fastst.backends.cpu import library
 from fastst.dispatch import selection
 from fastst.machine import left_out
+from tests.support import hide_native_libraries
 
 WHY = "the build of fastst._cpu_avx2 failed: error: unrecognized option"
 
@@ -22,7 +22,7 @@ WHY = "the build of fastst._cpu_avx2 failed: error: unrecognized option"
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the package seems to lie, in an installation without native libraries."""
     monkeypatch.setattr(left_out, "__file__", str(tmp_path / "machine" / "left_out.py"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    hide_native_libraries(monkeypatch)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(selection, "_warned", set())
     left_out.reasons.cache_clear()

@@ -19,7 +19,7 @@ from fastst.backends import cuda
 from fastst.backends.cuda import library
 from fastst.functional import conv2plus1d
 from fastst.problem.spec import PairSpec, PairTensors, Problem
-from tests.support import ROOT
+from tests.support import ROOT, hide_native_libraries
 
 INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}")
 BUILT = importlib.util.find_spec("fastst._C") is not None
@@ -92,7 +92,7 @@ def test_cpu_tensors_are_refused_by_name() -> None:
 
 def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTST_CUDA_EMULATE", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    hide_native_libraries(monkeypatch)
     library.load.cache_clear()
     try:
         assert "FASTST_BUILD_CUDA=1" in str(cuda.BACKEND.why_not(on_gpu(), "forward"))
