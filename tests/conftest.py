@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 import fastst
 from fastst.backends.cuda import library
+from fastst.machine import choices
 from tests.support import fuzz
 from tests.support.ranks import Ranks
 
@@ -80,8 +81,10 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    """Every test starts from the same seed and leaves the backend as it found it."""
+    """Every test starts from the same seed, untuned, and leaves the backend as it found it."""
     torch.manual_seed(fuzz.SEED)
+    choices.cache_file().unlink(missing_ok=True)
+    choices.forget()
     fastst.dispatch.selection._warned.clear()  # what another test was told is said again
     before = fastst.dispatch.requested()
     yield
