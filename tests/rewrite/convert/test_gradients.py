@@ -64,15 +64,19 @@ HOOKS: dict[str, Callable[[Tensor], Callable[[], Any]]] = {
 }
 
 
+def plain_and_converted() -> tuple[Block, Block]:
+    plain = Block(BODIES["pair"][0]).double()
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    return plain, converted
+
+
 @pytest.mark.parametrize("named", ["u", "v", "padded"])
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_of_what_was_extended_already(name: str, named: str) -> None:
     """The pair that would have taken it in leaves it out: a plan that knew nothing of it, once."""
-    plain = Block(BODIES["pair"][0]).double()
-    converted = copy.deepcopy(plain)
-    fastst.convert(converted)
     x, found = torch.randn(2, 4, 5, 6, 6, dtype=torch.float64), []
-    for m in (plain, converted):
+    for m in plain_and_converted():
         u = m.s(x)
         v = m.n(u)
         z = F.pad(v, (0, 0, 0, 0, 1, 1)) if named == "padded" else F.relu(v)
@@ -105,11 +109,8 @@ def test_hooks_that_change_gradients_of_what_was_extended_already() -> None:
 ], ids=["grad", "inputs", "of a promise", "of several", "edge"])  # fmt: skip
 def test_gradients_of_what_was_extended(ask: Any) -> None:
     """What reads it is made of the value that somebody still has, not of one of its own."""
-    plain = Block(BODIES["pair"][0]).double()
-    converted = copy.deepcopy(plain)
-    fastst.convert(converted)
     x, found = torch.randn(2, 4, 5, 6, 6, dtype=torch.float64), []
-    for m in (plain, converted):
+    for m in plain_and_converted():
         u = m.s(x)
         found.append(ask(F.relu(m.n(u)), u))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)

@@ -56,9 +56,7 @@ def judge(
         if name not in plain.seen or name not in ours.seen:
             return f"{name} is there once only"
         least = 1e-2
-        if (
-            ".grad " in name
-        ):  # as of a bias before a norm, of whose sum nothing but rounding is left
+        if ".grad " in name:  # of a bias before a norm, say, only rounding is left
             least = max(least, 1e-4 * plain.largest(name.split(".grad ")[1]))
         why = _differ(plain.seen[name], ours.seen[name], tolerance(program), least)
         if why is not None:
