@@ -45,13 +45,13 @@ Epilogue ending(const PairPlan& p, const PairTensors& t) {
   return {Write::forward, t.bias[1], {}, Activation::none, p.outer, p.slope, t.residual, {}};
 }
 
-// One of the two convolutions, and statistics of what it stores.
+// One of the two convolutions in training, and statistics of what it stores.
 void run(const PairPlan& p, const PairTensors& t, int which, const Source& from, const View& out,
          Epilogue e, const Statistics& statistics, int threads) {
   const int64_t channels = statistics.mean.count;
   const Scratch both(2 * channels);
   if (channels) e.reductions = {both.data(), 2 * channels};
-  tap_conv(from, t.weight[which], p.conv[which], out, e, p.sums, threads);
+  tap_conv(from, t.weight[which], p.conv[which], out, e, in_training(p.sums), threads);
   if (!channels) return;
   std::copy_n(both.data(), channels, static_cast<float*>(statistics.mean.data));
   std::copy_n(both + channels, channels, static_cast<float*>(statistics.var.data));

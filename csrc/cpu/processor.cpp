@@ -37,7 +37,7 @@ bool multiplies_pairs() { return kHasPairs && features().avx512_bf16; }
 
 bool in_pairs(Sums sums) {
   if (sums != Sums::pairs && sums != Sums::winograd_pairs)
-    return sums == Sums::best && multiplies_pairs();
+    return (sums == Sums::best || sums == Sums::unrounded) && multiplies_pairs();
   if (kHasPairs && !multiplies_pairs())
     throw std::invalid_argument("fastst cpu: sums in pairs require a processor with AVX512_BF16");
   return true;

@@ -149,7 +149,7 @@ class Pass {
         p.g.h.in = p.g.h.out = 1;
       }
     if (in_pairs()) {
-      if (by_winograd<Bf16Pairs>()) return true;
+      if (sums_ != Sums::unrounded && by_winograd<Bf16Pairs>()) return true;
       if (problems_.size() == 1) take_row_as_channels(problems_[0]);
       with(Direct<Dense<Bf16Pairs>>(problems_));
       return false;
@@ -192,7 +192,8 @@ class Pass {
     if (sums_ == Sums::direct || sums_ == Sums::pairs || problems_[0].apart ||
         problems_.size() > 1 || !Way::fits(problems_[0]))
       return false;
-    if (sums_ == Sums::best && !Way::pays(problems_[0])) return false;
+    const bool choose = sums_ == Sums::best || sums_ == Sums::unrounded;
+    if (choose && !Way::pays(problems_[0])) return false;
     const Way way(problems_[0]);
     with(way);
     if (way.stayed_finite()) return true;
@@ -318,7 +319,7 @@ int64_t input_gradient(const Source& source, const View& weight, const Conv& con
     p.bias = from(e.bias, g * each);
     p.norm = Norm(e.coefficients).from(g * each);
     p.outer = e.outer;
-    Pass pass(e, reductions ? &*reductions : nullptr, sums, threads);
+    Pass pass(e, reductions ? &*reductions : nullptr, in_training(sums), threads);
     std::array<int64_t, 3> r;
     for (r[0] = 0; r[0] < std::min(conv.stride[0], out.size[2]); ++r[0])
       for (r[1] = 0; r[1] < std::min(conv.stride[1], out.size[3]); ++r[1])

@@ -252,6 +252,7 @@ class Backend:
         parallel_conv2plus1d: y.
         parallel_conv2plus1d_backward: the same of all tensors, from (problem, tensors, dy, needs).
         conv3d: forward pass.
+        conv3d_train: the same where a backward pass may follow; None: ``conv3d`` itself.
         conv3d_backward: a gradient of each of ``ConvTensors`` but the residual, None where it is
             not needed.
         avoids: what of its own it does not use for a problem, and why; or None.
@@ -290,6 +291,7 @@ class Backend:
         Callable[[ParallelProblem, ParallelTensors, Tensor, Sequence[bool]], Gradients] | None
     ) = None
     conv3d: Callable[[ConvProblem, ConvTensors], ConvResult] | None = None
+    conv3d_train: Callable[[ConvProblem, ConvTensors], ConvResult] | None = None
     conv3d_backward: Callable[[ConvBackward], Gradients] | None = None
     avoids: Callable[[Problem, Phase], str | None] = no_reason
     why_not_auto: Callable[[Problem, Phase], str | None] = no_reason

@@ -22,15 +22,16 @@ from .registered import as_laid_out, call, clone_aliases, register
 from .schema import CONV, CONV_SPEC, CONV_TENSORS, conv_arguments, encode_spec
 
 
-def _run(args: Sequence[Any]) -> tuple[ConvResult, ConvSpec]:
+def _run(args: Sequence[Any], train: bool) -> tuple[ConvResult, ConvSpec]:
     tensors, spec, problem, backend = conv_arguments(args)
-    run = dispatch.choose(problem, "forward", backend).conv3d
+    chosen = dispatch.choose(problem, "forward", backend)
+    run = chosen.conv3d_train if train and chosen.conv3d_train else chosen.conv3d
     assert run is not None  # else it had been refused
     return run(problem, tensors), spec
 
 
 def _conv3d(*args: Any) -> Tensor:
-    return _run(args)[0].y
+    return _run(args, False)[0].y
 
 
 def _conv3d_fake(*args: Any) -> Tensor:
@@ -51,7 +52,7 @@ def results_of(spec: ConvSpec, known: bool) -> tuple[bool, ...]:
 
 
 def _conv3d_train(*args: Any) -> list[Tensor]:
-    result, spec = _run(args)
+    result, spec = _run(args, True)
     there = results_of(spec, args[ConvTensors._fields.index("var")] is not None)
     return clone_aliases([t for t, asked in zip(result, there, strict=True) if asked])  # type: ignore[misc]
 

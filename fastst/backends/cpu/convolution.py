@@ -19,7 +19,7 @@ from ..conv_pass import unpad
 from .library import Launcher, floats
 
 
-def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
+def conv3d(problem: ConvProblem, tensors: ConvTensors, train: bool = False) -> ConvResult:
     spec, t, k = problem.spec, tensors, Launcher(problem)
     mean, var = t.mean, t.var
     if spec.norm != "none" and var is None:
@@ -27,7 +27,8 @@ def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
     y = problem.empty_output(t.x)
     out = floats(2, problem.out_channels) if spec.output_statistics else None
     epilogue = k.epilogue(bias=t.bias, outer=spec.activation, aux=t.residual, reductions=out)
-    k.tap_conv(_source(k, problem, t, mean, var), t.weight, problem.conv, y, epilogue)
+    source = _source(k, problem, t, mean, var)
+    k.tap_conv(source, t.weight, problem.conv, y, epilogue, train)
     taken = (mean, var) if t.var is None else (None, None)
     return ConvResult(y, *taken, *(() if out is None else out))
 

@@ -23,7 +23,7 @@ from .. import native
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of tensors that kernels take
-_INTERFACE = 6  # of csrc/cpu/bindings.cpp
+_INTERFACE = 7  # of csrc/cpu/bindings.cpp
 _LARGEST_BUFFER = 256 << 20  # bytes that a thread keeps between calls
 
 
@@ -99,7 +99,8 @@ def outdoes(dtype: torch.dtype) -> bool:
 class Launcher(native.Launcher):
     """Launches of single convolutions of a call; ``pair`` and its like make a call as a whole."""
 
-    # How convolutions sum their products: or "direct", "winograd", "pairs", "winograd_pairs".
+    # How convolutions sum their products: or "unrounded" (in training), "direct", "winograd",
+    # "pairs", "winograd_pairs".
     sums = "best"
     strip = 192 << 10  # floats of a mid tensor that stay in a second-level cache of 1 MiB
     large = 1 << 20  # floats of a tensor that other layers push out of the last-level one
@@ -148,10 +149,13 @@ class Launcher(native.Launcher):
             self.act(act), self.act(outer), self.slope, aux, reductions,
         )  # fmt: skip
 
-    def tap_conv(self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any) -> int:
+    def tap_conv(
+        self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any, train: bool = False
+    ) -> int:
         """out = epilogue(one pass of the pair); how many of its groups went Winograd's way."""
+        way = self.lib.Sums.unrounded if train and self.sums == "best" else self.way
         found: int = self.lib.tap_conv(
-            source, weight, self.conv(p), out, epilogue, self.way, self.threads
+            source, weight, self.conv(p), out, epilogue, way, self.threads
         )
         return found
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fastst
 from fastst.backends import cpu
@@ -71,6 +72,65 @@ def test_strips_and_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.Launcher, "strip", 2000)
     monkeypatch.setattr(library.Launcher, "large", 0)
     fuzz.fuzz("cpu", 20, limits(torch.bfloat16), first=fuzz.SEED + 5000, backward=False, least=1.0)
+
+
+class Beside(nn.Module):
+    """Two convolutions with relu between them, as pair, as single ops or as PyTorch's own."""
+
+    def __init__(self, kind: str, norm: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.pair = fastst.Conv2Plus1d(
+            64, 64, 3, padding=1, mid_channels=96, bias=False, norm="batch" if norm else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = self.pair
+        if self.kind == "pair":
+            y: Tensor = pair(x)
+            return y
+        kind = fastst.functional.conv3d if self.kind == "single" else F.conv3d
+        u = kind(x, pair.spatial.weight, padding=(0, 1, 1))
+        v = torch.relu(u if pair.norm is None else pair.norm(u))
+        return kind(v, pair.temporal.weight, padding=(1, 0, 0))
+
+
+def as_a_whole(kind: str, dtype: torch.dtype, norm: bool) -> dict[str, float]:
+    """Errors of y and of gradients, all elements together, as a share of the whole."""
+
+    def results(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        net = Beside(kind, norm).to(HALVES[0]).to(dtype)
+        generator = torch.Generator().manual_seed(1)
+        x, dy = (torch.randn(1, 64, 3, 16, 16, generator=generator) for _ in range(2))
+        x = x.to(HALVES[0]).to(dtype).requires_grad_()
+        with fastst.use_backend("cpu" if kind != "eager" else "auto"):
+            y = net(x)
+            y.backward(dy.to(HALVES[0]).to(dtype))
+        grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+        return {"y": y.detach(), "x": x.grad, **grads}  # type: ignore[dict-item]
+
+    truth, ours = results("eager", torch.float64), results(kind, dtype)
+    return {n: float((ours[n].double() - t).norm() / t.norm()) for n, t in truth.items()}
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", ["pair", "single"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_training_as_a_whole(kind: str, dtype: torch.dtype, norm: bool) -> None:
+    """Of numbers that lie where they like about the kink of relu, which fuzzed ones keep off: an
+    error of a sum that is small itself opens a gate or shuts it."""
+    own, ours = as_a_whole("eager", dtype, norm), as_a_whole(kind, dtype, norm)
+    assert all(ours[n] <= 1.5 * own[n] for n in own), (ours, own)
+
+
+def test_gates_that_rounding_moves_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Winograd's transforms in bfloat16, which training does not take."""
+    if library.library().__name__.endswith("avx512") and not library.library().multiplies_pairs():
+        pytest.skip("no AVX512_BF16")
+    monkeypatch.setattr(library.Launcher, "sums", "winograd_pairs")
+    own = as_a_whole("eager", torch.bfloat16, True)
+    assert as_a_whole("pair", torch.bfloat16, True)["x"] > 2 * own["x"]
 
 
 # ---- rounding
