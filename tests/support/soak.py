@@ -1,14 +1,15 @@
-"""Random configurations in child processes under a checking allocator (guard.c).
+r"""Random configurations in child processes under a checking allocator (guard.c).
 
 PyTorch's convolutions may read or write outside their tensors. Every way in which fastst calls
 them, forward and backward, is run here until it has been seen not to::
 
     python -m tests.support.soak --cases 3000
-    python -m tests.support.soak --paths aten --dtypes bfloat16 --isas AVX2 --first 812 --cases 1
+    python -m tests.support.soak --paths aten --dtypes bfloat16 --layouts contiguous --isas AVX2 \
+        --first 812 --cases 1
 
 A crash, a result that is no rounding of the right one and what twice did not end in time are
-reported with their configuration and seed. Without arguments beside ``--cases`` all paths, dtypes
-and instruction sets are run, each from ``--first`` on.
+reported with their configuration and seed. Without arguments beside ``--cases`` all paths, dtypes,
+layouts and instruction sets are run, each from ``--first`` on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATHS = ("passes", "conv3d", "aten", "composed", "reference", "auto")
 SINGLE = ("passes", "conv3d")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+LAYOUTS = ("contiguous", "channels_last")  # of x and dy; those of weights are drawn
 # "" is the best of the machine. oneDNN takes no more than what is named, if the machine has it.
 ISAS = ("", "AVX512_CORE_BF16", "AVX512_CORE", "AVX2", "SSE41")
 PLANTED = "planted"  # aten with a write of one element behind y
@@ -80,6 +83,7 @@ def build_guard(folder: Path) -> Path:
 def soak(
     path: str,
     dtype: str,
+    layout: str,
     isa: str,
     first: int,
     cases: int,
@@ -88,12 +92,12 @@ def soak(
     seconds: float = SECONDS,
 ) -> Outcome:
     """Run the configurations of ``cases`` seeds in a child process that survives their crashes."""
-    outcome = Outcome(f"{path} {dtype} {isa or 'best'}")
+    outcome = Outcome(f"{path} {dtype} {layout} {isa or 'best'}")
     environment = os.environ | {
         "LD_PRELOAD": str(guard), "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0",
     }  # fmt: skip
     environment |= {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
-    child = ["--child", path, dtype, str(first), str(cases), str(seconds)]
+    child = ["--child", path, dtype, layout, str(first), str(cases), str(seconds)]
     module = ["-m", "tests.support.soak", *child]
     done = subprocess.run(
         [sys.executable, *module], cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -112,7 +116,7 @@ def soak(
 # ---- in the child
 
 
-def _child(path: str, dtype: str, first: int, cases: int, seconds: float) -> None:
+def _child(path: str, dtype: str, layout: str, first: int, cases: int, seconds: float) -> None:
     """Fork for the seeds, and again after each that ended the process; a line for each seed."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if path == "composed":
@@ -122,7 +126,7 @@ def _child(path: str, dtype: str, first: int, cases: int, seconds: float) -> Non
         path = "aten"
     done, again = 0, False
     while done < cases:
-        for line in _forked(path, dtype, first + done, first + cases, seconds):
+        for line in _forked((path, dtype, layout), first + done, first + cases, seconds):
             again = line.startswith("late") and not again
             if not again:
                 print(line, flush=True)
@@ -135,14 +139,14 @@ def _write_behind(rows: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _forked(path: str, dtype: str, first: int, end: int, seconds: float) -> Iterator[str]:
+def _forked(what: tuple[str, str, str], first: int, end: int, seconds: float) -> Iterator[str]:
     """A line for each seed up to the end or to the first that ends the process, inclusive."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
         os.close(reading)
         for seed in range(first, end):
-            os.write(writing, (_run(path, dtype, seed).replace("\n", " ") + "\n").encode())
+            os.write(writing, (_run(*what, seed).replace("\n", " ") + "\n").encode())
         os._exit(0)
     os.close(writing)
     seed = first
@@ -157,16 +161,18 @@ def _forked(path: str, dtype: str, first: int, end: int, seconds: float) -> Iter
             seed += 1
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if seed < end:
-        what, why = "crash", signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        told, why = "crash", signal.Signals(-code).name if code < 0 else f"exit status {code}"
         if code == -signal.SIGALRM:
-            what, why = "late", f"did not end within {seconds:g} s"
-        drawn = _draw_pass(path, seed) if path in SINGLE else _config(path, dtype, seed)
-        yield f"{what} seed {seed}: {why} in {drawn}"
+            told, why = "late", f"did not end within {seconds:g} s"
+        path = what[0]
+        drawn = _draw_pass(path, seed) if path in SINGLE else _config(*what, seed)
+        yield f"{told} seed {seed}: {why} in {drawn}"
 
 
-def _config(path: str, dtype: str, seed: int) -> Config:
-
-    fixed = dict(residual=False, outer_activation="none") if path == "composed" else {}
+def _config(path: str, dtype: str, layout: str, seed: int) -> Config:
+    fixed: dict[str, Any] = dict(x_layout=layout, grad_layout=layout)
+    if path == "composed":
+        fixed |= dict(residual=False, outer_activation="none")
     limits = fuzz.Limits(
         batch=9, channels=48, frames=20, space=24, work=6_000_000,
         dtypes=(getattr(torch, dtype),), fixed=fixed,
@@ -174,11 +180,11 @@ def _config(path: str, dtype: str, seed: int) -> Config:
     return fuzz.random_config(seed, limits)
 
 
-def _run(path: str, dtype: str, seed: int) -> str:
+def _run(path: str, dtype: str, layout: str, seed: int) -> str:
     """One configuration, every result held to what cannot be rounding."""
     if path in SINGLE:
-        return _run_pass(path, getattr(torch, dtype), seed)
-    config = _config(path, dtype, seed)
+        return _run_pass(path, getattr(torch, dtype), layout, seed)
+    config = _config(path, dtype, layout, seed)
     tensors, dy = fuzz.make(config)
     grad = dy if fuzz.clear_of_kinks(config, tensors) else None
     ways = random.Random(seed)
@@ -231,7 +237,7 @@ def _draw_pass(path: str, seed: int) -> tuple[Pass, tuple[int, int, int, int]]:
             return p, (batch, *size)
 
 
-def _run_pass(path: str, dtype: torch.dtype, seed: int) -> str:
+def _run_pass(path: str, dtype: torch.dtype, layout: str, seed: int) -> str:
     """The same of one convolution, by the calls of aten and by those of what is composed."""
     p, (n, t, h, w) = _draw_pass(path, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -246,10 +252,8 @@ def _run_pass(path: str, dtype: torch.dtype, seed: int) -> str:
         weight = weight.contiguous(memory_format=torch.channels_last_3d)
     bias = normal(p.out_channels)
     dy = normal(n, *p.out_size((t, h, w)), p.out_channels)
-    last = random.Random(seed).random() < 0.5
-    layout = torch.channels_last_3d if last else torch.contiguous_format
-    given = (rows.permute(0, 4, 1, 2, 3).contiguous(memory_format=layout), weight, bias)
-    dy5 = dy.permute(0, 4, 1, 2, 3).contiguous(memory_format=layout)
+    given = (fuzz.lay_out(rows.permute(0, 4, 1, 2, 3), layout), weight, bias)
+    dy5 = fuzz.lay_out(dy.permute(0, 4, 1, 2, 3), layout)
 
     def composed(*leaves: Tensor) -> list[Tensor]:
         x, *parameters = (leaf.detach().requires_grad_() for leaf in leaves)
@@ -281,10 +285,11 @@ def _run_pass(path: str, dtype: torch.dtype, seed: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=1000, help="for each path, dtype, set")
+    parser.add_argument("--cases", type=int, default=1000, help="for each path, dtype, layout, set")
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--paths", nargs="+", default=PATHS, choices=PATHS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--isas", nargs="+", default=ISAS, help="ONEDNN_MAX_CPU_ISA; '': best")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for one configuration")
@@ -293,10 +298,12 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     guard = build_guard(folder)
     total: Counter[str] = Counter()
-    for path, dtype, isa in itertools.product(options.paths, options.dtypes, options.isas):
+    drawn = options.paths, options.dtypes, options.layouts, options.isas
+    for path, dtype, layout, isa in itertools.product(*drawn):
         outcome = soak(
-            path, dtype, isa, options.first, options.cases, guard, options.threads, options.seconds
-        )
+            path, dtype, layout, isa, options.first, options.cases, guard, options.threads,
+            options.seconds,
+        )  # fmt: skip
         total += outcome.counts
         print(f"{outcome.name}, seeds from {options.first}: {dict(outcome.counts)}", flush=True)
         for line in outcome.trouble:
@@ -307,6 +314,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        _child(*sys.argv[2:4], *map(int, sys.argv[4:6]), float(sys.argv[6]))  # type: ignore[call-arg, arg-type]
+        _child(*sys.argv[2:5], *map(int, sys.argv[5:7]), float(sys.argv[7]))  # type: ignore[call-arg, arg-type]
     else:
         main()
