@@ -1,8 +1,9 @@
 """What ``convert`` puts on a convolution: an object in the place of its ``_conv_forward``.
 
 ``type(m)``, ``m.forward``, parameters, hooks and keys stay what they were. Whatever a forward does
-before and after it calls the convolution itself happens as it stands, subclasses included. Copies
-and pickles carry the object with them; a tool that replaces ``_conv_forward`` takes its place.
+before and after it calls the convolution itself happens as it stands, subclasses included. Copies,
+shallow ones too, and pickles get an object of their own; a tool that replaces ``_conv_forward``
+takes its place.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .graphs import is_promise, taken
 from .state import watched
 
 ATTRIBUTE = "_conv_forward"
+_REDUCE = "__reduce_ex__"  # by which copies and pickles of the convolution are made
 _FORWARDS = tuple(kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 _LONGEST = 64  # calls between two promises of a convolution that never pairs
 _PATIENCE = 4  # chains in a row that end nowhere, before the convolution is asked less often
@@ -107,6 +109,17 @@ class Begins:
             if made is not None:
                 return made
         return type(conv)._conv_forward(conv, x, weight, bias)
+
+    def reduced(self, protocol: Any) -> Any:
+        """The convolution, for ``copy`` and ``pickle``: what they make of it has one of these for
+        itself. That of a shallow copy would else read the settings of the original."""
+        made = type(self.conv).__reduce_ex__(self.conv, protocol)
+        if isinstance(made, str) or len(made) < 3 or ATTRIBUTE not in (made[2] or ()):
+            return made  # its class has another way
+        make, args, state, *rest = made
+        own = {**self.__getstate__(), "conv": None}
+        state = {n: v for n, v in state.items() if n not in (ATTRIBUTE, _REDUCE)}
+        return (_made_again, (type(self), own, make, args), state, *rest)
 
     @property
     def selection(self) -> tuple[bool, bool]:
@@ -199,6 +212,24 @@ class Begins:
         self.misses += 1
         if self.misses >= _PATIENCE:
             self.waits = min(2 ** (self.misses - _PATIENCE + 2), _LONGEST)
+
+
+def put_on(begins: Begins) -> None:
+    """Let it answer for its convolution."""
+    vars(begins.conv).update({ATTRIBUTE: begins, _REDUCE: begins.reduced})
+
+
+def take_off(conv: Any) -> None:
+    for name in (ATTRIBUTE, _REDUCE):
+        vars(conv).pop(name, None)
+
+
+def _made_again(kind: type[Begins], state: dict[str, Any], make: Any, args: Any) -> Any:
+    """A convolution as ``reduced`` has it, without its attributes."""
+    begins, conv = kind.__new__(kind), make(*args)
+    begins.__setstate__({**state, "conv": conv})
+    put_on(begins)
+    return conv
 
 
 def _is_made_anew(tensors: list[Tensor]) -> bool:

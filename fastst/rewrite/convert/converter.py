@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from . import sampling
-from .begins import ATTRIBUTE, Begins
+from .begins import ATTRIBUTE, Begins, put_on, take_off
 from .names import Filter, holders, matcher
 from .report import Alone, Left, Replaced, Report
 from .whole import Whole, is_whole
@@ -62,7 +62,7 @@ def convert(
             before[name] = old.selection
             old.wanted, old.barred = old.wanted or wanted, old.barred and barred
         else:
-            vars(conv)[ATTRIBUTE] = Begins(conv, name, wanted, barred)
+            put_on(Begins(conv, name, wanted, barred))
     if sample is None:
         pairs = _neighbours(convs)
         for pair in pairs:  # until a call has shown it
@@ -109,7 +109,7 @@ def _alone(
         wanted, barred = selects(name)
         if isinstance(old, Whole) and old.conv is conv:
             wanted, barred = old.wanted or wanted, old.barred and barred
-        vars(conv)[ATTRIBUTE] = Whole(conv, name, wanted, barred)
+        put_on(Whole(conv, name, wanted, barred))
 
 
 def _selected(ends: Iterable[tuple[bool, bool]]) -> bool:
@@ -132,7 +132,7 @@ def revert(model: nn.Module) -> list[str]:
     names = []
     for name, module in model.named_modules():
         if isinstance(vars(module).get(ATTRIBUTE), Begins):
-            del vars(module)[ATTRIBUTE]
+            take_off(module)
             names.append(name)
     return names
 
@@ -144,7 +144,7 @@ def serve(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if type(module) is nn.Conv3d and ATTRIBUTE not in vars(module):
-            vars(module)[ATTRIBUTE] = Begins(module, name, wanted=False, barred=False)
+            put_on(Begins(module, name, wanted=False, barred=False))
         found = vars(module).get(ATTRIBUTE)
         if isinstance(found, Begins):
             found.served = True

@@ -258,6 +258,38 @@ def test_copies_are_converted_and_independent(way):
     assert fastst.revert(model)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"padding": (0, 0, 0)},
+        {"stride": (2, 1, 1), "padding": (0, 0, 0)},
+        {"dilation": (2, 1, 1)},
+        {"padding_mode": "replicate"},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (3, 3, 3)], ids=["of a pair", "alone"])
+def test_a_shallow_copy_has_settings_of_its_own(kernel, changes):
+    def changed(conv):
+        again = copy.copy(copy.copy(conv))
+        for name, value in changes.items():
+            setattr(again, name, value)
+        return again
+
+    space = nn.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1))
+    model = nn.Sequential(space, nn.ReLU(), nn.Conv3d(4, 4, kernel, padding=(1, 0, 0)))
+    x = torch.randn(1, 4, 6, 7, 7)
+    with torch.no_grad():
+        plain, wanted = changed(model[2])(model[:2](x)), model(x)
+        fastst.convert(model)
+        other = changed(model[2])
+        torch.testing.assert_close(other(model[:2](x)), plain)
+        torch.testing.assert_close(model(x), wanted)
+    assert other.weight is model[2].weight and type(other) is nn.Conv3d
+    assert fastst.revert(other) == [""] and len(fastst.revert(model)) == 2
+    assert vars(other).keys() == vars(model[2]).keys() == vars(nn.Conv3d(4, 4, 1)).keys()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
