@@ -113,7 +113,8 @@ class Begins:
     def reduced(self, protocol: Any) -> Any:
         """The convolution, for ``copy`` and ``pickle``: what they make of it has one of these for
         itself. That of a shallow copy would else read the settings of the original."""
-        made = type(self.conv).__reduce_ex__(self.conv, protocol)
+        kind: Any = type(self.conv)
+        made = kind.__reduce_ex__(self.conv, protocol)
         if isinstance(made, str) or len(made) < 3 or ATTRIBUTE not in (made[2] or ()):
             return made  # its class has another way
         make, args, state, *rest = made
