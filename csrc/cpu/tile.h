@@ -224,7 +224,9 @@ int64_t packed_size(const Geometry& g, const Tile& tile, int64_t channels) {
 }
 
 // Reads neighbours in w as the Source says and lays their channels side by side, to be multiplied,
-// those of the next one `pitch` on. S: what a and b are stored in.
+// those of the next one `pitch` on; zeros follow where there is room for a whole vector: it is
+// multiplied as a whole, and subnormal numbers that somebody left there would be, a hundred times
+// as slowly. S: what a and b are stored in.
 template <Read R, Activation K, class S, class Kind>
 class Reader {
  public:
@@ -245,6 +247,7 @@ class Reader {
     }
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, channels - c);
+      const int64_t stored = pitch * Kind::kChannels < c + kLanes ? n : kLanes;
       const Coefficients k(from.norm, c, n);
       const auto normed = [&](Vec v, int64_t w) {
         if (R != Read::norm_act || !from.factor) return v;
@@ -254,7 +257,7 @@ class Reader {
         const S* second = R == Read::norm_gradient ? b + w * in_.b.w + c * in_.b.c : nullptr;
         const Vec u = R == Read::norm_gradient ? gather(second, in_.b.c, n) : Vec{};
         v = prologue(normed(v, w), k, u);
-        Kind::put(to + w * pitch, c, n == kLanes ? v : first(v, n), n);
+        Kind::put(to + w * pitch, c, n == kLanes ? v : first(v, n), stored);
       };
       if (in_.a.c == 1 && (R != Read::norm_gradient || in_.b.c == 1) && n == kLanes) {
         for (int64_t w = 0; w < count; ++w) {

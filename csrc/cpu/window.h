@@ -106,8 +106,8 @@ struct Panel {
   int64_t channel, channels, width;
 };
 
-// Packs panels one after the other, each with entries (n, t, h, w); what is no channel of theirs,
-// or does not exist, stays as it is. A row goes to all panels at once, so that memory is read in
+// Packs panels one after the other, each with entries (n, t, h, w); what does not exist stays as it
+// is. A row goes to all panels at once, so that memory is read in
 // its order.
 template <class Kind>
 void pack_panels(const Reads& r, const Input& in, const Panel* begin, const Panel* end, float* to) {
