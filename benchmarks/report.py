@@ -20,7 +20,8 @@ from .svg import Card
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "backends.md")
 IMAGES = ROOT / "docs" / "img"
-STATUS = ROOT / "fastst" / "status.json"  # what ``python -m fastst`` says of kernels for GPUs
+# What ``python -m fastst`` says of kernels for GPUs.
+STATUS = ROOT / "fastst" / "machine" / "status.json"
 _BLOCK = re.compile(
     r"(<!-- benchmarks:begin (?P<name>[\w-]+) -->\n).*?(<!-- benchmarks:end (?P=name) -->)", re.S
 )

@@ -319,7 +319,7 @@ def by_family(rows: list[Row]) -> str:
 
 
 def status_rows(records: dict[str, Record]) -> list[dict[str, Any]]:
-    """What is known of each kernel family; ``fastst.info`` has it, too (fastst/status.json)."""
+    """What is known of each kernel family; ``fastst.info`` has it from machine/status.json."""
     return [
         {
             "backend": family.backend, "kernels": family.what, "executed": executed(family),

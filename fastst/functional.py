@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, ops
-from .backends import reference
+from .backends import ranks, reference
 from .backends.contract import Backend, Begun
 from .machine import exactness, settings
 from .problem import activations, checks, conv3d_checks
@@ -24,7 +24,6 @@ from .problem.spec import (
     Problem,
     in_execution_order,
 )
-from .ranks import groups, statistics
 
 IntOrTriple = int | Sequence[int]
 PaddingArg = int | Sequence[int | tuple[int, int]] | str
@@ -471,8 +470,8 @@ def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
         return lambda u: F.batch_norm(u, *norm[:-1])
 
     def pooled(u: Tensor) -> Tensor:
-        group = groups.resolve(norm.group)
-        v, mean, var, count = statistics.SyncedNorm.apply(
+        group = ranks.resolve(norm.group)
+        v, mean, var, count = ranks.SyncedNorm.apply(
             u, norm.weight, norm.bias, norm.eps, group
         )  # fmt: skip
         _update_running(norm, mean, var, count)
@@ -497,4 +496,4 @@ def _normalise(
 
 def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
     """Running statistics as ``torch.nn.functional.batch_norm`` leaves them, of n values."""
-    statistics.update_running(norm.running_mean, norm.running_var, mean, var, n, norm.momentum)
+    ranks.update_running(norm.running_mean, norm.running_var, mean, var, n, norm.momentum)

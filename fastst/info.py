@@ -167,7 +167,7 @@ def _dense_pair(device: Any, dtype: Any) -> Any:
 
 def _kernels() -> Iterator[str]:
     """What was seen of them before they came here, from records: written by benchmarks.report."""
-    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "status.json")
+    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "machine", "status.json")
     with open(file, encoding="utf-8") as text:
         rows = json.load(text)
     for row in rows:

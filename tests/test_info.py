@@ -106,7 +106,7 @@ def test_tells_what_was_seen_of_kernels_for_gpus(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Without a GPU and without the records that it is from."""
-    rows = json.loads((ROOT / "fastst" / "status.json").read_text())
+    rows = json.loads((ROOT / "fastst" / "machine" / "status.json").read_text())
     said = [line for line in info.report().splitlines() if "executed on a CPU" in line]
     assert len(said) == sum(bool(row["executed"]) for row in rows) > 0
     assert (
@@ -114,7 +114,8 @@ def test_tells_what_was_seen_of_kernels_for_gpus(
         in (said[next(i for i, line in enumerate(said) if "triton, (2+1)D pair, training" in line)])
     )
     told = {"backend": "cuda", "kernels": "k", "executed": [], "gpus": {"H200": "measured at `a`"}}
-    (tmp_path / "status.json").write_text(json.dumps([told]))
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine" / "status.json").write_text(json.dumps([told]))
     monkeypatch.setattr(info, "__file__", str(tmp_path / "info.py"))
     assert "  cuda, k: on H200: measured at `a`\n" in info.report()
 

@@ -5,7 +5,7 @@ any, and a wider dtype: ``ops`` gives them those of their tensors. u is ``proble
 dtype of x (channels beyond M are zeros); mean and var are (M,) in ``problem.accumulate_dtype``. u
 is what leaves the first convolution, its bias included, before norm and activation. The mid tensor
 is the same for all backends, so that forward and backward may run on different ones. With
-``spec.group`` mean and var are those of all its ranks together (``ranks.statistics``); gradients
+``spec.group`` mean and var are those of all its ranks together (``backends.ranks``); gradients
 are this rank's.
 """
 

@@ -26,7 +26,7 @@ from ..problem.spec import (
     ParallelTensors,
     Problem,
 )
-from ..ranks import groups, statistics
+from . import ranks
 from .contract import (
     COMMON_CONV_FIELDS,
     COMMON_PAIR_FIELDS,
@@ -49,8 +49,8 @@ def batch_norm(t: PairTensors, spec: PairSpec) -> Callable[[Tensor], Tensor]:
     if spec.norm == "none":
         return lambda u: u
     if spec.group:
-        affine, group = (t.norm_weight, t.norm_bias), groups.resolve(spec.group)
-        return lambda u: statistics.batch_norm(u, *affine, spec.eps, group)[0]
+        affine, group = (t.norm_weight, t.norm_bias), ranks.resolve(spec.group)
+        return lambda u: ranks.batch_norm(u, *affine, spec.eps, group)[0]
     mean, var = (t.mean, t.var) if spec.norm == "frozen" else (None, None)
     training = spec.norm == "batch"
     return lambda u: F.batch_norm(u, mean, var, t.norm_weight, t.norm_bias, training, 0.0, spec.eps)
@@ -152,8 +152,8 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
         if spec.norm == "batch":
             var, mean = torch.var_mean(u, (0, 2, 3, 4), correction=0)
             if spec.group:
-                group, n = groups.resolve(spec.group), u.numel() // u.shape[1]
-                mean, var, count = statistics.pool_statistics(mean, var, n, group)
+                group, n = ranks.resolve(spec.group), u.numel() // u.shape[1]
+                mean, var, count = ranks.pool_statistics(mean, var, n, group)
                 count = count.to(problem.accumulate_dtype)
             mean, var = mean.to(problem.accumulate_dtype), var.to(problem.accumulate_dtype)
     return PairResult(y, saved, mean, var, count, outer=True)

@@ -21,8 +21,7 @@ from ..backends.conv_pass import pad
 from ..functional import BatchNorm, Causal
 from ..problem import activations
 from ..problem.geometry import left_padding
-from ..ranks import sync_batch_norm
-from . import streaming
+from . import streaming, sync_batch_norm
 
 RECOMPUTE = "_fastst_recompute"  # on spatial convolutions, by ``memory.set_memory_budget``
 _BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm, sync_batch_norm.SyncBatchNorm)

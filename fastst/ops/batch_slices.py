@@ -16,9 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..backends import ranks
 from ..backends.contract import Backend, BatchSlice, Gradients, PairBackward
 from ..problem.spec import PairProblem, PairSpec, PairTensors, Problem
-from ..ranks import groups, statistics
 
 _BELOW = ("x", "first_weight", "first_bias")  # whose gradients need du
 _NORM = ("norm_weight", "norm_bias")
@@ -51,7 +51,7 @@ def gradients(
         table = torch.stack((sums["norm_bias"], sums["norm_weight"] * (var + spec.eps).sqrt()))
         values = problem.batch * math.prod(problem.mid_size)
         if spec.group:
-            means = statistics.pool_means(table, values, groups.resolve(spec.group))
+            means = ranks.pool_means(table, values, ranks.resolve(spec.group))
         else:
             means = table / values
             # The mean of u takes the bias away, that of all ranks only for all of them.

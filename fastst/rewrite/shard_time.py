@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends.conv_pass import pad
+from ..backends.ranks import Sum, ranks_of
 from ..nn.layers import Conv2Plus1d, ParallelConv2Plus1d
+from ..nn.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 from ..problem.geometry import left_padding
-from ..ranks.frames import Window, read
-from ..ranks.groups import ranks_of
-from ..ranks.statistics import Sum
-from ..ranks.sync_batch_norm import SyncBatchNorm, sync_batch_norm
+from .frames import Window, read
 
 __all__ = [
     "SyncBatchNorm",

@@ -24,7 +24,7 @@ from ...problem.spec import (
     ParallelTensors,
     Problem,
 )
-from ...ranks import groups, statistics
+from .. import ranks
 from ..contract import (
     COMMON_CONV_FIELDS,
     COMMON_PAIR_FIELDS,
@@ -283,8 +283,8 @@ def _normalise(
     if spec.group:
         wide = u.flatten(0, 3).to(problem.accumulate_dtype)
         var, mean = torch.var_mean(wide, 0, correction=0)
-        group, m = groups.resolve(spec.group), problem.mid_channels
-        mean, var, total = statistics.pool_statistics(mean[:m], var[:m], wide.shape[0], group)
+        group, m = ranks.resolve(spec.group), problem.mid_channels
+        mean, var, total = ranks.pool_statistics(mean[:m], var[:m], wide.shape[0], group)
         return _affine(problem, t, u, mean, var), mean, var, total
     gamma, beta = _affine_parameters(problem, t, channels)
     # With momentum 1 the running statistics are the batch's: no cancellation through 1/std².
@@ -328,8 +328,8 @@ def _normalise_backward(
         sums = torch.stack((wide.sum(0), (wide * away).sum(0)))
         m = problem.mid_channels
         if means is None:
-            group = groups.resolve(spec.group)
-            means = statistics.pool_means(sums[:, :m], wide.shape[0], group)
+            group = ranks.resolve(spec.group)
+            means = ranks.pool_means(sums[:, :m], wide.shape[0], group)
         means = F.pad(means, (0, channels - m))
         du = wide.sub(means[0]).addcmul_(away, means[1] * rstd**2, value=-1).mul_(gamma * rstd)
         return du.to(dv.dtype).view(u.shape), sums[1] * rstd, sums[0]

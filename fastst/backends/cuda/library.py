@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ...machine import settings
 from ...problem.spec import PairProblem, PairSpec, PairTensors, Pass, Problem
-from ...ranks import groups, statistics
-from .. import native
+from .. import native, ranks
 
 _DTYPES = {
     torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64",
@@ -213,8 +212,8 @@ class Launcher(native.Launcher):
         if not self.group:
             return self.moments(partials, tables)
         mean, var = self.moments(partials)
-        group = groups.resolve(self.group)
-        mean, var, self.total = statistics.pool_statistics(mean, var, self.count, group)
+        group = ranks.resolve(self.group)
+        mean, var, self.total = ranks.pool_statistics(mean, var, self.count, group)
         if made := tables(mean, var):
             self.lib.pack(self.dtype, [], made, self.stream)
         return mean, var
@@ -299,7 +298,7 @@ class Launcher(native.Launcher):
         if means is not None or self.group:
             local = partials[0] if len(partials) == 1 else self.sum_rows(partials)[0]
             if means is None:
-                means = statistics.pool_means(local, self.count, groups.resolve(self.group))
+                means = ranks.pool_means(local, self.count, ranks.resolve(self.group))
 
         def launch(partials: Tensor, gradients: Sequence[Tensor | None], tables: Any) -> None:
             lib.norm_gradient(

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...machine import choices
 from ...problem.examples import example
 from ...problem.spec import PairProblem, PairTensors, Pass
-from ...ranks import groups, statistics
+from .. import ranks
 from ..contract import BatchSlice, Gradients, PairBackward
 from . import arguments, plans, tiles
 from .direct import direct_gradients
@@ -192,9 +192,7 @@ def _through_norm(
 def _pooled(sums: Tensor, count: int, group: str) -> Tensor:
     """Means over the values of all ranks."""
     means = sums.new_empty(sums.shape)
-    plans.aside(
-        lambda sums: [statistics.pool_means(sums, count, groups.resolve(group))], [sums], [means]
-    )
+    plans.aside(lambda sums: [ranks.pool_means(sums, count, ranks.resolve(group))], [sums], [means])
     return means
 
 

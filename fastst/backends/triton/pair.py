@@ -11,7 +11,7 @@ from torch import Tensor
 from ...machine import choices
 from ...problem.examples import example
 from ...problem.spec import PairProblem, PairTensors
-from ...ranks import groups, statistics
+from .. import ranks
 from ..contract import Begun, PairResult
 from . import plans, single
 from . import tiles as configs
@@ -105,7 +105,7 @@ def _batch_norm(
     count = problem.batch * math.prod(problem.mid_size)
     pooled = mean.new_empty(mean.shape), var.new_empty(var.shape), mean.new_empty(())
     plans.aside(
-        lambda mean, var: statistics.pool_statistics(mean, var, count, groups.resolve(group)),
+        lambda mean, var: ranks.pool_statistics(mean, var, count, ranks.resolve(group)),
         (mean, var), pooled,
     )  # fmt: skip
     mean, var, _ = pooled

@@ -17,7 +17,7 @@ import torch
 
 import fastst
 from fastst import dispatch
-from fastst.backends import cuda
+from fastst.backends import cuda, ranks
 from fastst.backends.contract import Backend, PairBackward
 from fastst.backends.cuda import hopper as cuda_hopper
 from fastst.backends.cuda.hopper import examples, gradient_tiles, instances, tiles, weight_tiles
@@ -28,7 +28,6 @@ from fastst.backends.triton.tiles import round_up
 from fastst.dispatch import selfcheck
 from fastst.problem.examples import pair_tensors
 from fastst.problem.spec import PairSpec, PairTensors, Problem
-from fastst.ranks import groups, statistics
 from tests.support import fuzz, hopper, planted
 from tests.support.fuzz import Config
 from tests.support.planted import Plant, more
@@ -207,9 +206,9 @@ def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     alone, together = (Problem.of(tensors, spec._replace(group=g)) for g in ("", "both"))
     y, u, mean, var, *_ = cuda_hopper.forward(alone, tensors, True)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    monkeypatch.setattr(groups, "resolve", lambda name: name)
+    monkeypatch.setattr(ranks, "resolve", lambda name: name)
     # The other rank has as many values, and gradients of 0.
-    monkeypatch.setattr(statistics, "pool_means", lambda sums, n, group: sums / (2 * n))
+    monkeypatch.setattr(ranks, "pool_means", lambda sums, n, group: sums / (2 * n))
     rest = u, mean, var, [True] * 7 + [False] * 3
     ours = cuda.conv2plus1d_backward(PairBackward(together, tensors, [dy], *rest))
     monkeypatch.setattr(cuda_hopper, "backward_why_not", lambda problem: "are not asked")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from fastst.ranks.frames import Window, _needs
 from fastst.rewrite import shard_time
+from fastst.rewrite.frames import Window, _needs
 from tests.support.ranks import (
     SIZE,
     Ranks,

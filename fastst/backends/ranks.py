@@ -1,4 +1,4 @@
-"""Sums and statistics over the values of several ranks, with their gradients."""
+"""What ranks tell each other: sums and statistics over all of their values, with gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .groups import ranks_of
+
+def ranks_of(group: Any) -> range:
+    """The ranks of a process group, counted within it."""
+    return range(dist.get_world_size(group))
+
+
+def resolve(name: Any) -> Any:
+    """The process group of a name."""
+    return dist.distributed_c10d._resolve_process_group(name)
 
 
 class Sum(torch.autograd.Function):

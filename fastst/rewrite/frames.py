@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends.ranks import ranks_of
 from ..problem.spec import pad_index
-from .groups import ranks_of
 
 
 class Window(NamedTuple):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .statistics import SyncedNorm, update_running
+from ..backends.ranks import SyncedNorm, update_running
 
 
 class SyncBatchNorm(_BatchNorm):
