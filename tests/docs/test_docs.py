@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -25,6 +26,13 @@ from tests.support import ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#]+)")
+
+_NAMED = re.compile(  # in backquotes, or in a list of files that is a block
+    r"(?:`|^    )"
+    r"((?:[\w-]+/)*(?:[\w-]+\.(?:py|cu|cuh|cpp|h|md|toml|txt|yml|ipynb)|[\w-]+/))"
+    r"(?:`|\s\s)",
+    re.MULTILINE,
+)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -109,13 +117,38 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+@functools.cache
+def paths() -> frozenset[str]:
+    """Of all files and folders of a checkout, without what is in folders that are made."""
+    made = ("build", "dist", "out")
+    tops = [p for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in made]
+    found = [p for top in tops for p in (top, *top.rglob("*")) if p.suffix != ".pyc"]
+    listed = {f"/{p.relative_to(ROOT).as_posix()}{'/' * p.is_dir()}" for p in found}
+    return frozenset(listed | {f"/{folder}/" for folder in made})
+
+
+def missing_paths(text: str) -> set[str]:
+    """Files and folders that a text names by the ends of their paths, and that are not there."""
+    return {n for n in _NAMED.findall(text) if not any(p.endswith(f"/{n}") for p in paths())}
+
+
+@each_page
+def test_paths_exist(page: Path) -> None:
+    assert missing_paths(page.read_text()) == set()
+
+
+def test_a_path_that_is_gone_is_seen() -> None:
+    text = "`nn/layers.py`, `nn/gone.py`\n\n    gone/          A floor\n    backends/cpu/  one\n"
+    assert missing_paths(text) == {"nn/gone.py", "gone/"}
+
+
 @each_page
 def test_commands_exist(page: Path) -> None:
-    """Every ``make x`` is a target, every ``python -m fastst.x`` or ``benchmarks.x`` a module."""
+    """Every ``make x`` is a target, every ``python -m x`` of ours a module."""
     text = page.read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^    |^)make ([a-z-]+)", text, re.MULTILINE)) <= targets
-    for module in set(re.findall(r"python -m ((?:fastst|benchmarks)[\w.]*)", text)):
+    for module in set(re.findall(r"python -m ((?:fastst|benchmarks|tests|emulator)[\w.]*)", text)):
         assert importlib.util.find_spec(module) is not None, module
 
 
