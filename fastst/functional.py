@@ -12,13 +12,14 @@ from torch import Tensor
 from . import dispatch, ops
 from .backends import ranks, reference
 from .backends.contract import Backend, Begun
+from .backends.cpu.norm import update_running
 from .machine import exactness, settings
 from .problem import activations, checks, conv3d_checks
 from .problem.conv3d import ConvProblem, ConvSpec, ConvTensors
-from .problem.norms import Norm
+from .problem.norms import Norm, tables
 from .problem.spec import (
     BatchNorm,
-    PairSpec,
+    PairProblem,
     PairTensors,
     ParallelTensors,
     Problem,
@@ -73,8 +74,9 @@ def conv2plus1d(
     dimensions of stride, padding and dilation. Triples are in the order time, height, width.
 
     What ends a residual block comes with it: ``outer_activation(outer_norm(y) + residual)``.
-    Without gradients and norm they are part of the operation, else PyTorch's own operators after
-    it; where the backend can, the statistics of y that a norm in training needs come with y.
+    Without gradients and norms in training they are part of the operation, else PyTorch's own
+    operators after it (so is a frozen norm where the backend does not know it); where the backend
+    can, the statistics of y that a norm in training needs come with y.
 
     Args:
         x: (N, C, T, H, W) or (C, T, H, W); float16, bfloat16, float32 or float64; any strides.
@@ -121,25 +123,26 @@ def conv2plus1d(
     main = (x, *weights, *biases)
     tensors = PairTensors(*main, residual=residual)
     cast = _autocast_dtype(x)
-    spec, values = checks.pair(
+    problem, values = checks.pair(
         tensors, cast, norm, stride, padding, dilation, groups, padding_mode, activation,
         negative_slope, order, causal, _recomputes(norm) if recompute is None else recompute,
         outer_activation, batched,
     )  # fmt: skip
+    tensors = checks.with_norm(tensors, norm)
     if cast is not None:
-        main = _cast(main, cast)
-    if norm is not None:
-        mean, var = (None, None) if norm.training else norm[:2]
-        tensors = PairTensors(*main, norm.weight, norm.bias, mean, var, residual)
-    elif cast is not None:
-        tensors = PairTensors(*main, residual=residual)
+        tensors, problem = _cast_pair(tensors, problem, cast)
     if outer_norm is not None:
-        checks.outer_norm("conv2plus1d", outer_norm, Problem.of(tensors, spec))
-        y = _normed_pair(tensors, spec, values, norm, outer_norm, begun)
-        y = y if residual is None else y + residual
-        y = activations.apply(spec.outer_activation, y, spec.slope)
-    else:
-        y, _ = _pair(tensors, spec, values, norm, begun=begun)
+        checks.outer_norm("conv2plus1d", outer_norm, problem)
+        spec = problem.spec
+        asking = Problem.of(tensors, spec._replace(outer_norm=True))
+        if spec.norm == "batch" or not _is_taken_in(outer_norm, tensors, problem, asking):
+            y = _normed_pair(tensors, problem, values, norm, outer_norm, begun)
+            y = y if residual is None else y + residual
+            y = activations.apply(spec.outer_activation, y, spec.slope)
+            return y if batched else y.squeeze(0)
+        tensors = tensors._replace(outer_table=_table(outer_norm, problem))
+        problem = Problem.of(tensors, asking.spec)
+    y, _ = _pair(tensors, problem, values, norm, begun=begun)
     return y if batched else y.squeeze(0)
 
 
@@ -167,18 +170,18 @@ def begin(
     weights = in_execution_order(order, spatial_weight, temporal_weight)
     if exactness.required():
         return None
-    main = (x, *weights, *in_execution_order(order, spatial_bias, temporal_bias))
-    cast = _autocast_dtype(x)
-    spec, values = checks.pair(
-        PairTensors(*main), cast, norm, settings["stride"], settings["padding"],
+    biases = in_execution_order(order, spatial_bias, temporal_bias)
+    tensors, cast = PairTensors(x, *weights, *biases), _autocast_dtype(x)
+    problem, values = checks.pair(
+        tensors, cast, norm, settings["stride"], settings["padding"],
         settings["dilation"], settings["groups"], settings["padding_mode"], *activation, order,
         False, False, None,
     )  # fmt: skip
+    tensors = checks.with_norm(tensors, norm)
     if cast is not None:
-        main = _cast(main, cast)
-    tensors = PairTensors(*main, norm.weight, norm.bias)
+        tensors, problem = _cast_pair(tensors, problem, cast)
     try:
-        begun = ops.first_pass(tensors, spec, dispatch.requested())
+        begun = ops.first_pass(tensors, problem, dispatch.requested())
     except dispatch.BackendError:
         if dispatch.strict():
             raise
@@ -190,7 +193,7 @@ def begin(
 
 def _pair(
     tensors: PairTensors,
-    spec: PairSpec,
+    problem: PairProblem,
     values: int,
     norm: BatchNorm | None,
     forward: str | None = None,
@@ -203,33 +206,33 @@ def _pair(
         begun: what ``begin`` has left, which has updated them.
     """
     if _composes(tensors.x):
-        return reference.compose_pair(tensors, spec, _norm_function(norm)), None
-    y, statistics, outer = ops.conv2plus1d(tensors, spec, dispatch.requested(), forward, begun)
+        return reference.compose_pair(tensors, problem.spec, _norm_function(norm)), None
+    y, statistics, outer = ops.conv2plus1d(tensors, problem, dispatch.requested(), forward, begun)
     if statistics is not None and norm is not None and begun is None:
         mean, var, count = statistics
-        _update_running(norm, mean, var, count if spec.group else values)
+        _update_running(norm, mean, var, count if problem.spec.group else values)
     return y, outer
 
 
 def _normed_pair(
     tensors: PairTensors,
-    spec: PairSpec,
+    problem: PairProblem,
     values: int,
     norm: BatchNorm | None,
     outer_norm: BatchNorm,
     begun: Begun | None,
 ) -> Tensor:
     """outer_norm of the pair alone, with statistics from its kernel if there are some."""
-    tensors, spec = tensors._replace(residual=None), spec._replace(outer_activation="none")
-    asks, backend = spec._replace(output_statistics=True), None
+    spec = problem.spec._replace(outer_activation="none")
+    tensors = tensors._replace(residual=None)
+    problem, backend = Problem.of(tensors, spec), None
     if _takes_statistics(outer_norm, tensors.x):
-        backend = dispatch.choose_with_statistics(
-            Problem.of(tensors, spec), Problem.of(tensors, asks), dispatch.requested()
-        )
+        asking = Problem.of(tensors, spec._replace(output_statistics=True))
+        backend = dispatch.choose_with_statistics(problem, asking, dispatch.requested())
     if backend is None:
-        y, _ = _pair(tensors, spec, values, norm, begun=begun)
+        y, _ = _pair(tensors, problem, values, norm, begun=begun)
         return _norm_function(outer_norm)(y)
-    y, statistics = _pair(tensors, asks, values, norm, backend.name, begun)
+    y, statistics = _pair(tensors, asking, values, norm, backend.name, begun)
     return _normalise(outer_norm, y, statistics, backend)
 
 
@@ -346,8 +349,9 @@ def conv3d(
         input_statistics: of x, where the convolution before has given them; for a ``BatchNorm`` in
             training.
         past: (N, C, P, H, W): frames of z before the first of x, as in a causal network's cache.
-        output_norm: a ``BatchNorm`` of what the convolution gives, or None: PyTorch's operator,
-            which takes the statistics that come with y where it is in training.
+        output_norm: a ``BatchNorm`` of what the convolution gives, or None. A frozen one is part of
+            the operation where no gradient is needed and the backend knows it; else it is PyTorch's
+            operator, which takes the statistics that come with y where it is in training.
         residual: of exactly the shape and the dtype of y, or None; any strides.
         activation: of y, after the residual.
         negative_slope: of leaky_relu, of both activations.
@@ -386,11 +390,14 @@ def conv3d(
     if output_norm is not None:
         if output_statistics:
             raise ValueError("conv3d: output_statistics requires a y without output_norm")
-        checks.outer_norm("conv3d", output_norm, ConvProblem.of(tensors, spec))
-        y = _normed_conv3d(tensors, spec, batch, output_norm)
-        y = y if residual is None else y + residual
-        y = activations.apply(spec.activation, y, spec.slope)
-        return y if batched else y.squeeze(0)
+        problem, asks = ConvProblem.of(tensors, spec), spec._replace(output_norm=True)
+        checks.outer_norm("conv3d", output_norm, problem)
+        if not _is_taken_in(output_norm, tensors, problem, ConvProblem.of(tensors, asks)):
+            y = _normed_conv3d(tensors, spec, batch, output_norm)
+            y = y if residual is None else y + residual
+            y = activations.apply(spec.activation, y, spec.slope)
+            return y if batched else y.squeeze(0)
+        spec, tensors = asks, tensors._replace(output_table=_table(output_norm, problem))
     y, found = _conv3d(tensors, spec, batch)
     y = y if batched else y.squeeze(0)
     return y if found is None else (y, Statistics(*found))
@@ -463,6 +470,14 @@ def _cast(tensors: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def _cast_pair(
+    tensors: PairTensors, problem: PairProblem, dtype: torch.dtype
+) -> tuple[PairTensors, PairProblem]:
+    cast: Any = (*_cast(tensors[:5], dtype), *tensors[5:])
+    tensors = PairTensors._make(cast)
+    return tensors, Problem.of(tensors, problem.spec)
+
+
 def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
     if norm is None:
         return lambda u: u
@@ -478,6 +493,25 @@ def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
         return v
 
     return pooled
+
+
+def _is_taken_in(
+    norm: BatchNorm, tensors: PairTensors | ConvTensors, problem: Problem, asking: Problem
+) -> bool:
+    """Whether a frozen norm of y is part of the operation: as its residual, without gradients, and
+    where the backend knows it."""
+    if norm.training or torch.compiler.is_compiling() or _composes(tensors.x):
+        return False
+    if ops.needs_grad((*tensors, *norm[:4])):
+        return False
+    return dispatch.takes_in(problem, asking, dispatch.requested())
+
+
+def _table(norm: BatchNorm, problem: Problem) -> Tensor:
+    """(5, K) of a frozen norm of y."""
+    assert norm.running_var is not None
+    frozen, k = Norm("frozen", norm.weight, norm.bias, eps=norm.eps), problem.out_channels
+    return tables(frozen, k, norm.running_mean, norm.running_var, problem.accumulate_dtype)[0]
 
 
 def _takes_statistics(norm: BatchNorm, x: Tensor) -> bool:
@@ -496,4 +530,6 @@ def _normalise(
 
 def _update_running(norm: BatchNorm, mean: Tensor, var: Tensor, n: int | Tensor) -> None:
     """Running statistics as ``torch.nn.functional.batch_norm`` leaves them, of n values."""
-    ranks.update_running(norm.running_mean, norm.running_var, mean, var, n, norm.momentum)
+    given = norm.running_mean, norm.running_var, mean, var, n, norm.momentum
+    if not update_running(*given):
+        ranks.update_running(*given)

@@ -120,4 +120,17 @@ void batch_norm_backward(const View& dv, const View& y, const Array& mean, const
   });
 }
 
+void update_running(const Array& running_mean, const Array& running_var, const Array& mean,
+                    const Array& var, double unbiased, double momentum) {
+  const auto update = [&](const Array& to, const Array& from, double factor) {
+    float* running = static_cast<float*>(to.data);
+    for (int64_t i = 0; i < to.count; ++i) {
+      const double old = running[i];
+      running[i] = static_cast<float>(old + momentum * (factor * floats(from)[i] - old));
+    }
+  };
+  update(running_mean, mean, 1.0);
+  update(running_var, var, unbiased);
+}
+
 }  // namespace fastst::cpu

@@ -114,7 +114,7 @@ void bind_passes(py::module_& m) {
 PYBIND11_MODULE(FASTST_MODULE, m) {
   m.doc() = "CPU kernels of fastst: tensors in, results in memory of the caller.";
 
-  m.attr("INTERFACE") = 7;  // raised by each change of what is bound, with library.py
+  m.attr("INTERFACE") = 8;  // raised by each change of what is bound, with library.py
   bind_common(m);
   bind_passes(m);
   bind_pairs(m);
@@ -129,6 +129,7 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
                      int threads) {
           cpu::batch_norm_backward(dv, y, mean, var, gamma, eps, dy, sums, threads);
         }));
+  m.def("update_running", &cpu::update_running);
   m.def("channel_moments", unlocked(cpu::channel_moments));
   m.def("position_moments", unlocked(cpu::position_moments));
   m.def("outdoes", &cpu::outdoes, py::arg("dtype"));

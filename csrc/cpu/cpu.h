@@ -99,8 +99,8 @@ void parallel_backward(const ParallelPlan&, const ParallelTensors&, const std::a
 enum class PairNorm { none, batch, frozen };
 
 // What a call of conv2plus1d computes, but for its tensors:
-// out = outer(second(act(norm(first(x)))) + residual), norm(u) = (u − mean)·gamma/√(var + eps) +
-// beta
+// out = outer(outer_norm(second(act(norm(first(x))))) + residual),
+// norm(u) = (u − mean)·gamma/√(var + eps) + beta
 struct PairPlan {
   std::array<Conv, 2> conv;
   Activation act, outer;
@@ -121,6 +121,7 @@ struct PairTensors {
   std::array<Array, 2> bias;
   Array gamma, beta, mean, var;
   std::optional<View> residual;
+  Array outer_table;  // as coefficients of an Epilogue
 
   int64_t mid_channels() const { return weight[0].size[0]; }
 };
@@ -179,6 +180,11 @@ void position_moments(const View& x, bool centred, const Array& out, int threads
 void batch_norm_backward(const View& dv, const View& y, const Array& mean, const Array& var,
                          const Array& gamma, double eps, const std::optional<View>& dy,
                          const Array& sums, int threads);
+
+// Running statistics, where there are some, after a batch: of its biased variance, `unbiased`
+// times.
+void update_running(const Array& running_mean, const Array& running_var, const Array& mean,
+                    const Array& var, double unbiased, double momentum);
 
 // Whether the processor multiplies what is stored so by instructions that are not used here: tiles,
 // vectors of float16.

@@ -42,7 +42,8 @@ Epilogue beginning(const PairPlan& p, const PairTensors& t, const Array& norm, A
   return {Write::forward, t.bias[0], norm, act, Activation::none, p.slope, {}, {}};
 }
 Epilogue ending(const PairPlan& p, const PairTensors& t) {
-  return {Write::forward, t.bias[1], {}, Activation::none, p.outer, p.slope, t.residual, {}};
+  return {Write::forward, t.bias[1], t.outer_table, Activation::none,
+          p.outer,        p.slope,   t.residual,    {}};
 }
 
 // One of the two convolutions in training, and statistics of what it stores.

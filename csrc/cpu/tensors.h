@@ -211,13 +211,16 @@ struct type_caster<PairTensors> {
 
   bool load(handle tuple, bool convert) {
     make_caster<std::optional<View>> residual;
+    make_caster<Array> table;
     if (!entries_.load(
             tuple, {&value.x, &value.weight[0], &value.weight[1]},
             {&value.bias[0], &value.bias[1], &value.gamma, &value.beta, &value.mean, &value.var}) ||
-        PyTuple_GET_SIZE(tuple.ptr()) != 10 ||
-        !residual.load(PyTuple_GET_ITEM(tuple.ptr(), 9), convert))
+        PyTuple_GET_SIZE(tuple.ptr()) != 11 ||
+        !residual.load(PyTuple_GET_ITEM(tuple.ptr(), 9), convert) ||
+        !table.load(PyTuple_GET_ITEM(tuple.ptr(), 10), convert))
       return false;
     value.residual = static_cast<std::optional<View>&>(residual);
+    value.outer_table = static_cast<Array&>(table);
     return true;
   }
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem import activations
+from ..problem import activations, norms
 from ..problem.conv3d import ConvProblem, ConvSpec, ConvTensors, problem_of
 from ..problem.examples import of_kind, off_kinks
 from ..problem.spec import (
@@ -59,7 +59,7 @@ class PairResult(NamedTuple):
     mean: Tensor | None = None  # with norm="batch"
     var: Tensor | None = None  # with norm="batch": biased
     total: Tensor | None = None  # (), with spec.group: values per channel of all its ranks together
-    outer: bool = False  # whether the residual and the outer activation are in y
+    outer: bool = False  # whether outer norm, residual and outer activation are in y
     out_mean: Tensor | None = None  # of y, with spec.output_statistics
     out_var: Tensor | None = None  # likewise, biased
 
@@ -243,8 +243,8 @@ class Backend:
         conv_fields: the same of ``ConvSpec``.
         why_not: why it cannot run a problem in a phase, as the end of "it …", or None.
         conv2plus1d: forward pass; the last argument: whether what backward needs is kept. With a
-            residual or an outer activation nothing is, and the norm is none or frozen; a backend
-            whose last kernel does not take them in says so in its result.
+            residual, an outer norm or an outer activation nothing is, and the norm is none or
+            frozen; a backend whose last kernel does not take them in says so in its result.
         first_pass, second_pass: ``conv2plus1d`` with norm="batch" in two calls. The first knows no
             more of the second convolution than a guess; u is kept. Both or none.
         conv2plus1d_backward: a gradient of each of the first seven tensors, None where it is not
@@ -363,10 +363,13 @@ class Backend:
 
 
 def apply_ending(result: PairResult, problem: PairProblem, tensors: PairTensors) -> Tensor:
-    """y with the residual and the outer activation, in place where the backend has not done it."""
+    """y with what is to become of it, where the backend has not done it: the norm, and in place
+    the residual and the outer activation."""
     y, spec = result.y, problem.spec
     if result.outer:
         return y
+    if tensors.outer_table is not None:
+        y = norms.apply_table(y, tensors.outer_table)
     if tensors.residual is not None:
         y = y.add_(tensors.residual)
     return activations.apply(spec.outer_activation, y, spec.slope, inplace=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..machine import exactness
 from ..problem import activations
 from ..problem.conv3d import ConvProblem, ConvSpec, ConvTensors
-from ..problem.norms import Norm, moments
+from ..problem.norms import Norm, apply_table, moments
 from ..problem.spec import (
     PairProblem,
     PairSpec,
@@ -68,6 +68,7 @@ def compose_pair(
     v = (norm or batch_norm(t, spec))(u)
     z = activations.apply(spec.activation, v, spec.slope)
     y = conv_pass(z, t.second_weight, t.second_bias, second)
+    y = y if t.outer_table is None else apply_table(y, t.outer_table)
     y = y if t.residual is None else y + t.residual
     return activations.apply(spec.outer_activation, y, spec.slope)
 
@@ -123,6 +124,7 @@ def compose_conv3d(
     if t.past is not None:
         z = torch.cat((t.past, z), 2)
     y = conv_pass(z, t.weight, t.bias, ConvProblem.of(t, spec).conv)
+    y = y if t.output_table is None else apply_table(y, t.output_table)
     y = y if t.residual is None else y + t.residual
     return activations.apply(spec.activation, y, spec.slope)
 
@@ -219,14 +221,14 @@ def gradients(
 
 BACKEND = Backend(
     name="reference",
-    pair_fields=COMMON_PAIR_FIELDS | {"group"},
+    pair_fields=COMMON_PAIR_FIELDS | {"group", "outer_norm"},
     parallel_fields=COMMON_PARALLEL_FIELDS,
     why_not=_why_not,
     conv2plus1d=conv2plus1d,
     conv2plus1d_backward=conv2plus1d_backward,
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
-    conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},
+    conv_fields=COMMON_CONV_FIELDS | {"output_statistics", "output_norm"},
     conv3d=conv3d,
     conv3d_backward=conv3d_backward,
 )

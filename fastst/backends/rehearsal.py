@@ -112,7 +112,7 @@ def ways(calls: Calls, problem: Problem, phase: Phase) -> list[Way]:
         return [Way("", lambda p, t, like, _: [conv(p, t, like).y])]
     assert isinstance(problem, PairProblem)
     found = [Way("", partial(_pair, calls, False))]
-    if not problem.residual and problem.spec.outer_activation == "none":  # as ops of training are
+    if not problem.has_ending:  # as ops of training are
         found.append(Way(" that keeps u", partial(_pair, calls, True)))
         if problem.spec.norm == "batch":
             found.append(Way(" in two calls", partial(_two_calls, calls)))
@@ -158,12 +158,15 @@ def as_called(problem: Problem, phase: Phase) -> Problem:
     if phase == "forward" or isinstance(problem, ParallelProblem):
         return problem
     if isinstance(problem, ConvProblem):
-        bare = problem.spec._replace(activation="none", output_statistics=False)
-        others = (*problem.others[:-1], None)
-        return replace(problem, spec=bare, residual_stride=None, others=others)
-    assert isinstance(problem, PairProblem)
-    spec = problem.spec._replace(outer_activation="none")
-    return replace(problem, spec=spec, residual_stride=None, others=(*problem.others[:-1], None))
+        ending: dict[str, Any] = {
+            "activation": "none", "output_norm": False, "output_statistics": False,
+        }  # fmt: skip
+    else:
+        assert isinstance(problem, PairProblem)
+        ending = {"outer_activation": "none", "outer_norm": False}
+    others = (*problem.others[:-2], None, None)  # neither the residual nor the norm's table
+    bare: Any = problem.spec._replace(**ending)
+    return replace(problem, spec=bare, residual_stride=None, others=others)
 
 
 def rehearse(

@@ -16,6 +16,7 @@ from .selection import (
     recording,
     requested,
     strict,
+    takes_in,
     use_backend,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "recording",
     "requested",
     "strict",
+    "takes_in",
     "use_backend",
 ]

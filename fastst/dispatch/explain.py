@@ -89,9 +89,8 @@ def _text(call: Decision) -> str:
     lines = [f"{p.op} {shapes[0]} → {shapes[1]}, {p.dtype}, {p.device}"]
     if isinstance(p, PairProblem):
         lines[0] += f", {p.mid_channels} mid channels, {p.spec.order}"
-        after = ["residual"] * p.residual + [p.spec.outer_activation] * (
-            p.spec.outer_activation != "none"
-        )
+        after = ["frozen norm"] * p.spec.outer_norm + ["residual"] * p.residual
+        after += [p.spec.outer_activation] * (p.spec.outer_activation != "none")
         after += ["statistics for the batch norm after it"] * p.spec.output_statistics
         lines[0] += f", then {' and '.join(after)}" if after else ""
     own = ", PyTorch's own convolutions" if call.chosen == "aten" else ""

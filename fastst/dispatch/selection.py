@@ -202,6 +202,12 @@ def _choose(problem: Problem, phase: Phase, name: str) -> Backend:
     raise BackendError(f"{problem.op}: no backend can run the {phase}: {'; '.join(refusals)}")
 
 
+def takes_in(problem: Problem, asking: Problem, name: str) -> bool:
+    """Whether the backend that runs a problem forward knows what else another one asks of it."""
+    backend = _choose(problem, "forward", name)
+    return _why_unhonoured(backend, asking) is None
+
+
 def choose_with_statistics(problem: PairProblem, asking: PairProblem, name: str) -> Backend | None:
     """The backend that runs a problem forward, if it gives mean and variance of y as well.
 

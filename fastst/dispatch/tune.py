@@ -111,8 +111,7 @@ def _choices(call: Decision, training: bool) -> Iterator[tuple[str, dict[str, Ma
     assert p is not None
     auto = selection.requested() == "auto"
     able = selection.able(p, phase) if auto else [call.chosen]
-    keeps = training and not getattr(p, "residual", False)
-    keeps = keeps and getattr(p.spec, "outer_activation", "none") == "none"
+    keeps = training and not (isinstance(p, PairProblem) and p.has_ending)
     for name in able:
         backend = selection.BACKENDS[name]
         ways = [

@@ -18,17 +18,23 @@ from ..backends import reference
 from ..backends.contract import Backend, Begun
 from ..problem import activations
 from ..problem.conv3d import ConvSpec, ConvTensors
-from ..problem.spec import PairSpec, PairTensors, ParallelSpec, ParallelTensors
+from ..problem.spec import (
+    PairProblem,
+    PairSpec,
+    PairTensors,
+    ParallelSpec,
+    ParallelTensors,
+    Problem,
+)
 from . import registered
 from .registered import (
     call,
+    direct,
     is_plain_call,
     is_vmapped,
     pair_gradients,
-    profiler_range,
     results_of,
     second_pass,
-    without_autocast,
 )
 from .schema import encode_spec
 
@@ -47,17 +53,18 @@ class _PairFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        spec: PairSpec,
+        problem: PairProblem,
         backend: str,
         backward_backend: str,
         begun: Begun | None,
         *tensors: Tensor | None,
     ) -> Any:
         args: Any = tensors
+        spec = problem.spec
         if begun is None:
-            results = registered.conv2plus1d_train(PairTensors(*args), spec, backend)
+            results = registered.conv2plus1d_train(PairTensors(*args), problem, backend)
         else:
-            results = second_pass(PairTensors(*args), spec, backend, begun)
+            results = second_pass(PairTensors(*args), problem, backend, begun)
         y, u, mean, var, *_ = scatter(results, results_of(spec))
         ctx.second_bias = None
         if args[4] is not None and not torch.compiler.is_compiling():
@@ -90,11 +97,12 @@ class _PairFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         # Then none holds them.
         if not torch.is_grad_enabled() and is_plain_call(owner[0], *tensors):
-            with profiler_range("conv2plus1d_backward"):
-                found = without_autocast(
-                    owner[0].device.type, pair_gradients, owner, u, mean, var, *tensors,
-                    *encode_spec(ctx.spec), ctx.backend, needs,
-                )  # fmt: skip
+            given = PairTensors(*tensors)
+            problem = Problem.of(given, ctx.spec)
+            found = direct(
+                "conv2plus1d_backward", problem.device.type, pair_gradients, owner, u, mean, var,
+                given, problem, ctx.backend, needs,
+            )  # fmt: skip
             return None, None, None, None, *scatter(found, needs)
         grads = backward_of(
             torch.ops.fastst.conv2plus1d_backward, reference.compose_pair, owner[0], (u, mean, var),
@@ -292,7 +300,7 @@ def batch_norm(
 
 def conv2plus1d(
     tensors: PairTensors,
-    spec: PairSpec,
+    problem: PairProblem,
     backend: str,
     forward: str | None = None,
     begun: Begun | None = None,
@@ -308,23 +316,25 @@ def conv2plus1d(
         forward: what runs the forward pass, where that was decided already.
         begun: what ``first_pass`` has left of it.
     """
+    spec, gradients, runs = problem.spec, needs_grad(tensors), forward or backend
     outer = tensors.residual is not None or spec.outer_activation != "none"
-    if outer and (spec.norm == "batch" or needs_grad(tensors)):
-        bare = tensors._replace(residual=None), spec._replace(outer_activation="none")
-        y, inner, last = conv2plus1d(*bare, backend, forward, begun)
+    if outer and (spec.norm == "batch" or gradients):
+        bare = tensors._replace(residual=None)
+        within = Problem.of(bare, spec._replace(outer_activation="none"))
+        y, inner, last = conv2plus1d(bare, within, backend, forward, begun)
         y = y if tensors.residual is None else y + tensors.residual
         return activations.apply(spec.outer_activation, y, spec.slope), inner, last
-    gradients = needs_grad(tensors)
-    runs = forward or backend
     if not (gradients or spec.norm == "batch" or spec.output_statistics):
-        return registered.conv2plus1d(tensors, spec, runs), None, None
-    without_u = spec._replace(recompute=True)  # outside of autograd nobody sees or needs it
+        return registered.conv2plus1d(tensors, problem, runs), None, None
+    without_u = spec._replace(recompute=True)
     if gradients:
-        results = _PairFunction.apply(spec, runs, backend, begun, *tensors)
-    elif begun is not None:
-        results = second_pass(tensors, without_u, runs, begun)
-    else:
-        results = registered.conv2plus1d_train(tensors, without_u, runs)
+        results = _PairFunction.apply(problem, runs, backend, begun, *tensors)
+    else:  # nobody sees or needs u
+        problem = Problem.of(tensors, without_u)
+        if begun is not None:
+            results = second_pass(tensors, problem, runs, begun)
+        else:
+            results = registered.conv2plus1d_train(tensors, problem, runs)
     found: list[Any] = scatter(results, results_of(without_u))
     y, _, mean, var, count, out_mean, out_var = found
     return (

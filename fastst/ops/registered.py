@@ -7,7 +7,7 @@ needs, and a backward op; all opaque to the compiler and all of them pure.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import dispatch
 from ..backends.contract import Begun, Gradients, PairBackward, PairResult, apply_ending
 from ..problem import slicing
-from ..problem.spec import PairProblem, PairSpec, PairTensors, Problem
+from ..problem.spec import PairProblem, PairSpec, PairTensors
 from . import batch_slices
 from .schema import (
     PAIR,
@@ -38,11 +38,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _implementations[name] = implementation
 
     def run(*args: Any) -> Any:
         return without_autocast(args[0].device.type, implementation, *args)
 
-    _implementations[name] = run
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastst::{name}", fake, lib=_library)
 
@@ -51,8 +51,7 @@ def call(name: str, *args: Any) -> Any:
     """``torch.ops.fastst.<name>``, past the dispatcher, which costs time, where nobody sees it."""
     if not is_plain_call(*args):
         return getattr(torch.ops.fastst, name)(*args)
-    with profiler_range(name):
-        return _implementations[name](*args)
+    return direct(name, args[0].device.type, _implementations[name], *args)
 
 
 def is_plain_call(*args: Any) -> bool:
@@ -84,16 +83,20 @@ def is_vmapped(t: Tensor | None) -> bool:
     )
 
 
-def profiler_range(name: str) -> Any:
-    """A context in which profilers see an op of this name, without one."""
+def direct(name: str, device: str, implementation: Callable[..., Any], *args: Any) -> Any:
+    """An op past the dispatcher; profilers see one of this name."""
     if torch.autograd._profiler_enabled():
-        return torch.autograd.profiler.record_function(f"fastst::{name}")
-    return nullcontext()
+        with torch.autograd.profiler.record_function(f"fastst::{name}"):
+            return without_autocast(device, implementation, *args)
+    return without_autocast(device, implementation, *args)
+
+
+_casts = lru_cache(torch.amp.is_autocast_available)
 
 
 def without_autocast(device: str, implementation: Callable[..., Any], *args: Any) -> Any:
     """Kernels see the dtypes that functional decided on, and nothing records their insides."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _casts(device) and torch.is_autocast_enabled(device):
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return implementation(*args)
     if not torch.is_grad_enabled():
@@ -105,11 +108,13 @@ def without_autocast(device: str, implementation: Callable[..., Any], *args: Any
 def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, PairProblem, str]:
     """
     Raises:
-        ValueError: a residual or an outer activation, which have no backward here.
+        ValueError: a residual, an outer norm or an outer activation, which have no backward here.
     """
     tensors, spec, problem, backend = pair_arguments(args)
-    if problem.residual or spec.outer_activation != "none":
-        raise ValueError("conv2plus1d_train: requires no residual and no outer activation")
+    if problem.has_ending:
+        raise ValueError(
+            "conv2plus1d_train: requires no residual, no outer norm and no outer activation"
+        )
     return tensors, spec, problem, backend
 
 
@@ -144,14 +149,14 @@ def as_laid_out(
 # ---- conv2plus1d
 
 
-def conv2plus1d(tensors: PairTensors, spec: PairSpec, backend: str) -> Tensor:
+def conv2plus1d(tensors: PairTensors, problem: PairProblem, backend: str) -> Tensor:
     """The op of inference; past the dispatcher and its schema, too, where nobody sees it."""
-    if not is_plain_call(*tensors):
-        y: Tensor = torch.ops.fastst.conv2plus1d(*tensors, *encode_spec(spec), backend)
-        return y
-    problem = Problem.of(tensors, spec)
-    with profiler_range("conv2plus1d"):
-        return without_autocast(problem.device.type, _run_pair, tensors, problem, backend)
+    if is_plain_call(*tensors):
+        args = _run_pair, tensors, problem, backend
+        found: Tensor = direct("conv2plus1d", problem.device.type, *args)
+        return found
+    y: Tensor = torch.ops.fastst.conv2plus1d(*tensors, *encode_spec(problem.spec), backend)
+    return y
 
 
 def _conv2plus1d(*args: Any) -> Tensor:
@@ -174,16 +179,15 @@ def results_of(spec: PairSpec) -> tuple[bool, ...]:
     return True, not spec.recompute, batch, batch, spec.group != "", out, out
 
 
-def conv2plus1d_train(tensors: PairTensors, spec: PairSpec, backend: str) -> list[Tensor]:
+def conv2plus1d_train(tensors: PairTensors, problem: PairProblem, backend: str) -> list[Tensor]:
     """The op of training, likewise."""
-    if not is_plain_call(*tensors):
-        found: list[Tensor] = torch.ops.fastst.conv2plus1d_train(
-            *tensors, *encode_spec(spec), backend
-        )
+    if is_plain_call(*tensors):
+        args = _train_pair, tensors, problem, backend
+        found: list[Tensor] = direct("conv2plus1d_train", problem.device.type, *args)
         return found
-    problem = Problem.of(tensors, spec)
-    with profiler_range("conv2plus1d_train"):
-        return without_autocast(problem.device.type, _train_pair, tensors, problem, backend)
+    encoded = *tensors, *encode_spec(problem.spec), backend
+    results: list[Tensor] = torch.ops.fastst.conv2plus1d_train(*encoded)
+    return results
 
 
 def _conv2plus1d_train(*args: Any) -> list[Tensor]:
@@ -196,12 +200,11 @@ def _train_pair(tensors: PairTensors, problem: PairProblem, backend: str) -> lis
     return _select_results(r, problem.spec)
 
 
-def first_pass(tensors: PairTensors, spec: PairSpec, backend: str) -> Begun | None:
+def first_pass(tensors: PairTensors, problem: PairProblem, backend: str) -> Begun | None:
     """The first convolution of a pair with norm="batch", whose second weight is a guess.
 
     None where the backend that would run the pair computes both in one call only.
     """
-    problem = Problem.of(tensors, spec)
     run = dispatch.choose_unrecorded(problem, "forward", backend).first_pass
     if run is None:
         return None
@@ -209,16 +212,17 @@ def first_pass(tensors: PairTensors, spec: PairSpec, backend: str) -> Begun | No
     return found
 
 
-def second_pass(tensors: PairTensors, spec: PairSpec, backend: str, begun: Begun) -> list[Tensor]:
+def second_pass(
+    tensors: PairTensors, problem: PairProblem, backend: str, begun: Begun
+) -> list[Tensor]:
     """What ``conv2plus1d_train`` returns, of a pair that ``first_pass`` has begun."""
-    problem = Problem.of(tensors, spec)
     chosen = dispatch.choose(problem, "forward", backend)
     device = problem.device.type
     if chosen.second_pass is None:  # not the backend that was guessed
         r = without_autocast(device, chosen.conv2plus1d, problem, tensors, True)
     else:
         r = without_autocast(device, chosen.second_pass, problem, tensors, begun)
-    return _select_results(r, spec)
+    return _select_results(r, problem.spec)
 
 
 def _select_results(r: PairResult, spec: PairSpec) -> list[Tensor]:
@@ -247,19 +251,26 @@ def _conv2plus1d_train_fake(*args: Any) -> list[Tensor]:
 def _conv2plus1d_backward(
     dy: Tensor, u: Tensor | None, batch_mean: Tensor | None, batch_var: Tensor | None, *args: Any
 ) -> list[Tensor]:
-    return pair_gradients([dy], u, batch_mean, batch_var, *args)
+    *args, needs = args  # type: ignore[assignment]
+    tensors, _, problem, backend = _trained_pair(args)
+    return pair_gradients([dy], u, batch_mean, batch_var, tensors, problem, backend, needs)
 
 
 def pair_gradients(
-    dy_owner: list[Tensor], u: Tensor | None, mean: Tensor | None, var: Tensor | None, *args: Any
+    dy_owner: list[Tensor],
+    u: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    tensors: PairTensors,
+    problem: PairProblem,
+    backend: str,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     """``conv2plus1d_backward`` of the dy in a list, which is emptied once nothing reads dy."""
-    *args, needs = args  # type: ignore[assignment]
-    tensors, spec, problem, backend = _trained_pair(args)
     problem = problem.with_gradient(dy_owner[0])
     chosen = dispatch.choose(problem, "backward", backend)
     call = PairBackward(problem, tensors, dy_owner, u, mean, var, needs)
-    if spec.recompute and chosen.mid_tensors_alive is not None:
+    if problem.spec.recompute and chosen.mid_tensors_alive is not None:
         count = slicing.count(problem, chosen.mid_tensors_alive(problem))
         if count > 1:
             grads = batch_slices.gradients(

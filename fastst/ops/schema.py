@@ -21,11 +21,12 @@ from ..problem.spec import (
 PAIR_TENSORS = (
     "Tensor x, Tensor first_weight, Tensor second_weight, Tensor? first_bias, "
     "Tensor? second_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var, "
-    "Tensor? residual"
+    "Tensor? residual, Tensor? outer_table"
 )
 # Few arguments: each costs the host about a tenth of what dispatching an op does.
 PAIR_SPEC = (
-    "int[] geometry, str names, float slope, float eps, bool recompute, bool output_statistics"
+    "int[] geometry, str names, float slope, float eps, bool recompute, bool output_statistics, "
+    "bool outer_norm"
 )
 PARALLEL_TENSORS = (
     "Tensor x, Tensor spatial_weight, Tensor temporal_weight, Tensor? spatial_bias, "
@@ -34,11 +35,11 @@ PARALLEL_TENSORS = (
 PARALLEL_SPEC = "int[] geometry, str names, float slope"
 CONV_TENSORS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? mean, Tensor? var, Tensor? past, Tensor? residual"
+    "Tensor? mean, Tensor? var, Tensor? past, Tensor? residual, Tensor? output_table"
 )
 CONV_SPEC = (
     "int[] geometry, str names, float slope, float eps, int norm_groups, bool per_frame, "
-    "bool output_statistics"
+    "bool output_statistics, bool output_norm"
 )
 PAIR, PARALLEL = len(PairTensors._fields), len(ParallelTensors._fields)
 CONV = len(ConvTensors._fields)
@@ -59,13 +60,12 @@ def _pair_spec(
     names: str,
     slope: float,
     eps: float,
-    recompute: bool,
-    output_statistics: bool,
+    *flags: bool,
 ) -> PairSpec:
     *modes, activation, norm, order, outer, group = names.split(",", 6)
     return PairSpec._make((
-        *_geometry(geometry, modes), activation, slope, norm, eps, order, recompute, outer, group,
-        output_statistics,
+        *_geometry(geometry, modes), activation, slope, norm, eps, order, flags[0], outer, group,
+        *flags[1:],
     ))  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from .spec import (
     COMBINES,
     ORDERS,
     BatchNorm,
+    PairProblem,
     PairSpec,
     PairTensors,
     ParallelSpec,
@@ -24,6 +25,7 @@ from .spec import (
     Problem,
     Triple,
     in_execution_order,
+    offset_of,
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -111,7 +113,7 @@ def same_dtype(
 
 
 def cached_check(check: Callable[..., Any]) -> Callable[..., Any]:
-    """Check a combination of shapes, dtypes, devices and settings only the first time."""
+    """Check a combination of layouts, dtypes, devices and settings only the first time."""
     passed: dict[Any, Any] = {}
 
     @wraps(check)
@@ -133,7 +135,7 @@ def cached_check(check: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _identity(tensors: Any, cast: torch.dtype | None, norm: Any, settings: tuple[Any, ...]) -> Any:
-    """What a check looks at: of a tensor its shape, dtype and device; of settings their bytes.
+    """What a check looks at: of a tensor its layout, dtype and device; of settings their bytes.
 
     Equal numbers of different types are different: 1, 1.0 and True.
 
@@ -144,8 +146,8 @@ def _identity(tensors: Any, cast: torch.dtype | None, norm: Any, settings: tuple
         told = norm[4:5] + norm[6:] if isinstance(norm, BatchNorm) else (norm[0], *norm[3:])
         vectors = norm[:4] if isinstance(norm, BatchNorm) else norm[1:3]
         tensors, settings = (*tensors, *vectors), (*settings, *told)
-    seen = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-    return marshal.dumps(settings, 2), cast, type(norm), *seen
+    seen = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    return marshal.dumps(settings, 2), cast, type(norm), offset_of(tensors[0]), *seen
 
 
 @cached_check
@@ -165,8 +167,9 @@ def pair(
     recompute: bool,
     outer_activation: str | None = None,
     batched: bool = True,
-) -> tuple[PairSpec, int]:
-    """Validated arguments of ``conv2plus1d``, and the values per channel of its mid tensor.
+) -> tuple[PairProblem, int]:
+    """The problem of the arguments of ``conv2plus1d``, with the tensors of its norm, and the values
+    per channel of its mid tensor.
 
     Args:
         tensors: without those of the norm.
@@ -217,7 +220,15 @@ def pair(
             f"tensor {(tensors.x.shape[0], first.out_channels, *problem.mid_size)}"
         )
     same_dtype(op, names, tensors[:5], cast, tensors.residual)
-    return spec, values
+    return Problem.of(with_norm(tensors, norm), spec), values
+
+
+def with_norm(tensors: PairTensors, norm: BatchNorm | None) -> PairTensors:
+    """The tensors of a call with those of its norm."""
+    if norm is None:
+        return tensors
+    mean, var = (None, None) if norm.training else norm[:2]
+    return PairTensors(*tensors[:5], norm.weight, norm.bias, mean, var, tensors.residual)
 
 
 def outer_norm(op: str, norm: Any, problem: Problem) -> None:

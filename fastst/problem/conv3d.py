@@ -39,6 +39,7 @@ class ConvTensors(NamedTuple):
     var: Tensor | None = None  # (C,) likewise, biased
     past: Tensor | None = None  # (N, C, P, H, W): z of the frames before x
     residual: Tensor | None = None  # (N, K, T', H', W'), any strides; may be x
+    output_table: Tensor | None = None  # (5, K) by ``norms.tables``, with spec.output_norm
 
 
 class ConvSpec(NamedTuple):
@@ -57,6 +58,7 @@ class ConvSpec(NamedTuple):
     norm_groups: int = 1  # of norm="group"
     per_frame: bool = False  # norm="group" over each frame by itself
     output_statistics: bool = False  # also the mean and variance of y, for a norm that follows
+    output_norm: bool = False  # of y, a frozen one, before the residual; inference only
 
     @property
     def norm_form(self) -> Norm:

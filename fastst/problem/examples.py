@@ -61,8 +61,11 @@ def example(problem: Problem) -> PairTensors | ParallelTensors | ConvTensors:
         one = torch.ones(problem.mid_channels, dtype=problem.accumulate_dtype, device=x.device)
         norm = dict(norm_weight=one, norm_bias=one * 0, mean=one * 0, var=one)
     residual = normal(*problem.out_shape) if problem.residual else None
+    table = None
+    if problem.spec.outer_norm:
+        table = torch.rand((5, problem.out_channels), dtype=problem.accumulate_dtype).to(x.device)
     one_weight, other_weight = weights
-    return PairTensors(x, one_weight, other_weight, **norm, residual=residual)
+    return PairTensors(x, one_weight, other_weight, **norm, residual=residual, outer_table=table)
 
 
 def pair_tensors(
@@ -133,6 +136,9 @@ def move(t: Tensor, device: torch.device) -> Tensor:
     return whole.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
+_ENDING = ("residual", "outer_table", "output_table")  # of the size of y, or of its channels
+
+
 def resembling(
     problem: Problem, batch: int, size: Sequence[int], passes: Sequence[Pass] | None = None
 ) -> tuple[Any, Any]:
@@ -174,7 +180,9 @@ def resembling(
         return ParallelTensors(x, one, other, **biases), spec
     tensors = PairTensors(x, one, other)
     spec = spec._replace(group="")
-    rest = {n: empty(of[n == "second_bias"], like=d) for n, d in there.items() if n != "residual"}
+    rest = {n: empty(of[n == "second_bias"], like=d) for n, d in there.items() if n not in _ENDING}
+    if "outer_table" in there:
+        rest["outer_table"] = empty(5, of[1], like=there["outer_table"])
     if problem.residual_stride is not None:
         y = empty(*Problem.of(tensors, spec).out_shape)
         rest["residual"] = _laid_out(y, problem.residual_stride, problem.out_shape)
@@ -191,8 +199,10 @@ def _of_conv(
 
     rest = {
         n: empty(n, p.out_channels if n == "bias" else p.in_channels)
-        for n in there if n not in ("past", "residual")
+        for n in there if n not in ("past", *_ENDING)
     }  # fmt: skip
+    if "output_table" in there:
+        rest["output_table"] = empty("output_table", 5, p.out_channels)
     n, c, _, *plane = x.shape
     if problem.past_stride is not None:
         past = empty("past", n, c, problem.past, *plane)

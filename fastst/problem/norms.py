@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = ("none", "batch", "frozen", "group", "layer", "rms", "l2")
@@ -173,6 +174,13 @@ def tables(
     mean, r = (of_channels(norm, s, channels) for s in (mean.to(dtype), r))
     rows = torch.broadcast_tensors(mean, r * gamma, beta, zero, zero)
     return torch.stack(rows, -2), None
+
+
+def apply_table(y: Tensor, table: Tensor) -> Tensor:
+    """(y − mean)·scale + β of each channel, by such a table of all clips; in strides like y's."""
+    mean, scale, beta, *_ = table
+    v = F.batch_norm(y, mean, torch.ones_like(mean), scale, beta, eps=0.0)
+    return v if v.stride() == y.stride() else torch.empty_like(y).copy_(v)
 
 
 def moments(norm: Norm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:

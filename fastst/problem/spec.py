@@ -59,6 +59,7 @@ class PairTensors(NamedTuple):
     mean: Tensor | None = None  # (M,) only with norm="frozen"
     var: Tensor | None = None  # (M,) only with norm="frozen", biased as it stands
     residual: Tensor | None = None  # (N, K, T', H', W'), any strides; may be x; inference only
+    outer_table: Tensor | None = None  # (5, K) by ``norms.tables``, with spec.outer_norm
 
 
 class BatchNorm(NamedTuple):
@@ -106,6 +107,7 @@ class PairSpec(NamedTuple):
     outer_activation: str = "none"  # of y, after the residual; inference only
     group: str = ""  # name of the process group whose batches norm="batch" takes together
     output_statistics: bool = False  # also the mean and variance of y, for a norm that follows
+    outer_norm: bool = False  # of y, a frozen one, before the residual; inference only
 
 
 class ParallelTensors(NamedTuple):
@@ -322,6 +324,12 @@ class PairProblem(Problem):
     def residual(self) -> bool:
         """Whether something is added to y."""
         return self.residual_stride is not None
+
+    @property
+    def has_ending(self) -> bool:
+        """Whether something becomes of y, which has no backward here."""
+        spec = self.spec
+        return self.residual or spec.outer_norm or spec.outer_activation != "none"
 
     @property
     def pass_sizes(self) -> tuple[Triple, Triple]:

@@ -45,7 +45,7 @@ def test_a_setting_that_is_not_honoured_is_refused(
         stride=(1, 2, 2), padding=(1,) * 6, dilation=(1, 2, 2), groups=(2, 2),
         padding_mode=("replicate", "zeros"), activation="silu", slope=0.3, norm="batch", eps=0.1,
         order="temporal-first", recompute=True, outer_activation="relu", group="world",
-        output_statistics=True,
+        output_statistics=True, outer_norm=True,
     )  # fmt: skip
     spec = PairSpec()._replace(**{field: others[field]})
     knows_all_but = frozenset(PairSpec._fields) - {field}

@@ -55,7 +55,7 @@ def skip_without(backend: str) -> None:
         ("aten", 30, {}),
         ("cpu", 30, dict(dtype=torch.float32, padding_mode=("zeros", "zeros"))),
         ("triton", 2, {}),
-        ("triton", 2, dict(norm="batch")),
+        ("triton", 3, dict(norm="batch")),
     ],
 )
 def test_random_gradients_are_right(

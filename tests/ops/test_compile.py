@@ -49,17 +49,18 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     _, ws, wt, bs, bt = main
     weights, biases = (in_execution_order(config.order, *both) for both in ((ws, wt), (bs, bt)))
     main = (t["x"], *weights, *biases)
-    spec, _ = checks.pair(
+    found, _ = checks.pair(
         PairTensors(*main), None, norm, *geometry, config.activation, config.slope, config.order,
         config.causal, config.recompute,
     )  # fmt: skip
     stats = (t["running_mean"], t["running_var"]) if config.norm == "frozen" else (None, None)
     tensors = PairTensors(*main, t.get("norm_weight"), t.get("norm_bias"), *stats)
+    spec = found.spec
     args = (*tensors, *encode_spec(spec), "auto")
     kept = iter(OPS.conv2plus1d_train(*args)[1:])
     u = None if config.recompute else next(kept)
     mean, var = (next(kept), next(kept)) if config.norm == "batch" else (None, None)
-    needs = [t is not None for t in tensors[:7]] + [False] * 3
+    needs = [t is not None for t in tensors[:7]] + [False] * 4
     calls = [
         (OPS.conv2plus1d_train, args),
         (OPS.conv2plus1d_backward, (dy, u, mean, var, *args, needs)),
@@ -72,7 +73,10 @@ def op_calls(config: Config) -> list[tuple[Any, tuple[Any, ...]]]:
     if config.norm == "batch":
         return calls
     tensors = tensors._replace(residual=t.get("residual"))
-    spec = spec._replace(outer_activation=config.outer_activation)
+    spec = spec._replace(outer_activation=config.outer_activation, outer_norm=config.outer_norm)
+    if config.outer_norm:
+        table = torch.rand(5, config.out, dtype=Problem.of(tensors, spec).accumulate_dtype)
+        tensors = tensors._replace(outer_table=table)
     return [(OPS.conv2plus1d, (*tensors, *encode_spec(spec), "auto")), *calls]
 
 

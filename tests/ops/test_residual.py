@@ -15,6 +15,7 @@ from fastst.backends.contract import PairResult
 from fastst.functional import BatchNorm, conv2plus1d
 from fastst.ops import registered
 from fastst.ops.schema import encode_spec
+from fastst.problem import norms
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import fuzz
 
@@ -123,17 +124,19 @@ def test_training_op_refuses() -> None:
     """Its backward would leave them out."""
     x, ws, wt = tensors()
     spec = PairSpec(padding=(1,) * 6, outer_activation="relu")
-    with pytest.raises(ValueError, match="requires no residual and no outer activation"):
-        torch.ops.fastst.conv2plus1d_train(*PairTensors(x, ws, wt), *encode_spec(spec), "auto")
-    with pytest.raises(ValueError, match="requires no residual and no outer activation"):
-        torch.ops.fastst.conv2plus1d_train(
-            *PairTensors(x, ws, wt, residual=x),
-            *encode_spec(spec._replace(outer_activation="none")),
-            "auto",
-        )
+    bare, table = spec._replace(outer_activation="none"), torch.ones(5, 4).double()
+    for given, asked in (
+        (PairTensors(x, ws, wt), spec),
+        (PairTensors(x, ws, wt, residual=x), bare),
+        (PairTensors(x, ws, wt, outer_table=table), bare._replace(outer_norm=True)),
+    ):
+        with pytest.raises(ValueError, match="no residual, no outer norm and no outer activation"):
+            torch.ops.fastst.conv2plus1d_train(*given, *encode_spec(asked), "auto")
 
 
 PLANTED: dict[str, Callable[[PairResult, Problem, PairTensors], Tensor]] = {
+    "no norm": lambda r, p, t: r.y if t.residual is None else F.relu(r.y + t.residual),
+    "norm last": lambda r, p, t: norms.apply_table(F.relu(r.y + t.residual), t.outer_table),  # type: ignore[arg-type, operator]
     "no residual": lambda r, p, t: F.relu(r.y) if p.spec.outer_activation == "relu" else r.y,  # type: ignore[union-attr]
     "activation first": lambda r, p, t: F.relu(r.y) + (0 if t.residual is None else t.residual),
     "into the residual": lambda r, p, t: (
@@ -144,7 +147,10 @@ PLANTED: dict[str, Callable[[PairResult, Problem, PairTensors], Tensor]] = {
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_fuzz_sees_a_planted_bug(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = fuzz.Config(residual=True, outer_activation="relu", dtype=torch.float64)
+    normed = "norm" in bug
+    config = fuzz.Config(
+        residual=True, outer_activation="relu", dtype=torch.float64, outer_norm=normed
+    )
     fuzz.check(config, "aten", backward=False)
     monkeypatch.setattr(registered, "apply_ending", PLANTED[bug])
     with pytest.raises(AssertionError, match=r"y: error|residual was overwritten"):

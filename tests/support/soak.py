@@ -172,7 +172,7 @@ def _forked(what: tuple[str, str, str], first: int, end: int, seconds: float) ->
 def _config(path: str, dtype: str, layout: str, seed: int) -> Config:
     fixed: dict[str, Any] = dict(x_layout=layout, grad_layout=layout)
     if path == "composed":
-        fixed |= dict(residual=False, outer_activation="none")
+        fixed |= dict(residual=False, outer_activation="none", outer_norm=False)
     limits = fuzz.Limits(
         batch=9, channels=48, frames=20, space=24, work=6_000_000,
         dtypes=(getattr(torch, dtype),), fixed=fixed,

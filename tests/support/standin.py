@@ -22,7 +22,7 @@ from fastst.backends import cuda
 from fastst.backends.cuda import library
 from fastst.backends.triton import launch
 from fastst.machine import cache
-from fastst.ops import autograd, registered
+from fastst.ops import registered
 
 NAMES = ("NVIDIA H200", "NVIDIA H200", "NVIDIA A100-SXM4-80GB")
 CAPABILITIES = ((9, 0), (9, 0), (8, 0))
@@ -214,7 +214,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch, native: bool = False) -> Iterator[N
         with Tensors():  # which PyTorch takes off as it calls an op
             return inside(device, implementation, *args)
 
-    for module in (registered, autograd):
-        monkeypatch.setattr(module, "without_autocast", op)
+    monkeypatch.setattr(registered, "without_autocast", op)
     with Tensors():
         yield

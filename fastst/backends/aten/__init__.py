@@ -345,7 +345,7 @@ def _normalise_backward(
 
 BACKEND = Backend(
     name="aten",
-    pair_fields=COMMON_PAIR_FIELDS | {"group"},
+    pair_fields=COMMON_PAIR_FIELDS | {"group", "outer_norm"},
     parallel_fields=COMMON_PARALLEL_FIELDS,
     why_not=no_reason,
     conv2plus1d=conv2plus1d,
@@ -356,7 +356,7 @@ BACKEND = Backend(
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     instances=_instances,
     rehearse=_rehearse,
-    conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},
+    conv_fields=COMMON_CONV_FIELDS | {"output_statistics", "output_norm"},
     conv3d=conv3d,
     conv3d_backward=conv3d_backward,
     mid_tensors_alive=_mid_tensors_alive,

@@ -39,6 +39,8 @@ def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
             y = part
         else:
             y[chunk.clips, :, chunk.out] = part
+    if t.output_table is not None:
+        y = norms.apply_table(y, t.output_table)
     if t.residual is not None:
         y.add_(t.residual)
     y = activations.apply(spec.activation, y, spec.slope, inplace=True)

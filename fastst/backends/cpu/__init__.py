@@ -117,7 +117,7 @@ def _statistics(wanted: bool, channels: int) -> tuple[Tensor | None, Tensor | No
 BACKEND = Backend(
     name="cpu",
     device="cpu",
-    pair_fields=COMMON_PAIR_FIELDS | {"output_statistics"},
+    pair_fields=COMMON_PAIR_FIELDS | {"output_statistics", "outer_norm"},
     parallel_fields=COMMON_PARALLEL_FIELDS,
     why_not=_why_not,
     conv2plus1d=conv2plus1d,
@@ -127,7 +127,7 @@ BACKEND = Backend(
     parallel_conv2plus1d=parallel_conv2plus1d,
     parallel_conv2plus1d_backward=parallel_conv2plus1d_backward,
     why_not_auto=_why_not_auto,
-    conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},
+    conv_fields=COMMON_CONV_FIELDS | {"output_statistics", "output_norm"},
     conv3d=convolution.conv3d,
     conv3d_train=partial(convolution.conv3d, train=True),
     conv3d_backward=convolution.conv3d_backward,

@@ -1,7 +1,7 @@
 """``conv3d`` on the native CPU kernels: z exists in packed tiles only, forward and backward.
 
-Norm and activation are what the tap convolution loads, bias, residual and activation what it
-stores; cached frames are a second source.
+Norm and activation are what the tap convolution loads, bias, a frozen norm, residual and activation
+what it stores; cached frames are a second source.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def conv3d(problem: ConvProblem, tensors: ConvTensors, train: bool = False) -> C
         mean, var = moments(k, spec.norm_form, t.x)
     y = problem.empty_output(t.x)
     out = floats(2, problem.out_channels) if spec.output_statistics else None
-    epilogue = k.epilogue(bias=t.bias, outer=spec.activation, aux=t.residual, reductions=out)
+    epilogue = k.epilogue(
+        bias=t.bias, coefficients=t.output_table, outer=spec.activation, aux=t.residual,
+        reductions=out,
+    )  # fmt: skip
     source = _source(k, problem, t, mean, var)
     k.tap_conv(source, t.weight, problem.conv, y, epilogue, train)
     taken = (mean, var) if t.var is None else (None, None)

@@ -7,7 +7,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import floats, library
+from .library import floats, library, load
+
+
+def update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor,
+    n: int | Tensor, momentum: float,
+) -> bool:  # fmt: skip
+    """As ``backends.ranks.update_running``, in one call; False for tensors that are not its own.
+
+    What is written by address has its version counter as it was.
+    """
+    if not (mean.is_cpu and isinstance(n, int)) or torch.compiler.is_compiling():
+        return False
+    for t in (running_mean, running_var, mean, var):
+        if t is not None and not (
+            type(t) is Tensor and t.dtype is torch.float32 and t.is_contiguous()
+        ):
+            return False
+    lib = load()
+    if isinstance(lib, str) or any(
+        t is not None and t.is_inference() for t in (running_mean, running_var)
+    ):
+        return False
+    lib.update_running(running_mean, running_var, mean, var, n / (n - 1), momentum)
+    return True
 
 
 def norm_backward(

@@ -20,6 +20,7 @@ from ... import dispatch
 from ...nn.pair_of_modules import RECOMPUTE
 from . import pairs, rules, traced
 from .chain import Guess
+from .folded import Folded
 from .graphs import is_promise, taken
 from .state import watched
 
@@ -72,7 +73,7 @@ class Begins:
         self.wastes = 0  # pairs that ran though somebody read what lies in them, or ran twice
         self.missed_followers = 0  # outputs in a row that were promised, and of which nothing came
         self.served = False  # whether it is of a copy for inference
-        self._folded: Any = None
+        self.folded = Folded()
         self.key = traced.register(self)
         self.guess: Guess | None = None  # the second convolution of its last pair, or a likely one
 
@@ -167,29 +168,8 @@ class Begins:
         self.missed_followers += 1
         return self.missed_followers <= _PATIENCE or self.missed_followers % _LONGEST == 0
 
-    def folded(self, second: Any, norm: Any) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a second convolution with the frozen norm behind it.
-
-        On a CPU made anew each time: writes to ``.data`` and by NumPy change no version counter,
-        and to look for them takes as long. Elsewhere, where the host would wait for it, remembered
-        as long as version counters and addresses of all of them say that they are the same.
-        """
-        tensors = [t for t in (*second, *norm[:4]) if t is not None]
-        if _is_made_anew(tensors):
-            return _with_norm(second, norm)
-        versions = [(t._version, t.data_ptr()) for t in tensors], norm.eps
-        if self._folded is not None:
-            same = all(a is b for a, b in zip(self._folded[0], tensors, strict=False))
-            if same and len(self._folded[0]) == len(tensors) and self._folded[1] == versions:
-                found: tuple[Tensor, Tensor] = self._folded[2]
-                return found
-        with torch.inference_mode(False):  # it may be saved for backward later
-            made = _with_norm(second, norm)
-        self._folded = tensors, versions, made
-        return made
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}
+        return {**self.__dict__, "folded": Folded()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, key=traced.register(self))
@@ -231,25 +211,6 @@ def _made_again(kind: type[Begins], state: dict[str, Any], make: Any, args: Any)
     begins.__setstate__({**state, "conv": conv})
     put_on(begins)
     return conv
-
-
-def _is_made_anew(tensors: list[Tensor]) -> bool:
-    return tensors[0].is_cpu or any(t.is_inference() for t in tensors)
-
-
-def _with_norm(second: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        weight, bias = second
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight.double()
-        shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean
-        shift = shift * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias.double()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        scale = scale.to(wide).view(-1, *[1] * (weight.dim() - 1))
-        return (weight.to(wide) * scale).to(weight.dtype), shift.to(weight.dtype)
 
 
 def _proxied() -> bool:

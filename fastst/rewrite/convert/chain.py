@@ -90,10 +90,11 @@ class Plan(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """A convolution that begins no pair: a frozen norm behind it may be in its weights."""
+    """A convolution that begins no pair: a frozen norm behind it may be part of it."""
 
     begun: Any
     name: str
+    settings: tuple[Any, ...]  # stride, padding, dilation, groups, padding mode and its widths
 
     def told(self, why: str) -> None:
         self.begun.missed(self, why)

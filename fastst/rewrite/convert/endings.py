@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...functional import BatchNorm
+from .folded import folds
 from .kept import CannotDefer, Kept, as_own
 from .layouts import Call, as_separate, call
 from .promise import Link, Promise, promise, replace
@@ -56,8 +57,12 @@ class Ending(NamedTuple):
             changed: dict[str, Any] = {
                 n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)
             }
+            norm = self.norm._replace(**changed)
             second = given["second weight"], given.get("second bias")
-            options["second"] = self.begun.folded(second, self.norm._replace(**changed))
+            if folds(second[0]):
+                options["second"] = self.begun.folded(second, norm)
+            else:
+                options["outer_norm"] = norm
         y = self.run(given, **options)
         return _laid_out(self, y, lambda: self.calls, given)
 
@@ -195,13 +200,13 @@ def _extended(
     link = p.link
     if in_place and any(view() is not None for view in link.views):  # which see what is written
         return NotImplemented
-    if link.state.grad and any(k.needs_grad for _, k in link.kept):  # y has a gradient of its own
-        return NotImplemented
     plan: Ending = link.plan._replace(**changes)
     try:
         kept = tuple((name, Kept(t)) for name, t in tensors.items())
     except CannotDefer:
         return NotImplemented
+    if link.state.grad and any(k.needs_grad for _, k in (*link.kept, *kept)):
+        return NotImplemented  # y has a gradient of its own
     if any(k.foreign for name, k in kept if name == "residual"):
         return NotImplemented
     longer = Link(None, plan.finish, plan, (*link.kept, *kept), link.state, link.shape, link.dtype)

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ... import functional
+from ... import dispatch, functional
 from ...functional import BatchNorm
-from ...problem import activations
+from ...problem import activations, conv3d_checks
+from ...problem.conv3d import ConvProblem, ConvTensors
 from . import endings, forms, norms, pairs, readings, views
 from .chain import Alone, Convolved, Guess, Plan, extended, is_open
+from .folded import folds
 from .geometry import first_pass, second_pass
 from .graphs import is_promise, promised
 from .kept import CannotDefer, Kept, as_own, valueless
@@ -73,7 +75,7 @@ def begin(
     except CannotDefer:
         return None
     link = Link(None, run, None, tuple(kept), state, found.shape, dtype)
-    link.plan = Alone(begun, name)
+    link.plan = Alone(begun, name, settings)
     if found.pass_ is not None:
         link.plan = Plan(begun, name, found.pass_, found.names, Convolved(link))
     made: Promise | None = promised(link)
@@ -147,21 +149,43 @@ def _normed_elsewhere(input: Any, norm: BatchNorm) -> Any:
     if not _fits(norm, input):
         return NotImplemented
     if is_open(input, Alone):
-        return _folded(input.link, norm)
+        return _with_norm(input.link, norm)
     made = endings.batch_norm(input, norm) if endings.ends(input) else NotImplemented
     return readings.batch_norm(input, norm) if made is NotImplemented else made
 
 
-def _folded(link: Link, norm: BatchNorm) -> Any:
-    """A convolution of a copy for inference with the frozen norm behind it in its weights."""
+def _with_norm(link: Link, norm: BatchNorm) -> Any:
+    """A convolution of a copy for inference with the frozen norm behind it."""
     if norm.training or needs_grad(link.state, *norm[:4]) or not link.unchanged():
         return NotImplemented
     tensors = {name: kept.tensor for name, kept in link.kept}
+    x, weight, bias = tensors["input"], tensors["weight"], tensors.get("bias")
+    plan: Alone = link.plan
+    if not (folds(weight) or _has_kernels(plan.settings, x, weight, bias)):
+        return NotImplemented
     for _, kept in link.kept:
         kept.release()
-    weights = link.plan.begun.folded((tensors["weight"], tensors.get("bias")), norm)
     link.plan.begun.misses = 0
-    return link.run(None, tensors["input"], *weights)
+    if folds(weight):
+        return link.run(None, x, *plan.begun.folded((weight, bias), norm))
+    stride, padding, dilation, groups, mode, _ = plan.settings
+    return functional.conv3d(
+        x, weight, bias, stride, padding, dilation, groups, padding_mode=mode, output_norm=norm
+    )
+
+
+def _has_kernels(settings: Any, *tensors: Any) -> bool:
+    """Whether a lone convolution runs on kernels that take a norm in."""
+    if tensors[1].dim() != 5:
+        return False
+    given = ConvTensors(*tensors)
+    try:
+        spec = conv3d_checks.conv3d(
+            given, None, None, *settings[:5], False, None, None, 0.01, False
+        )  # fmt: skip
+    except (TypeError, ValueError):
+        return False
+    return dispatch.has_kernels(ConvProblem.of(given, spec))
 
 
 def _fits(norm: BatchNorm, p: Promise) -> bool:

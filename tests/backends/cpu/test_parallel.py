@@ -23,7 +23,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def limits(**fixed: Any) -> Limits:
-    usual = dict(op="parallel_conv2plus1d", norm="none", residual=False, outer_activation="none")
+    usual = dict(
+        op="parallel_conv2plus1d", norm="none", residual=False, outer_activation="none",
+        outer_norm=False,
+    )  # fmt: skip
     return Limits(dtypes=DTYPES, fixed=usual | fixed)
 
 

@@ -60,6 +60,7 @@ class Config:
     residual: bool = False
     residual_layout: str = "contiguous"
     outer_activation: str = "none"
+    outer_norm: bool = False  # a frozen one
     constant: tuple[str, ...] = ()  # tensors that need no gradient
 
     @property
@@ -118,7 +119,8 @@ class Config:
         # Batch norm over a handful of values has gradients that cancel: its own tests have those.
         if self.norm == "batch" and self.batch * math.prod(sizes[0]) < 16:
             return True
-        if self.parallel and (self.residual or self.outer_activation != "none"):
+        ending = self.residual or self.outer_norm or self.outer_activation != "none"
+        if self.parallel and ending:
             return True
         return self.dtype.itemsize == 2 and self._kinks_unavoidable()
 
@@ -242,6 +244,7 @@ def _draw(rng: random.Random, limits: Limits) -> Config:
         constant=tuple(n for n in NAMES if rng.random() < 0.3) if rng.random() < 0.2 else (),
         residual=not parallel and rng.random() < 0.25, residual_layout=rng.choice(LAYOUTS),
         outer_activation="none" if parallel else often("none", *ACTIVATIONS, odds=0.6),
+        outer_norm=not parallel and rng.random() < 0.25,
     )  # fmt: skip
     return _with_single_taps(config, rng) if rng.random() < 0.12 else config
 

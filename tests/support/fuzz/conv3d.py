@@ -15,7 +15,8 @@ from fastst.functional import BatchNorm, Norm, conv3d
 
 from .config import ACTIVATIONS, DTYPES, KINKS, LAYOUTS, Triple, documented_pads
 from .truth import MOMENTUM, ChannelsLast, act
-from .values import lay_out, near_a_kink
+from .truth import outer_norm as outer_norm_of
+from .values import lay_out, near_a_kink, outer_norm
 
 KINDS = ("none", "batch", "frozen", "group", "instance", "layer", "rms", "l2")
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "past", "residual")
@@ -49,6 +50,7 @@ class ConvConfig:
     bias: bool = True
     past: int = 0  # frames
     residual: bool = False
+    outer_norm: bool = False  # a frozen one
     dtype: torch.dtype = torch.float32
     x_layout: str = "contiguous"
     weight_layout: str = "contiguous"
@@ -170,6 +172,7 @@ def _draw(rng: random.Random, limits: ConvLimits) -> ConvConfig:
         input_activation=often("none", *ACTIVATIONS, odds=0.3),
         activation=often("none", *ACTIVATIONS), bias=rng.random() < 0.6,
         past=often(0, 1, 2, 3, odds=0.7), residual=rng.random() < 0.3,
+        outer_norm=rng.random() < 0.3,
         dtype=rng.choice(limits.dtypes), x_layout=often("contiguous", *LAYOUTS[1:]),
         weight_layout=often("contiguous", *LAYOUTS[1:], odds=0.7),
         grad_layout=often("contiguous", *LAYOUTS[1:]), past_layout=rng.choice(LAYOUTS),
@@ -220,10 +223,14 @@ def _values(config: ConvConfig, generator: torch.Generator) -> tuple[dict[str, T
         tensors["past"] = normal(n, c, config.past, *config.size[1:])
     if config.residual:
         tensors["residual"] = normal(n, k, *config.out_size)
-    wide = config.wide_norm and config.dtype.itemsize == 2 and config.norm in ("batch", "frozen")
+    if config.outer_norm:
+        tensors |= outer_norm(normal, k)
+    widens = config.wide_norm and config.dtype.itemsize == 2
+    wide = ["outer", "running_outer"]
+    wide += ["norm", "running"] if config.norm in ("batch", "frozen") else []
     tensors = {
-        name: t.to(torch.float32 if wide and name.startswith(("norm", "running")) else config.dtype)
-        for name, t in tensors.items()
+        n: t.to(torch.float32 if widens and n.startswith(tuple(wide)) else config.dtype)
+        for n, t in tensors.items()
     }
     return tensors, normal(n, k, *config.out_size).to(config.dtype)
 
@@ -242,6 +249,14 @@ def clear_conv(config: ConvConfig, tensors: dict[str, Tensor]) -> bool:
 # ---- by fastst, and the truth
 
 
+def frozen_norm(config: Any, t: dict[str, Tensor]) -> BatchNorm | None:
+    """The norm of the output, if it has one."""
+    if not config.outer_norm:
+        return None
+    running = t["running_outer_mean"], t["running_outer_var"]
+    return BatchNorm(*running, t["outer_weight"], t["outer_bias"], eps=config.eps)
+
+
 def call_conv(config: ConvConfig, t: dict[str, Tensor]) -> Tensor:
     """y by fastst."""
     norm: Any = None
@@ -256,6 +271,7 @@ def call_conv(config: ConvConfig, t: dict[str, Tensor]) -> Tensor:
         config.groups, padding_mode=config.padding_mode, causal=config.causal, input_norm=norm,
         input_activation=config.input_activation, past=t.get("past"), residual=t.get("residual"),
         activation=config.activation, negative_slope=config.slope,
+        output_norm=frozen_norm(config, t),
     )  # fmt: skip
 
 
@@ -291,6 +307,7 @@ def compose_conv(
     elif channels_last:
         z = ChannelsLast.apply(z)
     y = F.conv3d(z, t["weight"], t.get("bias"), config.stride, 0, dilation, config.groups)
+    y = outer_norm_of(config, y, t)
     y = y + t["residual"] if config.residual else y
     return feed(config.activation, y), fed
 

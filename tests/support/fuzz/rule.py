@@ -23,6 +23,7 @@ from .conv3d import (
     call_conv,
     clear_conv,
     compose_conv,
+    frozen_norm,
     held_conv,
     make_conv,
     random_conv,
@@ -55,7 +56,10 @@ def call(config: Config, t: dict[str, Tensor]) -> Tensor:
             t["running_mean"], t["running_var"], t.get("norm_weight"), t.get("norm_bias"),
             config.norm == "batch", MOMENTUM, config.eps,
         )  # fmt: skip
-    return conv2plus1d(*main, norm=norm, residual=t.get("residual"), **config.kwargs())
+    return conv2plus1d(
+        *main, norm=norm, residual=t.get("residual"), outer_norm=frozen_norm(config, t),
+        **config.kwargs(),
+    )  # fmt: skip
 
 
 def _held(config: Config, tensors: dict[str, Tensor]) -> Any:

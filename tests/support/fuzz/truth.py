@@ -82,9 +82,17 @@ def compose(
             u, *running, t.get("norm_weight"), t.get("norm_bias"),
             config.norm == "batch" and statistics is None, MOMENTUM, config.eps,
         )  # fmt: skip
-    y = conv(second, feed(config.activation, u))
+    y = outer_norm(config, conv(second, feed(config.activation, u)), t)
     y = y + t["residual"] if config.residual else y
     return feed(config.outer_activation, y), fed
+
+
+def outer_norm(config: Any, y: Tensor, t: dict[str, Tensor]) -> Tensor:
+    """The frozen norm of what a convolution gives, if it has one."""
+    if not config.outer_norm:
+        return y
+    running = t["running_outer_mean"], t["running_outer_var"]
+    return F.batch_norm(y, *running, t["outer_weight"], t["outer_bias"], eps=config.eps)
 
 
 def first_pass(config: Config, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -96,6 +97,8 @@ def _values(config: Config, generator: torch.Generator) -> tuple[dict[str, Tenso
     if config.norm != "none":
         tensors["running_mean"] = normal(m) / 2
         tensors["running_var"] = 0.5 + normal(m).square()
+    if config.outer_norm:
+        tensors |= outer_norm(normal, k)
     if _on_grid(config):
         tensors["x"] = (2 * tensors["x"]).round().clamp(-3, 3)
         for kind in (first, second) if config.parallel else (first,):
@@ -106,13 +109,24 @@ def _values(config: Config, generator: torch.Generator) -> tuple[dict[str, Tenso
                 bias.copy_(bias.round() + (0.5 if kind == "spatial" else 0.25))
     if config.residual:
         tensors["residual"] = normal(config.batch, k, *config.sizes()[1])
-    wide = config.wide_norm and config.dtype.itemsize == 2
+    widens = config.wide_norm and config.dtype.itemsize == 2
+    wide = ("norm", "outer", "running")
     tensors = {
-        n: t.to(torch.float32 if wide and n.startswith(("norm", "running")) else config.dtype)
+        n: t.to(torch.float32 if widens and n.startswith(wide) else config.dtype)
         for n, t in tensors.items()
     }
     total = m + k if config.parallel and config.combine == "cat" else k
     return tensors, normal(config.batch, total, *config.sizes()[1]).to(config.dtype)
+
+
+def outer_norm(normal: Callable[..., Tensor], channels: int) -> dict[str, Tensor]:
+    """Tensors of a frozen norm of the output."""
+    return {
+        "running_outer_mean": normal(channels) / 2,
+        "running_outer_var": 0.5 + normal(channels).square(),
+        "outer_weight": 1 + normal(channels) / 4,
+        "outer_bias": normal(channels) / 2,
+    }
 
 
 def _move_kinks_off_grid(config: Config, tensors: dict[str, Tensor]) -> None:
