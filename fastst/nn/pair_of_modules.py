@@ -21,6 +21,7 @@ from ..backends.conv_pass import pad
 from ..functional import BatchNorm, Causal
 from ..problem import activations
 from ..problem.geometry import left_padding
+from ..problem.spec import cached
 from . import streaming, sync_batch_norm
 
 RECOMPUTE = "_fastst_recompute"  # on spatial convolutions, by ``memory.set_memory_budget``
@@ -93,18 +94,12 @@ def pair_forward(
     assert named is not None
     if recompute is None:
         recompute = vars(spatial).get(RECOMPUTE)
-    (ws, bs), (wt, bt) = (
-        read_members(m, "_parameters", "weight", "bias") for m in (spatial, temporal)
-    )
+    ws, bs = read_members(spatial, "_parameters", "weight", "bias")
+    wt, bt = read_members(temporal, "_parameters", "weight", "bias")
     return run_pair(
-        x, ws, wt, bs, bt, norm,
-        outer_norm=outer_norm, ending=ending,
-        stride=(temporal.stride[0], *spatial.stride[1:]), padding=sides(spatial, temporal),
-        dilation=(temporal.dilation[0], *spatial.dilation[1:]),
-        groups=(spatial.groups, temporal.groups),
-        padding_mode=(spatial.padding_mode, temporal.padding_mode),
-        activation=named[0], negative_slope=named[1], order=order, causal=causal,
-        recompute=recompute,
+        x, ws, wt, bs, bt, norm, outer_norm=outer_norm, ending=ending, activation=named[0],
+        negative_slope=named[1], order=order, causal=causal, recompute=recompute,
+        **_settings(*_numbers(spatial), *_numbers(temporal)),
     )  # fmt: skip
 
 
@@ -224,15 +219,50 @@ def why_composed(
     why = why_foreign(convs, {"norm": norm}, {"activation": activation})
     if why is not None:
         return why
-    for label, conv, axes in (("spatial", spatial, (0,)), ("temporal", temporal, (1, 2))):
+    return _why_no_pair(*_numbers(spatial), *_numbers(temporal))
+
+
+Numbers = tuple[Any, ...]  # of a convolution: kernel_size, stride, sides, dilation, groups, mode
+
+
+def _numbers(conv: Any) -> Numbers:
+    sides = conv.padding if type(conv.padding) is tuple else tuple(sides_of(conv))
+    how = conv.dilation, conv.groups, conv.padding_mode
+    return conv.kernel_size, conv.stride, sides, *how
+
+
+def _both(side: Any) -> tuple[int, int]:
+    """Padding before and after, of an entry of ``Numbers``."""
+    return side if isinstance(side, tuple) else (side, side)
+
+
+@cached
+def _why_no_pair(*both: Any) -> str | None:
+    """Why convolutions of these numbers, the spatial one's first, are no pair, or None."""
+    for label, numbers, axes in (("spatial", both[:6], (0,)), ("temporal", both[6:], (1, 2))):
+        kernel, stride, sides, *_ = numbers
         for i in axes:
-            came = (conv.kernel_size[i], conv.stride[i], sum(sides_of(conv)[i]))
+            came = kernel[i], stride[i], sum(_both(sides[i]))
             if came != (1, 1, 0):
                 return (
                     f"its {label} convolution must have kernel 1, stride 1 and padding 0 in "
                     f"{'thw'[i]}, got {came}"
                 )
     return None
+
+
+@cached
+def _settings(*both: Any) -> dict[str, Any]:
+    """Arguments of ``conv2plus1d`` from the numbers of both, the spatial one's first."""
+    (_, stride, sides, *how), (_, of_t, before_t, *how_t) = both[:6], both[6:]
+    dilation, groups, mode = zip(how, how_t, strict=True)
+    return {
+        "stride": (of_t[0], *stride[1:]),
+        "padding": (_both(before_t[0]), *map(_both, sides[1:])),
+        "dilation": (dilation[1][0], *dilation[0][1:]),
+        "groups": groups,
+        "padding_mode": mode,
+    }
 
 
 def pair_order(first: nn.Module, second: nn.Module) -> str:
@@ -265,7 +295,7 @@ def why_foreign(
 
     ``known``: classes of norms.
     """
-    for label, child in {**convs, **norms, **acts}.items():
+    for label, child in (*convs.items(), *norms.items(), *acts.items()):
         if child is None:
             continue
         kind = type(child)
@@ -312,10 +342,12 @@ class _Methods(NamedTuple):
 
 def _replaced_method(module: nn.Module) -> str | None:
     """The method of a module that somebody replaced, on the module or on its class."""
-    kind, here = type(module), vars(module)
+    kind, here = type(module), module.__dict__
     known = _OWN_METHODS[kind]
     now = _read(kind, known.names, known.read)
-    if now == known.own and not [n for n in _METHODS if n in here]:
+    forward, conv_forward, check, call = _METHODS
+    replaced = forward in here or conv_forward in here or check in here or call in here
+    if now == known.own and not replaced:
         return None
     of_class = (n for n, a, b in zip(known.names, now, known.own, strict=True) if a is not b)
     return next((n for n in _METHODS if n in here), None) or next(of_class)
@@ -339,7 +371,7 @@ _OWN_METHODS = {kind: _Methods.of(kind) for kind in (nn.Conv3d, *NORMS, *activat
 
 def read_members(module: nn.Module, kind: str, *names: str) -> list[Any]:
     """Parameters, buffers or modules of a module; its ``__getattr__`` would take half a µs each."""
-    own = vars(module)[kind]
+    own = module.__dict__[kind]
     return [own[n] if n in own else getattr(module, n) for n in names]
 
 
