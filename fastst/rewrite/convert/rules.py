@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import dispatch, functional
@@ -22,7 +22,7 @@ from .chain import Alone, Convolved, Guess, Plan, extended, is_open
 from .folded import folds
 from .geometry import first_pass, second_pass
 from .graphs import is_promise, promised
-from .kept import CannotDefer, Kept, as_own, valueless
+from .kept import CannotDefer, Kept, as_own, copied, valueless
 from .plain import PLAIN, are_plain, are_settled, is_inference, needs_grad, result_dtype
 from .promise import RULES, Link, Promise, real
 from .state import State
@@ -124,10 +124,14 @@ def _batch_norm(
             if run is None:
                 return NotImplemented
             del vectors[:2]  # counted by now
-    try:
-        kept = tuple([(n, Kept(t)) for n, t in vectors if t is not None])
-    except CannotDefer:
-        return NotImplemented
+    given = [(n, t) for n, t in vectors if t is not None]
+    if not training and _are_copied(link.state, norm):
+        kept = copied(given)
+    else:
+        try:
+            kept = tuple([(n, Kept(t)) for n, t in given])
+        except CannotDefer:
+            return NotImplemented
 
     def separately(
         u: Tensor, running_mean: Any = None, running_var: Any = None, **affine: Tensor
@@ -140,6 +144,13 @@ def _batch_norm(
 
 
 _VECTORS = BatchNorm._fields[:4]
+
+
+def _are_copied(state: State, norm: BatchNorm) -> bool:
+    """Whether the vectors of a frozen norm are copied when it is called."""
+    if state.kind != "cpu" or state.traced or needs_grad(state, *norm[2:4]):
+        return False
+    return type(norm.running_mean) in (Tensor, nn.Parameter)
 
 
 def _normed_elsewhere(input: Any, norm: BatchNorm) -> Any:

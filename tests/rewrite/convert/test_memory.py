@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastst
+from fastst.rewrite.convert import kept, rules
 
 STATES = [torch.no_grad, torch.inference_mode, torch.enable_grad]
 EXPORTS: dict[str, Callable[[Tensor], Any]] = {
@@ -62,8 +63,6 @@ def test_memory_that_was_exported_stays(net: Any, export: str, state: Any, part:
 
 def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone of memory whoever else holds it: x moves, and the array sees it no longer."""
-    from fastst.rewrite.convert import kept
-
     monkeypatch.setattr(kept, "_has_other_owners", lambda t: False)
     with pytest.raises(AssertionError):
         test_memory_that_was_exported_stays(
@@ -198,8 +197,6 @@ def test_laid_out_anew_in_the_same_memory(change: Any, grad: bool) -> None:
 
 def test_a_planted_bug_in_layouts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions and addresses alone."""
-    from fastst.rewrite.convert import kept
-
     monkeypatch.setattr(kept, "_laid_out", lambda t: ())
     for change in CHANGES:
         with pytest.raises((AssertionError, pytest.fail.Exception)):
@@ -225,3 +222,47 @@ def test_statistics_that_others_hold(holder: str, grad: bool) -> None:
             outputs.append(net[3](F.relu(v)) + 0)
         del held
     torch.testing.assert_close(*outputs)
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "counted": lambda t: t.mul_(2),
+    "data": lambda t: t.data.mul_(2),
+    "array": lambda t: np.multiply(t.detach().numpy(), 2, out=t.detach().numpy()),
+}
+
+
+def outputs_of_a_written_norm(write: str, name: str, read: bool) -> list[Tensor]:
+    """Of a pair whose frozen norm is written to once it has been called; ``read``: v is read by
+    itself, too."""
+    outputs = []
+    for convert in (False, True):
+        net = pair()
+        norm = nn.BatchNorm3d(6).eval()
+        net.insert(1, norm)
+        if convert:
+            fastst.convert(net)
+        with torch.no_grad():
+            v = norm(net[0](torch.ones(1, 3, 4, 6, 6)))
+            WRITES[write](getattr(norm, name))
+            outputs += [net[3](F.relu(v)) + 0, v + 0 if read else torch.zeros(1)]
+    return outputs
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+@pytest.mark.parametrize("write", WRITES)
+def test_frozen_norms_are_as_they_were_when_they_were_called(
+    write: str, name: str, read: bool
+) -> None:
+    plain, v, converted, own = outputs_of_a_written_norm(write, name, read)
+    torch.testing.assert_close((converted, own), (plain, v))
+
+
+def test_a_planted_alias_of_a_frozen_norm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        rules, "copied", lambda given: tuple((name, kept.Copied(t.detach())) for name, t in given)
+    )
+    for write in WRITES:
+        plain, _, converted, _ = outputs_of_a_written_norm(write, "running_var", False)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(converted, plain)
