@@ -93,7 +93,8 @@ void bind_passes(py::module_& m) {
       .value("direct", cpu::Sums::direct)
       .value("winograd", cpu::Sums::winograd)
       .value("pairs", cpu::Sums::pairs)
-      .value("winograd_pairs", cpu::Sums::winograd_pairs);
+      .value("winograd_pairs", cpu::Sums::winograd_pairs)
+      .value("amx", cpu::Sums::amx);
   // What these are made of must outlive them.
   py::class_<cpu::Source>(m, "Source", kLocal)
       .def(
@@ -134,5 +135,7 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
   m.def("position_moments", unlocked(cpu::position_moments));
   m.def("outdoes", &cpu::outdoes, py::arg("dtype"));
   m.def("multiplies_pairs", &cpu::multiplies_pairs);
+  m.def("multiplies_by_amx", &cpu::multiplies_by_amx);
+  m.def("refuses_amx", &cpu::refuses_amx);
   m.def("multiply_panels", unlocked(cpu::multiply_panels), py::arg("rounds"), py::arg("threads"));
 }

@@ -47,14 +47,16 @@ struct Epilogue {
 
 // How the products of a convolution are summed: as is likely to be the fastest; so, but never of
 // what was rounded once more, to be multiplied; one by one; Winograd's way; in pairs of bfloat16,
-// one by one or Winograd's way, wherever that can be done.
-enum class Sums { best, unrounded, direct, winograd, pairs, winograd_pairs };
+// one by one or Winograd's way, wherever that can be done; or such pairs as AMX does.
+enum class Sums { best, unrounded, direct, winograd, pairs, winograd_pairs, amx };
 
 // In training. Winograd's transforms rounded to bfloat16 move every sum by some thousandths of the
 // largest ones, the small ones as well, which rounding of the result moves by as little as they
 // are: one in a thousand crosses the kink of the activation that follows, and such gates are 5% of
 // a gradient. Gradients of an input are 2.3 times as far from the truth as PyTorch's.
 inline Sums in_training(Sums sums) { return sums == Sums::best ? Sums::unrounded : sums; }
+// Whether what is likely to be the fastest is taken.
+inline bool chosen_freely(Sums sums) { return sums == Sums::best || sums == Sums::unrounded; }
 
 // out = epilogue(convolution of the source); input_gradient: of the transposed convolution, where
 // source is shaped as the convolution's output and out as its input. How many of the groups went by
@@ -191,8 +193,13 @@ void update_running(const Array& running_mean, const Array& running_var, const A
 bool outdoes(Storage);
 // Whether pairs of bfloat16 are multiplied by its own instruction (vdpbf16ps).
 bool multiplies_pairs();
-// Whether what is stored as bfloat16 is multiplied in pairs.
+// Whether they may be multiplied by AMX: the processor has it, and the system lets this process.
+bool multiplies_by_amx();
+// Whether the system alone stands against it.
+bool refuses_amx();
+// Whether what is stored as bfloat16 is multiplied in pairs, and whether as AMX does.
 bool in_pairs(Sums);
+bool by_amx(Sums);
 
 // Multiplies panels in cache `rounds` times on each thread; how many operations that took.
 int64_t multiply_panels(int64_t rounds, int threads);

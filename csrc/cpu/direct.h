@@ -1,7 +1,7 @@
 // The sums of a tap convolution as they stand: for each output over its taps and channels.
 #pragma once
 
-#include <microkernel.h>
+#include <amx.h>
 #include <tiling.h>
 
 #include <deque>
@@ -10,13 +10,15 @@ namespace fastst::cpu {
 
 // Weights of two input channels each, side by side in the place of a float. Taps of a row may be
 // taken together, as channels.
+template <class Kind>
 class PairPacker {
  public:
   PairPacker(const Weights& weights, int64_t together)
       : paired_(together > 1 ? std::nullopt : weights.paired()),
         channels_(weights.in * together),
-        units_(units<Bf16Pairs>(channels_)),
-        packer_(paired_.value_or(weights), paired_ ? units_ : weights.in),
+        units_(units<Kind>(channels_)),
+        packer_(paired_.value_or(weights), paired_ ? units_ : weights.in, paired_ ? units_ : 0,
+                Kind::kMostVectors),
         taps_(packer_.taps() / together) {}
 
   const std::vector<Block>& blocks() const { return packer_.blocks(); }
@@ -30,10 +32,11 @@ class PairPacker {
     packer_.pack(b, rows);
     const int64_t pitch = b.vectors * kLanes;
     for (int64_t tap = 0; tap < taps_; ++tap)
-      for (int64_t c = 0; c < channels_; c += 2) {
+      for (int64_t c = 0; c < 2 * units_; c += 2) {
         const float* even = rows + (tap * channels_ + c) * pitch;
         for (int64_t i = 0; i < pitch; i += kLanes, to += kLanes) {
-          const Vec both[] = {load(even + i), c + 1 < channels_ ? load(even + pitch + i) : Vec{}};
+          const Vec both[] = {c < channels_ ? load(even + i) : Vec{},
+                              c + 1 < channels_ ? load(even + pitch + i) : Vec{}};
           store(to, Bf16Pairs::of(both));
         }
       }
@@ -46,11 +49,16 @@ class PairPacker {
   int64_t taps_;
 };
 
+// Positions of a tile that lie evenly apart in what is packed.
+struct Run {
+  int64_t length, step;
+};
+
 // What an output channel sums over: all channels of the source.
 template <class K>
 struct Dense {
   using Kind = K;
-  using Packer = std::conditional_t<Kind::kChannels == 1, WeightPacker, PairPacker>;
+  using Packer = std::conditional_t<Kind::kChannels == 1, WeightPacker, PairPacker<Kind>>;
   // Input channels whose weights a block keeps in the cache.
   static int64_t chunk_of(const Weights& w) {
     constexpr int64_t kBlockFloats = 112 << 10;
@@ -58,12 +66,80 @@ struct Dense {
     const int64_t most = std::max<int64_t>(1, kBlockFloats / (taps * kMostVectors * kLanes));
     return parts_of(w.in, parts_of(w.in, most));
   }
-  static void multiply(int rows, const Block& block, int64_t, const float* x, const int64_t* places,
-                       const float* weights, const std::vector<Segment>& segments, float* to,
-                       bool accumulate) {
+
+  static constexpr int64_t kMargin = 0;  // positions before and behind the sums that are touched
+  const Block& block;
+  Dense(const Block& block, int64_t, const Run&) : block(block) {}
+  // Positions that are best multiplied together.
+  Groups groups(int64_t positions) const { return {positions, most_rows(block.vectors)}; }
+  // Sums of `count` positions from `first` on, onto what is there if `accumulate`.
+  void operator()(int64_t first, int64_t count, const float* x, const Offsets& places,
+                  const float* weights, const std::vector<Segment>& segments, float* to,
+                  bool accumulate) const {
     const int64_t pitch = block.vectors * kLanes;
-    multiply_for<Kind>(rows, block.vectors, true)(x, places, 1, weights, pitch, segments.data(),
-                                                  segments.size(), to, pitch, accumulate);
+    const Groups parts = groups(count);
+    for (int64_t j = 0; j < parts.count; ++j) {
+      const int64_t at = parts.start(j);
+      const int n = static_cast<int>(parts.start(j + 1) - at);
+      multiply_for<Kind>(n, block.vectors, true)(x, places.from(first + at), 1, weights, pitch,
+                                                 segments.data(), segments.size(), to + at * pitch,
+                                                 pitch, accumulate);
+    }
+  }
+};
+
+// The same by AMX, some parts of runs at a time. All parts have as many positions: of a run they
+// may overlap, and reach beyond those that are asked for.
+struct DenseAmx {
+  using Kind = AmxPairs;
+  using Packer = PairPacker<Kind>;
+
+  static constexpr int64_t kMargin = kAmxRows;
+  const Block& block;
+  const Run run;
+  const Amx amx;
+  DenseAmx(const Block& block, int64_t, const Run& run)
+      : block(block),
+        run(run),
+        amx(static_cast<int>(parts_of(run.length, parts_of(run.length, kAmxRows)))) {}
+
+  // Of as many parts as are multiplied together.
+  struct Groups {
+    int64_t run, rows, lefts, each, parts, count;  // each: parts of a run
+    Groups(int64_t positions, int64_t run, int64_t rows, int64_t lefts)
+        : run(run),
+          rows(rows),
+          lefts(lefts),
+          each(parts_of(run, rows)),
+          parts(positions / run * each),
+          count(parts_of(parts, lefts)) {}
+    int64_t start(int64_t i) const {
+      const int64_t part = std::min(i * lefts, parts);
+      return part / each * run + part % each * rows;
+    }
+  };
+  Groups groups(int64_t positions) const {
+    return {positions, run.length, amx.rows(), most_lefts(block.vectors)};
+  }
+
+  void operator()(int64_t first, int64_t count, const float* x, const Offsets& places,
+                  const float* weights, const std::vector<Segment>& segments, float* to,
+                  bool) const {
+    const int64_t pitch = block.vectors * kLanes, end = first + count;
+    AmxProduct p = {{}, run.step, {}, pitch, segments.data(), std::ssize(segments), {}, pitch};
+    for (int v = 0; v < block.vectors; ++v) p.b[v] = weights + v * kLanes;
+    for (int64_t at = first; at < end;) {
+      int parts = 0;
+      for (; parts < most_lefts(block.vectors) && at < end; ++parts) {
+        const int64_t last = (at / run.length + 1) * run.length;  // end of its run
+        const int64_t start = std::min(at, last - amx.rows());
+        p.a[parts] = x + places[start];
+        for (int v = 0; v < block.vectors; ++v)
+          p.c[parts][v] = to + (start - first) * pitch + v * kLanes;
+        at = std::min(start + amx.rows(), end);
+      }
+      amx(parts, block.vectors, p);
+    }
   }
 };
 
@@ -72,13 +148,20 @@ struct Channelwise {
   using Kind = Floats;
   using Packer = WeightPacker;
   static int64_t chunk_of(const Weights&) { return 1; }
-  static void multiply(int rows, const Block& block, int64_t channels, const float* x,
-                       const int64_t* places, const float* weights,
-                       const std::vector<Segment>& segments, float* to, bool) {
+
+  static constexpr int64_t kMargin = 0;
+  const Block& block;
+  const int64_t channels;
+  Channelwise(const Block& block, int64_t channels, const Run&)
+      : block(block), channels(channels) {}
+  Groups groups(int64_t positions) const { return {positions, most_rows(block.vectors)}; }
+  void operator()(int64_t position, int64_t count, const float* x, const Offsets& places,
+                  const float* weights, const std::vector<Segment>& segments, float* to,
+                  bool) const {
     const int64_t first = block.vector * kLanes;
     const int64_t last = std::min<int64_t>(kLanes, channels - first - (block.vectors - 1) * kLanes);
-    multiply_channels_for(block.vectors)(x + first, places, rows, weights, segments.data(),
-                                         segments.size(), to, last);
+    multiply_channels_for(block.vectors)(x + first, places.from(position), static_cast<int>(count),
+                                         weights, segments.data(), segments.size(), to, last);
   }
 };
 
@@ -89,6 +172,8 @@ class Direct {
  public:
   using Ready = Packed;  // what a tile reads
   using Kind = typename Products::Kind;
+  // Floats of all that is read, if weights are to go through them as soon as they are packed.
+  static constexpr int64_t kStays = std::is_same_v<Kind, AmxPairs> ? 256 << 10 : 0;
 
   explicit Direct(const std::vector<Problem>& problems)
       : problems_(problems),
@@ -140,20 +225,24 @@ class Direct {
                    (g_.w.before - p.g.w.before) * all.w;
     const int64_t pitch = block.vectors * kLanes;
     const int64_t chunks = parts_of(packer.channels(), packer.chunk());
-    // A group of rows shares its taps: those of one frame if taps may lie outside.
+    // Positions that are multiplied together share their taps: of one frame if taps may lie
+    // outside.
     const int64_t frames = p.g.t.inside() ? 1 : tile.t1 - tile.t0;
     const int64_t each = tile.positions() / frames;
-    const int64_t most = most_rows(block.vectors);
-    const int64_t piece = p.lines ? kLine / sizeof(float) : most;
-    const int64_t held = kHeld / piece * piece;
-    const Groups groups(each, most);
-    const int64_t batches = p.lines ? parts_of(each, held) : groups.count;
+    const int64_t width = tile.w1 - tile.w0, step = p.g.w.stride * packed.w;
+    const bool joins = tile.h1 - tile.h0 == 1 || p.g.h.stride * packed.h == width * step;
+    const Products multiply(block, in_.channels, {joins ? tile.frame() : width, step});
+    const auto groups = multiply.groups(each);
+    constexpr int64_t kPiece = kLine / sizeof(float), kBatch = kHeld / kPiece * kPiece;
+    const int64_t batches = p.lines ? parts_of(each, kBatch) : groups.count;
+    const int64_t piece = p.lines ? kPiece : kMostPlaces;
     const auto start = [&](int64_t i) {
-      return p.lines ? std::min(i * held, each) : groups.start(i);
+      return p.lines ? std::min(i * kBatch, each) : groups.start(i);
     };
-    const Offsets places(tile, 0, p.g.t.stride * packed.t, p.g.h.stride * packed.h,
-                         p.g.w.stride * packed.w);
-    const Scratch sums((chunks > 1 ? tile.positions() : kHeld) * pitch);
+    const Offsets places(tile, 0, p.g.t.stride * packed.t, p.g.h.stride * packed.h, step);
+    const int64_t held = chunks > 1 ? tile.positions() : kHeld, margin = Products::kMargin;
+    const Scratch memory((held + 2 * margin) * pitch);
+    float* const sums = memory + margin * pitch;
     std::vector<Segment> segments;
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       for (int64_t frame = 0; frame < frames; ++frame) {
@@ -171,13 +260,7 @@ class Direct {
             }
           };
           by_piece([&](const float*, const int64_t* positions, int n) { expect(positions, n); });
-          const Groups parts(count, most);
-          for (int64_t j = 0; j < parts.count; ++j) {
-            const int64_t at = parts.start(j);
-            const int n = static_cast<int>(parts.start(j + 1) - at);
-            Products::multiply(n, block, in_.channels, packed.data, places.from(first + at),
-                               weights, segments, to + at * pitch, chunk > 0);
-          }
+          multiply(first, count, packed.data, places, weights, segments, to, chunk > 0);
           by_piece([&](const float* done_sums, const int64_t* positions, int n) {
             done(done_sums, pitch, positions, n);
           });

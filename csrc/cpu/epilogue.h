@@ -107,6 +107,11 @@ class Finisher {
         }
       }
       if (!rows_apart) put(base, x, wide, to);
+      if (channel + kLanes < channels_) return;
+      for (int64_t c = kLanes; c < stored_ - channel; c += kLanes)  // vectors without a channel
+        for (int r = 0; r < rows; ++r)
+          scatter(base + c * out_.c + to.offset[r], out_.c, Vec{},
+                  std::min<int64_t>(kLanes, stored_ - channel - c));
     });
   }
 

@@ -14,7 +14,7 @@ struct Segment {
 };
 
 // Rows and vectors of one call: accumulators, vectors of b and one broadcast fill the registers.
-constexpr int kMostVectors = 3;
+constexpr int kMostVectors = Floats::kMostVectors;
 constexpr int most_rows(int vectors) {
   if (kLanes == 16) return vectors == 3 ? 8 : 14;
   return vectors == 3 ? 4 : vectors == 2 ? 6 : 12;
@@ -136,12 +136,12 @@ inline MultiplyChannels multiply_channels_for(int vectors) {
                         : multiply_channels<1>;
 }
 
-// Any number of vectors from two on as a sum of threes and twos: width of the block that starts at
-// vector `at` of `total`.
-constexpr int block_vectors(int64_t at, int64_t total) {
+// Any number of vectors from two on as a sum of threes and twos, or of at most `most` each: width
+// of the block that starts at vector `at` of `total`.
+constexpr int block_vectors(int64_t at, int64_t total, int most = kMostVectors) {
   const int64_t left = total - at;
-  if (left <= 3) return static_cast<int>(left);
-  return left % 3 == 1 && left == 4 ? 2 : 3;
+  if (left <= most) return static_cast<int>(left);
+  return most == 3 && left == 4 ? 2 : most;
 }
 
 // Rows in group `at` of `total`, of at most `most` each and alike in size.

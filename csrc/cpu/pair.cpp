@@ -4,8 +4,9 @@
 //    dv = (Wtᵀ ∗ dy) · act'(s·u + h)         and Σdv, Σdv·(u − mean) as it is stored
 //    du = s·dv + p·(u − mean) + q            as it is loaded, for dWs and dx
 //    z  = act(s·u + h)                       as it is loaded, for dWt
+#include <amx.h>
 #include <coefficients.h>
-#include <tile.h>
+#include <tiling.h>
 
 #include <algorithm>
 
@@ -14,6 +15,9 @@ namespace {
 
 // Floats of weights that are packed again for every strip.
 constexpr int64_t kFewWeights = 32 << 10;
+// Where AMX multiplies, moving the mid tensor counts more: how much larger a strip may be (of 16
+// bits, in a cache of 2 MiB), and all of them than the weights that are packed for each.
+constexpr int64_t kAmxStrip = 3, kAmxWeights = 4;
 
 View part(View v, int dimension, int64_t begin, int64_t end) {
   v.data = Tensor(v).shifted(begin * v.stride[dimension]).data;
@@ -98,12 +102,13 @@ struct Strips {
   const PairTensors& t;
   const View& out;
   Epilogue between;
-  int axis;  // of t, h, w
+  int axis;          // of t, h, w
+  int64_t channels;  // of the mid tensor, rounded up
 
   void operator()(int64_t clip, int64_t end_clip, int64_t begin, int64_t end, bool large,
                   int threads) const {
     std::array<int64_t, 5> shape = p.mid_shape;
-    shape[0] = end_clip - clip, shape[1 + axis] = end - begin;
+    shape[0] = end_clip - clip, shape[1 + axis] = end - begin, shape[4] = channels;
     const int64_t elements = shape[0] * shape[1] * shape[2] * shape[3] * shape[4];
     const Scratch memory(elements * bytes_of(t.x.storage) / bytes_of(Storage::f32));
     View mid = rows(memory, shape, t.x.storage);
@@ -126,16 +131,21 @@ int64_t pair(const PairPlan& p, const PairTensors& t, const View& out, int threa
   const Coefficients norm(t.mean, t.var, t.gamma, t.beta, p.eps);
   // No row or no frame of y is made of another one of the mid tensor.
   const int axis = idle(p.conv[1], 1) ? 1 : 0;
-  const Strips strips = {p, t, out, beginning(p, t, norm.array(), p.act), axis};
+  const bool amx = t.x.storage == Storage::bf16 && by_amx(p.sums);
+  // AMX reads whole stretches of channels where they are.
+  const int64_t wide = AmxPairs::kChannels * units<AmxPairs>(t.mid_channels());
+  const int64_t channels = amx ? wide : p.mid_shape[4];
+  const Strips strips = {p, t, out, beginning(p, t, norm.array(), p.act), axis, channels};
   const int64_t n = p.mid_shape[0], size = p.mid_shape[1 + axis];
-  const int64_t floats = p.positions() * p.mid_shape[4],
-                one = floats / std::max<int64_t>(1, n * size);
+  const int64_t floats = p.positions() * channels, one = floats / std::max<int64_t>(1, n * size);
   const int64_t weights = t.weight[0].count() + t.weight[1].count();
-  if (floats <= p.large || one > p.strip || weights > kFewWeights || !idle(p.conv[1], axis)) {
+  const int64_t strip = amx ? kAmxStrip * p.strip : p.strip;
+  const int64_t most = one ? strip / one : 0, count = most ? parts_of(size, most) : 1;
+  const bool few = weights <= kFewWeights || (amx && weights * count * kAmxWeights <= floats);
+  if (floats <= p.large || !most || !few || !idle(p.conv[1], axis)) {
     strips(0, n, 0, size, false, threads);
     return 1;
   }
-  const int64_t most = p.strip / one, count = (size + most - 1) / most;
   // A vector of 16 bits fills half of a line, which goes past the caches as a whole or not at all.
   const bool large = out.count() > p.large && out.storage == Storage::f32;
   parallel_for(threads, n * count, [&](int64_t i) {

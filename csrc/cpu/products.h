@@ -10,8 +10,10 @@ namespace fastst::cpu {
 // What is multiplied: floats.
 struct Floats {
   using Stored = float;
-  static constexpr int kChannels = 1;   // in the place of a float
-  static constexpr bool kWhole = true;  // and all that lies there
+  static constexpr int kChannels = 1;     // in the place of a float
+  static constexpr int kMultiple = 1;     // of such places, which the channels of a position fill
+  static constexpr int kMostVectors = 3;  // of results at a time
+  static constexpr bool kWhole = true;    // and all that lies there
   static Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
   static Vec of(const Vec* channels) { return *channels; }
   // n neighbouring channels of a position, from c on.
@@ -40,6 +42,8 @@ constexpr bool kHasPairs = false;
 struct Bf16Pairs {
   using Stored = BFloat16;
   static constexpr int kChannels = 2;
+  static constexpr int kMultiple = 1;
+  static constexpr int kMostVectors = 3;
   static constexpr bool kWhole = true;
 #if defined(__AVX512F__)
   static Vec add(Vec sum, Vec a, Vec b) {
@@ -116,7 +120,8 @@ struct SecondOfPairs : FirstOfPairs {
 // Floats that hold the channels of a position.
 template <class Kind>
 constexpr int64_t units(int64_t channels) {
-  return (channels + Kind::kChannels - 1) / Kind::kChannels;
+  constexpr int64_t each = Kind::kChannels * Kind::kMultiple;
+  return (channels + each - 1) / each * Kind::kMultiple;
 }
 
 }  // namespace fastst::cpu

@@ -151,6 +151,7 @@ inline Vec gather(const S* p, int64_t step, int64_t n) {
 }
 template <class S>
 inline void scatter(S* p, int64_t step, Vec v, int64_t n) {
+  if (step == 1) return store(p, v, n);
   alignas(kLine) S lane[kLanes];
   store(lane, v);
   for (int64_t i = 0; i < n; ++i) p[i * step] = lane[i];

@@ -95,8 +95,9 @@ void compute(const std::vector<Problem>& problems, const Epilogue& e, const Way&
   }
   for (int64_t i = 0; i < many; ++i) weights_at[i + 1] = weights_at[i] + way.weights_size(works[i]);
   // Either every tile goes through all weights or all weights through every tile, whichever moves
-  // less through the caches.
-  const bool heavy = count * weights_at.back() > many * reads;
+  // less through the caches. By AMX, weights that come back from beyond the second-level cache are
+  // slower than products: all of them go through x once as they are packed, where x stays in there.
+  const bool heavy = count * weights_at.back() > many * reads || reads <= Way::kStays;
   if (many >= 2 * threads && (count < 2 * threads || heavy)) {
     // Few positions and many weights: every thread packs the weights that it uses.
     const Scratch inputs(tile_at.back());
@@ -149,9 +150,13 @@ class Pass {
         p.g.h.in = p.g.h.out = 1;
       }
     if (in_pairs()) {
-      if (sums_ != Sums::unrounded && by_winograd<Bf16Pairs>()) return true;
+      const bool amx = by_amx(sums_);
+      if (!amx && sums_ != Sums::unrounded && by_winograd<Bf16Pairs>()) return true;
       if (problems_.size() == 1) take_row_as_channels(problems_[0]);
-      with(Direct<Dense<Bf16Pairs>>(problems_));
+      if (amx)
+        with(Direct<DenseAmx>(problems_));
+      else
+        with(Direct<Dense<Bf16Pairs>>(problems_));
       return false;
     }
     if (by_winograd<Floats>()) return true;
@@ -189,11 +194,10 @@ class Pass {
   // Whether it could be done so, and the numbers are such that it is right.
   template <class Way>
   bool by() const {
-    if (sums_ == Sums::direct || sums_ == Sums::pairs || problems_[0].apart ||
-        problems_.size() > 1 || !Way::fits(problems_[0]))
+    const bool one_by_one = sums_ == Sums::direct || sums_ == Sums::pairs || sums_ == Sums::amx;
+    if (one_by_one || problems_[0].apart || problems_.size() > 1 || !Way::fits(problems_[0]))
       return false;
-    const bool choose = sums_ == Sums::best || sums_ == Sums::unrounded;
-    if (choose && !Way::pays(problems_[0])) return false;
+    if (chosen_freely(sums_) && !Way::pays(problems_[0])) return false;
     const Way way(problems_[0]);
     with(way);
     if (way.stayed_finite()) return true;

@@ -241,12 +241,14 @@ class Reader {
             int64_t pitch) const {
     const int64_t channels = in_.channels, each = units<Kind>(channels);
     if (R == Read::plain && pitch == each) {
-      if (in_.a.c == 1 && in_.a.w == channels && channels % Kind::kChannels == 0)
+      if (in_.a.c == 1 && in_.a.w == channels && channels == each * Kind::kChannels)
         return copy(a, count * channels, to);
       if (in_.a.w == 1 && each <= kFew && Kind::kWhole) return interleave(a, count, to);
     }
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, channels - c);
+    // Where places are filled beyond the channels, zeros.
+    const int64_t filled = Kind::kMultiple > 1 ? each * Kind::kChannels : channels;
+    for (int64_t c = 0; c < filled; c += kLanes) {
+      const int64_t n = std::clamp<int64_t>(channels - c, 0, kLanes);
       const int64_t stored = pitch * Kind::kChannels < c + kLanes ? n : kLanes;
       const Coefficients k(from.norm, c, n);
       const auto normed = [&](Vec v, int64_t w) {
@@ -432,11 +434,12 @@ template <class Kind>
 void pack_rows_of_taps(Geometry g, const Axis& row, const Tile& tile, const Input& in, float* to) {
   using Stored = typename Kind::Stored;
   const int64_t c = in.channels, channels = row.kernel * c, each = units<Kind>(channels);
-  const int64_t outputs = tile.w1 - tile.w0, width = row.extent(outputs), pitch = units<Kind>(c);
+  const int64_t outputs = tile.w1 - tile.w0, width = row.extent(outputs);
+  const int64_t pitch = units<Bf16Pairs>(c);
   const bool dense = has_dense_rows(in);
   g.w = row;
-  const Scratch apart(dense ? 0 : packed_size<Kind>(g, tile, c) + kFewChannels);
-  if (!dense) pack_tile<Kind>(g, tile, in, apart);
+  const Scratch apart(dense ? 0 : packed_size<Bf16Pairs>(g, tile, c) + kFewChannels);
+  if (!dense) pack_tile<Bf16Pairs>(g, tile, in, apart);
   const Scratch memory(width * pitch + kFewChannels);
   auto* const line = reinterpret_cast<Stored*>(memory.data());
   const float* from = apart;
@@ -460,6 +463,12 @@ void pack_rows_of_taps(Geometry g, const Axis& row, const Tile& tile, const Inpu
     }
 }
 
+// Rows of AMX that lie across two lines take several times as long.
+template <class Kind>
+bool is_aligned(const void* data) {
+  return Kind::kMultiple == 1 || reinterpret_cast<uintptr_t>(data) % kLine == 0;
+}
+
 // Whether the tiles can be read where they are: stored as they are multiplied, nothing to compute,
 // no padding in space.
 template <class Kind>
@@ -467,12 +476,14 @@ bool readable_in_place(const Geometry& g, const Input& in) {
   using Stored = typename Kind::Stored;
   const Tensor& a = in.a;
   const bool frames = g.t.mode == PadMode::zeros || g.t.inside();
-  const auto whole = [](auto... elements) { return ((elements % Kind::kChannels == 0) && ...); };
+  constexpr int64_t kUnit = Kind::kChannels * Kind::kMultiple;
+  const auto whole = [](auto... elements) { return ((elements % kUnit == 0) && ...); };
   const int64_t lacking = units<Kind>(in.channels) * Kind::kChannels - in.channels;
   bool stored = false;
   with_storage(a.storage, [&](auto s) { stored = std::is_same_v<decltype(s), Stored>; });
   return in.read == Read::plain && stored && a.c == 1 && lacking <= in.zeros &&
-         whole(a.t, a.h, a.w) && !in.before && g.h.inside() && g.w.inside() && frames;
+         whole(a.t, a.h, a.w) && is_aligned<Kind>(a.data) && !in.before && g.h.inside() &&
+         g.w.inside() && frames;
 }
 
 template <class Kind>

@@ -41,22 +41,24 @@ struct Block {
 
 class WeightPacker {
  public:
-  // chunk: input channels that are summed before the next ones, to keep a block in the caches.
-  WeightPacker(const Weights& weights, int64_t chunk)
+  // chunk: input channels that are summed before the next ones, to keep a block in the caches;
+  // width: rows of a tap, of which zeros fill those that are no channels; most: vectors of a block.
+  WeightPacker(const Weights& weights, int64_t chunk, int64_t width = 0, int most = kMostVectors)
       : w_(weights),
         chunk_(chunk),
-        memory_(rows() * sizeof(Entry) / sizeof(float)),
+        width_(std::max(width, weights.in)),
+        memory_(entries() * sizeof(Entry) / sizeof(float)),
         entries_(reinterpret_cast<Entry*>(memory_.data())) {
     for (int i = 0; i < kLanes; ++i) every_[i] = static_cast<int32_t>(i * w_.out_stride);
     for (int64_t v = 0, n = vectors(); v < n; v += blocks_.back().vectors)
-      blocks_.push_back({v, block_vectors(v, n)});
+      blocks_.push_back({v, block_vectors(v, n, most)});
     list_rows();
   }
 
   int64_t taps() const { return w_.size[0] * w_.size[1] * w_.size[2]; }
-  int64_t rows() const { return taps() * w_.in; }
+  int64_t rows() const { return taps() * width_; }
   int64_t vectors() const { return (w_.out + kLanes - 1) / kLanes; }
-  int64_t channels() const { return w_.in; }
+  int64_t channels() const { return width_; }
   int64_t chunk() const { return chunk_; }
   const std::vector<Block>& blocks() const { return blocks_; }
   // Floats of a block, and where it starts when all are laid out in order.
@@ -65,11 +67,15 @@ class WeightPacker {
   // Row of the first channel of a chunk at a tap.
   int64_t row(int64_t tap, int64_t channel) const {
     const int64_t start = channel / chunk_ * chunk_;
-    return start * taps() + tap * std::min(chunk_, w_.in - start) + channel - start;
+    return start * taps() + tap * std::min(chunk_, width_ - start) + channel - start;
   }
 
   void pack(const Block& b, float* to) const {
     with_storage(w_.storage, [&](auto s) { pack<decltype(s)>(b, to); });
+    if (width_ == w_.in) return;
+    const int64_t pitch = b.vectors * kLanes;
+    for (int64_t tap = 0; tap < taps(); ++tap)
+      std::fill_n(to + (row(tap, 0) + w_.in) * pitch, (width_ - w_.in) * pitch, 0.0f);
   }
 
  private:
@@ -78,6 +84,8 @@ class WeightPacker {
     int64_t offset, row;
   };
 
+  int64_t entries() const { return taps() * w_.in; }
+
   template <class S>
   void pack(const Block& b, float* to) const {
     const bool rows = w_.out_stride == 1, mixed = !rows && w_.out_stride <= kMixed;
@@ -85,7 +93,7 @@ class WeightPacker {
     // In the order of memory, of which a transposition reads as many stretches as there are lanes.
     const int together = mixed ? b.vectors : 1;
     for (int begin = 0; begin < b.vectors; begin += together)
-      for (const Entry *e = entries_, *end = e + this->rows(); e < end;) {
+      for (const Entry *e = entries_, *end = e + entries(); e < end;) {
         int length = 1;
         if (mixed)
           while (e + length < end && e[length].offset - e->offset < w_.out_stride) ++length;
@@ -175,7 +183,7 @@ class WeightPacker {
   }
 
   Weights w_;
-  int64_t chunk_;
+  int64_t chunk_, width_;
   std::vector<Block> blocks_;
   Bits every_{};    // lane · out_stride
   Scratch memory_;  // of the entries: fresh pages for them would cost more than they do

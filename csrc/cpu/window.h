@@ -23,15 +23,17 @@ inline Range valid(const Axis& a, Range o, int64_t tap) {
 }
 
 // What the outputs in o read along one axis, side by side: entry e is padded position
-// first + e·step. Zeros at the ends are left out; one tap alone leaves out what no output reads.
+// first + e·step. Zeros at the ends are left out, unless asked for; one tap alone leaves out what
+// no output reads.
 struct Window {
   int64_t first, step, count;
   int64_t pitch;  // entries between the reads of neighbouring outputs
 
-  Window(const Axis& a, Range o) : first(a.first(o.lo)), step(a.kernel == 1 ? a.stride : 1) {
+  Window(const Axis& a, Range o, bool padded = false)
+      : first(a.first(o.lo)), step(a.kernel == 1 ? a.stride : 1) {
     pitch = a.stride / step;
     int64_t last = a.first(o.hi - 1) + (a.kernel - 1) * a.dilation;
-    if (a.mode == PadMode::zeros) {
+    if (a.mode == PadMode::zeros && !padded) {
       if (first < 0) first += (-first + step - 1) / step * step;
       last = std::min(last, a.in - 1);
     }
@@ -127,7 +129,7 @@ void pack_panels(const Reads& r, const Input& in, const Panel* begin, const Pane
         for (int64_t j = 0; j < h.count; ++j, entry += w.count) {
           const int64_t at = r.axis[0].source(t.first + i * t.step);
           const int64_t line = r.axis[1].source(h.first + j * h.step);
-          if (at < 0) continue;
+          if (at < 0 || line < 0) continue;
           float* panel = to;
           for (const Panel* p = begin; p < end; panel += r.count() * p++->width) {
             const Input whole = in.from(p->channel, p->channels);

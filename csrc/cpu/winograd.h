@@ -97,6 +97,7 @@ inline void raise_to(std::atomic<int32_t>& most, int32_t bits) {
 template <class Kind, class A, class B>
 class Winograd {
  public:
+  static constexpr int64_t kStays = 0;
   struct Ready {
     const float* data;  // (points, rows, units): what each product of each row reads
     int64_t point;      // from one point to the next

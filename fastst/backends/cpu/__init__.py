@@ -1,7 +1,7 @@
 """Native kernels for x86-64 CPUs: AVX-512 or AVX2, on PyTorch's own threads.
 
 Tensors are in float32, bfloat16 or float16; arithmetic, accumulation and statistics in float32, but
-for products of bfloat16 where the processor has them (AVX512_BF16).
+for products of bfloat16 where the processor has them (AVX512_BF16, AMX).
 
 Both passes of a pair are tap convolutions (csrc/cpu/tap_conv.cpp): what lies between them is done
 where the first stores and the second loads.

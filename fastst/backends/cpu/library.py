@@ -100,7 +100,7 @@ class Launcher(native.Launcher):
     """Launches of single convolutions of a call; ``pair`` and its like make a call as a whole."""
 
     # How convolutions sum their products: or "unrounded" (in training), "direct", "winograd",
-    # "pairs", "winograd_pairs".
+    # "pairs", "winograd_pairs", "amx".
     sums = "best"
     strip = 192 << 10  # floats of a mid tensor that stay in a second-level cache of 1 MiB
     large = 1 << 20  # floats of a tensor that other layers push out of the last-level one

@@ -1,4 +1,4 @@
-"""Products in pairs of bfloat16 (vdpbf16ps), which AVX2 does as that instruction would."""
+"""Products in pairs of bfloat16, by vdpbf16ps and by AMX; what is not there is done as it would."""
 
 from __future__ import annotations
 
@@ -29,14 +29,12 @@ def why_not() -> str | None:
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
-@pytest.fixture(autouse=True)
-def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library.Launcher, "sums", "pairs")
+@pytest.fixture(autouse=True, params=["pairs", "amx"])
+def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.Launcher, "sums", request.param)
 
 
-@pytest.fixture
-def winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library.Launcher, "sums", "winograd_pairs")
+winograd = pytest.mark.parametrize("sums", ["winograd_pairs"], indirect=True)
 
 
 def limits(work: int = 4_000_000, **fixed: Any) -> Limits:
@@ -83,17 +81,19 @@ FITTING = dict(
 )  # fmt: skip
 
 
-def test_winograd(winograd: None) -> None:
+@winograd
+def test_winograd() -> None:
     """Transforms are rounded to bfloat16 as well; several blocks, tiles and odd channels."""
     fuzz.fuzz("cpu", 15, limits(**FITTING), first=fuzz.SEED + 4000, least=1.0)
     large = dict(channels=71, mid=130, out=100, size=(3, 15, 14), groups=(1, 1))
     fuzz.fuzz("cpu", 2, limits(10**9, **FITTING, **large), least=1.0)
 
 
-@pytest.mark.parametrize(("sums", "most"), [("pairs", 1.1), ("winograd_pairs", 2.5)])
-def test_error_as_a_whole(sums: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sums", "most"), [("pairs", 1.1), ("amx", 1.1), ("winograd_pairs", 2.5)], indirect=["sums"]
+)
+def test_error_as_a_whole(most: float) -> None:
     """Of all outputs together, which the largest error alone does not tell: beside PyTorch's."""
-    monkeypatch.setattr(library.Launcher, "sums", sums)
     torch.manual_seed(0)
     layer = fastst.Conv2Plus1d(32, 48, 3, padding=1, mid_channels=64).bfloat16()
     eager = torch.nn.Sequential(layer.spatial, torch.nn.ReLU(), layer.temporal)
@@ -104,10 +104,9 @@ def test_error_as_a_whole(sums: str, most: float, monkeypatch: pytest.MonkeyPatc
     assert (y - truth).norm() <= most * (own - truth).norm()
 
 
+@winograd
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e37])
-def test_what_is_no_number_is_where_it_would_be_without_winograd(
-    bad: float, winograd: None
-) -> None:
+def test_what_is_no_number_is_where_it_would_be_without_winograd(bad: float) -> None:
     torch.manual_seed(4)
     x, weight = torch.randn(1, 40, 3, 9, 8).bfloat16(), torch.randn(50, 40, 1, 3, 3).bfloat16()
     x[0, 3, 1, 4, 4] = bad

@@ -1,0 +1,241 @@
+// Weight gradient by AMX, of pairs of positions: left ones hold rows of dy's channels, right ones
+// columns of x's. dy is packed turned, with zeros wherever rows of x are longer than those of
+// outputs or a stretch of k ends: so every tap runs over whole stretches, and only its start in x
+// is another one. x is packed with its padding in space.
+#pragma once
+
+#include <amx.h>
+#include <gradient_blocks.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+namespace fastst::cpu {
+
+inline int64_t whole_stretches(int64_t k) { return (k + kAmxPairs - 1) / kAmxPairs * kAmxPairs; }
+
+// One group of channels.
+class AmxGroup {
+ public:
+  AmxGroup(const Input& x, const Input& dy, const Geometry& g, const View& dw, int threads,
+           const Pairing& pairing)
+      : pairing_(pairing), dw_(dw), threads_(threads), taps_(g.taps()) {
+    x_width_ = std::min<int64_t>(kLanes, x.channels);
+    for (int64_t c = 0; c < x.channels; c += kLanes)
+      in_.push_back({c, std::min<int64_t>(kLanes, x.channels - c), x_width_});
+    for (int64_t m = 0; m < dy.channels; m += kLanes)
+      out_.push_back({m, std::min<int64_t>(kLanes, dy.channels - m), kLanes});
+    const Axis& axis = g.*pairing.axis;
+    for (const bool second : {false, true}) {
+      x_[second] = pairing.half(x, axis.stride, second);
+      dy_[second] = pairing.half(dy, 1, second);
+    }
+    seconds_ = axis.out / 2;
+    const Geometry own = pairing.halved(g);
+    axis_ = {own.t, own.h, own.w};
+    plan(own);
+  }
+
+  // Whether all that was multiplied is finite: zeros make NaN of what is not.
+  bool run() {
+    const bool whole = parts_ == 1 && boxes_.size() == 1;
+    const int64_t total = at(out_.size(), 0);
+    const Scratch sums(whole ? 0 : parts_ * total);
+    parallel_for(threads_, parts_ * ranges_,
+                 [&](int64_t i) { item(i / ranges_, i % ranges_, sums, whole); });
+    if (whole || !finite_) return finite_;
+    const int64_t many = in_.size();
+    parallel_for(threads_, many * out_.size(), [&](int64_t i) {
+      float* block = sums + at(i / many, i % many);
+      for (int64_t part = 1; part < parts_; ++part)
+        for (int64_t j = 0; j < block_size(); j += kLanes)
+          store(block + j, load(block + j) + load(block + part * total + j));
+      write(block, in_[i % many], out_[i / many]);
+    });
+    return true;
+  }
+
+ private:
+  static constexpr int kVectors = AmxPairs::kMostVectors, kLefts = most_lefts(kVectors);
+
+  // How dy of a box lies: for each channel frames, of rows `row` apart if x is read in one stretch
+  // over all of them.
+  struct Layout {
+    int64_t row, frame, pitch;
+    bool joins;
+
+    Layout(const Box& box, const Reads& x) {
+      const int64_t width = box[3].size(), rows = box[2].size(),
+                    frames = box[0].size() * box[1].size();
+      const int64_t down = x.window[1].pitch * x.window[2].count, step = x.window[2].pitch;
+      row = whole_stretches(width), frame = rows * row;
+      const int64_t joined = down / step, all = whole_stretches(rows * joined);
+      joins = rows > 1 && down % step == 0 && all <= frame;
+      if (joins) row = joined, frame = all;
+      pitch = frames * frame;
+      if (pitch / kAmxPairs % 2 == 0) pitch += kAmxPairs;  // rows in different sets of the cache
+    }
+  };
+
+  // Cuts the work by channels of dy where dW is large, so that it is summed once; else by
+  // positions.
+  void plan(const Geometry& g) {
+    const int64_t groups = (out_.size() + kLefts - 1) / kLefts, total = at(out_.size(), 0);
+    ranges_ = std::min<int64_t>({threads_, groups, (total + kResultFloats - 1) / kResultFloats});
+    parts_ = threads_ / ranges_;
+    const int64_t limit = parts_ == 1 ? kWholeFloats : kBoxFloats;
+    const int64_t wide = in_.size() * x_width_,
+                  share = (groups + ranges_ - 1) / ranges_ * 2 * kLefts * kLanes;
+    boxes_ = cut_boxes(g, wide, share, limit, parts_);
+    if (parts_ == 1 && boxes_.size() > 1) boxes_ = cut_boxes(g, wide, share, kBoxFloats, 1);
+    parts_ = std::min<int64_t>(parts_, boxes_.size());
+  }
+
+  int64_t block_size() const { return taps_ * kLanes * kLanes; }
+  int64_t at(int64_t out, int64_t in) const { return (out * in_.size() + in) * block_size(); }
+
+  // Sums over one part of the boxes for one range of dy's channels.
+  void item(int64_t part, int64_t range, float* sums, bool whole) {
+    const Amx amx(kLanes);
+    const int64_t count = boxes_.size(), groups = (out_.size() + kLefts - 1) / kLefts,
+                  ins = in_.size();
+    const int64_t begin = count * part / parts_, end = count * (part + 1) / parts_;
+    const int64_t first = groups * range / ranges_ * kLefts;
+    const int64_t last = std::min<int64_t>(groups * (range + 1) / ranges_ * kLefts, out_.size());
+    float* const own_sums = sums + part * at(out_.size(), 0);
+    const Scratch local(whole ? kLefts * kVectors * block_size() : 0);
+    for (int64_t b = begin; b < end; ++b) {
+      const Box& box = boxes_[b];
+      const Reads x = reads_of(axis_, box, true);
+      const Layout layout(box, x);
+      const int64_t panel = x.count() * x_width_, step = x.window[2].pitch * x_width_;
+      const int64_t beyond =
+          (layout.row + kAmxPairs) * step + kLanes;  // read for the sake of zeros
+      const Scratch right(ins * panel + beyond), left((last - first) * kLanes * layout.pitch);
+      std::fill_n(right.data(), ins * panel + beyond, 0.0f);
+      pack(x, x_, &in_.front(), &in_.back() + 1, right);
+      turn(box, layout, &out_[first], &out_[last - 1] + 1, left);
+      if (!is_finite(right, ins * panel) ||
+          !is_finite(left, (last - first) * kLanes * layout.pitch))
+        finite_ = false;
+      if (!finite_) return;
+      const std::vector<std::vector<Segment>> taps = segments(box, x, layout);
+      for (int64_t o = first; o < last; o += kLefts) {
+        const int lefts = static_cast<int>(std::min<int64_t>(kLefts, last - o));
+        for (int64_t i = 0, vectors; i < ins; i += vectors) {
+          vectors = block_vectors(i, ins, kVectors);
+          const auto block = [&](int l, int64_t v) {
+            return whole ? local + (l * kVectors + v) * block_size() : own_sums + at(o + l, i + v);
+          };
+          AmxProduct p = {{}, layout.pitch, {}, step, {}, {}, {}, kLanes, b > begin};
+          for (int l = 0; l < lefts; ++l) p.a[l] = left + (o + l - first) * kLanes * layout.pitch;
+          for (int64_t v = 0; v < vectors; ++v) p.b[v] = right + (i + v) * panel;
+          for (int64_t tap = 0; tap < taps_; ++tap) {
+            p.segments = taps[tap].data(), p.count = taps[tap].size();
+            for (int l = 0; l < lefts; ++l)
+              for (int64_t v = 0; v < vectors; ++v) p.c[l][v] = block(l, v) + tap * kLanes * kLanes;
+            amx(lefts, static_cast<int>(vectors), p);
+          }
+          if (!whole) continue;
+          for (int l = 0; l < lefts; ++l)
+            for (int64_t v = 0; v < vectors; ++v) write(block(l, v), in_[i + v], out_[o + l]);
+        }
+      }
+    }
+  }
+
+  // For each tap the stretches of dy and of x.
+  std::vector<std::vector<Segment>> segments(const Box& box, const Reads& x,
+                                             const Layout& layout) const {
+    const auto& [clips, ts, hs, ws] = box;
+    std::vector<std::vector<Segment>> found;
+    const auto entry = [&](int i, int64_t o, int64_t tap) {
+      return x.window[i].entry(x.axis[i], o, tap);
+    };
+    for (int64_t t = 0; t < x.axis[0].kernel; ++t)
+      for (int64_t h = 0; h < x.axis[1].kernel; ++h)
+        for (int64_t w = 0; w < x.axis[2].kernel; ++w) {
+          std::vector<Segment>& list = found.emplace_back();
+          const Range frames = valid(x.axis[0], ts, t);
+          for (int64_t n = 0; n < clips.size(); ++n)
+            for (int64_t i = frames.lo; i < frames.hi; ++i)
+              for (int64_t j = hs.lo; j < (layout.joins ? hs.lo + 1 : hs.hi); ++j) {
+                const int64_t frame = n * x.window[0].count + entry(0, i, t);
+                const int64_t line = frame * x.window[1].count + entry(1, j, h);
+                const int64_t own = (n * ts.size() + i - ts.lo) * layout.frame;
+                list.push_back({own + (j - hs.lo) * layout.row,
+                                (line * x.window[2].count + entry(2, ws.lo, w)) * x_width_,
+                                layout.joins ? layout.frame : layout.row});
+              }
+        }
+    return found;
+  }
+
+  void pack(Reads r, const Input (&in)[2], const Panel* begin, const Panel* end, float* to) const {
+    pack_panels<FirstOfPairs>(r, in[0], begin, end, to);
+    r.axis[pairing_.which].in = seconds_;
+    pack_panels<SecondOfPairs>(r, in[1], begin, end, to);
+  }
+
+  // Channels of dy as rows.
+  void turn(const Box& box, const Layout& layout, const Panel* begin, const Panel* end,
+            float* to) const {
+    const Reads own = themselves(box);
+    const int64_t width = box[3].size(), rows = box[2].size(), frames = own.count() / width / rows;
+    const Scratch flat((end - begin) * own.count() * kLanes);
+    pack(own, dy_, begin, end, flat);
+    const float* from = flat;
+    std::fill_n(to, (end - begin) * kLanes * layout.pitch, 0.0f);
+    for (; begin < end; ++begin, to += kLanes * layout.pitch)
+      for (int64_t i = 0; i < frames; ++i)
+        for (int64_t j = 0; j < rows; ++j)
+          for (int64_t k = 0; k < width; k += kLanes) {
+            const int64_t n = std::min<int64_t>(kLanes, width - k);
+            Vec square[kLanes] = {};
+            for (int64_t r = 0; r < n; ++r, from += kLanes) square[r] = load(from);
+            transpose(square);
+            float* at = to + i * layout.frame + j * layout.row + k;
+            for (int m = 0; m < kLanes; ++m) store(at + m * layout.pitch, square[m], n);
+          }
+  }
+
+  static bool is_finite(const float* pairs, int64_t count) {
+    constexpr int kSecond = 0x7f800000, kFirst = kSecond >> 16;
+    Bits bad{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Bits v = reinterpret_cast<Bits>(load(pairs + i));
+      bad |= ((v & kFirst) == kFirst) | ((v & kSecond) == kSecond);
+    }
+    int any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= bad[i];
+    return !any;
+  }
+
+  // block (taps, channels of dy, channels of x).
+  void write(const float* block, const Panel& in, const Panel& out) const {
+    const Scratch turned(block_size());
+    for (int64_t tap = 0; tap < taps_; ++tap) {
+      Vec square[kLanes];
+      for (int m = 0; m < kLanes; ++m) square[m] = load(block + (tap * kLanes + m) * kLanes);
+      transpose(square);
+      for (int c = 0; c < kLanes; ++c) store(turned + (c * taps_ + tap) * kLanes, square[c]);
+    }
+    write_block(turned, in, out, dw_);
+  }
+
+  const Pairing pairing_;
+  Input x_[2], dy_[2];  // the first and the second positions
+  int64_t seconds_ = 0;
+  std::array<Axis, 3> axis_;
+  const View& dw_;
+  const int threads_;
+  const int64_t taps_;
+  std::vector<Panel> in_, out_;
+  std::vector<Box> boxes_;
+  int64_t parts_ = 1, ranges_ = 1;
+  int64_t x_width_;  // of panels of x
+  std::atomic<bool> finite_ = true;
+};
+
+}  // namespace fastst::cpu
