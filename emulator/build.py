@@ -58,8 +58,12 @@ def compiler() -> str:
     return found
 
 
-def module(csrc: Path = CSRC) -> Path:
+def module(csrc: Path = CSRC, changed: str | None = None) -> Path:
     """Path of the Python module made from the sources in ``csrc``, built if need be.
+
+    Args:
+        changed: the one source below csrc/cuda that is compiled from there. The others are those of
+            this checkout, and what is inline in both is of the changed one.
 
     Raises:
         RuntimeError: the compiler's messages.
@@ -68,19 +72,19 @@ def module(csrc: Path = CSRC) -> Path:
 
     python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     names = (f"-DFASTST_MODULE={MODULE}", "-DFASTST_EMULATED=true")
-    cuda = csrc / "cuda"
+    cuda = (csrc if changed is None else CSRC) / "cuda"
     sources = sorted(cuda.glob("**/*.cu")) + sorted(cuda.glob("*.cpp")) + EMULATOR
+    if changed is not None:  # the linker takes the first of what is inline
+        sources = [csrc / "cuda" / changed] + [s for s in sources if s != cuda / changed]
+
+    def made(source: Path) -> Path:
+        own = csrc if source.is_relative_to(csrc) else CSRC
+        # Binding code is slow to optimise and its speed does not matter.
+        binding = source.name == "bindings.cpp"
+        return _object(source, own, ("-O0", *python, *names) if binding else _flags(source))
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(
-            pool.map(
-                lambda s: _object(
-                    s, csrc,
-                    # Binding code is slow to optimise and its speed does not matter.
-                    ("-O0", *python, *names) if s.name == "bindings.cpp" else _flags(s),
-                ),
-                sources,
-            )
-        )  # fmt: skip
+        objects = list(pool.map(made, sources))
     return _made(digest(*(str(o) for o in objects)), f"{MODULE}.so", "-shared", *map(str, objects))
 
 

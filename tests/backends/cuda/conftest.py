@@ -17,11 +17,11 @@ from tests.support.planted import Plant
 def plant(emulated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
     """Puts a bug into the emulated library, as ``planted.library`` describes, for one test.
 
-    Its Hopper kernels have few tiles.
+    A Hopper kernel has few tiles.
     """
 
     def put(file: str, right: str = "", wrong: str = "", **options: Any) -> ModuleType:
-        planted.few_tiles(monkeypatch)
+        planted.few_tiles(monkeypatch, file)
         found = planted.library(tmp_path, file, right, wrong, **options)
         monkeypatch.setattr(library, "emulated", lambda: found)
         return found

@@ -143,7 +143,7 @@ def test_a_source_needs_a_table_for_all_for_clips_or_for_frames() -> None:
 
 # ---- planted bugs
 
-SOURCE, TAP, SUMS = "device/source.cuh", "generic/tap_conv.cu", "reductions.cu"
+TAP, SUMS = "generic/tap_conv.cu", "reductions.cu"
 SEEN_BY = {
     "table": "group by frames, past", "past": "past alone", "sums": "instance",
     "layer": "layer in float32", "frame mode": "rms, first frame",
@@ -151,23 +151,24 @@ SEEN_BY = {
 }  # fmt: skip
 EXTRA = {"layer in float32": KINDS["layer in float64"] | {"dtype": torch.float32}}
 MUTANTS = {
-    "table": (SOURCE, "n * clip_ + t * frame_", "n * clip_"),
+    "table": (TAP, "n * clip_ + t * frame_", "n * clip_"),
     "past": (TAP, "at.t += p.before;", ""),
     "sums": (SUMS, "begin += set * length, end += set * length;", ""),
-    "layer": (SOURCE, "g - row(2, at) - ", "g - "),
-    "frame mode": (SOURCE, "i == 0 ? conv.frame_mode : conv.mode", "conv.mode"),
+    "layer": (TAP, "g - row(2, at) - ", "g - "),
+    "frame mode": (TAP, "i == 0 ? conv.frame_mode : conv.mode", "conv.mode"),
     "squares": (SUMS, "(value(c) - centre) * (value(c) - centre)", "value(c) * value(c)"),
 }  # fmt: skip
 
 
-def test_nothing_is_caught_without_a_bug(plant: Plant) -> None:
-    plant(SUMS, unused=planted.ONE_OF_A_KIND)
+@pytest.mark.parametrize("file", [TAP, SUMS])
+def test_nothing_is_caught_without_a_bug(file: str, plant: Plant) -> None:
+    plant(file, **planted.GENERIC)
     for kind in sorted(set(SEEN_BY.values())):
         fuzz.hold(ConvConfig(**(PLAIN | (KINDS | EXTRA)[kind])), "cuda")
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_caught(name: str, plant: Plant) -> None:
-    plant(*MUTANTS[name], unused=planted.ONE_OF_A_KIND)
+    plant(*MUTANTS[name], **planted.GENERIC)
     with planted.caught():
         fuzz.hold(ConvConfig(**(PLAIN | (KINDS | EXTRA)[SEEN_BY[name]])), "cuda")

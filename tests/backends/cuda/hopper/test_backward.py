@@ -351,10 +351,16 @@ def plant_anew(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Plant:
     return functools.partial(plant, **planted.HOPPER)
 
 
-def test_nothing_is_caught_without_a_bug(plant_anew: Plant) -> None:
-    """What is left of the library is right: so it is the bugs that are caught below."""
-    plant_anew("hopper/spatial_gradient.cu")
-    for config in (NORM, DEEP, STRIDED, TABLE):
+@pytest.mark.parametrize(
+    ("file", "configs"),
+    [("spatial_gradient", (NORM, DEEP, STRIDED, TABLE)), ("temporal_gradient", (NORM, STRIDED))],
+)
+def test_nothing_is_caught_without_a_bug(
+    file: str, configs: tuple[Config, ...], plant_anew: Plant
+) -> None:
+    """What is left of the kernels is right: so it is the bugs that are caught below."""
+    plant_anew(f"hopper/{file}.cu")
+    for config in configs:
         fuzz.hold(config, "cuda")
 
 
@@ -370,16 +376,16 @@ def test_nothing_is_caught_without_a_bug(plant_anew: Plant) -> None:
         ("spatial_gradient", "(norm_p[i] * widen", "(0 * norm_p[i] * widen", NORM),
         more("spatial_gradient", "inside ? widen", "inside || true ? widen", STRIDED),
         # a missing fence or barrier, a wrong phase, a stage given back too early, a wrong swizzle
-        ("spatial_gradient", "fence_proxy_async();\n", "", DEEP),
-        ("spatial_gradient", "if (p.affine) formed.wait();", "", NORM),
+        more("spatial_gradient", "fence_proxy_async();\n", "", DEEP),
+        more("spatial_gradient", "if (p.affine) formed.wait();", "", NORM),
         more("spatial_gradient", "boxes.advance(), formed.advance();\n      at",
          "boxes.advance();\n      at", NORM),
-        ("spatial_gradient", "if (i % kAtOnce == kAtOnce - 1) wgmma_wait<0>();", "", STRIDED),
+        more("spatial_gradient", "if (i % kAtOnce == kAtOnce - 1) wgmma_wait<0>();", "", STRIDED),
         more("spatial_gradient", "wgmma_commit();\n            }\n            wgmma_wait<0>();",
          "wgmma_commit();\n            }", TABLE),
         # the taps of another kernel
         ("spatial_gradient", "fits<Pattern::same, Blocks>(p) ?", "true ?", TABLE),
-        ("spatial_gradient", "^ r / 2 % 4", "^ r % 4", NORM),
+        more("spatial_gradient", "^ r / 2 % 4", "^ r % 4", NORM),
         # the derivative and its sums
         ("temporal_gradient", "d * from_mean", "d * widen(u.lane[k])", NORM),
     ],

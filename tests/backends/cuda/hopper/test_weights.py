@@ -283,14 +283,14 @@ def test_nothing_is_caught_without_a_bug(plant_small: Plant) -> None:
         ("t % width * at(conv.dilation, 2)", "(t + 1) % width * at(conv.dilation, 2)", MUTANT),
         more("/ p.residues - least)", "/ p.residues + 1 - least)", MUTANT),
         # the layout of B: its swizzle, its major dimension
-        ("Swizzle::b64, 8 * 2", "Swizzle::b32, 8 * 2", MUTANT),
+        more("Swizzle::b64, 8 * 2", "Swizzle::b32, 8 * 2", MUTANT),
         more("wgmma<T, N, Major::mn>", "wgmma<T, N>", MUTANT),
         # what makes B: places outside, the second tensor, the fence
         ("there ? values[k]", "there || true ? values[k]", MUTANT),
         more("if (p.two) {", "if (false) {", MUTANT),
-        ("        fence_proxy_async();\n        formed", "        formed", MUTANT),
+        more("        fence_proxy_async();\n        formed", "        formed", MUTANT),
         # phases, waits, and positions that fill up a step
-        ("ring.advance(), formed.advance();\n  });", "ring.advance();\n  });", MUTANT),
+        more("ring.advance(), formed.advance();\n  });", "ring.advance();\n  });", MUTANT),
         more("    ring.wait();\n    if", "    if", dataclasses.replace(MUTANT, made=False)),
         ("wgmma_wait<0>();", "", MUTANT),
         more("int i = positions * 16 + thread", "int i = padded * 16 + thread", MUTANT),
