@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .. import build
-from .executed import Executed, live_tensors
+from .executed import Executed, live_tensors, young_objects
 from .machine import Module
 
 BUILT = build.HERE.parent / "build" / "_C"
@@ -157,6 +157,7 @@ def executing(number: str, readable: Callable[[str], str]) -> Iterator[tuple[Mod
     runtime = ctypes.CDLL(str(module.__file__))
     runtime.executed_by(callback)
     try:
-        yield module, executed
+        with young_objects():
+            yield module, executed
     finally:
         runtime.executed_by(None)

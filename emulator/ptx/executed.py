@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .machine import Memory, Module
+
+
+@contextlib.contextmanager
+def young_objects() -> Iterator[None]:
+    """Within, ``live_tensors`` looks at what was made within: at all, a launch costs 50 ms more."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def live_tensors() -> list[Memory]:

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from .executed import Executed, live_tensors
+from .executed import Executed, live_tensors, young_objects
 from .machine import Module
 
 
@@ -102,6 +102,6 @@ def executing(capability: tuple[int, int]) -> Iterator[Executed]:
     def keep_ptx(self: Any, source: str, *args: Any) -> bytes:
         return source.encode()
 
-    with mock.patch.object(CUDABackend, "make_cubin", keep_ptx):
+    with mock.patch.object(CUDABackend, "make_cubin", keep_ptx), young_objects():
         driver.set_active(Driver(capability, executed))
         yield executed

@@ -45,9 +45,9 @@ def scaled_product(
 def main() -> None:
     """Print what executing each of the two says."""
     torch.manual_seed(7)
-    a, b = torch.randn(M, K).bfloat16(), torch.randn(K, N).bfloat16()
-    wanted = a.double().relu() @ b.double()
     with executing((9, 0)):
+        a, b = torch.randn(M, K).bfloat16(), torch.randn(K, N).bfloat16()
+        wanted = a.double().relu() @ b.double()
         for cured in (False, True):
             d = torch.full((M, N), torch.nan)
             try:
