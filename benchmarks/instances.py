@@ -70,7 +70,7 @@ def run(
                 unit.backend, device, unit.dtype, False, kind=unit.kind, only=unit.number
             )
             try:
-                why = quarantine.checked(request)
+                why = quarantine.ask(request)
                 row |= {"state": selfcheck.state(why), "why": why}
             except quarantine.Postponed as reason:
                 row |= {"state": "unknown", "why": str(reason)}

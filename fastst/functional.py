@@ -484,7 +484,7 @@ def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
     if not norm.training or not norm.group:
         return lambda u: F.batch_norm(u, *norm[:-1])
 
-    def pooled(u: Tensor) -> Tensor:
+    def pool(u: Tensor) -> Tensor:
         group = ranks.resolve(norm.group)
         v, mean, var, count = ranks.SyncedNorm.apply(
             u, norm.weight, norm.bias, norm.eps, group
@@ -492,7 +492,7 @@ def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
         _update_running(norm, mean, var, count)
         return v
 
-    return pooled
+    return pool
 
 
 def _is_taken_in(

@@ -5,6 +5,7 @@ Imports nothing but the standard library itself, and survives whatever the rest 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -60,8 +61,12 @@ def _versions() -> Iterator[str]:
             yield f"fastst.{part} is {_failure(error)}"
     yield f"Python {platform.python_version()}, {platform.platform()}"
     for name in _PACKAGES:
-        yield from _survive(lambda name=name: iter([f"{name} {_version(name)}"]))  # type: ignore[misc]
+        yield from _survive(functools.partial(_package, name))
     yield from _survive(_torch_build)
+
+
+def _package(name: str) -> Iterator[str]:
+    yield f"{name} {_version(name)}"
 
 
 def _version(name: str) -> str:

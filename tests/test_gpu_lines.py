@@ -74,13 +74,13 @@ def step(model: nn.Module, channels: int, dtype: torch.dtype = torch.float16) ->
 
 def triton_runs(s: Setting) -> None:
     with kernels(s.mp):
-        with launch.watched(lambda launch: False):  # the host's part is enough
+        with launch.watch_launches(lambda launch: False):  # the host's part is enough
             assert step(pair(8), 8) == ["triton"] * 3
         ways = triton.BACKEND.candidates
         spec, tensors = of_kind("dense", torch.float16)
         problem = Problem.of(tensors, spec)
         assert problem.device == GPU
-        with launch.watched(lambda launch: False):
+        with launch.watch_launches(lambda launch: False):
             for phase in ("forward", "backward"):
                 way = ways(problem, phase)[-1]  # type: ignore[arg-type]
                 trial = triton.BACKEND.candidate(problem, phase, way, True)  # type: ignore[arg-type]
@@ -390,7 +390,7 @@ def test_every_line_that_only_a_gpu_reaches_runs(
             with pytest.MonkeyPatch.context() as mp:
                 for name, empty in (("_verdicts", {}), ("_postponed", {})):
                     mp.setattr(selfcheck, name, empty)
-                mp.setattr(quarantine, "checked", lambda request: "")
+                mp.setattr(quarantine, "ask", lambda request: "")
                 folder = tmp_path / scenario.__name__
                 folder.mkdir()
                 scenario(Setting(mp, folder))

@@ -51,6 +51,11 @@ COMMON_CONV_FIELDS = frozenset({
 })  # fmt: skip
 
 
+def by_name(tensors: Any, needs: Sequence[bool]) -> Any:
+    """Whether the gradient of each tensor is asked for, by the tensor's name."""
+    return type(tensors)(*needs)
+
+
 class PairResult(NamedTuple):
     """What the forward pass of ``conv2plus1d`` leaves; the last three only where asked for."""
 
@@ -111,7 +116,7 @@ class ConvBackward(NamedTuple):
     @property
     def need(self) -> Any:
         """``needs`` by the names of the tensors."""
-        return ConvTensors(*self.needs)  # type: ignore[arg-type]
+        return by_name(self.tensors, self.needs)
 
 
 class BatchSlice(NamedTuple):
@@ -137,7 +142,7 @@ class PairBackward:
     @property
     def need(self) -> Any:
         """``needs`` by the names of the tensors."""
-        return PairTensors(*self.needs)  # type: ignore[arg-type]
+        return by_name(self.tensors, self.needs)
 
     @property
     def means(self) -> Tensor | None:

@@ -41,7 +41,7 @@ def unpad(g: Tensor, size: Sequence[int], padding: Sequence[int], modes: Sequenc
     return g
 
 
-def prepared(x: Tensor, p: Pass) -> tuple[Tensor, tuple[int, int, int], Pass]:
+def prepare(x: Tensor, p: Pass) -> tuple[Tensor, tuple[int, int, int], Pass]:
     """What PyTorch's convolution is to read for one pass, its padding, and the pass it then runs.
 
     Zeros, as many before as after, are left to it; axes with one tap are subsampled before.
@@ -66,7 +66,7 @@ def conv_pass(x: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor
     if x.device.type == "cpu":
         # oneDNN's gradients of strided channels-last 3D convolutions read out of bounds.
         x, weight = x.contiguous(), weight.contiguous()
-    x, padding, p = prepared(x, p)
+    x, padding, p = prepare(x, p)
     return F.conv3d(x, weight, bias, p.stride, padding, p.dilation, p.groups)
 
 

@@ -57,7 +57,7 @@ def limit_s() -> float:
     return float(settings.value("FASTST_CHECK_SECONDS"))
 
 
-def checked(request: Request) -> str:
+def ask(request: Request) -> str:
     """The verdict: empty where the kernels passed, else what is wrong as the end of "it …".
 
     Raises:
@@ -119,7 +119,7 @@ class _Process:
             self.end()
             raise
         if not ready:
-            told = self._told()
+            told = self._last_error()
             self.end()
             raise Postponed(f"the process that was to check it did not start{told}")
 
@@ -168,12 +168,12 @@ class _Process:
                     f"hangs: {self.doing} did not end within {found['hang']:g} s in its self-check"
                 )
             elif "gone" in found:
-                return self._ended()
+                return self._verdict_on_end()
 
-    def _ended(self) -> str:
+    def _verdict_on_end(self) -> str:
         """The verdict on what ended the process, if anything did but somebody else."""
         status = self.child.wait()
-        told = self._told()
+        told = self._last_error()
         self.end()
         if status == 0 and not self.doing and self.answered:
             raise _Idle
@@ -182,7 +182,7 @@ class _Process:
             raise Postponed(f"its check was ended ({name}){told}")
         return f"ended the process of its self-check with {name} in {self.doing}{told}"
 
-    def _told(self) -> str:
+    def _last_error(self) -> str:
         self.errors.seek(0)
         lines = self.errors.read()[-4000:].decode(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
@@ -198,8 +198,9 @@ class _Process:
         with suppress(subprocess.TimeoutExpired):  # one that a driver holds may stay for ever
             self.child.wait(_END_SECONDS)
         for stream in (self.child.stdin, self.errors):
-            with suppress(OSError, AttributeError):
-                stream.close()  # type: ignore[union-attr]
+            with suppress(OSError):
+                if stream is not None:
+                    stream.close()
 
 
 _lock = threading.RLock()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..backends import aten, cpu, cuda, reference, triton
 from ..backends.contract import Backend, Phase
@@ -94,9 +94,9 @@ def recording(quietly: bool = False) -> Iterator[list[Decision]]:
         _quiet -= quietly
 
 
-def _record(*call: object) -> None:
+def _record(*call: Any) -> None:
     for calls in _recorders:
-        calls.append(Decision(*call))  # type: ignore[arg-type]
+        calls.append(Decision(*call))
 
 
 def reasons(problem: Problem, phase: Phase = "forward") -> dict[str, str | None]:

@@ -80,7 +80,7 @@ def why_broken(
             _load()
             if (found := _find_verdict(keys)) is None:
                 try:
-                    found = _checked(backend, problem, phase, way)
+                    found = _verdict_of(backend, problem, phase, way)
                 except Postponed as reason:
                     why = f"could not be checked: {reason}"
                     _postponed[keys.together] = time.monotonic(), why
@@ -92,14 +92,14 @@ def why_broken(
         return found or None
 
 
-def _checked(backend: Backend, problem: Problem, phase: Phase, way: str | None) -> str:
+def _verdict_of(backend: Backend, problem: Problem, phase: Phase, way: str | None) -> str:
     """The verdict on kernels that nobody has seen run here; empty: passed."""
     device, dtype = problem.device, problem.dtype
     if backend.device != "cuda":
         with bare(device):
             examples = backend.rehearse(problem, phase, way)
         return check(backend, examples, device, dtype) or ""
-    return quarantine.checked(
+    return quarantine.ask(
         Request(
             backend.name, device, dtype, _tf32(device), like=problem, phase=phase, way=way,
         )
@@ -163,7 +163,7 @@ def verdict(
         if key not in _verdicts:
             try:
                 request = Request(backend.name, device, dtype, _tf32(device), kind=kind)
-                found = quarantine.checked(request)
+                found = quarantine.ask(request)
             except Postponed as why:
                 return "unknown", f"could not be checked: {why}"
             passed: dict[str, str] = {}
@@ -233,7 +233,7 @@ def _compare(example: Example, name: str, device: torch.device, dtype: torch.dty
         )
         true = _truth(example, there)
     except Exception as failure:  # of PyTorch's float64: it says nothing of the kernels
-        raise Postponed(f"no right result to compare with: {_told(failure)}") from failure
+        raise Postponed(f"no right result to compare with: {_describe(failure)}") from failure
     try:
         runs = [example.run(problem_of(there, example.spec), there) for _ in range(2)]
         for (what, t), got, again in zip(true, *runs, strict=True):
@@ -265,13 +265,13 @@ _AROUND = (
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
-def _told(failure: Exception) -> str:
+def _describe(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}"
 
 
 def _failure(failure: Exception, name: str) -> str:
     """The verdict on what an example raised."""
-    text = _told(failure)
+    text = _describe(failure)
     memory = isinstance(failure, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text
     room = isinstance(failure, OSError) and failure.errno in _NO_ROOM
     compiler = isinstance(failure, subprocess.CalledProcessError)  # that one: ptxas has its own

@@ -126,8 +126,9 @@ def add(
                 json.dump(merged, file, indent=1)
             os.replace(partial, path)
         except OSError as error:
-            with suppress(OSError, TypeError):
-                os.unlink(partial)  # type: ignore[arg-type]
+            with suppress(OSError):
+                if partial is not None:
+                    os.unlink(partial)
             message = f"fastst keeps what it found for this process only: {error}"
             warnings.warn(message, stacklevel=3)
     return merged

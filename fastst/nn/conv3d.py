@@ -186,7 +186,7 @@ class Conv3d(nn.Conv3d):
             return v.transpose(1, 2)
         return norm(x)
 
-    def _resolved(self) -> geometry.Geometry:
+    def _geometry(self) -> geometry.Geometry:
         return geometry.resolve(
             "Conv3d", self.kernel_size, self.stride, self.padding, self.dilation, self.groups,
             self.padding_mode, self.causal,
@@ -194,14 +194,14 @@ class Conv3d(nn.Conv3d):
 
     def _sides(self) -> Any:
         """Padding of a window of a stream: in space only."""
-        _, _, *space = self._resolved().padding
+        _, _, *space = self._geometry().padding
         return ((0, 0), tuple(space[:2]), tuple(space[2:]))
 
     def _before(self, x: Tensor, skip: int) -> Tensor:
         """The state before the first chunk: frames that the convolution reads as padding."""
         left = left_padding(self.kernel_size[0], self.stride[0], self.dilation[0], self.causal)
         shape = (*x.shape[:2], skip + left, *x.shape[3:])
-        if self._resolved().padding_mode[1] == "zeros":
+        if self._geometry().padding_mode[1] == "zeros":
             return x.new_zeros(shape)
         return self._read(x[:, :, :1]).expand(shape)
 

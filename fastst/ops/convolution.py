@@ -72,8 +72,8 @@ def _conv3d_train_fake(*args: Any) -> list[Tensor]:
 def _conv3d_backward(
     dy: Tensor, mean: Tensor | None, var: Tensor | None, *args: Any
 ) -> list[Tensor]:
-    *args, needs = args  # type: ignore[assignment]
-    tensors, _, problem, backend = conv_arguments(args)
+    *given, needs = args
+    tensors, _, problem, backend = conv_arguments(given)
     if tensors.var is not None:
         mean, var = tensors.mean, tensors.var
     problem = problem.with_gradient(dy)

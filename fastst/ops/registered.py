@@ -251,8 +251,8 @@ def _conv2plus1d_train_fake(*args: Any) -> list[Tensor]:
 def _conv2plus1d_backward(
     dy: Tensor, u: Tensor | None, batch_mean: Tensor | None, batch_var: Tensor | None, *args: Any
 ) -> list[Tensor]:
-    *args, needs = args  # type: ignore[assignment]
-    tensors, _, problem, backend = _trained_pair(args)
+    *given, needs = args
+    tensors, _, problem, backend = _trained_pair(given)
     return pair_gradients([dy], u, batch_mean, batch_var, tensors, problem, backend, needs)
 
 
@@ -319,8 +319,8 @@ def _parallel_conv2plus1d_fake(*args: Any) -> Tensor:
 
 
 def _parallel_conv2plus1d_backward(dy: Tensor, *args: Any) -> list[Tensor]:
-    *args, needs = args  # type: ignore[assignment]
-    tensors, _, problem, backend = parallel_arguments(args)
+    *given, needs = args
+    tensors, _, problem, backend = parallel_arguments(given)
     problem = problem.with_gradient(dy)
     run = dispatch.choose(problem, "backward", backend).parallel_conv2plus1d_backward
     assert run is not None  # else it had been refused

@@ -24,6 +24,7 @@ from .spec import (
     is_channels_last,
     offset_of,
     stride_of,
+    time_height_width,
 )
 
 
@@ -140,8 +141,7 @@ def _describe(
     residual_stride: tuple[int, ...] | None,
 ) -> ConvProblem:
     """The problem of tensors with these shapes and strides."""
-    size: Triple = tuple(x[2:])  # type: ignore[assignment]
-    kernel: Triple = tuple(w[2:])  # type: ignore[assignment]
+    size, kernel = time_height_width(x), time_height_width(w)
     channels_last = any(is_channels_last(*layout) for layout in ((x, x_stride), (w, w_stride)))
     dilation = tuple(d if k > 1 else 1 for d, k in zip(spec.dilation, kernel, strict=True))
     space, time = spec.padding_mode

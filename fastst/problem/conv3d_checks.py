@@ -18,7 +18,7 @@ from .checks import (
     vector_fits,
 )
 from .conv3d import ConvProblem, ConvSpec, ConvTensors
-from .spec import BatchNorm, Triple
+from .spec import BatchNorm, time_height_width
 
 
 @cached_check
@@ -54,7 +54,7 @@ def conv3d(
         raise TypeError(f"{op}: weight must be a tensor, got {type(w).__name__}")
     if w.dim() != 5 or 0 in w.shape:
         raise ValueError(f"{op}: weight must be (out, in/groups, kt, kh, kw), got {tuple(w.shape)}")
-    kernel: Triple = tuple(w.shape[2:])  # type: ignore[assignment]
+    kernel = time_height_width(w.shape)
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"{op}: groups must be an int, got {groups!r}")
     g = geometry.resolve(

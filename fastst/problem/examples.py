@@ -39,8 +39,8 @@ def example(problem: Problem) -> PairTensors | ParallelTensors | ConvTensors:
     """Random tensors of a problem, of magnitudes as in a network; of pairs without biases."""
     if isinstance(problem, ConvProblem):
         drawn = random_like(resembling(problem, problem.batch, problem.size)[0])
-        placed = (None if t is None else t.to(problem.device) for t in drawn)
-        return ConvTensors(*placed)  # type: ignore[arg-type]
+        placed: Iterator[Any] = (None if t is None else t.to(problem.device) for t in drawn)
+        return ConvTensors(*placed)
     layout = torch.channels_last_3d if problem.channels_last else torch.contiguous_format
 
     def normal(*shape: int) -> Tensor:
@@ -92,7 +92,7 @@ def random_like(shapes: Any) -> Any:
     generator = torch.Generator("cpu").manual_seed(0)
 
     def fill(name: str, t: Tensor) -> Tensor:
-        drawn = _drawn(t, generator)
+        drawn = _draw_storage(t, generator)
         if name.endswith("weight") and t.dim() == 5:
             drawn /= math.prod(t.shape[1:]) ** 0.5
         if name == "var":
@@ -104,7 +104,7 @@ def random_like(shapes: Any) -> Any:
     )
 
 
-def _drawn(t: Tensor, generator: torch.Generator) -> Tensor:
+def _draw_storage(t: Tensor, generator: torch.Generator) -> Tensor:
     """What t lies in, and before it in memory."""
     reach = t.storage_offset() + 1 + _reach(t.shape, t.stride())
     return torch.randn(reach, generator=generator, device="cpu")
@@ -124,7 +124,7 @@ def gradient_like(problem: Problem, small: Problem) -> Tensor:
 
 def random_gradient(dy: Tensor) -> Tensor:
     """Random on the CPU, in memory as the one that is given."""
-    drawn = _drawn(dy, torch.Generator("cpu").manual_seed(1)).to(dy.dtype)
+    drawn = _draw_storage(dy, torch.Generator("cpu").manual_seed(1)).to(dy.dtype)
     return drawn.as_strided(dy.shape, dy.stride(), dy.storage_offset())
 
 

@@ -61,7 +61,8 @@ def triple(what: str, value: Any, least: int) -> Triple:
         raise ValueError(
             f"{what} must be an int or (t, h, w), each at least {least}, got {value!r}"
         )
-    return tuple(int(v) for v in values)  # type: ignore[return-value]
+    t, h, w = map(int, values)
+    return t, h, w
 
 
 def name(what: str, value: Any, known: Sequence[str]) -> str:
@@ -147,7 +148,8 @@ def resolve_padding(
         if past > left:
             raise ValueError(f"{op}: causal takes a past of at most {left} frames, got {past}")
         each[0] = (left - past, 0)
-    return tuple(p for pair in each for p in pair)  # type: ignore[return-value]
+    frames, rows, columns = each
+    return *frames, *rows, *columns
 
 
 def left_padding(kernel: int, stride: int, dilation: int, causal: bool | str) -> int:

@@ -26,6 +26,12 @@ Triple = tuple[int, int, int]
 Padding = tuple[int, int, int, int, int, int]
 
 
+def time_height_width(shape: Sequence[int]) -> Triple:
+    """The last three of the five sizes of a clip or of a weight."""
+    _, _, t, h, w = shape
+    return t, h, w
+
+
 def cached(function: Callable[..., Any]) -> Any:
     """``lru_cache``, but not while a graph is traced, nor for symbolic sizes, which do not hash."""
     lookup = lru_cache(maxsize=4096)(function)
@@ -156,12 +162,13 @@ class Pass(NamedTuple):
     def out_size(self, size: Triple) -> Triple:
         """(T, H, W) of the output for (T, H, W) of the input."""
         p = self.padding
-        return tuple(  # type: ignore[return-value]
+        t, h, w = (
             (size[i] + p[2 * i] + p[2 * i + 1] - self.dilation[i] * (self.kernel[i] - 1) - 1)
             // self.stride[i]
             + 1
             for i in range(3)
         )
+        return t, h, w
 
     def subsampling(self) -> tuple[Triple, Pass]:
         """Steps along the axes with one tap, and the pass with stride and dilation 1 there.
@@ -381,7 +388,7 @@ def _describe(
     residual_stride: tuple[int, ...] | None,
 ) -> Problem:
     """The problem of tensors with these shapes and strides; weights in the order of the tensors."""
-    size: Triple = tuple(x[2:])  # type: ignore[assignment]
+    size = time_height_width(x)
     layouts = ((x, x_stride), (one, one_stride), (other, other_stride))
     channels_last = any(is_channels_last(shape, stride) for shape, stride in layouts)
     strides = tuple(one_stride), tuple(other_stride)

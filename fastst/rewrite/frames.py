@@ -55,7 +55,7 @@ def _needs(window: Window, frames: int, ranks: int) -> tuple[tuple[int, ...], ..
     return tuple(tuple(source[r * frames :][:length]) for r in range(ranks))
 
 
-def read(x: Tensor, window: Window, group: Any) -> Tensor:
+def read_frames(x: Tensor, window: Window, group: Any) -> Tensor:
     """The frames that this rank's windows read, padding included.
 
     Args:

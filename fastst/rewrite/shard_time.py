@@ -22,7 +22,7 @@ from ..backends.ranks import Sum, ranks_of
 from ..nn.layers import Conv2Plus1d, ParallelConv2Plus1d
 from ..nn.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 from ..problem.geometry import left_padding
-from .frames import Window, read
+from .frames import Window, read_frames
 
 __all__ = [
     "SyncBatchNorm",
@@ -170,7 +170,7 @@ class TimeShardedConv3d(_TimeSharded, nn.Conv3d):
             self.kernel_size[0], self.stride[0], self.dilation[0], self._time.before,
             self._time.after, self.padding_mode,
         )  # fmt: skip
-        x = read(x, window, self._time.group)
+        x = read_frames(x, window, self._time.group)
         w = self._reversed_padding_repeated_twice  # of W, H, T
         padding = (0, w[2], w[0])
         if self.padding_mode != "zeros" or (w[2], w[0]) != (w[3], w[1]):
@@ -187,7 +187,7 @@ class TimeShardedMaxPool3d(_TimeSharded, nn.MaxPool3d):
         # Rounding up reads that much further.
         before, after = padding[0], padding[0] + (stride[0] - 1 if self.ceil_mode else 0)
         window = Window(kernel[0], stride[0], dilation[0], before, after, "zeros", -torch.inf)
-        x = read(x, window, self._time.group)
+        x = read_frames(x, window, self._time.group)
         padding = (0, *padding[1:])
         return F.max_pool3d(x, kernel, stride, padding, dilation, self.ceil_mode)
 
@@ -196,7 +196,7 @@ class TimeShardedAvgPool3d(_TimeSharded, nn.AvgPool3d):
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride, padding = map(_triple, (self.kernel_size, self.stride, self.padding))
         window = Window(kernel[0], stride[0], 1, padding[0], padding[0], "zeros")
-        x = read(x, window, self._time.group)
+        x = read_frames(x, window, self._time.group)
         return F.avg_pool3d(
             x, kernel, stride, (0, *padding[1:]), self.ceil_mode, self.count_include_pad,
             self.divisor_override,

@@ -104,7 +104,7 @@ def _running_variance_is_biased(patch: pytest.MonkeyPatch) -> None:
         _replaced("is_centred", lambda real, kind: True),
         _replaced("_read", _drops_past, on_aten),
         _replaced(
-            "_unprepared",
+            "_undo_prepare",
             lambda real, g, size, p, pads: real(g, size, p, [pads[i ^ 1] for i in range(6)]),
             on_aten,
         ),

@@ -28,7 +28,7 @@ def test_instance(unit: instances.Unit, monkeypatch: pytest.MonkeyPatch) -> None
         unit.backend, GPU, unit.dtype, False, kind=unit.kind, only=unit.number
     )
     try:
-        why = quarantine.checked(request)
+        why = quarantine.ask(request)
     except quarantine.Postponed as reason:
         pytest.skip(str(reason))
     assert selfcheck.state(why) == "passed", why

@@ -30,10 +30,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     monkeypatch.delenv("FASTST_CUDA_EMULATE", raising=False)
     monkeypatch.setattr(selfcheck, "_verdicts", {})
     monkeypatch.setattr(selfcheck, "_postponed", {})
-    for cached in (cache.machine, launch.capability_of, launch.counted):
+    for cached in (cache.machine, launch.capability_of, launch.count_processors):
         cached.cache_clear()
     yield StandIn(monkeypatch)
-    for cached in (cache.machine, launch.capability_of, launch.counted):
+    for cached in (cache.machine, launch.capability_of, launch.count_processors):
         cached.cache_clear()
 
 
@@ -46,7 +46,7 @@ def test_one_check_serves_all_gpus_of_a_model(
     gpus: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.device] = []
-    monkeypatch.setattr(quarantine, "checked", lambda r: asked.append(r.device) or "")
+    monkeypatch.setattr(quarantine, "ask", lambda r: asked.append(r.device) or "")
     for device in GPUS:
         assert selfcheck.why_broken(triton.BACKEND, on(device), "forward") is None
     assert asked == [GPUS[0], GPUS[2]]
@@ -59,7 +59,7 @@ def test_one_check_serves_all_gpus_of_a_model(
 def test_a_capture_reads_the_disk_and_checks_nothing(
     gpus: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quarantine, "checked", lambda request: pytest.fail("checked"))
+    monkeypatch.setattr(quarantine, "ask", lambda request: pytest.fail("checked"))
     gpus.capturing = True
     why = selfcheck.why_broken(triton.BACKEND, on(GPUS[0]), "forward")
     assert why == "has not been checked before this graph capture"

@@ -97,7 +97,7 @@ def planted(backend: Any, plant: str, mp: pytest.MonkeyPatch) -> None:
     selfcheck.forget()
     with warnings.catch_warnings(), mp.context() as other:
         warnings.simplefilter("ignore")
-        other.setattr(quarantine, "checked", lambda request: pytest.fail("checked again"))
+        other.setattr(quarantine, "ask", lambda request: pytest.fail("checked again"))
         assert selfcheck.why_broken(backend, call, "forward") == why
 
 
@@ -244,9 +244,9 @@ def test_ranks_share_one_check(tmp_path: Path) -> None:
         "from fastst.backends import triton\n"
         "from fastst.dispatch import quarantine, selfcheck\n"
         "from tests.dispatch.test_quarantine import problem\n"
-        "first = quarantine.checked\n"
+        "first = quarantine.ask\n"
         f"def checked(r): open({str(tmp_path / 'asked')!r}, 'a').write('x'); return first(r)\n"
-        "quarantine.checked = checked\n"
+        "quarantine.ask = checked\n"
         "print(selfcheck.why_broken(triton.BACKEND, problem(), 'forward'))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -280,7 +280,7 @@ def test_without_a_place_for_files(home: str | None, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("FASTST_CACHE", home)
     else:
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(quarantine, "checked", lambda request: "")
+    monkeypatch.setattr(quarantine, "ask", lambda request: "")
     call = problem()
     with pytest.warns(UserWarning, match="for this process only"):
         assert selfcheck.why_broken(triton.BACKEND, call, "forward") is None
@@ -332,7 +332,7 @@ def test_a_backend_that_hangs_again_and_again_is_given_up(monkeypatch: pytest.Mo
     """Each hang has cost a minute."""
     asked: list[quarantine.Request] = []
     answer = "hangs: dense forward did not end within 60 s in its self-check"
-    monkeypatch.setattr(quarantine, "checked", lambda request: asked.append(request) or answer)
+    monkeypatch.setattr(quarantine, "ask", lambda request: asked.append(request) or answer)
 
     def ask(eps: int) -> str | None:
         spec, tensors = of_kind("dense", torch.float16)
@@ -363,7 +363,7 @@ def test_it_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> Non
     names = tuple(triton.BACKEND.instances(problem(), "forward", None))
     keys = selfcheck._keys("triton", names, CPU, torch.float16, False)
     selfcheck._postponed[keys.together] = time.monotonic() - 61, "could not be checked: memory"
-    monkeypatch.setattr(quarantine, "checked", lambda request: "")
+    monkeypatch.setattr(quarantine, "ask", lambda request: "")
     assert selfcheck.why_broken(triton.BACKEND, problem(), "forward") is None
 
 
@@ -382,7 +382,7 @@ def test_the_command_prints_a_table(
             raise quarantine.Postponed("OutOfMemoryError")
         return answers.get(request.kind, "")
 
-    monkeypatch.setattr(quarantine, "checked", checked)
+    monkeypatch.setattr(quarantine, "ask", checked)
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     if isinstance(found := library.emulated(), str):
         pytest.skip(found)

@@ -128,7 +128,7 @@ def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
         runs.append(request.phase)
         return "is off by 1"
 
-    monkeypatch.setattr(quarantine, "checked", checked)
+    monkeypatch.setattr(quarantine, "ask", checked)
     with pytest.warns(selfcheck.SelfCheckWarning, match="no longer chooses backend 'triton'"):
         assert selfcheck.why_broken(backend.BACKEND, problem, "forward") == "is off by 1"
     with warnings.catch_warnings():
@@ -143,7 +143,7 @@ def test_verdict_is_kept_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_file_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "selfcheck.json").write_text("{")
     problem = dense()
-    monkeypatch.setattr(quarantine, "checked", lambda request: "")
+    monkeypatch.setattr(quarantine, "ask", lambda request: "")
     assert selfcheck.why_broken(backend.BACKEND, problem, "forward") is None
     assert set(selfcheck.verdicts().values()) == {""}
 

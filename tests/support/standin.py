@@ -76,7 +76,7 @@ class StandIn:
         monkeypatch.setattr(
             launch.Launch, "compile", lambda each, device: self.compiled.append(each)
         )
-        for cached in (cache.machine, launch.capability_of, launch.counted):
+        for cached in (cache.machine, launch.capability_of, launch.count_processors):
             cached.cache_clear()
 
     def _index(self, device: Any) -> int:

@@ -36,6 +36,7 @@ from ..contract import (
     PairBackward,
     PairResult,
     Phase,
+    by_name,
     no_reason,
 )
 from . import onednn
@@ -178,7 +179,7 @@ def parallel_conv2plus1d_backward(
     problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
 ) -> Gradients:
     spec = problem.spec
-    need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
+    need = by_name(tensors, needs)
     spatial, temporal = problem.passes
     x, g = as_rows(tensors.x), as_rows(dy)
     a: Any = None

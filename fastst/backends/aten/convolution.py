@@ -17,7 +17,7 @@ from ...problem import activations, norms
 from ...problem.conv3d import ConvProblem, ConvTensors
 from ...problem.spec import Pass
 from ..contract import ConvBackward, ConvResult, Gradients
-from ..conv_pass import conv_pass, prepared, unpad
+from ..conv_pass import conv_pass, prepare, unpad
 
 aten = torch.ops.aten
 
@@ -150,12 +150,13 @@ def conv_gradients(
     if x.device.type == "cpu" and x.dtype.itemsize == 2:
         # oneDNN's 16-bit gradients are wrong in too many shapes to tell them apart.
         wide = conv_gradients(dy.float(), x.float(), weight.float(), p, needs)
-        return tuple(None if g is None else g.to(x.dtype) for g in wide)  # type: ignore[return-value]
+        dx, dw, db = (None if g is None else g.to(x.dtype) for g in wide)
+        return dx, dw, db
     # oneDNN sums the bias gradient one by one, PyTorch pairwise.
     db = dy.sum((0, 2, 3, 4)) if needs[2] else None
     if not any(needs[:2]):
         return None, None, db
-    size, (seen, padding, conv) = x.shape[2:], prepared(x, p)
+    size, (seen, padding, conv) = x.shape[2:], prepare(x, p)
     if x.device.type == "cpu":  # whose gradients of channels-last ones read out of bounds
         seen, weight, dy = (t.contiguous() for t in (seen, weight, dy))
     dx, dw, _ = aten.convolution_backward(
@@ -165,11 +166,11 @@ def conv_gradients(
     if not needs[0]:
         return None, dw, db
     pads = p.padding if padding == (0, 0, 0) else (0,) * 6  # what was padded before
-    return _unprepared(dx, size, p, pads), dw if needs[1] else None, db
+    return _undo_prepare(dx, size, p, pads), dw if needs[1] else None, db
 
 
-def _unprepared(g: Tensor, size: Sequence[int], p: Pass, pads: Sequence[int]) -> Tensor:
-    """Gradient of what ``prepared`` does: strides are undone, and padding is."""
+def _undo_prepare(g: Tensor, size: Sequence[int], p: Pass, pads: Sequence[int]) -> Tensor:
+    """Gradient of what ``prepare`` does: strides are undone, and padding is."""
     steps, _ = p.subsampling()
     for i, step in enumerate(steps):
         if step > 1:

@@ -96,7 +96,7 @@ def run(way: str, problem: PairProblem, tensors: PairTensors) -> Tensor:
     return y if y.stride() == out.stride() else out.copy_(y)
 
 
-def _blocked(problem: PairProblem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
+def _run_blocked(problem: PairProblem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
     """3D convolutions of contiguous tensors; u stays in oneDNN's layout unless it is activated."""
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor | None, p: Pass, fused: str) -> Tensor:
@@ -185,7 +185,7 @@ def _winograd_weights(w: Tensor) -> list[Tensor]:
 
 
 _WAYS: dict[str, Callable[[PairProblem, Tensor, _Weights, str], Tensor]] = {
-    "blocked": _blocked, "rows": _rows, "winograd": _winograd,
+    "blocked": _run_blocked, "rows": _rows, "winograd": _winograd,
 }  # fmt: skip
 
 

@@ -200,7 +200,8 @@ def conv_backward(
     if _half_on_cpu(rows):
         # oneDNN's 16-bit gradients are wrong in too many shapes to tell them apart.
         wide = conv_backward(dy.float(), rows.float(), weight.float(), p, needs)
-        return tuple(None if g is None else g.to(rows.dtype) for g in wide)  # type: ignore[return-value]
+        dx, dw, db = (None if g is None else g.to(rows.dtype) for g in wide)
+        return dx, dw, db
     c = _Conv4d(rows, weight, p)
     dx, dw, _ = aten.convolution_backward(
         c.unrows(dy), c.x, c.weight, [weight.shape[0]], c.stride, c.padding, c.dilation,

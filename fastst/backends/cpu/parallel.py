@@ -12,7 +12,7 @@ from torch import Tensor
 from ...problem import activations
 from ...problem.spec import ParallelProblem, ParallelTensors
 from .. import native
-from ..contract import Gradients
+from ..contract import Gradients, by_name
 from .library import Launcher, library
 
 
@@ -25,7 +25,7 @@ def parallel_conv2plus1d(problem: ParallelProblem, tensors: ParallelTensors) -> 
 def parallel_conv2plus1d_backward(
     problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
 ) -> Gradients:
-    need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
+    need = by_name(tensors, needs)
     of_branches = _through_activations(problem, tensors, dy)
     dx = torch.empty_like(tensors.x) if need.x else None
     dws = torch.empty_like(tensors.spatial_weight) if need.spatial_weight else None

@@ -33,6 +33,7 @@ from ..contract import (
     PairBackward,
     PairResult,
     Phase,
+    by_name,
 )
 from ..rehearsal import Calls
 from . import convolution, depthwise, examples, hopper
@@ -240,7 +241,7 @@ def parallel_conv2plus1d_backward(
     problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
 ) -> Gradients:
     spec = problem.spec
-    need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
+    need = by_name(tensors, needs)
     x = tensors.x
     parts = _outputs(problem, dy)
     gradients = [parts[0], parts[-1]]  # of the two branches before their activation

@@ -40,7 +40,7 @@ def why_not(problem: PairProblem) -> str | None:
             )
         if p.padding_mode != "zeros" and any(p.padding):
             return f"pad with zeros, not {p.padding_mode!r}"
-        if any(pad >= k for pad, k in zip(p.padding, _doubled(p.kernel), strict=True)):
+        if any(pad >= k for pad, k in zip(p.padding, _twice_each(p.kernel), strict=True)):
             return f"need a padding below the kernel {p.kernel}, not {p.padding}"
         if any(d > 1 and k > 1 for d, k in zip(p.dilation, p.kernel, strict=True)):
             return f"need dilation 1, not {p.dilation}"
@@ -60,7 +60,7 @@ def why_not(problem: PairProblem) -> str | None:
     return None
 
 
-def _doubled(kernel: Sequence[int]) -> list[int]:
+def _twice_each(kernel: Sequence[int]) -> list[int]:
     return [k for k in kernel for _ in range(2)]
 
 

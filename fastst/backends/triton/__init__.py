@@ -37,7 +37,7 @@ def _why_not(problem: Problem, phase: Phase) -> str | None:
     # Asked first: importing Triton takes half a second that calls on a CPU need not pay.
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return _ON_CPU
-    _, missing = launch.found()
+    _, missing = launch.load_kernels()
     if missing is not None:
         return missing
     if device.type == "cpu":
@@ -76,7 +76,7 @@ def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
 def _avoids(problem: Problem, phase: Phase) -> str | None:
     if not isinstance(problem, PairProblem) or phase == "backward":
         return None
-    why = single.miscompiled(problem.device) if "pair_conv" in single.fitting(problem) else None
+    why = single.why_miscompiled(problem.device) if "pair_conv" in single.fitting(problem) else None
     return None if why is None else f"pair_conv, the pair in one kernel, {why}"
 
 

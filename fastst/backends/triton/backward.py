@@ -180,7 +180,7 @@ def _through_norm(
     assert mean is not None and var is not None and scale is not None
     if spec.group and means is None:
         assert sums is not None
-        means = _pooled(sums, count, spec.group)
+        means = _pool_means(sums, count, spec.group)
     pooled = sums if spec.norm == "batch" else None
     if means is not None:
         pooled = means * count
@@ -189,7 +189,7 @@ def _through_norm(
     return norm_gradient(problem, call.tensors, local, pooled, mean, var, scale)
 
 
-def _pooled(sums: Tensor, count: int, group: str) -> Tensor:
+def _pool_means(sums: Tensor, count: int, group: str) -> Tensor:
     """Means over the values of all ranks."""
     means = sums.new_empty(sums.shape)
     plans.aside(lambda sums: [ranks.pool_means(sums, count, ranks.resolve(group))], [sums], [means])

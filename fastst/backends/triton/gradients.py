@@ -127,7 +127,9 @@ def weight_gradient(
     found = gradient_tiles.weight_gradient(sizes)
     c = found[min(rank, len(found) - 1)]
     rows, widths = gradient_tiles.weight_blocks(c, channels, out_channels, taps)
-    box, boxes, per_split, splits = boxed(c, dy, rows * widths * groups, sizes.processors)
+    box, boxes, per_split, splits = split_into_boxes(
+        c, dy, rows * widths * groups, sizes.processors
+    )
     partial = x.new_empty(
         (splits, p.out_channels * taps * channels), dtype=accumulate_dtype(x.dtype)
     )
@@ -146,7 +148,7 @@ def weight_gradient(
     return dw
 
 
-def boxed(
+def split_into_boxes(
     c: gradient_tiles.WeightConfig, dy: Tensor, blocks: int, processors: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
     """Boxes of positions as ``weight_gradient`` takes them, how many a program has, and splits.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def found() -> tuple[ModuleType | None, str | None]:
+def load_kernels() -> tuple[ModuleType | None, str | None]:
     """The kernels, or why there are none."""
     if importlib.util.find_spec("triton") is None:
         return None, "needs the package triton, which is not installed"
@@ -51,7 +51,7 @@ def found() -> tuple[ModuleType | None, str | None]:
 
 def kernels() -> ModuleType:
     """The kernels, where ``found`` says that there are some."""
-    modules, missing = found()
+    modules, missing = load_kernels()
     if modules is None:
         raise RuntimeError(f"backend 'triton' {missing}")
     return modules
@@ -60,7 +60,7 @@ def kernels() -> ModuleType:
 @functools.cache
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter (set before Triton was imported)."""
-    modules, _ = found()
+    modules, _ = load_kernels()
     return modules is not None and type(modules.tap_conv.tap_conv).__name__ == "InterpretedFunction"
 
 
@@ -93,11 +93,11 @@ def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a usual number where the interpreter stands in."""
     if device.type == "meta" and _watch.device:
         device = _watch.device
-    return counted(device) if device.type == "cuda" else gpu.processors(capability(device))
+    return count_processors(device) if device.type == "cuda" else gpu.processors(capability(device))
 
 
 @functools.cache
-def counted(device: torch.device) -> int:
+def count_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -126,7 +126,9 @@ class Launch(NamedTuple):
         if unseen is None:  # the interpreter keeps it elsewhere
             unseen = self.kernel.kwargs["do_not_specialize"] or ()
         names = self.kernel.arg_names
-        known = [_known(v, n not in unseen) for n, v in zip(names, self.args, strict=False)]
+        known = [
+            _specialisation(v, n not in unseen) for n, v in zip(names, self.args, strict=False)
+        ]
         constants = sorted((k, v) for k, v in self.meta.items() if k != "WIDE")
         text = repr((known, self.config, constants))
         return f"{self.kernel.__name__} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -162,10 +164,10 @@ def compile_all(launches: Sequence[Launch], device: torch.device, wait: bool = T
         _compiling[each.instance, device].exception()
 
 
-def _known(value: Any, specialised: bool = True) -> Any:
+def _specialisation(value: Any, specialised: bool = True) -> Any:
     """What the compiler knows of an argument."""
     if isinstance(value, tuple):  # whose integers it knows in any case
-        return tuple(_known(v) for v in value)
+        return tuple(_specialisation(v) for v in value)
     if isinstance(value, Tensor):
         return value.dtype, value.storage_offset() * value.itemsize % 16 == 0
     if isinstance(value, int):
@@ -185,7 +187,9 @@ _watch = _Watch()
 
 
 @contextlib.contextmanager
-def watched(told: Callable[[Launch], bool], device: torch.device | None = None) -> Iterator[None]:
+def watch_launches(
+    told: Callable[[Launch], bool], device: torch.device | None = None
+) -> Iterator[None]:
     """Ask ``told`` before every launch of this thread.
 
     Args:
@@ -200,7 +204,7 @@ def watched(told: Callable[[Launch], bool], device: torch.device | None = None) 
         _watch.told, _watch.device = before
 
 
-def noted(device: torch.device, call: Callable[[], object]) -> list[Launch]:
+def list_launches(device: torch.device, call: Callable[[], object]) -> list[Launch]:
     """The launches that a call on meta tensors would make on a device; none is made."""
     found: list[Launch] = []
 
@@ -208,7 +212,7 @@ def noted(device: torch.device, call: Callable[[], object]) -> list[Launch]:
         found.append(launch)
         return False
 
-    with watched(note, device):
+    with watch_launches(note, device):
         call()
     return found
 

@@ -57,17 +57,19 @@ def pack(
     out_channels = weight.view.shape[1] * weight.lanes
     width = width or gpu.round_up(out_channels, config.columns)
     depth = channels if config.flat else gpu.round_up(channels, config.block_k)
-    return packed(weight, depth, gpu.round_up(weight.rows(depth), config.block_k), width)
+    return pack_weight(weight, depth, gpu.round_up(weight.rows(depth), config.block_k), width)
 
 
 def pack_direct(weight: Weight) -> Tensor:
     """(taps · channels, columns) of a weight whose groups are one."""
     _, n, _, c, *_ = weight.view.shape
     depth = c * weight.parts
-    return packed(weight, depth, weight.rows(depth), n * weight.lanes, products=False)[0]
+    return pack_weight(weight, depth, weight.rows(depth), n * weight.lanes, products=False)[0]
 
 
-def packed(weight: Weight, depth: int, rows: int, width: int, *, products: bool = True) -> Tensor:
+def pack_weight(
+    weight: Weight, depth: int, rows: int, width: int, *, products: bool = True
+) -> Tensor:
     """(groups, rows, width) with ``depth`` rows of each tap; for tensor cores or ordinary ones.
 
     On every call: what was changed through ``weight.data`` leaves no trace by which a cache could
@@ -79,7 +81,7 @@ def packed(weight: Weight, depth: int, rows: int, width: int, *, products: bool 
     count = -(-rows // ROWS) * -(-width // COLUMNS) * groups
     view = weight.view
     args = view, arguments.hidden(*view.shape), arguments.hidden(*view.stride()), out, layout
-    launch_all = _rounded if products and arguments.rounds(view.dtype) else _plain
+    launch_all = _launch_rounded if products and arguments.rounds(view.dtype) else _plain
     launch.recorder().first(launch_all, view, (count, args))
     return out
 
@@ -91,7 +93,7 @@ def _plain(jobs: list[Job]) -> None:
     _launch(jobs, False)
 
 
-def _rounded(jobs: list[Job]) -> None:
+def _launch_rounded(jobs: list[Job]) -> None:
     _launch(jobs, True)
 
 

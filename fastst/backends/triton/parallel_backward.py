@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...problem.spec import ParallelProblem, ParallelTensors
-from ..contract import Gradients
+from ..contract import Gradients, by_name
 from . import arguments, gradient_tiles, launch, parallel, plans
 from .backward import pass_gradients
 from .direct import finish_direct
@@ -24,10 +24,10 @@ from .gradients import (
     STRAIGHT,
     SWAPPED,
     accumulate_dtype,
-    boxed,
     channel_sums,
     finish_weight,
     residue_classes,
+    split_into_boxes,
     sum_rows,
 )
 from .packing import Weight, pack, pack_direct
@@ -43,7 +43,7 @@ def _run(given: Sequence[Tensor], problem: ParallelProblem, needs: Sequence[bool
     *rest, dy = given
     tensors = ParallelTensors(*rest)
     x, *weights, _, _ = tensors
-    need: Any = ParallelTensors(*needs)  # type: ignore[arg-type]
+    need = by_name(tensors, needs)
     wanted = need[1:3]
     above, db = _branch_gradients(problem, tensors, dy, need[3:5])
     dx = torch.empty_like(x) if need.x else None
@@ -78,8 +78,8 @@ def _branch_gradients(
         for i, (part, b) in enumerate(zip(parts, both, strict=True)):
             if need_bias[i]:
                 assert b.bias is not None
-                again = bias[0] is not None and same
-                bias[i] = bias[0].clone() if again else channel_sums(part, b.bias)  # type: ignore[union-attr]
+                first = bias[0] if same else None  # of the same sums
+                bias[i] = channel_sums(part, b.bias) if first is None else first.clone()
         return parts, bias
     above = [_rows(problem, x, b.conv.out_channels) for b in (both[:1] if same else both)]
     if add:
@@ -186,7 +186,7 @@ def _weight_gradients(
         strict=True,
     )
     blocks = sum(math.prod(n) for n in zip(groups, rows, widths, strict=True))
-    box, boxes, per_split, splits = boxed(c, above[0], blocks, sizes.processors)
+    box, boxes, per_split, splits = split_into_boxes(c, above[0], blocks, sizes.processors)
     partials = [x.new_empty((splits, w.numel()), dtype=accumulate_dtype(x.dtype)) for w in weights]
     x = x if c.flat else arguments.channels_last(x)
     x_args, x_align = arguments.operand(x, math.gcd(*channels))

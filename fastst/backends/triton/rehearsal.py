@@ -47,7 +47,7 @@ def _instances(problem: Problem, phase: Phase, way: str | None, tf32: bool) -> t
     with rehearsal.bare(problem.device):
         made = resembling(problem, problem.batch, problem.size)
         ways = rehearsal.ways(_calls(way), problem, phase)
-        found = [name for w in ways for name in _noted(problem, phase, w, made)]
+        found = [name for w in ways for name in _instance_names(problem, phase, w, made)]
     return tuple(dict.fromkeys(found))
 
 
@@ -74,14 +74,16 @@ def rehearse(problem: Problem, phase: Phase, way: str | None = None) -> list[Lat
     problem = as_called(problem, phase)
     ways = rehearsal.ways(_calls(way), problem, phase)
     found = rehearsal.rehearse(
-        problem, phase, ways, partial(_noted, problem, phase), partial(_smaller, problem)
+        problem, phase, ways, partial(_instance_names, problem, phase), partial(_smaller, problem)
     )
     if problem.device.type == "cuda":
-        found[0] = found[0]._replace(make=partial(_compiled, found[0].make, problem, phase, ways))
+        found[0] = found[0]._replace(
+            make=partial(_compile_all, found[0].make, problem, phase, ways)
+        )
     return found
 
 
-def _compiled(
+def _compile_all(
     make: Callable[[], Example], problem: Problem, phase: Phase, ways: Sequence[Way]
 ) -> Example:
     """The first example, made when the kernels of all are compiled."""
@@ -112,7 +114,7 @@ def _calls(way: str | None) -> Calls:
     )  # fmt: skip
 
 
-def _noted(problem: Problem, phase: Phase, way: Way, made: tuple[Any, Any]) -> list[str]:
+def _instance_names(problem: Problem, phase: Phase, way: Way, made: tuple[Any, Any]) -> list[str]:
     """Instances that a way launches for tensors on "meta"."""
     return [each.instance for each in _launches(problem, phase, way, made)]
 
@@ -124,7 +126,7 @@ def _launches(
     small = problem_of(tensors, spec)
     dy = gradient_like(problem, small) if phase == "backward" else None
     like = replace(problem, spec=spec)
-    return launch.noted(problem.device, lambda: way.run(small, tensors, like, dy))
+    return launch.list_launches(problem.device, lambda: way.run(small, tensors, like, dy))
 
 
 def _smaller(problem: Problem) -> Iterator[Smaller]:

@@ -12,7 +12,7 @@ from ...machine import gpu
 from ...problem.spec import PairProblem, PairTensors, Pass
 from . import arguments, launch
 from . import tiles as configs
-from .packing import Weight, pack_direct, packed
+from .packing import Weight, pack_direct, pack_weight
 
 # Of compilers that are known to get kernels with several products in a loop wrong: major compute
 # capability, first version of Triton without it (None: not yet), what goes wrong, and where it is
@@ -23,7 +23,7 @@ MISCOMPILED: tuple[tuple[int, tuple[int, ...] | None, str, str], ...] = (
 )
 
 
-def miscompiled(device: torch.device) -> str | None:
+def why_miscompiled(device: torch.device) -> str | None:
     """Why ``pair_conv`` is not trusted to the compiler for a GPU, as the end of "pair_conv …"."""
     if launch.interpreted():
         return None
@@ -37,7 +37,7 @@ def miscompiled(device: torch.device) -> str | None:
 
 def available(problem: PairProblem) -> list[str]:
     """Kernels that can run the pair where nobody asks for the mid tensor."""
-    trusted = miscompiled(problem.device) is None
+    trusted = why_miscompiled(problem.device) is None
     return [k for k in fitting(problem) if k != "pair_conv" or trusted]
 
 
@@ -170,8 +170,9 @@ def run(
         depth = channels if pair.flat else gpu.round_up(channels, pair.block_k)
         reduction = gpu.round_up(depth * math.prod(first.kernel), pair.block_k)
         weights = (
-            channels, m, k, tiles, packed(Weight.of(w1, tiles), depth, reduction, width), width,
-            packed(
+            channels, m, k, tiles,
+            pack_weight(Weight.of(w1, tiles), depth, reduction, width), width,
+            pack_weight(
                 Weight.of(w2, tiles), width, width * math.prod(second.kernel), pair.block_n
             ),
         )  # fmt: skip

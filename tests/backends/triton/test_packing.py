@@ -19,7 +19,9 @@ def packed(weight: Tensor, *jobs: tuple[int, int, int]) -> list[Tensor]:
 
     def host(given: list[Tensor]) -> list[Tensor]:
         return [
-            packing.packed(found := packing.Weight.of(given[0], g), depth, found.rows(depth), width)
+            packing.pack_weight(
+                found := packing.Weight.of(given[0], g), depth, found.rows(depth), width
+            )
             for g, depth, width in jobs
         ]
 

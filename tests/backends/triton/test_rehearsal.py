@@ -77,7 +77,8 @@ def test_calls_launch_nothing_that_was_not_rehearsed(
         return False
 
     with (
-        fastst.use_backend("triton"), dispatch.recording() as calls, backend.launch.watched(note)
+        fastst.use_backend("triton"), dispatch.recording() as calls,
+        backend.launch.watch_launches(note),
     ):  # fmt: skip
         torch.autograd.backward(kit.call(config, tensors), dy)
     known = {n for c in calls for n in rehearsal.instances(c.problem, c.phase)}  # type: ignore[arg-type]
@@ -107,7 +108,7 @@ def launched(example: Later) -> list[str]:
     e = example.make()
     there = type(e.tensors)(*(None if t is None else t.to("meta") for t in e.tensors))
     run = functools.partial(e.run, problem_of(there, e.spec), there)
-    return [each.instance for each in backend.launch.noted(DEVICE, run)]
+    return [each.instance for each in backend.launch.list_launches(DEVICE, run)]
 
 
 def test_other_sizes_need_no_other_check() -> None:
@@ -227,7 +228,7 @@ def test_auto_checks_the_problem_itself(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(selfcheck, "_verdicts", {})
     problem = CASES["odd mid-45"].problem(torch.float16)
     seen = []
-    monkeypatch.setattr(quarantine, "checked", lambda r: seen.append((r.like, r.phase)) or "")
+    monkeypatch.setattr(quarantine, "ask", lambda r: seen.append((r.like, r.phase)) or "")
     for phase in ("forward", "backward"):
         assert selfcheck.why_broken(backend.BACKEND, problem, phase) is None  # type: ignore[arg-type]
         more = replace(problem, batch=3 * problem.batch)  # tiles are as whole as before
