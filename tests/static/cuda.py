@@ -212,8 +212,13 @@ def inspect_with_tiles(cubin: Path) -> Inspected:
     return inspect(cubin), tiles
 
 
-def wrapper_faults(folder: Path) -> list[str]:
+def wrapper_faults() -> list[str]:
     """Compiles wrappers.cu; empty where there is no nvcc."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _wrapper_faults(Path(folder))
+
+
+def _wrapper_faults(folder: Path) -> list[str]:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return []
@@ -287,22 +292,21 @@ def main() -> int:
     if found is None:
         print("fastst._C is not built (no nvcc): nothing to inspect")
         return 1 if shutil.which("nvcc") else 0
-    with tempfile.TemporaryDirectory() as folder:
-        wrong = wrapper_faults(Path(folder))
-        (Path(folder) / "wrappers.cubin").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2) as pool:
+        of_wrappers = pool.submit(wrapper_faults)
         subprocess.run(
             [tool("cuobjdump"), "--extract-elf", "all", str(found)],
             cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
         rows, cubins = [], sorted(Path(folder).glob("*.cubin"))
         tiles: dict[str, tuple[hopper.Tile, list[str]]] = {}
-        with ProcessPoolExecutor(2) as pool:
-            for cubin, (kernels, found_tiles) in zip(
-                cubins, pool.map(inspect_with_tiles, cubins), strict=True
-            ):
-                arch = re.search(r"sm_\w+?(?=\.)", cubin.name)
-                rows += [(n, arch[0] if arch else "?", r) for n, r in kernels]
-                tiles |= found_tiles
+        for cubin, (kernels, found_tiles) in zip(
+            cubins, pool.map(inspect_with_tiles, cubins), strict=True
+        ):
+            arch = re.search(r"sm_\w+?(?=\.)", cubin.name)
+            rows += [(n, arch[0] if arch else "?", r) for n, r in kernels]
+            tiles |= found_tiles
+        wrong = of_wrappers.result()
     print(f"{'kernel':64} arch   regs stack local shared wide  tma products")
     readable = names(sorted({n for n, _, _ in rows}))
     measured_rows: list[dict[str, Any]] = []
