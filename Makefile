@@ -4,7 +4,9 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
-# Bytecode is made of what is imported; pip would make it of all of PyTorch.
+# Bytecode is made of what is imported; pip would make it of all of PyTorch. Without any, each of the
+# processes that tests start would compile for 3 to 8 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --no-compile
 TOOLS := $(VENV)/.tools
 SETUP := $(VENV)/.setup

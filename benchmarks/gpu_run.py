@@ -10,6 +10,7 @@ all of their kinds of work in minutes; both at tiny sizes.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -404,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.commit:
         os.environ["FASTST_COMMIT"] = args.commit
+    if args.dry == "few":
+        importlib.import_module("torch._inductor")  # by profilers: once, not in every fork
     end = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if args.dry else "cuda")

@@ -45,6 +45,11 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item], left: set[pytest
     items[:] = [i for i in items if i not in left]
 
 
+def _turn(item: pytest.Item) -> int:
+    """Long tests begin first; those that need the pool of ranks follow each other in one worker."""
+    return 0 if "long" in item.keywords else 2 - ("ranks" in getattr(item, "fixturenames", ()))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("thorough"):
         _leave_out(config, items, {i for i in items if "thorough" in i.keywords})
@@ -55,6 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if "slow" not in item.keywords and "emulated" not in getattr(item, "fixturenames", ()):
                 first.setdefault(item.nodeid.partition("[")[0], item)
         _leave_out(config, items, set(items) - set(first.values()))
+    items.sort(key=_turn)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

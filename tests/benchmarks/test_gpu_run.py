@@ -68,6 +68,7 @@ PLANTED = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_names_and_survives_every_plant(tmp_path: Path) -> None:
     """All of them in one run, in a process of its own, which forks for each stage."""
     options = ["--dry", "--plant", *PLANTED, "--out", str(tmp_path), "--minutes", "60"]

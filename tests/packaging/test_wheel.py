@@ -18,6 +18,7 @@ for tool in ("auditwheel", "build"):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="builds for Linux with g++"
 )

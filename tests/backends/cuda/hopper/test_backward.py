@@ -222,11 +222,14 @@ def test_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- self-check
 
 
-def test_self_check_runs_the_backward(monkeypatch: pytest.MonkeyPatch, ran: list[Problem]) -> None:
+@pytest.mark.parametrize("trial", [0, more(2)])  # a narrow tile and a wide one
+def test_self_check_runs_the_backward(
+    trial: int, monkeypatch: pytest.MonkeyPatch, ran: list[Problem]
+) -> None:
     trials = gradient_tiles.trials()
     assert {(t.columns, t.box[1], s) for _, t, (s, _) in trials} == {*instances.TEMPORAL_GRADIENT}
     assert {(a.columns, a.blocks) for a, _, _ in trials} == set(instances.SPATIAL_GRADIENT)
-    monkeypatch.setattr(gradient_tiles, "trials", lambda: trials[2:3])
+    monkeypatch.setattr(gradient_tiles, "trials", lambda: trials[trial : trial + 1])
     monkeypatch.setattr(weight_tiles, "TILES", weight_tiles.TILES[1:2])
     cpu, half = torch.device("cpu"), torch.float16
     found = examples.examples("hopper backward", half)
