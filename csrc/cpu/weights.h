@@ -91,7 +91,7 @@ class WeightPacker {
     const bool rows = w_.out_stride == 1, mixed = !rows && w_.out_stride <= kMixed;
     const int64_t pitch = b.vectors * kLanes;
     // In the order of memory, of which a transposition reads as many stretches as there are lanes.
-    const int together = mixed ? b.vectors : 1;
+    const int together = rows || mixed ? b.vectors : 1;
     for (int begin = 0; begin < b.vectors; begin += together)
       for (const Entry *e = entries_, *end = e + entries(); e < end;) {
         int length = 1;
@@ -100,15 +100,16 @@ class WeightPacker {
         else if (!rows)
           while (length < kLanes && e + length < end && e[length].offset == e->offset + length)
             ++length;
-        const Entry* soon = std::min(e + (mixed ? 2 : 4) * length, end - 1);
+        const Entry* soon = std::min(e + (rows ? 16 : mixed ? 2 : 4) * length, end - 1);
         for (int v = begin; v < begin + together; ++v) {
           const int64_t first = (b.vector + v) * kLanes;
           const int64_t n = std::min<int64_t>(kLanes, w_.out - first);
           const S* from = reinterpret_cast<const S*>(w_.data) + first * w_.out_stride + e->offset;
           float* column = to + v * kLanes;
-          if (rows)
+          if (rows) {
             store(column + e->row * pitch, load(from, n));
-          else if (mixed)
+            prefetch(from + soon->offset - e->offset);
+          } else if (mixed)
             pick(e, length, from, n, soon->offset - e->offset, column, pitch);
           else
             turn(e, length, from, n, soon->offset - e->offset, column, pitch);
