@@ -15,7 +15,16 @@ TAKEN = {
     "changes.md": "CHANGELOG.md",
 }
 NOTEBOOK = "examples/convert.ipynb"
-_LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)#\s]+)(#[^)]*)?(\))")
+PLACEHOLDER = "fastst.example"  # in the place of addresses that the project has not got yet
+_LINK = re.compile(r"\[([^\]]*)\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)]*)?\)")
+
+
+def on_config(config: Any) -> Any:
+    """Send nobody to an address that is none yet."""
+    for name in ("site_url", "repo_url"):
+        if PLACEHOLDER in (config[name] or ""):
+            config[name] = None
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -43,23 +52,26 @@ def _notebook() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Turn paths of the repository into paths of the site, or into links to the source."""
+    """Turn paths of the repository into paths of the site, or into links to the source; where the
+    source has no address, into what they are called and where they lie."""
     source = TAKEN.get(page.file.src_uri)
     here = Path() if source else Path("docs") / Path(page.file.src_uri).parent
     back = "../" * (len(Path(page.file.src_uri).parts) - 1)
     pages = {v: k for k, v in TAKEN.items()}
 
     def lead(match: re.Match[str]) -> str:
-        path = _normal(here / match[2])
+        label, path, anchor = match[1], _normal(here / match[2]), match[3] or ""
         if not (ROOT / path).exists():
             return match[0]  # mkdocs says so
         if path in pages:
             target = back + pages[path]
         elif path.startswith("docs/"):
             target = back + path.removeprefix("docs/")
-        else:
+        elif config["repo_url"]:
             target = f"{config['repo_url']}/blob/main/{path}"
-        return match[1] + target + (match[3] or "") + match[4]
+        else:
+            return label if label == path else f"{label} (`{path}`)"
+        return f"[{label}]({target}{anchor})"
 
     return _LINK.sub(lead, markdown)
 

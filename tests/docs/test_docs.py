@@ -137,6 +137,22 @@ def test_paths_exist(page: Path) -> None:
     assert missing_paths(page.read_text()) == set()
 
 
+@pytest.mark.parametrize("address", ["https://fastst.example/source", "https://project.org/fastst"])
+def test_the_site_sends_nobody_to_a_placeholder(address: str) -> None:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    config = hooks.on_config({"site_url": address, "repo_url": address})
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    text = "See [the licence](LICENSE), [convert](docs/conversion.md#the-report)."
+    found = hooks.on_page_markdown(text, page, config, None)
+    licence = "the licence (`LICENSE`)"
+    if "example" not in address:
+        licence = f"[the licence]({address}/blob/main/LICENSE)"
+    assert found == f"See {licence}, [convert](conversion.md#the-report)."
+
+
 def test_a_path_that_is_gone_is_seen() -> None:
     text = "`nn/layers.py`, `nn/gone.py`\n\n    gone/          A floor\n    backends/cpu/  one\n"
     assert missing_paths(text) == {"nn/gone.py", "gone/"}
