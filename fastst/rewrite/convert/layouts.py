@@ -18,10 +18,12 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 # A call: what it makes of the value so far, and (its argument's name, name of a tensor) of others.
 Call = tuple[Callable[..., Tensor], tuple[tuple[str, str], ...]]
 Names = Mapping[str, str]
+_BY_DEVICE = (F.conv1d, F.conv2d, F.conv3d, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm)
 _LONGEST = 4096
 _known: dict[Any, tuple[int, ...]] = {}
 
@@ -58,11 +60,8 @@ def _strides(calls: Sequence[Call], given: Mapping[str, Tensor]) -> tuple[int, .
     if found is None:
         if len(_known) >= _LONGEST:
             _known.clear()
-        with _disable_current_modes(), FakeTensorMode(), _AsKernelsWrite(), torch.no_grad():
-            empty = {
-                n: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-                for n, t in given.items()
-            }
+        with _disable_current_modes(), _AsKernelsWrite(device), torch.no_grad():
+            empty = {n: _empty_like(t, "meta") for n, t in given.items()}
             value: Any = None
             for run, names in calls:
                 value = run(value, **{own: empty[n] for own, n in names if n in empty})
@@ -71,15 +70,35 @@ def _strides(calls: Sequence[Call], given: Mapping[str, Tensor]) -> tuple[int, .
 
 
 class _AsKernelsWrite(TorchFunctionMode):
-    """Within the block norms and pads without values give the strides that their kernels give."""
+    """Within the block calls without values give the strides that they give on a device.
+
+    Views of fake tensors have strides of their own along axes of size 1, those of meta tensors
+    PyTorch's. How a convolution or a norm writes goes by the device, which fake tensors have. Batch
+    norms and pads are as their kernels.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _BY_DEVICE:
+            with FakeTensorMode():
+                args, kwargs = tree_map_only(
+                    Tensor, lambda t: _empty_like(t, self.device), (args, kwargs)
+                )
+                y = func(*args, **kwargs)
+            return _empty_like(y, "meta")
         y = func(*args, **kwargs)
         pads = func is F.pad and kwargs["mode"] in ("replicate", "reflect")
         if pads or func is F.batch_norm:
             y = y.contiguous(memory_format=suggest_memory_format(args[0]))
         return y
+
+
+def _empty_like(t: Tensor, device: torch.device | str) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
 
 
 def _meaning(what: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastst
 from fastst.rewrite.convert import endings
@@ -64,6 +64,27 @@ def test_chains(name: str, batch: int, clip: str) -> None:
     x = torch.randn(batch, 8, 4, 6, 6).to(memory_format=FORMATS[clip])
     with torch.no_grad():
         same_strides(Net(CHAINS[name]).eval(), x)
+
+
+class Pixels(nn.Module):
+    """Frames, then pixels by time: views between them have an axis of size 1, of a single clip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space = nn.Conv2d(4, 4, 3, padding=1)
+        self.time = nn.Conv2d(4, 4, (3, 1), padding=(1, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, t, h, w = x.shape
+        u = F.relu(self.space(x.transpose(1, 2).flatten(0, 1))).unflatten(0, (n, t))
+        y: Tensor = self.time(u.transpose(1, 2).flatten(3))
+        return y.unflatten(3, (h, w))
+
+
+@pytest.mark.parametrize("clip", FORMATS)
+@pytest.mark.parametrize("batch", [2, 1])
+def test_frames_and_pixels(batch: int, clip: str) -> None:
+    same_strides(Pixels(), torch.randn(batch, 4, 5, 6, 6).to(memory_format=FORMATS[clip]))
 
 
 def test_gradients_pass_a_change_of_layout() -> None:
