@@ -14,7 +14,7 @@ from .geometry import Pass
 from .graphs import is_promise, promised, rewritten, unread
 from .kept import Kept
 from .padding import Pad
-from .promise import Link, replace
+from .promise import Link, is_current, replace
 
 
 class Guess(NamedTuple):
@@ -102,10 +102,10 @@ class Alone(NamedTuple):
 
 def is_open(p: Any, kind: type = Plan) -> bool:
     """Whether nobody has computed a promise yet, or asked for the gradient of what it is made of,
-    and its state is still the current one."""
+    and its state is still the current one, in which autograd sees it as it was made."""
     if not (is_promise(p) and type(p.link.plan) is kind and unread(p)):
         return False
-    return bool(p.link.state.current) and not p.link.separate
+    return is_current(p) and not p.link.separate
 
 
 def extended(

@@ -18,7 +18,7 @@ from ...functional import BatchNorm
 from .folded import folds
 from .kept import CannotDefer, Kept, as_own
 from .layouts import Call, as_separate, call
-from .promise import Link, Promise, promise, replace
+from .promise import Link, Promise, is_current, promise, replace
 from .state import State
 
 
@@ -137,7 +137,7 @@ def ends(p: Any) -> bool:
     """Whether a promise is one of this module that nobody has read."""
     if type(p) is not Promise or type(p.link.plan) is not Ending or p.link.value is not None:
         return False
-    return bool(p.link.state.current) and p.link.unchanged()
+    return is_current(p) and p.link.unchanged()
 
 
 def batch_norm(p: Promise, norm: BatchNorm) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .kept import CannotDefer, Kept
 from .layouts import Call, Names, call
@@ -188,7 +188,7 @@ class Link:
     def _has_gradient(self) -> bool:
         """Whether somebody may still ask for its gradient."""
         promise = self.promise()
-        return promise is not None and _needs_grad(promise)
+        return promise is not None and needs_gradient(promise)
 
     @property
     def steady(self) -> bool:
@@ -244,14 +244,22 @@ class _Node(torch.autograd.Function):
             if "backward through the graph a second time" not in str(error):
                 raise
             if ctx.link.separate:  # whose hooks another graph would not have
-                raise _needs_clone(ctx.link) from error
+                raise needs_clone(ctx.link) from error
             grads = gradients(ctx.link.again())  # backward of another reader has freed the graph
         return None, None, *(next(grads) if t.requires_grad else None for t in ctx.tensors)
 
 
-_OURS: Any = _Node._backward_cls
+OURS: Any = _Node._backward_cls
 # Without the search for functorch's wrappers, which are never among what a promise reads.
 _seen_by_autograd: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
+
+
+def needs_clone(link: Link) -> RuntimeError:
+    return RuntimeError(
+        f"fastst: the output of {link.plan.name or 'the convolution'}, or what was made of it, was "
+        "read by a custom autograd function, which requires a clone of it where its gradient is "
+        "asked for as well"
+    )
 
 
 class _Read(torch.autograd.Function):
@@ -281,7 +289,7 @@ def promise(link: Link) -> Promise:
         tensors = [kept.tensor for _, kept in link.reads if kept.needs_grad]
         if tensors:
             made = _seen_by_autograd(link, dtype, *tensors)
-            made.link, link.promise = link, weakref.ref(made)
+            made.link, made.differentiable, link.promise = link, True, weakref.ref(made)
             return made
     made = _wrap(link, dtype)
     made.link = link
@@ -292,6 +300,7 @@ class Promise(Tensor):
     """A tensor that is computed when somebody reads it."""
 
     link: Link
+    differentiable = False  # whether it was made with a node of autograd's
     seen: Tensor  # its value as part of a graph that has a node of its own for it
 
     @classmethod
@@ -334,24 +343,34 @@ def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
     tensor, seen = value.link.compute(reader), vars(value).get("seen")
     if detached:
         return tensor.detach()
-    # A node other than ours: it left a custom Function's forward, which autograd has given one.
-    if seen is None and not (tensor.requires_grad and _is_ours(value)) and _needs_grad(value):
-        with torch.enable_grad():
-            value.seen = seen = _Read.apply(value)
+    if seen is None and not (tensor.requires_grad and _is_as_made(value)):
+        if needs_gradient(value):
+            with torch.enable_grad():
+                value.seen = seen = _Read.apply(value)
+        elif tensor.requires_grad:
+            return tensor.detach()
     return tensor if seen is None else seen
 
 
-def _needs_grad(p: Promise) -> bool:
+def needs_gradient(p: Promise) -> bool:
     with _unseen():
         return p.requires_grad
 
 
-def _is_ours(p: Promise) -> bool:
-    """Whether nobody but this module has given a promise its gradient."""
+def is_current(p: Any) -> bool:
+    """Whether the state of a promise is that of now, and autograd sees it as it was made."""
+    state = p.link.state
+    return state.current and (not state.grad or type(p) is not Promise or _is_as_made(p))
+
+
+def _is_as_made(p: Promise) -> bool:
+    """What leaves a custom Function's forward gets that one's node, or loses its own where the
+    Function records nothing."""
     if torch.compiler.is_compiling():  # of a part of the model: Dynamo guards all that is read
         return True
     with _unseen():
-        return isinstance(p.grad_fn, _OURS)
+        node: Any = p.grad_fn
+    return isinstance(node, OURS) if p.differentiable else node is None
 
 
 def _reals(value: Any, reader: Any, detached: bool = False) -> Any:
@@ -380,11 +399,17 @@ def _resemble(values: Any) -> None:
             continue
         link, value = p.link, p.link.value
         with _unseen():
-            detached = isinstance(p.grad_fn, _OURS) and not value.requires_grad
+            detached = isinstance(p.grad_fn, OURS) and not value.requires_grad
         if not detached and (value.shape, value.dtype) == (link.shape, link.dtype):
             continue
         link.shape, link.dtype = value.shape, value.dtype
-        torch._C._swap_tensor_impl(p, _wrap(link, link.dtype) if detached else promise(link))
+        _become(p, _wrap(link, link.dtype) if detached else promise(link))
+
+
+def _become(p: Promise, other: Promise) -> None:
+    """Let a promise be, to C++, what another one is."""
+    torch._C._swap_tensor_impl(p, other)
+    p.differentiable = other.differentiable
 
 
 def replace(old: Promise, link: Link) -> Promise:
@@ -392,8 +417,8 @@ def replace(old: Promise, link: Link) -> Promise:
     with _unseen():
         node: Any = old.grad_fn
     new = [kept for _, kept in link.reads[len(old.link.reads) :] if kept.needs_grad]
-    if (new and link.state.grad) or not isinstance(node, (_OURS, NoneType)):
-        torch._C._swap_tensor_impl(old, promise(link))
+    if (new and link.state.grad) or not isinstance(node, (OURS, NoneType)):
+        _become(old, promise(link))
     elif node is not None:
         node.link = link
     old.link, link.promise = link, weakref.ref(old)
@@ -416,74 +441,3 @@ SHAPE_ONLY: set[Any] = {
 }  # fmt: skip
 # By function: takes the call's arguments, the first a promise; a promise or NotImplemented.
 RULES: dict[Any, Callable[..., Any]] = {}
-
-
-def _of_gradients(*args: Any, **kwargs: Any) -> Any:
-    """
-    Raises:
-        RuntimeError: for the gradient of what lies in an operation, which never forms it.
-    """
-    for p in tree_leaves((args, kwargs)):
-        if type(p) is Promise and p.link.taken and p.requires_grad:
-            raise RuntimeError(
-                f"fastst: the output of {p.link.plan.name or 'the convolution'}, or what a norm or "
-                "an activation has made of it, is part of an operation that has run; ask for its "
-                "gradient before the next convolution reads it, or leave the convolution out with "
-                "fastst.convert(..., skip=...)"
-            )
-        _asks(p)
-    return NotImplemented
-
-
-def _asks(p: Any) -> Any:
-    """What is made of a promise goes by its value from now on."""
-    if type(p) is Promise and _needs_grad(p):
-        p.link.asked = True
-    return NotImplemented
-
-
-def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """
-    Raises:
-        RuntimeError: for the gradient of what C++ has read, whose graph knows leaves only.
-    """
-    _of_gradients(outputs, inputs)
-    asked = {p.link for p in tree_leaves(inputs) if type(p) is Promise}
-    for node in _graph(outputs) if asked else ():
-        link = node.link if isinstance(node, _OURS) else None
-        while link is not None:
-            if link in asked:
-                raise _needs_clone(link)
-            link = link.before
-    return NotImplemented
-
-
-def _needs_clone(link: Link) -> RuntimeError:
-    return RuntimeError(
-        f"fastst: the output of {link.plan.name or 'the convolution'}, or what was made of it, was "
-        "read by a custom autograd function, which requires a clone of it where its gradient is "
-        "asked for as well"
-    )
-
-
-def _graph(outputs: Any) -> set[Any]:
-    """All nodes that backward of some tensors, or of edges, may come to."""
-    found: set[Any] = set()
-    ahead = [getattr(real(t), "grad_fn", t) for t in tree_leaves(outputs)]
-    while ahead:
-        node = ahead.pop()
-        if node not in found and hasattr(node, "next_functions"):
-            found.add(node)
-            ahead += [following for following, _ in node.next_functions]
-    return found
-
-
-def _backward(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> Any:
-    return NotImplemented if inputs is None else _grad(tensors, inputs)
-
-
-RULES.update(dict.fromkeys((Tensor.register_hook, Tensor.retain_grad), _of_gradients))
-RULES.update({
-    Tensor.backward: _backward, torch.autograd.backward: _backward, torch.autograd.grad: _grad,
-    Tensor.grad_fn.__get__: _asks,  # type: ignore[union-attr]
-})  # fmt: skip

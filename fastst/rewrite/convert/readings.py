@@ -22,7 +22,7 @@ from .geometry import pad_of
 from .kept import CannotDefer, Kept
 from .layouts import Call
 from .padding import Pad, merge_axes
-from .promise import Link, Promise
+from .promise import Link, Promise, is_current
 
 INPUT = "first input"
 WEIGHT, BIAS, _MEAN, _VAR = "norm weight", "norm bias", "norm running_mean", "norm running_var"
@@ -64,7 +64,9 @@ def onto(p: Any) -> Reading | None:
         return None
     link = p.link
     if type(link.plan) is Ending:
-        if not (link.state.current and (link.unchanged() if link.value is None else link.steady)):
+        if not is_current(p):
+            return None
+        if not (link.unchanged() if link.value is None else link.steady):
             return None
         plan = Reading(link.plan.begun, link.plan.name, link)
     elif is_open(p, Reading):

@@ -17,7 +17,7 @@ from ... import dispatch, functional
 from ...functional import BatchNorm
 from ...problem import activations, conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
-from . import endings, forms, norms, pairs, readings, views
+from . import asked, endings, forms, norms, pairs, readings, views
 from .chain import Alone, Convolved, Guess, Plan, extended, is_open
 from .folded import folds
 from .geometry import first_pass, second_pass
@@ -353,6 +353,7 @@ def _to(input: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 RULES.update({
+    **asked.RULES,
     torch.add: _add(),
     Tensor.add: _add(),
     Tensor.__add__: _add(),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
+from torch.utils.checkpoint import checkpoint
 
 import fastst
 from tests.rewrite.convert.programs.helpers import Doubles
@@ -180,3 +181,62 @@ def test_backward_of_a_function_computes_nothing_again() -> None:
     with fastst.dispatch.recording() as calls:
         y.backward()
     assert {call.phase for call in calls} == {"backward"}
+
+
+class Thirds(torch.autograd.Function):
+    """Calls a module within its forward, and has a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        with torch.enable_grad():
+            return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, (grad.sum(1, keepdim=True) / 3).expand(ctx.shape)
+
+
+def by_checkpoint(module: nn.Module, x: Tensor) -> Tensor:
+    def call(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return module(x)
+
+    found: Tensor = checkpoint(call, x, use_reentrant=True)
+    return found
+
+
+CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "returned": lambda m, u: u,
+    "activated": lambda m, u: F.relu(u),
+    "of a pair": lambda m, u: m.t(F.relu(u)),
+    "of a pair with a norm": lambda m, u: m.t(F.relu(m.n(u))),
+}
+
+
+def gradients_as_plain(build: Callable[[], nn.Module], x: Tensor) -> None:
+    """Of x and of every parameter, none where there is none."""
+    found = []
+    for converted in (False, True):
+        torch.manual_seed(0)
+        module, leaf = build().double(), x.detach().clone().requires_grad_(x.requires_grad)
+        if converted:
+            fastst.convert(module)
+        y = module(leaf)
+        if y.requires_grad:
+            y.square().sum().backward()
+        found.append([y.requires_grad, leaf.grad, *(p.grad for p in module.parameters())])
+    for plain, ours in zip(*found, strict=True):
+        assert type(plain) is type(ours)
+        if isinstance(plain, Tensor):
+            torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("how", [Thirds.apply, by_checkpoint], ids=["own", "checkpoint"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_what_leaves_a_custom_function_has_its_gradient(call: Any, how: Any, grad: bool) -> None:
+    """Its own, or none where nothing that it was given needs one."""
+    x = torch.randn(2, 4, 5, 6, 6, dtype=torch.float64, requires_grad=grad)
+    gradients_as_plain(lambda: Block(lambda m, x: call(m, how(m.s, x))), x)

@@ -1,0 +1,76 @@
+"""Who asks for the gradient of a promise: hooks, ``retain_grad``, ``grad`` and ``inputs=``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .promise import OURS, Promise, needs_clone, needs_gradient, real
+
+
+def _of_gradients(*args: Any, **kwargs: Any) -> Any:
+    """
+    Raises:
+        RuntimeError: for the gradient of what lies in an operation, which never forms it.
+    """
+    for p in tree_leaves((args, kwargs)):
+        if type(p) is Promise and p.link.taken and p.requires_grad:
+            raise RuntimeError(
+                f"fastst: the output of {p.link.plan.name or 'the convolution'}, or what a norm or "
+                "an activation has made of it, is part of an operation that has run; ask for its "
+                "gradient before the next convolution reads it, or leave the convolution out with "
+                "fastst.convert(..., skip=...)"
+            )
+        _asks(p)
+    return NotImplemented
+
+
+def _asks(p: Any) -> Any:
+    """What is made of a promise goes by its value from now on."""
+    if type(p) is Promise and needs_gradient(p):
+        p.link.asked = True
+    return NotImplemented
+
+
+def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """
+    Raises:
+        RuntimeError: for the gradient of what C++ has read, whose graph knows leaves only.
+    """
+    _of_gradients(outputs, inputs)
+    asked = {p.link for p in tree_leaves(inputs) if type(p) is Promise}
+    for node in _graph(outputs) if asked else ():
+        link = node.link if isinstance(node, OURS) else None
+        while link is not None:
+            if link in asked:
+                raise needs_clone(link)
+            link = link.before
+    return NotImplemented
+
+
+def _graph(outputs: Any) -> set[Any]:
+    """All nodes that backward of some tensors, or of edges, may come to."""
+    found: set[Any] = set()
+    ahead = [getattr(real(t), "grad_fn", t) for t in tree_leaves(outputs)]
+    while ahead:
+        node = ahead.pop()
+        if node not in found and hasattr(node, "next_functions"):
+            found.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return found
+
+
+def _backward(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> Any:
+    return NotImplemented if inputs is None else _grad(tensors, inputs)
+
+
+# By function: refuses, notes, or nothing.
+RULES: dict[Any, Callable[..., Any]] = {
+    Tensor.register_hook: _of_gradients, Tensor.retain_grad: _of_gradients,
+    Tensor.backward: _backward, torch.autograd.backward: _backward, torch.autograd.grad: _grad,
+    Tensor.grad_fn.__get__: _asks,  # type: ignore[union-attr]
+}  # fmt: skip
