@@ -126,10 +126,10 @@ def _cpu_library() -> Iterator[str]:
         yield f"cpu: {found}"
     else:
         yield f"fastst.{found.__name__.split('.')[-1]} is {found.__file__}"
-        how = "AVX512_BF16" if found.multiplies_pairs() else "float32"
+        how = "by AVX512_BF16" if found.multiplies_pairs() else "in float32"
         if found.refuses_amx():
             how += " (the system refuses AMX)"
-        yield f"it multiplies bfloat16 by {'AMX' if found.multiplies_by_amx() else how}"
+        yield f"it multiplies bfloat16 {'by AMX' if found.multiplies_by_amx() else how}"
 
 
 def _backends() -> Iterator[str]:

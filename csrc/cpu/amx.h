@@ -9,7 +9,6 @@
 
 #include <optional>
 #include <utility>
-#include <vector>
 
 namespace fastst::cpu {
 
@@ -31,7 +30,7 @@ struct AmxPairs : Bf16Pairs {
 constexpr int kMostLefts = 6;
 constexpr int most_lefts(int vectors) { return vectors == 1 ? 6 : 3; }
 
-// c[i][v][r·c_step + w] (+)= Σ_k a[i][r·a_step + k] · b[v][k·b_step + w] for some i and v, r of the
+// c[i][v][r·c_step + w] = Σ_k a[i][r·a_step + k] · b[v][k·b_step + w] for some i and v, r of the
 // rows that are multiplied at a time and w < kLanes; k runs through the segments.
 struct AmxProduct {
   const float* a[kMostLefts];
@@ -42,7 +41,6 @@ struct AmxProduct {
   int64_t count;  // of segments
   float* c[kMostLefts][AmxPairs::kMostVectors];
   int64_t c_step;
-  bool accumulate = false;
 };
 
 #if defined(__AVX512F__)
@@ -103,14 +101,7 @@ __attribute__((noinline)) void multiply(const AmxProduct& p) {
   };
   constexpr std::make_integer_sequence<int, A> lefts;
   constexpr std::make_integer_sequence<int, V> rights;
-  each(rights, [&](auto v) {
-    each(lefts, [&](auto i) {
-      if (p.accumulate)
-        load<v * A + i>(p.c[i][v], p.c_step);
-      else
-        zero<v * A + i>();
-    });
-  });
+  each(rights, [&](auto v) { each(lefts, [&](auto i) { zero<v * A + i>(); }); });
   for (const Segment *s = p.segments, *end = s + p.count; s < end; ++s)
     for (int64_t k = 0; k < s->count; k += kAmxPairs)
       each(rights, [&](auto v) {
@@ -163,7 +154,7 @@ class Amx {
           for (int64_t r = 0; r < n; ++r) rows[r] = r * p.a_step;
           multiply_for<Bf16Pairs>(static_cast<int>(n), 1, true)(
               p.a[i] + first * p.a_step, rows, 1, p.b[v], p.b_step, p.segments, p.count,
-              p.c[i][v] + first * p.c_step, p.c_step, p.accumulate);
+              p.c[i][v] + first * p.c_step, p.c_step, false);
         }
   }
 

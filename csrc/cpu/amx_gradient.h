@@ -58,6 +58,8 @@ class AmxGroup {
 
  private:
   static constexpr int kVectors = AmxPairs::kMostVectors, kLefts = most_lefts(kVectors);
+  // Pairs, before they are added to others, at least, and at most with one stretch more.
+  static constexpr int64_t kLongestAmxSum = 4 * kLongestSum;
 
   // How dy of a box lies: for each channel frames, of rows `row` apart if x is read in one stretch
   // over all of them.
@@ -105,6 +107,7 @@ class AmxGroup {
     const int64_t last = std::min<int64_t>(groups * (range + 1) / ranges_ * kLefts, out_.size());
     float* const own_sums = sums + part * at(out_.size(), 0);
     const Scratch local(whole ? kLefts * kVectors * block_size() : 0);
+    alignas(kLine) float apart[kLefts][kVectors][kLanes * kLanes];
     for (int64_t b = begin; b < end; ++b) {
       const Box& box = boxes_[b];
       const Reads x = reads_of(axis_, box, true);
@@ -128,14 +131,25 @@ class AmxGroup {
           const auto block = [&](int l, int64_t v) {
             return whole ? local + (l * kVectors + v) * block_size() : own_sums + at(o + l, i + v);
           };
-          AmxProduct p = {{}, layout.pitch, {}, step, {}, {}, {}, kLanes, b > begin};
+          AmxProduct p = {{}, layout.pitch, {}, step, {}, {}, {}, kLanes};
           for (int l = 0; l < lefts; ++l) p.a[l] = left + (o + l - first) * kLanes * layout.pitch;
           for (int64_t v = 0; v < vectors; ++v) p.b[v] = right + (i + v) * panel;
           for (int64_t tap = 0; tap < taps_; ++tap) {
-            p.segments = taps[tap].data(), p.count = taps[tap].size();
-            for (int l = 0; l < lefts; ++l)
-              for (int64_t v = 0; v < vectors; ++v) p.c[l][v] = block(l, v) + tap * kLanes * kLanes;
-            amx(lefts, static_cast<int>(vectors), p);
+            const Segment *next = taps[tap].data(), *end = next + taps[tap].size();
+            bool onto = b > begin;
+            do {
+              p.segments = next;
+              for (int64_t sum = 0; next < end && sum < kLongestAmxSum;) sum += next++->count;
+              p.count = next - p.segments;
+              for (int l = 0; l < lefts; ++l)
+                for (int64_t v = 0; v < vectors; ++v)
+                  p.c[l][v] = onto ? apart[l][v] : block(l, v) + tap * kLanes * kLanes;
+              amx(lefts, static_cast<int>(vectors), p);
+              for (int l = 0; onto && l < lefts; ++l)
+                for (int64_t v = 0; v < vectors; ++v)
+                  add(apart[l][v], block(l, v) + tap * kLanes * kLanes);
+              onto = true;
+            } while (next < end);
           }
           if (!whole) continue;
           for (int l = 0; l < lefts; ++l)
@@ -143,6 +157,11 @@ class AmxGroup {
         }
       }
     }
+  }
+
+  static void add(const float* sums, float* to) {
+    for (int64_t j = 0; j < kLanes * kLanes; j += kLanes)
+      store(to + j, load(to + j) + load(sums + j));
   }
 
   // For each tap the stretches of dy and of x.

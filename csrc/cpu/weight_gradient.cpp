@@ -21,7 +21,6 @@ namespace {
 
 constexpr int kRows = most_rows(kMostVectors);
 constexpr int64_t kNeighbours[] = {0, 1, 2, 3, 4, 5, 6, 7};  // channels of packed x
-constexpr int64_t kLongestSum = 512;  // products, before they are added to others
 
 // Channels [lo, hi) in panels of at most kMostVectors vectors, as even as they can be.
 std::vector<Panel> vector_panels(int64_t lo, int64_t hi) {
