@@ -63,8 +63,7 @@ def first_pass(
     if read is None or mode not in ("zeros", "replicate", "reflect", "circular"):
         return None
     if mode != "zeros":
-        pairs = tuple(zip(widths[::2], widths[1::2], strict=True))
-        read = read._replace(sides=_lifted(pairs[::-1], read.axes, (0, 0)))
+        read = read._replace(sides=_lifted(sides_of(widths), read.axes, (0, 0)))
     groups, kind = read.groups, _kind(read)
     if x[1] != w[1] * groups or w[0] % groups or (b and tuple(b) != (w[0],)):
         return None
@@ -99,7 +98,8 @@ def _read(w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: An
                 return None
             sides = [(e // 2, e - e // 2) for e in extent]
         else:
-            sides = [(p, p) for p in _sizes(padding, rank)]
+            pairs = padding if _are_pairs(padding) else [(p, p) for p in _sizes(padding, rank)]
+            sides = list(pairs)
         groups = operator.index(groups)
     except (TypeError, ValueError):
         return None
@@ -116,6 +116,10 @@ def _read(w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: An
     return Read(kernel, strides, _lifted(sides, axes, (0, 0)), dilations, groups, axes)
 
 
+def _are_pairs(padding: Any) -> bool:
+    return type(padding) is tuple and bool(padding) and type(padding[0]) is tuple
+
+
 def _lifted(values: Sequence[Any], axes: Sequence[int], fill: Any) -> Any:
     """Values of some of time, height and width as those of all three."""
     found = [fill] * 3
@@ -124,9 +128,21 @@ def _lifted(values: Sequence[Any], axes: Sequence[int], fill: Any) -> Any:
     return tuple(found)
 
 
+def sides_of(widths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Padding (before, after) of each axis from ``F.pad``'s."""
+    return tuple(zip(widths[::2], widths[1::2], strict=True))[::-1]
+
+
+def padding_of(conv: Any) -> Any:
+    """What a convolution pads by: it asks its ``padding`` only where that is of zeros."""
+    if conv.padding_mode == "zeros":
+        return conv.padding
+    return sides_of(conv._reversed_padding_repeated_twice)
+
+
 def pad_of(w: Sequence[int], conv: Any) -> Pad | None:
     """The padding of a convolution over time, height and width, or None where it is odd."""
-    read = _read(w, conv.stride, conv.padding, conv.dilation, conv.groups)
+    read = _read(w, conv.stride, padding_of(conv), conv.dilation, conv.groups)
     return None if read is None else Pad(read.sides, conv.padding_mode)
 
 

@@ -22,7 +22,7 @@ class Kept:
 
     A copy-on-write clone: it costs no memory unless somebody writes. Then it is the tensor that
     moves, so memory of which others may have the address is not cloned. That, memory that cannot be
-    cloned so, and memory that FSDP resizes are watched by version counter and address instead.
+    cloned so, and memory that FSDP resizes are watched by version counter and place instead.
     """
 
     __slots__ = (
@@ -31,7 +31,7 @@ class Kept:
     )  # fmt: skip
 
     clone: Tensor | None
-    address: int  # of the clone, or of memory that has none
+    address: Any  # of the clone, or the place of memory that has none
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.needs_grad, self.leaf = tensor, tensor.requires_grad, tensor.is_leaf
@@ -47,7 +47,13 @@ class Kept:
         if self.clone is None:
             if self.version is None:
                 raise CannotDefer
-            self.address = tensor.data_ptr()
+            self.address = self._place()
+
+    def _place(self) -> Any:
+        """What tells another memory from this one. Not the address alone: memory of which another
+        thread holds a clone moves when it is read."""
+        t = self.tensor
+        return t.data_ptr() if self.resized else (t.untyped_storage()._cdata, t.storage_offset())
 
     def hold(self, shared: bool = False) -> None:
         """Take a clone, where that can be; ``shared``: others may have the address.
@@ -120,7 +126,7 @@ class Kept:
         if self.version is not None and t._version != self.version:
             return False
         if self.clone is None:
-            return not self.address or t.data_ptr() == self.address
+            return not self.address or self._place() == self.address
         if _address(t) == self.address:
             return True
         # Memory of its own, which a reader by address makes as well as a writer to ``.data``.

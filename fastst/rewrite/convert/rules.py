@@ -20,7 +20,7 @@ from ...problem.conv3d import ConvProblem, ConvTensors
 from . import asked, endings, forms, norms, pairs, readings, views
 from .chain import Alone, Convolved, Guess, Plan, extended, is_open
 from .folded import folds
-from .geometry import first_pass, second_pass
+from .geometry import first_pass, second_pass, sides_of
 from .graphs import is_promise, promised
 from .kept import CannotDefer, Kept, as_own, copied, valueless
 from .plain import PLAIN, are_plain, are_settled, is_inference, needs_grad, result_dtype
@@ -172,17 +172,23 @@ def _with_norm(link: Link, norm: BatchNorm) -> Any:
     tensors = {name: kept.tensor for name, kept in link.kept}
     x, weight, bias = tensors["input"], tensors["weight"], tensors.get("bias")
     plan: Alone = link.plan
-    if not (folds(weight) or _has_kernels(plan.settings, x, weight, bias)):
+    if not (folds(weight) or _has_kernels(_settings(plan), x, weight, bias)):
         return NotImplemented
     for _, kept in link.kept:
         kept.release()
     link.plan.begun.misses = 0
     if folds(weight):
         return link.run(None, x, *plan.begun.folded((weight, bias), norm))
-    stride, padding, dilation, groups, mode, _ = plan.settings
+    stride, padding, dilation, groups, mode = _settings(plan)
     return functional.conv3d(
         x, weight, bias, stride, padding, dilation, groups, padding_mode=mode, output_norm=norm
     )
+
+
+def _settings(plan: Alone) -> tuple[Any, ...]:
+    """Stride, padding, dilation, groups and mode, as ``conv3d`` takes them."""
+    stride, padding, *rest, mode, widths = plan.settings
+    return (stride, padding if mode == "zeros" else sides_of(widths), *rest, mode)
 
 
 def _has_kernels(settings: Any, *tensors: Any) -> bool:
@@ -192,7 +198,7 @@ def _has_kernels(settings: Any, *tensors: Any) -> bool:
     given = ConvTensors(*tensors)
     try:
         spec = conv3d_checks.conv3d(
-            given, None, None, *settings[:5], False, None, None, 0.01, False
+            given, None, None, *settings, False, None, None, 0.01, False
         )  # fmt: skip
     except (TypeError, ValueError):
         return False

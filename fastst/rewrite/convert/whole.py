@@ -19,6 +19,7 @@ from ...problem.conv3d import ConvProblem, ConvTensors
 from . import endings, readings
 from .begins import Begins, tell
 from .endings import Operation
+from .geometry import padding_of
 from .layouts import Call, call
 from .plain import plain_call
 from .promise import real
@@ -74,7 +75,7 @@ class Whole(Begins):
         if made is not None:
             return made
         x = real(x, f"{type(conv).__name__} {self.name}")
-        return self._run(Read({INPUT: x}, None, conv.padding, conv.padding_mode), weight, bias)
+        return self._run(Read({INPUT: x}, None, padding_of(conv), conv.padding_mode), weight, bias)
 
     def _run(self, chain: Read, weight: Any, bias: Any) -> Tensor | None:
         conv, x = self.conv, chain.tensors[INPUT]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -266,3 +268,58 @@ def test_a_planted_alias_of_a_frozen_norm_is_caught(monkeypatch: pytest.MonkeyPa
         plain, _, converted, _ = outputs_of_a_written_norm(write, "running_var", False)
         with pytest.raises(AssertionError):
             torch.testing.assert_close(converted, plain)
+
+
+def test_threads_share_a_model() -> None:
+    """Memory that one thread holds a clone of moves when another one reads it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv3d(16, 16, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(16), nn.ReLU(),
+        nn.Conv3d(16, 16, (3, 1, 1), padding=(1, 0, 0)), nn.BatchNorm3d(16),
+    ).eval()  # fmt: skip
+    served = fastst.optimize_for_inference(model)
+    x = torch.randn(2, 16, 4, 8, 8)
+    wrong: list[object] = []
+
+    def run(i: int) -> None:
+        with torch.no_grad():
+            truth = model(x + i)
+            for _ in range(40):
+                try:
+                    torch.testing.assert_close(served(x + i), truth)
+                except (AssertionError, RuntimeError) as error:
+                    wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong, wrong[0]
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0), "valid", (2, 2, 2)])
+def test_padding_written_where_modules_do_not_read_it(padding: object) -> None:
+    """With another mode than zeros PyTorch pads by what ``padding`` was at construction."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1)),
+        nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0)),
+        nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1), padding_mode="replicate"),
+        nn.BatchNorm3d(8), nn.ReLU(),
+        nn.Conv3d(8, 8, 3, padding=1, padding_mode="replicate"),
+    ).eval()  # fmt: skip
+    converted, served = copy.deepcopy(model), fastst.optimize_for_inference(model)
+    fastst.convert(converted)
+    x = torch.randn(1, 8, 4, 8, 8)
+    for one in (model, converted, served):
+        for i in (2, 5):
+            one[i].padding = padding  # type: ignore[index, assignment]
+    with torch.no_grad():
+        for one in (converted, served):
+            torch.testing.assert_close(one(x), model(x))
