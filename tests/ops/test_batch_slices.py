@@ -67,7 +67,7 @@ def test_random_gradients_are_right(
         limits = replace(limits, batch=3, channels=4, frames=2, space=3, work=1500)
     fuzz.fuzz(backend, cases, limits, least=1.0)
     assert set(swept) <= {2, 3}
-    assert len(swept) >= 0.8 * cases  # the others have no gradient clear of kinks
+    assert len(swept) >= 0.6 * cases  # the others have no gradient clear of kinks
 
 
 def problem_of(config: Config) -> Problem:

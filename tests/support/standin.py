@@ -22,7 +22,8 @@ from fastst.backends import cuda
 from fastst.backends.cuda import library
 from fastst.backends.triton import launch
 from fastst.machine import cache
-from fastst.ops import registered
+from fastst.ops import autograd, registered
+from fastst.problem.spec import Problem
 
 NAMES = ("NVIDIA H200", "NVIDIA H200", "NVIDIA A100-SXM4-80GB")
 CAPABILITIES = ((9, 0), (9, 0), (8, 0))
@@ -214,6 +215,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch, native: bool = False) -> Iterator[N
         with Tensors():  # which PyTorch takes off as it calls an op
             return inside(device, implementation, *args)
 
+    def problem(*args: Any) -> Any:  # in backward, where no mode is
+        with Tensors():
+            return Problem.of(*args)
+
     monkeypatch.setattr(registered, "without_autocast", op)
+    monkeypatch.setattr(autograd, "Problem", SimpleNamespace(of=problem))
     with Tensors():
         yield

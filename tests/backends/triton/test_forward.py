@@ -418,7 +418,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         assert why is None if told is None else told in (why or "")
     if DEVICE == "cpu":
         assert "TRITON_INTERPRET" in (backend.BACKEND.why_not(problem, "forward") or "")
-    monkeypatch.setattr(backend.launch, "found", lambda: (None, "needs a working Triton: …"))
+    monkeypatch.setattr(backend.launch, "load_kernels", lambda: (None, "needs a working Triton: …"))
     assert "needs a working Triton" in (backend.BACKEND.why_not(on_gpu, "forward") or "")
 
 
