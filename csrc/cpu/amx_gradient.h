@@ -58,7 +58,7 @@ class AmxGroup {
 
  private:
   static constexpr int kVectors = AmxPairs::kMostVectors, kLefts = most_lefts(kVectors);
-  // Pairs, before they are added to others, at least, and at most with one stretch more.
+  // So many pairs, and the rest of their stretch, are summed before they are added to others.
   static constexpr int64_t kLongestAmxSum = 4 * kLongestSum;
 
   // How dy of a box lies: for each channel frames, of rows `row` apart if x is read in one stretch
