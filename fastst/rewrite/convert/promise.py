@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from types import NoneType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType, NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from .kept import CannotDefer, Kept
@@ -27,6 +28,10 @@ _make: Callable[..., Any] = Tensor._make_wrapper_subclass
 _set_throw = torch._C._set_throw_on_mutable_data_ptr
 
 
+Gates = Mapping[Tensor, Tensor]
+_NO_GATES: Gates = MappingProxyType({})
+
+
 class Link:
     """One call in a chain: how to compute it, and what all calls up to it are as one operation.
 
@@ -37,7 +42,8 @@ class Link:
         kept: the other tensors that the call reads; ``reads``: all that the chain reads.
         state: in which it was called.
         value: the result, once somebody wanted it; ``held``: it as it was then, while others may
-            read it.
+            read it; ``edge``: where gradients of it went then; ``written``: the node that has made
+            what it is since; ``unseen``: a write was noticed too late to tell who read it.
         readers: how many links have this one before them.
         views: links that see the memory of the value, or a copy of it; ``sees``: this is one;
             ``viewed``: this or one before it is.
@@ -48,8 +54,9 @@ class Link:
     """
 
     __slots__ = (
-        "__weakref__", "asked", "before", "dtype", "held", "kept", "plan", "promise", "readers",
-        "reads", "run", "sees", "shape", "state", "taken", "value", "version", "viewed", "views",
+        "__weakref__", "asked", "before", "dtype", "edge", "held", "kept", "plan", "promise",
+        "readers", "reads", "run", "sees", "shape", "state", "taken", "unseen", "value", "version",
+        "viewed", "views", "written",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +74,9 @@ class Link:
         self.value: Tensor | None = None
         self.held: Kept | None = None
         self.version: int | None = None
+        self.edge: GradientEdge | None = None
+        self.written: Any = None
+        self.unseen = False
         self.readers, self.sees, self.taken, self.asked = 0, False, False, False
         self.promise: Callable[[], Promise | None] = _nobody
         self.views: list[weakref.ref[Link]] = []
@@ -132,6 +142,8 @@ class Link:
         if self.value is None:
             self.value = value = self._computed(source)
             self.version = None if value.is_inference() else value._version
+            self.written = node = value.grad_fn
+            self.edge = None if node is None else GradientEdge(node, value.output_nr)
             if self.readers:
                 self.hold()
             for view in filter(None, (ref() for ref in self.views)):
@@ -142,7 +154,7 @@ class Link:
         """The value in memory of its own, whatever has been written to another one."""
         return self._computed(None if self.before is None else self.before.current())
 
-    def _computed(self, source: Tensor | None) -> Tensor:
+    def _computed(self, source: Tensor | None, gates: Gates = _NO_GATES) -> Tensor:
         what, state = self.plan.name or "the model", self.state
         ended = state.hooks is not None and not state.hooked
         with _leaves_as_they_were(kept for _, kept in self.kept if kept.switched):
@@ -152,15 +164,16 @@ class Link:
             released = [kept for _, kept in self.kept if kept.same]
             for kept in released:  # by address, kernels would make memory of its own for a clone
                 kept.release()
+            given = {name: gates.get(t, t) for name, t in tensors.items()} if gates else tensors
             with state.restored():
-                value = self.run(source, **tensors)
+                value = self.run(source, **given)
         for kept in released:
             kept.held_again()
         return value
 
-    def again(self) -> Tensor:
-        """The value with a graph of its own."""
-        return self._computed(None if self.before is None else self.before.again())
+    def again(self, gates: Gates = _NO_GATES) -> Tensor:
+        """The value with a graph of its own; ``gates``: what it reads in the place of tensors."""
+        return self._computed(None if self.before is None else self.before.again(gates), gates)
 
     def replayed(self, source: Link, value: Tensor) -> Tensor:
         """What the calls after a link make of another value than that of the link."""
@@ -180,8 +193,8 @@ class Link:
             return self.value
         if self.asked:  # another value would have no hooks
             raise RuntimeError(
-                f"fastst: the output of {self.plan.name or 'the convolution'} was written to after "
-                "its gradient was asked for and before what reads it was computed; write to a clone"
+                f"fastst: {_output_of(self)} was written to after its gradient was asked for and "
+                "before what reads it was computed; write to a clone"
             )
         return self._fresh()
 
@@ -230,36 +243,148 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
             return (None,) * (2 + len(ctx.tensors))
-        wanted = [t for t in ctx.tensors if t.requires_grad]  # which may have been frozen since
-        graph = torch.is_grad_enabled()
+        link: Link = ctx.link
+        # Some may have been frozen since. One that is read twice gets all of its gradient once.
+        wanted = list(dict.fromkeys(t for t in ctx.tensors if t.requires_grad))
+        if _are_made_of_others(wanted):
+            # x is made of a weight: the weight's gradient from here is that which passes x by.
+            with torch.enable_grad():
+                gates = {t: _Gate.apply(t) for t in wanted if not t.is_leaf}
+            value = _with_own_graph(link, gates)
+            with _closed(gates.values()):
+                grads = _gradients(value, [gates.get(t, t) for t in wanted], grad)
+        else:
+            value = link.compute()
+            _check_writes(link)
+            try:
+                grads = _gradients(link.edge or value, wanted, grad)
+            except RuntimeError as error:  # backward of another reader has freed the graph
+                if "backward through the graph a second time" not in str(error):
+                    raise
+                grads = _gradients(_with_own_graph(link, cause=error), wanted, grad)
+        found = dict(zip(wanted, grads, strict=True))
+        return None, None, *(found.pop(t, None) for t in ctx.tensors)
 
-        def gradients(value: Tensor) -> Iterator[Tensor | None]:
-            return iter(torch.autograd.grad(
-                value, wanted, grad, retain_graph=True, allow_unused=True, create_graph=graph
-            ))  # fmt: skip
 
-        try:
-            grads = gradients(ctx.link.compute())
-        except RuntimeError as error:
-            if "backward through the graph a second time" not in str(error):
-                raise
-            if ctx.link.separate:  # whose hooks another graph would not have
-                raise needs_clone(ctx.link) from error
-            grads = gradients(ctx.link.again())  # backward of another reader has freed the graph
-        return None, None, *(next(grads) if t.requires_grad else None for t in ctx.tensors)
+class _WrittenNode(torch.autograd.Function):
+    """The same of a promise whose value autograd has seen somebody write to."""
+
+    @staticmethod
+    def forward(ctx: Any, link: Link, dtype: torch.dtype, value: Tensor) -> Any:
+        ctx.link, ctx.written = link, value.grad_fn
+        ctx.set_materialize_grads(False)
+        return _wrap(link, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if ctx.link.value.grad_fn is not ctx.written:
+            _check_writes(ctx.link)
+        return None, None, grad
 
 
-OURS: Any = _Node._backward_cls
+def _check_writes(link: Link) -> None:
+    """
+    Raises:
+        RuntimeError: nothing tells whether what C++ has read was written to before or after that.
+    """
+    _notice_writes(link)
+    if link.unseen:
+        raise RuntimeError(
+            f"fastst: {_output_of(link)} was read by a custom autograd function, and a view of it "
+            "was written to; give the function a clone"
+        )
+
+
+def _notice_writes(link: Link) -> None:
+    """Notice writes that autograd has seen, and nobody told of: through a view, say."""
+    if link.value is not None and link.value.grad_fn is not link.written:
+        link.unseen = True
+
+
+def _gradients(
+    value: Tensor | GradientEdge, wanted: list[Tensor], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(
+        value, wanted, grad, retain_graph=True, allow_unused=True,
+        create_graph=torch.is_grad_enabled(),
+    )  # fmt: skip
+
+
+def _with_own_graph(
+    link: Link, gates: Gates = _NO_GATES, cause: BaseException | None = None
+) -> Tensor:
+    if link.separate:  # whose hooks another graph would not have
+        raise needs_clone(link) from cause
+    return link.again(gates)
+
+
+def _are_made_of_others(tensors: list[Tensor]) -> bool:
+    """Whether a gradient of one of them goes on to another one."""
+    edges = {_edge(t): t for t in tensors}
+    return len(tensors) > 1 and any(
+        edges.get(edge, t) is not t
+        for t in tensors
+        if not t.is_leaf
+        for edge in _edges_behind(_edge(t))
+    )
+
+
+def _edge(t: Tensor) -> tuple[Any, int]:
+    edge = get_gradient_edge(t)
+    return edge.node, edge.output_nr
+
+
+def _edges_behind(edge: tuple[Any, int]) -> set[tuple[Any, int]]:
+    """All edges of autograd's graph to which a gradient of one goes on."""
+    seen, open_ = set(), [edge]
+    while open_:
+        for behind in open_.pop()[0].next_functions:
+            if behind[0] is not None and behind not in seen:
+                seen.add(behind)
+                open_.append(behind)
+    return seen
+
+
+class _Gate(torch.autograd.Function):
+    """A tensor itself, whose gradient may be kept from going on."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        ctx.closed = False
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
+        return None if ctx.closed else grad
+
+
+@contextlib.contextmanager
+def _closed(gates: Iterable[Tensor]) -> Iterator[None]:
+    nodes: list[Any] = [gate.grad_fn for gate in gates]
+    for node in nodes:
+        node.closed = True
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.closed = False
+
+
+OURS: Any = _Node._backward_cls, _WrittenNode._backward_cls
 # Without the search for functorch's wrappers, which are never among what a promise reads.
 _seen_by_autograd: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
+_seen_as_written: Callable[..., Any] = super(torch.autograd.Function, _WrittenNode).apply
 
 
 def needs_clone(link: Link) -> RuntimeError:
     return RuntimeError(
-        f"fastst: the output of {link.plan.name or 'the convolution'}, or what was made of it, was "
-        "read by a custom autograd function, which requires a clone of it where its gradient is "
-        "asked for as well"
+        f"fastst: {_output_of(link)}, or what was made of it, was read by a custom autograd "
+        "function, which requires a clone of it where its gradient is asked for as well"
     )
+
+
+def _output_of(link: Link) -> str:
+    return f"the output of {link.plan.name or 'the convolution'}"
 
 
 class _Read(torch.autograd.Function):
@@ -284,15 +409,17 @@ def _wrap(link: Link, dtype: torch.dtype) -> Promise:
 def promise(link: Link) -> Promise:
     """The promise of what a link computes, whose dtype it knows."""
     dtype = link.dtype
-    made: Promise
     if link.state.grad:
         tensors = [kept.tensor for _, kept in link.reads if kept.needs_grad]
         if tensors:
-            made = _seen_by_autograd(link, dtype, *tensors)
-            made.link, made.differentiable, link.promise = link, True, weakref.ref(made)
-            return made
+            return _differentiable(link, _seen_by_autograd(link, dtype, *tensors))
     made = _wrap(link, dtype)
     made.link = link
+    return made
+
+
+def _differentiable(link: Link, made: Promise) -> Promise:
+    made.link, made.differentiable, link.promise = link, True, weakref.ref(made)
     return made
 
 
@@ -313,6 +440,9 @@ class Promise(Tensor):
             if made is not NotImplemented:
                 return made
         reals, kwargs = _reals(args, func), _reals(kwargs or {}, func)
+        for p in args:
+            if type(p) is Promise:
+                _notice_writes(p.link)
         with _unseen():
             result = func(*reals, **kwargs)
         if torch.compiler.is_compiling():  # of a part of the model: Dynamo guards all that is read
@@ -393,17 +523,24 @@ def _is_in_place(func: Any) -> bool:
 
 def _resemble(values: Any) -> None:
     """Let promises tell what their values are, which a call may have changed: ``u.resize_(0)``,
-    ``u.transpose_(0, 1)``, ``u.data = ...``, ``u.detach_()``."""
+    ``u.transpose_(0, 1)``, ``u.data = ...``, ``u.detach_()``, ``u.add_(w)``."""
     for p in values:
         if type(p) is not Promise or p.link.value is None:
             continue
         link, value = p.link, p.link.value
         with _unseen():
             detached = isinstance(p.grad_fn, OURS) and not value.requires_grad
-        if not detached and (value.shape, value.dtype) == (link.shape, link.dtype):
+        written = value.requires_grad and value.grad_fn is not link.written
+        alike = (value.shape, value.dtype) == (link.shape, link.dtype)
+        if alike and not detached and not written:
             continue
-        link.shape, link.dtype = value.shape, value.dtype
-        _become(p, _wrap(link, link.dtype) if detached else promise(link))
+        link.shape, link.dtype, link.written = value.shape, value.dtype, value.grad_fn
+        if written:
+            other = _differentiable(link, _seen_as_written(link, link.dtype, value))
+        else:
+            other = _wrap(link, link.dtype) if detached else promise(link)
+        _become(p, other)
+        link.promise = weakref.ref(p)
 
 
 def _become(p: Promise, other: Promise) -> None:

@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
 from torch.utils.checkpoint import checkpoint
 
 import fastst
-from tests.rewrite.convert.programs.helpers import Doubles
+from tests.rewrite.convert.programs.helpers import Doubles, Scale
 from tests.rewrite.convert.test_promise import BODIES, Block, Reverse
 
 
@@ -240,3 +240,71 @@ def test_what_leaves_a_custom_function_has_its_gradient(call: Any, how: Any, gra
     """Its own, or none where nothing that it was given needs one."""
     x = torch.randn(2, 4, 5, 6, 6, dtype=torch.float64, requires_grad=grad)
     gradients_as_plain(lambda: Block(lambda m, x: call(m, how(m.s, x))), x)
+
+
+class Square(Block):
+    """All of whose convolutions have four channels."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__(body)
+        self.s = nn.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1))
+        self.n, self.t = nn.BatchNorm3d(4), nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0))
+
+
+READ: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "called twice": lambda m, x: Doubles.apply(m.s(m.s(x))),
+    "called twice, with a norm": lambda m, x: Doubles.apply(m.n(m.s(m.n(m.s(x))))),
+    "called on what its weight made": lambda m, x: Doubles.apply(F.relu(m.s(x * m.s.weight.sum()))),
+    "of a weight that is made of its own": lambda m, x: Doubles.apply(
+        torch.func.functional_call(m.s, {"weight": m.s.weight * x.mean()}, (x,))
+    ),
+    "a pair called twice": lambda m, x: Doubles.apply(m.t(m.s(m.t(m.s(x))))),
+    "both": lambda m, x: Doubles.apply(u := m.s(m.s(x))) * u,
+    "written to": lambda m, x: Doubles.apply(m.s(x).add_(m.t.weight.mean())),
+    "written to twice": lambda m, x: Doubles.apply(m.s(x).mul_(2).add_(m.t.weight.mean())),
+    "read and written to": lambda m, x: Scale.apply(u := m.s(x)) + u.mul_(m.t.weight.mean()),
+    "read, written to, read": lambda m, x: (
+        Scale.apply(u := m.s(x)) + Scale.apply(u.mul_(3)) - u.add_(m.t.weight.sum())
+    ),
+    "filled": lambda m, x: Doubles.apply(F.silu(u := m.s(x)).copy_(m.t(u))),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("call", READ.values(), ids=READ)
+def test_what_custom_functions_read(call: Any, frozen: bool, grad: bool) -> None:
+    """Gradients of weights that x is made of as well, and of what was written to a promise."""
+
+    def build() -> nn.Module:
+        block = Square(lambda m, x: call(m, x))
+        block.s.requires_grad_(not frozen)
+        return block
+
+    x = torch.randn(2, 4, 5, 6, 6, dtype=torch.float64, requires_grad=grad)
+    gradients_as_plain(build, x)
+
+
+@pytest.mark.parametrize("call", READ.values(), ids=READ)
+def test_second_gradients_of_what_custom_functions_read(call: Any) -> None:
+    found, block = [], Square(lambda m, x: call(m, F.silu(x))).double().eval()
+    x = torch.randn(1, 4, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    for converted in (False, True):
+        if converted:
+            fastst.convert(block)
+        leaves = [x, block.s.weight]
+        first = torch.autograd.grad(block(x).square().sum(), leaves, create_graph=True)
+        total: Any = sum(g.square().sum() for g in first)
+        found.append([*first, *torch.autograd.grad(total, leaves)])
+    torch.testing.assert_close(*found)
+
+
+def test_views_written_to_between_two_custom_functions() -> None:
+    """Which of the two read what was written, nothing tells."""
+    block = Square(lambda m, x: m.s(x))
+    fastst.convert(block)
+    u = block(torch.randn(2, 4, 5, 6, 6))
+    v = u[:, :2]
+    v.mul_(block.t.weight.mean())
+    with pytest.raises(RuntimeError, match="give the function a clone"):
+        Doubles.apply(u).sum().backward()
