@@ -136,7 +136,7 @@ def conv2plus1d(
         spec = problem.spec
         asking = Problem.of(tensors, spec._replace(outer_norm=True))
         if spec.norm == "batch" or not _is_taken_in(outer_norm, tensors, problem, asking):
-            y = _normed_pair(tensors, problem, values, norm, outer_norm, begun)
+            y = _norm_of_pair(tensors, problem, values, norm, outer_norm, begun)
             y = y if residual is None else y + residual
             y = activations.apply(spec.outer_activation, y, spec.slope)
             return y if batched else y.squeeze(0)
@@ -214,7 +214,7 @@ def _pair(
     return y, outer
 
 
-def _normed_pair(
+def _norm_of_pair(
     tensors: PairTensors,
     problem: PairProblem,
     values: int,
@@ -393,7 +393,7 @@ def conv3d(
         problem, asks = ConvProblem.of(tensors, spec), spec._replace(output_norm=True)
         checks.outer_norm("conv3d", output_norm, problem)
         if not _is_taken_in(output_norm, tensors, problem, ConvProblem.of(tensors, asks)):
-            y = _normed_conv3d(tensors, spec, batch, output_norm)
+            y = _norm_of_conv3d(tensors, spec, batch, output_norm)
             y = y if residual is None else y + residual
             y = activations.apply(spec.activation, y, spec.slope)
             return y if batched else y.squeeze(0)
@@ -422,7 +422,7 @@ def _conv3d(
     return y, found
 
 
-def _normed_conv3d(
+def _norm_of_conv3d(
     tensors: ConvTensors, spec: ConvSpec, norm: BatchNorm | None, output_norm: BatchNorm
 ) -> Tensor:
     """output_norm of the convolution alone, with statistics from its kernel if there are some."""

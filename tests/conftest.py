@@ -16,8 +16,9 @@ if not torch.cuda.is_available():
 
 import fastst
 from fastst.backends.cuda import library
-from fastst.machine import choices
-from tests.support import fuzz
+from fastst.backends.triton import launch
+from fastst.machine import choices, gpu
+from tests.support import fuzz, interpreter
 from tests.support.ranks import Ranks
 
 
@@ -76,6 +77,19 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
     return library.library()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    if launch.interpreted():
+        interpreter.quicken()
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tiles: the interpreter pays by the program, not by the element."""
+    if launch.interpreted():
+        monkeypatch.setattr(gpu, "processors", lambda capability: 1)
 
 
 @pytest.fixture(scope="session")

@@ -160,7 +160,7 @@ def hip(s: Setting) -> None:
 
 
 def cuda_runs(s: Setting) -> None:
-    if isinstance(found := library.emulated(), str):
+    if isinstance(found := library.load_emulated(), str):
         pytest.skip(found)
     with kernels(s.mp, native=True):
         assert set(step(pair(8, groups=8), 8)) == {"cuda"}  # depthwise

@@ -153,7 +153,7 @@ def _gradients(
 
 
 @lru_cache(maxsize=4096)
-def as_called(problem: Problem, phase: Phase) -> Problem:
+def strip_ending(problem: Problem, phase: Phase) -> Problem:
     """A problem as a call of a phase sees it: an op with gradients has no ending."""
     if phase == "forward" or isinstance(problem, ParallelProblem):
         return problem
@@ -176,7 +176,7 @@ def rehearse(
     instances: Callable[[Way, tuple[Any, Any]], Sequence[str]],
     smaller: Callable[[], Iterable[Smaller]],
 ) -> list[Later]:
-    """Examples that run the instances of ``problem``, as ``as_called`` gives it.
+    """Examples that run the instances of ``problem``, as ``strip_ending`` gives it.
 
     Args:
         found: its ways; those that bring no instance of their own are left out.

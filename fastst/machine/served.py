@@ -19,7 +19,7 @@ def serve(tensors: Iterable[Tensor]) -> None:
         _kept[t] = {}
 
 
-def made_of(tensors: Sequence[Tensor | None], key: Any, make: Callable[[], Made]) -> Made:
+def get_or_make(tensors: Sequence[Tensor | None], key: Any, make: Callable[[], Made]) -> Made:
     """What ``make`` returns; of served tensors as long as it is true, that of the last call.
 
     Args:

@@ -143,7 +143,7 @@ class Conv3d(nn.Conv3d):
         def run(fresh: Tensor, window: Tensor | None) -> Tensor:
             return self._run(fresh, residual, padding=self._sides(), past=window)
 
-        y, after = advance(past, x, stride, reach, run, self._read)
+        y, after = advance(past, x, stride, reach, run, self._z_of)
         return x.new_empty(self._shape_without_frames(x)) if y is None else y, after
 
     def _norm(self) -> Any:
@@ -155,7 +155,7 @@ class Conv3d(nn.Conv3d):
             found, why = _norm_arguments(norm, x, self.norm_per_frame)
             if why is not None:
                 dispatch.fall_back("the input norm of a Conv3d", why)
-                x = self._normalised(x)
+                x = self._apply_norm(x)
         y: Tensor = functional.conv3d(
             x, self.weight, self.bias, self.stride, dilation=self.dilation, groups=self.groups,
             padding_mode=self.padding_mode, input_norm=found,
@@ -166,18 +166,18 @@ class Conv3d(nn.Conv3d):
             norm.num_batches_tracked.add_(1)
         return y
 
-    def _read(self, x: Tensor) -> Tensor:
+    def _z_of(self, x: Tensor) -> Tensor:
         """z of x, by PyTorch's operators."""
-        v = self._normalised(x)
+        v = self._apply_norm(x)
         return activations.apply(self.input_activation, v, self.negative_slope).to(x.dtype)
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def _apply_norm(self, x: Tensor) -> Tensor:
         """The norm called as a module."""
         norm = self._norm()
         if norm is None:
             return x
         if x.dim() == 4:
-            return self._normalised(x.unsqueeze(0)).squeeze(0)
+            return self._apply_norm(x.unsqueeze(0)).squeeze(0)
         if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1:
             return norm(x.movedim(1, -1)).movedim(-1, 1)
         if self.norm_per_frame:
@@ -203,7 +203,7 @@ class Conv3d(nn.Conv3d):
         shape = (*x.shape[:2], skip + left, *x.shape[3:])
         if self._geometry().padding_mode[1] == "zeros":
             return x.new_zeros(shape)
-        return self._read(x[:, :, :1]).expand(shape)
+        return self._z_of(x[:, :, :1]).expand(shape)
 
     def _shape_without_frames(self, x: Tensor) -> tuple[int, ...]:
         sides = self._sides()

@@ -312,7 +312,7 @@ def why_foreign(
             or child._backward_pre_hooks
         ):
             return f"its {label} has hooks"
-        replaced = _replaced_method(child)
+        replaced = _find_replaced_method(child)
         if replaced is not None:
             return f"the {replaced} of its {label} was replaced"
     if torch_module._has_any_global_hook():
@@ -340,7 +340,7 @@ class _Methods(NamedTuple):
         return cls(names, read, tuple(m if is_own(m) else None for m in read(kind)))
 
 
-def _replaced_method(module: nn.Module) -> str | None:
+def _find_replaced_method(module: nn.Module) -> str | None:
     """The method of a module that somebody replaced, on the module or on its class."""
     kind, here = type(module), module.__dict__
     known = _OWN_METHODS[kind]

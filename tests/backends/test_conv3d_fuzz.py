@@ -74,7 +74,7 @@ def _drops_past(real: Any, problem: Any, t: Any, *rest: Any) -> Any:
 
 def _pads_x(patch: pytest.MonkeyPatch) -> None:
     """Zeros go through norm and activation."""
-    real = on_aten._normalised
+    real = on_aten._apply_norm
 
     def normalised(problem: Any, t: Any, x: torch.Tensor, *statistics: Any) -> torch.Tensor:
         v = real(problem, t, x, *statistics)
@@ -82,7 +82,7 @@ def _pads_x(patch: pytest.MonkeyPatch) -> None:
         edge[..., 1:-1] = 1
         return v * edge + (1 - edge) * real(problem, t, x * 0, *statistics)
 
-    patch.setattr(on_aten, "_normalised", normalised)
+    patch.setattr(on_aten, "_apply_norm", normalised)
 
 
 def _running_variance_is_biased(patch: pytest.MonkeyPatch) -> None:

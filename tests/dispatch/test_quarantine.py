@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -102,83 +102,59 @@ def planted(backend: Any, plant: str, mp: pytest.MonkeyPatch) -> None:
 
 
 def one_after_the_other(
-    backend: Any, plants: list[str], folder: Path, mp: pytest.MonkeyPatch
+    backend: Any, plants: Sequence[str], last: str, folder: Path, mp: pytest.MonkeyPatch
 ) -> None:
-    """Each is survived by the process that checks: the next one is asked of the same."""
+    """The process that checks survives each, as the next is asked of the same; the last ends it."""
     file = folder / "plant"
     mp.setenv("FASTST_TEST_PLANT", f"@{file}")
     seen = set()
-    for plant in plants:
+    for plant in (*plants, last):
         file.write_text(plant)
         mp.setenv("FASTST_CACHE", str(folder / plant))
+        if plant == "hang":  # of a process that has answered: its start is no part of the time
+            mp.setenv("FASTST_CHECK_SECONDS", "6")
         selfcheck.forget()
         planted(backend, plant, mp)
         seen.add(quarantine._process)
     (process,) = seen
-    assert process is not None and process.alive()
+    assert process is not None and not process.alive()
 
 
+@pytest.mark.slow
 def test_planted_in_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plants = [
-        "wrong",
-        "nan",
-        "unequal",
-        "compile",
-        "oom",
-        "no gcc",
-        "gcc",
-        "disk",
-        "busy",
-        "around",
-    ]
-    one_after_the_other(triton.BACKEND, plants, tmp_path, monkeypatch)
+    plants = (
+        "wrong", "nan", "unequal", "compile", "oom", "no gcc", "gcc", "disk", "busy", "around",
+    )  # fmt: skip
+    one_after_the_other(triton.BACKEND, plants, "hang", tmp_path, monkeypatch)
 
 
 def test_planted_in_emulated_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulating(monkeypatch)
-    one_after_the_other(cuda.BACKEND, ["wrong", "oom", "unequal"], tmp_path, monkeypatch)
+    plants = "wrong", "oom", "unequal"
+    one_after_the_other(cuda.BACKEND, plants, "fault", tmp_path, monkeypatch)
 
 
 def emulating(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
-    if isinstance(found := library.emulated(), str):
+    if isinstance(found := library.load_emulated(), str):
         pytest.skip(found)
-
-
-def lethal(backend: Any, plant: str, mp: pytest.MonkeyPatch) -> None:
-    mp.setenv("FASTST_TEST_PLANT", plant)
-    planted(backend, plant, mp)
-    assert quarantine._process is not None and not quarantine._process.alive()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "plant", ["SIGSEGV", *(pytest.param(p, marks=pytest.mark.thorough) for p in ("exit", "ends"))]
-)
-def test_planted_in_triton_ends_the_other_process(
-    plant: str, monkeypatch: pytest.MonkeyPatch
+    ("backend", "plant"),
+    [
+        (triton.BACKEND, "SIGSEGV"), (cuda.BACKEND, "SIGTERM"),
+        *(pytest.param(triton.BACKEND, p, marks=pytest.mark.thorough) for p in ("exit", "ends")),
+    ],
+)  # fmt: skip
+def test_what_ends_the_other_process(
+    backend: Any, plant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lethal(triton.BACKEND, plant, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("plant", ["fault", "SIGTERM"])
-def test_planted_in_emulated_cuda_ends_the_other_process(
-    plant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    emulating(monkeypatch)
-    lethal(cuda.BACKEND, plant, monkeypatch)
-
-
-@pytest.mark.slow
-def test_a_hang_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a process that has answered before, so that its start is no part of the time."""
-    one_after_the_other(triton.BACKEND, ["wrong"], tmp_path, monkeypatch)
-    monkeypatch.setenv("FASTST_CHECK_SECONDS", "6")
-    (tmp_path / "plant").write_text("hang")
-    monkeypatch.setenv("FASTST_CACHE", str(tmp_path / "hang"))
-    selfcheck.forget()
-    planted(triton.BACKEND, "hang", monkeypatch)
+    if backend is cuda.BACKEND:
+        emulating(monkeypatch)
+    monkeypatch.setenv("FASTST_TEST_PLANT", plant)
+    planted(backend, plant, monkeypatch)
     assert quarantine._process is not None and not quarantine._process.alive()
 
 
@@ -238,23 +214,31 @@ def test_files_where_the_caller_is_hide_no_modules(
 
 
 @pytest.mark.slow
-def test_ranks_share_one_check(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use CUDA")
+def test_ranks_share_one_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several processes at once: one check, one verdict."""
-    code = (
-        "from fastst.backends import triton\n"
-        "from fastst.dispatch import quarantine, selfcheck\n"
-        "from tests.dispatch.test_quarantine import problem\n"
-        "first = quarantine.ask\n"
-        f"def checked(r): open({str(tmp_path / 'asked')!r}, 'a').write('x'); return first(r)\n"
-        "quarantine.ask = checked\n"
-        "print(selfcheck.why_broken(triton.BACKEND, problem(), 'forward'))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
-        for _ in range(3)
-    ]
-    assert {rank.communicate(timeout=550)[0].strip() for rank in ranks} == {b"None"}
+    ask = quarantine.ask
+
+    def counted(request: quarantine.Request) -> str:
+        with (tmp_path / "asked").open("a") as file:
+            file.write("x")
+        return ask(request)
+
+    monkeypatch.setattr(quarantine, "ask", counted)
+    fork = multiprocessing.get_context("fork")
+    verdicts = fork.Queue()
+
+    def rank() -> None:
+        verdicts.put(selfcheck.why_broken(triton.BACKEND, problem(), "forward"))
+        if quarantine._process is not None:
+            quarantine._process.end()
+
+    ranks = [fork.Process(target=rank) for _ in range(3)]
+    for process in ranks:
+        process.start()
+    assert [verdicts.get(timeout=550) for _ in ranks] == [None] * 3
+    for process in ranks:
+        process.join()
     assert (tmp_path / "asked").read_text() == "x"
 
 
@@ -384,7 +368,7 @@ def test_the_command_prints_a_table(
 
     monkeypatch.setattr(quarantine, "ask", checked)
     monkeypatch.setenv("FASTST_CUDA_EMULATE", "1")
-    if isinstance(found := library.emulated(), str):
+    if isinstance(found := library.load_emulated(), str):
         pytest.skip(found)
     assert check.main([]) == 1
     lines = capsys.readouterr().out.splitlines()

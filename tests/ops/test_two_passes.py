@@ -44,6 +44,7 @@ def step(backend: str, halves: bool, groups: int, order: str) -> list[Tensor]:
     return [y.detach(), *grads, *running]
 
 
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("order", ["spatial-first", "temporal-first"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu", "aten"])

@@ -9,7 +9,8 @@ them, forward and backward, is run here until it has been seen not to::
 
 A crash, a result that is no rounding of the right one and what twice did not end in time are
 reported with their configuration and seed. Without arguments beside ``--cases`` all paths, dtypes,
-layouts and instruction sets are run, each from ``--first`` on.
+layouts and instruction sets are run, each from ``--first`` on. What a time limit ends (SIGTERM) is
+counted up to there.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,13 @@ class Outcome:
     counts: Counter[str] = field(default_factory=Counter)  # "right", "refused" and TROUBLE
     trouble: list[str] = field(default_factory=list)
 
+    def note(self, line: str) -> None:
+        """What the child says of one seed."""
+        what = line.split()[0]
+        self.counts[what] += 1
+        if what in TROUBLE:
+            self.trouble.append(f"{self.name}: {line.rstrip()}")
+
 
 def build_guard(folder: Path) -> Path:
     """guard.c as a library to preload.
@@ -90,8 +99,13 @@ def soak(
     guard: Path,
     threads: int = THREADS,
     seconds: float = SECONDS,
+    told: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
-    """Run the configurations of ``cases`` seeds in a child process that survives their crashes."""
+    """Run the configurations of ``cases`` seeds in a child process that survives their crashes.
+
+    Args:
+        told: is given what was found, also where this process is to end before the child.
+    """
     outcome = Outcome(f"{path} {dtype} {layout} {isa or 'best'}")
     environment = os.environ | {
         "LD_PRELOAD": str(guard), "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0",
@@ -99,17 +113,27 @@ def soak(
     environment |= {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
     child = ["--child", path, dtype, layout, str(first), str(cases), str(seconds)]
     module = ["-m", "tests.support.soak", *child]
-    done = subprocess.run(
-        [sys.executable, *module], cwd=ROOT, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    for line in done.stdout.splitlines():
-        what = line.split()[0]
-        outcome.counts[what] += 1
-        if what in TROUBLE:
-            outcome.trouble.append(f"{outcome.name}: {line}")
-    if done.returncode or sum(outcome.counts.values()) != cases:
-        raise RuntimeError(f"{outcome.name}: the child ended with {done.returncode}: {done.stderr}")
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, *module], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+            stderr=errors, text=True,
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                outcome.note(line)
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            told(outcome)
+        code = process.wait()
+        errors.seek(0)
+        if code or sum(outcome.counts.values()) != cases:
+            said = errors.read()
+            raise RuntimeError(f"{outcome.name}: the child ended with {code}: {said}")
     return outcome
 
 
@@ -298,16 +322,20 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     guard = build_guard(folder)
     total: Counter[str] = Counter()
-    drawn = options.paths, options.dtypes, options.layouts, options.isas
-    for path, dtype, layout, isa in itertools.product(*drawn):
-        outcome = soak(
-            path, dtype, layout, isa, options.first, options.cases, guard, options.threads,
-            options.seconds,
-        )  # fmt: skip
-        total += outcome.counts
+
+    def tell(outcome: Outcome) -> None:
+        total.update(outcome.counts)
         print(f"{outcome.name}, seeds from {options.first}: {dict(outcome.counts)}", flush=True)
         for line in outcome.trouble:
             print(f"  {line}", flush=True)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended before all were run"))
+    drawn = options.paths, options.dtypes, options.layouts, options.isas
+    for path, dtype, layout, isa in itertools.product(*drawn):
+        soak(
+            path, dtype, layout, isa, options.first, options.cases, guard, options.threads,
+            options.seconds, tell,
+        )  # fmt: skip
     print(f"in all {dict(total)}")
     sys.exit(any(total[what] for what in TROUBLE))
 

@@ -201,7 +201,7 @@ def _real(value: Any) -> Any:
 def kernels(monkeypatch: pytest.MonkeyPatch, native: bool = False) -> Iterator[None]:
     """Within it kernels run on such tensors: Triton's interpreted; ``native``: CUDA's emulated."""
     if native:
-        found = library.emulated()
+        found = library.load_emulated()
         names = [n for n in dir(found) if not n.startswith("__")]
         real: Any = ModuleType("native")  # which hashes, as the library does
         vars(real).update({n: getattr(found, n) for n in names})

@@ -32,7 +32,7 @@ def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
         mean, var = norms.moments(spec.norm_form, t.x, problem.accumulate_dtype)
     chunks, y = list(_chunks(problem)), problem.empty_output(t.x)
     for chunk in chunks:
-        z = _read(problem, t, mean, var, chunk)
+        z = _load_z(problem, t, mean, var, chunk)
         p = problem.conv._replace(padding=(*chunk.padding, *problem.conv.padding[2:]))
         part = conv_pass(z, t.weight, t.bias, p)
         if len(chunks) == 1 and part.stride() == y.stride():
@@ -86,7 +86,7 @@ def _chunks(problem: ConvProblem) -> Iterator[_Chunk]:
             yield _Chunk(slice(n, min(n + clips, problem.batch)), slice(o, last), read, pads)
 
 
-def _read(
+def _load_z(
     problem: ConvProblem, t: ConvTensors, mean: Tensor | None, var: Tensor | None, chunk: _Chunk
 ) -> Tensor:
     """z of the clips and frames of a chunk."""
@@ -99,7 +99,7 @@ def _read(
         norm, x = problem.spec.norm_form, t.x[chunk.clips, :, frames]
         part = norms.part_of_statistics
         mean, var = (part(norm, s, chunk.clips, frames) for s in (mean, var))
-        v = _normalised(problem, t, x, mean, var)
+        v = _apply_norm(problem, t, x, mean, var)
         owned = v is not x
         spec = problem.spec
         z = activations.apply(spec.input_activation, v, spec.slope, inplace=owned)
@@ -107,7 +107,7 @@ def _read(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _normalised(
+def _apply_norm(
     problem: ConvProblem, t: ConvTensors, x: Tensor, mean: Tensor | None, var: Tensor | None
 ) -> Tensor:
     """v, in the dtype of accumulation where there is a norm."""
@@ -123,7 +123,7 @@ def _norm(problem: ConvProblem, t: ConvTensors) -> norms.Norm:
 def conv3d_backward(call: ConvBackward) -> Gradients:
     problem, t, need = call.problem, call.tensors, call.need
     spec, wide = problem.spec, problem.accumulate_dtype
-    v = _normalised(problem, t, t.x, call.mean, call.var)
+    v = _apply_norm(problem, t, t.x, call.mean, call.var)
     z = activations.apply(spec.input_activation, v, spec.slope).to(t.x.dtype)
     read = z if t.past is None else torch.cat((t.past, z), 2)
     del z

@@ -37,14 +37,14 @@ from ..contract import (
 )
 from ..rehearsal import Calls
 from . import convolution, depthwise, examples, hopper
-from .library import Launcher, emulated, emulating, launching, load
+from .library import Launcher, emulating, launching, load, load_emulated
 
 
 def _why_not(problem: Problem, phase: Phase) -> str | None:
     if emulating():
         if problem.device.type != "cpu":
             return f"is emulated (FASTST_CUDA_EMULATE) and needs CPU tensors, not {problem.device}"
-        found = emulated()
+        found = load_emulated()
         return found if isinstance(found, str) else None
     if problem.device.type != "cuda" or torch.version.hip is not None:
         return f"needs an NVIDIA GPU, the tensors are on {problem.device}"

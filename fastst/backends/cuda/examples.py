@@ -20,7 +20,7 @@ from ...problem.examples import pair_tensors, problems, resembling
 from ...problem.spec import PairProblem, PairSpec, PairTensors, Problem, Triple
 from .. import rehearsal
 from ..contract import Example, Gradients, Later, PairBackward, Phase, gradient_example
-from ..rehearsal import POSITIONS, Smaller, Way, as_called
+from ..rehearsal import POSITIONS, Smaller, Way, strip_ending
 from . import depthwise, hopper
 from .hopper import examples as hopper_examples
 from .library import emulating
@@ -53,7 +53,7 @@ def rehearse(
     calls: rehearsal.Calls, problem: Problem, phase: Phase, way: str | None = None
 ) -> Sequence[Later]:
     """Run the instances of ``problem`` on few clips: all that blocks need for several waves."""
-    problem = as_called(problem, phase)
+    problem = strip_ending(problem, phase)
 
     def names(way: Way, made: tuple[Any, Any]) -> Sequence[str]:
         # Each way launches the same instances; only the first brings some of its own.

@@ -45,7 +45,7 @@ def emulating() -> bool:
 
 
 @functools.cache
-def emulated() -> ModuleType | str:
+def load_emulated() -> ModuleType | str:
     """The emulated library, built if need be, or why there is none."""
     if not _EMULATOR.exists():
         return "is emulated (FASTST_CUDA_EMULATE), which needs a source checkout with its tests"
@@ -76,7 +76,7 @@ def library() -> ModuleType:
     Raises:
         ImportError: there is none; says why.
     """
-    return native.require("cuda", emulated() if emulating() else load())
+    return native.require("cuda", load_emulated() if emulating() else load())
 
 
 @functools.cache

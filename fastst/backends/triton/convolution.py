@@ -23,7 +23,7 @@ from ..contract import ConvBackward, ConvResult, Gradients, Phase
 from . import arguments, plans, tiles
 from .backward import count_ways, pass_gradients
 from .gradients import channel_sums
-from .norm import gradients, moments, normalised
+from .norm import gradients, moments, write_z
 from .passes import PassConfig, candidates, coefficients, conv_pass
 from .passes import moments as combined
 
@@ -74,7 +74,7 @@ def _run(given: Sequence[Any], problem: ConvProblem, like: ConvProblem, rank: in
         prologue["in_activation"] = spec.input_activation
     else:
         z = _empty_z(problem, t.x, problem.size[0])
-        mean, var = normalised(problem, t, mean, var, z)
+        mean, var = write_z(problem, t, mean, var, z)
     y = problem.empty_output(t.x)
     partial, rows = conv_pass(
         problem.conv, z, t.weight, y, past=t.past, **prologue, shift=t.bias, residual=t.residual,
@@ -178,5 +178,5 @@ def _z(problem: ConvProblem, t: ConvTensors, mean: Tensor | None, var: Tensor | 
     if _plain(problem):
         z[:, :, past:].copy_(t.x)
     else:
-        normalised(problem, t, mean, var, z[:, :, past:])
+        write_z(problem, t, mean, var, z[:, :, past:])
     return z

@@ -38,7 +38,7 @@ def moments(problem: ConvProblem, x: Tensor) -> tuple[Tensor, Tensor]:
     return norms.of_sets(problem.spec.norm_form, mean, var, x.shape)
 
 
-def normalised(
+def write_z(
     problem: ConvProblem, t: ConvTensors, mean: Tensor | None, var: Tensor | None, z: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write z; it may have more channels than x.

@@ -52,7 +52,7 @@ def _run(
 ) -> PairResult:
     tensors, spec = PairTensors(*given), like.spec
     if not (save and not spec.recompute) and not spec.output_statistics:
-        kernel = way if way in single.available(like) else None if way else single.expected(like)
+        kernel = way if way in single.available(like) else None if way else single.predict(like)
         if kernel is not None:
             return _one_kernel(kernel, problem, tensors, like)
     rank = int(way.removeprefix("tiles ")) if way and way.startswith("tiles ") else 0
@@ -150,7 +150,7 @@ def _second_pass(given: Sequence[Tensor], problem: PairProblem) -> PairResult:
     }  # fmt: skip
     mid = begun.u.permute(0, 4, 1, 2, 3)
     if isinstance(config, configs.TapConfig):
-        mid = _activated(begun.u, after, spec.slope, begun.u.new_empty)
+        mid = _activate(begun.u, after, spec.slope, begun.u.new_empty)
     partial, rows = conv_pass(
         problem.passes[1], mid, tensors.second_weight, y, statistics=spec.output_statistics, **after
     )
@@ -197,7 +197,7 @@ def _two_passes(
     else:
         conv_pass(first, x, w1, mid, **before)
     if isinstance(two, configs.TapConfig):
-        mid = _activated(mid_rows, after, spec.slope, mid_rows.new_empty if keep else None)
+        mid = _activate(mid_rows, after, spec.slope, mid_rows.new_empty if keep else None)
     y = problem.empty_output(x)  # only now: the first pass may have read a copy of x
     partial, rows = conv_pass(second, mid, w2, y, statistics=spec.output_statistics, **after)
     out_mean = out_var = None
@@ -206,7 +206,7 @@ def _two_passes(
     return PairResult(y, mid_rows if keep else None, mean, var, count, True, out_mean, out_var)
 
 
-def _activated(
+def _activate(
     u: Tensor, after: dict[str, Any], slope: float, empty: Callable[..., Tensor] | None
 ) -> Tensor:
     """What a dense second pass reads, for what ``after`` asks of it; into u without ``empty``."""

@@ -1,6 +1,6 @@
 """Calls that are planned once: what is allocated and launched, for tensors of known strides.
 
-The host code of the backend runs on tensors without memory and is recorded: each launch with the
+The host code of the backend runs on tensors without memory and is record: each launch with the
 kernel that was compiled for it, the few operators of PyTorch, and when memory is needed first and
 last. Later calls of the same kind only do what the recording says, with their own addresses. What
 makes two calls the same is all that host code and compiler see: the problem and settings, and of
@@ -126,7 +126,7 @@ Step = Allocation | Launch | Interpreted | Operation | Drop
 
 @dataclass
 class Plan:
-    """A recorded call."""
+    """A record call."""
 
     device: torch.device
     memories: int
@@ -164,7 +164,7 @@ class Recorder(TorchDispatchMode):
         self.steps: list[Step] = []
         self.early: list[Step] = []  # before all of them
         self.waiting: dict[Callable[..., None], list[Any]] = {}  # what will be among those
-        self.begins = False  # whether those are recorded
+        self.begins = False  # whether those are record
         self.inputs = [self._input(t) for t in tensors]
 
     def _input(self, t: Tensor | None) -> Tensor | None:
@@ -172,11 +172,11 @@ class Recorder(TorchDispatchMode):
             self.memories.append(Memory(torch.empty(0, device="meta"), 0, None))
             return None
         like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-        known = self._known(like)
+        known = self._memory_of(like)
         known.address, known.allocation = t.data_ptr() % 16, None
         return like
 
-    def _known(self, t: Tensor) -> Memory:
+    def _memory_of(self, t: Tensor) -> Memory:
         """The memory of a tensor, which is new where it was not known."""
         storage = t.untyped_storage()._cdata
         if storage not in self.numbers:
@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
 
     def place(self, t: Tensor) -> Place:
         """Of a tensor that the next step uses."""
-        known = self._known(t)
+        known = self._memory_of(t)
         known.uses.append(-1 if self.begins else len(self.steps))
         offset = int(t.storage_offset()) * t.itemsize
         whole = t.shape == known.tensor.shape and t.stride() == known.tensor.stride()
@@ -196,7 +196,7 @@ class Recorder(TorchDispatchMode):
 
     def address(self, t: Tensor) -> int:
         """Of a tensor, modulo 16."""
-        return (self._known(t).address + int(t.storage_offset()) * t.itemsize) % 16
+        return (self._memory_of(t).address + int(t.storage_offset()) * t.itemsize) % 16
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -204,7 +204,7 @@ class Recorder(TorchDispatchMode):
         new = [t for t in found if t.untyped_storage()._cdata not in self.numbers]
         if func.overloadpacket.__name__.startswith(("empty", "new_empty")):
             for t in new:
-                self._known(t)
+                self._memory_of(t)
         elif new or func._schema.is_mutable:
             self.operation(func, args, kwargs or {}, new)
         return out
@@ -212,12 +212,12 @@ class Recorder(TorchDispatchMode):
     def operation(self, function: Any, args: Any, kwargs: Any, made: Sequence[Tensor]) -> None:
         """A step that makes tensors, or writes to those that there are."""
 
-        def recorded(a: Any) -> Any:
+        def record(a: Any) -> Any:
             if isinstance(a, torch.device):
                 return self.device
             return self.place(a) if isinstance(a, Tensor) else a
 
-        args, kwargs = tree_map(recorded, (args, kwargs))
+        args, kwargs = tree_map(record, (args, kwargs))
         numbers = tuple(self.place(t).number for t in made)
         for number in numbers:
             self.memories[number].allocation = None

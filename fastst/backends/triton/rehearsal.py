@@ -23,7 +23,7 @@ from ...problem.examples import KINDS, gradient_like, of_kind, problems, resembl
 from ...problem.spec import PairProblem, ParallelProblem, Pass, Problem
 from .. import rehearsal
 from ..contract import Example, Later, Phase
-from ..rehearsal import POSITIONS, Calls, Smaller, Way, as_called
+from ..rehearsal import POSITIONS, Calls, Smaller, Way, strip_ending
 from . import arguments, backward, convolution, launch, pair, tiles
 from .parallel import parallel_conv2plus1d
 from .parallel_backward import parallel_conv2plus1d_backward
@@ -43,7 +43,7 @@ def instances(problem: Problem, phase: Phase, way: str | None = None) -> Sequenc
 
 @lru_cache(maxsize=4096)
 def _instances(problem: Problem, phase: Phase, way: str | None, tf32: bool) -> tuple[str, ...]:
-    problem = as_called(problem, phase)
+    problem = strip_ending(problem, phase)
     with rehearsal.bare(problem.device):
         made = resembling(problem, problem.batch, problem.size)
         ways = rehearsal.ways(_calls(way), problem, phase)
@@ -71,7 +71,7 @@ def examples(kind: str, dtype: torch.dtype, device: torch.device) -> list[Later]
 def rehearse(problem: Problem, phase: Phase, way: str | None = None) -> list[Later]:
     """Run the instances of ``problem``, in a small part of its time."""
     way = way or choices.choice("triton", problem, phase)
-    problem = as_called(problem, phase)
+    problem = strip_ending(problem, phase)
     ways = rehearsal.ways(_calls(way), problem, phase)
     found = rehearsal.rehearse(
         problem, phase, ways, partial(_instance_names, problem, phase), partial(_smaller, problem)
@@ -90,7 +90,7 @@ def _compile_all(
     launch.compile_all(_kernels(problem, phase, ways), problem.device)
     batch = not isinstance(problem, ParallelProblem) and problem.spec.norm == "batch"
     if phase == "forward" and batch:  # in training: backward is the next to be needed
-        later = as_called(problem, "backward")
+        later = strip_ending(problem, "backward")
         ways = rehearsal.ways(
             _calls(choices.choice("triton", later, "backward")), later, "backward"
         )

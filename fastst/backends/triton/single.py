@@ -58,7 +58,7 @@ def fitting(problem: PairProblem) -> list[str]:
     return found
 
 
-def expected(problem: PairProblem) -> str | None:
+def predict(problem: PairProblem) -> str | None:
     """The one of ``available`` that is expected to be faster than two passes, if any."""
     spec = problem.spec
     size, dtype = problem.dtype.itemsize, problem.dtype

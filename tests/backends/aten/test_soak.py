@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,29 @@ def test_what_does_not_end_in_time_is_no_crash(guard: Path) -> None:
     found = soak.soak("passes", "float32", "contiguous", "", fuzz.SEED, 2, guard, seconds=0.0)
     assert found.counts == {"late": 2}
     assert all("did not end within 0 s" in line for line in found.trouble)
+
+
+def test_what_a_time_limit_ends_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = tmp_path / "child"
+    child.write_text("#!/bin/sh\nyes right\n")
+    child.chmod(0o755)
+    note = soak.Outcome.note
+
+    def limited(outcome: soak.Outcome, line: str) -> None:
+        note(outcome, line)
+        if outcome.counts["right"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(soak.Outcome, "note", limited)
+    monkeypatch.setattr(sys, "executable", str(child))
+    one = ["--paths", "passes", "--dtypes", "float32", "--layouts", "contiguous", "--isas", ""]
+    monkeypatch.setattr(sys, "argv", ["soak", *one])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="ended before all were run"):
+            soak.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "passes float32 contiguous best, seeds from 0: {'right': 3}" in capsys.readouterr().out

@@ -6,49 +6,13 @@ import importlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from fastst.backends import triton as backend
-from fastst.machine import gpu
-from tests.support.triton import DEVICE
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quick_interpreter() -> Iterator[None]:
-    """The interpreter without what it does again and again, or for nothing: half of its time.
-
-    Its functions are put into Triton's language for each launch and for each call of a device
-    function: here once. Every sum of integers is computed a second time, in 64 bits, to be compared
-    by an assertion that only runs in debug mode.
-    """
-    if DEVICE == "cuda":
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    nothing = SimpleNamespace(restore=lambda: None)
-    builder = interpreter.interpreter_builder
-    with (
-        mock.patch.object(interpreter, "_patch_lang", lambda fn: nothing),
-        mock.patch.object(builder, "options", replace(builder.options, sanitize_overflow=False)),
-    ):
-        yield
-
-
-@pytest.fixture
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large tiles: the interpreter pays by the program, not by the element."""
-    if DEVICE == "cpu":
-        assert backend.launch.interpreted()
-        monkeypatch.setattr(gpu, "processors", lambda capability: 1)
 
 
 @pytest.fixture

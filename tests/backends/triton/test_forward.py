@@ -49,7 +49,7 @@ def test_random_pairs_take_one_kernel(
 ) -> None:
     """Any stride, dilation, padding, norm, activation, residual: one launch writes y from x."""
     kernel = "direct_pair" if kind == "depthwise" else "pair_conv"
-    monkeypatch.setattr(single, "expected", lambda problem: kernel)
+    monkeypatch.setattr(single, "predict", lambda problem: kernel)
     sizes = {
         "depthwise": dict(groups=(3, 3), channels=3, mid=3, out=3),
         "grouped": dict(groups=(2, 2), channels=10, mid=12, out=6),
@@ -76,7 +76,7 @@ def test_random_pairs_take_one_kernel(
 def test_thin_pairs_take_one_kernel(
     groups: tuple[int, int], order: str, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(single, "expected", lambda problem: "direct_pair")
+    monkeypatch.setattr(single, "predict", lambda problem: "direct_pair")
     if order == "temporal-first":
         groups = groups[::-1]
     forward(Config(
@@ -138,7 +138,7 @@ def test_one_kernel_where_it_pays(
 ) -> None:
     monkeypatch.setattr(backend.launch, "tf32_allowed", lambda: False)
     monkeypatch.setattr(backend.launch, "capability", lambda device: (9, 0))
-    assert single.expected(described(**call)) == kernel
+    assert single.predict(described(**call)) == kernel
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_walks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(single, "expected", lambda problem: single.available(problem)[0])
+    monkeypatch.setattr(single, "predict", lambda problem: single.available(problem)[0])
     monkeypatch.setattr(tiles, "pieces", lambda *sizes: 2)
     one = Config(
         size=(3, 5, 4), batch=1, channels=4, mid=4, out=4, stride=(2, 2, 1), dilation=(1, 1, 2),

@@ -16,7 +16,6 @@ from tests.support.triton import DEVICE, check, planted_bugs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.usefixtures("few_programs")
-pytestmark = pytest.mark.usefixtures("few_programs")
 
 TINY = Limits(
     batch=2,

@@ -217,7 +217,6 @@ def train(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("norm", NORMS)
 def test_losses_and_running_statistics(norm: str) -> None:
     """In float64 nothing hides behind rounding."""
@@ -233,7 +232,6 @@ def test_losses_and_running_statistics(norm: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mixed_precision_with_a_gradient_scaler(dtype: torch.dtype) -> None:
     """Scaled, skipped on an overflow, and stepped as with the separate modules."""

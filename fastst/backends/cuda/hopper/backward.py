@@ -28,9 +28,9 @@ from .launches import (
     Gradient,
     Launches,
     Mid,
-    evenly_framed,
-    evenly_placed,
     rows_of,
+    space_frames_evenly,
+    space_pixels_evenly,
     spatial_gradient_tile,
     spatial_tile,
     stem_why_not,
@@ -76,7 +76,7 @@ def backward(
             mid = call.u.permute(0, 4, 1, 2, 3)
         elif packed.again is not None:
             mid = _recompute_u(launches, tensors, *packed.again)
-        dy = evenly_placed(call.dy_owner[0])
+        dy = space_pixels_evenly(call.dy_owner[0])
         if need.second_bias and not need.second_weight:
             dbt = k.sums(k.plain(dy), dy.shape)[0]
         if need.second_weight:
@@ -184,7 +184,7 @@ def _input_gradient(
 ) -> None:
     n, c, *size = dx.shape
     rows = dx
-    if c % ROW or evenly_framed(channels_last(dx)) is not dx:
+    if c % ROW or space_frames_evenly(channels_last(dx)) is not dx:
         rows = dx.new_empty(n, *size, round_up(c, ROW)).permute(0, 4, 1, 2, 3)
     launches.spatial_gradient(du, packed, rows_of(rows), tile)
     if rows is not dx:

@@ -14,8 +14,8 @@ from .tiles import (
     _TILE_CLOCKS,
     CLUSTERS,
     HopperTile,
+    clocks_in_cluster,
     issue_slots,
-    waited_for,
 )
 
 _GROUPS = 2  # warpgroups that multiply
@@ -55,7 +55,7 @@ class Axis:
     dilation: int
     before: int  # padding
 
-    def reached(self, span: int) -> list[int]:
+    def reach(self, span: int) -> list[int]:
         """Where the taps of a cell of ``span`` outputs lead, from its first place in du on."""
         before = (self.kernel - 1) * self.dilation - self.before
         steps = (o + k * self.dilation - before for k in range(self.kernel) for o in range(span))
@@ -63,7 +63,7 @@ class Axis:
 
     def boxes(self, span: int, cells: int) -> tuple[int, int, float]:
         """Tiles, places of a box, and how many of these exist on the average."""
-        reached, step = self.reached(span), span // self.stride
+        reached, step = self.reach(span), span // self.stride
         least, halo = min(reached), (cells - 1) * step + max(reached) - min(reached) + 1
         starts = [t * cells * step + least for t in range(math.ceil(self.size / (cells * span)))]
         there = sum(max(0, min(s + halo, self.out) - max(s, 0)) for s in starts)
@@ -90,7 +90,7 @@ def spatial_gradient(
         span = blocks // w.stride, w.stride
         if w.kernel > _MOST_TAPS or blocks % (h.stride * w.stride):
             continue
-        reached = h.reached(span[0])
+        reached = h.reach(span[0])
         reach, products = len(set(reached)), w.kernel * len(reached)
         column, taps = h.kernel * columns * _ROW, h.kernel * w.kernel
         for box in _boxes(frames, math.ceil(h.size / span[0]), math.ceil(w.size / span[1])):
@@ -127,7 +127,7 @@ def spatial_gradient(
                 if not walks:
                     continue
                 clocks *= math.ceil(tiles / walks)
-                order = waited_for(clocks, own, common, cluster), tiles, rows
+                order = clocks_in_cluster(clocks, own, common, cluster), tiles, rows
                 if best is None or order < best[0]:
                     grid = walks * cluster
                     best = order, GradientTile(columns, blocks, box, stages, grid, cluster, clocks)

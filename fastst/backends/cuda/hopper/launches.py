@@ -116,7 +116,7 @@ def rows_of(t: Tensor) -> Tensor:
     return t.as_strided(t.shape, strides)
 
 
-def evenly_placed(t: Tensor) -> Tensor:
+def space_pixels_evenly(t: Tensor) -> Tensor:
     """t in channels-last rows with the pixels of a frame evenly apart, or a copy that is so."""
     t = channels_last(t)
     apart = [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
@@ -124,7 +124,7 @@ def evenly_placed(t: Tensor) -> Tensor:
     return rows_of(t if even and 0 not in apart else t.clone(memory_format=torch.channels_last_3d))
 
 
-def evenly_framed(x: Tensor) -> Tensor:
+def space_frames_evenly(x: Tensor) -> Tensor:
     """x, or a copy, in which the frames of all clips are evenly apart."""
     if x.shape[0] == 1 or x.shape[2] == 1 or x.stride(0) == x.stride(2) * x.shape[2]:
         return x

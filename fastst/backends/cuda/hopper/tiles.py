@@ -92,7 +92,7 @@ def _in_turns(tiles: int, clocks: float, products: float, slots: float) -> float
     return tiles * max(clocks, (products + own) / GROUPS) + own
 
 
-def waited_for(clocks: float, own: float, common: float, cluster: int) -> float:
+def clocks_in_cluster(clocks: float, own: float, common: float, cluster: int) -> float:
     """What blocks that wait for each other are compared by."""
     return clocks * _CLUSTER_GAIN if cluster > 1 and common <= own else clocks
 
@@ -158,7 +158,7 @@ def spatial(
                         clocks = _in_turns(each, clocks, products, slots)
                     else:
                         clocks = each * (clocks + _TILE_CLOCKS + slots)
-                    cost = waited_for(clocks, own, common, cluster)
+                    cost = clocks_in_cluster(clocks, own, common, cluster)
                     order = cost, tiles, box[0] * math.prod(halo)
                     if best is None or order < best[0]:
                         shape = columns, groups, blocks, box, share, stages
@@ -252,7 +252,7 @@ def temporal(
                     continue
                 clocks = _clocks(busy, bytes_in, common, cluster) + _TILE_CLOCKS + slots
                 clocks *= math.ceil(tiles / walks)
-                order = waited_for(clocks, bytes_in, common, cluster), tiles, n
+                order = clocks_in_cluster(clocks, bytes_in, common, cluster), tiles, n
                 if best is None or order < best[0]:
                     shape = columns, GROUPS, frames, (n, frames, p), 1, stages
                     best = order, HopperTile(*shape, walks * cluster, cluster, clocks)

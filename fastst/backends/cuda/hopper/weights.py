@@ -13,7 +13,7 @@ from ....machine.gpu import round_up
 from ....problem.spec import PairProblem, Pass
 from ..depthwise import channels_last
 from ..library import Launcher
-from .launches import ROW, Gradient, Mid, _processors, evenly_framed, rows_of
+from .launches import ROW, Gradient, Mid, _processors, rows_of, space_frames_evenly
 from .packing import Table
 from .weight_tiles import TILES, Reach, WeightTile, weight_gradient
 
@@ -87,7 +87,7 @@ def spatial(
     narrow = is_narrow(p)
     if narrow and c < NARROW:  # rows of 16 bytes
         x = F.pad(x.permute(0, 2, 3, 4, 1), (0, NARROW - c)).permute(0, 4, 1, 2, 3)
-    x = evenly_framed(channels_last(x))
+    x = space_frames_evenly(channels_last(x))
     tile = spatial_tile(problem, 0 if du.u is None else 2, instances)
     (sums,) = k.sum_rows(_partials(k, du.g, du.u, x, p, tile, du.table, "none", narrow))
     if narrow:

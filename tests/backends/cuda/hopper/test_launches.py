@@ -139,12 +139,12 @@ def test_only_served_tensors_are_remembered() -> None:
     made = iter(range(9))
     plain, kept = torch.zeros(2), torch.zeros(2)
     served.serve([kept])
-    assert [served.made_of([plain], "", lambda: next(made)) for _ in range(2)] == [0, 1]
-    assert [served.made_of([kept], "", lambda: next(made)) for _ in range(2)] == [2, 2]
-    assert served.made_of([kept], "other", lambda: next(made)) == 3
-    assert served.made_of([kept, plain], "", lambda: next(made)) == 4
+    assert [served.get_or_make([plain], "", lambda: next(made)) for _ in range(2)] == [0, 1]
+    assert [served.get_or_make([kept], "", lambda: next(made)) for _ in range(2)] == [2, 2]
+    assert served.get_or_make([kept], "other", lambda: next(made)) == 3
+    assert served.get_or_make([kept, plain], "", lambda: next(made)) == 4
     plain.add_(1)
-    assert served.made_of([kept, plain], "", lambda: next(made)) == 5
+    assert served.get_or_make([kept, plain], "", lambda: next(made)) == 5
     with torch.inference_mode():
         odd = torch.zeros(2)
-    assert [served.made_of([kept, odd], "", lambda: next(made)) for _ in range(2)] == [6, 7]
+    assert [served.get_or_make([kept, odd], "", lambda: next(made)) for _ in range(2)] == [6, 7]
