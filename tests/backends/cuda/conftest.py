@@ -23,7 +23,7 @@ def plant(emulated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def put(file: str, right: str = "", wrong: str = "", **options: Any) -> ModuleType:
         planted.few_tiles(monkeypatch, file)
         found = planted.library(tmp_path, file, right, wrong, **options)
-        monkeypatch.setattr(library, "emulated", lambda: found)
+        monkeypatch.setattr(library, "load_emulated", lambda: found)
         return found
 
     return put

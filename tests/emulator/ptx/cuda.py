@@ -123,7 +123,7 @@ def serving(arch: str) -> Iterator[Executed]:
     """Within, the CUDA backend takes CPU tensors and the PTX of its kernels is executed."""
     with (
         machine.executing(NUMBERS[arch], readable) as (module, executed),
-        mock.patch.object(library, "emulated", lambda: module),
+        mock.patch.object(library, "load_emulated", lambda: module),
         mock.patch.object(hopper, "emulating", lambda: arch == "9.0"),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: (8, 0)),
     ):
