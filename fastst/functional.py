@@ -125,8 +125,7 @@ def conv2plus1d(
     cast = _autocast_dtype(x)
     problem, values = checks.pair(
         tensors, cast, norm, stride, padding, dilation, groups, padding_mode, activation,
-        negative_slope, order, causal, _recomputes(norm) if recompute is None else recompute,
-        outer_activation, batched,
+        negative_slope, order, causal, recomputes(recompute, norm), outer_activation, batched,
     )  # fmt: skip
     tensors = checks.with_norm(tensors, norm)
     if cast is not None:
@@ -144,6 +143,37 @@ def conv2plus1d(
         problem = Problem.of(tensors, asking.spec)
     y, _ = _pair(tensors, problem, values, norm, begun=begun)
     return y if batched else y.squeeze(0)
+
+
+class Checked(NamedTuple):
+    """A call of ``conv2plus1d`` whose arguments have been checked."""
+
+    problem: PairProblem
+    values: int  # of a channel of the mid tensor
+
+
+def checked(
+    tensors: PairTensors, norm: BatchNorm | None, *, activation: str, negative_slope: float,
+    order: str, recompute: bool, **settings: Any,
+) -> Checked:  # fmt: skip
+    """What ``run`` takes, of tensors that are those of a call of ``conv2plus1d`` without an ending,
+    outside of autocast: x, weights and biases in the order of execution.
+
+    The same for all calls of these settings and a norm of the same mode and eps, whose tensors have
+    the same shapes, strides, dtypes and devices, and x the same ``offset_of``.
+
+    Raises:
+        TypeError, ValueError: as ``conv2plus1d``.
+    """
+    how = [settings[n] for n in ("stride", "padding", "dilation", "groups", "padding_mode")]
+    return Checked(*checks.pair(
+        tensors, None, norm, *how, activation, negative_slope, order, False, recompute,
+    ))  # fmt: skip
+
+
+def run(tensors: PairTensors, call: Checked, norm: BatchNorm | None, begun: Begun | None) -> Tensor:
+    """``conv2plus1d`` of what ``checked`` has checked."""
+    return _pair(checks.with_norm(tensors, norm), *call, norm, begun=begun)[0]
 
 
 def begin(
@@ -439,8 +469,10 @@ def _norm_of_conv3d(
     return _normalise(output_norm, y, statistics, backend)
 
 
-def _recomputes(norm: BatchNorm | None) -> bool:
+def recomputes(recompute: bool | None, norm: BatchNorm | None) -> bool:
     """What holds where nobody says: without a norm u serves nothing but backward."""
+    if recompute is not None:
+        return recompute
     said = settings.value("FASTST_RECOMPUTE")
     return norm is None if said == "" else said != "0"
 

@@ -20,7 +20,7 @@ def _of_gradients(*args: Any, **kwargs: Any) -> Any:
     for p in tree_leaves((args, kwargs)):
         if type(p) is Promise and p.link.taken and p.requires_grad:
             raise RuntimeError(
-                f"fastst: the output of {p.link.plan.name or 'the convolution'}, or what a norm or "
+                f"fastst: the output of {p.link.name or 'the convolution'}, or what a norm or "
                 "an activation has made of it, is part of an operation that has run; ask for its "
                 "gradient before the next convolution reads it, or leave the convolution out with "
                 "fastst.convert(..., skip=...)"

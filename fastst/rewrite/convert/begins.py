@@ -34,8 +34,11 @@ _PATIENCE = 4  # chains in a row that end nowhere, before the convolution is ask
 class Event(NamedTuple):
     """What became of a promise."""
 
+    name: str  # of the convolution
     plan: Any
-    why: str | None  # it was computed as it stood; None for a pair
+    why: str | None = None  # it was computed as it stood; None for a pair
+    second: str | None = None  # of a pair; None for a function
+    norm: Any = None  # of a pair, as ``functional`` has it
 
 
 _listeners: list[list[Event]] = []
@@ -52,11 +55,9 @@ def listening() -> Iterator[list[Event]]:
         _listeners[:] = [one for one in _listeners if one is not events]
 
 
-def tell(plan: Any, why: str | None) -> None:
-    if why is not None:
-        dispatch.record_composed(plan.name or "the convolution", why)
+def tell(event: Event) -> None:
     for events in _listeners:
-        events.append(Event(plan, why))
+        events.append(event)
 
 
 class Begins:
@@ -98,15 +99,15 @@ class Begins:
             if self.barred or _watched(conv) or not rules.extends(x):
                 x = taken(x, f"{type(conv).__name__} {self.name}")
             else:
-                x.link.plan = x.link.plan.ended(self)
+                x.link.ends = self
                 if mode != "zeros":
                     return type(conv)._conv_forward(conv, x, weight, bias)
-                made = pairs.SECOND[weight.dim()](x, weight, bias, *how)
+                made = pairs.second(x, weight, bias, *how)
                 if made is not NotImplemented:
                     return made
                 x = taken(x, f"{type(conv).__name__} {self.name}")
         if not self.barred and self._defers():
-            made = rules.begin(self, self.name, x, weight, bias, (*how, mode, widths))
+            made = rules.begin(self, x, weight, bias, (*how, mode, widths))
             if made is not None:
                 return made
         return type(conv)._conv_forward(conv, x, weight, bias)
@@ -180,14 +181,17 @@ class Begins:
             shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
             self.guess = Guess(shape, (conv.stride, conv.padding, conv.dilation, conv.groups))
 
-    def took(self, plan: Any, second: Guess) -> None:
+    def took(self, link: Any, second: Guess) -> None:
         """A pair runs as one operation."""
         self.misses, self.guess = 0, second
-        tell(plan, None)
+        if _listeners:
+            ends = None if link.ends is None else link.ends.name
+            tell(Event(self.name, link.plan, second=ends, norm=link.norm))
 
-    def missed(self, plan: Any, why: str) -> None:
+    def missed(self, link: Any, why: str) -> None:
         """A promise was computed as it stands. After some in a row, fewer and fewer are made."""
-        tell(plan, why)
+        dispatch.record_composed(self.name or "the convolution", why)
+        tell(Event(self.name, link.plan, why))
         if torch.compiler.is_compiling():
             return
         self.misses += 1

@@ -1,20 +1,27 @@
-"""A first convolution and what follows it: what is known of that, and how it grows."""
+"""A first convolution and what follows it: what is known of that, and how it grows.
+
+What is decided of a chain is decided by facts alone, once: a ``Plan`` is one object for all chains
+that are alike, and what may follow it is remembered by it and by what the next call is given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...functional import BatchNorm
 from .axes import Axes, Dim, whole
 from .geometry import Pass
 from .graphs import is_promise, promised, rewritten, unread
 from .kept import Kept
 from .padding import Pad
-from .promise import Link, is_current, replace
+from .plain import Facts
+from .promise import Link, Promise, is_current
+from .promise import replace as written
 
 
 class Guess(NamedTuple):
@@ -25,53 +32,36 @@ class Guess(NamedTuple):
     activation: tuple[str, float] = "relu", 0.01
 
 
-class Convolved:
-    """A first convolution: what it reads, the shape of its output, whether an operation has it.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a chain of calls is, as one operation; compared by identity.
 
-    No link: chains that hold themselves would keep what they read until somebody collects them.
+    Attributes:
+        given: x, weight and bias of the first convolution.
+        dtype: of its output.
+        autocast: under which it was called; ``traced``: in a graph.
+        shape: of its output.
     """
 
-    __slots__ = ("kept", "shape", "taken")
-
-    def __init__(self, link: Link) -> None:
-        self.kept, self.shape, self.taken = link.kept, link.shape, False
-
-
-class Plan(NamedTuple):
-    """What a chain of calls is, as one operation."""
-
-    begun: Any  # the ``Begins`` of the first convolution
-    name: str  # what messages call it
     first: Pass
     names: str  # of the axes of its input
-    convolution: Convolved
-    norm: BatchNorm | None = None
+    given: tuple[Facts, ...]
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    traced: bool
+    shape: torch.Size
+    norm: tuple[Any, ...] | None = None  # all that was asked of a batch norm
     activation: tuple[str, float] | None = None
     pads: tuple[Pad, ...] = ()  # before the second convolution, where ``axes`` is None
     axes: Axes | None = None  # None where the dimensions are those that the convolution left
-    ends: Any = None  # the ``Begins`` of the second one, where it has one
-    half: Any = None  # what the first pass has left, where a norm in training asked for it
+    dense: bool = False  # whether all tensors are contiguous, and none is turned
 
-    def normed(self, norm: BatchNorm, half: Any) -> Plan:
-        return Plan(*self[:5], norm, *self[6:10], half)
-
-    def activated(self, kind: str, slope: float) -> Plan:
-        return Plan(*self[:6], (kind, slope), *self[7:])
-
-    def ended(self, ends: Any) -> Plan:
-        return Plan(*self[:9], ends, self.half)
-
-    def convolved(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x, weight and bias of the first convolution."""
-        x, weight, *bias = [kept.tensor for _, kept in self.convolution.kept]
-        return x, weight, bias[0] if bias else None
-
-    def told(self, why: str) -> None:
-        """The chain is computed as separate calls."""
-        if self.convolution.taken:
-            self.begun.wasted(ending=False)
+    def told(self, link: Link, why: str) -> None:
+        """A chain is computed as separate calls."""
+        if link.convolution.taken:
+            link.begun.wasted(ending=False)
         else:
-            self.begun.missed(self, why)
+            link.begun.missed(link, why)
 
     @property
     def padded(self) -> bool:
@@ -85,27 +75,41 @@ class Plan(NamedTuple):
         """Whether dimension 1 still is that of the channels."""
         if self.axes is None:
             return True
-        c: Dim = whole("c", self.convolution.shape[1:2])[0]
+        c: Dim = whole("c", self.shape[1:2])[0]
         return self.axes.dims[1] == c
+
+
+@lru_cache(maxsize=4096)
+def _changed(plan: Plan, **changes: Any) -> Plan:
+    return replace(plan, **changes)
+
+
+def changed(plan: Plan, **changes: Any) -> Plan:
+    """The plan of a chain with one more call."""
+    try:
+        return _changed(plan, **changes)
+    except TypeError:  # sizes of a graph do not hash
+        return replace(plan, **changes)
 
 
 class Alone(NamedTuple):
     """A convolution that begins no pair: a frozen norm behind it may be part of it."""
 
-    begun: Any
-    name: str
     settings: tuple[Any, ...]  # stride, padding, dilation, groups, padding mode and its widths
 
-    def told(self, why: str) -> None:
-        self.begun.missed(self, why)
+    def told(self, link: Link, why: str) -> None:
+        link.begun.missed(link, why)
 
 
 def is_open(p: Any, kind: type = Plan) -> bool:
     """Whether nobody has computed a promise yet, or asked for the gradient of what it is made of,
     and its state is still the current one, in which autograd sees it as it was made."""
-    if not (is_promise(p) and type(p.link.plan) is kind and unread(p)):
+    if type(p) is not Promise and not is_promise(p):
         return False
-    return is_current(p) and not p.link.separate
+    link = p.link
+    if type(link.plan) is not kind or not (link.value is None or unread(p)):
+        return False
+    return is_current(p) and not link.separate
 
 
 def extended(
@@ -126,7 +130,7 @@ def extended(
     state = link.state
     longer = Link(link, run, plan, kept, state, shape or link.shape, link.dtype)
     if in_place:
-        return rewritten(p, longer) if state.traced else replace(p, longer)
+        return rewritten(p, longer) if state.traced else written(p, longer)
     return promised(longer)
 
 

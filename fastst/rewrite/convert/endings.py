@@ -26,7 +26,6 @@ class Ending(NamedTuple):
     """What a chain behind a pair is, as part of its operation."""
 
     begun: Any  # the ``Begins`` of the first convolution
-    name: str
     run: Callable[..., Tensor]  # the pair, of its tensors and what ends it
     slope: float | None  # of leaky_relu, which both activations share
     sums: bool  # whether it can take a shortcut in
@@ -37,7 +36,7 @@ class Ending(NamedTuple):
     calls: tuple[Call, ...] = ()  # that all of it stands for
     viewed: bool = False  # whether some of them turn dimensions
 
-    def told(self, why: str) -> None:
+    def told(self, link: Link, why: str) -> None:
         """The pair runs, once if all goes well."""
         if self.ran[0]:
             self.begun.wasted(ending=True)
@@ -79,6 +78,7 @@ class Operation(NamedTuple):
     sums: bool  # whether it can take a shortcut of that shape in
     calls: Callable[[], tuple[Call, ...]]  # that it stands for
     viewed: bool  # whether some of them turn dimensions
+    dense: bool = False  # whether y is contiguous either way
     held: Kept | None = None  # what holds the first of its tensors already
 
     def deferred(self, state: State) -> bool:
@@ -119,11 +119,12 @@ def defer(op: Operation, state: State) -> Tensor:
         with contextlib.suppress(CannotDefer):
             kept = op.kept()
             plan = Ending(
-                op.begun, op.begun.name, op.run, op.slope, op.sums,
+                op.begun, op.run, op.slope, op.sums,
                 ran=([],), calls=op.calls(), viewed=op.viewed,
             )  # fmt: skip
-            return promise(Link(None, plan.finish, plan, kept, state, op.shape, op.dtype))
-    return _laid_out(op, op.run(op.tensors), op.calls, op.tensors)
+            return promise(Link(None, plan.finish, plan, kept, state, op.shape, op.dtype, op.begun))
+    y = op.run(op.tensors)
+    return y if op.dense else _laid_out(op, y, op.calls, op.tensors)
 
 
 def _laid_out(
@@ -209,7 +210,10 @@ def _extended(
         return NotImplemented  # y has a gradient of its own
     if any(k.foreign for name, k in kept if name == "residual"):
         return NotImplemented
-    longer = Link(None, plan.finish, plan, (*link.kept, *kept), link.state, link.shape, link.dtype)
+    longer = Link(
+        None, plan.finish, plan, (*link.kept, *kept), link.state, link.shape, link.dtype,
+        link.begun,
+    )  # fmt: skip
     return replace(p, longer) if in_place else promise(longer)
 
 

@@ -76,7 +76,8 @@ def _plain(*values: Any) -> Iterator[None]:
 def forget(value: Any, reader: Any) -> None:
     """Let a value of a graph be no promise any more."""
     if type(value) in _PLAIN:
-        value.link.plan.told(f"its output goes to {getattr(reader, '__name__', reader)}")
+        link: Link = value.link
+        link.plan.told(link, f"its output goes to {getattr(reader, '__name__', reader)}")
         value.__class__ = _PLAIN[type(value)]
 
 

@@ -41,7 +41,7 @@ class Kept:
         if self.valueless:
             return
         self.laid_out = _laid_out(tensor)
-        if _SHARDED in sys.modules and type(tensor) is nn.Parameter:
+        if type(tensor) is nn.Parameter and _SHARDED in sys.modules:
             self.resized = _is_sharded(tensor)
         self.hold(_is_held_elsewhere(tensor))
         if self.clone is None:
@@ -107,7 +107,9 @@ class Kept:
     def same(self) -> bool:
         """Whether the tensor still is what it was, and in the memory that it had."""
         t = self.tensor
-        if t.requires_grad != self.needs_grad or not self._as_laid_out:
+        if t.requires_grad != self.needs_grad:
+            return False
+        if self.laid_out is not None and _laid_out(t) != self.laid_out:
             return False
         held = self.clone is not None and self.version is not None
         if held and t._version == self.version and _address(t) == self.address:
@@ -167,16 +169,14 @@ class Kept:
         )
 
 
-class Copied(Kept):
-    """A tensor that nobody else has."""
+class Copied:
+    """A tensor that nobody else has, in the place of a ``Kept`` one."""
 
-    __slots__ = ()
-    same = True
+    __slots__ = ("tensor",)
+    same, needs_grad, switched, foreign, valueless = True, False, False, False, False
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.needs_grad, self.leaf, self.version = tensor, False, True, 0
-        self.valueless = self.resized = False
-        self.clone, self.address = tensor, 0
+        self.tensor = tensor
 
     def release(self) -> None:
         """Nothing is held."""
@@ -188,7 +188,7 @@ class Copied(Kept):
         return self.tensor
 
 
-def copied(vectors: Sequence[tuple[str, Tensor]]) -> tuple[tuple[str, Kept], ...]:
+def copied(vectors: Sequence[tuple[str, Tensor]]) -> tuple[tuple[str, Any], ...]:
     """Vectors alike that need no gradient, as they are now: copied in less time than watched."""
     rows = torch.stack([t for _, t in vectors]).unbind()
     return tuple([(name, Copied(row)) for (name, _), row in zip(vectors, rows, strict=True)])

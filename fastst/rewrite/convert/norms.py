@@ -102,13 +102,11 @@ def _of_last(p: Promise, plan: Reading, shape: Any) -> bool:
 class Root(NamedTuple):
     """What becomes of the squares of a promise on the way to 1/√(mean of squares + eps)."""
 
-    begun: Any
-    name: str
     of: Link
     stage: str = "squares"  # then "mean", "sum", "factor"
     eps: float = 0.0
 
-    def told(self, why: str) -> None:
+    def told(self, link: Link, why: str) -> None:
         """It is computed as separate calls."""
 
 
@@ -121,7 +119,7 @@ def _square(input: Any, exponent: Any = 2) -> Any:
     link = input.link
     if link is plan.source:
         link.readers += 1
-    return extended(input, lambda v: v.pow(2), Root(plan.begun, plan.name, link))
+    return extended(input, lambda v: v.pow(2), Root(link))
 
 
 def _mean(input: Any, dim: Any = None, keepdim: Any = False, **kwargs: Any) -> Any:
@@ -202,16 +200,14 @@ def _group_norm(
 class Frames(NamedTuple):
     """Some frames of a promise that is a batch of frames, and the norm that they have had."""
 
-    begun: Any
-    name: str
     of: Promise
     link: Link  # of that promise, when it was split
     frames: tuple[int, int]  # from one to before the other
     size: int  # of all chunks but the last
     norm: Norm | None = None
 
-    def told(self, why: str) -> None:
-        self.link.plan.told(why)
+    def told(self, link: Link, why: str) -> None:
+        self.link.plan.told(self.link, why)
 
 
 def _split(input: Any, size: Any, dim: Any = 0) -> Any:
@@ -221,7 +217,7 @@ def _split(input: Any, size: Any, dim: Any = 0) -> Any:
     link, count, made = input.link, input.link.shape[0], []
     for start in range(0, count, size):
         stop = min(start + size, count)
-        part = Frames(plan.begun, plan.name, input, link, (start, stop), size)
+        part = Frames(input, link, (start, stop), size)
         shape = torch.Size((stop - start, *link.shape[1:]))
         made.append(seen(input, _narrow(start, stop), shape, part))
     return tuple(made)

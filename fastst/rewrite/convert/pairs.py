@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from ... import functional
 from ...functional import BatchNorm
+from ...problem.spec import PairTensors, offset_of
 from . import endings, forms
 from .chain import Guess, Plan, is_open
 from .endings import Operation
 from .forms import Form
 from .geometry import second_pass
 from .layouts import Call, call
-from .plain import are_plain, result_dtype
+from .plain import Facts, common_dtype, facts
 from .promise import Link
 from .traced import CONVOLVE
 
@@ -25,101 +27,156 @@ _FIRST = {n: f"first {n}" for n in ("input", "weight", "bias")}
 _NORM = {n: f"norm {n}" for n in ("running_mean", "running_var", "weight", "bias")}
 
 
-def _second_of(rank: int) -> Callable[..., Any]:
-    """The rule of a second convolution of tensors of that rank."""
+def second(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: Any = 1,
+) -> Any:  # fmt: skip
+    """The rule of a second convolution."""
+    if not is_open(input):
+        return NotImplemented
+    link, given = input.link, (facts(weight), bias is not None and facts(bias))
+    if None in given or not _selected(link):
+        return NotImplemented
+    if type(stride) is list or type(padding) is list or type(dilation) is list:
+        stride, padding, dilation = (
+            tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)
+        )
+    how = stride, padding, dilation, groups
+    try:
+        fit = _fit(link.plan, link.shape, *given, how)
+    except TypeError:  # sizes of a graph, or settings, that do not hash
+        fit = _fit.__wrapped__(link.plan, link.shape, *given, how)
+    if fit is None or not link.unchanged():
+        return NotImplemented
+    return _joined(link, fit, weight, bias)
 
-    def rule(
-        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
-        dilation: Any = 1, groups: Any = 1,
-    ) -> Any:  # fmt: skip
-        if not is_open(input) or not isinstance(weight, Tensor) or len(input.link.shape) != rank:
-            return NotImplemented
-        if not are_plain(input.link.state.device, weight, bias) or weight.dim() != rank:
-            return NotImplemented
-        if type(stride) is list or type(padding) is list or type(dilation) is list:
-            stride, padding, dilation = (
-                tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)
-            )
-        return _second(input.link, weight, bias, (stride, padding, dilation, groups))
 
-    return rule
+class Fit(NamedTuple):
+    """A second convolution of a chain."""
 
-
-SECOND = {rank: _second_of(rank) for rank in CONVOLVE}
-
-
-class _Pair(NamedTuple):
-    """Two convolutions as one operation of tensors that are given by name."""
-
-    plan: Plan
     settings: dict[str, Any]  # of ``conv2plus1d``
+    shape: torch.Size  # of y
     form: Form | None
-    half: Any  # what the first pass has left
-    recompute: bool | None
-
-    def run(self, given: dict[str, Any], second: Any = None, **ending: Any) -> Tensor:
-        """``second``: weight and bias in the place of its own; ``ending``: what ends it."""
-        plan, form = self.plan, self.form
-        x, w1, b1 = given["first input"], given["first weight"], given.get("first bias")
-        w2, b2 = second or (given["second weight"], given.get("second bias"))
-        temporal = plan.first.kind == "temporal"
-        if form is not None:
-            x = forms.arranged(x, form.x)
-            w1, w2 = forms.lifted(w1, temporal), forms.lifted(w2, not temporal)
-        if temporal:
-            w1, b1, w2, b2 = w2, b2, w1, b1
-        norm = plan.norm
-        if norm is not None:
-            vectors = [given.get(_NORM[n], t) for n, t in zip(_NORM, norm[:4], strict=True)]
-            norm = BatchNorm._make((*vectors, *norm[4:]))
-        name, slope = plan.activation or ("none", 0.01)
-        ending.setdefault("negative_slope", slope)
-        y = functional.conv2plus1d(
-            x, w1, w2, b1, b2, **self.settings, activation=name, norm=norm,
-            recompute=self.recompute, begun=self.half, **ending,
-        )  # fmt: skip
-        return y if form is None else forms.laid_out(forms.arranged(y, form.y))
+    dtype: torch.dtype  # of y
+    guess: Guess  # that such a one follows again
+    last: Call  # it, as a call of its own
+    dense: bool  # whether all tensors are contiguous
+    checked: dict[Any, Any]  # calls of ``conv2plus1d`` that were checked
 
 
-def _second(link: Link, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]) -> Any:
-    plan: Plan = link.plan
-    if not _selected(plan):
-        return NotImplemented
-    found = _fitting(link, weight.shape, bias is not None and bias.shape, how)
-    if found is None or not link.unchanged():
-        return NotImplemented
-    settings, shape, form = found
-    half = plan.half
-    if form is not None and half is not None:
-        half = form.divided(half)
+@lru_cache(maxsize=4096)
+def _fit(plan: Plan, z: torch.Size, w: Any, b: Any, how: tuple[Any, ...]) -> Fit | None:
+    """A convolution of z with weight and bias of these facts (False for none), if it makes a pair
+    of a chain."""
+    weight, *bias = given = [Facts(*f) for f in (w, b) if f]
+    if len(weight.shape) != len(z):
+        return None
+    if any(f.device != plan.given[0].device or f.negative for f in given):
+        return None
+    dtype = common_dtype({f.dtype for f in (*plan.given, *given)}, plan.autocast)
+    arguments = z, weight.shape, bool(bias) and bias[0].shape, *how
+    form: Form | None = None
+    if plan.axes is None and plan.names == "bcthw":
+        try:
+            found = second_pass(plan.first, plan.pads, *arguments)
+        except TypeError:
+            found = second_pass.__wrapped__(plan.first, plan.pads, *arguments)
+        if found is None:
+            return None
+        settings, shape = found[0], torch.Size((z[0], weight.shape[0], *found[1]))
+        alike: Sequence[int] = weight.shape
+    else:
+        x, axes = plan.given[0].shape, plan.axes_of(z)
+        form = forms.form(plan.first, plan.names, x, plan.shape, axes, *arguments)
+        if form is None:
+            return None
+        settings, shape = form.settings, form.shape
+        alike = forms.lifted_shape(weight.shape, plan.first)
+    if dtype is None:
+        return None
+    guess = Guess(alike, how, plan.activation or ("none", 0.01))
+    dense = form is None and plan.dense and all(f.contiguous for f in given)
+    last = _convolution(len(z), how)
+    return Fit(settings, shape, form, dtype, guess, last, dense, {})
+
+
+def _joined(link: Link, fit: Fit, weight: Tensor, bias: Tensor | None) -> Any:
+    """Both convolutions as one operation."""
+    half = link.half
+    if fit.form is not None and half is not None:
+        half = fit.form.divided(half)
         if half is None:
             return NotImplemented
-    dtype = result_dtype(link.state, *plan.convolved(), weight, bias)
-    if dtype is None:
-        return NotImplemented
-    plan.convolution.taken = True
     link.take()
-    activation = plan.activation or ("none", 0.01)
-    alike = weight.shape if form is None else forms.lifted_shape(weight.shape, plan.first)
-    plan.begun.took(plan, Guess(alike, how, activation))
-    given = {_FIRST[n]: kept.tensor for n, kept in plan.convolution.kept}
-    for n, kept in link.reads[len(given) :]:
+    link.begun.took(link, fit.guess)
+    first = len(link.convolution.kept)
+    given = {_FIRST[n]: kept.tensor for n, kept in link.reads[:first]}
+    for n, kept in link.reads[first:]:
         given[_NORM[n]] = kept.tensor
     given["second weight"] = weight
     if bias is not None:
         given["second bias"] = bias
     for _, kept in link.reads:
         kept.release()
-    pair = _Pair(plan, settings, form, half, _recompute(plan))
-    shared = activation[1] if activation[0] == "leaky_relu" else None
+    pair = _Pair(link.plan, link.norm, fit, half, _recompute(link))
+    name, slope = fit.guess.activation
     op = Operation(
-        plan.begun, pair.run, given, shape, dtype, shared, form is None,
-        lambda: (*link.calls(_FIRST, _NORM), _convolution(weight.dim(), how)), link.viewed,
+        link.begun, pair.run, given, fit.shape, fit.dtype, slope if name == "leaky_relu" else None,
+        fit.form is None, lambda: (*link.calls(_FIRST, _NORM), fit.last),
+        link.viewed, fit.dense and not link.viewed,
     )  # fmt: skip
     y = endings.defer(op, link.state)
     for _, kept in link.reads:
         kept.held_again()
     return y
+
+
+class _Pair(NamedTuple):
+    """Two convolutions as one operation of tensors that are given by name."""
+
+    plan: Plan
+    norm: BatchNorm | None
+    fit: Fit
+    half: Any  # what the first pass has left
+    recompute: bool | None
+
+    def run(self, given: dict[str, Any], second: Any = None, **ending: Any) -> Tensor:
+        """``second``: weight and bias in the place of its own; ``ending``: what ends it."""
+        plan, norm, form = self.plan, self.norm, self.fit.form
+        x, w1, b1 = given["first input"], given["first weight"], given.get("first bias")
+        w2, b2 = second or (given["second weight"], given.get("second bias"))
+        temporal = plan.first.kind == "temporal"
+        if form is not None:
+            x = forms.arranged(x, form.x)
+            w1, w2 = forms.lifted(w1, temporal), forms.lifted(w2, not temporal)
+        if norm is not None:
+            vectors = [given.get(_NORM[n], t) for n, t in zip(_NORM, norm[:4], strict=True)]
+            norm = BatchNorm._make((*vectors, *norm[4:]))
+        if not (second or ending or form or plan.traced) and plan.autocast is None:
+            return self._run(x, (w1, w2), (b1, b2), norm)
+        if temporal:
+            w1, b1, w2, b2 = w2, b2, w1, b1
+        name, slope = self.fit.guess.activation
+        ending.setdefault("negative_slope", slope)
+        y = functional.conv2plus1d(
+            x, w1, w2, b1, b2, **self.fit.settings, activation=name, norm=norm,
+            recompute=self.recompute, begun=self.half, **ending,
+        )  # fmt: skip
+        return y if form is None else forms.laid_out(forms.arranged(y, form.y))
+
+    def _run(self, x: Tensor, weights: Any, biases: Any, norm: BatchNorm | None) -> Tensor:
+        """The same without an ending, of whose arguments nothing is checked twice."""
+        recompute = functional.recomputes(self.recompute, norm)
+        tensors = PairTensors(x, *weights, *biases)
+        key = offset_of(x), recompute
+        call = self.fit.checked.get(key)
+        if call is None:
+            name, slope = self.fit.guess.activation
+            call = self.fit.checked[key] = functional.checked(
+                tensors, norm, **self.fit.settings, activation=name, negative_slope=slope,
+                recompute=recompute,
+            )  # fmt: skip
+        return functional.run(tensors, call, norm, self.half)
 
 
 def _convolution(rank: int, how: tuple[Any, ...]) -> Call:
@@ -132,35 +189,12 @@ def _convolution(rank: int, how: tuple[Any, ...]) -> Call:
     return call(run, {"weight": "second weight", "bias": "second bias"})
 
 
-def _fitting(
-    link: Link, w: torch.Size, b: Any, how: tuple[Any, ...]
-) -> tuple[dict[str, Any], torch.Size, Form | None] | None:
-    """Settings of the pair with a second convolution, the shape of y, and the form, if any."""
-    plan: Plan = link.plan
-    if plan.axes is None and plan.names == "bcthw":
-        arguments = plan.first, plan.pads, link.shape, w, b, *how
-        try:
-            found = second_pass(*arguments)
-        except TypeError:  # sizes of a graph, or settings, that do not hash
-            found = second_pass.__wrapped__(*arguments)
-        return found and (found[0], torch.Size((link.shape[0], w[0], *found[1])), None)
-    x = plan.convolution.kept[0][1].tensor
-    try:
-        form = forms.form(
-            plan.first, plan.names, x.shape, plan.convolution.shape, plan.axes_of(link.shape),
-            link.shape, w, b, *how,
-        )  # fmt: skip
-    except TypeError:
-        return None
-    return None if form is None else (form.settings, form.shape, form)
-
-
-def _selected(plan: Plan) -> bool:
+def _selected(link: Link) -> bool:
     """Whether the filters of ``convert`` want the pair."""
-    ends = plan.ends
-    return bool(plan.begun.wanted or (ends is not None and ends.wanted))
+    ends = link.ends
+    return bool(link.begun.wanted or (ends is not None and ends.wanted))
 
 
-def _recompute(plan: Plan) -> bool | None:
-    owner = plan.begun if plan.first.kind == "spatial" else plan.ends
+def _recompute(link: Link) -> bool | None:
+    owner = link.begun if link.plan.first.kind == "spatial" else link.ends
     return None if owner is None else owner.recompute

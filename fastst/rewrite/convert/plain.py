@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,40 @@ from .state import State
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+
+
+class Facts(NamedTuple):
+    """All of a plain tensor that a decision may read: not its values, nor where they lie."""
+
+    kind: type
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    grad: bool  # whether it needs one
+    negative: bool  # to be negated when it is read: others of these bits are complex
+    inference: bool  # it cannot be saved for backward
+    settled: bool  # nobody's view: such weights are freed when a module's call ends (FSDP)
+
+    @property
+    def contiguous(self) -> bool:
+        dense = 1
+        for n, s in zip(self.shape[::-1], self.stride[::-1], strict=True):
+            if n != 1 and s != dense:
+                return False
+            dense *= n
+        return True
+
+
+def facts(t: Any) -> tuple[Any, ...] | None:
+    """The fields of ``Facts``; None of what is no plain tensor of values in strides."""
+    kind = type(t)
+    if kind not in PLAIN or t.layout is not torch.strided:
+        return None
+    return (
+        kind, t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_neg(),
+        t.is_inference(), kind is nn.Parameter or not t._is_view(),
+    )  # fmt: skip
 
 
 def plain_call(x: Any, weight: Any, bias: Any) -> torch.dtype | None:
@@ -61,12 +95,16 @@ def are_settled(*weights: Tensor | None) -> bool:
 
 def result_dtype(state: State, *tensors: Tensor | None) -> torch.dtype | None:
     """Of a convolution of these tensors, or None where it may refuse them."""
-    dtypes = {t.dtype for t in tensors if t is not None}
-    if len(dtypes) == 1 and state.autocast is None:
+    return common_dtype({t.dtype for t in tensors if t is not None}, state.autocast)
+
+
+def common_dtype(dtypes: set[torch.dtype], autocast: torch.dtype | None) -> torch.dtype | None:
+    """The same of dtypes, and of that of autocast."""
+    if len(dtypes) == 1 and autocast is None:
         (dtype,) = dtypes
         return dtype if dtype in FLOATS else None
     if not dtypes.issubset(FLOATS):
         return None
-    if state.autocast is not None and torch.float64 not in dtypes:
-        return state.autocast if state.autocast in FLOATS else None
-    return dtypes.pop() if len(dtypes) == 1 else None
+    if autocast is not None and torch.float64 not in dtypes:
+        return autocast if autocast in FLOATS else None
+    return next(iter(dtypes)) if len(dtypes) == 1 else None

@@ -38,6 +38,7 @@ class Link:
     Attributes:
         before: the link whose value is the first argument; None for a convolution.
         run: computes the value from that of ``before``.
+        begun: the ``Begins`` of its first convolution, or of the operation whose output it is of.
         plan: what ``rules`` know of the chain up to here.
         kept: the other tensors that the call reads; ``reads``: all that the chain reads.
         state: in which it was called.
@@ -51,12 +52,15 @@ class Link:
         asked: whether somebody has asked for its gradient; ``separate``: or for one before it, so
             that no operation may take it in any more.
         promise: of the value, as long as anybody has it.
+        norm, half: the batch norm of the chain, and what the first pass has left where one in
+            training asked for it.
+        ends: the ``Begins`` of the second convolution, where that has one.
     """
 
     __slots__ = (
-        "__weakref__", "asked", "before", "dtype", "edge", "held", "kept", "plan", "promise",
-        "readers", "reads", "run", "sees", "shape", "state", "taken", "unseen", "value", "version",
-        "viewed", "views", "written",
+        "__weakref__", "asked", "before", "begun", "dtype", "edge", "ends", "half", "held", "kept",
+        "norm", "plan", "promise", "readers", "reads", "run", "sees", "shape", "state", "taken",
+        "unseen", "value", "version", "viewed", "views", "written",
     )  # fmt: skip
 
     def __init__(
@@ -68,6 +72,7 @@ class Link:
         state: State,
         shape: Any,
         dtype: torch.dtype,
+        begun: Any = None,
     ) -> None:
         self.before, self.run, self.plan, self.kept, self.state = before, run, plan, kept, state
         self.shape, self.dtype = shape, dtype
@@ -80,19 +85,42 @@ class Link:
         self.readers, self.sees, self.taken, self.asked = 0, False, False, False
         self.promise: Callable[[], Promise | None] = _nobody
         self.views: list[weakref.ref[Link]] = []
-        self.reads, self.viewed = kept, False
-        if before is not None:
-            self.viewed = before.viewed
-            before.readers += 1
-            self.reads = (*before.reads, *kept)
+        if before is None:
+            self.begun, self.reads, self.viewed = begun, kept, False
+            self.norm: Any = None
+            self.half: Any = None
+            self.ends: Any = None
+            return
+        self.begun, self.viewed = before.begun, before.viewed
+        self.norm, self.half, self.ends = before.norm, before.half, before.ends
+        before.readers += 1
+        self.reads = (*before.reads, *kept) if kept else before.reads
+        if before.value is not None:
             before.hold()
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        name: str = self.begun.name
+        return name
+
+    @property
+    def convolution(self) -> Link:
+        """The first link of the chain."""
+        link = self
+        while link.before is not None:
+            link = link.before
+        return link
 
     def tensors(self) -> list[Tensor]:
         return [kept.tensor for _, kept in self.reads]
 
     def unchanged(self) -> bool:
         """Whether all that the chain reads is what it was."""
-        return all(kept.same for _, kept in self.reads)
+        for _, kept in self.reads:  # noqa: SIM110 -- in less time
+            if not kept.same:
+                return False
+        return True
 
     def calls(self, first: Names, others: Names, source: Link | None = None) -> tuple[Call, ...]:
         """All calls up to this one, of a chain that begins behind ``source``, and by which names
@@ -119,7 +147,7 @@ class Link:
     def compute(self, reader: Any = "C++") -> Tensor:
         """The value, as separate calls make it, for whoever reads it."""
         if self.value is None:
-            self.plan.told(f"its output goes to {getattr(reader, '__name__', reader)}")
+            self.plan.told(self, f"its output goes to {getattr(reader, '__name__', reader)}")
         return self._settled()
 
     def hold(self) -> None:
@@ -155,7 +183,7 @@ class Link:
         return self._computed(None if self.before is None else self.before.current())
 
     def _computed(self, source: Tensor | None, gates: Gates = _NO_GATES) -> Tensor:
-        what, state = self.plan.name or "the model", self.state
+        what, state = self.name or "the model", self.state
         ended = state.hooks is not None and not state.hooked
         with _leaves_as_they_were(kept for _, kept in self.kept if kept.switched):
             tensors = {
@@ -384,7 +412,7 @@ def needs_clone(link: Link) -> RuntimeError:
 
 
 def _output_of(link: Link) -> str:
-    return f"the output of {link.plan.name or 'the convolution'}"
+    return f"the output of {link.name or 'the convolution'}"
 
 
 class _Read(torch.autograd.Function):

@@ -34,7 +34,6 @@ class Reading(NamedTuple):
     """What a chain is, as part of the convolution that reads it."""
 
     begun: Any  # the ``Begins`` whose output it is of
-    name: str
     source: Link  # of that output
     norm: BatchNorm | Norm | None = None  # without its tensors
     unit: bool = False  # so far what ``F.normalize`` gives: not yet times √C
@@ -45,7 +44,7 @@ class Reading(NamedTuple):
         ""  # "" is (N, C, T, H, W); or "last", "by frame" or "frames", as ``norms`` has them
     )
 
-    def told(self, why: str) -> None:
+    def told(self, link: Link, why: str) -> None:
         """The chain is computed as separate calls, the operation before it in any case."""
 
     @property
@@ -68,7 +67,7 @@ def onto(p: Any) -> Reading | None:
             return None
         if not (link.unchanged() if link.value is None else link.steady):
             return None
-        plan = Reading(link.plan.begun, link.plan.name, link)
+        plan = Reading(link.begun, link)
     elif is_open(p, Reading):
         plan = link.plan
     else:

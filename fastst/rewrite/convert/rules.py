@@ -5,8 +5,9 @@ Only values decide: shapes, strides and functions as they arrive, never names or
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,12 @@ from ...functional import BatchNorm
 from ...problem import activations, conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
 from . import asked, endings, forms, norms, pairs, readings, views
-from .chain import Alone, Convolved, Guess, Plan, extended, is_open
+from .chain import Alone, Guess, Plan, changed, extended, is_open
 from .folded import folds
 from .geometry import first_pass, second_pass, sides_of
 from .graphs import is_promise, promised
 from .kept import CannotDefer, Kept, as_own, copied, valueless
-from .plain import PLAIN, are_plain, are_settled, is_inference, needs_grad, result_dtype
+from .plain import Facts, common_dtype, facts, needs_grad
 from .promise import RULES, Link, Promise, real
 from .state import State
 from .traced import CONVOLVE
@@ -31,55 +32,96 @@ from .traced import CONVOLVE
 # ---- the first convolution
 
 
-def begin(
-    begun: Any, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any
-) -> Promise | None:
+class Start(NamedTuple):
+    """How a convolution begins a chain."""
+
+    run: Callable[..., Tensor]
+    plan: Plan | Alone
+    shape: torch.Size  # of its output
+    dtype: torch.dtype
+
+
+def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any) -> Any:
     """The promise of a convolution; None for what must run at once.
 
     That is also all that the convolution would refuse.
     """
-    if type(x) not in PLAIN or x.dim() != weight.dim():
-        return None
-    if not (are_plain(x.device, x, weight, bias) and are_settled(weight, bias)):
+    given = facts(x), facts(weight), bias is not None and facts(bias)
+    if None in given:
         return None
     state = State(x.device)
-    if needs_grad(state, x, weight, bias) and is_inference(x, weight):
-        return None
-    dtype = result_dtype(state, x, weight, bias)
-    shapes = x.shape, weight.shape, bias is not None and bias.shape
+    modes = state.grad, state.autocast, state.traced, begun.served
     try:
-        found = first_pass(*shapes, *settings)
+        start = _start(*given, settings, *modes)
     except TypeError:  # sizes of a graph, or settings, that do not hash
-        found = first_pass.__wrapped__(*shapes, *settings)
-    if found is None or dtype is None:
+        start = _start.__wrapped__(*given, settings, *modes)
+    if start is None:
         return None
-    grad = needs_grad(state, weight, bias)
-    plain = not (grad or state.traced) and state.autocast is None
-    if found.pass_ is None and not (begun.served and plain):
-        return None
-    if state.traced and type(x) is FakeTensor and (grad or needs_grad(state, x)):
-        return None  # an exported program has no gradient of the operation
-    mode = "constant" if settings[-2] == "zeros" else settings[-2]
-    padded, how = found.padded, found.how
-    convolve = CONVOLVE[weight.dim()]
-
-    def run(_: None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if padded is not None:
-            input = F.pad(input, padded, mode)
-        return convolve(input, weight, bias, *how)
-
     try:
         kept = [("input", as_own(x)), ("weight", Kept(weight))]
         if bias is not None:
             kept.append(("bias", Kept(bias)))
     except CannotDefer:
         return None
-    link = Link(None, run, None, tuple(kept), state, found.shape, dtype)
-    link.plan = Alone(begun, name, settings)
+    run, plan, shape, dtype = start
+    return promised(Link(None, run, plan, tuple(kept), state, shape, dtype, begun))
+
+
+@lru_cache(maxsize=4096)
+def _start(
+    x: Any, weight: Any, bias: Any, settings: Any, grad: bool, autocast: torch.dtype | None,
+    traced: bool, served: bool,
+) -> Start | None:  # fmt: skip
+    """How a convolution of tensors with these facts begins; None for what must run at once.
+
+    Args:
+        bias: False for none.
+        settings: stride, padding, dilation, groups, padding mode and its widths.
+        grad, autocast, traced: of the state.
+        served: whether it is of a copy for inference.
+    """
+    given = [Facts(*f) for f in (x, weight, bias) if f]
+    one, *weights = given
+    rank = len(one.shape)
+    if rank != len(weights[0].shape) or rank not in CONVOLVE:
+        return None
+    if any(f.device != one.device or f.negative for f in given):
+        return None
+    if not all(f.settled for f in weights):
+        return None
+    wanted = grad and any(f.grad for f in given)
+    if wanted and (one.inference or weights[0].inference):
+        return None
+    shapes = one.shape, weights[0].shape, len(weights) > 1 and weights[1].shape
+    try:
+        found = first_pass(*shapes, *settings)
+    except TypeError:
+        found = first_pass.__wrapped__(*shapes, *settings)
+    dtype = common_dtype({f.dtype for f in given}, autocast)
+    if found is None or dtype is None:
+        return None
+    plain = not (grad and any(f.grad for f in weights)) and not traced and autocast is None
+    if found.pass_ is None and not (served and plain):
+        return None
+    if traced and one.kind is FakeTensor and wanted:
+        return None  # an exported program has no gradient of the operation
+    mode = "constant" if settings[-2] == "zeros" else settings[-2]
+    padded, how = found.padded, found.how
+    convolve = CONVOLVE[rank]
+
+    def run(_: None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if padded is not None:
+            input = F.pad(input, padded, mode)
+        return convolve(input, weight, bias, *how)
+
+    plan: Plan | Alone = Alone(settings)
     if found.pass_ is not None:
-        link.plan = Plan(begun, name, found.pass_, found.names, Convolved(link))
-    made: Promise | None = promised(link)
-    return made
+        dense = not traced and all(f.contiguous for f in given)
+        plan = Plan(
+            found.pass_, found.names, tuple(given), dtype, autocast, traced, found.shape,
+            dense=dense,
+        )  # fmt: skip
+    return Start(run, plan, found.shape, dtype)
 
 
 # ---- what may stand between
@@ -103,33 +145,31 @@ def _batch_norm(
     """A norm in training runs the first convolution now: its statistics are counted at its call."""
     if not is_promise(input):
         return NotImplemented
-    norm = BatchNorm(running_mean, running_var, weight, bias, bool(training), momentum, eps)
+    training = bool(training)
+    norm = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
     link = input.link
-    plan, shape = link.plan, link.shape
-    if type(plan) is not Plan:
+    if type(link.plan) is not Plan:
         return _normed_elsewhere(input, norm)
-    if plan.norm is not None or plan.activation is not None or plan.padded:
+    if not is_open(input):
         return NotImplemented
-    if not (is_open(input) and plan.channels(shape) and _fits(norm, input)):
+    plan = _with_norm(link.plan, link, norm)
+    if plan is None:
         return NotImplemented
-    vectors = list(zip(_VECTORS, norm[:4], strict=True))
-    run = None
+    vectors = [(n, t) for n, t in zip(_VECTORS, norm[:4], strict=True) if t is not None]
+    half = None
     if training:
-        if shape.numel() == shape[1]:  # which PyTorch refuses
-            return NotImplemented
         if link.state.traced:  # in a graph they are counted where they stand
             return NotImplemented
-        if not valueless(plan.convolution.kept[0][1].tensor):
-            run = _begin(link, norm)
-            if run is None:
+        if not valueless(link.convolution.kept[0][1].tensor):
+            half = _begin(link, norm)
+            if half is None:
                 return NotImplemented
-            del vectors[:2]  # counted by now
-    given = [(n, t) for n, t in vectors if t is not None]
+            vectors = [(n, t) for n, t in vectors if n in _AFFINE]  # others are counted by now
     if not training and _are_copied(link.state, norm):
-        kept = copied(given)
+        kept = copied(vectors)
     else:
         try:
-            kept = tuple([(n, Kept(t)) for n, t in given])
+            kept = tuple([(n, Kept(t)) for n, t in vectors])
         except CannotDefer:
             return NotImplemented
 
@@ -140,10 +180,77 @@ def _batch_norm(
             u, running_mean, running_var, **affine, training=training, momentum=momentum, eps=eps
         )
 
-    return extended(input, separately, plan.normed(norm, run), kept)
+    longer = Link(link, separately, plan, kept, link.state, link.shape, link.dtype)
+    longer.norm, longer.half = norm, half
+    return promised(longer)
 
 
 _VECTORS = BatchNorm._fields[:4]
+_AFFINE = _VECTORS[2:]
+
+
+def _with_norm(plan: Plan, link: Link, norm: BatchNorm) -> Plan | None:
+    """The plan of a chain with a batch norm, or None for what is left to PyTorch."""
+    vectors = tuple([t is not None and facts(t) for t in norm[:4]])
+    if None in vectors:
+        return None
+    numbers: Any = norm.training, norm.eps, type(norm.eps), type(norm.momentum)
+    try:
+        return _normed(plan, link.shape, *vectors, *numbers)
+    except TypeError:
+        return _normed.__wrapped__(plan, link.shape, *vectors, *numbers)
+
+
+@lru_cache(maxsize=4096)
+def _normed(
+    plan: Plan, shape: torch.Size, mean: Any, var: Any, weight: Any, bias: Any,
+    training: bool, eps: Any, kind: type, of_momentum: type,
+) -> Plan | None:  # fmt: skip
+    """The plan of a chain of that shape with a batch norm of vectors with these facts (False for
+    none), or None for what is left to PyTorch."""
+    if (
+        plan.norm is not None
+        or plan.activation is not None
+        or plan.padded
+        or not plan.channels(shape)
+    ):
+        return None
+    if not training and not (mean and var):
+        return None
+    if {kind, of_momentum} - {int, float}:
+        return None
+    vectors = [Facts(*f) for f in (mean, var, weight, bias) if f]
+    if not _fit(vectors, eps, training, shape, plan.dtype, plan.given[0].device):
+        return None
+    asked = mean, var, weight, bias, training, eps, kind
+    return changed(plan, norm=asked, dense=plan.dense and all(f.contiguous for f in vectors))
+
+
+def _fits(norm: BatchNorm, p: Promise) -> bool:
+    """Whether a batch norm is one that the operation knows, and that PyTorch would not refuse."""
+    if not norm.training and (norm.running_mean is None or norm.running_var is None):
+        return False
+    if {type(norm.momentum), type(norm.eps)} - {int, float}:
+        return False
+    vectors = [facts(t) for t in norm[:4] if t is not None]
+    link = p.link
+    known = [Facts(*f) for f in vectors if f is not None]
+    if len(known) < len(vectors):
+        return False
+    return _fit(known, norm.eps, norm.training, link.shape, link.dtype, link.state.device)
+
+
+def _fit(
+    vectors: Sequence[Facts], eps: Any, training: bool, shape: torch.Size, dtype: torch.dtype,
+    device: torch.device,
+) -> bool:  # fmt: skip
+    """Whether a batch norm of a value is one that the operation knows."""
+    if eps < 0 or (training and (eps == 0 or shape.numel() == shape[1])):  # which PyTorch refuses
+        return False
+    if any(f.device != device or f.negative or f.shape != shape[1:2] for f in vectors):
+        return False
+    own = {f.dtype for f in vectors}
+    return own in (set(), {dtype}) or (own == {torch.float32} and dtype.itemsize == 2)
 
 
 def _are_copied(state: State, norm: BatchNorm) -> bool:
@@ -160,12 +267,12 @@ def _normed_elsewhere(input: Any, norm: BatchNorm) -> Any:
     if not _fits(norm, input):
         return NotImplemented
     if is_open(input, Alone):
-        return _with_norm(input.link, norm)
+        return _folded(input.link, norm)
     made = endings.batch_norm(input, norm) if endings.ends(input) else NotImplemented
     return readings.batch_norm(input, norm) if made is NotImplemented else made
 
 
-def _with_norm(link: Link, norm: BatchNorm) -> Any:
+def _folded(link: Link, norm: BatchNorm) -> Any:
     """A convolution of a copy for inference with the frozen norm behind it."""
     if norm.training or needs_grad(link.state, *norm[:4]) or not link.unchanged():
         return NotImplemented
@@ -176,9 +283,9 @@ def _with_norm(link: Link, norm: BatchNorm) -> Any:
         return NotImplemented
     for _, kept in link.kept:
         kept.release()
-    link.plan.begun.misses = 0
+    link.begun.misses = 0
     if folds(weight):
-        return link.run(None, x, *plan.begun.folded((weight, bias), norm))
+        return link.run(None, x, *link.begun.folded((weight, bias), norm))
     stride, padding, dilation, groups, mode = _settings(plan)
     return functional.conv3d(
         x, weight, bias, stride, padding, dilation, groups, padding_mode=mode, output_norm=norm
@@ -205,65 +312,52 @@ def _has_kernels(settings: Any, *tensors: Any) -> bool:
     return dispatch.has_kernels(ConvProblem.of(given, spec))
 
 
-def _fits(norm: BatchNorm, p: Promise) -> bool:
-    """Whether a batch norm is one that ``conv2plus1d`` knows, and that PyTorch would not refuse."""
-    mean, var, weight, bias, training, momentum, eps, _ = norm
-    if not training and (mean is None or var is None):
-        return False
-    if type(momentum) not in (int, float) or type(eps) not in (int, float):
-        return False
-    if eps < 0 or (training and eps == 0):  # which PyTorch refuses
-        return False
-    link = p.link
-    shape, dtype, own = link.shape[1:2], link.dtype, None
-    if not are_plain(link.state.device, mean, var, weight, bias):
-        return False
-    for t in (mean, var, weight, bias):
-        if t is not None:
-            if t.shape != shape or own not in (None, t.dtype):
-                return False
-            own = t.dtype
-    return own in (None, dtype) or (own is torch.float32 and dtype.itemsize == 2)
-
-
 def _begin(link: Link, norm: BatchNorm) -> Any:
     """Run the first convolution, for the pair that it was last in or a likely one."""
     plan: Plan = link.plan
-    u = plan.convolution.shape
     if plan.names not in ("bcthw", "bchw"):  # whose pixels or clips show later
         return None
-    temporal, m = plan.first.kind == "temporal", u[1]
-    shape = u if len(u) == 5 else torch.Size((*u[:2], 1, *u[2:]))
+    temporal, m = plan.first.kind == "temporal", plan.shape[1]
     kernel, padding = ((1, 3, 3), (0, 1, 1)) if temporal else ((3, 1, 1), (1, 0, 0))
     likely = Guess((m, m, *kernel), (1, padding, 1, 1))
-    for guess in filter(None, (plan.begun.guess, likely)):
-        settings = second_pass(plan.first, (), shape, guess.shape, False, *guess.how)
+    for guess in filter(None, (link.begun.guess, likely)):
+        settings = _guessed(plan, guess)
         if settings is None:
             continue
-        x, weight, bias = plan.convolved()
         if not link.unchanged():
             return None
+        reads = [kept for _, kept in link.convolution.kept]
+        x, weight, *rest = [kept.tensor for kept in reads]
+        bias = rest[0] if rest else None
         first = forms.lifted(weight, temporal)
         rows = first.is_contiguous(memory_format=torch.channels_last_3d)
         layout = torch.channels_last_3d if rows else torch.contiguous_format
         second = torch.empty(
             guess.shape, dtype=first.dtype, device=first.device, memory_format=layout
         )
-        for _, kept in plan.convolution.kept:
+        for kept in reads:
             kept.release()
-        if len(u) == 4:
+        if x.dim() == 4:
             x = x.unsqueeze(2)
         pairs: list[Any] = [[first, bias], [second, None]]
         if temporal:
             pairs.reverse()
         (ws, bs), (wt, bt) = pairs
         half = functional.begin(
-            x, ws, wt, bs, bt, norm=norm, activation=guess.activation, **settings[0]
+            x, ws, wt, bs, bt, norm=norm, activation=guess.activation, **settings
         )
-        for _, kept in plan.convolution.kept:
+        for kept in reads:
             kept.hold()
         return half
     return None
+
+
+@lru_cache(maxsize=4096)
+def _guessed(plan: Plan, guess: Guess) -> dict[str, Any] | None:
+    """Settings of ``conv2plus1d`` with such a second convolution, or None where it is none."""
+    u = plan.shape if len(plan.shape) == 5 else torch.Size((*plan.shape[:2], 1, *plan.shape[2:]))
+    found = second_pass(plan.first, (), u, guess.shape, False, *guess.how)
+    return None if found is None else found[0]
 
 
 def _activation(
@@ -292,7 +386,8 @@ def _activation(
         plan = input.link.plan
         if plan.activation is not None or plan.padded:
             return NotImplemented
-        return extended(input, run, plan.activated(kind, slope), in_place=in_place)
+        plan = changed(plan, activation=(kind, slope))
+        return extended(input, run, plan, in_place=in_place)
 
     return rule
 
@@ -375,7 +470,7 @@ RULES.update({
     Tensor.to: _to,
     **readings.RULES,
     **norms.RULES,
-    **{function: pairs.SECOND[rank] for rank, function in CONVOLVE.items()},
+    **dict.fromkeys(CONVOLVE.values(), pairs.second),
     **views.FOLLOWED,
     **{getattr(F, name): _activation(name, getattr(F, name)) for name in activations.FUNCTIONS},
     torch.relu: _activation("relu", torch.relu),

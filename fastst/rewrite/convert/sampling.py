@@ -43,12 +43,12 @@ def run(model: nn.Module, sample: Any) -> tuple[list[Replaced], list[Alone], dic
         if isinstance(plan, Ran):
             alone[plan.name] = plan.told()
             continue
-        first = plan.begun.name
+        first = event.name
         if event.why is not None:
             reasons.setdefault(first, event.why)
             continue
-        second = "a function" if plan.ends is None else plan.ends.name
-        norm = None if plan.norm is None else norms.get(id(plan.norm.running_mean), "a norm")
+        second = "a function" if event.second is None else event.second
+        norm = None if event.norm is None else norms.get(id(event.norm.running_mean), "a norm")
         activation = "none" if plan.activation is None else plan.activation[0]
         order = f"{plan.first.kind}-first"
         pairs[first, second] = Replaced(first, second, order, norm, activation)

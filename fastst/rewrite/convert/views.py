@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import norms, readings
 from .axes import Atom, Axes, Padded, merges, reshaped, whole
-from .chain import Plan, extended, is_open, seen
+from .chain import Plan, changed, extended, is_open, seen
 from .graphs import is_promise, unread
 from .padding import Pad
 from .promise import Link, Promise
@@ -66,9 +66,9 @@ def _in_shape(
     p: Promise, axes: Axes, shape: Sequence[int], call: Callable[[Tensor], Tensor]
 ) -> Promise:
     plan: Plan = p.link.plan
-    back = not axes.padded and axes.dims == whole(plan.names, plan.convolution.shape)
-    known = None if back and tuple(shape) == plan.convolution.shape else axes
-    return seen(p, call, torch.Size(shape), plan._replace(axes=known))
+    back = not axes.padded and axes.dims == whole(plan.names, plan.shape)
+    known = None if back and tuple(shape) == plan.shape else axes
+    return seen(p, call, torch.Size(shape), changed(plan, axes=known))
 
 
 def _sizes(args: Sequence[Any]) -> Sequence[Any]:
@@ -204,7 +204,7 @@ def _padded(
     if type(plan) is not Plan:
         return readings.padded(p, pad, call, torch.Size(shape))
     if plan.axes is None and plan.names == "bcthw":
-        return extended(p, call, plan._replace(pads=(*plan.pads, pad)), shape=torch.Size(shape))
+        return extended(p, call, changed(plan, pads=(*plan.pads, pad)), shape=torch.Size(shape))
     axes = plan.axes_of(p.link.shape)
     dims, told = list(axes.dims), []
     for i, (before, after) in sides.items():
@@ -213,7 +213,7 @@ def _padded(
             told.append((new, dims[i], before, after))
             dims[i] = (Atom(new, 1, shape[i]),)
     axes = Axes(tuple(dims), (*axes.padded, Padded(mode, tuple(told))))
-    return extended(p, call, plan._replace(axes=axes), shape=torch.Size(shape))
+    return extended(p, call, changed(plan, axes=axes), shape=torch.Size(shape))
 
 
 # ---- some of the frames
@@ -222,14 +222,12 @@ def _padded(
 class Part(NamedTuple):
     """Some of a promise's samples along a dimension; the first one as often as it is there."""
 
-    begun: Any
-    name: str
     source: Link
     dim: int
     samples: tuple[int, int]  # from one to before the other
 
-    def told(self, why: str) -> None:
-        self.source.plan.told(why)
+    def told(self, link: Link, why: str) -> None:
+        self.source.plan.told(self.source, why)
 
 
 def _getitem(p: Promise, index: Any) -> Any:
@@ -265,7 +263,7 @@ def _part(p: Promise, dim: int, start: int, stop: int) -> Any:
     if not frames and (start, stop) not in ((0, 1), (shape[dim] - 1, shape[dim])):
         return NotImplemented
     shape[dim] = stop - start
-    part = Part(link.plan.begun, link.plan.name, link, dim, (start, stop))
+    part = Part(link, dim, (start, stop))
     return seen(p, lambda z: z.narrow(dim, start, stop - start), torch.Size(shape), part)
 
 

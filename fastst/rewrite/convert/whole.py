@@ -17,7 +17,7 @@ from ...functional import BatchNorm
 from ...problem import conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
 from . import endings, readings
-from .begins import Begins, tell
+from .begins import Begins, Event, tell
 from .endings import Operation
 from .geometry import padding_of
 from .layouts import Call, call
@@ -106,7 +106,7 @@ class Whole(Begins):
 
         def run(given: dict[str, Any], second: Any = None, **ending: Any) -> Tensor:
             folded = {} if second is None else {"second": second}
-            tell(Ran(self.name, chain, ending | folded), None)
+            tell(Event(self.name, Ran(self.name, chain, ending | folded)))
             w, b = second or (given["second weight"], given.get("second bias"))
             ending["activation"] = ending.pop("outer_activation", None)
             ending["output_norm"] = ending.pop("outer_norm", None)
@@ -128,7 +128,7 @@ class Whole(Begins):
             True,
             lambda: self._calls(chain),
             chain.viewed,
-            chain.held,
+            held=chain.held,
         )
         return endings.defer(op, State(x.device))
 
