@@ -12,6 +12,7 @@ using cpu::PairTensors;
 using cpu::ParallelPlan;
 using cpu::ParallelTensors;
 using cpu::Vector;
+using cpu::Written;
 using OptionalView = std::optional<cpu::View>;
 
 // The gradient of x, from make_dx, or None. dy is the one entry of a list, which is emptied when it
@@ -115,7 +116,7 @@ void bind_passes(py::module_& m) {
 PYBIND11_MODULE(FASTST_MODULE, m) {
   m.doc() = "CPU kernels of fastst: tensors in, results in memory of the caller.";
 
-  m.attr("INTERFACE") = 9;  // raised by each change of what is bound, with library.py
+  m.attr("INTERFACE") = 10;  // raised by each change of what is bound, with library.py
   bind_common(m);
   bind_passes(m);
   bind_pairs(m);
@@ -130,7 +131,11 @@ PYBIND11_MODULE(FASTST_MODULE, m) {
                      int threads) {
           cpu::batch_norm_backward(dv, y, mean, var, gamma, eps, dy, sums, threads);
         }));
-  m.def("update_running", &cpu::update_running);
+  m.def(
+      "update_running", +[](const Written& running_mean, const Written& running_var,
+                            const Array& mean, const Array& var, double unbiased, double momentum) {
+        cpu::update_running(running_mean, running_var, mean, var, unbiased, momentum);
+      });
   m.def("channel_moments", unlocked(cpu::channel_moments));
   m.def("position_moments", unlocked(cpu::position_moments));
   m.def("outdoes", &cpu::outdoes, py::arg("dtype"));

@@ -13,6 +13,9 @@ namespace fastst::cpu {
 // A dense float32 array that is only read; others are copied to one for the time of the call.
 struct Vector : Array {};
 
+// A dense float32 array of the caller's own, which is written to.
+struct Written : Array {};
+
 // The memory of a tensor, whatever it is.
 struct Memory {
   void* data = nullptr;
@@ -20,16 +23,21 @@ struct Memory {
 
 // The names of what tensors are asked for, and the dtypes that kernels store.
 struct Torch {
-  PyObject *shape, *stride, *data_ptr, *dtype, *is_contiguous, *dtypes[3], *float64;
+  PyObject *shape, *stride, *data_ptr, *read_address, *dtype, *is_contiguous, *dtypes[3], *float64;
 
   static const Torch& get() {
     static const Torch torch = [] {
       const auto name = [](const char* s) { return PyUnicode_InternFromString(s); };
       const py::module_ module = py::module_::import("torch");
+      const py::module_ memory = py::module_::import("fastst.problem.memory");
       const auto type = [&](const char* s) { return py::object(module.attr(s)).release().ptr(); };
-      return Torch{name("shape"),         name("stride"),
-                   name("data_ptr"),      name("dtype"),
-                   name("is_contiguous"), {type("float32"), type("bfloat16"), type("float16")},
+      return Torch{name("shape"),
+                   name("stride"),
+                   name("data_ptr"),
+                   py::object(memory.attr("read_address")).release().ptr(),
+                   name("dtype"),
+                   name("is_contiguous"),
+                   {type("float32"), type("bfloat16"), type("float16")},
                    type("float64")};
     }();
     return torch;
@@ -50,7 +58,13 @@ class Asked {
   py::object method(PyObject* name) const {
     return own(PyObject_CallMethodNoArgs(tensor_.ptr(), name));
   }
-  void* data() const { return PyLong_AsVoidPtr(method(Torch::get().data_ptr).ptr()); }
+  // To be read. What is written to is made by the caller, and has no copy-on-write clones.
+  void* data() const {
+    PyObject* const read_address = Torch::get().read_address;
+    return PyLong_AsVoidPtr(own(PyObject_CallOneArg(read_address, tensor_.ptr())).ptr());
+  }
+  // To be written, of a tensor that may have such clones: it gets memory of its own first.
+  void* own_data() const { return PyLong_AsVoidPtr(method(Torch::get().data_ptr).ptr()); }
   // Fills what has room for them; how many there are.
   int64_t numbers(const py::object& tuple, int64_t* to, int64_t room) const {
     const int64_t n = PyTuple_Size(tuple.ptr());
@@ -83,6 +97,7 @@ using fastst::cpu::Storage;
 using fastst::cpu::Torch;
 using fastst::cpu::Vector;
 using fastst::cpu::View;
+using fastst::cpu::Written;
 
 // A torch.dtype.
 template <>
@@ -130,6 +145,19 @@ struct type_caster<Array> {
     std::array<int64_t, 2> size = {1, 1};
     if (ask.numbers(ask.attribute(torch.shape), size.data(), 2) > 2) return false;
     value = {ask.data(), size[0] * size[1]};
+    return true;
+  }
+};
+
+template <>
+struct type_caster<Written> {
+  PYBIND11_TYPE_CASTER(Written, const_name("Tensor | None"));
+
+  bool load(handle tensor, bool convert) {
+    make_caster<Array> array;
+    if (!array.load(tensor, convert)) return false;
+    static_cast<Array&>(value) = array;
+    if (!tensor.is_none()) value.data = Asked(tensor).own_data();
     return true;
   }
 };

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..machine import left_out
+from ..problem.memory import read_address
 from ..problem.spec import Pass, Problem
 
 
@@ -59,7 +60,7 @@ class Launcher:
         return getattr(self.lib.Activation, name)
 
     def view(self, t: Tensor) -> Any:
-        return self.lib.View(t.data_ptr(), t.shape, t.stride())
+        return self.lib.View(read_address(t), t.shape, t.stride())
 
     def array(self, t: Tensor | None) -> Any:
         """Dense array in the accumulation dtype; converts small per-channel tensors to it."""
@@ -68,7 +69,7 @@ class Launcher:
         if t.dtype != self.accumulate or not t.is_contiguous():
             t = t.to(self.accumulate).contiguous()
         self.kept.append(t)
-        return self.lib.Array(t.data_ptr(), t.numel())
+        return self.lib.Array(read_address(t), t.numel())
 
     def plain(self, t: Tensor) -> Any:
         return self._source("plain", t, None, None)

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..problem.memory import read_address
+
 Made = TypeVar("Made")
 # By tensor: (key, addresses and version counters of what was used, what was made of it).
 _kept: Any = WeakIdKeyDictionary()
@@ -31,7 +33,7 @@ def get_or_make(tensors: Sequence[Tensor | None], key: Any, make: Callable[[], M
     used = [t for t in tensors if t is not None]
     if kept is None or any(t.is_inference() for t in used):
         return make()
-    versions = [(t.data_ptr(), t._version, t.stride()) for t in used]
+    versions = [(read_address(t), t._version, t.stride()) for t in used]
     found = kept.get(key)
     if found is None or found[0] != versions:
         kept[key] = found = versions, make()

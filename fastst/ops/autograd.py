@@ -18,6 +18,7 @@ from ..backends import reference
 from ..backends.contract import Backend, Begun
 from ..problem import activations
 from ..problem.conv3d import ConvSpec, ConvTensors
+from ..problem.memory import read_address
 from ..problem.spec import (
     PairProblem,
     PairSpec,
@@ -125,7 +126,7 @@ def _record_versions(tensors: Sequence[Tensor | None]) -> Watched:
     ):
         return []
     return [
-        None if t is None or t.is_inference() else (weakref.ref(t), t._version, t.data_ptr())
+        None if t is None or t.is_inference() else (weakref.ref(t), t._version, read_address(t))
         for t in tensors
     ]
 
@@ -137,7 +138,7 @@ def _check_unwritten(watched: Watched, found: Sequence[Tensor | None]) -> None:
     """
     for was, now in zip(watched, found, strict=False):
         t = None if was is None else was[0]()
-        if was is None or t is None or now is None or now.data_ptr() != was[2]:
+        if was is None or t is None or now is None or read_address(now) != was[2]:
             continue
         if t._version != was[1]:
             raise RuntimeError(

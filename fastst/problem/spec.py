@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor
 
+from .memory import read_address
+
 PADDING_MODES = ("zeros", "replicate", "reflect", "circular")
 ORDERS = ("spatial-first", "temporal-first")
 NORMS = ("none", "batch", "frozen")
@@ -419,7 +421,7 @@ def offset_of(x: Tensor) -> int:
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return 0  # of fake tensors, among others
     try:
-        return x.data_ptr() % 16
+        return read_address(x) % 16
     except RuntimeError:  # inside of functorch's transforms
         return 0
 

@@ -23,7 +23,7 @@ from .. import native
 # What torch.backends.cpu.get_cpu_capability() says, and so ATEN_CPU_CAPABILITY may change.
 _MODULES = {"AVX2": "_cpu_avx2", "AVX512": "_cpu_avx512"}
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of tensors that kernels take
-_INTERFACE = 9  # of csrc/cpu/bindings.cpp
+_INTERFACE = 10  # of csrc/cpu/bindings.cpp
 _LARGEST_BUFFER = 256 << 20  # bytes that a thread keeps between calls
 
 

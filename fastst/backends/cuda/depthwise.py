@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...problem.memory import read_address
 from ...problem.spec import PairProblem, PairTensors
 from ..contract import Begun, Gradients, PairBackward, PairResult
 from .library import Launcher, emulating, launching, library
@@ -152,7 +153,7 @@ def channels_last(t: Tensor) -> Tensor:
     row = 16 // t.itemsize
     strides = [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
     others = [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 and s != 1]
-    aligned = t.data_ptr() % 16 == 0 and all(s % row == 0 for s in others)
+    aligned = read_address(t) % 16 == 0 and all(s % row == 0 for s in others)
     if aligned and t.stride(1) == 1 and strides.count(1) == 1:
         return t
     return t.clone(memory_format=torch.channels_last_3d)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...machine import settings
+from ...problem.memory import read_address
 from ...problem.spec import PairProblem, PairSpec, PairTensors, Pass, Problem
 from .. import native, ranks
 
@@ -239,7 +240,7 @@ class Launcher(native.Launcher):
         if t.stride(0) != 1 and t.shape[0] > 1:
             t = t.contiguous()
         self.kept.append(t)
-        return self.lib.PerChannel(t.data_ptr(), _dtypes(self.lib)[t.dtype])
+        return self.lib.PerChannel(read_address(t), _dtypes(self.lib)[t.dtype])
 
     def norm(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from ...problem.memory import read_address
 from . import launch
 
 Held = list[Tensor | None]  # what a call holds: its arguments and what it has made, by number
@@ -69,7 +70,7 @@ class Launch:
     def __call__(self, held: Held, stream: Any) -> None:
         args = self.args.copy()
         for i, number, offset in self.places:
-            args[i] = held[number].data_ptr() + offset  # type: ignore[union-attr]
+            args[i] = read_address(held[number]) + offset  # type: ignore[arg-type]
         self.start(*args, stream=stream)
 
 
@@ -173,7 +174,7 @@ class Recorder(TorchDispatchMode):
             return None
         like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         known = self._memory_of(like)
-        known.address, known.allocation = t.data_ptr() % 16, None
+        known.address, known.allocation = read_address(t) % 16, None
         return like
 
     def _memory_of(self, t: Tensor) -> Memory:
@@ -273,7 +274,7 @@ def run(
         settings: all else that host code depends on.
     """
     known = [
-        None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors
+        None if t is None else (t.dtype, t.shape, t.stride(), read_address(t) % 16) for t in tensors
     ]
     key = (host, settings, launch.tf32_allowed(), tuple(known))
     keeps = launch.keeps_plans(device)

@@ -99,8 +99,6 @@ class Operation(NamedTuple):
                 to: the output may leave the model, and be read when they have.
         """
         held = self.held
-        if held is not None:
-            held.hold()
         kept = {}
         for name, t in self.tensors.items():
             if held is not None and t is held.tensor and not held.foreign:
@@ -151,7 +149,7 @@ def batch_norm(p: Promise, norm: BatchNorm) -> Any:
             return NotImplemented
         plan.begun.missed_followers = 0
         p.link.take()
-        given = _release(p.link)
+        given = {name: kept.tensor for name, kept in p.link.kept}
         y = plan.run(given, outer_norm=norm)
         return _laid_out(plan, y, lambda: plan.calls, given)
     if not plan.begun.served:
@@ -215,10 +213,3 @@ def _extended(
         link.begun,
     )  # fmt: skip
     return replace(p, longer) if in_place else promise(longer)
-
-
-def _release(link: Link) -> dict[str, Tensor]:
-    """The tensors of a link that nobody has written to."""
-    for _, kept in link.kept:
-        kept.release()
-    return {name: kept.tensor for name, kept in link.kept}

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...problem.memory import read_address
+
 
 def folds(weight: Tensor) -> bool:
     """Whether a frozen norm behind a convolution is to be in its weights."""
@@ -31,7 +33,7 @@ class Folded:
         tensors = [t for t in (*second, *norm[:4]) if t is not None]
         if any(t.is_inference() for t in tensors):
             return _with_norm(second, norm)
-        versions = [(t._version, t.data_ptr()) for t in tensors], norm.eps
+        versions = [(t._version, read_address(t)) for t in tensors], norm.eps
         if self._found is not None:
             same = all(a is b for a, b in zip(self._found[0], tensors, strict=False))
             if same and len(self._found[0]) == len(tensors) and self._found[1] == versions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ class Kept:
     A copy-on-write clone: it costs no memory unless somebody writes. Then it is the tensor that
     moves, so memory of which others may have the address is not cloned. That, memory that cannot be
     cloned so, and memory that FSDP resizes are watched by version counter and place instead.
+    Kernels read by ``read_address``, which moves nothing.
     """
 
     __slots__ = (
@@ -51,7 +53,7 @@ class Kept:
 
     def _place(self) -> Any:
         """What tells another memory from this one. Not the address alone: memory of which another
-        thread holds a clone moves when it is read."""
+        thread holds a clone moves when it is written to."""
         t = self.tensor
         return t.data_ptr() if self.resized else (t.untyped_storage()._cdata, t.storage_offset())
 
@@ -71,32 +73,14 @@ class Kept:
         if grad:
             torch._C._set_grad_enabled(False)
         try:
-            self.clone = clone = torch._lazy_clone(self.tensor)
+            with _cloning:
+                self.clone = clone = torch._lazy_clone(self.tensor)
             self.address = _address(clone)
         except RuntimeError:  # memory that PyTorch has not allocated
             self.clone, self.address = None, 0
         finally:
             if grad:
                 torch._C._set_grad_enabled(True)
-
-    def release(self) -> None:
-        """Give the memory back to the tensor alone, so that reading it by address copies nothing.
-
-        From now on it is watched by its version counter, if it has one. Its address says nothing:
-        memory that others hold clones of moves when it is read.
-        """
-        if self.clone is not None:
-            self.clone, self.address = None, 0
-            self.tensor.data_ptr()
-
-    def held_again(self) -> None:
-        """After ``release``, where no version counter tells of writes: there is none, or running
-        statistics are counted, by PyTorch as well as here."""
-        unversioned = self.version is None or (
-            type(self.tensor) is Tensor and self.tensor.dim() == 1
-        )
-        if unversioned and not self.valueless:
-            self.hold()
 
     @property
     def foreign(self) -> bool:
@@ -131,7 +115,7 @@ class Kept:
             return not self.address or self._place() == self.address
         if _address(t) == self.address:
             return True
-        # Memory of its own, which a reader by address makes as well as a writer to ``.data``.
+        # Memory of its own, which ``data_ptr`` makes as well as a writer to ``.data``.
         if t.device != self.clone.device or not torch.equal(t, self.clone):
             return False
         if not _is_held_elsewhere(t):  # since then its address may have gone to somebody
@@ -177,12 +161,6 @@ class Copied:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-
-    def release(self) -> None:
-        """Nothing is held."""
-
-    def held_again(self) -> None:
-        """Nor need it be."""
 
     def get(self, what: str, grad: bool, ended: bool) -> Tensor:
         return self.tensor
@@ -236,6 +214,8 @@ def _laid_out(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.stride(), t.dtype
 
 
+# The first clone of some memory changes who owns it, which two threads must not do at once.
+_cloning = threading.Lock()
 _use_count: Callable[[int], int] = torch._C._storage_Use_Count
 # Without making memory of its own of a clone.
 _address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]

@@ -116,8 +116,6 @@ def _joined(link: Link, fit: Fit, weight: Tensor, bias: Tensor | None) -> Any:
     given["second weight"] = weight
     if bias is not None:
         given["second bias"] = bias
-    for _, kept in link.reads:
-        kept.release()
     pair = _Pair(link.plan, link.norm, fit, half, _recompute(link))
     name, slope = fit.guess.activation
     op = Operation(
@@ -125,10 +123,7 @@ def _joined(link: Link, fit: Fit, weight: Tensor, bias: Tensor | None) -> Any:
         fit.form is None, lambda: (*link.calls(_FIRST, _NORM), fit.last),
         link.viewed, fit.dense and not link.viewed,
     )  # fmt: skip
-    y = endings.defer(op, link.state)
-    for _, kept in link.reads:
-        kept.held_again()
-    return y
+    return endings.defer(op, link.state)
 
 
 class _Pair(NamedTuple):

@@ -189,14 +189,9 @@ class Link:
             tensors = {
                 name: kept.get(f"{name} of {what}", state.grad, ended) for name, kept in self.kept
             }
-            released = [kept for _, kept in self.kept if kept.same]
-            for kept in released:  # by address, kernels would make memory of its own for a clone
-                kept.release()
             given = {name: gates.get(t, t) for name, t in tensors.items()} if gates else tensors
             with state.restored():
                 value = self.run(source, **given)
-        for kept in released:
-            kept.held_again()
         return value
 
     def again(self, gates: Gates = _NO_GATES) -> Tensor:

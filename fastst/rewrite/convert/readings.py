@@ -281,7 +281,6 @@ class Read(NamedTuple):
     plan: Reading | None  # of a chain
     padding: Any
     padding_mode: Any
-    kept: tuple[Kept, ...] = ()  # that are released
     held: Kept | None = None  # of the tensor that it reads
     calls: tuple[Call, ...] = ()  # of the chain
     viewed: bool = False  # whether some of them turn dimensions
@@ -318,18 +317,13 @@ def read(p: Any, conv: Any, weight: Tensor) -> Read | None:
         link = link.before
     if found is None or not all(k.same for _, k in kept):
         return None
-    for _, k in kept:
-        k.release()
     tensors = {name: k.tensor for name, k in kept} | {INPUT: plan.source.current(keep=True)}
     plan.begun.missed_followers = 0
-    released, held = [k for _, k in kept], plan.source.held
-    if held is not None and held.tensor is tensors[INPUT]:
-        held.release()
-        released.append(held)
-    else:
+    held = plan.source.held
+    if held is not None and held.tensor is not tensors[INPUT]:
         held = None
     calls = p.link.calls(_OWN, _OWN, plan.source)
-    return Read(tensors, plan, *found, tuple(released), held, calls, p.link.viewed)
+    return Read(tensors, plan, *found, held, calls, p.link.viewed)
 
 
 RULES: dict[Any, Callable[..., Any]] = {

@@ -281,8 +281,6 @@ def _folded(link: Link, norm: BatchNorm) -> Any:
     plan: Alone = link.plan
     if not (folds(weight) or _has_kernels(_settings(plan), x, weight, bias)):
         return NotImplemented
-    for _, kept in link.kept:
-        kept.release()
     link.begun.misses = 0
     if folds(weight):
         return link.run(None, x, *link.begun.folded((weight, bias), norm))
@@ -326,8 +324,7 @@ def _begin(link: Link, norm: BatchNorm) -> Any:
             continue
         if not link.unchanged():
             return None
-        reads = [kept for _, kept in link.convolution.kept]
-        x, weight, *rest = [kept.tensor for kept in reads]
+        x, weight, *rest = [kept.tensor for _, kept in link.convolution.kept]
         bias = rest[0] if rest else None
         first = forms.lifted(weight, temporal)
         rows = first.is_contiguous(memory_format=torch.channels_last_3d)
@@ -335,8 +332,6 @@ def _begin(link: Link, norm: BatchNorm) -> Any:
         second = torch.empty(
             guess.shape, dtype=first.dtype, device=first.device, memory_format=layout
         )
-        for kept in reads:
-            kept.release()
         if x.dim() == 4:
             x = x.unsqueeze(2)
         pairs: list[Any] = [[first, bias], [second, None]]
@@ -346,8 +341,6 @@ def _begin(link: Link, norm: BatchNorm) -> Any:
         half = functional.begin(
             x, ws, wt, bs, bt, norm=norm, activation=guess.activation, **settings
         )
-        for kept in reads:
-            kept.hold()
         return half
     return None
 

@@ -70,8 +70,6 @@ class Whole(Begins):
         conv = self.conv
         chain = readings.read(x, conv, weight)
         made = None if chain is None else self._run(chain, weight, bias)
-        for kept in () if chain is None else chain.kept:
-            kept.held_again()
         if made is not None:
             return made
         x = real(x, f"{type(conv).__name__} {self.name}")

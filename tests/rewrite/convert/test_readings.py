@@ -437,8 +437,8 @@ def test_errors_are_those_of_the_plain_module() -> None:
 
 def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain that does not look whether the output before it was written to."""
-    from fastst.rewrite.convert.promise import Link
+    from fastst.rewrite.convert.kept import Kept
 
-    monkeypatch.setattr(Link, "steady", property(lambda self: True))
+    monkeypatch.setattr(Kept, "same", property(lambda self: True))
     with pytest.raises(AssertionError, match="not close"):
         test_as_the_plain_module("written")

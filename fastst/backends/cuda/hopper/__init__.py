@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....problem.memory import read_address
 from ....problem.spec import PairProblem, PairSpec, PairTensors
 from ...contract import Begun, PairResult
 from ..library import Launcher, emulating, launching
@@ -165,7 +166,7 @@ def _outer(spec: PairSpec, tensors: PairTensors) -> tuple[bool, dict[str, Any]]:
     arguments: dict[str, Any] = {}
     fits = spec.outer_activation in EPILOGUES
     if r is not None:  # read in pairs of channels, from pixels evenly apart
-        even = all(s % 2 == 0 for s in (*r.stride()[2:], r.stride(0))) and r.data_ptr() % 4 == 0
+        even = all(s % 2 == 0 for s in (*r.stride()[2:], r.stride(0))) and read_address(r) % 4 == 0
         fits = fits and even and r.stride(1) == 1 and r.stride(3) == r.stride(4) * r.shape[4]
     if fits:
         arguments = {"residual": r, "activation": spec.outer_activation}
