@@ -24,7 +24,8 @@ from tests.support.fuzz import Config, Limits
 
 CUT = Limits(
     batch=4, channels=12, frames=5, space=6, work=60_000,
-    fixed=dict(op="conv2plus1d", recompute=True), accept=lambda config: config.batch > 1,
+    fixed=dict(op="conv2plus1d", recompute=True),
+    accept=lambda config: config.batch > 1 and not fuzz.jumps_between_roundings(config),
 )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def skip_without(backend: str) -> None:
         pytest.skip("the native CPU kernels are not built")
 
 
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(
     ("backend", "cases", "fixed"),
     [
@@ -67,7 +69,7 @@ def test_random_gradients_are_right(
         limits = replace(limits, batch=3, channels=4, frames=2, space=3, work=1500)
     fuzz.fuzz(backend, cases, limits, least=1.0)
     assert set(swept) <= {2, 3}
-    assert len(swept) >= 0.6 * cases  # the others have no gradient clear of kinks
+    assert len(swept) >= 0.9 * cases  # the others have no gradient clear of kinks
 
 
 def problem_of(config: Config) -> Problem:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -116,36 +117,36 @@ def other_weights() -> Iterator[None]:
         yield
 
 
-# The fault, and what a program has to have for it to show.
+# The fault, and a pattern of what a program has to have for it to show.
 PLANTS: dict[str, tuple[Callable[[], Any], str]] = {
-    "detach is lost": (lost(Tensor.detach), "x = x.detach()"),
-    "clamp is lost": (lost(Tensor.clamp_), "x.clamp_(0, 3)"),
-    "relu6 is relu": (relu_for(F.relu6), "elu6("),
-    "dropout is lost": (lost(F.dropout), "ropout("),
-    "statistics twice": (statistics_twice, "nn.BatchNorm3d(4)"),
+    "detach is lost": (lost(Tensor.detach), r"x = x\.detach\(\)"),
+    "clamp is lost": (lost(Tensor.clamp_), r"x\.clamp_\(0, 3\)"),
+    "relu6 is relu": (relu_for(F.relu6), r"elu6\("),
+    "dropout is lost": (lost(F.dropout), r"ropout\("),
+    "statistics twice": (statistics_twice, r"nn\.BatchNorm3d\(4\)"),
     "random numbers": (random_numbers, "dropout"),
-    "versions ignored": (versions_ignored, "k = x\n"),
-    "state ignored": (state_ignored, "with torch.no_grad():\n            x = self.m"),
+    "versions ignored": (versions_ignored, r"k\d+(\.add_\(1\)|\[:, 0\] = 0)"),
+    "state ignored": (state_ignored, r"with torch\.no_grad\(\):\n            x = self\.m"),
     "strides of its own": (
         lambda: mock.patch.object(endings, "as_separate", lambda y, *_: y),
-        "nn.Conv3d(4, 4, (3, 1, 1)",
+        r"nn\.Conv3d\(4, 4, \(3, 1, 1\)",
     ),
-    "a millionth more": (other_weights, "nn.GroupNorm"),
+    "a millionth more": (other_weights, r"nn\.GroupNorm"),
 }
 
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_planted_faults_are_seen(name: str) -> None:
-    plant, text = PLANTS[name]
+    plant, pattern = PLANTS[name]
     tried = 0
     for seed in range(20000):
         program = random_program(seed)
-        if text not in program.source():
+        if not re.search(pattern, program.source()):
             continue
         tried += 1
         if judge(program, plant) is not None and judge(program) is None:
             return
-        assert tried < 80, f"{tried} programs with {text!r} saw nothing"
+        assert tried < 40, f"{tried} programs with {pattern!r} saw nothing"
 
 
 def test_failures_are_made_smaller() -> None:

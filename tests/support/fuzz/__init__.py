@@ -30,12 +30,13 @@ from .rule import (
     scales,
 )
 from .truth import act, compose, first_pass
-from .values import clear_of_kinks, lay_out, make
+from .values import clear_of_kinks, jumps_between_roundings, lay_out, make
 
 __all__ = [
     "ACTIVATIONS", "CASES", "CONV_NAMES", "CONV_NORMS", "Config", "ConvConfig", "ConvLimits",
     "DTYPES", "KINKS", "KITS", "LAYOUTS", "Limits", "NAMES", "SEED", "SMALL", "VENDOR_BUG",
     "act", "call", "call_conv", "check", "clear_of_kinks", "complaints", "compose",
-    "compose_conv", "error", "first_pass", "fuzz", "hold", "lay_out", "make", "make_conv",
-    "no_rounding", "poisoned", "random_config", "random_conv", "results", "scales",
+    "compose_conv", "error", "first_pass", "fuzz", "hold", "jumps_between_roundings", "lay_out",
+    "make", "make_conv", "no_rounding", "poisoned", "random_config", "random_conv", "results",
+    "scales",
 ]  # fmt: skip

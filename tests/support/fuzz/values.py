@@ -61,7 +61,7 @@ def make(config: Config, device: str = "cpu") -> tuple[dict[str, Tensor], Tensor
         }
         if _on_grid(config) and config.norm != "none" and config.affine:
             _move_kinks_off_grid(config, tensors)
-        if _jumps_between_roundings(config) or clear_of_kinks(config, tensors):
+        if jumps_between_roundings(config) or clear_of_kinks(config, tensors):
             break
     return tensors, lay_out(dy.to(device), config.grad_layout, rng)
 
@@ -71,7 +71,7 @@ def _on_grid(config: Config) -> bool:
     return kinked and config.dtype.itemsize == 2
 
 
-def _jumps_between_roundings(config: Config) -> bool:
+def jumps_between_roundings(config: Config) -> bool:
     """Whether the output, which is rounded to 16 bits, goes through a kink: on no grid of ours."""
     return config.outer_activation in KINKS and config.dtype.itemsize == 2
 
@@ -139,7 +139,7 @@ def _move_kinks_off_grid(config: Config, tensors: dict[str, Tensor]) -> None:
 
 def clear_of_kinks(config: Config, tensors: dict[str, Tensor]) -> bool:
     """Whether float32 arithmetic keeps every value on its side of the kinks of its activation."""
-    if _jumps_between_roundings(config):
+    if jumps_between_roundings(config):
         return False
     _, fed = compose(config, {n: t.double() for n, t in tensors.items()})
     return not any(near_a_kink(name, v, exact=config.norm == "none") for name, v in fed)
