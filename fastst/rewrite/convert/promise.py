@@ -462,17 +462,20 @@ class Promise(Tensor):
             made = rule(*args, **(kwargs or {}))
             if made is not NotImplemented:
                 return made
-        reals, kwargs = _reals(args, func), _reals(kwargs or {}, func)
+        reals, named = _reals(args, func), _reals(kwargs or {}, func)
         for p in args:
             if type(p) is Promise:
                 _notice_writes(p.link)
         with _unseen():
-            result = func(*reals, **kwargs)
+            result = func(*reals, **named)
         if torch.compiler.is_compiling():  # of a part of the model: Dynamo guards all that is read
             return result
         _resemble(args)
-        if reals and result is reals[0] and _is_in_place(func):  # u.mul_(2) is u
-            return args[0]
+        if isinstance(result, Tensor):  # u.mul_(2) is u, and so is u.contiguous()
+            for given, own in ((args, reals), ((kwargs or {}).values(), named.values())):
+                for p, t in zip(given, own, strict=True):
+                    if t is result:
+                        return p
         return result
 
     @classmethod
@@ -537,11 +540,6 @@ def _reals(value: Any, reader: Any, detached: bool = False) -> Any:
     if isinstance(value, (tuple, list, dict)):
         return tree_map(lambda t: real(t, reader, detached), value)
     return real(value, reader, detached)
-
-
-def _is_in_place(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
 
 
 def _resemble(values: Any) -> None:

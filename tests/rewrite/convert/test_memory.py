@@ -270,6 +270,22 @@ def test_a_planted_alias_of_a_frozen_norm_is_caught(monkeypatch: pytest.MonkeyPa
             torch.testing.assert_close(converted, plain)
 
 
+@pytest.mark.parametrize("write", WRITES)
+def test_an_output_that_is_read_again_is_what_it_was(write: str) -> None:
+    """After the operation that took it in has run, and its weight was written to."""
+    found = []
+    for convert in (False, True):
+        net = pair()
+        if convert:
+            fastst.convert(net)
+        with torch.no_grad():
+            u = net[0](torch.ones(1, 3, 4, 6, 6))
+            y = net[2](F.relu(u)) + 0
+            WRITES[write](net[0].weight)
+            found.append((y, u + 0))
+    torch.testing.assert_close(*found)
+
+
 def test_threads_share_a_model() -> None:
     """Kernels of one thread read memory that another one has clones of, and lets go."""
     torch.manual_seed(0)

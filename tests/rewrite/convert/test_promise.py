@@ -580,3 +580,26 @@ def test_chains_hold_no_cycles(training: bool) -> None:
         assert reads()() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("call", [
+    lambda v: F.relu(v, inplace=True), lambda v: F.relu(input=v, inplace=True),
+    lambda v: v.mul_(2), lambda v: v.contiguous(), lambda v: v.to(v.dtype), lambda v: v.real,
+    lambda v: F.dropout(v, 0.5, False), lambda v: F.dropout(v, 0.5, False, True),
+    lambda v: v.requires_grad_(v.requires_grad), lambda v: v.type(v.dtype), lambda v: v.cpu(),
+    lambda v: v.__iadd__(1), lambda v: v.clamp_(min=0), lambda v: torch.relu_(v),
+    lambda v: v.detach(), lambda v: v.clone(), lambda v: v.view_as(v), lambda v: F.relu(v),
+])  # fmt: skip
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_gives_back_its_argument(call: Any, grad: bool) -> None:
+    """The same object, also when somebody has read it before."""
+    found = []
+    for convert in (False, True):
+        block = Block(lambda m, x: m.s(x))
+        if convert:
+            fastst.convert(block)
+        with torch.set_grad_enabled(grad):
+            v = block(torch.randn(1, 4, 3, 6, 6))
+            v.sum().item()
+            found.append(call(v) is v)
+    assert found[0] == found[1]
