@@ -26,8 +26,13 @@ Cluster::Cluster(std::string kernel, dim3 grid, dim3 block, int64_t shared, int 
   threads = blocks * block_threads;
   for (int rank = 0; rank < blocks; ++rank) {
     this->blocks.push_back(std::make_unique<Block>(*this, rank, block, shared));
-    for (Thread& t : this->blocks.back()->threads())
+    for (Thread& t : this->blocks.back()->threads()) {
       t.stack = std::make_unique_for_overwrite<char[]>(kStack);
+      getcontext(&t.start);
+      t.start.uc_stack.ss_sp = t.stack.get();
+      t.start.uc_stack.ss_size = kStack;
+      makecontext(&t.start, &Cluster::start, 0);
+    }
   }
 }
 
@@ -38,13 +43,7 @@ void Cluster::run(dim3 first, const std::function<void()>& body) {
   std::vector<Thread*> all;
   for (const auto& block : blocks) {
     block->start(dim3(first.x + block->rank(), first.y, first.z));
-    for (Thread& t : block->threads()) {
-      getcontext(&t.start);
-      t.start.uc_stack.ss_sp = t.stack.get();
-      t.start.uc_stack.ss_size = kStack;
-      makecontext(&t.start, &Cluster::start, 0);
-      all.push_back(&t);
-    }
+    for (Thread& t : block->threads()) all.push_back(&t);
   }
   for (size_t left = all.size(); left > 0;) {
     bool progress = false;
@@ -65,9 +64,12 @@ void Cluster::run(dim3 first, const std::function<void()>& body) {
   }
 }
 
+// A fiber runs one block after the other.
 void Cluster::start() {
-  running->enter();
-  _longjmp(running->scheduler, 1);
+  for (;;) {
+    running->enter();
+    switch_fiber(running->self->here, running->scheduler);
+  }
 }
 
 void Cluster::enter() {
@@ -103,7 +105,7 @@ void Cluster::deadlock() const {
       if (t.done)
         ++finished;
       else
-        waiting[t.waits_for].push_back(t.rank);
+        waiting[t.waits_for()].push_back(t.rank);
     const std::string of =
         blocks.size() == 1 ? "" : " of block " + std::to_string(block->rank()) + " of the cluster";
     for (const auto& [why, ranks] : waiting)

@@ -89,12 +89,12 @@ struct Thread {
   int rank = 0, id = 0;  // in its block, in its cluster
   Block* block = nullptr;
   dim3 index;
-  ucontext_t start;  // its first entry; swapcontext would ask the kernel each time
+  ucontext_t start;  // its first entry, of all blocks that it runs: it asks the kernel
   jmp_buf here;      // where it waits
   std::unique_ptr<char[]> stack;
   bool started = false, done = false;
   std::function<bool()> ready;  // empty: can run
-  std::string waits_for;
+  std::function<std::string()> waits_for;
   Clock clock;
   std::vector<Copy> open;                // copies not yet committed
   std::deque<std::vector<Copy>> groups;  // committed ones, oldest first
@@ -106,7 +106,8 @@ struct Thread {
 struct Barrier {
   int expected = 0, arrived = 0;
   uint64_t generation = 0;
-  std::string where;  // the source line at which the first of this generation arrived
+  std::string name;  // and the source line, at which the first of this generation arrived
+  Where where;
   Clock joining, released;
 };
 
@@ -173,7 +174,9 @@ class Block {
   Thread& self() { return *cluster_.self; }
   Cluster& cluster() { return cluster_; }
   [[noreturn]] void fail(const std::string& what) const;
-  void wait(std::function<bool()> ready, std::string why);
+  // Until `ready()`; `why()` is told of those who wait for ever.
+  template <class Ready, class Why>
+  void wait(const Ready& ready, const Why& why);
   // Everyone of `expected` threads; all must come from one source line unless `mixed`.
   void meet(Barrier& barrier, int expected, const std::string& name, Where where, bool mixed);
 
@@ -253,6 +256,14 @@ Block& block();  // that of the running thread
   if (_setjmp(from) == 0) _longjmp(to, 1);
 }
 
+template <class Ready, class Why>
+void Block::wait(const Ready& ready, const Why& why) {
+  if (ready()) return;
+  Thread& t = self();
+  t.ready = std::cref(ready), t.waits_for = std::cref(why);  // they stay as long as it waits
+  switch_fiber(t.here, cluster_.scheduler);
+}
+
 // Where the byte at an address of shared memory lies.
 int64_t swizzled(fastst::Swizzle, int64_t address);
 
@@ -262,5 +273,6 @@ std::string launch(const std::string& kernel, dim3 grid, dim3 block, int64_t sha
                    const std::function<void()>& body, int cluster = 1);
 
 std::string line(Where where);
+bool same(Where, Where);  // one line of one file
 
 }  // namespace emulator

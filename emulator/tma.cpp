@@ -120,8 +120,8 @@ void Block::change_registers(int to, bool increase, Where where) {
     fail("registers " + std::string(increase ? "increased" : "decreased") + " from " +
          std::to_string(mine) + " to " + std::to_string(to));
   const int more = to - mine;
-  wait([this, more] { return free_registers_ >= more; },
-       std::to_string(more) + " registers more, at " + line(where));
+  wait([&] { return free_registers_ >= more; },
+       [&] { return std::to_string(more) + " registers more, at " + line(where); });
   free_registers_ -= more, mine = to;
 }
 

@@ -98,21 +98,23 @@ void compute(Wgmma& op) {
   op.computed = true;
 }
 
+std::string told(Where at) { return "wgmma at " + line(at); }
+
 // The instruction that this thread issues now: the first to come opens it.
-Wgmma& issued(const Instruction& w, const std::string& where) {
+Wgmma& issued(const Instruction& w, Where at) {
   Block& b = block();
   Warpgroup& group = b.warpgroup();
   Warpgroup::Member& me = self();
   const size_t index = me.issued++ - group.first;
   if (index == group.queue.size()) {
     const auto op = std::make_shared<Wgmma>();
-    op->instruction = w, op->where = where;
-    op->reading = b.reading(where, b.self().rank / kWarpgroup * kWarpgroup, kWarpgroup);
+    op->instruction = w, op->at = at, op->where = told(at);
+    op->reading = b.reading(op->where, b.self().rank / kWarpgroup * kWarpgroup, kWarpgroup);
     group.queue.push_back(op);
   }
   const auto op = group.queue[index];
-  if (op->instruction != w || op->where != where)
-    b.fail("divergent wgmma: this thread is at " + where + ", others of its warpgroup at " +
+  if (op->instruction != w || !same(op->at, at))
+    b.fail("divergent wgmma: this thread is at " + told(at) + ", others of its warpgroup at " +
            op->where + ", or with other operands");
   me.open.push_back(op), ++b.self().wgmma_under_way;
   return *op;
@@ -167,24 +169,23 @@ Warpgroup& Block::warpgroup() {
 
 void wgmma(const Instruction& w, float* d, const uint32_t* a, Where at) {
   Block& b = block();
-  const std::string where = "wgmma at " + line(at);
   const int t = b.self().rank % kWarpgroup;
-  if (!self().fenced) b.fail(where + " with no wgmma_fence in its group");
-  Wgmma& op = issued(w, where);
+  if (!self().fenced) b.fail(told(at) + " with no wgmma_fence in its group");
+  Wgmma& op = issued(w, at);
   // What is read is looked up when the first thread comes: nobody may change it from then on.
   const auto look_up = [&](int64_t address, Need& need) {
     b.collect(address, 16, op.reading, need);
   };
   if (op.arrived == 0)
     each_piece(w.b, w.b_along_n, w.n, [&](int, int, int64_t at) { look_up(at, op.b_need); });
-  b.check(op.b_need, where);
+  b.check(op.b_need, op.where);
   const int warp = t / kWarp;
   if (!w.a_in_registers) {  // of A, each warp reads its own 16 rows
     if (!op.came[warp])
       each_piece(w.a, w.a_along_m, kRows, [&](int r, int, int64_t at) {
         if (r / 16 == warp) look_up(at, op.a_need[warp]);
       });
-    b.check(op.a_need[warp], where);
+    b.check(op.a_need[warp], op.where);
   }
   op.came[warp] = true;
   if (w.a_in_registers) std::copy_n(a, 4, op.a[t].begin()), op.a_at[t] = a;
@@ -206,8 +207,8 @@ void wgmma_wait(size_t pending, Where where) {
   auto& groups = self().groups;
   for (; groups.size() > pending; groups.pop_front())
     for (const auto& op : groups.front()) {
-      block().wait([&op] { return op->computed; },
-                   op->where + " to be issued by all, at " + line(where));
+      block().wait([&] { return op->computed; },
+                   [&] { return op->where + " to be issued by all, at " + line(where); });
       retire(*op);
     }
 }

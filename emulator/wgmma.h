@@ -22,7 +22,8 @@ using Tile = std::array<float, 64 * 256>;
 
 struct Wgmma {
   Instruction instruction;
-  std::string where;
+  Where at;
+  std::string where;  // the same in words
   int arrived = 0, reading = 0;
   bool computed = false;
   std::array<bool, 4> came{};  // somebody of each warp

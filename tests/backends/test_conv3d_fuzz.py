@@ -102,7 +102,7 @@ def _running_variance_is_biased(patch: pytest.MonkeyPatch) -> None:
         _replaced("rstd", lambda real, norm, *rest: real(norm._replace(eps=1e-6), *rest)),
         _replaced("_groups_and_axes", lambda real, n, c: real(n._replace(per_frame=False), c)),
         _replaced("is_centred", lambda real, kind: True),
-        _replaced("_read", _drops_past, on_aten),
+        _replaced("_load_z", _drops_past, on_aten),
         _replaced(
             "_undo_prepare",
             lambda real, g, size, p, pads: real(g, size, p, [pads[i ^ 1] for i in range(6)]),
