@@ -5,7 +5,8 @@
 #if defined(__CUDACC__)
 #define FASTST_DEVICE __device__
 #else
-#define FASTST_DEVICE
+#define FASTST_DEVICE \
+  inline __attribute__((always_inline))  // constants of a loop stay in registers
 #endif
 
 namespace fastst {

@@ -8,7 +8,6 @@
 #include <gradient_blocks.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 namespace fastst::cpu {
@@ -16,44 +15,22 @@ namespace fastst::cpu {
 inline int64_t whole_stretches(int64_t k) { return (k + kAmxPairs - 1) / kAmxPairs * kAmxPairs; }
 
 // One group of channels.
-class AmxGroup {
+class AmxGroup : GradientGroup {
  public:
   AmxGroup(const Input& x, const Input& dy, const Geometry& g, const View& dw, int threads,
            const Pairing& pairing)
-      : pairing_(pairing), dw_(dw), threads_(threads), taps_(g.taps()) {
-    x_width_ = std::min<int64_t>(kLanes, x.channels);
-    for (int64_t c = 0; c < x.channels; c += kLanes)
-      in_.push_back({c, std::min<int64_t>(kLanes, x.channels - c), x_width_});
+      : GradientGroup(x, dy, g, dw, threads, pairing) {
     for (int64_t m = 0; m < dy.channels; m += kLanes)
-      out_.push_back({m, std::min<int64_t>(kLanes, dy.channels - m), kLanes});
-    const Axis& axis = g.*pairing.axis;
-    for (const bool second : {false, true}) {
-      x_[second] = pairing.half(x, axis.stride, second);
-      dy_[second] = pairing.half(dy, 1, second);
-    }
-    seconds_ = axis.out / 2;
-    const Geometry own = pairing.halved(g);
-    axis_ = {own.t, own.h, own.w};
-    plan(own);
+      add_panel({m, std::min<int64_t>(kLanes, dy.channels - m), kLanes});
+    cut_ranges(groups(), total());
+    cut_parts((groups() + ranges_ - 1) / ranges_ * 2 * kLefts * kLanes);
   }
 
   // Whether all that was multiplied is finite: zeros make NaN of what is not.
-  bool run() {
-    const bool whole = parts_ == 1 && boxes_.size() == 1;
-    const int64_t total = at(out_.size(), 0);
-    const Scratch sums(whole ? 0 : parts_ * total);
-    parallel_for(threads_, parts_ * ranges_,
-                 [&](int64_t i) { item(i / ranges_, i % ranges_, sums, whole); });
-    if (whole || !finite_) return finite_;
-    const int64_t many = in_.size();
-    parallel_for(threads_, many * out_.size(), [&](int64_t i) {
-      float* block = sums + at(i / many, i % many);
-      for (int64_t part = 1; part < parts_; ++part)
-        for (int64_t j = 0; j < block_size(); j += kLanes)
-          store(block + j, load(block + j) + load(block + part * total + j));
-      write(block, in_[i % many], out_[i / many]);
-    });
-    return true;
+  bool run() const {
+    return GradientGroup::run(
+        [&](int64_t range, Range boxes, float* sums) { return item(range, boxes, sums); },
+        [&](const float* block, const Panel& in, const Panel& out) { write(block, in, out); });
   }
 
  private:
@@ -80,63 +57,45 @@ class AmxGroup {
     }
   };
 
-  // Cuts the work by channels of dy where dW is large, so that it is summed once; else by
-  // positions.
-  void plan(const Geometry& g) {
-    const int64_t groups = (out_.size() + kLefts - 1) / kLefts, total = at(out_.size(), 0);
-    ranges_ = std::min<int64_t>({threads_, groups, (total + kResultFloats - 1) / kResultFloats});
-    parts_ = threads_ / ranges_;
-    const int64_t limit = parts_ == 1 ? kWholeFloats : kBoxFloats;
-    const int64_t wide = in_.size() * x_width_,
-                  share = (groups + ranges_ - 1) / ranges_ * 2 * kLefts * kLanes;
-    boxes_ = cut_boxes(g, wide, share, limit, parts_);
-    if (parts_ == 1 && boxes_.size() > 1) boxes_ = cut_boxes(g, wide, share, kBoxFloats, 1);
-    parts_ = std::min<int64_t>(parts_, boxes_.size());
-  }
+  // Panels of dy that are multiplied together.
+  int64_t groups() const { return (out_.size() + kLefts - 1) / kLefts; }
 
-  int64_t block_size() const { return taps_ * kLanes * kLanes; }
-  int64_t at(int64_t out, int64_t in) const { return (out * in_.size() + in) * block_size(); }
-
-  // Sums over one part of the boxes for one range of dy's channels.
-  void item(int64_t part, int64_t range, float* sums, bool whole) {
+  // Sums over some boxes for one range of dy's channels.
+  bool item(int64_t range, Range boxes, float* sums) const {
     const Amx amx(kLanes);
-    const int64_t count = boxes_.size(), groups = (out_.size() + kLefts - 1) / kLefts,
-                  ins = in_.size();
-    const int64_t begin = count * part / parts_, end = count * (part + 1) / parts_;
-    const int64_t first = groups * range / ranges_ * kLefts;
-    const int64_t last = std::min<int64_t>(groups * (range + 1) / ranges_ * kLefts, out_.size());
-    float* const own_sums = sums + part * at(out_.size(), 0);
-    const Scratch local(whole ? kLefts * kVectors * block_size() : 0);
+    const int64_t ins = in_.size(), block_size = taps_ * kLanes * kLanes;
+    const int64_t first = groups() * range / ranges_ * kLefts;
+    const int64_t last = std::min<int64_t>(groups() * (range + 1) / ranges_ * kLefts, out_.size());
+    const Scratch local(whole() ? kLefts * kVectors * block_size : 0);
     alignas(kLine) float apart[kLefts][kVectors][kLanes * kLanes];
-    for (int64_t b = begin; b < end; ++b) {
+    for (int64_t b = boxes.lo; b < boxes.hi; ++b) {
       const Box& box = boxes_[b];
-      const Reads x = reads_of(axis_, box, true);
+      const Reads x = reads_of(g_, box, true);
       const Layout layout(box, x);
       const int64_t panel = x.count() * x_width_, step = x.window[2].pitch * x_width_;
       const int64_t beyond =
           (layout.row + kAmxPairs) * step + kLanes;  // read for the sake of zeros
       const Scratch right(ins * panel + beyond), left((last - first) * kLanes * layout.pitch);
       std::fill_n(right.data(), ins * panel + beyond, 0.0f);
-      pack(x, x_, &in_.front(), &in_.back() + 1, right);
+      pack_x(x, right);
       turn(box, layout, &out_[first], &out_[last - 1] + 1, left);
       if (!is_finite(right, ins * panel) ||
           !is_finite(left, (last - first) * kLanes * layout.pitch))
-        finite_ = false;
-      if (!finite_) return;
+        return false;
       const std::vector<std::vector<Segment>> taps = segments(box, x, layout);
       for (int64_t o = first; o < last; o += kLefts) {
         const int lefts = static_cast<int>(std::min<int64_t>(kLefts, last - o));
         for (int64_t i = 0, vectors; i < ins; i += vectors) {
           vectors = block_vectors(i, ins, kVectors);
           const auto block = [&](int l, int64_t v) {
-            return whole ? local + (l * kVectors + v) * block_size() : own_sums + at(o + l, i + v);
+            return whole() ? local + (l * kVectors + v) * block_size : sums + at(o + l, i + v);
           };
           AmxProduct p = {{}, layout.pitch, {}, step, {}, {}, {}, kLanes};
           for (int l = 0; l < lefts; ++l) p.a[l] = left + (o + l - first) * kLanes * layout.pitch;
           for (int64_t v = 0; v < vectors; ++v) p.b[v] = right + (i + v) * panel;
           for (int64_t tap = 0; tap < taps_; ++tap) {
             const Segment *next = taps[tap].data(), *end = next + taps[tap].size();
-            bool onto = b > begin;
+            bool onto = b > boxes.lo;
             do {
               p.segments = next;
               for (int64_t sum = 0; next < end && sum < kLongestAmxSum;) sum += next++->count;
@@ -151,12 +110,13 @@ class AmxGroup {
               onto = true;
             } while (next < end);
           }
-          if (!whole) continue;
+          if (!whole()) continue;
           for (int l = 0; l < lefts; ++l)
             for (int64_t v = 0; v < vectors; ++v) write(block(l, v), in_[i + v], out_[o + l]);
         }
       }
     }
+    return true;
   }
 
   static void add(const float* sums, float* to) {
@@ -191,19 +151,13 @@ class AmxGroup {
     return found;
   }
 
-  void pack(Reads r, const Input (&in)[2], const Panel* begin, const Panel* end, float* to) const {
-    pack_panels<FirstOfPairs>(r, in[0], begin, end, to);
-    r.axis[pairing_.which].in = seconds_;
-    pack_panels<SecondOfPairs>(r, in[1], begin, end, to);
-  }
-
   // Channels of dy as rows.
   void turn(const Box& box, const Layout& layout, const Panel* begin, const Panel* end,
             float* to) const {
     const Reads own = themselves(box);
     const int64_t width = box[3].size(), rows = box[2].size(), frames = own.count() / width / rows;
     const Scratch flat((end - begin) * own.count() * kLanes);
-    pack(own, dy_, begin, end, flat);
+    pack_dy(own, begin, end, flat);
     const float* from = flat;
     std::fill_n(to, (end - begin) * kLanes * layout.pitch, 0.0f);
     for (; begin < end; ++begin, to += kLanes * layout.pitch)
@@ -233,7 +187,7 @@ class AmxGroup {
 
   // block (taps, channels of dy, channels of x).
   void write(const float* block, const Panel& in, const Panel& out) const {
-    const Scratch turned(block_size());
+    const Scratch turned(block_size(out));
     for (int64_t tap = 0; tap < taps_; ++tap) {
       Vec square[kLanes];
       for (int m = 0; m < kLanes; ++m) square[m] = load(block + (tap * kLanes + m) * kLanes);
@@ -242,19 +196,6 @@ class AmxGroup {
     }
     write_block(turned, in, out, dw_);
   }
-
-  const Pairing pairing_;
-  Input x_[2], dy_[2];  // the first and the second positions
-  int64_t seconds_ = 0;
-  std::array<Axis, 3> axis_;
-  const View& dw_;
-  const int threads_;
-  const int64_t taps_;
-  std::vector<Panel> in_, out_;
-  std::vector<Box> boxes_;
-  int64_t parts_ = 1, ranges_ = 1;
-  int64_t x_width_;  // of panels of x
-  std::atomic<bool> finite_ = true;
 };
 
 }  // namespace fastst::cpu

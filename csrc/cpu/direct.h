@@ -54,9 +54,17 @@ struct Run {
   int64_t length, step;
 };
 
+// All channels of a position, one after the other.
+struct AllChannels {
+  // How many taps of a row are one stretch of k, where neighbours lie `apart`.
+  static int64_t taps_together(const Axis& w, int64_t apart, int64_t channels) {
+    return w.dilation == 1 && apart == channels ? w.kernel : 1;
+  }
+};
+
 // What an output channel sums over: all channels of the source.
 template <class K>
-struct Dense {
+struct Dense : AllChannels {
   using Kind = K;
   using Packer = std::conditional_t<Kind::kChannels == 1, WeightPacker, PairPacker<Kind>>;
   // Input channels whose weights a block keeps in the cache.
@@ -90,7 +98,7 @@ struct Dense {
 
 // The same by AMX, some parts of runs at a time. All parts have as many positions: of a run they
 // may overlap, and reach beyond those that are asked for.
-struct DenseAmx {
+struct DenseAmx : AllChannels {
   using Kind = AmxPairs;
   using Packer = PairPacker<Kind>;
 
@@ -148,20 +156,47 @@ struct Channelwise {
   using Kind = Floats;
   using Packer = WeightPacker;
   static int64_t chunk_of(const Weights&) { return 1; }
+  // Taps that lie as far apart as outputs read the same positions.
+  static int64_t taps_together(const Axis& w, int64_t, int64_t) {
+    return w.stride == w.dilation && taken_together(w.kernel) ? w.kernel : 1;
+  }
 
   static constexpr int64_t kMargin = 0;
   const Block& block;
   const int64_t channels;
-  Channelwise(const Block& block, int64_t channels, const Run&)
-      : block(block), channels(channels) {}
-  Groups groups(int64_t positions) const { return {positions, most_rows(block.vectors)}; }
-  void operator()(int64_t position, int64_t count, const float* x, const Offsets& places,
+  const Run run;
+  Channelwise(const Block& block, int64_t channels, const Run& run)
+      : block(block), channels(channels), run(run) {}
+  // As many positions as are finished together, whole runs if these are shorter.
+  struct RunGroups {
+    int64_t run;
+    Groups runs;
+    const int64_t count = runs.count;
+    int64_t start(int64_t i) const { return runs.start(i) * run; }
+  };
+  RunGroups groups(int64_t positions) const {
+    const int64_t unit = run.length <= kMostPlaces ? run.length : 1;
+    return {unit, Groups(positions / unit, kMostPlaces / unit)};
+  }
+  void operator()(int64_t first, int64_t count, const float* x, const Offsets& places,
                   const float* weights, const std::vector<Segment>& segments, float* to,
                   bool) const {
-    const int64_t first = block.vector * kLanes;
-    const int64_t last = std::min<int64_t>(kLanes, channels - first - (block.vectors - 1) * kLanes);
-    multiply_channels_for(block.vectors)(x + first, places.from(position), static_cast<int>(count),
-                                         weights, segments.data(), segments.size(), to, last);
+    const int64_t pitch = block.vectors * kLanes, taps = segments.empty() ? 1 : segments[0].count;
+    for (int64_t at = first, end; at < first + count; at = end) {
+      end = std::min((at / run.length + 1) * run.length, first + count);
+      for (int v = 0; v < block.vectors; ++v) {
+        const int64_t channel = (block.vector + v) * kLanes, last = channels - channel;
+        const int rows = static_cast<int>(
+            parts_of(end - at, parts_of(end - at, kMostChannelRows)));  // alike in size
+        const MultiplyChannels multiply = multiply_channels_for(rows, taps, last >= kLanes);
+        for (int64_t i = at; i < end; i += rows) {
+          const int64_t start = std::min(i, end - rows);  // the last ones may be summed twice
+          multiply(x + places[start] + channel, run.step, weights + v * kLanes, pitch,
+                   segments.data(), segments.size(), to + (start - first) * pitch + v * kLanes,
+                   last);
+        }
+      }
+    }
   }
 };
 
@@ -303,17 +338,16 @@ class Direct {
                             int64_t pitch, std::vector<Segment>& list) {
     const int64_t first = chunk * packer.chunk();
     const int64_t channels = std::min(packer.chunk(), packer.channels() - first);
-    const bool together = g.w.dilation == 1 && packed.w == channels;
+    const int64_t together = Products::taps_together(g.w, packed.w, channels);
     list.clear();
     for (int64_t kt = 0; kt < g.t.kernel; ++kt) {
       if (g.t.source(g.t.first(tile.t0 + frame) + kt * g.t.dilation) < 0) continue;
       for (int64_t kh = 0; kh < g.h.kernel; ++kh)
-        for (int64_t kw = 0; kw < g.w.kernel; kw += together ? g.w.kernel : 1) {
+        for (int64_t kw = 0; kw < g.w.kernel; kw += together) {
           const int64_t tap = (kt * g.h.kernel + kh) * g.w.kernel + kw;
           list.push_back({kt * g.t.dilation * packed.t + kh * g.h.dilation * packed.h +
                               kw * g.w.dilation * packed.w + first,
-                          packer.row(tap, first) * pitch,
-                          together ? g.w.kernel * channels : channels});
+                          packer.row(tap, first) * pitch, together * channels});
         }
     }
   }

@@ -38,6 +38,7 @@ class Finisher {
         outer_(outer),
         slope_(static_cast<float>(e.slope)),
         large_(e.large),
+        lines_(has_lines(out, stored)),
         out_(out),
         aux_(aux),
         channels_(channels),
@@ -48,20 +49,19 @@ class Finisher {
   // Says that some vectors of channels will be stored to these places. Of neighbours each line
   // once: where the last one is not whole, it is the first of the next place.
   void expect(int64_t channel, int vectors, const Places& to) const {
-    if (large_) return;
-    const Tensor base = out_.from(channel);
-    const auto place = [&](int64_t at) { return base.shifted(at).data; };
+    if (large_ && (lines_ || out_.c != 1)) return;
+    const int64_t each = bytes_of(out_.storage);
+    const std::byte* const base = out_.data + channel * out_.c * each;
     const int64_t wide = std::min<int64_t>(vectors * kLanes, stored_ - channel);
     if (out_.c == 1) {
-      const int64_t bytes = wide * bytes_of(out_.storage);
       for (int r = 0; r < to.count; ++r) {
-        const std::byte* at = place(to.offset[r]);
-        for (int64_t b = 0; b < bytes; b += kLine) prefetch_to_write(at + b);
+        const std::byte* at = base + to.offset[r] * each;
+        for (int64_t b = 0; b < wide * each; b += kLine) prefetch_to_write(at + b);
       }
       return;
     }
-    const int64_t last = to.offset[to.count - 1];
-    for (int64_t i = 0; i < wide; ++i) prefetch_to_write(place(i * out_.c + last));
+    const std::byte* const last = base + to.offset[to.count - 1] * each;
+    for (int64_t i = 0; i < wide; ++i) prefetch_to_write(last + i * out_.c * each);
   }
 
   // sums (places.count, pitch) of one vector of channels that starts at `channel`. Channels that
@@ -82,30 +82,40 @@ class Finisher {
       using S = decltype(s);
       S* const base = out_.at<S>(channel * out_.c);
       const int64_t wide = std::min<int64_t>(kLanes, stored_ - channel);
-      for (int from = 0; from < rows; from += kBlock) {
-        const int count = std::min(kBlock, rows - from);
-        Vec v[kBlock], other[kBlock];
+      const auto some = [&](int from, auto many) __attribute__((always_inline)) {
+        constexpr int R = decltype(many)::value;
+        Vec v[R], other[R] = {};
 #pragma GCC unroll 8
-        for (int i = 0; i < kBlock; ++i) {
-          v[i] = i < count ? load(sums + (from + i) * pitch) : Vec{};
-          other[i] = aux_.data && i < count ? beside[from + i] : Vec{};
-        }
+        for (int i = 0; i < R; ++i) v[i] = load(sums + (from + i) * pitch);
+        if (aux_.data)
+#pragma GCC unroll 8
+          for (int i = 0; i < R; ++i) other[i] = beside[from + i];
         if (forward)
           finish(v, other, k);
         else
           gradient(v, other, k, partial);
+        if (n < kLanes)
 #pragma GCC unroll 8
-        for (int i = 0; i < kBlock; ++i) {
-          if (i >= count) break;
-          const Vec result = n == kLanes ? v[i] : first(v[i], n);
-          if (!rows_apart)
-            x[from + i] = result;
-          else if (wide == kLanes)
-            whole(base + to.offset[from + i], result);
-          else
-            store(base + to.offset[from + i], result, wide);
-        }
-      }
+          for (int i = 0; i < R; ++i) v[i] = first(v[i], n);
+        const int64_t* offset = to.offset + from;
+        if (!rows_apart)
+#pragma GCC unroll 8
+          for (int i = 0; i < R; ++i) x[from + i] = v[i];
+        else if (large_ && lines_)
+#pragma GCC unroll 8
+          for (int i = 0; i < R; ++i) past(base + offset[i], v[i]);
+        else if (wide == kLanes)
+#pragma GCC unroll 8
+          for (int i = 0; i < R; ++i) store(base + offset[i], v[i]);
+        else
+#pragma GCC unroll 8
+          for (int i = 0; i < R; ++i) store(base + offset[i], v[i], wide);
+      };
+      int from = 0;
+      for (; from + kBlock <= rows; from += kBlock)
+        some(from, std::integral_constant<int, kBlock>{});
+      for (; from + 2 <= rows; from += 2) some(from, std::integral_constant<int, 2>{});
+      if (from < rows) some(from, std::integral_constant<int, 1>{});
       if (!rows_apart) put(base, x, wide, to);
       if (channel + kLanes < channels_) return;
       for (int64_t c = kLanes; c < stored_ - channel; c += kLanes)  // vectors without a channel
@@ -118,8 +128,14 @@ class Finisher {
  private:
   static constexpr int kBlock = 8;  // rows that are finished in registers
 
+  static bool has_lines(const Tensor& out, int64_t stored) {
+    const auto whole = [](auto... floats) { return ((floats % (kLine / 4) == 0) && ...); };
+    return out.storage == Storage::f32 && out.c == 1 && whole(stored, out.n, out.t, out.h, out.w) &&
+           reinterpret_cast<uintptr_t>(out.data) % kLine == 0;
+  }
+
   template <class F>
-  void with_stored(F f) const {
+  void with_stored(F&& f) const {
     if (out_.storage == Storage::bf16 && rounds_) return f(RoundedBFloat16{});
     with_storage(out_.storage, f);
   }
@@ -136,7 +152,8 @@ class Finisher {
     }
   };
 
-  [[gnu::always_inline]] void finish(Vec (&v)[kBlock], const Vec (&residual)[kBlock],
+  template <int R>
+  [[gnu::always_inline]] void finish(Vec (&v)[R], const Vec (&residual)[R],
                                      const Channels& k) const {
     if (bias_)
 #pragma GCC unroll 8
@@ -147,11 +164,12 @@ class Finisher {
     activate_all(act_, v);
     if (aux_.data)
 #pragma GCC unroll 8
-      for (int i = 0; i < kBlock; ++i) v[i] += residual[i];
+      for (int i = 0; i < R; ++i) v[i] += residual[i];
     activate_all(outer_, v);
   }
 
-  [[gnu::always_inline]] void activate_all(Activation act, Vec (&v)[kBlock]) const {
+  template <int R>
+  [[gnu::always_inline]] void activate_all(Activation act, Vec (&v)[R]) const {
     if (act == Activation::none) return;
     if (act == Activation::relu) {  // in registers, where a choice of all would pass them in memory
 #pragma GCC unroll 8
@@ -159,25 +177,24 @@ class Finisher {
       return;
     }
     with_activation(act, [&](auto k) __attribute__((always_inline)) {
-#pragma GCC unroll 8
       for (Vec& x : v) x = activate<decltype(k)::value>(x, slope_);
     });
   }
 
-  // Rows that are not there are zeros, and add nothing.
-  [[gnu::always_inline]] void gradient(Vec (&v)[kBlock], Vec (&u)[kBlock], const Channels& k,
+  template <int R>
+  [[gnu::always_inline]] void gradient(Vec (&v)[R], Vec (&u)[R], const Channels& k,
                                        const Partial* partial) const {
 #pragma GCC unroll 8
     for (Vec& x : u) x -= k.mean;
     with_activation(act_, [&](auto a) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kBlock; ++i)
+      for (int i = 0; i < R; ++i)
         v[i] *= activate_gradient<decltype(a)::value>(u[i] * k.scale + k.beta, slope_);
     });
     if (!partial) return;
     Vec sum{}, product{};
 #pragma GCC unroll 8
-    for (int i = 0; i < kBlock; ++i) sum += v[i], product += v[i] * u[i];
+    for (int i = 0; i < R; ++i) sum += v[i], product += v[i] * u[i];
     store(partial->first, load(partial->first) + sum);
     store(partial->second, load(partial->second) + product);
   }
@@ -232,25 +249,30 @@ class Finisher {
       transpose(rows);
       for (int64_t i = 0; i < wide; ++i) {
         S* p = base + i * out_.c + to.offset[r];
-        if (width == kLanes)
-          whole(p, rows[i]);
-        else
+        if (width < kLanes)
           store(p, rows[i], width);
+        else if (large_ && reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0)
+          past(p, rows[i]);
+        else
+          store(p, rows[i]);
       }
     }
   }
 
+  // Past the caches, where a vector fills lines.
   template <class S>
-  void whole(S* p, Vec v) const {
+  static void past(S* p, Vec v) {
     if constexpr (std::is_same_v<S, float>)
-      if (large_ && reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0) return stream(p, v);
-    store(p, v);
+      stream(p, v);
+    else
+      store(p, v);
   }
 
   Write write_;
   Activation act_, outer_;
   float slope_;
   bool large_;
+  bool lines_;  // channels of a position fill whole lines: others go through the caches
   const bool rounds_ = multiplies_pairs();  // by an instruction
   Tensor out_, aux_;
   int64_t channels_, stored_;

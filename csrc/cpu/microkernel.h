@@ -86,54 +86,58 @@ Multiply multiply_for(int rows, int vectors, bool unit) {
   return unit ? by_vectors(std::true_type{}) : by_vectors(std::false_type{});
 }
 
-// c[r·V·kLanes + w] = Σ_s a[rows[r] + segments[s].a + w] · b[segments[s].b + w]   for w < V·kLanes:
-// each channel by itself. Of the last vector only `last` lanes of a are there.
-template <int V>
-__attribute__((noinline)) void multiply_channels(const float* a, const int64_t* rows, int count,
-                                                 const float* b, const Segment* segments,
-                                                 int64_t taps, float* c, int64_t last) {
-  constexpr int kRows = 4;
-  const auto block = [&](auto r_, auto whole) {
-    constexpr int R = decltype(r_)::value;
-    Vec sum[R][V];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
-    for (const Segment* s = segments; s < segments + taps; ++s) {
-      Vec w[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) w[v] = load(b + s->b + v * kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const float* x = a + rows[r] + s->a;
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          const float* p = x + v * kLanes;
-          sum[r][v] += (whole || v + 1 < V ? load(p) : load(p, last)) * w[v];
-        }
-      }
+// c[r·pitch + w] = Σ_s Σ_j a[segments[s].a + (r + j)·step + w] · b[segments[s].b + j·pitch + w] for
+// r < R, j < K and w < kLanes: each channel by itself. A position is loaded once for the K taps of
+// a row. Whole: all lanes of a are there, else the `last` first.
+template <int R, int K, bool Whole>
+__attribute__((noinline)) void multiply_channels(const float* a, int64_t step, const float* b,
+                                                 int64_t pitch, const Segment* segments,
+                                                 int64_t count, float* c, int64_t last) {
+  Vec sum[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) sum[r] = Vec{};
+  for (const Segment* s = segments; s < segments + count; ++s) {
+    Vec w[K];
+#pragma GCC unroll 8
+    for (int j = 0; j < K; ++j) w[j] = load(b + s->b + j * pitch);
+    const float* x = a + s->a;
+#pragma GCC unroll 24
+    for (int i = 0; i < R + K - 1; ++i) {
+      const Vec v = Whole ? load(x + i * step) : load(x + i * step, last);
+#pragma GCC unroll 8
+      for (int j = 0; j < K; ++j)
+        if (0 <= i - j && i - j < R) sum[i - j] += v * w[j];
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(c + (r * V + v) * kLanes, sum[r][v]);
-    rows += R, c += R * V * kLanes, count -= R;
-  };
-  const auto all = [&](auto whole) {
-    while (count >= kRows) block(std::integral_constant<int, kRows>{}, whole);
-    while (count > 0) block(std::integral_constant<int, 1>{}, whole);
-  };
-  last == kLanes ? all(std::true_type{}) : all(std::false_type{});
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) store(c + r * pitch, sum[r]);
 }
 
-using MultiplyChannels = void (*)(const float*, const int64_t*, int, const float*, const Segment*,
+using MultiplyChannels = void (*)(const float*, int64_t, const float*, int64_t, const Segment*,
                                   int64_t, float*, int64_t);
 
-inline MultiplyChannels multiply_channels_for(int vectors) {
-  return vectors == 3   ? multiply_channels<3>
-         : vectors == 2 ? multiply_channels<2>
-                        : multiply_channels<1>;
+// Taps of a row that are taken together.
+constexpr bool taken_together(int64_t taps) { return taps == 3 || taps == 5 || taps == 7; }
+
+constexpr int kMostChannelRows = 8;
+
+template <int K, bool Whole, int... R>
+constexpr MultiplyChannels pick_channels(int rows, std::integer_sequence<int, R...>) {
+  constexpr MultiplyChannels all[] = {multiply_channels<R + 1, K, Whole>...};
+  return all[rows - 1];
+}
+
+inline MultiplyChannels multiply_channels_for(int rows, int64_t taps, bool whole) {
+  const auto with = [&](auto k) {
+    constexpr int K = decltype(k)::value;
+    constexpr std::make_integer_sequence<int, kMostChannelRows> every;
+    return whole ? pick_channels<K, true>(rows, every) : pick_channels<K, false>(rows, every);
+  };
+  using std::integral_constant;
+  if (taps == 7) return with(integral_constant<int, 7>{});
+  if (taps == 5) return with(integral_constant<int, 5>{});
+  if (taps == 3) return with(integral_constant<int, 3>{});
+  return with(integral_constant<int, 1>{});
 }
 
 // Any number of vectors from two on as a sum of threes and twos, or of at most `most` each: width

@@ -24,7 +24,7 @@ struct RoundedBFloat16 : BFloat16 {};
 
 // Calls f with a value of the type, so that what it compiles to has no choice inside.
 template <class F>
-auto with_storage(Storage storage, F f) {
+auto with_storage(Storage storage, F&& f) {
   switch (storage) {
     case Storage::bf16:
       return f(BFloat16{});

@@ -4,9 +4,6 @@
 // panels of a few vectors of channels, with what their sources do to them; each pair of an x and a
 // dy panel then serves every tap. Padding with zeros is not packed but left out: a tap runs
 // over the positions whose x exists, so that 0·inf arises nowhere.
-//
-// Work is cut into (parts of the boxes) × (ranges of dy's channels), one item for each thread; sums
-// over the parts come last, in order: results do not depend on which thread ran what.
 #include <amx_gradient.h>
 #include <cpu.h>
 #include <gradient_blocks.h>
@@ -76,123 +73,64 @@ std::vector<std::vector<Segment>> all_segments(const Reads& x, const Box& box, i
 
 // One group of channels.
 template <class Kind>
-class Group {
+class Group : GradientGroup {
  public:
   Group(const Input& x, const Input& dy, const Geometry& g, const View& dw, int threads,
-        const Pairing& pairing = {})
-      : pairing_(pairing), dw_(dw), threads_(threads), taps_(g.taps()) {
-    // A few channels lie as close as they do in a clip.
-    x_width_ = std::min<int64_t>(kLanes, x.channels);
-    for (int64_t c = 0; c < x.channels; c += kLanes)
-      in_.push_back({c, std::min<int64_t>(kLanes, x.channels - c), x_width_});
-    Geometry own = g;
-    if constexpr (kPaired) {
-      const Axis& axis = g.*pairing.axis;
-      for (const bool second : {false, true}) {
-        x_[second] = pairing.half(x, axis.stride, second);
-        dy_[second] = pairing.half(dy, 1, second);
-      }
-      seconds_ = axis.out / 2;
-      own = pairing.halved(g);
-    } else {
-      x_[0] = x, dy_[0] = dy;
-    }
-    axis_ = {own.t, own.h, own.w};
-    plan(own, dy.channels);
-  }
-
-  void run() {
-    const bool whole = parts_ == 1 && boxes_.size() == 1;
-    const int64_t total = start_.back();
-    const Scratch sums(whole ? 0 : parts_ * total);
-    parallel_for(threads_, parts_ * ranges_,
-                 [&](int64_t i) { item(i / ranges_, i % ranges_, sums, whole); });
-    if (whole) return;
-    const int64_t many = in_.size();
-    parallel_for(threads_, many * out_.size(), [&](int64_t i) {
-      const Panel &in = in_[i % many], &out = out_[i / many];
-      float* block = sums + at(i / many, i % many);
-      for (int64_t part = 1; part < parts_; ++part)
-        for (int64_t j = 0; j < block_size(out); j += kLanes)
-          store(block + j, load(block + j) + load(block + part * total + j));
-      write_block(block, in, out, dw_);
-    });
-  }
-
- private:
-  // Cuts the work by channels of dy where dW is large, so that it is summed once; else by
-  // positions.
-  void plan(const Geometry& g, int64_t channels) {
-    const int64_t vectors = (channels + kLanes - 1) / kLanes;
-    const int64_t results = (taps_ * x_[0].channels * channels + kResultFloats - 1) / kResultFloats;
-    ranges_ = std::min<int64_t>({threads_, vectors, results});
-    start_ = {0};
+        const std::optional<Pairing>& pairing = {})
+      : GradientGroup(x, dy, g, dw, threads, pairing) {
+    const int64_t vectors = (dy.channels + kLanes - 1) / kLanes;
+    cut_ranges(vectors, taps_ * x.channels * dy.channels);
     for (int64_t i = 0; i < ranges_; ++i) {
       first_.push_back(out_.size());
       const int64_t lo = vectors * i / ranges_ * kLanes, hi = vectors * (i + 1) / ranges_ * kLanes;
-      for (const Panel& p : vector_panels(lo, std::min(hi, channels))) {
-        out_.push_back(p);
-        start_.push_back(start_.back() + block_size(p) * in_.size());
-      }
+      for (const Panel& p : vector_panels(lo, std::min(hi, dy.channels))) add_panel(p);
     }
     first_.push_back(out_.size());
-    const int64_t share = (vectors + ranges_ - 1) / ranges_ * kLanes;
-    parts_ = threads_ / ranges_;
-    const int64_t limit = parts_ == 1 ? kWholeFloats : kBoxFloats;
-    const int64_t wide = in_.size() * x_width_;
-    boxes_ = cut_boxes(g, wide, share, limit, parts_);
-    if (parts_ == 1 && boxes_.size() > 1) boxes_ = cut_boxes(g, wide, share, kBoxFloats, 1);
-    parts_ = std::min<int64_t>(parts_, boxes_.size());
+    cut_parts((vectors + ranges_ - 1) / ranges_ * kLanes);
   }
 
-  int64_t block_size(const Panel& out) const { return taps_ * kLanes * out.width; }
-  int64_t at(int64_t out, int64_t in) const { return start_[out] + in * block_size(out_[out]); }
+  void run() const {
+    GradientGroup::run(
+        [&](int64_t range, Range boxes, float* sums) { return item(range, boxes, sums); },
+        [&](const float* block, const Panel& in, const Panel& out) {
+          write_block(block, in, out, dw_);
+        });
+  }
 
-  Reads reads(const Box& box) const { return reads_of(axis_, box); }
+ private:
   // Floats of packed x, up to where dy begins.
   int64_t panels_of(const Reads& x) const {
     const int64_t vectors = (x.count() * in_.size() * x_width_ + kLanes - 1) / kLanes;
     return vectors * kLanes;
   }
 
-  // Sums over one part of the boxes for one range of dy's channels.
-  void item(int64_t part, int64_t range, float* sums, bool whole) const {
-    const int64_t count = boxes_.size();
-    const int64_t begin = count * part / parts_, end = count * (part + 1) / parts_;
+  // Sums over some boxes for one range of dy's channels.
+  bool item(int64_t range, Range boxes, float* sums) const {
     const Panel *first = &out_[first_[range]], *last = &out_[first_[range + 1]];
     const int64_t columns = last[-1].channel + last[-1].width;
-    const Scratch block(whole ? taps_ * kLanes * kMostVectors * kLanes : 0);
+    const Scratch block(whole() ? taps_ * kLanes * kMostVectors * kLanes : 0);
     int64_t most = 0;
-    for (int64_t b = begin; b < end; ++b)
-      most = std::max(
-          most, panels_of(reads(boxes_[b])) + outputs(boxes_[b]) * (columns - first->channel));
+    for (int64_t b = boxes.lo; b < boxes.hi; ++b)
+      most = std::max(most, panels_of(reads_of(g_, boxes_[b])) +
+                                outputs(boxes_[b]) * (columns - first->channel));
     const Scratch packed(most);
-    for (int64_t b = begin; b < end; ++b) {
-      const Reads x = reads(boxes_[b]), own = themselves(boxes_[b]);
+    for (int64_t b = boxes.lo; b < boxes.hi; ++b) {
+      const Reads x = reads_of(g_, boxes_[b]), own = themselves(boxes_[b]);
       float* dy = packed + panels_of(x);
-      pack(x, x_, &in_.front(), &in_.back() + 1, packed);
-      pack(own, dy_, first, last, dy);
+      pack_x(x, packed);
+      pack_dy(own, first, last, dy);
       for (const Panel* out = first; out < last; dy += own.count() * out++->width) {
         const auto taps = all_segments(x, boxes_[b], x_width_, out->width);
         for (size_t i = 0; i < in_.size(); ++i) {
           const float* panel = packed + i * x.count() * x_width_;
-          float* to = whole ? block.data() : sums + part * start_.back() + at(out - &out_[0], i);
+          float* to = whole() ? block.data() : sums + at(out - &out_[0], i);
           multiply_panels(panel, x.window[2].pitch * x_width_, in_[i], dy, *out, taps, to,
-                          b > begin);
-          if (whole) write_block(to, in_[i], *out, dw_);
+                          b > boxes.lo);
+          if (whole()) write_block(to, in_[i], *out, dw_);
         }
       }
     }
-  }
-
-  void pack(Reads r, const Input (&in)[2], const Panel* begin, const Panel* end, float* to) const {
-    if constexpr (kPaired) {
-      pack_panels<FirstOfPairs>(r, in[0], begin, end, to);
-      r.axis[pairing_.which].in = seconds_;
-      pack_panels<SecondOfPairs>(r, in[1], begin, end, to);
-    } else {
-      pack_panels<Floats>(r, in[0], begin, end, to);
-    }
+    return true;
   }
 
   // block (channels of x, taps) × channels of dy, from one box.
@@ -217,20 +155,7 @@ class Group {
     }
   }
 
-  static constexpr bool kPaired = Kind::kChannels == 2;
-  const Pairing pairing_;
-  Input x_[2], dy_[2];  // of pairs the first and the second positions
-  int64_t seconds_ = 0;
-  std::array<Axis, 3> axis_;
-  const View& dw_;
-  const int threads_;
-  const int64_t taps_;
-  std::vector<Panel> in_, out_;
-  std::vector<int64_t> start_;  // of each dy panel's blocks among the sums of one part
   std::vector<int64_t> first_;  // dy panel of each range
-  std::vector<Box> boxes_;
-  int64_t parts_ = 1, ranges_ = 1;
-  int64_t x_width_;  // of panels of x
 };
 
 // A depthwise convolution: dW[c, tap] = Σ_p x[p·stride + tap, c] · dy[p, c], a vector of channels
@@ -238,7 +163,7 @@ class Group {
 class Channelwise {
  public:
   Channelwise(const Input& x, const Input& dy, const Geometry& g, const View& dw, int threads)
-      : x_(x), dy_(dy), axis_{g.t, g.h, g.w}, dw_(dw), threads_(threads), taps_(g.taps()) {
+      : x_(x), dy_(dy), g_(g), dw_(dw), threads_(threads), taps_(g.taps()) {
     for (int64_t c = 0; c < x.channels; c += kLanes)
       panels_.push_back({c, std::min<int64_t>(kLanes, x.channels - c), kLanes});
     const int64_t wide = floats() / taps_;
@@ -265,7 +190,7 @@ class Channelwise {
     std::fill_n(sums, floats(), 0.0f);
     const int64_t count = boxes_.size(), wide = panels_.size() * kLanes;
     for (int64_t b = count * part / parts_; b < count * (part + 1) / parts_; ++b) {
-      const Reads x = reads_of(axis_, boxes_[b]), own = themselves(boxes_[b]);
+      const Reads x = reads_of(g_, boxes_[b]), own = themselves(boxes_[b]);
       const Scratch packed((x.count() + own.count()) * wide);
       float* dy = packed + x.count() * wide;
       pack_panels<Floats>(x, x_, &panels_.front(), &panels_.back() + 1, packed);
@@ -296,7 +221,7 @@ class Channelwise {
   }
 
   const Input x_, dy_;
-  const std::array<Axis, 3> axis_;
+  const Geometry g_;
   const View& dw_;
   const int threads_;
   const int64_t taps_;

@@ -256,8 +256,8 @@ class Backend:
             needed; of a batch slice those of parameters are to be added up, and stay wide.
         parallel_conv2plus1d: y.
         parallel_conv2plus1d_backward: the same of all tensors, from (problem, tensors, dy, needs).
-        conv3d: forward pass.
-        conv3d_train: the same where a backward pass may follow; None: ``conv3d`` itself.
+        conv3d: forward pass; the last argument: whether a backward pass may follow, for which some
+            backends round less.
         conv3d_backward: a gradient of each of ``ConvTensors`` but the residual, None where it is
             not needed.
         avoids: what of its own it does not use for a problem, and why; or None.
@@ -295,8 +295,7 @@ class Backend:
     parallel_conv2plus1d_backward: (
         Callable[[ParallelProblem, ParallelTensors, Tensor, Sequence[bool]], Gradients] | None
     ) = None
-    conv3d: Callable[[ConvProblem, ConvTensors], ConvResult] | None = None
-    conv3d_train: Callable[[ConvProblem, ConvTensors], ConvResult] | None = None
+    conv3d: Callable[[ConvProblem, ConvTensors, bool], ConvResult] | None = None
     conv3d_backward: Callable[[ConvBackward], Gradients] | None = None
     avoids: Callable[[Problem, Phase], str | None] = no_reason
     why_not_auto: Callable[[Problem, Phase], str | None] = no_reason
@@ -332,7 +331,7 @@ class Backend:
         if kind == "conv3d":
             assert self.conv3d is not None
             conv3d = self.conv3d
-            return [Example(spec, tensors, lambda p, t: [conv3d(p, t).y])]
+            return [Example(spec, tensors, lambda p, t: [conv3d(p, t, False).y])]
         if kind == "parallel":
             assert self.parallel_conv2plus1d is not None
             parallel = self.parallel_conv2plus1d
@@ -347,7 +346,7 @@ class Backend:
             return self.parallel_conv2plus1d_backward(problem, tensors, dy, needs)
         if isinstance(problem, ConvProblem):
             assert self.conv3d is not None and self.conv3d_backward is not None
-            result = self.conv3d(problem, tensors)
+            result = self.conv3d(problem, tensors, True)
             return self.conv3d_backward(ConvBackward.of(problem, tensors, result, dy, needs))
         _, u, mean, var, *_ = self.conv2plus1d(problem, tensors, True)
         return self.conv2plus1d_backward(PairBackward(problem, tensors, [dy], u, mean, var, needs))

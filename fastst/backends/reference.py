@@ -183,7 +183,7 @@ def parallel_conv2plus1d_backward(
     return gradients(compose_parallel, tensors, problem.spec, dy, needs)
 
 
-def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
+def conv3d(problem: ConvProblem, tensors: ConvTensors, train: bool = False) -> ConvResult:
     t, spec = _double(tensors), problem.spec
     mean = var = out_mean = out_var = None
     with torch.no_grad():

@@ -125,13 +125,13 @@ def _choices(call: Decision, training: bool) -> Iterator[tuple[str, dict[str, Ma
 
 
 def _conv_trial(name: str, problem: ConvProblem, phase: Phase, keeps: bool) -> Callable[[], object]:
-    """A backend's whole call on random tensors; what backward needs it makes anyway."""
+    """A backend's whole call on random tensors."""
     backend, t = selection.BACKENDS[name], example(problem)
     forward, backward = backend.conv3d, backend.conv3d_backward
     assert forward is not None and backward is not None
     if phase == "forward":
-        return lambda: forward(problem, t)
-    result = forward(problem, t)
+        return lambda: forward(problem, t, keeps)
+    result = forward(problem, t, True)
     call = ConvBackward.of(problem, t, result, torch.randn_like(result.y))
     return lambda: backward(call)
 

@@ -25,9 +25,8 @@ from .schema import CONV, CONV_SPEC, CONV_TENSORS, conv_arguments, encode_spec
 def _run(args: Sequence[Any], train: bool) -> tuple[ConvResult, ConvSpec]:
     tensors, spec, problem, backend = conv_arguments(args)
     chosen = dispatch.choose(problem, "forward", backend)
-    run = chosen.conv3d_train if train and chosen.conv3d_train else chosen.conv3d
-    assert run is not None  # else it had been refused
-    return run(problem, tensors), spec
+    assert chosen.conv3d is not None  # else it had been refused
+    return chosen.conv3d(problem, tensors, train), spec
 
 
 def _conv3d(*args: Any) -> Tensor:

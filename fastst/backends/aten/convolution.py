@@ -25,7 +25,7 @@ aten = torch.ops.aten
 _CHUNK = 64 << 20
 
 
-def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
+def conv3d(problem: ConvProblem, tensors: ConvTensors, train: bool = False) -> ConvResult:
     spec, t = problem.spec, tensors
     mean, var = t.mean, t.var
     if spec.norm != "none" and var is None:

@@ -9,8 +9,6 @@ where the first stores and the second loads.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -129,7 +127,6 @@ BACKEND = Backend(
     why_not_auto=_why_not_auto,
     conv_fields=COMMON_CONV_FIELDS | {"output_statistics", "output_norm"},
     conv3d=convolution.conv3d,
-    conv3d_train=partial(convolution.conv3d, train=True),
     conv3d_backward=convolution.conv3d_backward,
     forms_statistics=True,
     gives_output_statistics=lambda problem: True,  # from the epilogue that writes y

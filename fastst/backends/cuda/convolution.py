@@ -19,7 +19,7 @@ from ..contract import ConvBackward, ConvResult, Gradients
 from .library import Launcher, launching
 
 
-def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
+def conv3d(problem: ConvProblem, tensors: ConvTensors, train: bool = False) -> ConvResult:
     spec, t = problem.spec, tensors
     with launching(problem) as k:
         mean, var = t.mean, t.var

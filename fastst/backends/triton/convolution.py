@@ -28,7 +28,7 @@ from .passes import PassConfig, candidates, coefficients, conv_pass
 from .passes import moments as combined
 
 
-def conv3d(problem: ConvProblem, tensors: ConvTensors) -> ConvResult:
+def conv3d(problem: ConvProblem, tensors: ConvTensors, train: bool = False) -> ConvResult:
     return run(problem, tensors, problem, choices.choice("triton", problem, "forward"))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastst
 from fastst.backends import cpu
@@ -158,6 +159,25 @@ def test_depthwise(channels: int) -> None:
     fuzz.fuzz("cpu", 20, limits(**same), first=fuzz.SEED + 8000, backward=False, least=1.0)
     zeros = limits(**same, padding_mode=("zeros", "zeros"))
     fuzz.fuzz("cpu", 20, zeros, first=fuzz.SEED + 9000, least=1.0)
+
+
+@built
+@pytest.mark.parametrize("taps", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_depthwise_rows(taps: int, stride: int, dilation: int) -> None:
+    """Rows of every length, whose taps share what they read or do not."""
+    w = torch.randn(20, 1, 1, 2, taps)
+    settings = dict(stride=(1, 1, stride), dilation=(1, 1, dilation), groups=20)
+    for width in (*range(dilation * (taps - 1) + 1, 36), 70):
+        x = torch.randn(1, 20, 2, 3, width, requires_grad=True)
+        exact = x.detach().double().requires_grad_()
+        true = F.conv3d(exact, w.double(), **settings)
+        with fastst.use_backend("cpu"):
+            y = fastst.functional.conv3d(x, w, **settings)
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        (dtrue,) = torch.autograd.grad(true, exact, torch.ones_like(true))
+        torch.testing.assert_close(y.double(), true, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dx.double(), dtrue, rtol=1e-5, atol=1e-5)
 
 
 # ---- strips of the mid tensor
