@@ -43,12 +43,19 @@ def draw(record: Record, folder: Path) -> list[Path]:
     return [card.write(folder / name) for name, card in cards(record).items()]
 
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
 def machine(record: Record) -> str:
     """Machine, threads and dtype in a line."""
+    return place(record, DTYPES[MAIN_DTYPE[record["machine"]["device"]]])
+
+
+def place(record: Record, *dtypes: str) -> str:
+    """Machine, threads, dtypes if any, and when it was measured."""
     m = record["machine"]
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[MAIN_DTYPE[m["device"]]]
-    where = m.get("gpu") or f"{cpu(m)}, {m['threads']} threads"
-    return f"{where}, {dtype}, PyTorch {m['torch']}, {record['date'][:10]}"
+    where = [m["gpu"]] if "gpu" in m else [cpu(m), f"{m['threads']} threads"]
+    return ", ".join([*where, *dtypes, f"PyTorch {m['torch']}", record["date"][:10]])
 
 
 def pairs(record: Record, **wanted: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The README's first numbers: three of a CPU, and what no GPU has run."""
+"""The README's first numbers: of each processor measured, and what no GPU has run."""
 
 from __future__ import annotations
 
@@ -6,39 +6,44 @@ from . import charts, tables
 from .tables import FAMILIES, NEVER, Record, find, geomean, table
 
 
-def block(cpu: Record | None, gpus: dict[str, Record]) -> str:
-    parts = [] if cpu is None else [_numbers(cpu)]
+def block(cpus: dict[str, Record], gpus: dict[str, Record]) -> str:
+    """``cpus``: the newest record of each processor."""
+    parts = [_numbers(cpus)] if cpus else []
     return "\n\n".join([*parts, _gpus(gpus)])
 
 
-def _numbers(record: Record) -> str:
-    """Against PyTorch as it is and, beside it, in its faster memory format, where measured."""
-    rows = []
-    models = {r["contender"]: r for r in find(record["models"], mode="inference", dtype="fp32")}
-    last = models.get("original channels-last")
-    if (ours := models.get("optimised")) and last:
-        rows.append((
-            "inference, whole network", f"**{ours['vs_users'][1]:.1f} ×** as fast",
-            f"{last['ms'] / ours['ms']:.1f} × against channels-last",
-        ))  # fmt: skip
+def _numbers(cpus: dict[str, Record]) -> str:
+    """A column for each processor: against PyTorch as it is and, beside it, in its faster memory
+    format, where measured."""
+    columns = [_column(record) for record in cpus.values()]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(name, *(column.get(name, "") for column in columns)) for name in names]
+    head = ["R(2+1)D-18: × PyTorch as it is (× in its faster format)", *cpus]
+    where = "; ".join(charts.place(record) for record in cpus.values())
+    return f"{table(head, rows)}\n\n{where}. [All benchmarks](docs/benchmarks.md)."
+
+
+def _column(record: Record) -> dict[str, str]:
+    cells = {}
+    for dtype in ("fp32", "bf16"):
+        models = {r["contender"]: r for r in find(record["models"], mode="inference", dtype=dtype)}
+        last = models.get("original channels-last")
+        if (ours := models.get("optimised")) and last:
+            name = f"speed of inference, whole network, {charts.DTYPES[dtype]}"
+            faster = last["ms"] / ours["ms"]
+            cells[name] = f"**{ours['vs_users'][1]:.1f} ×** ({faster:.1f} ×)"
     better = list(charts.ratios(record, "training-bn").values())
     steps = charts.pairs(record, mode="training-bn", contender="fastst auto")
     if steps and better:
         eager = geomean([r["vs_users"][1] for r in steps])
-        rows.append((
-            "training step of a pair, mean", f"**{eager:.1f} ×** as fast",
-            f"{geomean(better):.1f} × with both in their faster format",
-        ))  # fmt: skip
+        name = "speed of a training step of a pair, float32"
+        cells[name] = f"**{eager:.1f} ×** ({geomean(better):.1f} ×)"
     held = charts.held(record)
     if set(held) == set(charts.HELD):
         base, kept, lean = held.values()
-        rows.append((
-            "memory that training keeps for backward", f"**{kept / base:.2f} ×** as much",
-            f"{lean / base:.2f} × with `recompute=True`",
-        ))  # fmt: skip
-    return table(["R(2+1)D-18, against PyTorch as it is", "", ""], rows) + (
-        f"\n\n{charts.machine(record)}. [All benchmarks](docs/benchmarks.md)."
-    )
+        name = "memory that training keeps for backward; with `recompute=True`"
+        cells[name] = f"**{kept / base:.2f} ×**; {lean / base:.2f} ×"
+    return cells
 
 
 def _gpus(records: dict[str, Record]) -> str:

@@ -166,10 +166,18 @@ def newest(
     return found
 
 
+def chip(machine: dict[str, Any]) -> str:
+    """A record's processor, without what is no name."""
+    return re.sub(r"\((R|TM)\)|\b(Processor|CPU)\b|@.*", "", machine["cpu"]).strip()
+
+
 def cpu(machine: dict[str, Any]) -> str:
-    """A record's processor and the instruction set that PyTorch uses of it."""
-    used = str(machine.get("cpu_capability", "")).replace("AVX512", "AVX-512")
-    return f"{machine['cpu']} with {used}" if used else str(machine["cpu"])
+    """A record's processor and the instruction sets that it is used by."""
+    sets = [str(machine.get("cpu_capability", "")).replace("AVX512", "AVX-512")]
+    if "amx_bf16" in machine.get("cpu_instructions", ()):
+        sets.append("AMX")
+    used = " and ".join(filter(None, sets))
+    return f"{chip(machine)} with {used}" if used else chip(machine)
 
 
 def progress(items: Any, **kwargs: Any) -> Any:

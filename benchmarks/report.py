@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import charts, coverage, diagrams, headline, tables
-from .record import RESULTS, ROOT, newest
+from .record import RESULTS, ROOT, chip, newest
 from .svg import Card
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "backends.md")
@@ -37,11 +37,18 @@ def status(records: dict[str, dict[str, Any]]) -> str:
     return "[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n"
 
 
-def blocks(records: dict[str, dict[str, Any]]) -> dict[str, str]:
+def of_cpus(results: Path) -> dict[str, dict[str, Any]]:
+    """The newest record of each processor, by its name."""
+    found = newest(results, lambda r: chip(r["machine"]) if r["place"] == "cpu" else "")
+    return {name: record for name, record in sorted(found.items()) if name}
+
+
+def blocks(results: Path) -> dict[str, str]:
     """Every block that a page can hold, by name."""
+    records = newest(results)
     gpus = of_gpus(records)
     return {
-        "headline": headline.block(records.get("cpu"), gpus),
+        "headline": headline.block(of_cpus(results), gpus),
         "cpu": tables.cpu_block(records.get("cpu")),
         "gpu": tables.gpu_block(gpus),
         "status": tables.status_block(gpus),
@@ -84,7 +91,7 @@ def differs(
 ) -> list[Path]:
     """The pages, pictures and data that say something else than the newest records."""
     records = newest(results)
-    found = blocks(records)
+    found = blocks(results)
     old = [p for p in pages if fill(text := p.read_text(), found, p.name) != text]
     for name, card in pictures(results).items():
         path = images / name
@@ -98,7 +105,7 @@ def differs(
 def update(pages: Sequence[Path] = PAGES, results: Path = RESULTS, images: Path = IMAGES) -> None:
     """Rewrite the blocks of the pages, the pictures and STATUS from the newest records."""
     records = newest(results)
-    found = blocks(records)
+    found = blocks(results)
     for page in pages:
         page.write_text(fill(page.read_text(), found, page.name))
     for name, card in pictures(results).items():

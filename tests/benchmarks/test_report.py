@@ -94,7 +94,7 @@ def test_pages_and_pictures_agree_with_the_newest_records() -> None:
 
 def test_every_block_and_picture_is_shown_once() -> None:
     text = "\n".join(page.read_text() for page in report.PAGES)
-    for name in report.blocks({}):
+    for name in report.blocks(report.RESULTS):
         assert text.count(f"<!-- benchmarks:begin {name} -->") == 1, name
     text = "\n".join(page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
     for name in report.pictures():
@@ -109,7 +109,7 @@ def pages(tmp_path: Path) -> tuple[Path, Path, Path]:
     (results / "cpu" / "2026-01-02-abc.json").write_text(json.dumps(record(cases=EVERY)))
     blocks = "\n".join(
         f"<!-- benchmarks:begin {n} -->\nold\n<!-- benchmarks:end {n} -->"
-        for n in report.blocks({})
+        for n in report.blocks(report.RESULTS)
     )
     path.write_text(f"before\n{blocks}\nafter\n")
     return path, results, tmp_path / "img"
@@ -142,7 +142,7 @@ def test_check_notices_a_changed_figure_picture_and_a_newer_record(tmp_path: Pat
 )
 def test_markers_that_mean_nothing_are_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="README"):
-        report.fill(text, report.blocks({}))
+        report.fill(text, report.blocks(report.RESULTS))
 
 
 def test_summary_is_computed_from_the_rows() -> None:
@@ -180,8 +180,8 @@ def test_memory_table_is_relative_to_eager() -> None:
     assert "| fastst | 6.0 MiB | 0.50 | 12.0 MiB | 0.50 |" in text
 
 
-def test_no_gpu_record_says_never_run() -> None:
-    blocks = report.blocks({"cpu": record()})
+def test_no_gpu_record_says_never_run(tmp_path: Path) -> None:
+    blocks = report.blocks(pages(tmp_path)[1])
     assert tables.NEVER in blocks["gpu"]
     lines = blocks["status"].splitlines()[2:]
     assert lines
@@ -285,13 +285,31 @@ def test_no_text_leaves_a_picture() -> None:
 
 
 def test_headline_says_what_no_gpu_has_run() -> None:
-    text = headline.block(record(cases=EVERY), {})
-    assert "**2.6 ×** as fast" in text
-    assert "**0.50 ×** as much" in text
+    cpus = {"Some": record(cases=EVERY)}
+    text = headline.block(cpus, {})
+    assert "| **2.6 ×** (2.1 ×) |" in text
+    assert "| **0.50 ×**; 0.67 × |" in text
     assert "**No GPU has run any of this yet.**" in text
-    gpu = headline.block(record(cases=EVERY), {"some-gpu": record("some-gpu", EVERY)})
+    gpu = headline.block(cpus, {"some-gpu": record("some-gpu", EVERY)})
     assert "`triton` (2+1)D pair, inference" in gpu
     assert re.search(r"\*\*No GPU has run\*\* .*`cuda` depthwise pair", gpu)
+
+
+def test_headline_has_a_column_for_each_processor(tmp_path: Path) -> None:
+    """The newest of each, by its name alone; a figure that one of them lacks stays empty."""
+    results = tmp_path / "cpu"
+    results.mkdir()
+    for day, name, models in ((1, "AMD EPYC", True), (2, "Some(R) Xeon(R) CPU @ 3GHz", False)):
+        for older in (0, 10):
+            found = record(cases=EVERY) | ({} if models else {"models": []})
+            found["date"] = f"20{20 - older}-01-0{day}T00:00:00+00:00"
+            found["machine"]["cpu"] = name
+            found["machine"]["cpu_instructions"] = ["avx2"] if models else ["amx_bf16"]
+            (results / f"{older}-{day}.json").write_text(json.dumps(found))
+    text = report.blocks(tmp_path)["headline"]
+    assert "| AMD EPYC | Some Xeon |" in text
+    assert "whole network, float32 | **2.6 ×** (2.1 ×) |  |" in text
+    assert "AMD EPYC, 2 threads, PyTorch 2.13.0, 2020-01-01; Some Xeon with AMX, 2 threads" in text
 
 
 def test_coverage_follows_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
