@@ -150,66 +150,56 @@ class Checked(NamedTuple):
 
     problem: PairProblem
     values: int  # of a channel of the mid tensor
+    cast: torch.dtype | None  # what autocast makes of x, weights and biases
 
 
-def checked(
+def check(
     tensors: PairTensors, norm: BatchNorm | None, *, activation: str, negative_slope: float,
-    order: str, recompute: bool, **settings: Any,
+    order: str, recompute: bool = False, **settings: Any,
 ) -> Checked:  # fmt: skip
-    """What ``run`` takes, of tensors that are those of a call of ``conv2plus1d`` without an ending,
-    outside of autocast: x, weights and biases in the order of execution.
+    """What ``run`` and ``begin`` take: of the tensors of a ``conv2plus1d`` without an ending, in
+    the order of execution, and of its norm.
 
-    The same for all calls of these settings and a norm of the same mode and eps, whose tensors have
-    the same shapes, strides, dtypes and devices, and x the same ``offset_of``.
+    The same for all calls under this autocast, of these settings and a norm of the same mode and
+    eps, whose tensors have the same shapes, strides, dtypes and devices, and x the same
+    ``offset_of``.
 
     Raises:
         TypeError, ValueError: as ``conv2plus1d``.
     """
     how = [settings[n] for n in ("stride", "padding", "dilation", "groups", "padding_mode")]
-    return Checked(*checks.pair(
-        tensors, None, norm, *how, activation, negative_slope, order, False, recompute,
-    ))  # fmt: skip
+    cast = _autocast_dtype(tensors.x)
+    more = activation, negative_slope, order, False, recompute
+    problem, values = checks.pair(tensors, cast, norm, *how, *more)
+    return Checked(problem, values, cast)
 
 
-def run(tensors: PairTensors, call: Checked, norm: BatchNorm | None, begun: Begun | None) -> Tensor:
-    """``conv2plus1d`` of what ``checked`` has checked."""
-    return _pair(checks.with_norm(tensors, norm), *call, norm, begun=begun)[0]
+def run(
+    tensors: PairTensors, call: Checked, norm: BatchNorm | None, begun: Begun | None = None
+) -> Tensor:
+    """``conv2plus1d`` of what ``check`` has passed, with the tensors of the norm."""
+    problem = call.problem
+    if call.cast is not None:
+        tensors, problem = _cast_pair(tensors, problem, call.cast)
+    return _pair(tensors, problem, call.values, norm, begun=begun)[0]
 
 
-def begin(
-    x: Tensor,
-    spatial_weight: Tensor,
-    temporal_weight: Tensor,
-    spatial_bias: Tensor | None,
-    temporal_bias: Tensor | None,
-    *,
-    norm: BatchNorm,
-    activation: tuple[str, float],
-    order: str,
-    **settings: Any,
-) -> Begun | None:
-    """The first convolution of a ``conv2plus1d`` whose norm is in training, and its statistics.
+def begin(tensors: PairTensors, call: Checked, norm: BatchNorm) -> Begun | None:
+    """The first convolution of what ``check`` has passed, whose norm is in training, and its
+    statistics.
 
-    The running statistics of the norm are updated. ``conv2plus1d(..., begun=...)`` does the rest;
-    what is given of the second convolution here, its activation (name, slope) and its weight, is a
-    guess, by which the kernels are chosen.
+    The running statistics of the norm are updated. ``run(..., begun=...)`` does the rest; what is
+    given of the second convolution here, its activation and its weight, is a guess, by which the
+    kernels are chosen.
 
     Returns:
         None where the backend computes both convolutions in one call only: nothing has been done.
     """
-    weights = in_execution_order(order, spatial_weight, temporal_weight)
     if exactness.required():
         return None
-    biases = in_execution_order(order, spatial_bias, temporal_bias)
-    tensors, cast = PairTensors(x, *weights, *biases), _autocast_dtype(x)
-    problem, values = checks.pair(
-        tensors, cast, norm, settings["stride"], settings["padding"],
-        settings["dilation"], settings["groups"], settings["padding_mode"], *activation, order,
-        False, False, None,
-    )  # fmt: skip
-    tensors = checks.with_norm(tensors, norm)
-    if cast is not None:
-        tensors, problem = _cast_pair(tensors, problem, cast)
+    problem = call.problem
+    if call.cast is not None:
+        tensors, problem = _cast_pair(tensors, problem, call.cast)
     try:
         begun = ops.first_pass(tensors, problem, dispatch.requested())
     except dispatch.BackendError:
@@ -217,7 +207,7 @@ def begin(
             raise
         return None  # the backend that was asked for refuses the guess
     if begun is not None:
-        _update_running(norm, begun.mean, begun.var, values)
+        _update_running(norm, begun.mean, begun.var, call.values)
     return begun
 
 

@@ -26,6 +26,7 @@ from ..problem.spec import (
     ParallelSpec,
     ParallelTensors,
     Problem,
+    cached,
 )
 from . import registered
 from .registered import (
@@ -327,9 +328,9 @@ def conv2plus1d(
         return activations.apply(spec.outer_activation, y, spec.slope), inner, last
     if not (gradients or spec.norm == "batch" or spec.output_statistics):
         return registered.conv2plus1d(tensors, problem, runs), None, None
-    without_u = spec._replace(recompute=True)
+    without_u = _without_u(spec)
     if gradients:
-        results = _PairFunction.apply(problem, runs, backend, begun, *tensors)
+        results = _apply(problem, runs, backend, begun, *tensors)
     else:  # nobody sees or needs u
         problem = Problem.of(tensors, without_u)
         if begun is not None:
@@ -343,6 +344,26 @@ def conv2plus1d(
         (mean, var, count) if spec.norm == "batch" else None,
         (out_mean, out_var) if spec.output_statistics else None,
     )
+
+
+@cached
+def _without_u(spec: PairSpec) -> PairSpec:
+    return spec._replace(recompute=True)
+
+
+def _apply(*args: Any) -> Any:
+    """``_PairFunction.apply``, which looks for what functorch has left among all arguments by a
+    generator of Python's: only where there is some."""
+    if torch.compiler.is_compiling():
+        return _PairFunction.apply(*args)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    for t in args[4:]:
+        if t is not None and wrapped(t):
+            return _PairFunction.apply(*args)
+    return _apply_plain(*args)
+
+
+_apply_plain: Any = super(torch.autograd.Function, _PairFunction).apply
 
 
 def parallel_conv2plus1d(tensors: ParallelTensors, spec: ParallelSpec, backend: str) -> Tensor:

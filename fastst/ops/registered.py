@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import dispatch
 from ..backends.contract import Begun, Gradients, PairBackward, PairResult, apply_ending
 from ..problem import slicing
-from ..problem.spec import PairProblem, PairSpec, PairTensors
+from ..problem.spec import PairProblem, PairSpec, PairTensors, cached
 from . import batch_slices
 from .schema import (
     PAIR,
@@ -60,7 +60,7 @@ def is_plain_call(*args: Any) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if is_vmapped(args[0]):
+    if args[0] is not None and _stands_for_many(args[0]):
         return False
     for t in args:
         if type(t) in _PLAIN:
@@ -75,8 +75,10 @@ def is_plain_call(*args: Any) -> bool:
 def is_vmapped(t: Tensor | None) -> bool:
     """Whether a tensor stands for many: is_grads_batched maps backward over dy, by the older of
     PyTorch's two vmaps."""
-    if t is None or torch.compiler.is_compiling():
-        return False
+    return not (t is None or torch.compiler.is_compiling()) and _stands_for_many(t)
+
+
+def _stands_for_many(t: Tensor) -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(t)
@@ -173,6 +175,7 @@ def _conv2plus1d_fake(*args: Any) -> Tensor:
     return pair_arguments(args)[2].empty_output(args[0])
 
 
+@cached
 def results_of(spec: PairSpec) -> tuple[bool, ...]:
     """Which of y, u, batch_mean, batch_var, batch_count, out_mean and out_var there are."""
     batch, out = spec.norm == "batch", spec.output_statistics

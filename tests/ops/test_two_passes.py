@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import fastst
-from fastst.functional import BatchNorm, begin, conv2plus1d
+from fastst.functional import BatchNorm, begin, check, conv2plus1d
+from fastst.problem.spec import PairTensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,8 +37,10 @@ def step(backend: str, halves: bool, groups: int, order: str) -> list[Tensor]:
         begun = None
         if halves:
             guess = [torch.empty_like(w) for w in (ws, wt)]
-            guessed = (x, ws, guess[1], bs, None) if spatial_first else (x, guess[0], wt, None, bt)
-            begun = begin(*guessed, norm=norm, activation=("silu", 0.01), **settings)
+            guessed = (x, ws, guess[1], bs) if spatial_first else (x, wt, guess[0], bt)
+            tensors = PairTensors(*guessed, None, gamma, beta)
+            how = settings | {"activation": "silu", "negative_slope": 0.01}
+            begun = begin(tensors, check(tensors, norm, **how), norm)
             assert begun is not None
         y = conv2plus1d(x, ws, wt, bs, bt, norm=norm, activation="silu", begun=begun, **settings)
         grads = torch.autograd.grad(y.sin().sum(), [x, ws, wt, bs, bt, gamma, beta])

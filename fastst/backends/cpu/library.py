@@ -60,7 +60,8 @@ def library() -> ModuleType:
     Raises:
         ImportError: there is none; says why.
     """
-    return native.require("cpu", load())
+    found = load()
+    return native.require("cpu", found) if isinstance(found, str) else found
 
 
 def _gomp_parallel() -> int:

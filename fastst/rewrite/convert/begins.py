@@ -22,7 +22,6 @@ from . import pairs, rules, traced
 from .chain import Guess
 from .folded import Folded
 from .graphs import is_promise, taken
-from .state import watched
 
 ATTRIBUTE = "_conv_forward"
 _REDUCE = "__reduce_ex__"  # by which copies and pickles of the convolution are made
@@ -135,21 +134,15 @@ class Begins:
 
     def _defers(self) -> bool:
         """Whether to promise now: not where calling it may do more than its class says."""
+        if self.waits and not torch.compiler.is_compiling():
+            self.waits -= 1
+            return False
         conv = self.conv
         if _watched(conv) or torch._C._are_functorch_transforms_active():
             return False
         if torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state():
             return False
-        if type(conv)._conv_forward not in _FORWARDS:
-            return False
-        if torch.compiler.is_compiling():
-            return True
-        if watched() or _proxied():
-            return False
-        if self.waits:
-            self.waits -= 1
-            return False
-        return True
+        return type(conv)._conv_forward in _FORWARDS
 
     def wasted(self, ending: bool) -> None:
         """A promise was read although it is part of an operation: something is computed twice."""
@@ -215,13 +208,6 @@ def _made_again(kind: type[Begins], state: dict[str, Any], make: Any, args: Any)
     begins.__setstate__({**state, "conv": conv})
     put_on(begins)
     return conv
-
-
-def _proxied() -> bool:
-    """Whether ``make_fx`` records each operator."""
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _watched(m: Any) -> bool:

@@ -20,7 +20,7 @@ from .graphs import is_promise, promised, rewritten, unread
 from .kept import Kept
 from .padding import Pad
 from .plain import Facts
-from .promise import Link, Promise, is_current
+from .promise import Link, Promise, is_current, promise
 from .promise import replace as written
 
 
@@ -39,7 +39,7 @@ class Plan:
     Attributes:
         given: x, weight and bias of the first convolution.
         dtype: of its output.
-        autocast: under which it was called; ``traced``: in a graph.
+        autocast: under which it was called.
         shape: of its output.
     """
 
@@ -48,7 +48,6 @@ class Plan:
     given: tuple[Facts, ...]
     dtype: torch.dtype
     autocast: torch.dtype | None
-    traced: bool
     shape: torch.Size
     norm: tuple[Any, ...] | None = None  # all that was asked of a batch norm
     activation: tuple[str, float] | None = None
@@ -106,10 +105,17 @@ def is_open(p: Any, kind: type = Plan) -> bool:
     and its state is still the current one, in which autograd sees it as it was made."""
     if type(p) is not Promise and not is_promise(p):
         return False
-    link = p.link
+    link: Link | None = p.link
+    assert link is not None
     if type(link.plan) is not kind or not (link.value is None or unread(p)):
         return False
-    return is_current(p) and not link.separate
+    if not is_current(p):
+        return False
+    while link is not None:
+        if link.asked:
+            return False
+        link = link.before
+    return True
 
 
 def extended(
@@ -129,9 +135,9 @@ def extended(
         return NotImplemented
     state = link.state
     longer = Link(link, run, plan, kept, state, shape or link.shape, link.dtype)
-    if in_place:
-        return rewritten(p, longer) if state.traced else written(p, longer)
-    return promised(longer)
+    if state.traced:
+        return rewritten(p, longer) if in_place else promised(longer)
+    return written(p, longer) if in_place else promise(longer)
 
 
 def seen(p: Any, call: Callable[[Tensor], Tensor], shape: torch.Size, plan: Any) -> Any:

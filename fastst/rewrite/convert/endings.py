@@ -78,19 +78,7 @@ class Operation(NamedTuple):
     sums: bool  # whether it can take a shortcut of that shape in
     calls: Callable[[], tuple[Call, ...]]  # that it stands for
     viewed: bool  # whether some of them turn dimensions
-    dense: bool = False  # whether y is contiguous either way
     held: Kept | None = None  # what holds the first of its tensors already
-
-    def deferred(self, state: State) -> bool:
-        """Whether something may come of a promise of its output."""
-        if state.traced:  # a compiler fuses what follows by itself
-            return False
-        x = self.tensors["first input"]
-        served = self.begun.served and not (state.grad and x.requires_grad)
-        # What leaves a checkpoint must have been computed in it.
-        if state.hooks is not None:
-            return False
-        return (served and state.autocast is None) or bool(self.begun.followed(state))
 
     def kept(self) -> tuple[tuple[str, Kept], ...]:
         """
@@ -110,19 +98,33 @@ class Operation(NamedTuple):
         return tuple(kept.items())
 
 
+def is_deferred(begun: Any, x: Tensor, state: State) -> bool:
+    """Whether something may come of a promise of what an operation that begins with x gives."""
+    if state.traced:  # a compiler fuses what follows by itself
+        return False
+    served = begun.served and not (state.grad and x.requires_grad)
+    # What leaves a checkpoint must have been computed in it.
+    if state.hooks is not None:
+        return False
+    return (served and state.autocast is None) or bool(begun.followed(state))
+
+
 def defer(op: Operation, state: State) -> Tensor:
-    """The output of an operation, as a promise where that may lead to something; ``state``: that of
-    now."""
-    if op.deferred(state):
-        with contextlib.suppress(CannotDefer):
-            kept = op.kept()
-            plan = Ending(
-                op.begun, op.run, op.slope, op.sums,
-                ran=([],), calls=op.calls(), viewed=op.viewed,
-            )  # fmt: skip
-            return promise(Link(None, plan.finish, plan, kept, state, op.shape, op.dtype, op.begun))
-    y = op.run(op.tensors)
-    return y if op.dense else _laid_out(op, y, op.calls, op.tensors)
+    """The promise of an operation's output, or that itself where nothing would tell of writes;
+    ``state``: that of now."""
+    with contextlib.suppress(CannotDefer):
+        kept = op.kept()
+        plan = Ending(
+            op.begun, op.run, op.slope, op.sums,
+            ran=([],), calls=op.calls(), viewed=op.viewed,
+        )  # fmt: skip
+        return promise(Link(None, plan.finish, plan, kept, state, op.shape, op.dtype, op.begun))
+    return computed(op)
+
+
+def computed(op: Operation) -> Tensor:
+    """The output of an operation."""
+    return _laid_out(op, op.run(op.tensors), op.calls, op.tensors)
 
 
 def _laid_out(

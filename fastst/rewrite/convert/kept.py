@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 import weakref
@@ -21,6 +22,8 @@ class CannotDefer(Exception):
 class Kept:
     """A tensor as it is now, whatever is written to it later.
 
+    ``laid_out``: what ``_laid_out`` says of the tensor, where that is known.
+
     A copy-on-write clone: it costs no memory unless somebody writes. Then it is the tensor that
     moves, so memory of which others may have the address is not cloned. That, memory that cannot be
     cloned so, and memory that FSDP resizes are watched by version counter and place instead.
@@ -35,14 +38,14 @@ class Kept:
     clone: Tensor | None
     address: Any  # of the clone, or the place of memory that has none
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, laid_out: Any = None) -> None:
         self.tensor, self.needs_grad, self.leaf = tensor, tensor.requires_grad, tensor.is_leaf
         self.version = None if tensor.is_inference() else tensor._version
         self.resized, self.clone, self.address, self.laid_out = False, None, 0, None
         self.valueless = tensor.is_meta or type(tensor) in _VALUELESS
         if self.valueless:
             return
-        self.laid_out = _laid_out(tensor)
+        self.laid_out = laid_out or _laid_out(tensor)
         if type(tensor) is nn.Parameter and _SHARDED in sys.modules:
             self.resized = _is_sharded(tensor)
         self.hold(_is_held_elsewhere(tensor))
@@ -153,30 +156,28 @@ class Kept:
         )
 
 
-class Copied:
+class Copied(tuple[Tensor]):
     """A tensor that nobody else has, in the place of a ``Kept`` one."""
 
-    __slots__ = ("tensor",)
-    same, needs_grad, switched, foreign, valueless = True, False, False, False, False
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    __slots__ = ()
+    same, switched = True, False
+    tensor = property(operator.itemgetter(0))
 
     def get(self, what: str, grad: bool, ended: bool) -> Tensor:
-        return self.tensor
+        return self[0]
 
 
 def copied(vectors: Sequence[tuple[str, Tensor]]) -> tuple[tuple[str, Any], ...]:
     """Vectors alike that need no gradient, as they are now: copied in less time than watched."""
     rows = torch.stack([t for _, t in vectors]).unbind()
-    return tuple([(name, Copied(row)) for (name, _), row in zip(vectors, rows, strict=True)])
+    return tuple([(name, Copied((row,))) for (name, _), row in zip(vectors, rows, strict=True)])
 
 
-def as_own(x: Tensor) -> Kept:
+def as_own(x: Tensor, laid_out: Any = None) -> Kept:
     """x, or a copy of it where others may write to its memory unseen, or know its address."""
     try:
-        kept = Kept(x)
-        if not kept.foreign:
+        kept = Kept(x, laid_out)
+        if kept.clone is not None or not kept.foreign:
             return kept
     except CannotDefer:
         pass

@@ -25,6 +25,7 @@ from .traced import CONVOLVE
 # By the name of a tensor in its own call.
 _FIRST = {n: f"first {n}" for n in ("input", "weight", "bias")}
 _NORM = {n: f"norm {n}" for n in ("running_mean", "running_var", "weight", "bias")}
+_IN_ORDER = [_NORM[n] for n in ("weight", "bias", "running_mean", "running_var")]
 
 
 def second(
@@ -60,7 +61,7 @@ class Fit(NamedTuple):
     dtype: torch.dtype  # of y
     guess: Guess  # that such a one follows again
     last: Call  # it, as a call of its own
-    dense: bool  # whether all tensors are contiguous
+    alike: bool  # whether the operation's y lies as that of separate calls, and needs no views
     checked: dict[Any, Any]  # calls of ``conv2plus1d`` that were checked
 
 
@@ -84,46 +85,74 @@ def _fit(plan: Plan, z: torch.Size, w: Any, b: Any, how: tuple[Any, ...]) -> Fit
         if found is None:
             return None
         settings, shape = found[0], torch.Size((z[0], weight.shape[0], *found[1]))
-        alike: Sequence[int] = weight.shape
+        lifted: Sequence[int] = weight.shape
     else:
         x, axes = plan.given[0].shape, plan.axes_of(z)
         form = forms.form(plan.first, plan.names, x, plan.shape, axes, *arguments)
         if form is None:
             return None
         settings, shape = form.settings, form.shape
-        alike = forms.lifted_shape(weight.shape, plan.first)
+        lifted = forms.lifted_shape(weight.shape, plan.first)
     if dtype is None:
         return None
-    guess = Guess(alike, how, plan.activation or ("none", 0.01))
-    dense = form is None and plan.dense and all(f.contiguous for f in given)
+    guess = Guess(lifted, how, plan.activation or ("none", 0.01))
+    alike = form is None and plan.dense and all(f.contiguous for f in given)
     last = _convolution(len(z), how)
-    return Fit(settings, shape, form, dtype, guess, last, dense, {})
+    return Fit(settings, shape, form, dtype, guess, last, alike, {})
 
 
 def _joined(link: Link, fit: Fit, weight: Tensor, bias: Tensor | None) -> Any:
     """Both convolutions as one operation."""
-    half = link.half
+    half, state = link.half, link.state
     if fit.form is not None and half is not None:
         half = fit.form.divided(half)
         if half is None:
             return NotImplemented
     link.take()
     link.begun.took(link, fit.guess)
-    first = len(link.convolution.kept)
-    given = {_FIRST[n]: kept.tensor for n, kept in link.reads[:first]}
-    for n, kept in link.reads[first:]:
-        given[_NORM[n]] = kept.tensor
+    x: Tensor = link.convolution.kept[0][1].tensor
+    deferred = endings.is_deferred(link.begun, x, state)
+    if fit.alike and not (deferred or link.viewed):
+        return _run(link, fit, (weight, bias))
+    op = _operation(link, fit, half, weight, bias)
+    return endings.defer(op, state) if deferred else endings.computed(op)
+
+
+def _run(link: Link, fit: Fit, second: tuple[Tensor, Tensor | None]) -> Tensor:
+    """The operation, without an ending, in the strides that it gives: nothing of it is checked that
+    has been checked for a chain that is alike."""
+    x, *first = [kept.tensor for _, kept in link.convolution.kept]
+    norm: BatchNorm | None = link.norm
+    b1 = first[1] if len(first) > 1 else None
+    tensors = PairTensors(x, first[0], second[0], b1, second[1], *link.vectors)
+    # Without gradients nothing is kept.
+    recompute = link.state.grad and functional.recomputes(_recompute(link), norm)
+    key = offset_of(x), recompute
+    call = fit.checked.get(key)
+    if call is None:
+        name, slope = fit.guess.activation
+        call = fit.checked[key] = functional.check(
+            tensors, norm, **fit.settings, activation=name, negative_slope=slope,
+            recompute=recompute,
+        )  # fmt: skip
+    return functional.run(tensors, call, norm, link.half)
+
+
+def _operation(link: Link, fit: Fit, half: Any, weight: Tensor, bias: Tensor | None) -> Operation:
+    """The operation, of tensors by name."""
+    convolution, norm = link.convolution, link.norm
+    given = {_FIRST[n]: kept.tensor for n, kept in convolution.kept}
+    vectors = zip(_IN_ORDER, link.vectors, strict=False)
+    given |= {n: t for n, t in vectors if t is not None}
     given["second weight"] = weight
     if bias is not None:
         given["second bias"] = bias
-    pair = _Pair(link.plan, link.norm, fit, half, _recompute(link))
+    pair = _Pair(link.plan, norm, fit, half, _recompute(link))
     name, slope = fit.guess.activation
-    op = Operation(
+    return Operation(
         link.begun, pair.run, given, fit.shape, fit.dtype, slope if name == "leaky_relu" else None,
-        fit.form is None, lambda: (*link.calls(_FIRST, _NORM), fit.last),
-        link.viewed, fit.dense and not link.viewed,
+        fit.form is None, lambda: (*link.calls(_FIRST, _NORM), fit.last), link.viewed,
     )  # fmt: skip
-    return endings.defer(op, link.state)
 
 
 class _Pair(NamedTuple):
@@ -144,13 +173,11 @@ class _Pair(NamedTuple):
         if form is not None:
             x = forms.arranged(x, form.x)
             w1, w2 = forms.lifted(w1, temporal), forms.lifted(w2, not temporal)
+        if temporal:
+            w1, b1, w2, b2 = w2, b2, w1, b1
         if norm is not None:
             vectors = [given.get(_NORM[n], t) for n, t in zip(_NORM, norm[:4], strict=True)]
             norm = BatchNorm._make((*vectors, *norm[4:]))
-        if not (second or ending or form or plan.traced) and plan.autocast is None:
-            return self._run(x, (w1, w2), (b1, b2), norm)
-        if temporal:
-            w1, b1, w2, b2 = w2, b2, w1, b1
         name, slope = self.fit.guess.activation
         ending.setdefault("negative_slope", slope)
         y = functional.conv2plus1d(
@@ -158,20 +185,6 @@ class _Pair(NamedTuple):
             recompute=self.recompute, begun=self.half, **ending,
         )  # fmt: skip
         return y if form is None else forms.laid_out(forms.arranged(y, form.y))
-
-    def _run(self, x: Tensor, weights: Any, biases: Any, norm: BatchNorm | None) -> Tensor:
-        """The same without an ending, of whose arguments nothing is checked twice."""
-        recompute = functional.recomputes(self.recompute, norm)
-        tensors = PairTensors(x, *weights, *biases)
-        key = offset_of(x), recompute
-        call = self.fit.checked.get(key)
-        if call is None:
-            name, slope = self.fit.guess.activation
-            call = self.fit.checked[key] = functional.checked(
-                tensors, norm, **self.fit.settings, activation=name, negative_slope=slope,
-                recompute=recompute,
-            )  # fmt: skip
-        return functional.run(tensors, call, norm, self.half)
 
 
 def _convolution(rank: int, how: tuple[Any, ...]) -> Call:

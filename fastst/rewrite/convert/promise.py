@@ -52,15 +52,15 @@ class Link:
         asked: whether somebody has asked for its gradient; ``separate``: or for one before it, so
             that no operation may take it in any more.
         promise: of the value, as long as anybody has it.
-        norm, half: the batch norm of the chain, and what the first pass has left where one in
-            training asked for it.
+        norm: the batch norm of the chain; ``vectors``: its weight, bias, mean and variance, as they
+            are read; ``half``: what the first pass has left, where one in training asked for it.
         ends: the ``Begins`` of the second convolution, where that has one.
     """
 
     __slots__ = (
         "__weakref__", "asked", "before", "begun", "dtype", "edge", "ends", "half", "held", "kept",
         "norm", "plan", "promise", "readers", "reads", "run", "sees", "shape", "state", "taken",
-        "unseen", "value", "version", "viewed", "views", "written",
+        "unseen", "value", "vectors", "version", "viewed", "views", "written",
     )  # fmt: skip
 
     def __init__(
@@ -88,11 +88,13 @@ class Link:
         if before is None:
             self.begun, self.reads, self.viewed = begun, kept, False
             self.norm: Any = None
+            self.vectors: tuple[Tensor | None, ...] = ()
             self.half: Any = None
             self.ends: Any = None
             return
         self.begun, self.viewed = before.begun, before.viewed
-        self.norm, self.half, self.ends = before.norm, before.half, before.ends
+        self.norm, self.vectors = before.norm, before.vectors
+        self.half, self.ends = before.half, before.ends
         before.readers += 1
         self.reads = (*before.reads, *kept) if kept else before.reads
         if before.value is not None:
@@ -258,8 +260,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, link: Link, dtype: torch.dtype, *tensors: Tensor) -> Any:
-        ctx.link, ctx.tensors = link, tensors
-        ctx.set_materialize_grads(False)
+        ctx.link, ctx.tensors, ctx.materialize_grads = link, tensors, False
         return _wrap(link, dtype)
 
     @staticmethod
@@ -436,7 +437,8 @@ def promise(link: Link) -> Promise:
         tensors = [kept.tensor for _, kept in link.reads if kept.needs_grad]
         if tensors:
             return _differentiable(link, _seen_by_autograd(link, dtype, *tensors))
-    made = _wrap(link, dtype)
+    made: Promise = _make(Promise, link.shape, dtype=dtype, device=link.state.device)
+    _set_throw(made)
     made.link = link
     return made
 
@@ -499,7 +501,9 @@ def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
     tensor, seen = value.link.compute(reader), vars(value).get("seen")
     if detached:
         return tensor.detach()
-    if seen is None and not (tensor.requires_grad and _is_as_made(value)):
+    # Dynamo guards all that is read of a part of the model.
+    as_made = torch.compiler.is_compiling() or _is_as_made(value)
+    if seen is None and not (tensor.requires_grad and as_made):
         if needs_gradient(value):
             with torch.enable_grad():
                 value.seen = seen = _Read.apply(value)
@@ -515,15 +519,13 @@ def needs_gradient(p: Promise) -> bool:
 
 def is_current(p: Any) -> bool:
     """Whether the state of a promise is that of now, and autograd sees it as it was made."""
-    state = p.link.state
+    state: State = p.link.state
     return state.current and (not state.grad or type(p) is not Promise or _is_as_made(p))
 
 
 def _is_as_made(p: Promise) -> bool:
     """What leaves a custom Function's forward gets that one's node, or loses its own where the
     Function records nothing."""
-    if torch.compiler.is_compiling():  # of a part of the model: Dynamo guards all that is read
-        return True
     with _unseen():
         node: Any = p.grad_fn
     return isinstance(node, OURS) if p.differentiable else node is None

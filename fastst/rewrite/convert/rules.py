@@ -18,6 +18,7 @@ from ... import dispatch, functional
 from ...functional import BatchNorm
 from ...problem import activations, conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
+from ...problem.spec import PairTensors, offset_of
 from . import asked, endings, forms, norms, pairs, readings, views
 from .chain import Alone, Guess, Plan, changed, extended, is_open
 from .folded import folds
@@ -26,7 +27,7 @@ from .graphs import is_promise, promised
 from .kept import CannotDefer, Kept, as_own, copied, valueless
 from .plain import Facts, common_dtype, facts, needs_grad
 from .promise import RULES, Link, Promise, real
-from .state import State
+from .state import State, proxied
 from .traced import CONVOLVE
 
 # ---- the first convolution
@@ -46,10 +47,12 @@ def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: 
 
     That is also all that the convolution would refuse.
     """
-    given = facts(x), facts(weight), bias is not None and facts(bias)
+    given: Any = facts(x), facts(weight), bias is not None and facts(bias)
     if None in given:
         return None
     state = State(x.device)
+    if not state.traced and (state.watched or proxied()):
+        return None
     modes = state.grad, state.autocast, state.traced, begun.served
     try:
         start = _start(*given, settings, *modes)
@@ -58,9 +61,9 @@ def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: 
     if start is None:
         return None
     try:
-        kept = [("input", as_own(x)), ("weight", Kept(weight))]
+        kept = [("input", as_own(x, given[0][1:4])), ("weight", Kept(weight, given[1][1:4]))]
         if bias is not None:
-            kept.append(("bias", Kept(bias)))
+            kept.append(("bias", Kept(bias, given[2][1:4])))
     except CannotDefer:
         return None
     run, plan, shape, dtype = start
@@ -118,7 +121,7 @@ def _start(
     if found.pass_ is not None:
         dense = not traced and all(f.contiguous for f in given)
         plan = Plan(
-            found.pass_, found.names, tuple(given), dtype, autocast, traced, found.shape,
+            found.pass_, found.names, tuple(given), dtype, autocast, found.shape,
             dense=dense,
         )  # fmt: skip
     return Start(run, plan, found.shape, dtype)
@@ -161,11 +164,12 @@ def _batch_norm(
         if link.state.traced:  # in a graph they are counted where they stand
             return NotImplemented
         if not valueless(link.convolution.kept[0][1].tensor):
-            half = _begin(link, norm)
+            half = _begin(link, plan, norm)
             if half is None:
                 return NotImplemented
             vectors = [(n, t) for n, t in vectors if n in _AFFINE]  # others are counted by now
-    if not training and _are_copied(link.state, norm):
+    frozen = not training and _are_copied(link.state, norm)
+    if frozen:
         kept = copied(vectors)
     else:
         try:
@@ -182,11 +186,16 @@ def _batch_norm(
 
     longer = Link(link, separately, plan, kept, link.state, link.shape, link.dtype)
     longer.norm, longer.half = norm, half
+    longer.vectors = (weight, bias) if training else (weight, bias, running_mean, running_var)
+    if frozen:
+        rows = {name: one.tensor for name, one in kept}
+        longer.vectors, longer.reads = tuple(map(rows.get, _IN_ORDER)), link.reads
     return promised(longer)
 
 
 _VECTORS = BatchNorm._fields[:4]
 _AFFINE = _VECTORS[2:]
+_IN_ORDER = *_AFFINE, *_VECTORS[:2]  # of the operation
 
 
 def _with_norm(plan: Plan, link: Link, norm: BatchNorm) -> Plan | None:
@@ -310,22 +319,23 @@ def _has_kernels(settings: Any, *tensors: Any) -> bool:
     return dispatch.has_kernels(ConvProblem.of(given, spec))
 
 
-def _begin(link: Link, norm: BatchNorm) -> Any:
-    """Run the first convolution, for the pair that it was last in or a likely one."""
-    plan: Plan = link.plan
+def _begin(link: Link, plan: Plan, norm: BatchNorm) -> Any:
+    """Run the first convolution, for the pair that it was last in or a likely one.
+
+    ``plan``: of the chain with the norm.
+    """
     if plan.names not in ("bcthw", "bchw"):  # whose pixels or clips show later
         return None
     temporal, m = plan.first.kind == "temporal", plan.shape[1]
     kernel, padding = ((1, 3, 3), (0, 1, 1)) if temporal else ((3, 1, 1), (1, 0, 0))
     likely = Guess((m, m, *kernel), (1, padding, 1, 1))
     for guess in filter(None, (link.begun.guess, likely)):
-        settings = _guessed(plan, guess)
-        if settings is None:
+        known = _guessed(plan, guess)
+        if known is None:
             continue
         if not link.unchanged():
             return None
-        x, weight, *rest = [kept.tensor for _, kept in link.convolution.kept]
-        bias = rest[0] if rest else None
+        x, weight, *bias = [kept.tensor for _, kept in link.convolution.kept]
         first = forms.lifted(weight, temporal)
         rows = first.is_contiguous(memory_format=torch.channels_last_3d)
         layout = torch.channels_last_3d if rows else torch.contiguous_format
@@ -334,23 +344,34 @@ def _begin(link: Link, norm: BatchNorm) -> Any:
         )
         if x.dim() == 4:
             x = x.unsqueeze(2)
-        pairs: list[Any] = [[first, bias], [second, None]]
-        if temporal:
-            pairs.reverse()
-        (ws, bs), (wt, bt) = pairs
-        half = functional.begin(
-            x, ws, wt, bs, bt, norm=norm, activation=guess.activation, **settings
+        tensors = PairTensors(
+            x, first, second, bias[0] if bias else None, None, norm.weight, norm.bias
         )
+        offset = offset_of(x)
+        call = known.checked.get(offset)
+        if call is None:
+            name, slope = guess.activation
+            call = known.checked[offset] = functional.check(
+                tensors, norm, **known.settings, activation=name, negative_slope=slope
+            )
+        half = functional.begin(tensors, call, norm)
         return half
     return None
 
 
+class Guessed(NamedTuple):
+    """A pair with a second convolution that is a guess."""
+
+    settings: dict[str, Any]  # of ``conv2plus1d``
+    checked: dict[int, Any]  # by ``offset_of`` x: what ``functional.check`` has passed
+
+
 @lru_cache(maxsize=4096)
-def _guessed(plan: Plan, guess: Guess) -> dict[str, Any] | None:
-    """Settings of ``conv2plus1d`` with such a second convolution, or None where it is none."""
+def _guessed(plan: Plan, guess: Guess) -> Guessed | None:
+    """A chain with such a second convolution, or None where that is none."""
     u = plan.shape if len(plan.shape) == 5 else torch.Size((*plan.shape[:2], 1, *plan.shape[2:]))
     found = second_pass(plan.first, (), u, guess.shape, False, *guess.how)
-    return None if found is None else found[0]
+    return None if found is None else Guessed(found[0], {})
 
 
 def _activation(
@@ -370,17 +391,17 @@ def _activation(
         def run(v: Tensor) -> Tensor:
             return activations.apply(kind, v, slope)
 
+        if is_open(input):
+            plan = input.link.plan
+            if plan.activation is not None or plan.padded:
+                return NotImplemented
+            plan = changed(plan, activation=(kind, slope))
+            return extended(input, run, plan, in_place=in_place)
         if endings.ends(input):
             made = endings.activation(input, kind, slope, in_place)
             if made is not NotImplemented:
                 return made
-        if not is_open(input):
-            return readings.activation(input, kind, slope, run, in_place)
-        plan = input.link.plan
-        if plan.activation is not None or plan.padded:
-            return NotImplemented
-        plan = changed(plan, activation=(kind, slope))
-        return extended(input, run, plan, in_place=in_place)
+        return readings.activation(input, kind, slope, run, in_place)
 
     return rule
 
@@ -392,9 +413,9 @@ def _named(name: str, args: Any, kwargs: Any) -> tuple[str, float, bool] | None:
         kind = {"none": "gelu", "tanh": "gelu_tanh"}.get(how)
         return None if kind is None else (kind, 0.01, False)
     names = ("negative_slope", "inplace") if name == "leaky_relu" else ("inplace",)
-    given = dict(zip(names, args, strict=False)) | kwargs
-    slope, in_place = given.pop("negative_slope", 0.01), given.pop("inplace", False)
-    if given.keys() - set(names) or len(args) > len(names) or type(slope) not in (int, float):
+    given = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+    slope, in_place = given.get("negative_slope", 0.01), given.get("inplace", False)
+    if not given.keys() <= set(names) or len(args) > len(names) or type(slope) not in (int, float):
         return None
     if in_place and slope < 0:  # has no backward
         return None

@@ -37,19 +37,24 @@ class State:
     @property
     def current(self) -> bool:
         """Whether it is that of this thread now."""
-        if self.inference != torch.is_inference_mode_enabled():
+        inference, grad, kind = self.inference, self.grad, self.kind
+        if inference != torch.is_inference_mode_enabled():
             return False
-        if self.grad != (torch.is_grad_enabled() and not self.inference):
+        if grad != (torch.is_grad_enabled() and not inference):
             return False
         if self.traced != torch.compiler.is_compiling():
             return False
-        kind = self.kind
         on = kind != "meta" and torch.is_autocast_enabled(kind)
         if self.autocast is not (torch.get_autocast_dtype(kind) if on else None):
             return False
         if kind == "cuda" and self.stream != torch.cuda.current_stream(self.device):
             return False
-        return self.watched == (watched() and not self.traced) and self.hooked
+        if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+            if self.watched != (watched() and not self.traced):
+                return False
+        elif self.watched:
+            return False
+        return not grad or self.hooked
 
     @property
     def hooked(self) -> bool:
@@ -103,6 +108,13 @@ def watched() -> bool:
     # Those of PyTorch itself, by which it traces, have a place of their own on the stack.
     below = map(torch._C._get_dispatch_stack_at, range(operators))
     return not all(hasattr(mode, "_mode_key") or hasattr(mode, KNOWS) for mode in below)
+
+
+def proxied() -> bool:
+    """Whether ``make_fx`` records each operator."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _below_autograd() -> bool:

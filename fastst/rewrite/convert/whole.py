@@ -18,14 +18,14 @@ from ...problem import conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
 from . import endings, readings
 from .begins import Begins, Event, tell
-from .endings import Operation
+from .endings import Operation, is_deferred
 from .geometry import padding_of
 from .layouts import Call, call
 from .plain import plain_call
 from .promise import real
 from .readings import INPUT, Read
 from .report import Alone
-from .state import State
+from .state import State, proxied, watched
 
 
 class Ran(NamedTuple):
@@ -57,7 +57,8 @@ class Whole(Begins):
     def __call__(self, x: Any, weight: Any, bias: Any) -> Tensor:
         conv = self.conv
         if not torch.compiler.is_compiling():
-            if self.wanted and not self.barred and self._defers():
+            asked = self.wanted and not self.barred and self._defers()
+            if asked and not (watched() or proxied()):
                 made = self._operation(x, weight, bias)
                 if made is not None:
                     return made
@@ -128,7 +129,8 @@ class Whole(Begins):
             chain.viewed,
             held=chain.held,
         )
-        return endings.defer(op, State(x.device))
+        state = State(x.device)
+        return endings.defer(op, state) if is_deferred(self, x, state) else endings.computed(op)
 
     def _calls(self, chain: Read) -> tuple[Call, ...]:
         """What the operation stands for."""
