@@ -232,7 +232,7 @@ def instances(dry: bool, out: Path, device: str, plants: Sequence[str] = ()) -> 
     command += ["--minutes", "{minutes}"]
     environment: tuple[tuple[str, str], ...] = ()
     if dry:
-        command += ["--dry", "--unit-seconds", "10" if "hang" in plants else "60"]
+        command += ["--dry", "--unit-seconds", "5" if "hang" in plants else "60"]
         environment = (("TRITON_INTERPRET", "1"),)
     if plants:
         paths = os.pathsep.join((str(ROOT / "tests" / "support" / "plants"), str(ROOT)))

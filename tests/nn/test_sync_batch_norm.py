@@ -14,11 +14,8 @@ from torch import nn
 import fastst
 from fastst.problem import slicing
 from fastst.rewrite import shard_time
-from tests.support.ranks import (
-    DTYPE,
-    TIGHT,
-    Ranks,
-)
+from tests.support import interpreter
+from tests.support.ranks import DTYPE, TIGHT, Ranks
 
 
 def sync_norm(rank: int, kind: type[nn.Module], shape: tuple[int, ...], cumulative: bool) -> None:
@@ -69,6 +66,8 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 def synced_pair(rank: int, name: str, backend: str, groups: int) -> None:
     """A pair on unequal shares against the same pair, with a plain norm, on all samples."""
+    if backend == "triton":
+        interpreter.prepare_child()
     torch.manual_seed(5)
     settings = dict(PAIRS[name])
     norm = settings.pop("norm", nn.BatchNorm3d)(4)

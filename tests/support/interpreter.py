@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 
+def prepare_child() -> None:
+    """What conftest.py does where tests ask for it, in a process that a test has started."""
+    from fastst.machine import gpu
+
+    gpu.processors = lambda capability: 1
+    quicken()
+
+
+@functools.cache
 def quicken() -> None:
     """For the rest of this process.
 

@@ -87,16 +87,8 @@ def _plant() -> None:
         backend.rehearse, backend.examples = rehearse, examples
 
 
-def _quicken() -> None:
-    """As conftest.py has it: the interpreter pays by the program, and for much that is nothing."""
-    from fastst.machine import gpu
-
-    gpu.processors = lambda capability: 1
-    runpy.run_path(str(Path(__file__).parents[1] / "interpreter.py"))["quicken"]()
-
-
 if "fastst.check" in sys.orig_argv:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _quicken()
+        runpy.run_path(str(Path(__file__).parents[1] / "interpreter.py"))["prepare_child"]()
     if PLANTED:
         _plant()
