@@ -418,8 +418,8 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
         for label, norm in (("spatial", self.spatial_norm), ("temporal", self.temporal_norm)):
             if norm is not None and not _folds(norm):
                 return f"the norm of its {label} branch is not a plain batch norm in eval mode"
-        slopes = {s for n, s in map(activations.from_module, acts.values()) if n == "leaky_relu"}  # type: ignore[misc]
-        if len(slopes) > 1:
+        known = map(activations.from_module, acts.values())
+        if len({found for found in known if found is not None and found[0] == "leaky_relu"}) > 1:
             return "its two leaky ReLUs have different slopes"
         return None
 

@@ -100,8 +100,8 @@ def same_dtype(
     def after(t: Tensor) -> torch.dtype:
         return t.dtype if cast is None or t.dtype == torch.float64 else cast
 
-    dtype = after(tensors[0])  # type: ignore[arg-type]
     came = {n: after(t) for n, t in zip(labels, tensors, strict=True) if t is not None}
+    dtype = came[labels[0]]
     if residual is not None:
         came["residual"] = residual.dtype
     for label, found in came.items():

@@ -143,11 +143,11 @@ def _describe(
     """The problem of tensors with these shapes and strides."""
     size, kernel = time_height_width(x), time_height_width(w)
     channels_last = any(is_channels_last(*layout) for layout in ((x, x_stride), (w, w_stride)))
-    dilation = tuple(d if k > 1 else 1 for d, k in zip(spec.dilation, kernel, strict=True))
+    dt, dh, dw = (d if k > 1 else 1 for d, k in zip(spec.dilation, kernel, strict=True))
     space, time = spec.padding_mode
     conv = Pass(
         "full", w[1] * spec.groups[0], w[0], kernel, spec.stride, spec.padding,
-        dilation, spec.groups[0], space, time,  # type: ignore[arg-type]
+        (dt, dh, dw), spec.groups[0], space, time,
     )  # fmt: skip
     out = conv.out_size((past + size[0], *size[1:]))
     return ConvProblem(

@@ -240,11 +240,11 @@ class TimeShardedBatchNorm(_TimeSharded, SyncBatchNorm):
 
 def _shard_causal(layer: Conv2Plus1d | ParallelConv2Plus1d, group: Any) -> None:
     """Hand the causal padding of a layer to its temporal convolution."""
-    conv = layer.temporal
+    conv: Any = layer.temporal
     kernel, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
     before = left_padding(kernel, stride, dilation, layer.causal)
     if (kernel, stride, before) != (1, 1, 0):
-        conv._time = _Time(group, type(conv), before, 0)  # type: ignore[assignment]
+        conv._time = _Time(group, type(conv), before, 0)
         conv.__class__ = TimeShardedConv3d
     layer._time_causal = layer.causal  # type: ignore[assignment]
     layer.causal = False

@@ -335,11 +335,9 @@ def _normalise_backward(
         du = wide.sub(means[0]).addcmul_(away, means[1] * rstd**2, value=-1).mul_(gamma * rstd)
         return du.to(dv.dtype).view(u.shape), sums[1] * rstd, sums[0]
     training = spec.norm == "batch"
-    running, saved = ((None, None), (mean_, rstd))
-    if not training:
-        running, saved = (mean_, var_), (None, None)  # type: ignore[assignment]
+    statistics = (None, None, mean_, rstd) if training else (mean_, var_, None, None)
     du, dgamma, dbeta = aten.native_batch_norm_backward(
-        as_frames(dv), as_frames(u), gamma, *running, *saved, training, spec.eps, [True] * 3
+        as_frames(dv), as_frames(u), gamma, *statistics, training, spec.eps, [True] * 3
     )
     return from_frames(du, u.shape), dgamma, dbeta
 

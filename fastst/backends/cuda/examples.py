@@ -101,7 +101,8 @@ def examples(
     Args:
         kind: one of ``kinds``.
     """
-    family, phase = kind.split()[0], "backward" if kind.endswith("backward") else "forward"
+    family = kind.split()[0]
+    phase: Phase = "backward" if kind.endswith("backward") else "forward"
     found: list[Example | Later] = []
     if family == "depthwise":
         found += _depthwise(phase == "backward", dtype)
@@ -110,7 +111,7 @@ def examples(
     if device.type == "cuda":
         for problem in problems("depthwise" if family == "depthwise" else "dense", dtype, device):
             if any(name.startswith(family) for name in _instances(problem, phase)):
-                found += rehearse(calls, problem, phase)  # type: ignore[arg-type]
+                found += rehearse(calls, problem, phase)
     return found
 
 

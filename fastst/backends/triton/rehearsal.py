@@ -60,12 +60,13 @@ def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
 
 def examples(kind: str, dtype: torch.dtype, device: torch.device) -> list[Later]:
     """Of one whose sizes are no multiples of a tile and, on a GPU, of layers of networks."""
-    kind, phase = kind.split()
+    kind, word = kind.split()
+    phase: Phase = "backward" if word == "backward" else "forward"
     spec, tensors = of_kind(kind, dtype)
     layers = [replace(problem_of(tensors, spec), device=device)]
     if device.type == "cuda":
         layers += problems(kind, dtype, device)
-    return [e for p in layers for e in rehearse(p, phase)]  # type: ignore[arg-type]
+    return [e for p in layers for e in rehearse(p, phase)]
 
 
 def rehearse(problem: Problem, phase: Phase, way: str | None = None) -> list[Later]:
