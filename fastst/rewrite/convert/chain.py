@@ -6,6 +6,7 @@ that are alike, and what may follow it is remembered by it and by what the next 
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -89,6 +90,16 @@ def changed(plan: Plan, **changes: Any) -> Plan:
         return _changed(plan, **changes)
     except TypeError:  # sizes of a graph do not hash
         return replace(plan, **changes)
+
+
+def exactly(settings: tuple[Any, ...]) -> bytes:
+    """Settings of a convolution with the types of their numbers: 1.0 equals 1, and PyTorch refuses
+    it.
+
+    Raises:
+        ValueError: there are others than tuples, numbers and names among them.
+    """
+    return marshal.dumps(settings, 2)
 
 
 class Alone(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -61,7 +60,6 @@ def laid_out(y: Tensor) -> Tensor:
     return y.contiguous()
 
 
-@lru_cache(maxsize=1024)
 def form(
     first: Any, names: str, x: Sequence[int], u: Sequence[int], axes: Axes, z: Sequence[int],
     w: Sequence[int], b: Any, *settings: Any,

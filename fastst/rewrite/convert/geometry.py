@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +45,6 @@ class Read(NamedTuple):
 _NAMES = {(0,): "bct", (0, 1): "bctp", (1, 2): "bchw", (0, 1, 2): "bcthw"}
 
 
-@lru_cache(maxsize=4096)
 def first_pass(
     x: Sequence[int],
     w: Sequence[int],
@@ -174,7 +172,6 @@ def acted(first: Pass, w: Sequence[int], *settings: Any) -> tuple[int, ...] | No
     return tuple(2 + read.axes.index(i) for i in wanted) if set(wanted) <= set(read.axes) else None
 
 
-@lru_cache(maxsize=4096)
 def second_pass(
     first: Pass,
     pads: tuple[Pad, ...],

@@ -13,7 +13,7 @@ from ... import functional
 from ...functional import BatchNorm
 from ...problem.spec import PairTensors, offset_of
 from . import endings, forms
-from .chain import Guess, Plan, is_open
+from .chain import Guess, Plan, exactly, is_open
 from .endings import Operation
 from .forms import Form
 from .geometry import second_pass
@@ -44,9 +44,9 @@ def second(
         )
     how = stride, padding, dilation, groups
     try:
-        fit = _fit(link.plan, link.shape, *given, how)
-    except TypeError:  # sizes of a graph, or settings, that do not hash
-        fit = _fit.__wrapped__(link.plan, link.shape, *given, how)
+        fit = _fit(link.plan, link.shape, *given, how, exactly(how))
+    except (TypeError, ValueError):  # sizes of a graph, or settings, that do not hash
+        fit = _fit.__wrapped__(link.plan, link.shape, *given, how, b"")
     if fit is None or not link.unchanged():
         return NotImplemented
     return _joined(link, fit, weight, bias)
@@ -66,9 +66,11 @@ class Fit(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _fit(plan: Plan, z: torch.Size, w: Any, b: Any, how: tuple[Any, ...]) -> Fit | None:
+def _fit(
+    plan: Plan, z: torch.Size, w: Any, b: Any, how: tuple[Any, ...], exact: bytes
+) -> Fit | None:
     """A convolution of z with weight and bias of these facts (False for none), if it makes a pair
-    of a chain."""
+    of a chain. ``exact``: ``how`` with the types of its numbers."""
     weight, *bias = given = [Facts(*f) for f in (w, b) if f]
     if len(weight.shape) != len(z):
         return None
@@ -78,10 +80,7 @@ def _fit(plan: Plan, z: torch.Size, w: Any, b: Any, how: tuple[Any, ...]) -> Fit
     arguments = z, weight.shape, bool(bias) and bias[0].shape, *how
     form: Form | None = None
     if plan.axes is None and plan.names == "bcthw":
-        try:
-            found = second_pass(plan.first, plan.pads, *arguments)
-        except TypeError:
-            found = second_pass.__wrapped__(plan.first, plan.pads, *arguments)
+        found = second_pass(plan.first, plan.pads, *arguments)
         if found is None:
             return None
         settings, shape = found[0], torch.Size((z[0], weight.shape[0], *found[1]))

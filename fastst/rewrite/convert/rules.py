@@ -20,7 +20,7 @@ from ...problem import activations, conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
 from ...problem.spec import PairTensors, offset_of
 from . import asked, endings, forms, norms, pairs, readings, views
-from .chain import Alone, Guess, Plan, changed, extended, is_open
+from .chain import Alone, Guess, Plan, changed, exactly, extended, is_open
 from .folded import folds
 from .geometry import first_pass, second_pass, sides_of
 from .graphs import is_promise, promised
@@ -55,9 +55,9 @@ def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: 
         return None
     modes = state.grad, state.autocast, state.traced, begun.served
     try:
-        start = _start(*given, settings, *modes)
-    except TypeError:  # sizes of a graph, or settings, that do not hash
-        start = _start.__wrapped__(*given, settings, *modes)
+        start = _start(*given, settings, exactly(settings), *modes)
+    except (TypeError, ValueError):  # sizes of a graph, or settings, that do not hash
+        start = _start.__wrapped__(*given, settings, b"", *modes)
     if start is None:
         return None
     try:
@@ -72,14 +72,15 @@ def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: 
 
 @lru_cache(maxsize=4096)
 def _start(
-    x: Any, weight: Any, bias: Any, settings: Any, grad: bool, autocast: torch.dtype | None,
-    traced: bool, served: bool,
+    x: Any, weight: Any, bias: Any, settings: Any, exact: bytes, grad: bool,
+    autocast: torch.dtype | None, traced: bool, served: bool,
 ) -> Start | None:  # fmt: skip
     """How a convolution of tensors with these facts begins; None for what must run at once.
 
     Args:
         bias: False for none.
-        settings: stride, padding, dilation, groups, padding mode and its widths.
+        settings: stride, padding, dilation, groups, padding mode and its widths; ``exact``: the
+            same with the types of its numbers.
         grad, autocast, traced: of the state.
         served: whether it is of a copy for inference.
     """
@@ -96,10 +97,7 @@ def _start(
     if wanted and (one.inference or weights[0].inference):
         return None
     shapes = one.shape, weights[0].shape, len(weights) > 1 and weights[1].shape
-    try:
-        found = first_pass(*shapes, *settings)
-    except TypeError:
-        found = first_pass.__wrapped__(*shapes, *settings)
+    found = first_pass(*shapes, *settings)
     dtype = common_dtype({f.dtype for f in given}, autocast)
     if found is None or dtype is None:
         return None
