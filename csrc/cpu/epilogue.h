@@ -46,9 +46,18 @@ class Finisher {
         bias_(bias),
         norm_(norm) {}
 
-  // Says that some vectors of channels will be stored to these places. Of neighbours each line
-  // once: where the last one is not whole, it is the first of the next place.
-  void expect(int64_t channel, int vectors, const Places& to) const {
+  // Says that some vectors of channels will be read from `aux` and stored to these places. Of
+  // neighbours each line once: where the last one is not whole, it is the first of the next place.
+  void expect(int64_t channel, int vectors, const Places& to, const Places& aux) const {
+    if (aux_.data && aux_.c == 1) {
+      const std::byte* const from = aux_.data + channel * bytes_of(aux_.storage);
+      const int64_t bytes =
+          std::min<int64_t>(vectors * kLanes, channels_ - channel) * bytes_of(aux_.storage);
+      for (int r = 0; r < aux.count; ++r) {
+        const std::byte* at = from + aux.offset[r] * bytes_of(aux_.storage);
+        for (int64_t b = 0; b < bytes; b += kLine) prefetch(at + b);
+      }
+    }
     if (large_ && (lines_ || out_.c != 1)) return;
     const int64_t each = bytes_of(out_.storage);
     const std::byte* const base = out_.data + channel * out_.c * each;

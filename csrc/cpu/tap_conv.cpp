@@ -66,9 +66,10 @@ void compute(const std::vector<Problem>& problems, const Epilogue& e, const Way&
     way(
         tile, ready, work, weights,
         [&](const int64_t* positions, int count) {
-          int64_t memory[kMostPlaces];
+          int64_t memory[kMostPlaces], beside[kMostPlaces];
           finisher.expect(block.vector * kLanes, block.vectors,
-                          places(out_at, positions, count, memory));
+                          places(out_at, positions, count, memory),
+                          aux_at ? places(*aux_at, positions, count, beside) : Places{});
         },
         [&](const float* sums, int64_t pitch, const int64_t* positions, int count) {
           int64_t memory[kMostPlaces], beside[kMostPlaces];

@@ -223,6 +223,25 @@ int64_t packed_size(const Geometry& g, const Tile& tile, int64_t channels) {
   return packed_strides<Kind>(g, tile, channels, nullptr).t * g.t.extent(tile.t1 - tile.t0);
 }
 
+constexpr int kFew = 4;
+// Row and place of the floats that interleaving makes, from that of their neighbour.
+struct Few {
+  Bits row[kFew], from[kFew];
+  explicit Few(int64_t rows) {
+    for (int64_t i = 0; i < kFew * kLanes; ++i) {
+      const int64_t r = i % rows;
+      row[i / kLanes][i % kLanes] = static_cast<int32_t>(r);
+      from[i / kLanes][i % kLanes] = static_cast<int32_t>(i / rows % kLanes + r % 2 * kLanes);
+    }
+  }
+};
+
+// Made once: a row of channels takes less time than such a table.
+inline const Few& few_of(int64_t rows) {
+  static const Few all[] = {Few(1), Few(2), Few(3), Few(4)};
+  return all[rows - 1];
+}
+
 // Reads neighbours in w as the Source says and lays their channels side by side, to be multiplied,
 // those of the next one `pitch` on; zeros follow where there is room for a whole vector: it is
 // multiplied as a whole, and subnormal numbers that somebody left there would be, a hundred times
@@ -230,7 +249,7 @@ int64_t packed_size(const Geometry& g, const Tile& tile, int64_t channels) {
 template <Read R, Activation K, class S, class Kind>
 class Reader {
  public:
-  explicit Reader(const Input& input) : in_(input), few_(units<Kind>(input.channels)) {}
+  explicit Reader(const Input& input) : in_(input) {}
 
   void operator()(const From& from, int64_t count, float* to, int64_t pitch) const {
     read(in_.a.at<S>(from.a), in_.b.data ? in_.b.at<S>(from.b) : nullptr, from, count, to, pitch);
@@ -245,6 +264,19 @@ class Reader {
         return copy(a, count * channels, to);
       if (in_.a.w == 1 && each <= kFew && Kind::kWhole) return interleave(a, count, to);
     }
+    // All channels of some positions, so that memory is read in its order.
+    const int64_t some = in_.a.c == 1 ? kLanes : count;
+    for (int64_t w = 0; w < count; w += some) {
+      From part = from;
+      if (from.factor) part.mean += w * in_.mean.w, part.factor += w * in_.factor.w;
+      read_vectors(a + w * in_.a.w, b ? b + w * in_.b.w : nullptr, part, std::min(some, count - w),
+                   to + w * pitch, pitch);
+    }
+  }
+
+  void read_vectors(const S* a, const S* b, const From& from, int64_t count, float* to,
+                    int64_t pitch) const {
+    const int64_t channels = in_.channels, each = units<Kind>(channels);
     // Where places are filled beyond the channels, zeros.
     const int64_t filled = Kind::kMultiple > 1 ? each * Kind::kChannels : channels;
     for (int64_t c = 0; c < filled; c += kLanes) {
@@ -312,9 +344,9 @@ class Reader {
   };
 
   // The few channels of a clip, each of them stored by itself.
-  static constexpr int kFew = 4;
   void interleave(const S* a, int64_t count, float* to) const {
     const int64_t each = units<Kind>(in_.channels);
+    const Few& few = few_of(each);
     for (int64_t w = 0; w < count; w += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, count - w);
       Vec rows[kFew] = {};
@@ -326,23 +358,12 @@ class Reader {
       }
       for (int64_t i = 0; i < each; ++i) {
         const int64_t left = std::clamp<int64_t>(width * each - i * kLanes, 0, kLanes);
-        const Vec even = permute(rows[0], rows[1], few_.from[i]);
-        const Vec odd = permute(rows[2], rows[3], few_.from[i]);
-        store(to + w * each + i * kLanes, few_.row[i] < 2 ? even : odd, left);
+        const Vec even = permute(rows[0], rows[1], few.from[i]);
+        const Vec odd = permute(rows[2], rows[3], few.from[i]);
+        store(to + w * each + i * kLanes, few.row[i] < 2 ? even : odd, left);
       }
     }
   }
-  // Row and place of the floats that interleaving makes, from that of their neighbour.
-  struct Few {
-    Bits row[kFew], from[kFew];
-    explicit Few(int64_t rows) {
-      for (int64_t i = 0; i < kFew * kLanes; ++i) {
-        const int64_t r = i % rows;
-        row[i / kLanes][i % kLanes] = static_cast<int32_t>(r);
-        from[i / kLanes][i % kLanes] = static_cast<int32_t>(i / rows % kLanes + r % 2 * kLanes);
-      }
-    }
-  };
 
   Vec prologue(Vec v, const Coefficients& k, [[maybe_unused]] Vec u) const {
     if constexpr (R == Read::norm_act) {
@@ -355,7 +376,6 @@ class Reader {
   }
 
   Input in_;
-  Few few_;
 };
 
 template <class Kind, class F>

@@ -84,6 +84,24 @@ def test_nan_and_infinity_reach_what_pytorch_lets_them(bad: float) -> None:
         assert torch.equal(*map(kind, results))
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms", "group"])
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 1, 1)])
+def test_rows_longer_than_what_is_read_together(kind: Any, kernel: tuple[int, int, int]) -> None:
+    """Each position has its own mean and factor; several vectors of channels."""
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+    settings: Any = dict(padding=padding, input_norm=Norm(kind, groups=4), input_activation="silu")
+    x = torch.randn(1, 40, 3, 5, 37).contiguous(memory_format=torch.channels_last_3d)
+    w, found = torch.randn(24, 40, *kernel), {}
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        given = [t.to(dtype).requires_grad_() for t in (x, w)]
+        with fastst.use_backend(backend):
+            y = conv3d(*given, **settings)
+            found[backend] = [y, *torch.autograd.grad(y.square().sum(), given)]
+    for ours, true in zip(found["cpu"], found["reference"], strict=True):
+        scale = float(true.detach().abs().max())
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=2e-6 * scale)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_any_number_of_threads_gives_the_same(threads: int) -> None:
     torch.manual_seed(1)
