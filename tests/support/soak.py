@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ PLANTED = "planted"  # aten with a write of one element behind y
 THREADS = 2  # oneDNN writes out of bounds with several threads that it does not with one
 SECONDS = 120.0  # for one configuration, and again if it needed more: a machine may be busy
 TROUBLE = ("wrong", "crash", "late")
+Run = tuple[str, str, str]  # path, dtype and layout
 
 
 @dataclass
@@ -90,9 +91,7 @@ def build_guard(folder: Path) -> Path:
 
 
 def soak(
-    path: str,
-    dtype: str,
-    layout: str,
+    runs: Sequence[Run],
     isa: str,
     first: int,
     cases: int,
@@ -100,61 +99,69 @@ def soak(
     threads: int = THREADS,
     seconds: float = SECONDS,
     told: Callable[[Outcome], None] = lambda outcome: None,
-) -> Outcome:
-    """Run the configurations of ``cases`` seeds in a child process that survives their crashes.
+) -> list[Outcome]:
+    """Run ``cases`` seeds of each in a child process that survives the crashes of configurations.
 
     Args:
-        told: is given what was found, also where this process is to end before the child.
+        told: is given what was found of each, also of the one that this process ends in.
     """
-    outcome = Outcome(f"{path} {dtype} {layout} {isa or 'best'}")
     environment = os.environ | {
         "LD_PRELOAD": str(guard), "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0",
     }  # fmt: skip
     environment |= {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
-    child = ["--child", path, dtype, layout, str(first), str(cases), str(seconds)]
-    module = ["-m", "tests.support.soak", *child]
+    child = ["--child", str(first), str(cases), str(seconds), *map(":".join, runs)]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [sys.executable, *module], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-            stderr=errors, text=True,
+            [sys.executable, "-m", "tests.support.soak", *child], cwd=ROOT, env=environment,
+            stdout=subprocess.PIPE, stderr=errors, text=True,
         ) as process,
     ):  # fmt: skip
         assert process.stdout is not None
+        found = []
         try:
-            for line in process.stdout:
-                outcome.note(line)
+            for run in runs:
+                found.append(outcome := Outcome(f"{' '.join(run)} {isa or 'best'}"))
+                try:
+                    for line in itertools.islice(process.stdout, cases):
+                        outcome.note(line)
+                finally:
+                    told(outcome)
         except BaseException:
             process.terminate()
             raise
-        finally:
-            told(outcome)
         code = process.wait()
         errors.seek(0)
-        if code or sum(outcome.counts.values()) != cases:
+        if code or any(sum(o.counts.values()) != cases for o in found):
             said = errors.read()
-            raise RuntimeError(f"{outcome.name}: the child ended with {code}: {said}")
-    return outcome
+            raise RuntimeError(f"the child of {runs} with {isa!r} ended with {code}: {said}")
+    return found
 
 
 # ---- in the child
 
 
-def _child(path: str, dtype: str, layout: str, first: int, cases: int, seconds: float) -> None:
+def _child(first: int, cases: int, seconds: float, runs: Iterable[Run]) -> None:
     """Fork for the seeds, and again after each that ended the process; a line for each seed."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    for run in runs:
+        done, again = 0, False
+        while done < cases:
+            for line in _forked(run, first + done, first + cases, seconds):
+                again = line.startswith("late") and not again
+                if not again:
+                    print(line, flush=True)
+                    done += 1
+
+
+def _prepare(path: str) -> str:
+    """Have this process take a path; the one whose configurations it draws."""
     if path == "composed":
         functional._composes = lambda x: True
     if path == PLANTED:
         aten.leave = _write_behind
-        path = "aten"
-    done, again = 0, False
-    while done < cases:
-        for line in _forked((path, dtype, layout), first + done, first + cases, seconds):
-            again = line.startswith("late") and not again
-            if not again:
-                print(line, flush=True)
-                done += 1
+        return "aten"
+    return path
 
 
 def _write_behind(rows: Tensor, out: Tensor) -> Tensor:
@@ -163,14 +170,16 @@ def _write_behind(rows: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _forked(what: tuple[str, str, str], first: int, end: int, seconds: float) -> Iterator[str]:
+def _forked(run: Run, first: int, end: int, seconds: float) -> Iterator[str]:
     """A line for each seed up to the end or to the first that ends the process, inclusive."""
     reading, writing = os.pipe()
     process = os.fork()
+    path, dtype, layout = run
     if process == 0:
         os.close(reading)
+        path = _prepare(path)
         for seed in range(first, end):
-            os.write(writing, (_run(*what, seed).replace("\n", " ") + "\n").encode())
+            os.write(writing, (_run(path, dtype, layout, seed).replace("\n", " ") + "\n").encode())
         os._exit(0)
     os.close(writing)
     seed = first
@@ -188,8 +197,7 @@ def _forked(what: tuple[str, str, str], first: int, end: int, seconds: float) ->
         told, why = "crash", signal.Signals(-code).name if code < 0 else f"exit status {code}"
         if code == -signal.SIGALRM:
             told, why = "late", f"did not end within {seconds:g} s"
-        path = what[0]
-        drawn = _draw_pass(path, seed) if path in SINGLE else _config(*what, seed)
+        drawn = _draw_pass(path, seed) if path in SINGLE else _config(*run, seed)
         yield f"{told} seed {seed}: {why} in {drawn}"
 
 
@@ -330,18 +338,16 @@ def main() -> None:
             print(f"  {line}", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended before all were run"))
-    drawn = options.paths, options.dtypes, options.layouts, options.isas
-    for path, dtype, layout, isa in itertools.product(*drawn):
-        soak(
-            path, dtype, layout, isa, options.first, options.cases, guard, options.threads,
-            options.seconds, tell,
-        )  # fmt: skip
+    runs = [*itertools.product(options.paths, options.dtypes, options.layouts)]
+    for isa in options.isas:
+        soak(runs, isa, options.first, options.cases, guard, options.threads, options.seconds, tell)
     print(f"in all {dict(total)}")
     sys.exit(any(total[what] for what in TROUBLE))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        _child(*sys.argv[2:5], *map(int, sys.argv[5:7]), float(sys.argv[7]))  # type: ignore[call-arg, arg-type]
+        seeds, limit, of = sys.argv[2:4], sys.argv[4], sys.argv[5:]
+        _child(*map(int, seeds), float(limit), [tuple(r.split(":")) for r in of])  # type: ignore[misc]
     else:
         main()
