@@ -74,6 +74,7 @@ class Begins:
         self.missed_followers = 0  # outputs in a row that were promised, and of which nothing came
         self.served = False  # whether it is of a copy for inference
         self.folded = Folded()
+        self.frozen: Any = None  # the frozen norm that was called of its output last
         self.key = traced.register(self)
         self.guess: Guess | None = None  # the second convolution of its last pair, or a likely one
 
@@ -163,7 +164,7 @@ class Begins:
         return self.missed_followers <= _PATIENCE or self.missed_followers % _LONGEST == 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "folded": Folded()}
+        return {**self.__dict__, "folded": Folded(), "frozen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, key=traced.register(self))

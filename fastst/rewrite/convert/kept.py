@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from ...problem.memory import read_address
+
 
 class CannotDefer(Exception):
     """Nothing would tell whether a tensor is written to: its reader runs at once."""
@@ -157,7 +159,7 @@ class Kept:
 
 
 class Copied(tuple[Tensor]):
-    """A tensor that nobody else has, in the place of a ``Kept`` one."""
+    """A tensor that nobody else writes to, in the place of a ``Kept`` one."""
 
     __slots__ = ()
     same, switched = True, False
@@ -168,9 +170,20 @@ class Copied(tuple[Tensor]):
 
 
 def copied(vectors: Sequence[tuple[str, Tensor]]) -> tuple[tuple[str, Any], ...]:
-    """Vectors alike that need no gradient, as they are now: copied in less time than watched."""
-    rows = torch.stack([t for _, t in vectors]).unbind()
+    """Vectors alike that need no gradient, as they are now: copied in less time than watched, or
+    copy-on-write clones, which may serve again as long as they ``share``."""
+    if any(_is_held_elsewhere(t) or _has_other_owners(t) for _, t in vectors):
+        rows: Sequence[Tensor] = torch.stack([t for _, t in vectors]).unbind()
+    else:
+        with torch.no_grad(), _cloning:
+            rows = [torch._lazy_clone(t) for _, t in vectors]
     return tuple([(name, Copied((row,))) for (name, _), row in zip(vectors, rows, strict=True)])
+
+
+def share(t: Tensor, clone: Tensor) -> bool:
+    """Whether a tensor and a copy-on-write clone of it lie in the same memory: whoever writes to
+    one of them, or asks for its address, has moved it first."""
+    return read_address(t) == read_address(clone)
 
 
 def as_own(x: Tensor, laid_out: Any = None) -> Kept:

@@ -24,7 +24,7 @@ from .chain import Alone, Guess, Plan, changed, exactly, extended, is_open
 from .folded import folds
 from .geometry import first_pass, second_pass, sides_of
 from .graphs import is_promise, promised
-from .kept import CannotDefer, Kept, as_own, copied, valueless
+from .kept import CannotDefer, Kept, as_own, copied, share, valueless
 from .plain import Facts, common_dtype, facts, needs_grad
 from .promise import RULES, Link, Promise, real
 from .state import State, proxied
@@ -153,6 +153,9 @@ def _batch_norm(
         return _normed_elsewhere(input, norm)
     if not is_open(input):
         return NotImplemented
+    frozen: Frozen | None = link.begun.frozen
+    if frozen is not None and frozen.holds(link, norm):
+        return _frozen(link, norm, frozen)
     plan = _with_norm(link.plan, link, norm)
     if plan is None:
         return NotImplemented
@@ -166,14 +169,25 @@ def _batch_norm(
             if half is None:
                 return NotImplemented
             vectors = [(n, t) for n, t in vectors if n in _AFFINE]  # others are counted by now
-    frozen = not training and _are_copied(link.state, norm)
-    if frozen:
-        kept = copied(vectors)
-    else:
-        try:
-            kept = tuple([(n, Kept(t)) for n, t in vectors])
-        except CannotDefer:
-            return NotImplemented
+    if not training and _are_copied(link.state, norm):
+        link.begun.frozen = frozen = Frozen(
+            link.plan, link.shape, link.state.inference, norm, plan, copied(vectors),
+            tuple([facts(t) for _, t in vectors]),
+        )  # fmt: skip
+        return _frozen(link, norm, frozen)
+    try:
+        kept = tuple([(n, Kept(t)) for n, t in vectors])
+    except CannotDefer:
+        return NotImplemented
+    longer = _after(link, norm, plan, kept)
+    longer.half = half
+    longer.vectors = (weight, bias) if training else (weight, bias, running_mean, running_var)
+    return promised(longer)
+
+
+def _after(link: Link, norm: BatchNorm, plan: Plan, kept: Any) -> Link:
+    """The call of a batch norm."""
+    training, momentum, eps = norm[4:7]
 
     def separately(
         u: Tensor, running_mean: Any = None, running_var: Any = None, **affine: Tensor
@@ -183,11 +197,41 @@ def _batch_norm(
         )
 
     longer = Link(link, separately, plan, kept, link.state, link.shape, link.dtype)
-    longer.norm, longer.half = norm, half
-    longer.vectors = (weight, bias) if training else (weight, bias, running_mean, running_var)
-    if frozen:
-        rows = {name: one.tensor for name, one in kept}
-        longer.vectors, longer.reads = tuple(map(rows.get, _IN_ORDER)), link.reads
+    longer.norm = norm
+    return longer
+
+
+class Frozen(NamedTuple):
+    """A frozen norm as it was when it was called last."""
+
+    before: Plan  # of the chain that it was called of
+    shape: torch.Size  # of that one's value
+    inference: bool  # whether in inference mode
+    norm: BatchNorm
+    plan: Plan  # of the chain with it
+    kept: tuple[tuple[str, Any], ...]  # its vectors as they were
+    facts: tuple[Any, ...]  # of the vectors themselves
+
+    def holds(self, link: Link, norm: BatchNorm) -> bool:
+        """Whether a norm of a chain is this one, to the values of its vectors."""
+        if link.plan is not self.before or link.shape != self.shape:
+            return False
+        if link.state.inference is not self.inference:
+            return False
+        for now, then in zip(norm, self.norm, strict=True):
+            if now is not then:
+                return False
+        for (name, one), told in zip(self.kept, self.facts, strict=True):
+            t = getattr(norm, name)
+            if not share(t, one.tensor) or facts(t) != told:
+                return False
+        return True
+
+
+def _frozen(link: Link, norm: BatchNorm, frozen: Frozen) -> Any:
+    longer = _after(link, norm, frozen.plan, frozen.kept)
+    rows = {name: one.tensor for name, one in frozen.kept}
+    longer.vectors, longer.reads = tuple(map(rows.get, _IN_ORDER)), link.reads
     return promised(longer)
 
 

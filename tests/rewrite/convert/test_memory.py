@@ -273,6 +273,68 @@ def test_a_planted_alias_of_a_frozen_norm_is_caught(monkeypatch: pytest.MonkeyPa
             torch.testing.assert_close(converted, plain)
 
 
+def shift(t: Tensor) -> None:
+    """Other values of the same memory, in the same shape."""
+    both = torch.cat([t.detach(), 2 * t.detach()])
+    t.data = both[len(t) :] if t.storage_offset() == 0 else both[: len(t)]
+
+
+def outputs_of_norms_written_between_calls(
+    write: Callable[[Tensor], Any], held: str, name: str
+) -> list[list[Tensor]]:
+    """Of a converted pair and of a plain one, called before and after each of two writes to its
+    frozen norm; ``held``: what else has its memory, from before the first call on."""
+    outputs = []
+    for convert in (False, True):
+        net = pair()
+        norm = nn.BatchNorm3d(6).eval()
+        net.insert(1, norm)
+        if convert:
+            fastst.convert(net)
+        t = getattr(norm, name)
+        other = {"nothing": None, "an alias": t.detach(), "an array": t.detach().numpy()}[held]
+        made, x = [], torch.ones(1, 3, 4, 6, 6)
+        with torch.no_grad():
+            for _ in range(3):
+                made += [net(x) + 0 for _ in range(3)]
+                write(t)
+                if held == "an array":
+                    other *= 3  # type: ignore[operator]
+                elif held == "an alias" and other is not None:
+                    other.mul_(3)  # type: ignore[union-attr]
+        outputs.append(made)
+    return outputs
+
+
+BETWEEN: dict[str, Callable[[Tensor], Any]] = {
+    **WRITES, "nothing": lambda t: None, "shift": shift,
+    "statistics": lambda t: F.batch_norm(
+        torch.randn(4, 6, 2, generator=torch.Generator().manual_seed(0)), t, torch.ones(6),
+        training=True, momentum=0.5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("held", ["nothing", "an alias", "an array"])
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+@pytest.mark.parametrize("write", BETWEEN)
+def test_frozen_norms_that_are_written_between_calls(write: str, name: str, held: str) -> None:
+    plain, converted = outputs_of_norms_written_between_calls(BETWEEN[write], held, name)
+    torch.testing.assert_close(converted, plain)
+
+
+@pytest.mark.parametrize("write", [*WRITES, "statistics"])
+def test_a_planted_memory_of_frozen_norms_is_caught(
+    write: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "share", lambda t, clone: True)
+    plain, converted = outputs_of_norms_written_between_calls(
+        BETWEEN[write], "nothing", "running_var"
+    )
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(converted, plain)
+
+
 @pytest.mark.parametrize("write", WRITES)
 def test_an_output_that_is_read_again_is_what_it_was(write: str) -> None:
     """After the operation that took it in has run, and its weight was written to."""
