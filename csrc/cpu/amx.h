@@ -30,6 +30,17 @@ struct AmxPairs : Bf16Pairs {
 constexpr int kMostLefts = 6;
 constexpr int most_lefts(int vectors) { return vectors == 1 ? 6 : 3; }
 
+// What the processor does beside products, a little after each stretch of k: its vectors have
+// nothing else to do.
+struct Beside {
+  void (*some)(void*) = nullptr;
+  void* of = nullptr;
+
+  void operator()() const {
+    if (some) some(of);
+  }
+};
+
 // c[i][v][r·c_step + w] = Σ_k a[i][r·a_step + k] · b[v][k·b_step + w] for some i and v, r of the
 // rows that are multiplied at a time and w < kLanes; k runs through the segments.
 struct AmxProduct {
@@ -41,6 +52,7 @@ struct AmxProduct {
   int64_t count;  // of segments
   float* c[kMostLefts][AmxPairs::kMostVectors];
   int64_t c_step;
+  Beside beside = {};
 };
 
 #if defined(__AVX512F__)
@@ -70,7 +82,7 @@ void add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sum), "i"(Left), "i"(Right));
 }
 
-constexpr int kLeft = 6, kRight = 7;  // the others are sums
+constexpr int kLeft = 6, kRight = 7;  // the others are sums, or more left ones
 
 // What the registers of this thread hold while this lives: of sums and left ones `rows` rows. None
 // hold anything afterwards.
@@ -93,7 +105,8 @@ class Registers {
   Registers& operator=(const Registers&) = delete;
 };
 
-// As many rows as registers hold. A right one stays for all left ones: these load faster.
+// As many rows as registers hold. A right one stays for all left ones, which load faster, and left
+// ones stay, too, where there is room.
 template <int A, int V>
 __attribute__((noinline)) void multiply(const AmxProduct& p) {
   const auto each = []<int... I>(std::integer_sequence<int, I...>, auto f) {
@@ -101,16 +114,20 @@ __attribute__((noinline)) void multiply(const AmxProduct& p) {
   };
   constexpr std::make_integer_sequence<int, A> lefts;
   constexpr std::make_integer_sequence<int, V> rights;
+  constexpr bool kStay = A * V + A < kRight + 1;
   each(rights, [&](auto v) { each(lefts, [&](auto i) { zero<v * A + i>(); }); });
   for (const Segment *s = p.segments, *end = s + p.count; s < end; ++s)
-    for (int64_t k = 0; k < s->count; k += kAmxPairs)
+    for (int64_t k = 0; k < s->count; k += kAmxPairs) {
       each(rights, [&](auto v) {
         load<kRight>(p.b[v] + s->b + k * p.b_step, p.b_step);
         each(lefts, [&](auto i) {
-          load<kLeft>(p.a[i] + s->a + k, p.a_step);
-          add<v * A + i, kLeft, kRight>();
+          constexpr int kOf = kStay ? kLeft - i : kLeft;
+          if (!kStay || v == 0) load<kOf>(p.a[i] + s->a + k, p.a_step);
+          add<v * A + i, kOf, kRight>();
         });
       });
+      p.beside();
+    }
   each(rights,
        [&](auto v) { each(lefts, [&](auto i) { store<v * A + i>(p.c[i][v], p.c_step); }); });
 }

@@ -75,7 +75,8 @@ struct Dense : AllChannels {
     return parts_of(w.in, parts_of(w.in, most));
   }
 
-  static constexpr int64_t kMargin = 0;  // positions before and behind the sums that are touched
+  static constexpr int64_t kMargin = 0;   // positions before and behind the sums that are touched
+  static constexpr bool kBeside = false;  // whether sums are finished beside other products
   const Block& block;
   Dense(const Block& block, int64_t, const Run&) : block(block) {}
   // Positions that are best multiplied together.
@@ -103,6 +104,7 @@ struct DenseAmx : AllChannels {
   using Packer = PairPacker<Kind>;
 
   static constexpr int64_t kMargin = kAmxRows;
+  static constexpr bool kBeside = true;
   const Block& block;
   const Run run;
   const Amx amx;
@@ -111,16 +113,16 @@ struct DenseAmx : AllChannels {
         run(run),
         amx(static_cast<int>(parts_of(run.length, parts_of(run.length, kAmxRows)))) {}
 
-  // Of as many parts as are multiplied together.
+  // Of as many parts as are multiplied together, at most `most`.
   struct Groups {
-    int64_t run, rows, lefts, each, parts, count;  // each: parts of a run
-    Groups(int64_t positions, int64_t run, int64_t rows, int64_t lefts)
+    int64_t run, rows, each, parts, count, lefts;  // each: parts of a run
+    Groups(int64_t positions, int64_t run, int64_t rows, int64_t most)
         : run(run),
           rows(rows),
-          lefts(lefts),
           each(parts_of(run, rows)),
           parts(positions / run * each),
-          count(parts_of(parts, lefts)) {}
+          count(parts_of(parts, most)),
+          lefts(parts_of(parts, std::max<int64_t>(count, 1))) {}
     int64_t start(int64_t i) const {
       const int64_t part = std::min(i * lefts, parts);
       return part / each * run + part % each * rows;
@@ -132,9 +134,10 @@ struct DenseAmx : AllChannels {
 
   void operator()(int64_t first, int64_t count, const float* x, const Offsets& places,
                   const float* weights, const std::vector<Segment>& segments, float* to,
-                  bool) const {
+                  Beside beside) const {
     const int64_t pitch = block.vectors * kLanes, end = first + count;
-    AmxProduct p = {{}, run.step, {}, pitch, segments.data(), std::ssize(segments), {}, pitch};
+    AmxProduct p = {{}, run.step, {},    pitch, segments.data(), std::ssize(segments),
+                    {}, pitch,    beside};
     for (int v = 0; v < block.vectors; ++v) p.b[v] = weights + v * kLanes;
     for (int64_t at = first; at < end;) {
       int parts = 0;
@@ -162,6 +165,7 @@ struct Channelwise {
   }
 
   static constexpr int64_t kMargin = 0;
+  static constexpr bool kBeside = false;
   const Block& block;
   const int64_t channels;
   const Run run;
@@ -276,31 +280,61 @@ class Direct {
     };
     const Offsets places(tile, 0, p.g.t.stride * packed.t, p.g.h.stride * packed.h, step);
     const int64_t held = chunks > 1 ? tile.positions() : kHeld, margin = Products::kMargin;
-    const Scratch memory((held + 2 * margin) * pitch);
-    float* const sums = memory + margin * pitch;
+    const int64_t set = (held + 2 * margin) * pitch;
+    const Scratch memory(set * (Products::kBeside ? 2 : 1));
+    float* sums = memory + margin * pitch;
+    float* others = sums + set;  // where some are finished while the next ones are multiplied
+
+    struct {
+      const float* sums;
+      int64_t next, end, first;  // positions, and that of the first sum
+    } waiting = {};
+    const auto named = [&](int64_t from, int64_t most, int64_t end, auto f) {
+      int64_t positions[kMostPlaces];
+      const int n = static_cast<int>(std::min(most, end - from));
+      for (int r = 0; r < n; ++r) positions[r] = from + r;
+      f(positions, n);
+      return n;
+    };
+    const auto finish = [&](int64_t most) {
+      const float* from = waiting.sums + (waiting.next - waiting.first) * pitch;
+      waiting.next += named(waiting.next, most, waiting.end, [&](const int64_t* positions, int n) {
+        done(from, pitch, positions, n);
+      });
+    };
+    const auto finish_all = [&] {
+      while (waiting.next < waiting.end) finish(piece);
+    };
     std::vector<Segment> segments;
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       for (int64_t frame = 0; frame < frames; ++frame) {
         list_segments(p.g, packer, tile, packed, frame, chunk, pitch, segments);
         for (int64_t i = 0; i < batches; ++i) {
-          const int64_t first = frame * each + start(i), count = start(i + 1) - start(i);
-          float* to = sums + (chunks > 1 ? first * pitch : 0);
-          const auto by_piece = [&](auto f) {
-            if (chunk + 1 < chunks) return;
-            for (int64_t at = 0; at < count; at += piece) {
-              int64_t positions[kMostPlaces];
-              const int n = static_cast<int>(std::min(piece, count - at));
-              for (int r = 0; r < n; ++r) positions[r] = first + at + r;
-              f(to + at * pitch, positions, n);
-            }
-          };
-          by_piece([&](const float*, const int64_t* positions, int n) { expect(positions, n); });
-          multiply(first, count, packed.data, places, weights, segments, to, chunk > 0);
-          by_piece([&](const float* done_sums, const int64_t* positions, int n) {
-            done(done_sums, pitch, positions, n);
-          });
+          const int64_t first = frame * each + start(i), end = frame * each + start(i + 1);
+          float* const to = sums + (chunks > 1 ? first * pitch : 0);
+          const bool last = chunk + 1 == chunks;
+          for (int64_t at = first; last && at < end;) at += named(at, piece, end, expect);
+          if constexpr (Products::kBeside) {
+            int64_t stretches = 0, passed = 0;
+            for (const Segment& s : segments) stretches += parts_of(s.count, kAmxPairs);
+            const int64_t pieces = parts_of(waiting.end - waiting.next, kPiece);
+            const int64_t apart = stretches / std::max<int64_t>(pieces, 1);
+            auto some = [&] {
+              if (++passed < apart || waiting.next == waiting.end) return;
+              passed = 0, finish(kPiece);
+            };
+            const Beside beside = {[](void* of) { (*static_cast<decltype(some)*>(of))(); }, &some};
+            multiply(first, end - first, packed.data, places, weights, segments, to, beside);
+            finish_all();
+            std::swap(sums, others);
+          } else {
+            multiply(first, end - first, packed.data, places, weights, segments, to, chunk > 0);
+          }
+          if (last) waiting = {to, first, end, first};
+          if (!Products::kBeside) finish_all();
         }
       }
+    finish_all();
   }
 
  private:
