@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +25,7 @@ def quicken() -> None:
     by an assertion that only runs in debug mode. Every value works out again what its shape says.
     """
     import triton.language as tl
+    from triton.language import semantic
     from triton.runtime import interpreter
 
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
@@ -38,28 +38,31 @@ def quicken() -> None:
     interpreter._get_np_dtype = lambda ty: (
         dtypes.get(ty.name) or dtypes.setdefault(ty.name, dtype_of(ty))
     )
-    _remember(tl.block_type, lambda element, shape: (element.name, *shape))
-    _remember(
-        tl.tensor, lambda handle, ty: tuple(ty.shape) if ty.is_block() else (),
-        handle=lambda handle, ty: handle, type=lambda handle, ty: ty,
-        dtype=lambda handle, ty: ty.scalar,
-    )  # fmt: skip
+    broadcast = semantic.TritonSemantic.broadcast_impl_value
+    semantic.TritonSemantic.broadcast_impl_value = lambda self, a, b: (
+        (a, b) if a.type.name == b.type.name else broadcast(self, a, b)
+    )
+    blocks: dict[Any, dict[str, Any]] = {}
+    make_block = tl.block_type.__init__
 
-
-def _remember(
-    kind: Any, key: Callable[[Any, Any], Hashable], **own: Callable[[Any, Any], Any]
-) -> None:
-    """Its objects of one key share all attributes but their ``own``."""
-    make, known = kind.__init__, {}
-
-    def init(self: Any, a: Any, b: Any) -> None:
-        found = known.get(of := key(a, b))
-        if found is None:
-            make(self, a, b)
-            known[of] = vars(self).copy()
+    def block(self: Any, element: Any, shape: Any) -> None:
+        found = blocks.get(key := (element.name, *shape))
+        if found is not None:
+            vars(self).update(found)
             return
-        vars(self).update(found)
-        for name, value in own.items():
-            setattr(self, name, value(a, b))
+        make_block(self, element, shape)
+        blocks[key] = vars(self).copy()
 
-    kind.__init__ = init
+    shapes: dict[str, tuple[Any, Any]] = {}
+    make_tensor = tl.tensor.__init__
+
+    def tensor(self: Any, handle: Any, ty: Any) -> None:
+        found = shapes.get(ty.name)
+        if found is None:
+            make_tensor(self, handle, ty)
+            shapes[ty.name] = self.shape, self.numel
+            return
+        self.handle, self.type, self.dtype = handle, ty, ty.scalar
+        self.shape, self.numel = found
+
+    tl.block_type.__init__, tl.tensor.__init__ = block, tensor
