@@ -63,6 +63,8 @@ def is_plain_call(*args: Any) -> bool:
     if args[0] is not None and _stands_for_many(args[0]):
         return False
     for t in args:
+        if t is None:
+            continue
         if type(t) in _PLAIN:
             # To be negated when it is read (z.conj().imag): a dispatcher resolves it.
             if t.is_neg():

@@ -156,10 +156,12 @@ def _batch_norm(
     frozen: Frozen | None = link.begun.frozen
     if frozen is not None and frozen.holds(link, norm):
         return _frozen(link, norm, frozen)
-    plan = _with_norm(link.plan, link, norm)
+    told = tuple([t is not None and facts(t) for t in norm[:4]])
+    plan = None if None in told else _with_norm(link, norm, told)
     if plan is None:
         return NotImplemented
-    vectors = [(n, t) for n, t in zip(_VECTORS, norm[:4], strict=True) if t is not None]
+    known: Any = zip(_VECTORS, norm[:4], told, strict=True)
+    vectors = [(n, t, f) for n, t, f in known if f]
     half = None
     if training:
         if link.state.traced:  # in a graph they are counted where they stand
@@ -168,15 +170,15 @@ def _batch_norm(
             half = _begin(link, plan, norm)
             if half is None:
                 return NotImplemented
-            vectors = [(n, t) for n, t in vectors if n in _AFFINE]  # others are counted by now
+            vectors = [one for one in vectors if one[0] in _AFFINE]  # others are counted by now
     if not training and _are_copied(link.state, norm):
         link.begun.frozen = frozen = Frozen(
-            link.plan, link.shape, link.state.inference, norm, plan, copied(vectors),
-            tuple([facts(t) for _, t in vectors]),
+            link.plan, link.shape, link.state.inference, norm, plan,
+            copied([(n, t) for n, t, _ in vectors]), tuple([f for *_, f in vectors]),
         )  # fmt: skip
         return _frozen(link, norm, frozen)
     try:
-        kept = tuple([(n, Kept(t)) for n, t in vectors])
+        kept = tuple([(n, Kept(t, f[1:4])) for n, t, f in vectors])
     except CannotDefer:
         return NotImplemented
     longer = _after(link, norm, plan, kept)
@@ -240,16 +242,14 @@ _AFFINE = _VECTORS[2:]
 _IN_ORDER = *_AFFINE, *_VECTORS[:2]  # of the operation
 
 
-def _with_norm(plan: Plan, link: Link, norm: BatchNorm) -> Plan | None:
-    """The plan of a chain with a batch norm, or None for what is left to PyTorch."""
-    vectors = tuple([t is not None and facts(t) for t in norm[:4]])
-    if None in vectors:
-        return None
+def _with_norm(link: Link, norm: BatchNorm, told: tuple[Any, ...]) -> Plan | None:
+    """The plan of a chain with a batch norm, or None for what is left to PyTorch; ``told``: of its
+    vectors, False for none."""
     numbers: Any = norm.training, norm.eps, type(norm.eps), type(norm.momentum)
     try:
-        return _normed(plan, link.shape, *vectors, *numbers)
+        return _normed(link.plan, link.shape, *told, *numbers)
     except TypeError:
-        return _normed.__wrapped__(plan, link.shape, *vectors, *numbers)
+        return _normed.__wrapped__(link.plan, link.shape, *told, *numbers)
 
 
 @lru_cache(maxsize=4096)
