@@ -226,6 +226,8 @@ def _pair(
         begun: what ``begin`` has left, which has updated them.
     """
     if _composes(tensors.x):
+        if begun is not None and norm is not None:
+            norm = norm._replace(running_mean=None, running_var=None)
         return reference.compose_pair(tensors, problem.spec, _norm_function(norm)), None
     y, statistics, outer = ops.conv2plus1d(tensors, problem, dispatch.requested(), forward, begun)
     if statistics is not None and norm is not None and begun is None:

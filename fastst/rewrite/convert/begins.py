@@ -8,6 +8,7 @@ takes its place.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from . import pairs, rules, traced
 from .chain import Guess
 from .folded import Folded
 from .graphs import is_promise, taken
+from .state import transformed
 
 ATTRIBUTE = "_conv_forward"
 _REDUCE = "__reduce_ex__"  # by which copies and pickles of the convolution are made
@@ -65,7 +67,7 @@ class Begins:
     reads = False  # whether it can take in what stands before it
 
     def __init__(self, conv: Any, name: str, wanted: bool, barred: bool) -> None:
-        self.conv = conv
+        self._conv = weakref.ref(conv)  # which has this: a model is freed with its last user
         self.name = name  # in the model that was converted
         self.wanted = wanted  # by only=
         self.barred = barred  # by skip=
@@ -112,6 +114,11 @@ class Begins:
                 return made
         return type(conv)._conv_forward(conv, x, weight, bias)
 
+    @property
+    def conv(self) -> Any:
+        """The convolution, or None where nobody has it any more."""
+        return self._conv()
+
     def reduced(self, protocol: Any) -> Any:
         """The convolution, for ``copy`` and ``pickle``: what they make of it has one of these for
         itself. That of a shallow copy would else read the settings of the original."""
@@ -120,7 +127,7 @@ class Begins:
         if isinstance(made, str) or len(made) < 3 or ATTRIBUTE not in (made[2] or ()):
             return made  # its class has another way
         make, args, state, *rest = made
-        own = {**self.__getstate__(), "conv": None}
+        own = self.__getstate__()
         state = {n: v for n, v in state.items() if n not in (ATTRIBUTE, _REDUCE)}
         return (_made_again, (type(self), own, make, args), state, *rest)
 
@@ -130,7 +137,8 @@ class Begins:
 
     @property
     def recompute(self) -> bool | None:
-        found: bool | None = vars(self.conv).get(RECOMPUTE)
+        conv = self.conv
+        found: bool | None = None if conv is None else vars(conv).get(RECOMPUTE)
         return found
 
     def _defers(self) -> bool:
@@ -139,9 +147,7 @@ class Begins:
             self.waits -= 1
             return False
         conv = self.conv
-        if _watched(conv) or torch._C._are_functorch_transforms_active():
-            return False
-        if torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state():
+        if _watched(conv) or transformed():
             return False
         return type(conv)._conv_forward in _FORWARDS
 
@@ -158,13 +164,14 @@ class Begins:
     def followed(self, state: Any) -> bool:
         """Whether to promise the output of an operation: a norm in training may follow, or what the
         next convolution reads."""
-        if not self.conv.training and (state.grad or not self.reads):
+        conv = self.conv
+        if (conv is None or not conv.training) and (state.grad or not self.reads):
             return False
         self.missed_followers += 1
         return self.missed_followers <= _PATIENCE or self.missed_followers % _LONGEST == 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "folded": Folded(), "frozen": None}
+        return {**self.__dict__, "folded": Folded(), "frozen": None, "_conv": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, key=traced.register(self))
@@ -206,7 +213,7 @@ def take_off(conv: Any) -> None:
 def _made_again(kind: type[Begins], state: dict[str, Any], make: Any, args: Any) -> Any:
     """A convolution as ``reduced`` has it, without its attributes."""
     begins, conv = kind.__new__(kind), make(*args)
-    begins.__setstate__({**state, "conv": conv})
+    begins.__setstate__({**state, "_conv": weakref.ref(conv)})
     put_on(begins)
     return conv
 

@@ -102,6 +102,11 @@ def exactly(settings: tuple[Any, ...]) -> bytes:
     return marshal.dumps(settings, 2)
 
 
+def have_flags(settings: Sequence[Any]) -> bool:
+    """Whether there are truth values among numbers, where PyTorch refuses them."""
+    return any(have_flags(s) if isinstance(s, tuple) else type(s) is bool for s in settings)
+
+
 class Alone(NamedTuple):
     """A convolution that begins no pair: a frozen norm behind it may be part of it."""
 

@@ -103,7 +103,7 @@ def is_deferred(begun: Any, x: Tensor, state: State) -> bool:
     if state.traced:  # a compiler fuses what follows by itself
         return False
     served = begun.served and not (state.grad and x.requires_grad)
-    # What leaves a checkpoint must have been computed in it.
+    # What hooks are to save must have been computed under them.
     if state.hooks is not None:
         return False
     return (served and state.autocast is None) or bool(begun.followed(state))

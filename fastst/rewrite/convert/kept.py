@@ -75,9 +75,9 @@ class Kept:
                 self.address = _address(copied)
             return
         grad = self.needs_grad and torch.is_grad_enabled()
-        if grad:
-            torch._C._set_grad_enabled(False)
-        try:
+        try:  # which somebody may interrupt anywhere
+            if grad:
+                torch._C._set_grad_enabled(False)
             with _cloning:
                 self.clone = clone = torch._lazy_clone(self.tensor)
             self.address = _address(clone)
@@ -140,8 +140,8 @@ class Kept:
 
         Args:
             grad: whether gradients go to it, if it needs some.
-            ended: whether the reader was called in a checkpoint that has ended: backward would have
-                read there what has been written by then.
+            ended: whether the reader was called under hooks of saved tensors that have ended:
+                backward would have read there what has been written by then.
 
         Raises:
             RuntimeError: it is another one now, and the clone would not do.

@@ -13,7 +13,7 @@ from ... import functional
 from ...functional import BatchNorm
 from ...problem.spec import PairTensors, offset_of
 from . import endings, forms
-from .chain import Guess, Plan, exactly, is_open
+from .chain import Guess, Plan, exactly, have_flags, is_open
 from .endings import Operation
 from .forms import Form
 from .geometry import second_pass
@@ -72,7 +72,7 @@ def _fit(
     """A convolution of z with weight and bias of these facts (False for none), if it makes a pair
     of a chain. ``exact``: ``how`` with the types of its numbers."""
     weight, *bias = given = [Facts(*f) for f in (w, b) if f]
-    if len(weight.shape) != len(z):
+    if len(weight.shape) != len(z) or have_flags(how):
         return None
     if any(f.device != plan.given[0].device or f.negative for f in given):
         return None

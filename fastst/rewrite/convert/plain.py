@@ -58,6 +58,8 @@ def plain_call(x: Any, weight: Any, bias: Any) -> torch.dtype | None:
     ):
         return None
     state = State(x.device)
+    if state.in_checkpoint:  # as in ``rules.begin``
+        return None
     if needs_grad(state, weight, bias) and is_inference(x, weight):
         return None
     return result_dtype(state, x, weight, bias)

@@ -270,13 +270,14 @@ class _Node(torch.autograd.Function):
         link: Link = ctx.link
         # Some may have been frozen since. One that is read twice gets all of its gradient once.
         wanted = list(dict.fromkeys(t for t in ctx.tensors if t.requires_grad))
-        if _are_made_of_others(wanted):
-            # x is made of a weight: the weight's gradient from here is that which passes x by.
+        if _are_hooked(wanted) or _are_made_of_others(wanted):
+            # Hooks are those of the graph around this node, which calls them. And where x is made
+            # of a weight, the weight's gradient from here is that which passes x by.
             with torch.enable_grad():
-                gates = {t: _Gate.apply(t) for t in wanted if not t.is_leaf}
+                gates = {t: _Gate.apply(t) for t in wanted}
             value = _with_own_graph(link, gates)
             with _closed(gates.values()):
-                grads = _gradients(value, [gates.get(t, t) for t in wanted], grad)
+                grads = _gradients(value, list(gates.values()), grad)
         else:
             value = link.compute()
             _check_writes(link)
@@ -340,6 +341,11 @@ def _with_own_graph(
     if link.separate:  # whose hooks another graph would not have
         raise needs_clone(link) from cause
     return link.again(gates)
+
+
+def _are_hooked(tensors: list[Tensor]) -> bool:
+    """Whether asking for the gradient of one of them calls somebody's hook."""
+    return any(t._backward_hooks or t.retains_grad for t in tensors)
 
 
 def _are_made_of_others(tensors: list[Tensor]) -> bool:

@@ -20,7 +20,7 @@ from ...problem import activations, conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
 from ...problem.spec import PairTensors, offset_of
 from . import asked, endings, forms, norms, pairs, readings, views
-from .chain import Alone, Guess, Plan, changed, exactly, extended, is_open
+from .chain import Alone, Guess, Plan, changed, exactly, extended, have_flags, is_open
 from .folded import folds
 from .geometry import first_pass, second_pass, sides_of
 from .graphs import is_promise, promised
@@ -51,7 +51,8 @@ def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: 
     if None in given:
         return None
     state = State(x.device)
-    if not state.traced and (state.watched or proxied()):
+    # In a checkpoint the second run must save what the first one did, so nothing is put off there.
+    if not state.traced and (state.watched or state.in_checkpoint or proxied()):
         return None
     modes = state.grad, state.autocast, state.traced, begun.served
     try:
@@ -87,7 +88,7 @@ def _start(
     given = [Facts(*f) for f in (x, weight, bias) if f]
     one, *weights = given
     rank = len(one.shape)
-    if rank != len(weights[0].shape) or rank not in CONVOLVE:
+    if rank != len(weights[0].shape) or rank not in CONVOLVE or have_flags(settings):
         return None
     if any(f.device != one.device or f.negative for f in given):
         return None

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils import checkpoint
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 _autograd: Any = torch._C._autograd
+_outside_of_functorch: Any = torch._C._DisableFuncTorch
 KNOWS = "knows_operations"  # an attribute of modes that look for operations of this library
 _KINDS: dict[torch.device, str] = {}  # their ``type``, which makes a string each time
 
@@ -36,8 +39,10 @@ class State:
 
     @property
     def current(self) -> bool:
-        """Whether it is that of this thread now."""
+        """Whether it is that of this thread now. In transforms no promise is made."""
         inference, grad, kind = self.inference, self.grad, self.kind
+        if transformed():
+            return False
         if inference != torch.is_inference_mode_enabled():
             return False
         if grad != (torch.is_grad_enabled() and not inference):
@@ -63,6 +68,11 @@ class State:
             return True
         return bool(self.hooks == _autograd._top_saved_tensors_default_hooks(True))
 
+    @property
+    def in_checkpoint(self) -> bool:
+        """Whether backward will run all this again, and must find what was saved now."""
+        return self.hooks is not None and self.hooks[0].__module__ == checkpoint.__name__
+
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """The state as it was, within the block."""
@@ -86,9 +96,20 @@ class State:
             # Asked anew: where the reader records nothing it has not looked for hooks.
             if self.grad and _autograd._top_saved_tensors_default_hooks(True) != self.hooks:
                 stack.enter_context(_saved_under(self.hooks))
+            if torch._C._are_functorch_transforms_active():
+                stack.enter_context(_outside_of_functorch())
             yield
         if now.stream is not None and self.stream is not None and now.stream != self.stream:
             now.stream.wait_stream(self.stream)
+
+
+def transformed() -> bool:
+    """Whether functorch, forward-mode AD or ``torch.jit.trace`` is at work."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state()
+    )
 
 
 def watched() -> bool:

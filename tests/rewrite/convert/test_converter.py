@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -327,3 +329,40 @@ def test_r2plus1d_18():
         assert len(report.replaced) == 17
         assert report.left == []
         torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_model_is_freed_with_its_last_user(served: bool) -> None:
+    """No circle of a convolution and what answers for it keeps weights until they are collected."""
+    gc.collect()
+    gc.disable()
+    try:
+        model: Any = nn.Sequential(
+            nn.Conv3d(2, 3, (1, 3, 3)), nn.ReLU(), nn.Conv3d(3, 2, (3, 1, 1)), nn.Conv3d(2, 2, 3)
+        )
+        fastst.convert(model)
+        if served:
+            model = fastst.optimize_for_inference(model)
+        for _ in range(3):
+            model(torch.randn(1, 2, 8, 8, 8))
+        weights = [weakref.ref(p) for p in model.parameters()]
+        del model
+        assert not any(ref() is not None for ref in weights)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["groups", "stride", "padding", "dilation"])
+def test_truth_values_are_no_numbers(name: str) -> None:
+    """PyTorch refuses them, also where an equal number has been seen."""
+    model = nn.Sequential(nn.Conv3d(2, 3, (1, 3, 3)), nn.Conv3d(3, 2, (3, 1, 1)))
+    fastst.convert(model)
+    x = torch.randn(1, 2, 4, 6, 6)
+    model(x)
+    for conv in model:
+        old = getattr(conv, name)
+        setattr(conv, name, True if name == "groups" else (True, 1, 1))
+        with pytest.raises(TypeError):
+            model(x) + 0
+        setattr(conv, name, old)
+    model(x)

@@ -308,3 +308,71 @@ def test_views_written_to_between_two_custom_functions() -> None:
     v.mul_(block.t.weight.mean())
     with pytest.raises(RuntimeError, match="give the function a clone"):
         Doubles.apply(u).sum().backward()
+
+
+@pytest.mark.parametrize("what", ["weight", "x", "retained"])
+def test_hooks_of_what_a_custom_function_reads_run_once(what: str) -> None:
+    """Those of the tensors that the convolution reads."""
+    found = []
+    for converted in (False, True):
+        torch.manual_seed(0)
+        block = Square(lambda m, x: m.t(Reverse.apply(m.s(x)))).double()
+        if converted:
+            fastst.convert(block)
+        leaf = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+        x, calls = leaf * 1, []
+        if what == "weight":
+            block.s.weight.register_hook(lambda g, calls=calls: calls.append(1) or g / 2)
+        elif what == "x":
+            x.register_hook(lambda g, calls=calls: calls.append(1) or 3 * g)
+        else:
+            x.retain_grad()
+        block(x).square().sum().backward()
+        kept = x.grad if what == "retained" else torch.tensor(len(calls))
+        found.append([block.s.weight.grad, block.s.bias.grad, leaf.grad, kept])
+    torch.testing.assert_close(*found)
+
+
+CHECKPOINTED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "elu": lambda m, x: by_hooks(lambda v: m.t(F.elu(m.n(m.s(v)))), x),
+    "dropout": lambda m, x: by_hooks(lambda v: m.t(F.dropout(F.relu(m.n(m.s(v))), 0.2)), x),
+    "relu": lambda m, x: by_hooks(lambda v: m.t(F.relu(m.n(m.s(v)))), x),
+    "own": lambda m, x: by_hooks(lambda v: m.t(Doubles.apply(m.n(m.s(v)))), x),
+    "nested": lambda m, x: by_hooks(lambda v: by_hooks(lambda u: m.t(F.relu(u)), m.s(v)), x),
+    "between": lambda m, x: m.t(by_hooks(lambda v: F.relu(m.n(m.s(v))), x)),
+    "read within": lambda m, x: by_hooks(lambda u: m.t(F.relu(m.n(u))), m.s(x)),
+    "saved": lambda m, x: saved_on_cpu(lambda v: m.t(F.relu(m.n(m.s(v)))), x),
+}
+
+
+def by_hooks(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    found: Tensor = checkpoint(call, x, use_reentrant=False)
+    return found
+
+
+def saved_on_cpu(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return call(x)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("call", CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_steps_in_a_checkpoint(call: Any, twice: bool) -> None:
+    """What the first run saves the second one saves, however often a pair has come to nothing;
+    statistics are counted as often as by the modules."""
+    torch.manual_seed(0)
+    plain = Square(lambda m, x: call(m, x)).double()
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    for step in range(12):
+        found = []
+        for m in (plain, converted):
+            torch.manual_seed(step)
+            m.zero_grad()
+            x = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+            loss = m(x).square().sum()
+            loss.backward(retain_graph=twice)
+            if twice:
+                loss.backward()
+            found.append([x.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+        torch.testing.assert_close(*found)
