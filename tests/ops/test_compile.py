@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastst
 from fastst import dispatch
+from fastst.backends.cpu import library
 from fastst.functional import conv2plus1d, parallel_conv2plus1d
 from fastst.ops.schema import encode_spec, pair_arguments, parallel_arguments
 from fastst.problem import checks
@@ -103,6 +104,8 @@ def test_fake_strides_are_real_strides(chunk: int) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "aten", "reference"])
 def test_results_are_new_tensors(backend: str) -> None:
     """No output shares memory with an input or another output: compilers rely on it."""
+    if backend == "cpu" and isinstance(library.load(), str):
+        pytest.skip("the native CPU kernels are not built")
     ran = 0
     for seed in range(fuzz.SEED, fuzz.SEED + 30):
         for op, args in op_calls(fuzz.random_config(seed, fuzz.SMALL)):
