@@ -49,6 +49,14 @@ def scatter(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | Non
     return [next(found) if n else None for n in needs]
 
 
+def as_own(y: Tensor) -> Tensor:
+    """A result that is nobody's view: autograd lets nobody write to a view of a function's."""
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    found: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return found
+
+
 class _PairFunction(torch.autograd.Function):
     """y of conv2plus1d and its statistics; keeps x and, unless it is to be recomputed, u."""
 
@@ -81,7 +89,7 @@ class _PairFunction(torch.autograd.Function):
         # Those of y are no part of what backward computes.
         ctx.spec = spec._replace(output_statistics=False) if spec.output_statistics else spec
         ctx.backend = backward_backend
-        return y, *statistics
+        return as_own(y), *statistics
 
     # From PyTorch 2.13 on gradients come in a list, so that dy goes where its last reader ends.
     boxed_grads_call = True
@@ -157,7 +165,7 @@ class _ParallelFunction(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.watched = _record_versions(tensors)
         ctx.spec, ctx.backend = spec, backend
-        return call("parallel_conv2plus1d", *tensors, *encode_spec(spec), backend)
+        return as_own(call("parallel_conv2plus1d", *tensors, *encode_spec(spec), backend))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -17,7 +17,7 @@ from ..backends import reference
 from ..backends.contract import ConvBackward, ConvResult
 from ..problem import activations, norms
 from ..problem.conv3d import ConvSpec, ConvTensors
-from .autograd import backward_of, needs_grad, scatter
+from .autograd import as_own, backward_of, needs_grad, scatter
 from .registered import as_laid_out, call, clone_aliases, register
 from .schema import CONV, CONV_SPEC, CONV_TENSORS, conv_arguments, encode_spec
 
@@ -115,7 +115,7 @@ class _ConvFunction(torch.autograd.Function):
         # Those of y are no part of what backward computes.
         ctx.spec = spec._replace(output_statistics=False) if spec.output_statistics else spec
         ctx.backend = backend
-        return tuple(results)
+        return as_own(results[0]), *results[1:]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:

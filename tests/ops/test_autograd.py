@@ -348,3 +348,26 @@ def test_running_statistics_get_no_gradient() -> None:
     conv2plus1d(x, ws, wt, norm=BatchNorm(mean, var, training=True)).sum().backward()
     assert mean.any() and not mean.requires_grad and mean.grad_fn is None
     assert parallel_conv2plus1d(x.detach(), ws[:2], wt[:, :2]).grad_fn is None
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layer", [
+    lambda: fastst.Conv2Plus1d(4, 4, 3, padding=1),
+    lambda: fastst.Conv2Plus1d(4, 4, 3, padding=1, norm="batch"),
+    lambda: fastst.ParallelConv2Plus1d(4, 4, 3, padding=1), lambda: fastst.Conv3d(4, 4, 3),
+], ids=["pair", "norm", "parallel", "conv3d"])  # fmt: skip
+def test_outputs_may_be_written_to(
+    layer: Any, dtype: torch.dtype, channels_last: bool, backend: str
+) -> None:
+    """And views of them: PyTorch forbids it of a view that a custom function has given."""
+    module, x = layer().to(dtype), torch.randn(2, 4, 4, 6, 6, dtype=dtype, requires_grad=True)
+    given = x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
+    with fastst.use_backend(backend):
+        wanted = (3 * module(given)).transpose(1, 2) * 2
+        found = module(given).mul_(3).transpose(1, 2).mul_(2)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(
+            torch.autograd.grad(found.sum(), x), torch.autograd.grad(wanted.sum(), x)
+        )

@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from .plain import are_in_order
+
 # A call: what it makes of the value so far, and (its argument's name, name of a tensor) of others.
 Call = tuple[Callable[..., Tensor], tuple[tuple[str, str], ...]]
 Names = Mapping[str, str]
@@ -37,7 +39,8 @@ def as_separate(
     y: Tensor, calls: Callable[[], Sequence[Call]], given: Mapping[str, Tensor], viewed: bool
 ) -> Tensor:
     """y in the strides of the separate calls; ``viewed``: some of them turn dimensions."""
-    if not viewed and all(t.is_contiguous() for t in given.values()):  # and so is y, either way
+    in_order = (are_in_order(t.shape, t.stride()) for t in given.values())
+    if not viewed and all(in_order):  # and so is y, either way
         return y
     strides = _strides(calls(), given)
     if strides is None or y.stride() == strides:

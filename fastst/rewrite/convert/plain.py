@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +31,18 @@ class Facts(NamedTuple):
 
     @property
     def contiguous(self) -> bool:
-        dense = 1
-        for n, s in zip(self.shape[::-1], self.stride[::-1], strict=True):
-            if n != 1 and s != dense:
-                return False
-            dense *= n
-        return True
+        return are_in_order(self.shape, self.stride)
+
+
+def are_in_order(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether strides are those of new memory. Others may mean channels-last to PyTorch, be it only
+    along an axis of size 1."""
+    dense = 1
+    for n, s in zip(shape[::-1], stride[::-1], strict=True):
+        if s != dense:
+            return False
+        dense *= n
+    return True
 
 
 def facts(t: Any) -> tuple[Any, ...] | None:

@@ -103,3 +103,19 @@ def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endings, "as_separate", lambda y, *_: y)
     with pytest.raises(AssertionError):
         test_pairs("pair", False, 1, "channels-last", "contiguous")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_weights_that_are_in_either_format(groups: int, training: bool, dtype: Any) -> None:
+    """One channel a group: contiguous, and channels-last to PyTorch, which goes by the strides."""
+    plain = nn.Sequential(
+        nn.Conv3d(4, 8, (1, 3, 1), padding=(0, 1, 0), groups=groups), nn.BatchNorm3d(8), nn.ReLU(),
+        nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0), groups=8), nn.ReLU(), nn.Conv3d(8, 8, 3),
+    ).to(dtype).train(training)  # fmt: skip
+    for first in (plain, plain[:4], plain[3:]):
+        first.to(memory_format=LAST)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                same_strides(first, torch.randn(2, first[0].in_channels, 5, 6, 6, dtype=dtype))
