@@ -89,7 +89,7 @@ class _PairFunction(torch.autograd.Function):
         # Those of y are no part of what backward computes.
         ctx.spec = spec._replace(output_statistics=False) if spec.output_statistics else spec
         ctx.backend = backward_backend
-        return as_own(y), *statistics
+        return as_own(results[0]), *statistics
 
     # From PyTorch 2.13 on gradients come in a list, so that dy goes where its last reader ends.
     boxed_grads_call = True
