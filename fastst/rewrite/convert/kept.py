@@ -87,6 +87,11 @@ class Kept:
             if grad:
                 torch._C._set_grad_enabled(True)
 
+    def let_go(self) -> None:
+        """Watch it instead: hooks of saved tensors may ask for its address, which would move."""
+        if self.clone is not None and _address(self.tensor) == self.address:  # else it is a copy
+            self.clone, self.address = None, self._place()
+
     @property
     def foreign(self) -> bool:
         """Whether its memory is of others (NumPy, shared), who may write to it unseen."""
@@ -164,6 +169,9 @@ class Copied(tuple[Tensor]):
     __slots__ = ()
     same, switched = True, False
     tensor = property(operator.itemgetter(0))
+
+    def let_go(self) -> None:
+        """Nobody else has its address."""
 
     def get(self, what: str, grad: bool, ended: bool) -> Tensor:
         return self[0]

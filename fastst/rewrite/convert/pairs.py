@@ -109,6 +109,8 @@ def _joined(link: Link, fit: Fit, weight: Tensor, bias: Tensor | None) -> Any:
             return NotImplemented
     link.take()
     link.begun.took(link, fit.guess)
+    if state.hooks is not None:
+        link.let_go()
     x: Tensor = link.convolution.kept[0][1].tensor
     deferred = endings.is_deferred(link.begun, x, state)
     if fit.alike and not (deferred or link.viewed):

@@ -124,6 +124,10 @@ class Link:
                 return False
         return True
 
+    def let_go(self) -> None:
+        for _, kept in self.reads:
+            kept.let_go()
+
     def calls(self, first: Names, others: Names, source: Link | None = None) -> tuple[Call, ...]:
         """All calls up to this one, of a chain that begins behind ``source``, and by which names
         tensors of its first call and of the others are known."""
@@ -192,6 +196,8 @@ class Link:
                 name: kept.get(f"{name} of {what}", state.grad, ended) for name, kept in self.kept
             }
             given = {name: gates.get(t, t) for name, t in tensors.items()} if gates else tensors
+            if state.hooks is not None:
+                self.let_go()
             with state.restored():
                 value = self.run(source, **given)
         return value

@@ -404,3 +404,23 @@ def test_padding_written_where_modules_do_not_read_it(padding: object) -> None:
     with torch.no_grad():
         for one in (converted, served):
             torch.testing.assert_close(one(x), model(x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_addresses_of_what_hooks_save(fused: bool) -> None:
+    """Who asks for them while autograd saves moves nothing, and counts no memory twice."""
+    net = pair()
+    fastst.convert(net)
+    x = torch.randn(1, 3, 4, 6, 6, requires_grad=True)
+    read = [x, *net.parameters()]
+    before, found = [t.data_ptr() for t in read], set()
+
+    def pack(t: Tensor) -> Tensor:
+        found.add(t.untyped_storage().data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = net(x) if fused else F.elu(net[0](x)).sum()
+    assert [t.data_ptr() for t in read] == before
+    assert {x.data_ptr(), net[0].weight.data_ptr()} <= found
+    y.sum().backward()
