@@ -41,6 +41,7 @@ class Options:
     ceilings: dict[str, Any] | None = None
     timed: bool = True  # False: only compared with float64
     resume: bool = False  # leaves out what the record has
+    seed: int | None = None  # of all numbers; None: of each unit another one
 
 
 class Inputs:
@@ -389,7 +390,7 @@ def run(
             skipped.append(f"{case.family}/{case.name}/{mode}")
             continue
         try:
-            rows = unit(case, mode, dtypes, options)
+            rows = unit(case, mode, dtypes, options, options.seed)
         except torch.OutOfMemoryError as e:
             skipped.append(f"{case.family}/{case.name}/{mode}: {str(e).splitlines()[0][:120]}")
             continue
@@ -483,7 +484,7 @@ def main(argv: Sequence[str] | None = None, before: Callable[[], None] | None = 
     record.set(ceilings=record.data.get("ceilings") or ceilings)
     options = Options(
         device, args.peers, available_backends(args.device), seconds, rounds, ceilings,
-        resume=args.resume,
+        resume=args.resume, seed=0 if args.dry else None,
     )  # fmt: skip
     wrong = run(record, cases, args.modes.split(","), dtypes, options, deadline)
     print(f"{len(record.data['layers'])} rows, {wrong} refused: {record.path.name}")
