@@ -127,7 +127,7 @@ class Begins:
         if isinstance(made, str) or len(made) < 3 or ATTRIBUTE not in (made[2] or ()):
             return made  # its class has another way
         make, args, state, *rest = made
-        own = self.__getstate__()
+        own = {**self.__getstate__(), "conv": None}
         state = {n: v for n, v in state.items() if n not in (ATTRIBUTE, _REDUCE)}
         return (_made_again, (type(self), own, make, args), state, *rest)
 
@@ -171,10 +171,14 @@ class Begins:
         return self.missed_followers <= _PATIENCE or self.missed_followers % _LONGEST == 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "folded": Folded(), "frozen": None, "_conv": None}
+        state = {n: v for n, v in self.__dict__.items() if n != "_conv"}
+        return {**state, "folded": Folded(), "frozen": None, "conv": self.conv}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        conv = state.pop("conv")
         self.__dict__.update(state, key=traced.register(self))
+        if conv is not None:
+            self._conv = weakref.ref(conv)
 
     def expect(self, conv: Any) -> None:
         """Guess the second convolution of its first pair."""
@@ -213,7 +217,7 @@ def take_off(conv: Any) -> None:
 def _made_again(kind: type[Begins], state: dict[str, Any], make: Any, args: Any) -> Any:
     """A convolution as ``reduced`` has it, without its attributes."""
     begins, conv = kind.__new__(kind), make(*args)
-    begins.__setstate__({**state, "_conv": weakref.ref(conv)})
+    begins.__setstate__({**state, "conv": conv})
     put_on(begins)
     return conv
 

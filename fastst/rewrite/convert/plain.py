@@ -37,6 +37,8 @@ class Facts(NamedTuple):
 def are_in_order(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether strides are those of new memory. Others may mean channels-last to PyTorch, be it only
     along an axis of size 1."""
+    if 0 in shape:
+        return True
     dense = 1
     for n, s in zip(shape[::-1], stride[::-1], strict=True):
         if s != dense:

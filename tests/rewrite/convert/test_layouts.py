@@ -119,3 +119,17 @@ def test_weights_that_are_in_either_format(groups: int, training: bool, dtype: A
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 same_strides(first, torch.randn(2, first[0].in_channels, 5, 6, 6, dtype=dtype))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_no_clips(fmt: str) -> None:
+    plain = Block(PAIRS["pair"]).eval()
+    for body in (PAIRS["pair"], lambda m, x: m.t(x), lambda m, x: m.s(x[:, :4])):
+        plain.body = body
+        with torch.no_grad():
+            same_strides(
+                plain,
+                torch.randn(0, 6 if body is not PAIRS["pair"] else 4, 4, 6, 6).to(
+                    memory_format=FORMATS[fmt]
+                ),
+            )

@@ -547,3 +547,17 @@ def test_copies_of_copies() -> None:
         p.data.zero_()
     assert_same(network(), twin)
     assert pairs(lambda: twin(clip())) == 2
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_copies_of_parametrized_convolutions(norm: str) -> None:
+    """Their class copies attributes by hand."""
+    make = getattr(nn.utils.parametrizations, norm)
+    model = nn.Sequential(make(nn.Conv3d(2, 3, (1, 3, 3))), make(nn.Conv3d(3, 2, (3, 1, 1)))).eval()
+    fastst.convert(model)
+    x = torch.randn(1, 2, 4, 6, 6)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(x), model(x))
+    for conv, other in zip(model, copied, strict=True):
+        assert vars(other)["_conv_forward"].conv is other
+        assert vars(conv)["_conv_forward"].conv is conv
