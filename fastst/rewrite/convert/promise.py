@@ -449,8 +449,7 @@ def promise(link: Link) -> Promise:
         tensors = [kept.tensor for _, kept in link.reads if kept.needs_grad]
         if tensors:
             return _differentiable(link, _seen_by_autograd(link, dtype, *tensors))
-    made: Promise = _make(Promise, link.shape, dtype=dtype, device=link.state.device)
-    _set_throw(made)
+    made = _wrap(link, dtype)
     made.link = link
     return made
 

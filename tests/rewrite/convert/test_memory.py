@@ -234,16 +234,20 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+def with_frozen_norm(convert: bool) -> tuple[nn.Sequential, nn.BatchNorm3d]:
+    net, norm = pair(), nn.BatchNorm3d(6).eval()
+    net.insert(1, norm)
+    if convert:
+        fastst.convert(net)
+    return net, norm
+
+
 def outputs_of_a_written_norm(write: str, name: str, read: bool) -> list[Tensor]:
     """Of a pair whose frozen norm is written to once it has been called; ``read``: v is read by
     itself, too."""
     outputs = []
     for convert in (False, True):
-        net = pair()
-        norm = nn.BatchNorm3d(6).eval()
-        net.insert(1, norm)
-        if convert:
-            fastst.convert(net)
+        net, norm = with_frozen_norm(convert)
         with torch.no_grad():
             v = norm(net[0](torch.ones(1, 3, 4, 6, 6)))
             WRITES[write](getattr(norm, name))
@@ -286,11 +290,7 @@ def outputs_of_norms_written_between_calls(
     frozen norm; ``held``: what else has its memory, from before the first call on."""
     outputs = []
     for convert in (False, True):
-        net = pair()
-        norm = nn.BatchNorm3d(6).eval()
-        net.insert(1, norm)
-        if convert:
-            fastst.convert(net)
+        net, norm = with_frozen_norm(convert)
         t = getattr(norm, name)
         other = {"nothing": None, "an alias": t.detach(), "an array": t.detach().numpy()}[held]
         made, x = [], torch.ones(1, 3, 4, 6, 6)
