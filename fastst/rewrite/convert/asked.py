@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .promise import OURS, Promise, needs_clone, needs_gradient, real
+from .link import needs_gradient
+from .promise import OURS, Promise, needs_clone, real
 
 
 def _of_gradients(*args: Any, **kwargs: Any) -> Any:

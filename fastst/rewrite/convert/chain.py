@@ -19,9 +19,10 @@ from .axes import Axes, Dim, whole
 from .geometry import Pass
 from .graphs import is_promise, promised, rewritten, unread
 from .kept import Kept
+from .link import Link
 from .padding import Pad
 from .plain import Facts
-from .promise import Link, Promise, is_current, promise
+from .promise import Promise, is_current, promise
 from .promise import replace as written
 
 

@@ -18,7 +18,8 @@ from ...functional import BatchNorm
 from .folded import folds
 from .kept import CannotDefer, Kept, as_own
 from .layouts import Call, as_separate, call
-from .promise import Link, Promise, is_current, promise, replace
+from .link import Link
+from .promise import Promise, is_current, promise, replace
 from .state import State
 
 

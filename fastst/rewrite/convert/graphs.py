@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_leaves
 
-from .promise import RULES, SHAPE_ONLY, Link, Promise, promise, real
+from .link import Link
+from .promise import RULES, SHAPE_ONLY, Promise, promise, real
 
 
 def _traced(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

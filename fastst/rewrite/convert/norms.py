@@ -16,8 +16,9 @@ from torch import Tensor
 from ...problem.norms import Norm
 from .chain import extended, is_open, seen
 from .graphs import is_promise
+from .link import Link
 from .plain import are_plain, needs_grad
-from .promise import Link, Promise
+from .promise import Promise
 from .readings import BIAS, WEIGHT, Reading, channel_axis, keep, normed, onto
 
 # By what a reading is ("" is N, C, T, H, W) and how it is permuted: what it is then.

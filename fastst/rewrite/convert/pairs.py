@@ -18,8 +18,8 @@ from .endings import Operation
 from .forms import Form
 from .geometry import second_pass
 from .layouts import Call, call
+from .link import Link
 from .plain import Facts, common_dtype, facts
-from .promise import Link
 from .traced import CONVOLVE
 
 # By the name of a tensor in its own call.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType, NoneType
+from collections.abc import Callable, Iterable, Iterator
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,247 +18,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
-from .kept import CannotDefer, Kept
-from .layouts import Call, Names, call
-from .state import State
+from .link import NO_GATES, Gates, Link, needs_gradient, output_of, unseen
 
-_unseen = torch._C.DisableTorchFunctionSubclass
 _as_tensor: Callable[..., Any] = torch._C._disabled_torch_function_impl
 _make: Callable[..., Any] = Tensor._make_wrapper_subclass
 _set_throw = torch._C._set_throw_on_mutable_data_ptr
-
-
-Gates = Mapping[Tensor, Tensor]
-_NO_GATES: Gates = MappingProxyType({})
-
-
-class Link:
-    """One call in a chain: how to compute it, and what all calls up to it are as one operation.
-
-    Attributes:
-        before: the link whose value is the first argument; None for a convolution.
-        run: computes the value from that of ``before``.
-        begun: the ``Begins`` of its first convolution, or of the operation whose output it is of.
-        plan: what ``rules`` know of the chain up to here.
-        kept: the other tensors that the call reads; ``reads``: all that the chain reads.
-        state: in which it was called.
-        value: the result, once somebody wanted it; ``held``: it as it was then, while others may
-            read it; ``edge``: where gradients of it went then; ``written``: the node that has made
-            what it is since; ``unseen``: a write was noticed too late to tell who read it.
-        readers: how many links have this one before them.
-        views: links that see the memory of the value, or a copy of it; ``sees``: this is one;
-            ``viewed``: this or one before it is.
-        taken: whether an operation, whose gradients pass it by, has it within.
-        asked: whether somebody has asked for its gradient; ``separate``: or for one before it, so
-            that no operation may take it in any more.
-        promise: of the value, as long as anybody has it.
-        norm: the batch norm of the chain; ``vectors``: its weight, bias, mean and variance, as they
-            are read; ``half``: what the first pass has left, where one in training asked for it.
-        ends: the ``Begins`` of the second convolution, where that has one.
-    """
-
-    __slots__ = (
-        "__weakref__", "asked", "before", "begun", "dtype", "edge", "ends", "half", "held", "kept",
-        "norm", "plan", "promise", "readers", "reads", "run", "sees", "shape", "state", "taken",
-        "unseen", "value", "vectors", "version", "viewed", "views", "written",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        before: Link | None,
-        run: Callable[..., Tensor],
-        plan: Any,
-        kept: tuple[tuple[str, Kept], ...],
-        state: State,
-        shape: Any,
-        dtype: torch.dtype,
-        begun: Any = None,
-    ) -> None:
-        self.before, self.run, self.plan, self.kept, self.state = before, run, plan, kept, state
-        self.shape, self.dtype = shape, dtype
-        self.value: Tensor | None = None
-        self.held: Kept | None = None
-        self.version: int | None = None
-        self.edge: GradientEdge | None = None
-        self.written: Any = None
-        self.unseen = False
-        self.readers, self.sees, self.taken, self.asked = 0, False, False, False
-        self.promise: Callable[[], Promise | None] = _nobody
-        self.views: list[weakref.ref[Link]] = []
-        if before is None:
-            self.begun, self.reads, self.viewed = begun, kept, False
-            self.norm: Any = None
-            self.vectors: tuple[Tensor | None, ...] = ()
-            self.half: Any = None
-            self.ends: Any = None
-            return
-        self.begun, self.viewed = before.begun, before.viewed
-        self.norm, self.vectors = before.norm, before.vectors
-        self.half, self.ends = before.half, before.ends
-        before.readers += 1
-        self.reads = (*before.reads, *kept) if kept else before.reads
-        if before.value is not None:
-            before.hold()
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        name: str = self.begun.name
-        return name
-
-    @property
-    def convolution(self) -> Link:
-        """The first link of the chain."""
-        link = self
-        while link.before is not None:
-            link = link.before
-        return link
-
-    def tensors(self) -> list[Tensor]:
-        return [kept.tensor for _, kept in self.reads]
-
-    def unchanged(self) -> bool:
-        """Whether all that the chain reads is what it was."""
-        for _, kept in self.reads:  # noqa: SIM110 -- in less time
-            if not kept.same:
-                return False
-        return True
-
-    def let_go(self) -> None:
-        for _, kept in self.reads:
-            kept.let_go()
-
-    def calls(self, first: Names, others: Names, source: Link | None = None) -> tuple[Call, ...]:
-        """All calls up to this one, of a chain that begins behind ``source``, and by which names
-        tensors of its first call and of the others are known."""
-        names = first if self.before is source else others
-        own = call(self.run, {name: names[name] for name, _ in self.kept})
-        if self.before is source or self.before is None:
-            return (own,)
-        return *self.before.calls(first, others, source), own
-
-    def take(self) -> None:
-        """Say that an operation has it within, with all that is before it."""
-        link: Link | None = self
-        while link is not None:
-            link.taken, link = True, link.before
-
-    @property
-    def separate(self) -> bool:
-        link: Link | None = self
-        while link is not None and not link.asked:
-            link = link.before
-        return link is not None
-
-    def compute(self, reader: Any = "C++") -> Tensor:
-        """The value, as separate calls make it, for whoever reads it."""
-        if self.value is None:
-            self.plan.told(self, f"its output goes to {getattr(reader, '__name__', reader)}")
-        return self._settled()
-
-    def hold(self) -> None:
-        """Notice writes to the value from now on, also those that no version counter tells of."""
-        if self.value is None or self.held is not None or self.state.traced:
-            return
-        with contextlib.suppress(CannotDefer):
-            self.held = Kept(self.value)
-
-    def see(self, view: Link) -> None:
-        """Take up a link that may see the memory of the value."""
-        view.sees = view.viewed = True
-        self.views.append(weakref.ref(view))
-
-    def _settled(self) -> Tensor:
-        """The value; what sees its memory is made with it, before anybody can write to it."""
-        source = None
-        if self.value is None and self.before is not None:  # whose value may come with this one
-            source = self.before._settled() if self.sees else self.before.current()
-        if self.value is None:
-            self.value = value = self._computed(source)
-            self.version = None if value.is_inference() else value._version
-            self.written = node = value.grad_fn
-            self.edge = None if node is None else GradientEdge(node, value.output_nr)
-            if self.readers:
-                self.hold()
-            for view in filter(None, (ref() for ref in self.views)):
-                view._settled()
-        return self.value
-
-    def _fresh(self) -> Tensor:
-        """The value in memory of its own, whatever has been written to another one."""
-        return self._computed(None if self.before is None else self.before.current())
-
-    def _computed(self, source: Tensor | None, gates: Gates = _NO_GATES) -> Tensor:
-        what, state = self.name or "the model", self.state
-        ended = state.hooks is not None and not state.hooked
-        with _leaves_as_they_were(kept for _, kept in self.kept if kept.switched):
-            tensors = {
-                name: kept.get(f"{name} of {what}", state.grad, ended) for name, kept in self.kept
-            }
-            given = {name: gates.get(t, t) for name, t in tensors.items()} if gates else tensors
-            if state.hooks is not None:
-                self.let_go()
-            with state.restored():
-                value = self.run(source, **given)
-        return value
-
-    def again(self, gates: Gates = _NO_GATES) -> Tensor:
-        """The value with a graph of its own; ``gates``: what it reads in the place of tensors."""
-        return self._computed(None if self.before is None else self.before.again(gates), gates)
-
-    def replayed(self, source: Link, value: Tensor) -> Tensor:
-        """What the calls after a link make of another value than that of the link."""
-        if self is source:
-            return value
-        assert self.before is not None
-        return self._computed(self.before.replayed(source, value))
-
-    def current(self, keep: bool = False) -> Tensor:
-        """The value for the link after this one: kept, if anybody else may want it too, or its
-        gradient."""
-        if self.value is None:
-            if keep or self.readers > 1:
-                return self.compute()
-            return self._settled() if self._has_gradient() else self._fresh()
-        if self.steady:
-            return self.value
-        if self.asked:  # another value would have no hooks
-            raise RuntimeError(
-                f"fastst: {_output_of(self)} was written to after its gradient was asked for and "
-                "before what reads it was computed; write to a clone"
-            )
-        return self._fresh()
-
-    def _has_gradient(self) -> bool:
-        """Whether somebody may still ask for its gradient."""
-        promise = self.promise()
-        return promise is not None and needs_gradient(promise)
-
-    @property
-    def steady(self) -> bool:
-        """Whether the value, if it is there, has not been written to."""
-        if self.value is None:
-            return True
-        if self.held is not None:
-            return self.held.same
-        return not self.value.is_inference() and self.value._version == self.version
-
-
-def _nobody() -> None:
-    """In the place of a reference to a promise."""
-
-
-@contextlib.contextmanager
-def _leaves_as_they_were(switched: Iterator[Kept]) -> Iterator[None]:
-    """Within the block leaves need a gradient that needed one when they were read."""
-    leaves = [kept.tensor for kept in switched]
-    for leaf in leaves:
-        leaf.requires_grad_(not leaf.requires_grad)
-    try:
-        yield
-    finally:
-        for leaf in leaves:
-            leaf.requires_grad_(not leaf.requires_grad)
 
 
 class _Node(torch.autograd.Function):
@@ -321,7 +85,7 @@ def _check_writes(link: Link) -> None:
     _notice_writes(link)
     if link.unseen:
         raise RuntimeError(
-            f"fastst: {_output_of(link)} was read by a custom autograd function, and a view of it "
+            f"fastst: {output_of(link)} was read by a custom autograd function, and a view of it "
             "was written to; give the function a clone"
         )
 
@@ -342,7 +106,7 @@ def _gradients(
 
 
 def _with_own_graph(
-    link: Link, gates: Gates = _NO_GATES, cause: BaseException | None = None
+    link: Link, gates: Gates = NO_GATES, cause: BaseException | None = None
 ) -> Tensor:
     if link.separate:  # whose hooks another graph would not have
         raise needs_clone(link) from cause
@@ -414,13 +178,9 @@ _seen_as_written: Callable[..., Any] = super(torch.autograd.Function, _WrittenNo
 
 def needs_clone(link: Link) -> RuntimeError:
     return RuntimeError(
-        f"fastst: {_output_of(link)}, or what was made of it, was read by a custom autograd "
+        f"fastst: {output_of(link)}, or what was made of it, was read by a custom autograd "
         "function, which requires a clone of it where its gradient is asked for as well"
     )
-
-
-def _output_of(link: Link) -> str:
-    return f"the output of {link.name or 'the convolution'}"
 
 
 class _Read(torch.autograd.Function):
@@ -479,7 +239,7 @@ class Promise(Tensor):
         for p in args:
             if type(p) is Promise:
                 _notice_writes(p.link)
-        with _unseen():
+        with unseen():
             result = func(*reals, **named)
         if torch.compiler.is_compiling():  # of a part of the model: Dynamo guards all that is read
             return result
@@ -523,21 +283,16 @@ def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
     return tensor if seen is None else seen
 
 
-def needs_gradient(p: Promise) -> bool:
-    with _unseen():
-        return p.requires_grad
-
-
 def is_current(p: Any) -> bool:
     """Whether the state of a promise is that of now, and autograd sees it as it was made."""
-    state: State = p.link.state
-    return state.current and (not state.grad or type(p) is not Promise or _is_as_made(p))
+    state: Any = p.link.state
+    return bool(state.current and (not state.grad or type(p) is not Promise or _is_as_made(p)))
 
 
 def _is_as_made(p: Promise) -> bool:
     """What leaves a custom Function's forward gets that one's node, or loses its own where the
     Function records nothing."""
-    with _unseen():
+    with unseen():
         node: Any = p.grad_fn
     return isinstance(node, OURS) if p.differentiable else node is None
 
@@ -562,7 +317,7 @@ def _resemble(values: Any) -> None:
         if type(p) is not Promise or p.link.value is None:
             continue
         link, value = p.link, p.link.value
-        with _unseen():
+        with unseen():
             detached = isinstance(p.grad_fn, OURS) and not value.requires_grad
         written = value.requires_grad and value.grad_fn is not link.written
         alike = (value.shape, value.dtype) == (link.shape, link.dtype)
@@ -585,7 +340,7 @@ def _become(p: Promise, other: Promise) -> None:
 
 def replace(old: Promise, link: Link) -> Promise:
     """Write to a promise in place: the same object now is what a link computes."""
-    with _unseen():
+    with unseen():
         node: Any = old.grad_fn
     new = [kept for _, kept in link.reads[len(old.link.reads) :] if kept.needs_grad]
     if (new and link.state.grad) or not isinstance(node, (OURS, NoneType)):

@@ -21,8 +21,9 @@ from .endings import Ending
 from .geometry import pad_of
 from .kept import CannotDefer, Kept
 from .layouts import Call
+from .link import Link
 from .padding import Pad, merge_axes
-from .promise import Link, Promise, is_current
+from .promise import Promise, is_current
 
 INPUT = "first input"
 WEIGHT, BIAS, _MEAN, _VAR = "norm weight", "norm bias", "norm running_mean", "norm running_var"

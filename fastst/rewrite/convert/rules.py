@@ -25,8 +25,9 @@ from .folded import folds
 from .geometry import first_pass, second_pass, sides_of
 from .graphs import is_promise, promised
 from .kept import CannotDefer, Kept, as_own, copied, share, valueless
+from .link import Link
 from .plain import Facts, common_dtype, facts, needs_grad
-from .promise import RULES, Link, Promise, real
+from .promise import RULES, Promise, real
 from .state import State, proxied
 from .traced import CONVOLVE
 

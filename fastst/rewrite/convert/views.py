@@ -15,8 +15,9 @@ from . import norms, readings
 from .axes import Atom, Axes, Padded, merges, reshaped, whole
 from .chain import Plan, changed, extended, is_open, seen
 from .graphs import is_promise, unread
+from .link import Link
 from .padding import Pad
-from .promise import Link, Promise
+from .promise import Promise
 from .readings import Reading
 
 # ---- other shapes

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastst.rewrite.convert import begins, endings, promise, rules
+from fastst.rewrite.convert import begins, endings, kept, link, promise, rules, state
 
 from .programs.judge import judge, run, shrink
 from .programs.source import Program, random_program
@@ -91,8 +91,8 @@ def random_numbers() -> Iterator[None]:
 @contextlib.contextmanager
 def versions_ignored() -> Iterator[None]:
     with (
-        mock.patch.object(promise.Kept, "same", property(lambda self: True)),
-        mock.patch.object(promise.Kept, "get", lambda self, *_: self.tensor),
+        mock.patch.object(kept.Kept, "same", property(lambda self: True)),
+        mock.patch.object(kept.Kept, "get", lambda self, *_: self.tensor),
     ):
         yield
 
@@ -100,20 +100,20 @@ def versions_ignored() -> Iterator[None]:
 @contextlib.contextmanager
 def state_ignored() -> Iterator[None]:
     with (
-        mock.patch.object(promise.State, "current", property(lambda self: True)),
-        mock.patch.object(promise.State, "restored", lambda self: contextlib.nullcontext()),
+        mock.patch.object(state.State, "current", property(lambda self: True)),
+        mock.patch.object(state.State, "restored", lambda self: contextlib.nullcontext()),
     ):
         yield
 
 
 @contextlib.contextmanager
 def other_weights() -> Iterator[None]:
-    before = promise.Link.compute
+    before = link.Link.compute
 
-    def compute(self: promise.Link, *args: Any) -> Tensor:
+    def compute(self: link.Link, *args: Any) -> Tensor:
         return before(self, *args) * (1 + 1e-6)
 
-    with mock.patch.object(promise.Link, "compute", compute):
+    with mock.patch.object(link.Link, "compute", compute):
         yield
 
 

@@ -468,7 +468,7 @@ def test_explain_says_what_became_of_a_promise() -> None:
 
 def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A promise that does not look whether x was written to."""
-    from fastst.rewrite.convert.promise import Kept
+    from fastst.rewrite.convert.kept import Kept
 
     monkeypatch.setattr(Kept, "same", property(lambda self: True))
     with pytest.raises(AssertionError):
