@@ -28,7 +28,7 @@ from fastst.problem import examples as examples_of_layers
 from fastst.problem.examples import of_kind
 from fastst.problem.spec import Problem
 from fastst.rewrite import optimize
-from fastst.rewrite.convert import promise
+from fastst.rewrite.convert import state
 from tests.support import ROOT, gpu_lines
 from tests.support.standin import StandIn, kernels
 
@@ -141,14 +141,14 @@ def checks_in_advance(s: Setting) -> None:
 def promises_of_streams(s: Setting) -> None:
     """A convolution that is computed later is computed on the stream on which it was asked for."""
     with kernels(s.mp):
-        state = promise.State(GPU)
+        then = state.State(GPU)
         other = torch.cuda.Stream(GPU)
-        with torch.cuda.stream(other), state.restored():
-            assert torch.cuda.current_stream(GPU) == state.stream
-        assert other.waited == [state.stream]  # type: ignore[attr-defined]
-        assert state.current
+        with torch.cuda.stream(other), then.restored():
+            assert torch.cuda.current_stream(GPU) == then.stream
+        assert other.waited == [then.stream]  # type: ignore[attr-defined]
+        assert then.current
         with torch.cuda.stream(other):
-            assert not state.current
+            assert not then.current
 
 
 def hip(s: Setting) -> None:
