@@ -12,6 +12,7 @@ from ..backends.contract import Phase
 from ..problem.spec import PairProblem
 from . import selection
 from .selection import Decision
+from .without_trace import without_trace
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Explanation:
 def explain(module: nn.Module, x: Tensor) -> Explanation:
     """Say what runs ``module(x)``: the backend, and for every other one the reason it does not.
 
-    Runs the module once on a copy of its buffers, without gradients, so that nothing changes.
+    Runs the module once, without gradients, and leaves it and the random state as they were.
 
     Args:
         module: a layer of fastst, or a model that contains some.
@@ -55,10 +56,11 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     Raises:
         ValueError: nothing in the module is an operation of fastst.
     """
-    with selection.recording(quietly=True) as calls, torch.no_grad():
-        buffers = {n: b.clone() for n, b in module.named_buffers()}
-        y = torch.func.functional_call(module, buffers, (x,))
-        tree_map_only(Tensor, Tensor.detach, y)  # which is computed when it is read, at the latest
+    with (
+        selection.recording(quietly=True) as calls, torch.no_grad(), without_trace(module, x) as run
+    ):  # fmt: skip
+        # What is computed later is so when it is read, at the latest.
+        tree_map_only(Tensor, Tensor.detach, run())
     if not calls:
         raise ValueError(
             f"explain: requires a module that calls fastst on a non-empty input, got "

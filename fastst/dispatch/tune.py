@@ -25,6 +25,7 @@ from ..problem.examples import example
 from ..problem.spec import PairProblem, Problem
 from . import selection, selfcheck
 from .selection import Decision
+from .without_trace import without_trace
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -55,10 +56,10 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
     """Measure what is fastest here for every call that ``model(sample)`` makes; later calls use it.
 
     Runs the model once, in the modes that its modules are in, to see its calls: in training mode
-    with gradients, which leave no trace, in eval mode without. Then it times every distinct call on
-    random tensors, in turns, keeping what backward needs where the model trains: on the CPU the
-    backends that "auto" may take, and the ways of those that have several. On a GPU its own time
-    counts, of captured graphs, not that of the host.
+    with gradients, in eval mode without. Then it times every distinct call on random tensors, in
+    turns, keeping what backward needs where the model trains: on the CPU the backends that "auto"
+    may take, and the ways of those that have several. On a GPU its own time counts, of captured
+    graphs, not that of the host. The model and the random state stay as they were.
 
     Args:
         model: a layer of fastst, or a model that contains some.
@@ -73,13 +74,26 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
     """
     if not seconds > 0:
         raise ValueError(f"tune: seconds must be positive, got {seconds}")
-    with selection.recording() as calls:
-        _run(model, sample)
+    with without_trace(model, sample) as run:
+        with selection.recording() as calls:
+            _run(run, model, sample)
+        found = _measure(calls, model.training, seconds)
+    if not found:
+        made = sorted({f"{c.what} {c.phase} on {c.chosen!r}" for c in calls})
+        raise ValueError(
+            "tune: requires a model whose calls of fastst can run in more than one way here, got "
+            f"{type(model).__name__}, which made {'; '.join(made) or 'none'}"
+        )
+    return found
+
+
+def _measure(calls: Sequence[Decision], training: bool, seconds: float) -> list[Measurement]:
+    """Of every distinct call and each of its choices; remembers the fastest."""
     found: dict[choices.Key, Measurement] = {}
     for call in calls:
         if call.problem is None:
             continue
-        for name, makers in _choices(call, model.training):
+        for name, makers in _choices(call, training):
             key = (name, call.problem, call.phase, torch.get_num_threads())
             if len(makers) < 2 or key in found:
                 continue
@@ -90,12 +104,6 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
                 times = race(trials, seconds)
             found[key] = Measurement(name, call.problem, call.phase, times)
             choices.remember({key: found[key].way})  # what is measured next uses it
-    if not found:
-        made = sorted({f"{c.what} {c.phase} on {c.chosen!r}" for c in calls})
-        raise ValueError(
-            "tune: requires a model whose calls of fastst can run in more than one way here, got "
-            f"{type(model).__name__}, which made {'; '.join(made) or 'none'}"
-        )
     return list(found.values())
 
 
@@ -154,10 +162,10 @@ def _trial(
     return run
 
 
-def _run(model: nn.Module, sample: Tensor) -> None:
+def _run(run: Callable[[], Any], model: nn.Module, sample: Tensor) -> None:
     """Once forward and, in training mode, backward, without touching any ``.grad``."""
     with torch.set_grad_enabled(model.training):
-        found = tree_leaves(model(sample))
+        found = tree_leaves(run())
     outputs = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
     sources = [t for t in (*model.parameters(), sample) if t.requires_grad]
     if outputs and sources:

@@ -16,6 +16,9 @@ class SyncBatchNorm(_BatchNorm):
 
     ``nn.SyncBatchNorm`` for any device (PyTorch's own refuses the CPU). Ranks may hold different
     numbers of values. Outside of a process group, and in evaluation, it is a plain batch norm.
+
+    Raises:
+        ValueError: in training, one value per channel in all ranks together.
     """
 
     process_group: Any = None  # None: the whole world

@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,23 @@ def test_training_is_tuned_forward_and_backward(monkeypatch: pytest.MonkeyPatch)
     # Of two equal layers the first one's input needs no gradient: the same problem all the same.
     assert [m.phase for m in found] == ["forward", "backward"]
     assert all(p.grad is None for p in model.parameters())
+
+
+@needs_onednn
+@pytest.mark.parametrize("seen", [partial(fastst.tune, seconds=0.001), fastst.explain])
+def test_the_model_and_the_random_state_stay_as_they_were(
+    seen: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aten.BACKEND, "candidates", lambda problem, phase: ("one", "another"))
+    monkeypatch.setattr(aten.BACKEND, "candidate", lambda *call: lambda: torch.randn(1))
+    layer = fastst.Conv2Plus1d(4, 4, 3, padding=1, norm="batch")
+    model = torch.nn.Sequential(torch.nn.Dropout(), layer, torch.nn.BatchNorm3d(4))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = torch.get_rng_state()
+    seen(model, torch.randn(1, 4, 3, 5, 5, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name]), name
 
 
 @pytest.mark.skipif(isinstance(cpu.load(), str), reason="the cpu library was not built")
