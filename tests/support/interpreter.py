@@ -23,7 +23,10 @@ def quicken() -> None:
     Its functions are put into Triton's language for each launch and for each call of a device
     function: here once. Every sum of integers is computed a second time, in 64 bits, to be compared
     by an assertion that only runs in debug mode. Every value works out again what its shape says.
+    And one thing is mended: a comparison of scalars that is spread over a block became a block of
+    integers, which Triton 3.9 refuses as a mask.
     """
+    import numpy as np
     import triton.language as tl
     from triton.language import semantic
     from triton.runtime import interpreter
@@ -33,6 +36,9 @@ def quicken() -> None:
     interpreter._patch_lang = lambda fn: nothing
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
+    builder.create_splat = lambda block, value: interpreter.TensorHandle(
+        np.full(block.shape, value.data), value.dtype.scalar
+    )
     dtypes: dict[str, Any] = {}
     dtype_of = interpreter._get_np_dtype
     interpreter._get_np_dtype = lambda ty: (

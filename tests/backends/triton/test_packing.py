@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +39,18 @@ def test_packs_as_kernels_read(count: int, launched: dict[str, int]) -> None:
         expected[:, :, :5, :k] = w.reshape(g, k, 5, 6).permute(0, 3, 2, 1)
         assert torch.equal(found, expected.view(g, 6 * depth, width))
     assert launched["pack"] == (count + 1) // 2
+
+
+@pytest.mark.skipif(not backend.launch.interpreted(), reason="of the interpreter")
+def test_a_comparison_of_scalars_stays_a_mask_over_a_block() -> None:
+    """Triton 3.9 refuses masks of integers; its interpreter made this one of them."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    one = interpreter.TensorHandle(np.array([1], np.int32), tl.int32)
+    builder = interpreter.interpreter_builder
+    block = builder.create_splat(tl.block_type(tl.int1, [4]), builder.create_icmpSLE(one, one))
+    assert block.data.dtype == np.bool_ and block.data.all()
 
 
 def test_rounds_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
