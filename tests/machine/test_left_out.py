@@ -45,8 +45,13 @@ def test_the_reason_is_told_where_the_library_is_missed(record: Path) -> None:
     assert any("fastst._C was not built (nvcc was not found)" in line for line in lines)
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{", '{"another": "reason"}'])
-def test_without_a_record_nothing_is_guessed(record: Path, text: str | None) -> None:
-    if text is not None:
-        record.write_text(text)
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"another": "reason"}'])
+def test_from_a_record_without_a_reason_nothing_is_guessed(record: Path, text: str) -> None:
+    record.write_text(text)
     assert left_out.not_built("_C") == "was not built"
+
+
+def test_sources_that_hide_an_installation_are_named(record: Path) -> None:
+    """As after ``pip install .``, where Python is started in the checkout."""
+    told = left_out.not_built("_C")
+    assert f"({record.parent} holds sources that are not installed: start Python elsewhere)" in told
