@@ -8,15 +8,19 @@ import torch
 from torch import nn
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether calling a module runs more than the forward of its class."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees a module's call, or moves what it needs when it returns."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
     )
+
+
+def does_more(module: nn.Module) -> bool:
+    """Whether calling a module runs more than the forward of its class."""
+    return has_hooks(module) or "forward" in module.__dict__
 
 
 def why_altered(modules: Callable[[str], nn.Module], paths: Iterable[str]) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..nn.layers import Conv2Plus1d
 from ..problem import geometry
 from ..problem.spec import ORDERS
-from .altered import is_watched, why_altered
+from .altered import does_more, why_altered
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _why_left(module: nn.Module, name: str, conv: nn.Conv3d) -> str | None:
         return altered
     if type(conv) is not nn.Conv3d:
         return f"it is a {type(conv).__module__}.{type(conv).__name__}, not a plain nn.Conv3d"
-    if is_watched(conv):
+    if does_more(conv):
         return "it has hooks"
     return None if conv.weight.isfinite().all() else "its weight is not finite"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..nn.layers import Conv2Plus1d
 from ..problem import geometry
-from .altered import is_watched, why_altered
+from .altered import does_more, why_altered
 
 _TOLERANCE = 1e-9  # of float64 outputs, relative to the largest
 
@@ -88,7 +88,7 @@ def _check_plain(name: str, module: nn.Module) -> None:
         ValueError: a module whose replacement would lose hooks, or whose weights have no values.
     """
     why = why_altered({name: module}.__getitem__, [name])
-    if why is None and is_watched(module):
+    if why is None and does_more(module):
         why = f"{name or 'the model'} has hooks"
     if why is not None:
         raise ValueError(f"inflate: {why}")

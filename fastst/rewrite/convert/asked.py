@@ -13,7 +13,7 @@ from .link import needs_gradient
 from .promise import OURS, Promise, needs_clone, real
 
 
-def _of_gradients(*args: Any, **kwargs: Any) -> Any:
+def _ask(*args: Any, **kwargs: Any) -> Any:
     """
     Raises:
         RuntimeError: for the gradient of what lies in an operation, which never forms it.
@@ -26,11 +26,11 @@ def _of_gradients(*args: Any, **kwargs: Any) -> Any:
                 "gradient before the next convolution reads it, or leave the convolution out with "
                 "fastst.convert(..., skip=...)"
             )
-        _asks(p)
+        _mark_asked(p)
     return NotImplemented
 
 
-def _asks(p: Any) -> Any:
+def _mark_asked(p: Any) -> Any:
     """What is made of a promise goes by its value from now on."""
     if type(p) is Promise and needs_gradient(p):
         p.link.asked = True
@@ -42,7 +42,7 @@ def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     Raises:
         RuntimeError: for the gradient of what C++ has read, whose graph knows leaves only.
     """
-    _of_gradients(outputs, inputs)
+    _ask(outputs, inputs)
     asked = {p.link for p in tree_leaves(inputs) if type(p) is Promise}
     for node in _graph(outputs) if asked else ():
         link = node.link if isinstance(node, OURS) else None
@@ -71,7 +71,7 @@ def _backward(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> An
 
 # By function: refuses, notes, or nothing.
 RULES: dict[Any, Callable[..., Any]] = {
-    Tensor.register_hook: _of_gradients, Tensor.retain_grad: _of_gradients,
+    Tensor.register_hook: _ask, Tensor.retain_grad: _ask,
     Tensor.backward: _backward, torch.autograd.backward: _backward, torch.autograd.grad: _grad,
-    Tensor.grad_fn.__get__: _asks,  # type: ignore[union-attr]
+    Tensor.grad_fn.__get__: _mark_asked,  # type: ignore[union-attr]
 }  # fmt: skip

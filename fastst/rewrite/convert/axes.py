@@ -19,7 +19,7 @@ class Atom(NamedTuple):
 Dim = tuple[Atom, ...]  # the outermost first; () where the size is 1
 
 
-class Padded(NamedTuple):
+class AxisPad(NamedTuple):
     """A pad in terms of axes: the new axis, what it was, and samples before and after it."""
 
     mode: str  # as padding_mode of nn.Conv3d
@@ -30,15 +30,15 @@ class Axes(NamedTuple):
     """What the dimensions of a tensor are."""
 
     dims: tuple[Dim, ...]
-    padded: tuple[Padded, ...] = ()
+    padded: tuple[AxisPad, ...] = ()
 
 
-def whole(names: str, shape: Sequence[int]) -> tuple[Dim, ...]:
+def whole_dims(names: str, shape: Sequence[int]) -> tuple[Dim, ...]:
     """Dimensions that are an axis each."""
     return tuple((Atom(name, 1, n),) if n > 1 else () for name, n in zip(names, shape, strict=True))
 
 
-def joined(atoms: Iterable[Atom]) -> Dim:
+def join_atoms(atoms: Iterable[Atom]) -> Dim:
     """The same in fewer atoms."""
     found: list[Atom] = []
     for atom in atoms:
@@ -48,7 +48,7 @@ def joined(atoms: Iterable[Atom]) -> Dim:
     return tuple(found)
 
 
-def reshaped(dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, ...] | None:
+def reshape_dims(dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, ...] | None:
     """Dimensions of these sizes, of which the product is the same; None where axes would break."""
     atoms = [atom for dim in dims for atom in dim][::-1]
     made: list[Dim] = []
@@ -65,7 +65,7 @@ def reshaped(dims: Sequence[Dim], sizes: Sequence[int]) -> tuple[Dim, ...] | Non
                 return None
             dim.append(Atom(axis, inner, n))
             size //= n
-        made.append(joined(dim))
+        made.append(join_atoms(dim))
     return tuple(made)
 
 
@@ -100,7 +100,7 @@ def recipe(source: Sequence[Dim], target: Sequence[Dim]) -> Recipe | None:
                 ),
                 key=lambda a: -a.inner,
             )
-            if joined(own) != (Atom(axis, inner, size),):
+            if join_atoms(own) != (Atom(axis, inner, size),):
                 return None
             split += own
     if len(split) != len(parts):

@@ -19,11 +19,12 @@ from torch.nn.modules import module as torch_module
 
 from ... import dispatch
 from ...nn.pair_of_modules import RECOMPUTE
+from ..altered import has_hooks
 from . import pairs, rules, traced
 from .chain import Guess
 from .folded import Folded
-from .graphs import is_promise, taken
-from .state import transformed
+from .graphs import is_promise, read_out
+from .state import in_transform
 
 ATTRIBUTE = "_conv_forward"
 _REDUCE = "__reduce_ex__"  # by which copies and pickles of the convolution are made
@@ -89,7 +90,7 @@ class Begins:
         if not torch.compiler.is_dynamo_compiling():
             return self.answer(x, weight, bias, how, mode, widths)
         known = traced.LOWERS and type(conv)._conv_forward in _FORWARDS
-        if known and traced.written_exactly(*how):
+        if known and traced.can_hold(*how):
             traced.allow()
             return traced.convolution(self.key, x, weight, bias, *how, mode, widths)
         return type(conv)._conv_forward(conv, x, weight, bias)
@@ -98,8 +99,8 @@ class Begins:
         """The promise of the convolution, the pair that it is the second of, or its output."""
         conv = self.conv
         if type(x) is not Tensor and is_promise(x):
-            if self.barred or _watched(conv) or not rules.extends(x):
-                x = taken(x, f"{type(conv).__name__} {self.name}")
+            if self.barred or _is_hooked(conv) or not rules.extends(x):
+                x = read_out(x, f"{type(conv).__name__} {self.name}")
             else:
                 x.link.ends = self
                 if mode != "zeros":
@@ -107,7 +108,7 @@ class Begins:
                 made = pairs.second(x, weight, bias, *how)
                 if made is not NotImplemented:
                     return made
-                x = taken(x, f"{type(conv).__name__} {self.name}")
+                x = read_out(x, f"{type(conv).__name__} {self.name}")
         if not self.barred and self._defers():
             made = rules.begin(self, x, weight, bias, (*how, mode, widths))
             if made is not None:
@@ -119,7 +120,7 @@ class Begins:
         """The convolution, or None where nobody has it any more."""
         return self._conv()
 
-    def reduced(self, protocol: Any) -> Any:
+    def reduce(self, protocol: Any) -> Any:
         """The convolution, for ``copy`` and ``pickle``: what they make of it has one of these for
         itself. That of a shallow copy would else read the settings of the original."""
         kind: Any = type(self.conv)
@@ -129,7 +130,7 @@ class Begins:
         make, args, state, *rest = made
         own = {**self.__getstate__(), "conv": None}
         state = {n: v for n, v in state.items() if n not in (ATTRIBUTE, _REDUCE)}
-        return (_made_again, (type(self), own, make, args), state, *rest)
+        return (_rebuild, (type(self), own, make, args), state, *rest)
 
     @property
     def selection(self) -> tuple[bool, bool]:
@@ -147,11 +148,11 @@ class Begins:
             self.waits -= 1
             return False
         conv = self.conv
-        if _watched(conv) or transformed():
+        if _is_hooked(conv) or in_transform():
             return False
         return type(conv)._conv_forward in _FORWARDS
 
-    def wasted(self, ending: bool) -> None:
+    def note_waste(self, ending: bool) -> None:
         """A promise was read although it is part of an operation: something is computed twice."""
         if torch.compiler.is_compiling():
             return
@@ -161,7 +162,7 @@ class Begins:
         elif self.wastes >= _PATIENCE:
             self.waits = _LONGEST
 
-    def followed(self, state: Any) -> bool:
+    def awaits_follower(self, state: Any) -> bool:
         """Whether to promise the output of an operation: a norm in training may follow, or what the
         next convolution reads."""
         conv = self.conv
@@ -186,14 +187,14 @@ class Begins:
             shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
             self.guess = Guess(shape, (conv.stride, conv.padding, conv.dilation, conv.groups))
 
-    def took(self, link: Any, second: Guess) -> None:
+    def note_pair(self, link: Any, second: Guess) -> None:
         """A pair runs as one operation."""
         self.misses, self.guess = 0, second
         if _listeners:
             ends = None if link.ends is None else link.ends.name
             tell(Event(self.name, link.plan, second=ends, norm=link.norm))
 
-    def missed(self, link: Any, why: str) -> None:
+    def note_miss(self, link: Any, why: str) -> None:
         """A promise was computed as it stands. After some in a row, fewer and fewer are made."""
         dispatch.record_composed(self.name or "the convolution", why)
         tell(Event(self.name, link.plan, why))
@@ -206,7 +207,7 @@ class Begins:
 
 def put_on(begins: Begins) -> None:
     """Let it answer for its convolution."""
-    vars(begins.conv).update({ATTRIBUTE: begins, _REDUCE: begins.reduced})
+    vars(begins.conv).update({ATTRIBUTE: begins, _REDUCE: begins.reduce})
 
 
 def take_off(conv: Any) -> None:
@@ -214,17 +215,14 @@ def take_off(conv: Any) -> None:
         vars(conv).pop(name, None)
 
 
-def _made_again(kind: type[Begins], state: dict[str, Any], make: Any, args: Any) -> Any:
-    """A convolution as ``reduced`` has it, without its attributes."""
+def _rebuild(kind: type[Begins], state: dict[str, Any], make: Any, args: Any) -> Any:
+    """A convolution as ``reduce`` has it, without its attributes."""
     begins, conv = kind.__new__(kind), make(*args)
     begins.__setstate__({**state, "conv": conv})
     put_on(begins)
     return conv
 
 
-def _watched(m: Any) -> bool:
-    """Whether somebody sees a module's call, or moves what it needs when it returns."""
-    return (
-        bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        or torch_module._has_any_global_hook()
-    )
+def _is_hooked(m: Any) -> bool:
+    """Whether there are hooks of its call, or of all calls."""
+    return has_hooks(m) or torch_module._has_any_global_hook()

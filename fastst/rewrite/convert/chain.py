@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .axes import Axes, Dim, whole
+from .axes import Axes, Dim, whole_dims
 from .geometry import Pass
-from .graphs import is_promise, promised, rewritten, unread
+from .graphs import is_promise, is_unread, promise_or_trace, write_in_graph
 from .kept import Kept
 from .link import Link
 from .padding import Pad
 from .plain import Facts
-from .promise import Promise, is_current, promise
-from .promise import replace as written
+from .promise import Promise, is_current, promise, write_to
 
 
 class Guess(NamedTuple):
@@ -57,12 +56,12 @@ class Plan:
     axes: Axes | None = None  # None where the dimensions are those that the convolution left
     dense: bool = False  # whether all tensors are contiguous, and none is turned
 
-    def told(self, link: Link, why: str) -> None:
+    def note_separate(self, link: Link, why: str) -> None:
         """A chain is computed as separate calls."""
         if link.convolution.taken:
-            link.begun.wasted(ending=False)
+            link.begun.note_waste(ending=False)
         else:
-            link.begun.missed(link, why)
+            link.begun.note_miss(link, why)
 
     @property
     def padded(self) -> bool:
@@ -70,30 +69,30 @@ class Plan:
 
     def axes_of(self, shape: torch.Size) -> Axes:
         """What the dimensions of a value of this shape are; none of it is padded yet."""
-        return self.axes or Axes(whole(self.names, shape))
+        return self.axes or Axes(whole_dims(self.names, shape))
 
     def channels(self, shape: torch.Size) -> bool:
         """Whether dimension 1 still is that of the channels."""
         if self.axes is None:
             return True
-        c: Dim = whole("c", self.shape[1:2])[0]
+        c: Dim = whole_dims("c", self.shape[1:2])[0]
         return self.axes.dims[1] == c
 
 
 @lru_cache(maxsize=4096)
-def _changed(plan: Plan, **changes: Any) -> Plan:
+def _change_plan(plan: Plan, **changes: Any) -> Plan:
     return replace(plan, **changes)
 
 
-def changed(plan: Plan, **changes: Any) -> Plan:
+def change_plan(plan: Plan, **changes: Any) -> Plan:
     """The plan of a chain with one more call."""
     try:
-        return _changed(plan, **changes)
+        return _change_plan(plan, **changes)
     except TypeError:  # sizes of a graph do not hash
         return replace(plan, **changes)
 
 
-def exactly(settings: tuple[Any, ...]) -> bytes:
+def exact_key(settings: tuple[Any, ...]) -> bytes:
     """Settings of a convolution with the types of their numbers: 1.0 equals 1, and PyTorch refuses
     it.
 
@@ -108,13 +107,13 @@ def have_flags(settings: Sequence[Any]) -> bool:
     return any(have_flags(s) if isinstance(s, tuple) else type(s) is bool for s in settings)
 
 
-class Alone(NamedTuple):
+class Single(NamedTuple):
     """A convolution that begins no pair: a frozen norm behind it may be part of it."""
 
     settings: tuple[Any, ...]  # stride, padding, dilation, groups, padding mode and its widths
 
-    def told(self, link: Link, why: str) -> None:
-        link.begun.missed(link, why)
+    def note_separate(self, link: Link, why: str) -> None:
+        link.begun.note_miss(link, why)
 
 
 def is_open(p: Any, kind: type = Plan) -> bool:
@@ -124,7 +123,7 @@ def is_open(p: Any, kind: type = Plan) -> bool:
         return False
     link: Link | None = p.link
     assert link is not None
-    if type(link.plan) is not kind or not (link.value is None or unread(p)):
+    if type(link.plan) is not kind or not (link.value is None or is_unread(p)):
         return False
     if not is_current(p):
         return False
@@ -135,7 +134,7 @@ def is_open(p: Any, kind: type = Plan) -> bool:
     return True
 
 
-def extended(
+def extend(
     p: Any,
     run: Callable[..., Tensor],
     plan: Any,
@@ -153,13 +152,13 @@ def extended(
     state = link.state
     longer = Link(link, run, plan, kept, state, shape or link.shape, link.dtype)
     if state.traced:
-        return rewritten(p, longer) if in_place else promised(longer)
-    return written(p, longer) if in_place else promise(longer)
+        return write_in_graph(p, longer) if in_place else promise_or_trace(longer)
+    return write_to(p, longer) if in_place else promise(longer)
 
 
-def seen(p: Any, call: Callable[[Tensor], Tensor], shape: torch.Size, plan: Any) -> Any:
+def as_view(p: Any, call: Callable[[Tensor], Tensor], shape: torch.Size, plan: Any) -> Any:
     """The promise of what ``call`` makes of an open one's value: its memory, or a copy of it."""
     link = p.link
     longer = Link(link, call, plan, (), link.state, shape, link.dtype)
     link.see(longer)
-    return promised(longer)
+    return promise_or_trace(longer)

@@ -52,8 +52,8 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {type(model).__name__}")
     admits, rejects = matcher("only", model, only), matcher("skip", model, skip)
-    convs, left = _separable(model)
-    _alone(model, convs, lambda name: (only is None or admits([name]), rejects([name])))
+    convs, left = _find_separable(model)
+    _prepare_alone(model, convs, lambda name: (only is None or admits([name]), rejects([name])))
     before: dict[str, tuple[bool, bool]] = {}  # wanted and barred, as an earlier call had it
     for name, conv in convs.items():
         wanted, barred = only is None or admits([name]), rejects([name])
@@ -71,24 +71,24 @@ def convert(
         reasons: dict[str, str] = {}
     else:
         pairs, alone, reasons = sampling.run(model, sample)
-    report = Report(alone=alone, whole=_whole(model))
+    report = Report(alone=alone, whole=_whole_names(model))
     for pair in pairs:
         names = [n for n in (pair.first, pair.second) if n in convs]
         ends = [vars(convs[n])[ATTRIBUTE] for n in names]
-        if not _selected(b.selection for b in ends):
+        if not _is_selected(b.selection for b in ends):
             left += [Left(n, _NOT_SELECTED) for n in names]
-        elif _selected(before.get(n, (False, False)) for n in names):
+        elif _is_selected(before.get(n, (False, False)) for n in names):
             report.already.append(pair)
         else:
             report.replaced.append(pair)
     paired = {n for pair in pairs for n in (pair.first, pair.second)}
-    kinds = {separable(conv) for conv in convs.values()}
+    kinds = {separable_kind(conv) for conv in convs.values()}
     for name, conv in convs.items():
         if name not in paired:
-            other = "temporal" if separable(conv) == "spatial" else "spatial"
+            other = "temporal" if separable_kind(conv) == "spatial" else "spatial"
             single = f"the model has no {other} convolution left to pair it with"
             unknown = single if len(kinds) < 2 else _ALONE if sample is None else _NEVER_CALLED
-            if not _selected([vars(conv)[ATTRIBUTE].selection]):
+            if not _is_selected([vars(conv)[ATTRIBUTE].selection]):
                 unknown = _NOT_SELECTED
             left.append(Left(name, reasons.get(name, unknown)))
     place = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -96,12 +96,12 @@ def convert(
     return report
 
 
-def _alone(
+def _prepare_alone(
     model: nn.Module, convs: dict[str, Any], selects: Callable[[str], tuple[bool, bool]]
 ) -> None:
     """Prepare convolutions that are no half of a pair: over space and time at once, or of a model
     that has none along the other axes."""
-    single = len({separable(conv) for conv in convs.values()}) < 2
+    single = len({separable_kind(conv) for conv in convs.values()}) < 2
     for name, conv in model.named_modules():
         if not (is_whole(conv) or (single and name in convs)) or _why_never(conv) is not None:
             continue
@@ -112,7 +112,7 @@ def _alone(
         put_on(Whole(conv, name, wanted, barred))
 
 
-def _selected(ends: Iterable[tuple[bool, bool]]) -> bool:
+def _is_selected(ends: Iterable[tuple[bool, bool]]) -> bool:
     """Whether the filters want a pair of which these are (wanted, barred)."""
     ends = list(ends)
     return any(wanted for wanted, _ in ends) and not any(barred for _, barred in ends)
@@ -150,12 +150,12 @@ def serve(model: nn.Module) -> None:
             found.served = True
 
 
-def _separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
+def _find_separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
     """Convolutions along time or space only, outside of layers; and why others are left."""
     convs: dict[str, Any] = {}
     left: list[Left] = []
     layers: list[str] = []
-    kinds = {separable(m) for m in model.modules()} - {None}  # a 2D network has no pairs
+    kinds = {separable_kind(m) for m in model.modules()} - {None}  # a 2D network has no pairs
     for name, module in model.named_modules():
         if any(above in layers for above in ("", *holders(name))):
             continue
@@ -163,7 +163,7 @@ def _separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
             layers.append(name)
             what = f"is one operation already, a {type(module).__name__}"
             left.append(Left(name, what))
-        elif separable(module) is not None and (len(kinds) > 1 or len(module.kernel_size) == 3):
+        elif separable_kind(module) in kinds and (len(kinds) > 1 or len(module.kernel_size) == 3):
             why = _why_never(module)
             if why is None:
                 convs[name] = module
@@ -172,7 +172,7 @@ def _separable(model: nn.Module) -> tuple[dict[str, Any], list[Left]]:
     return convs, left
 
 
-def _whole(model: nn.Module) -> list[str]:
+def _whole_names(model: nn.Module) -> list[str]:
     """Convolutions over space and time at once."""
     return [name for name, m in model.named_modules() if is_whole(m)]
 
@@ -184,8 +184,8 @@ def _neighbours(convs: dict[str, Any]) -> list[Replaced]:
     before: tuple[str, Any] | None = None
     for name, conv in rest:
         if before is not None:
-            first, kind = before[1], separable(before[1])
-            if separable(conv) != kind and first.out_channels == conv.in_channels:
+            first, kind = before[1], separable_kind(before[1])
+            if separable_kind(conv) != kind and first.out_channels == conv.in_channels:
                 pairs.append(Replaced(before[0], name, f"{kind}-first"))
                 before = None
                 continue
@@ -193,7 +193,7 @@ def _neighbours(convs: dict[str, Any]) -> list[Replaced]:
     return pairs
 
 
-def separable(module: Any) -> str | None:
+def separable_kind(module: Any) -> str | None:
     """ "spatial" or "temporal" for a convolution that does something along these axes only.
 
     One over time alone is a 1D convolution; a 2D one is either of frames, or of frames and pixels.

@@ -19,7 +19,7 @@ from .folded import folds
 from .kept import CannotDefer, Kept, as_own
 from .layouts import Call, as_separate, call
 from .link import Link
-from .promise import Promise, is_current, promise, replace
+from .promise import Promise, is_current, promise, write_to
 from .state import State
 
 
@@ -37,10 +37,10 @@ class Ending(NamedTuple):
     calls: tuple[Call, ...] = ()  # that all of it stands for
     viewed: bool = False  # whether some of them turn dimensions
 
-    def told(self, link: Link, why: str) -> None:
+    def note_separate(self, link: Link, why: str) -> None:
         """The pair runs, once if all goes well."""
         if self.ran[0]:
-            self.begun.wasted(ending=True)
+            self.begun.note_waste(ending=True)
         self.ran[0].append(None)
 
     def finish(self, _: None, **given: Any) -> Tensor:
@@ -64,7 +64,7 @@ class Ending(NamedTuple):
             else:
                 options["outer_norm"] = norm
         y = self.run(given, **options)
-        return _laid_out(self, y, lambda: self.calls, given)
+        return _lay_out(self, y, lambda: self.calls, given)
 
 
 class Operation(NamedTuple):
@@ -81,7 +81,7 @@ class Operation(NamedTuple):
     viewed: bool  # whether some of them turn dimensions
     held: Kept | None = None  # what holds the first of its tensors already
 
-    def kept(self) -> tuple[tuple[str, Kept], ...]:
+    def keep(self) -> tuple[tuple[str, Kept], ...]:
         """
         Raises:
             CannotDefer: a tensor cannot be kept, or cached frames are of memory that others write
@@ -107,39 +107,39 @@ def is_deferred(begun: Any, x: Tensor, state: State) -> bool:
     # What hooks are to save must have been computed under them.
     if state.hooks is not None:
         return False
-    return (served and state.autocast is None) or bool(begun.followed(state))
+    return (served and state.autocast is None) or bool(begun.awaits_follower(state))
 
 
 def defer(op: Operation, state: State) -> Tensor:
     """The promise of an operation's output, or that itself where nothing would tell of writes;
     ``state``: that of now."""
     with contextlib.suppress(CannotDefer):
-        kept = op.kept()
+        kept = op.keep()
         plan = Ending(
             op.begun, op.run, op.slope, op.sums,
             ran=([],), calls=op.calls(), viewed=op.viewed,
         )  # fmt: skip
         return promise(Link(None, plan.finish, plan, kept, state, op.shape, op.dtype, op.begun))
-    return computed(op)
+    return compute(op)
 
 
-def computed(op: Operation) -> Tensor:
+def compute(op: Operation) -> Tensor:
     """The output of an operation."""
-    return _laid_out(op, op.run(op.tensors), op.calls, op.tensors)
+    return _lay_out(op, op.run(op.tensors), op.calls, op.tensors)
 
 
-def _laid_out(
+def _lay_out(
     op: Operation | Ending, y: Tensor, calls: Callable[[], Sequence[Call]], given: dict[str, Tensor]
 ) -> Tensor:
     """y in the strides of separate calls; a copy for inference has its own layout."""
     return y if op.begun.served else as_separate(y, calls, given, op.viewed)
 
 
-def ends(p: Any) -> bool:
+def is_ending(p: Any) -> bool:
     """Whether a promise is one of this module that nobody has read."""
     if type(p) is not Promise or type(p.link.plan) is not Ending or p.link.value is not None:
         return False
-    return is_current(p) and p.link.unchanged()
+    return is_current(p) and p.link.is_unchanged()
 
 
 def batch_norm(p: Promise, norm: BatchNorm) -> Any:
@@ -154,11 +154,11 @@ def batch_norm(p: Promise, norm: BatchNorm) -> Any:
         p.link.take()
         given = {name: kept.tensor for name, kept in p.link.kept}
         y = plan.run(given, outer_norm=norm)
-        return _laid_out(plan, y, lambda: plan.calls, given)
+        return _lay_out(plan, y, lambda: plan.calls, given)
     if not plan.begun.served:
         return NotImplemented
     tensors = {n: t for n, t in zip(norm._fields, norm[:4], strict=False) if t is not None}
-    return _extended(p, {f"outer {n}": t for n, t in tensors.items()}, norm=norm)
+    return _extend(p, {f"outer {n}": t for n, t in tensors.items()}, norm=norm)
 
 
 def add(p: Promise, other: Any, in_place: bool, first: bool) -> Any:
@@ -174,7 +174,7 @@ def add(p: Promise, other: Any, in_place: bool, first: bool) -> Any:
         return NotImplemented
     summed = _sum if first or in_place else _other_sum
     calls = (*plan.calls, call(summed, {"residual": "residual"}))
-    return _extended(p, {"residual": other}, in_place, residual=True, calls=calls)
+    return _extend(p, {"residual": other}, in_place, residual=True, calls=calls)
 
 
 def _sum(y: Tensor, residual: Tensor) -> Tensor:
@@ -193,12 +193,10 @@ def activation(p: Promise, kind: str, slope: float, in_place: bool) -> Any:
     if kind == "leaky_relu" and plan.slope not in (None, slope):
         return NotImplemented
     shared = slope if kind == "leaky_relu" else plan.slope
-    return _extended(p, {}, in_place, activation=kind, slope=shared)
+    return _extend(p, {}, in_place, activation=kind, slope=shared)
 
 
-def _extended(
-    p: Promise, tensors: dict[str, Tensor], in_place: bool = False, **changes: Any
-) -> Any:
+def _extend(p: Promise, tensors: dict[str, Tensor], in_place: bool = False, **changes: Any) -> Any:
     link = p.link
     if in_place and any(view() is not None for view in link.views):  # which see what is written
         return NotImplemented
@@ -215,4 +213,4 @@ def _extended(
         None, plan.finish, plan, (*link.kept, *kept), link.state, link.shape, link.dtype,
         link.begun,
     )  # fmt: skip
-    return replace(p, longer) if in_place else promise(longer)
+    return write_to(p, longer) if in_place else promise(longer)

@@ -32,7 +32,7 @@ class Folded:
     def __call__(self, second: Any, norm: Any) -> tuple[Tensor, Tensor]:
         tensors = [t for t in (*second, *norm[:4]) if t is not None]
         if any(t.is_inference() for t in tensors):
-            return _with_norm(second, norm)
+            return _multiply_in(second, norm)
         versions = [(t._version, read_address(t)) for t in tensors], norm.eps
         if self._found is not None:
             same = all(a is b for a, b in zip(self._found[0], tensors, strict=False))
@@ -40,12 +40,12 @@ class Folded:
                 found: tuple[Tensor, Tensor] = self._found[2]
                 return found
         with torch.inference_mode(False):  # it may be saved for backward later
-            made = _with_norm(second, norm)
+            made = _multiply_in(second, norm)
         self._found = tensors, versions, made
         return made
 
 
-def _with_norm(second: Any, norm: Any) -> tuple[Tensor, Tensor]:
+def _multiply_in(second: Any, norm: Any) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         weight, bias = second
         scale = (norm.running_var.double() + norm.eps).rsqrt()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...backends.contract import Begun
-from .axes import Atom, Axes, Dim, Recipe, joined, recipe, whole
-from .geometry import Pass, acted, second_pass
+from .axes import Atom, Axes, Dim, Recipe, join_atoms, recipe, whole_dims
+from .geometry import Pass, second_dims, second_pass
 from .padding import Pad
 
 
@@ -24,14 +24,14 @@ class Form(NamedTuple):
     shape: torch.Size  # of y
     frames: tuple[int, int] | None  # clips and their frames, where the first one knew frames only
 
-    def divided(self, half: Begun) -> Begun | None:
+    def as_clips(self, half: Begun) -> Begun | None:
         """What the first pass of all frames has left, as of clips; None where it is no view."""
         if self.frames is None:
             return None
         return half._replace(u=half.u.view(*self.frames, *half.u.shape[2:]))
 
 
-def lifted(w: Tensor, temporal: bool) -> Tensor:
+def lift(w: Tensor, temporal: bool) -> Tensor:
     """A weight of any rank as one of rank 5: of a temporal convolution or of a spatial one."""
     if w.dim() == 5:
         return w
@@ -47,12 +47,12 @@ def lifted_shape(w: Sequence[int], first: Pass) -> tuple[int, ...]:
     return (*w[:3], 1, 1) if first.kind == "spatial" else (*w[:2], 1, *w[2:])
 
 
-def arranged(x: Tensor, how: Recipe) -> Tensor:
+def arrange(x: Tensor, how: Recipe) -> Tensor:
     """A tensor by its recipe: a view, where one will do."""
     return x.view(how.split).permute(how.order).reshape(how.sizes)
 
 
-def laid_out(y: Tensor) -> Tensor:
+def make_dense(y: Tensor) -> Tensor:
     """Dense in a memory format, as a convolution of that rank leaves it."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(y.dim())
     if last is not None and y.is_contiguous(memory_format=last):
@@ -68,20 +68,22 @@ def form(
 
     ``axes`` say what z is of u. None where that is no pair, or could be more than one.
     """
-    places = acted(first, w, *settings)
+    places = second_dims(first, w, *settings)
     if places is None or len(z) != len(w):
         return None
     own = "hw" if first.kind == "spatial" else "t"
-    passive = [dim for name, dim in zip(names, whole(names, x), strict=True) if name not in own]
+    passive = [
+        dim for name, dim in zip(names, whole_dims(names, x), strict=True) if name not in own
+    ]
     batch, c, *passive = passive
-    roles, pads = _unpadded(axes, places)
+    roles, pads = _strip_pads(axes, places)
     rest = _rest([batch, *passive], roles)
     if rest is None or max(map(len, roles)) > 1:
         return None
-    left = [dim for name, dim in zip(names, whole(names, u), strict=True) if name in own]
+    left = [dim for name, dim in zip(names, whole_dims(names, u), strict=True) if name in own]
     order = (lambda t, hw: [*t, *hw]) if own == "hw" else (lambda hw, t: [*t, *hw])
-    kept = [dim for name, dim in zip(names, whole(names, x), strict=True) if name in own]
-    take = recipe(whole(names, x), [rest, c, *order(roles, kept)])
+    kept = [dim for name, dim in zip(names, whole_dims(names, x), strict=True) if name in own]
+    take = recipe(whole_dims(names, x), [rest, c, *order(roles, kept)])
     inside = [(Atom("in", 1, z[i]),) for i in places]
     sizes = tuple(map(_size, [rest, (Atom("c", 1, z[1]),), *order(inside, left)]))
     sides = [Pad(tuple(order(p, [(0, 0)] * len(own))), mode) for mode, p in pads]
@@ -112,7 +114,7 @@ def _size(dim: Dim) -> int:
     return prod(atom.size for atom in dim)
 
 
-def _unpadded(axes: Axes, places: Sequence[int]) -> tuple[list[Dim], list[Any]]:
+def _strip_pads(axes: Axes, places: Sequence[int]) -> tuple[list[Dim], list[Any]]:
     """Dimensions without the pads on them, and these, from the first on: mode and sides."""
     roles = [axes.dims[i] for i in places]
     pads: list[Any] = []
@@ -138,5 +140,5 @@ def _rest(passive: Sequence[Dim], roles: Sequence[Dim]) -> Dim | None:
                 size = atom.inner
             if size > 1:
                 rest.append(Atom(axis, 1, size))
-    found = joined(rest)
+    found = join_atoms(rest)
     return found if len(found) < 2 else None

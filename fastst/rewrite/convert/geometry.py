@@ -31,7 +31,7 @@ class First(NamedTuple):
     how: tuple[Any, ...]  # its other arguments
 
 
-class Read(NamedTuple):
+class Numbers(NamedTuple):
     """A convolution's numbers, those of a size along time, height and width."""
 
     kernel: tuple[int, int, int]
@@ -57,11 +57,11 @@ def first_pass(
     widths: Any,
 ) -> First | None:
     """A convolution of x that may be the first one, or None where it may be refused."""
-    read = _read(w, stride, padding, dilation, groups)
+    read = _numbers(w, stride, padding, dilation, groups)
     if read is None or mode not in ("zeros", "replicate", "reflect", "circular"):
         return None
     if mode != "zeros":
-        read = read._replace(sides=_lifted(sides_of(widths), read.axes, (0, 0)))
+        read = read._replace(sides=_as_three(sides_of(widths), read.axes, (0, 0)))
     groups, kind = read.groups, _kind(read)
     if x[1] != w[1] * groups or w[0] % groups or (b and tuple(b) != (w[0],)):
         return None
@@ -83,7 +83,9 @@ def first_pass(
     return First(first, torch.Size((x[0], w[0], *size)), _NAMES[read.axes], padded, how)
 
 
-def _read(w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: Any) -> Read | None:
+def _numbers(
+    w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: Any
+) -> Numbers | None:
     """The arguments of a convolution, or None where they are odd."""
     rank = len(w) - 2
     try:
@@ -110,15 +112,15 @@ def _read(w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: An
         and (w[3], strides[1], sides[1]) == (1, 1, (0, 0))
     ):
         axes = (0, 1)  # of frames and pixels
-    kernel, strides, dilations = (_lifted(v, axes, 1) for v in (w[2:], strides, dilations))
-    return Read(kernel, strides, _lifted(sides, axes, (0, 0)), dilations, groups, axes)
+    kernel, strides, dilations = (_as_three(v, axes, 1) for v in (w[2:], strides, dilations))
+    return Numbers(kernel, strides, _as_three(sides, axes, (0, 0)), dilations, groups, axes)
 
 
 def _are_pairs(padding: Any) -> bool:
     return type(padding) is tuple and bool(padding) and type(padding[0]) is tuple
 
 
-def _lifted(values: Sequence[Any], axes: Sequence[int], fill: Any) -> Any:
+def _as_three(values: Sequence[Any], axes: Sequence[int], fill: Any) -> Any:
     """Values of some of time, height and width as those of all three."""
     found = [fill] * 3
     for i, value in zip(axes, values, strict=True):
@@ -140,7 +142,7 @@ def padding_of(conv: Any) -> Any:
 
 def pad_of(w: Sequence[int], conv: Any) -> Pad | None:
     """The padding of a convolution over time, height and width, or None where it is odd."""
-    read = _read(w, conv.stride, padding_of(conv), conv.dilation, conv.groups)
+    read = _numbers(w, conv.stride, padding_of(conv), conv.dilation, conv.groups)
     return None if read is None else Pad(read.sides, conv.padding_mode)
 
 
@@ -152,7 +154,7 @@ def _sizes(value: Any, rank: int) -> tuple[int, ...]:
     return tuple(map(operator.index, values))
 
 
-def _kind(read: Read) -> str | None:
+def _kind(read: Numbers) -> str | None:
     """Along which axes a convolution does something, if they are those of one pass."""
     acts = [
         k != 1 or s != 1 or tuple(p) != (0, 0)
@@ -163,9 +165,9 @@ def _kind(read: Read) -> str | None:
     return "spatial" if any(acts[1:]) and not acts[0] else None
 
 
-def acted(first: Pass, w: Sequence[int], *settings: Any) -> tuple[int, ...] | None:
+def second_dims(first: Pass, w: Sequence[int], *settings: Any) -> tuple[int, ...] | None:
     """Which dimensions of its input are those of a second convolution, of any rank."""
-    read = _read(w, *settings)
+    read = _numbers(w, *settings)
     if read is None or _kind(read) in (None, first.kind):
         return None
     wanted = (1, 2) if first.kind == "temporal" else (0,)
@@ -187,7 +189,7 @@ def second_pass(
 
     None where it is none. z is 5-D and padded, the weight of any rank.
     """
-    read = _read(w, stride, padding, dilation, groups)
+    read = _numbers(w, stride, padding, dilation, groups)
     if read is None:
         return None
     _, stride, sides, dilation, groups, _ = read

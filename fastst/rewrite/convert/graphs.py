@@ -20,7 +20,7 @@ from .link import Link
 from .promise import RULES, SHAPE_ONLY, Promise, promise, real
 
 
-def _traced(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+def _trace(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """What rules do not know may write to it, or see its memory: then it forgets its chain."""
     kwargs = kwargs or {}
     if func in SHAPE_ONLY:
@@ -36,7 +36,7 @@ def _traced(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None)
     return func(*args, **kwargs)
 
 
-def _below(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+def _dispatch(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """Backward reads what it has saved without asking."""
     for value in tree_leaves((args, kwargs)):
         if type(value) in _PLAIN:
@@ -46,14 +46,14 @@ def _below(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) 
 
 class _Functional(FunctionalTensor):
     link: Link
-    __torch_function__ = classmethod(_traced)
-    __torch_dispatch__ = classmethod(_below)
+    __torch_function__ = classmethod(_trace)
+    __torch_dispatch__ = classmethod(_dispatch)
 
 
 class _Fake(FakeTensor):
     link: Link
-    __torch_function__ = classmethod(_traced)
-    __torch_dispatch__ = classmethod(_below)
+    __torch_function__ = classmethod(_trace)
+    __torch_dispatch__ = classmethod(_dispatch)
 
 
 _REMEMBERING: dict[type, type] = {FunctionalTensor: _Functional, FakeTensor: _Fake}
@@ -78,7 +78,7 @@ def forget(value: Any, reader: Any) -> None:
     """Let a value of a graph be no promise any more."""
     if type(value) in _PLAIN:
         link: Link = value.link
-        link.plan.told(link, f"its output goes to {getattr(reader, '__name__', reader)}")
+        link.plan.note_separate(link, f"its output goes to {getattr(reader, '__name__', reader)}")
         value.__class__ = _PLAIN[type(value)]
 
 
@@ -86,36 +86,36 @@ def is_promise(value: Any) -> bool:
     return type(value) is Promise or type(value) in _PLAIN
 
 
-def unread(p: Any) -> bool:
+def is_unread(p: Any) -> bool:
     """Whether nobody has computed a promise yet, or has written to it in a graph."""
     link: Link = p.link
     return link.value is None or (type(p) is not Promise and _version(link.value) == link.version)
 
 
-def taken(value: Any, reader: Any) -> Any:
+def read_out(value: Any, reader: Any) -> Any:
     """The tensor of a promise, for whoever reads it; anything else as it is."""
     forget(value, reader)
     return real(value, reader)
 
 
-def promised(link: Link) -> Any:
+def promise_or_trace(link: Link) -> Any:
     """The promise of what a link computes."""
     if not link.state.traced:
         return promise(link)
     before = None if link.before is None else link.before.value
     with _plain(before):
         value = link.run(before, **{name: kept.tensor for name, kept in link.kept})
-    return before if value is before else _remembers(value, link)
+    return before if value is before else _remember(value, link)
 
 
-def rewritten(p: Any, link: Link) -> Any:
+def write_in_graph(p: Any, link: Link) -> Any:
     """A value of a graph after what a link computes of it has been written to it."""
     with _plain(p):
         p.copy_(link.run(p, **{name: kept.tensor for name, kept in link.kept}))
-    return _remembers(p, link)
+    return _remember(p, link)
 
 
-def _remembers(value: Any, link: Link) -> Any:
+def _remember(value: Any, link: Link) -> Any:
     link.value, link.version = value, _version(value)
     value.__class__ = _REMEMBERING.get(type(value), type(value))
     value.link = link

@@ -24,7 +24,7 @@ class CannotDefer(Exception):
 class Kept:
     """A tensor as it is now, whatever is written to it later.
 
-    ``laid_out``: what ``_laid_out`` says of the tensor, where that is known.
+    ``laid_out``: what ``_layout`` says of the tensor, where that is known.
 
     A copy-on-write clone: it costs no memory unless somebody writes. Then it is the tensor that
     moves, so memory of which others may have the address is not cloned. That, memory that cannot be
@@ -47,7 +47,7 @@ class Kept:
         self.valueless = tensor.is_meta or type(tensor) in _VALUELESS
         if self.valueless:
             return
-        self.laid_out = laid_out or _laid_out(tensor)
+        self.laid_out = laid_out or _layout(tensor)
         if type(tensor) is nn.Parameter and _SHARDED in sys.modules:
             self.resized = _is_sharded(tensor)
         self.hold(_is_held_elsewhere(tensor))
@@ -103,7 +103,7 @@ class Kept:
         t = self.tensor
         if t.requires_grad != self.needs_grad:
             return False
-        if self.laid_out is not None and _laid_out(t) != self.laid_out:
+        if self.laid_out is not None and _layout(t) != self.laid_out:
             return False
         held = self.clone is not None and self.version is not None
         if held and t._version == self.version and _address(t) == self.address:
@@ -114,7 +114,7 @@ class Kept:
     def _as_laid_out(self) -> bool:
         """Whether it has the shape, the strides and the dtype that it had: ``x.data = x.data[:1]``
         changes neither the version nor the address."""
-        return self.laid_out is None or _laid_out(self.tensor) == self.laid_out
+        return self.laid_out is None or _layout(self.tensor) == self.laid_out
 
     @property
     def _unwritten(self) -> bool:
@@ -177,7 +177,7 @@ class Copied(tuple[Tensor]):
         return self[0]
 
 
-def copied(vectors: Sequence[tuple[str, Tensor]]) -> tuple[tuple[str, Any], ...]:
+def copy_vectors(vectors: Sequence[tuple[str, Tensor]]) -> tuple[tuple[str, Any], ...]:
     """Vectors alike that need no gradient, as they are now: copied in less time than watched, or
     copy-on-write clones, which may serve again as long as they ``share``."""
     if any(_is_held_elsewhere(t) or _has_other_owners(t) for _, t in vectors):
@@ -232,7 +232,7 @@ def _is_held_elsewhere(t: Any) -> bool:
     return bool(not t.requires_grad and t._use_count() > 1)
 
 
-def _laid_out(t: Tensor) -> tuple[Any, ...]:
+def _layout(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.stride(), t.dtype
 
 
@@ -247,7 +247,7 @@ _VALUELESS = (FakeTensor, FunctionalTensor)
 _SHARDED = "torch.distributed._composable_state"
 
 
-def valueless(tensor: Tensor) -> bool:
+def is_valueless(tensor: Tensor) -> bool:
     """Whether a tensor has a shape only."""
     return tensor.is_meta or type(tensor) in _VALUELESS
 

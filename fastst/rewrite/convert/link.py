@@ -109,7 +109,7 @@ class Link:
     def tensors(self) -> list[Tensor]:
         return [kept.tensor for _, kept in self.reads]
 
-    def unchanged(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether all that the chain reads is what it was."""
         for _, kept in self.reads:  # noqa: SIM110 -- in less time
             if not kept.same:
@@ -145,8 +145,10 @@ class Link:
     def compute(self, reader: Any = "C++") -> Tensor:
         """The value, as separate calls make it, for whoever reads it."""
         if self.value is None:
-            self.plan.told(self, f"its output goes to {getattr(reader, '__name__', reader)}")
-        return self._settled()
+            self.plan.note_separate(
+                self, f"its output goes to {getattr(reader, '__name__', reader)}"
+            )
+        return self._settle()
 
     def hold(self) -> None:
         """Notice writes to the value from now on, also those that no version counter tells of."""
@@ -160,27 +162,27 @@ class Link:
         view.sees = view.viewed = True
         self.views.append(weakref.ref(view))
 
-    def _settled(self) -> Tensor:
+    def _settle(self) -> Tensor:
         """The value; what sees its memory is made with it, before anybody can write to it."""
         source = None
         if self.value is None and self.before is not None:  # whose value may come with this one
-            source = self.before._settled() if self.sees else self.before.current()
+            source = self.before._settle() if self.sees else self.before.current_value()
         if self.value is None:
-            self.value = value = self._computed(source)
+            self.value = value = self._compute(source)
             self.version = None if value.is_inference() else value._version
             self.written = node = value.grad_fn
             self.edge = None if node is None else GradientEdge(node, value.output_nr)
             if self.readers:
                 self.hold()
             for view in filter(None, (ref() for ref in self.views)):
-                view._settled()
+                view._settle()
         return self.value
 
-    def _fresh(self) -> Tensor:
+    def _fresh_value(self) -> Tensor:
         """The value in memory of its own, whatever has been written to another one."""
-        return self._computed(None if self.before is None else self.before.current())
+        return self._compute(None if self.before is None else self.before.current_value())
 
-    def _computed(self, source: Tensor | None, gates: Gates = NO_GATES) -> Tensor:
+    def _compute(self, source: Tensor | None, gates: Gates = NO_GATES) -> Tensor:
         what, state = self.name or "the model", self.state
         ended = state.hooks is not None and not state.hooked
         with _leaves_as_they_were(kept for _, kept in self.kept if kept.switched):
@@ -194,24 +196,26 @@ class Link:
                 value = self.run(source, **given)
         return value
 
-    def again(self, gates: Gates = NO_GATES) -> Tensor:
+    def compute_again(self, gates: Gates = NO_GATES) -> Tensor:
         """The value with a graph of its own; ``gates``: what it reads in the place of tensors."""
-        return self._computed(None if self.before is None else self.before.again(gates), gates)
+        return self._compute(
+            None if self.before is None else self.before.compute_again(gates), gates
+        )
 
-    def replayed(self, source: Link, value: Tensor) -> Tensor:
+    def replay(self, source: Link, value: Tensor) -> Tensor:
         """What the calls after a link make of another value than that of the link."""
         if self is source:
             return value
         assert self.before is not None
-        return self._computed(self.before.replayed(source, value))
+        return self._compute(self.before.replay(source, value))
 
-    def current(self, keep: bool = False) -> Tensor:
+    def current_value(self, keep: bool = False) -> Tensor:
         """The value for the link after this one: kept, if anybody else may want it too, or its
         gradient."""
         if self.value is None:
             if keep or self.readers > 1:
                 return self.compute()
-            return self._settled() if self._has_gradient() else self._fresh()
+            return self._settle() if self._has_gradient() else self._fresh_value()
         if self.steady:
             return self.value
         if self.asked:  # another value would have no hooks
@@ -219,7 +223,7 @@ class Link:
                 f"fastst: {output_of(self)} was written to after its gradient was asked for and "
                 "before what reads it was computed; write to a clone"
             )
-        return self._fresh()
+        return self._fresh_value()
 
     def _has_gradient(self) -> bool:
         """Whether somebody may still ask for its gradient."""

@@ -10,22 +10,10 @@ from torch import nn
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
-def join(name: str, path: str) -> str:
-    return f"{name}.{path}" if name and path else name or path
-
-
-def under(name: str, above: str) -> bool:
-    return not above or name == above or name.startswith(f"{above}.")
-
-
 def holders(path: str) -> list[str]:
     """The paths of the modules that hold the one at a path, without the root."""
     parts = path.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def title(name: str, module: nn.Module) -> str:
-    return f"{name or 'the model'} ({type(module).__name__})"
 
 
 def matcher(label: str, model: nn.Module, given: Filter | None) -> Callable[[Iterable[str]], bool]:

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...problem.norms import Norm
-from .chain import extended, is_open, seen
+from .chain import as_view, extend, is_open
 from .graphs import is_promise
 from .link import Link
 from .plain import are_plain, needs_grad
 from .promise import Promise
-from .readings import BIAS, WEIGHT, Reading, channel_axis, keep, normed, onto
+from .readings import BIAS, WEIGHT, Reading, add_norm, channel_axis, keep, reading_of
 
 # By what a reading is ("" is N, C, T, H, W) and how it is permuted: what it is then.
 _TURNS: dict[tuple[str, Sequence[int]], str] = {
@@ -30,36 +30,36 @@ _TURNS: dict[tuple[str, Sequence[int]], str] = {
 }
 
 
-def _viewed(p: Promise, form: str, shape: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
-    plan = onto(p)
+def _as_view(p: Promise, form: str, shape: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
+    plan = reading_of(p)
     assert plan is not None
     if p.link is plan.source:  # a shortcut may ask for it again
         p.link.readers += 1
-    return seen(p, call, torch.Size(shape), plan._replace(form=form))
+    return as_view(p, call, torch.Size(shape), plan._replace(form=form))
 
 
-def turned(p: Promise, order: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
+def reorder(p: Promise, order: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
     """A promise that convolutions read, with its dimensions in another order."""
-    plan = onto(p)
+    plan = reading_of(p)
     if plan is None or plan.past or plan.pads:
         return NotImplemented
     form = _TURNS.get((plan.form, tuple(order)))
     if form is None:
         return NotImplemented
-    return _viewed(p, form, [p.link.shape[i] for i in order], call)
+    return _as_view(p, form, [p.link.shape[i] for i in order], call)
 
 
-def resized(p: Promise, sizes: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
+def resize(p: Promise, sizes: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
     """Clips as frames, and back."""
-    plan = onto(p)
+    plan = reading_of(p)
     if plan is None or not all(type(n) is int for n in sizes):
         return NotImplemented
     n, _, t, *_ = plan.source.shape
     clips, frames = tuple(p.link.shape[-3:]), (n * t, *p.link.shape[-3:])
     if plan.form == "by frame" and tuple(sizes) == frames:
-        return _viewed(p, "frames", frames, call)
+        return _as_view(p, "frames", frames, call)
     if plan.form == "frames" and tuple(sizes) == (n, t, *clips):
-        return _viewed(p, "by frame", sizes, call)
+        return _as_view(p, "by frame", sizes, call)
     return NotImplemented
 
 
@@ -69,19 +69,23 @@ def resized(p: Promise, sizes: Sequence[int], call: Callable[[Tensor], Tensor]) 
 def _layer_norm(
     input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5
 ) -> Any:
-    plan = onto(input)
-    if plan is None or not _of_last(input, plan, normalized_shape) or type(eps) is not float:
+    plan = reading_of(input)
+    if (
+        plan is None
+        or not _is_over_channels(input, plan, normalized_shape)
+        or type(eps) is not float
+    ):
         return NotImplemented
 
     def run(v: Tensor, **given: Tensor) -> Tensor:
         return F.layer_norm(v, normalized_shape, given.get(WEIGHT), given.get(BIAS), eps)
 
-    return normed(input, Norm("layer", weight, bias, eps=eps), run)
+    return add_norm(input, Norm("layer", weight, bias, eps=eps), run)
 
 
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
-    plan = onto(input)
-    if plan is None or not _of_last(input, plan, normalized_shape):
+    plan = reading_of(input)
+    if plan is None or not _is_over_channels(input, plan, normalized_shape):
         return NotImplemented
     least = eps
     if eps is None and input.link.dtype in (torch.float32, torch.float64):
@@ -92,10 +96,10 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = 
     def run(v: Tensor, **given: Tensor) -> Tensor:
         return F.rms_norm(v, normalized_shape, given.get(WEIGHT), eps)
 
-    return normed(input, Norm("rms", weight, eps=least), run)
+    return add_norm(input, Norm("rms", weight, eps=least), run)
 
 
-def _of_last(p: Promise, plan: Reading, shape: Any) -> bool:
+def _is_over_channels(p: Promise, plan: Reading, shape: Any) -> bool:
     """Whether a norm is over the channels of each position, which stand last."""
     return plan.form == "last" and tuple(shape) == tuple(p.link.shape[-1:])
 
@@ -107,12 +111,12 @@ class Root(NamedTuple):
     stage: str = "squares"  # then "mean", "sum", "factor"
     eps: float = 0.0
 
-    def told(self, link: Link, why: str) -> None:
+    def note_separate(self, link: Link, why: str) -> None:
         """It is computed as separate calls."""
 
 
 def _square(input: Any, exponent: Any = 2) -> Any:
-    plan = onto(input)
+    plan = reading_of(input)
     if plan is None or type(exponent) is not int or exponent != 2 or plan.activation or plan.unit:
         return NotImplemented
     if plan.norm is not None or plan.past or plan.pads or plan.form not in ("", "last"):
@@ -120,7 +124,7 @@ def _square(input: Any, exponent: Any = 2) -> Any:
     link = input.link
     if link is plan.source:
         link.readers += 1
-    return extended(input, lambda v: v.pow(2), Root(link))
+    return extend(input, lambda v: v.pow(2), Root(link))
 
 
 def _mean(input: Any, dim: Any = None, keepdim: Any = False, **kwargs: Any) -> Any:
@@ -134,29 +138,29 @@ def _mean(input: Any, dim: Any = None, keepdim: Any = False, **kwargs: Any) -> A
         return NotImplemented
     shape[axis] = 1
     plan = input.link.plan._replace(stage="mean")
-    return extended(input, lambda v: v.mean(dim, keepdim=True), plan, shape=torch.Size(shape))
+    return extend(input, lambda v: v.mean(dim, keepdim=True), plan, shape=torch.Size(shape))
 
 
 def _axis_of(link: Link) -> int:
     return channel_axis(link.plan if type(link.plan) is Reading else None)
 
 
-def raised(p: Any, eps: Any) -> Any:
+def add_eps(p: Any, eps: Any) -> Any:
     """A mean of squares with eps."""
     if not (is_open(p, Root) and p.link.plan.stage == "mean" and type(eps) is float and eps >= 0):
         return NotImplemented
-    return extended(p, lambda v: v + eps, p.link.plan._replace(stage="sum", eps=eps))
+    return extend(p, lambda v: v + eps, p.link.plan._replace(stage="sum", eps=eps))
 
 
 def _rsqrt(input: Any) -> Any:
     if not (is_open(input, Root) and input.link.plan.stage in ("mean", "sum")):
         return NotImplemented
-    return extended(input, torch.rsqrt, input.link.plan._replace(stage="factor"))
+    return extend(input, torch.rsqrt, input.link.plan._replace(stage="factor"))
 
 
-def divided(p: Any, factor: Any) -> Any:
+def apply_root(p: Any, factor: Any) -> Any:
     """A promise times 1/√(mean of its own squares + eps): an RMS norm."""
-    plan = onto(p)
+    plan = reading_of(p)
     if plan is None or not is_open(factor, Root):
         return NotImplemented
     root: Root = factor.link.plan
@@ -174,7 +178,7 @@ def divided(p: Any, factor: Any) -> Any:
             r = call(r)
         return v * r
 
-    return normed(p, Norm("rms", eps=root.eps), run)
+    return add_norm(p, Norm("rms", eps=root.eps), run)
 
 
 # ---- of groups and frames
@@ -192,10 +196,10 @@ def _group_norm(
     def run(v: Tensor, **given: Tensor) -> Tensor:
         return F.group_norm(v, num_groups, given.get(WEIGHT), given.get(BIAS), eps)
 
-    norm, plan = Norm("group", weight, bias, num_groups, eps=eps), onto(input)
+    norm, plan = Norm("group", weight, bias, num_groups, eps=eps), reading_of(input)
     if plan is None or plan.form:
-        return _of_frames(input, norm, run)
-    return normed(input, norm, run)
+        return _norm_frames(input, norm, run)
+    return add_norm(input, norm, run)
 
 
 class Frames(NamedTuple):
@@ -207,12 +211,12 @@ class Frames(NamedTuple):
     size: int  # of all chunks but the last
     norm: Norm | None = None
 
-    def told(self, link: Link, why: str) -> None:
-        self.link.plan.told(self.link, why)
+    def note_separate(self, link: Link, why: str) -> None:
+        self.link.plan.note_separate(self.link, why)
 
 
 def _split(input: Any, size: Any, dim: Any = 0) -> Any:
-    plan = onto(input)
+    plan = reading_of(input)
     if plan is None or plan.form != "frames" or type(size) is not int or size < 1 or dim != 0:
         return NotImplemented
     link, count, made = input.link, input.link.shape[0], []
@@ -220,7 +224,7 @@ def _split(input: Any, size: Any, dim: Any = 0) -> Any:
         stop = min(start + size, count)
         part = Frames(input, link, (start, stop), size)
         shape = torch.Size((stop - start, *link.shape[1:]))
-        made.append(seen(input, _narrow(start, stop), shape, part))
+        made.append(as_view(input, _narrow(start, stop), shape, part))
     return tuple(made)
 
 
@@ -228,11 +232,11 @@ def _narrow(start: int, stop: int) -> Callable[[Tensor], Tensor]:
     return lambda v: v.narrow(0, start, stop - start)
 
 
-def _of_frames(input: Any, norm: Norm, run: Callable[..., Tensor]) -> Any:
+def _norm_frames(input: Any, norm: Norm, run: Callable[..., Tensor]) -> Any:
     """A group norm of all frames of a batch, or of some."""
-    plan = onto(input)
+    plan = reading_of(input)
     if plan is not None and plan.form == "frames":
-        return normed(input, norm._replace(per_frame=True), run)
+        return add_norm(input, norm._replace(per_frame=True), run)
     if not is_open(input, Frames) or input.link.plan.norm is not None:
         return NotImplemented
     given = {n: t for n, t in ((WEIGHT, norm.weight), (BIAS, norm.bias)) if t is not None}
@@ -241,10 +245,10 @@ def _of_frames(input: Any, norm: Norm, run: Callable[..., Tensor]) -> Any:
         return NotImplemented
     if needs_grad(input.link.state, norm.weight, norm.bias):
         return NotImplemented
-    return extended(input, run, part._replace(norm=norm), kept)
+    return extend(input, run, part._replace(norm=norm), kept)
 
 
-def joined(tensors: Sequence[Any], dim: Any) -> Any:
+def join_frames(tensors: Sequence[Any], dim: Any) -> Any:
     """All frames of a batch again, each with the same norm."""
     if dim != 0 or not all(is_promise(t) and is_open(t, Frames) for t in tensors):
         return NotImplemented
@@ -253,19 +257,19 @@ def joined(tensors: Sequence[Any], dim: Any) -> Any:
     for t, plan in zip(tensors, plans, strict=True):
         if plan.link is not first.link or plan.frames[0] != at:
             return NotImplemented
-        if not (_alike(plan.norm, first.norm) and t.link.unchanged()):
+        if not (_are_alike(plan.norm, first.norm) and t.link.is_unchanged()):
             return NotImplemented
         at = plan.frames[1]
     norm, size, run = first.norm, first.size, tensors[0].link.run
     if norm is None or at != first.link.shape[0] or first.of.link is not first.link:
         return NotImplemented
-    return normed(
+    return add_norm(
         first.of, norm._replace(per_frame=True),
         lambda v, **given: torch.cat([run(part, **given) for part in v.split(size)]),
     )  # fmt: skip
 
 
-def _alike(one: Norm | None, other: Norm | None) -> bool:
+def _are_alike(one: Norm | None, other: Norm | None) -> bool:
     return (
         one is not None
         and other is not None

@@ -13,7 +13,7 @@ from ... import functional
 from ...functional import BatchNorm
 from ...problem.spec import PairTensors, offset_of
 from . import endings, forms
-from .chain import Guess, Plan, exactly, have_flags, is_open
+from .chain import Guess, Plan, exact_key, have_flags, is_open
 from .endings import Operation
 from .forms import Form
 from .geometry import second_pass
@@ -36,7 +36,7 @@ def second(
     if not is_open(input):
         return NotImplemented
     link, given = input.link, (facts(weight), bias is not None and facts(bias))
-    if None in given or not _selected(link):
+    if None in given or not _is_selected(link):
         return NotImplemented
     if type(stride) is list or type(padding) is list or type(dilation) is list:
         stride, padding, dilation = (
@@ -44,12 +44,12 @@ def second(
         )
     how = stride, padding, dilation, groups
     try:
-        fit = _fit(link.plan, link.shape, *given, how, exactly(how))
+        fit = _fit(link.plan, link.shape, *given, how, exact_key(how))
     except (TypeError, ValueError):  # sizes of a graph, or settings, that do not hash
         fit = _fit.__wrapped__(link.plan, link.shape, *given, how, b"")
-    if fit is None or not link.unchanged():
+    if fit is None or not link.is_unchanged():
         return NotImplemented
-    return _joined(link, fit, weight, bias)
+    return _join(link, fit, weight, bias)
 
 
 class Fit(NamedTuple):
@@ -100,15 +100,15 @@ def _fit(
     return Fit(settings, shape, form, dtype, guess, last, alike, {})
 
 
-def _joined(link: Link, fit: Fit, weight: Tensor, bias: Tensor | None) -> Any:
+def _join(link: Link, fit: Fit, weight: Tensor, bias: Tensor | None) -> Any:
     """Both convolutions as one operation."""
     half, state = link.half, link.state
     if fit.form is not None and half is not None:
-        half = fit.form.divided(half)
+        half = fit.form.as_clips(half)
         if half is None:
             return NotImplemented
     link.take()
-    link.begun.took(link, fit.guess)
+    link.begun.note_pair(link, fit.guess)
     if state.hooks is not None:
         link.let_go()
     x: Tensor = link.convolution.kept[0][1].tensor
@@ -116,7 +116,7 @@ def _joined(link: Link, fit: Fit, weight: Tensor, bias: Tensor | None) -> Any:
     if fit.alike and not (deferred or link.viewed):
         return _run(link, fit, (weight, bias))
     op = _operation(link, fit, half, weight, bias)
-    return endings.defer(op, state) if deferred else endings.computed(op)
+    return endings.defer(op, state) if deferred else endings.compute(op)
 
 
 def _run(link: Link, fit: Fit, second: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -172,8 +172,8 @@ class _Pair(NamedTuple):
         w2, b2 = second or (given["second weight"], given.get("second bias"))
         temporal = plan.first.kind == "temporal"
         if form is not None:
-            x = forms.arranged(x, form.x)
-            w1, w2 = forms.lifted(w1, temporal), forms.lifted(w2, not temporal)
+            x = forms.arrange(x, form.x)
+            w1, w2 = forms.lift(w1, temporal), forms.lift(w2, not temporal)
         if temporal:
             w1, b1, w2, b2 = w2, b2, w1, b1
         if norm is not None:
@@ -185,7 +185,7 @@ class _Pair(NamedTuple):
             x, w1, w2, b1, b2, **self.fit.settings, activation=name, norm=norm,
             recompute=self.recompute, begun=self.half, **ending,
         )  # fmt: skip
-        return y if form is None else forms.laid_out(forms.arranged(y, form.y))
+        return y if form is None else forms.make_dense(forms.arrange(y, form.y))
 
 
 def _convolution(rank: int, how: tuple[Any, ...]) -> Call:
@@ -198,7 +198,7 @@ def _convolution(rank: int, how: tuple[Any, ...]) -> Call:
     return call(run, {"weight": "second weight", "bias": "second bias"})
 
 
-def _selected(link: Link) -> bool:
+def _is_selected(link: Link) -> bool:
     """Whether the filters of ``convert`` want the pair."""
     ends = link.ends
     return bool(link.begun.wanted or (ends is not None and ends.wanted))

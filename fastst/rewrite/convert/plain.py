@@ -67,7 +67,7 @@ def plain_call(x: Any, weight: Any, bias: Any) -> torch.dtype | None:
     ):
         return None
     state = State(x.device)
-    if state.in_checkpoint:  # as in ``rules.begin``
+    if state.forbids_operations:
         return None
     if needs_grad(state, weight, bias) and is_inference(x, weight):
         return None

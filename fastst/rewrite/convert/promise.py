@@ -45,7 +45,7 @@ class _Node(torch.autograd.Function):
             # of a weight, the weight's gradient from here is that which passes x by.
             with torch.enable_grad():
                 gates = {t: _Gate.apply(t) for t in wanted}
-            value = _with_own_graph(link, gates)
+            value = _value_with_own_graph(link, gates)
             with _closed(gates.values()):
                 grads = _gradients(value, list(gates.values()), grad)
         else:
@@ -56,7 +56,7 @@ class _Node(torch.autograd.Function):
             except RuntimeError as error:  # backward of another reader has freed the graph
                 if "backward through the graph a second time" not in str(error):
                     raise
-                grads = _gradients(_with_own_graph(link, cause=error), wanted, grad)
+                grads = _gradients(_value_with_own_graph(link, cause=error), wanted, grad)
         found = dict(zip(wanted, grads, strict=True))
         return None, None, *(found.pop(t, None) for t in ctx.tensors)
 
@@ -105,12 +105,12 @@ def _gradients(
     )  # fmt: skip
 
 
-def _with_own_graph(
+def _value_with_own_graph(
     link: Link, gates: Gates = NO_GATES, cause: BaseException | None = None
 ) -> Tensor:
     if link.separate:  # whose hooks another graph would not have
         raise needs_clone(link) from cause
-    return link.again(gates)
+    return link.compute_again(gates)
 
 
 def _are_hooked(tensors: list[Tensor]) -> bool:
@@ -172,8 +172,8 @@ def _closed(gates: Iterable[Tensor]) -> Iterator[None]:
 
 OURS: Any = _Node._backward_cls, _WrittenNode._backward_cls
 # Without the search for functorch's wrappers, which are never among what a promise reads.
-_seen_by_autograd: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
-_seen_as_written: Callable[..., Any] = super(torch.autograd.Function, _WrittenNode).apply
+_apply_node: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
+_apply_written_node: Callable[..., Any] = super(torch.autograd.Function, _WrittenNode).apply
 
 
 def needs_clone(link: Link) -> RuntimeError:
@@ -183,7 +183,7 @@ def needs_clone(link: Link) -> RuntimeError:
     )
 
 
-class _Read(torch.autograd.Function):
+class _ValueNode(torch.autograd.Function):
     """The value of a promise to which autograd has given a node of its own."""
 
     @staticmethod
@@ -208,13 +208,13 @@ def promise(link: Link) -> Promise:
     if link.state.grad:
         tensors = [kept.tensor for _, kept in link.reads if kept.needs_grad]
         if tensors:
-            return _differentiable(link, _seen_by_autograd(link, dtype, *tensors))
+            return _mark_differentiable(link, _apply_node(link, dtype, *tensors))
     made = _wrap(link, dtype)
     made.link = link
     return made
 
 
-def _differentiable(link: Link, made: Promise) -> Promise:
+def _mark_differentiable(link: Link, made: Promise) -> Promise:
     made.link, made.differentiable, link.promise = link, True, weakref.ref(made)
     return made
 
@@ -277,7 +277,7 @@ def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
     if seen is None and not (tensor.requires_grad and as_made):
         if needs_gradient(value):
             with torch.enable_grad():
-                value.seen = seen = _Read.apply(value)
+                value.seen = seen = _ValueNode.apply(value)
         elif tensor.requires_grad:
             return tensor.detach()
     return tensor if seen is None else seen
@@ -325,7 +325,7 @@ def _resemble(values: Any) -> None:
             continue
         link.shape, link.dtype, link.written = value.shape, value.dtype, value.grad_fn
         if written:
-            other = _differentiable(link, _seen_as_written(link, link.dtype, value))
+            other = _mark_differentiable(link, _apply_written_node(link, link.dtype, value))
         else:
             other = _wrap(link, link.dtype) if detached else promise(link)
         _become(p, other)
@@ -338,7 +338,7 @@ def _become(p: Promise, other: Promise) -> None:
     p.differentiable = other.differentiable
 
 
-def replace(old: Promise, link: Link) -> Promise:
+def write_to(old: Promise, link: Link) -> Promise:
     """Write to a promise in place: the same object now is what a link computes."""
     with unseen():
         node: Any = old.grad_fn

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...functional import BatchNorm
 from ...problem.norms import Norm, frame_by_frame
-from .chain import extended, is_open
+from .chain import extend, is_open
 from .endings import Ending
 from .geometry import pad_of
 from .kept import CannotDefer, Kept
@@ -45,7 +45,7 @@ class Reading(NamedTuple):
         ""  # "" is (N, C, T, H, W); or "last", "by frame" or "frames", as ``norms`` has them
     )
 
-    def told(self, link: Link, why: str) -> None:
+    def note_separate(self, link: Link, why: str) -> None:
         """The chain is computed as separate calls, the operation before it in any case."""
 
     @property
@@ -58,7 +58,7 @@ class Reading(NamedTuple):
         return self.norm is None or frame_by_frame(self.norm)
 
 
-def onto(p: Any) -> Reading | None:
+def reading_of(p: Any) -> Reading | None:
     """What is known of a promise that convolutions can read; the operation itself may have run."""
     if type(p) is not Promise:
         return None
@@ -66,7 +66,7 @@ def onto(p: Any) -> Reading | None:
     if type(link.plan) is Ending:
         if not is_current(p):
             return None
-        if not (link.unchanged() if link.value is None else link.steady):
+        if not (link.is_unchanged() if link.value is None else link.steady):
             return None
         plan = Reading(link.begun, link)
     elif is_open(p, Reading):
@@ -91,7 +91,7 @@ def keep(tensors: dict[str, Tensor]) -> tuple[tuple[str, Kept], ...] | None:
         return None
 
 
-def longer(
+def lengthen(
     p: Promise,
     run: Callable[..., Tensor],
     tensors: dict[str, Tensor] | None = None,
@@ -99,8 +99,8 @@ def longer(
     shape: torch.Size | None = None,
     **changes: Any,
 ) -> Any:
-    """The promise of what ``run`` makes of one that ``onto`` knows."""
-    link, plan = p.link, onto(p)
+    """The promise of what ``run`` makes of one that ``reading_of`` knows."""
+    link, plan = p.link, reading_of(p)
     assert plan is not None
     if link.state.grad and any(t.requires_grad for t in (tensors or {}).values()):
         return NotImplemented
@@ -111,13 +111,15 @@ def longer(
         return NotImplemented
     if link is plan.source:  # a shortcut may ask for it again
         link.readers += 1
-    return extended(p, run, plan._replace(**changes), kept, shape, in_place)
+    return extend(p, run, plan._replace(**changes), kept, shape, in_place)
 
 
 # ---- norms
 
 
-def _plain(p: Promise, vectors: Sequence[Tensor | None], shape: Sequence[int] = ()) -> bool:
+def _are_per_channel(
+    p: Promise, vectors: Sequence[Tensor | None], shape: Sequence[int] = ()
+) -> bool:
     """Whether a norm's tensors are of the dtype, the device and the channels of a promise."""
     link, wanted = p.link, tuple(shape) or (_channels(p),)
     return all(
@@ -134,28 +136,28 @@ def channel_axis(plan: Reading | None) -> int:
 
 
 def _channels(p: Promise) -> int:
-    n: int = p.link.shape[channel_axis(onto(p))]
+    n: int = p.link.shape[channel_axis(reading_of(p))]
     return n
 
 
-def normed(
+def add_norm(
     p: Promise, norm: BatchNorm | Norm, run: Callable[..., Tensor], unit: bool = False
 ) -> Any:
-    plan = onto(p)
+    plan = reading_of(p)
     if plan is None or plan.norm is not None or plan.activation or plan.past or plan.pads:
         return NotImplemented
     tensors = {WEIGHT: norm.weight, BIAS: norm.bias}
     if isinstance(norm, BatchNorm):
         tensors |= {_MEAN: norm.running_mean, _VAR: norm.running_var}
-    if not _plain(p, list(tensors.values())):
+    if not _are_per_channel(p, list(tensors.values())):
         return NotImplemented
     given = {n: t for n, t in tensors.items() if t is not None}
-    return longer(p, run, given, norm=norm, unit=unit)
+    return lengthen(p, run, given, norm=norm, unit=unit)
 
 
 def batch_norm(p: Promise, norm: BatchNorm) -> Any:
     """A frozen one."""
-    plan = onto(p)
+    plan = reading_of(p)
     if norm.training or plan is None or plan.form:
         return NotImplemented
 
@@ -163,14 +165,14 @@ def batch_norm(p: Promise, norm: BatchNorm) -> Any:
         mean, var = given[_MEAN], given[_VAR]
         return F.batch_norm(v, mean, var, given.get(WEIGHT), given.get(BIAS), eps=norm.eps)
 
-    return normed(p, norm, run)
+    return add_norm(p, norm, run)
 
 
 def _instance_norm(
     input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None,
     bias: Any = None, use_input_stats: Any = True, momentum: Any = 0.1, eps: Any = 1e-5,
 ) -> Any:  # fmt: skip
-    plan = onto(input)
+    plan = reading_of(input)
     if plan is None or plan.form or not (running_mean is running_var is None and use_input_stats):
         return NotImplemented
     if type(eps) is not float or input.link.shape[2:].numel() < 2:
@@ -179,53 +181,53 @@ def _instance_norm(
     def run(v: Tensor, **given: Tensor) -> Tensor:
         return F.instance_norm(v, None, None, given.get(WEIGHT), given.get(BIAS), eps=eps)
 
-    return normed(input, Norm("instance", weight, bias, eps=eps), run)
+    return add_norm(input, Norm("instance", weight, bias, eps=eps), run)
 
 
 def _normalize(input: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None) -> Any:
     """Over the channels of a position: with √C and γ behind it, an RMS norm."""
-    plan = onto(input)
+    plan = reading_of(input)
     if plan is None or plan.form not in ("", "last") or (p, out) != (2.0, None):
         return NotImplemented
     if dim not in (channel_axis(plan), channel_axis(plan) - 5) or type(eps) is not float:
         return NotImplemented
-    return normed(
+    return add_norm(
         input, Norm("l2", eps=eps), lambda v: F.normalize(v, p, dim, eps), unit=True
     )  # fmt: skip
 
 
-def multiplied(p: Any, other: Any) -> Any:
+def multiply(p: Any, other: Any) -> Any:
     """√C of a norm by ``F.normalize``, then γ of each channel."""
-    plan = onto(p)
-    norm = _unfinished(plan)
+    plan = reading_of(p)
+    norm = _unfinished_norm(plan)
     if plan is None or norm is None:
         return NotImplemented
     if plan.unit:
         if type(other) is not float or not math.isclose(other, math.sqrt(_channels(p))):
             return NotImplemented
-        return longer(p, lambda v: v * other, unit=False)
-    if norm.weight is not None or norm.bias is not None or not _of_channels(p, other):
+        return lengthen(p, lambda v: v * other, unit=False)
+    if norm.weight is not None or norm.bias is not None or not _is_per_channel(p, other):
         return NotImplemented
-    longer_ = norm._replace(weight=other)
-    return longer(p, lambda v, **given: v * given[WEIGHT], {WEIGHT: other}, norm=longer_)
+    weighted = norm._replace(weight=other)
+    return lengthen(p, lambda v, **given: v * given[WEIGHT], {WEIGHT: other}, norm=weighted)
 
 
-def added(p: Any, other: Any) -> Any:
+def add(p: Any, other: Any) -> Any:
     """β of each channel, of a norm by ``F.normalize``; or 0."""
-    plan = onto(p)
-    norm = _unfinished(plan)
+    plan = reading_of(p)
+    norm = _unfinished_norm(plan)
     if plan is None or norm is None or plan.unit:
         return NotImplemented
     if type(other) is float and other == 0.0:
-        return longer(p, lambda v: v + 0.0)
-    if norm.bias is not None or not _of_channels(p, other):
+        return lengthen(p, lambda v: v + 0.0)
+    if norm.bias is not None or not _is_per_channel(p, other):
         return NotImplemented
-    return longer(
+    return lengthen(
         p, lambda v, **given: v + given[BIAS], {BIAS: other}, norm=norm._replace(bias=other)
     )  # fmt: skip
 
 
-def _unfinished(plan: Reading | None) -> Norm | None:
+def _unfinished_norm(plan: Reading | None) -> Norm | None:
     """The norm by ``F.normalize`` of which a factor or a shift would be now, if of nothing else."""
     if plan is None or plan.activation or plan.past or plan.pads:
         return None
@@ -233,32 +235,32 @@ def _unfinished(plan: Reading | None) -> Norm | None:
     return norm if isinstance(norm, Norm) and norm.kind in ("l2", "rms") else None
 
 
-def _of_channels(p: Promise, vector: Any) -> bool:
+def _is_per_channel(p: Promise, vector: Any) -> bool:
     """Whether a tensor has a value for each channel, as it broadcasts against a promise."""
-    after = (1,) * (4 - channel_axis(onto(p)))
-    return isinstance(vector, Tensor) and _plain(p, [vector], (_channels(p), *after))
+    after = (1,) * (4 - channel_axis(reading_of(p)))
+    return isinstance(vector, Tensor) and _are_per_channel(p, [vector], (_channels(p), *after))
 
 
 # ---- what follows a norm
 
 
 def activation(p: Any, kind: str, slope: float, run: Callable[..., Tensor], in_place: bool) -> Any:
-    plan = onto(p)
+    plan = reading_of(p)
     if plan is None or plan.activation or plan.past or plan.pads or plan.unit:
         return NotImplemented
-    return longer(p, run, in_place=in_place, activation=(kind, slope))
+    return lengthen(p, run, in_place=in_place, activation=(kind, slope))
 
 
-def padded(p: Any, pad: Pad, call: Callable[[Tensor], Tensor], shape: torch.Size) -> Any:
-    plan = onto(p)
+def pad(p: Any, pad: Pad, call: Callable[[Tensor], Tensor], shape: torch.Size) -> Any:
+    plan = reading_of(p)
     if plan is None or plan.unit or plan.form:
         return NotImplemented
-    return longer(p, call, shape=shape, pads=(*plan.pads, pad))
+    return lengthen(p, call, shape=shape, pads=(*plan.pads, pad))
 
 
-def after(p: Any, past: Tensor) -> Any:
+def prepend(p: Any, past: Tensor) -> Any:
     """A promise behind frames that are there."""
-    plan, link = onto(p), p.link
+    plan, link = reading_of(p), p.link
     if plan is None or plan.past or plan.pads or plan.unit or type(past) is not Tensor:
         return NotImplemented
     if plan.form:
@@ -269,7 +271,9 @@ def after(p: Any, past: Tensor) -> Any:
     if past.dtype != link.dtype or past.device != link.state.device:
         return NotImplemented
     shape = torch.Size((n, c, t + past.shape[2], h, w))
-    return longer(p, lambda z, past: torch.cat([past, z], 2), {_PAST: past}, shape=shape, past=True)
+    return lengthen(
+        p, lambda z, past: torch.cat([past, z], 2), {_PAST: past}, shape=shape, past=True
+    )
 
 
 # ---- the convolution
@@ -307,7 +311,7 @@ class Read(NamedTuple):
 
 def read(p: Any, conv: Any, weight: Tensor) -> Read | None:
     """How a convolution reads a promise in one operation; None where it cannot."""
-    plan = onto(p)
+    plan = reading_of(p)
     if plan is None or plan.unit or plan.form or p.link is plan.source:
         return None
     own = pad_of(weight.shape, conv)
@@ -318,7 +322,7 @@ def read(p: Any, conv: Any, weight: Tensor) -> Read | None:
         link = link.before
     if found is None or not all(k.same for _, k in kept):
         return None
-    tensors = {name: k.tensor for name, k in kept} | {INPUT: plan.source.current(keep=True)}
+    tensors = {name: k.tensor for name, k in kept} | {INPUT: plan.source.current_value(keep=True)}
     plan.begun.missed_followers = 0
     held = plan.source.held
     if held is not None and held.tensor is not tensors[INPUT]:

@@ -27,13 +27,13 @@ class Replaced:
         between = [] if self.norm is None else [self.norm]
         if self.activation != "none":
             between.append(self.activation)
-        told = f", with {' and '.join(between)} between" if between else ""
+        text = f", with {' and '.join(between)} between" if between else ""
         ending = [] if self.outer_norm is None else [self.outer_norm]
         ending += ["the residual"] * self.residual
         if self.outer != "none":
             ending.append(self.outer)
-        told += f", then {' and '.join(ending)}" if ending else ""
-        return f"{self.first} → {self.second}, {self.order}{told}"
+        text += f", then {' and '.join(ending)}" if ending else ""
+        return f"{self.first} → {self.second}, {self.order}{text}"
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Alone:
         reads += ["cached frames"] * self.past + ["padding"] * self.padded
         ends = ["batch norm"] * self.outer_norm + ["the residual"] * self.residual
         ends += [self.outer] if self.outer != "none" else []
-        told = [
+        parts = [
             f"{what} {', '.join(some)}" for what, some in (("with", reads), ("then", ends)) if some
         ]
-        return f"{self.name or 'the model'}: " + ("; ".join(told) or "alone")
+        return f"{self.name or 'the model'}: " + ("; ".join(parts) or "alone")
 
 
 @dataclass(frozen=True)

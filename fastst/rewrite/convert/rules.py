@@ -20,15 +20,15 @@ from ...problem import activations, conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
 from ...problem.spec import PairTensors, offset_of
 from . import asked, endings, forms, norms, pairs, readings, views
-from .chain import Alone, Guess, Plan, changed, exactly, extended, have_flags, is_open
+from .chain import Guess, Plan, Single, change_plan, exact_key, extend, have_flags, is_open
 from .folded import folds
 from .geometry import first_pass, second_pass, sides_of
-from .graphs import is_promise, promised
-from .kept import CannotDefer, Kept, as_own, copied, share, valueless
+from .graphs import is_promise, promise_or_trace
+from .kept import CannotDefer, Kept, as_own, copy_vectors, is_valueless, share
 from .link import Link
 from .plain import Facts, common_dtype, facts, needs_grad
 from .promise import RULES, Promise, real
-from .state import State, proxied
+from .state import State
 from .traced import CONVOLVE
 
 # ---- the first convolution
@@ -38,7 +38,7 @@ class Start(NamedTuple):
     """How a convolution begins a chain."""
 
     run: Callable[..., Tensor]
-    plan: Plan | Alone
+    plan: Plan | Single
     shape: torch.Size  # of its output
     dtype: torch.dtype
 
@@ -52,12 +52,11 @@ def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: 
     if None in given:
         return None
     state = State(x.device)
-    # In a checkpoint the second run must save what the first one did, so nothing is put off there.
-    if not state.traced and (state.watched or state.in_checkpoint or proxied()):
+    if state.forbids_operations:
         return None
     modes = state.grad, state.autocast, state.traced, begun.served
     try:
-        start = _start(*given, settings, exactly(settings), *modes)
+        start = _start(*given, settings, exact_key(settings), *modes)
     except (TypeError, ValueError):  # sizes of a graph, or settings, that do not hash
         start = _start.__wrapped__(*given, settings, b"", *modes)
     if start is None:
@@ -69,7 +68,7 @@ def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: 
     except CannotDefer:
         return None
     run, plan, shape, dtype = start
-    return promised(Link(None, run, plan, tuple(kept), state, shape, dtype, begun))
+    return promise_or_trace(Link(None, run, plan, tuple(kept), state, shape, dtype, begun))
 
 
 @lru_cache(maxsize=4096)
@@ -117,7 +116,7 @@ def _start(
             input = F.pad(input, padded, mode)
         return convolve(input, weight, bias, *how)
 
-    plan: Plan | Alone = Alone(settings)
+    plan: Plan | Single = Single(settings)
     if found.pass_ is not None:
         dense = not traced and all(f.contiguous for f in given)
         plan = Plan(
@@ -152,44 +151,44 @@ def _batch_norm(
     norm = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
     link = input.link
     if type(link.plan) is not Plan:
-        return _normed_elsewhere(input, norm)
+        return _norm_elsewhere(input, norm)
     if not is_open(input):
         return NotImplemented
     frozen: Frozen | None = link.begun.frozen
     if frozen is not None and frozen.holds(link, norm):
-        return _frozen(link, norm, frozen)
-    told = tuple([t is not None and facts(t) for t in norm[:4]])
-    plan = None if None in told else _with_norm(link, norm, told)
+        return _promise_frozen(link, norm, frozen)
+    norm_facts = tuple([t is not None and facts(t) for t in norm[:4]])
+    plan = None if None in norm_facts else _plan_with_norm(link, norm, norm_facts)
     if plan is None:
         return NotImplemented
-    known: Any = zip(_VECTORS, norm[:4], told, strict=True)
+    known: Any = zip(_VECTORS, norm[:4], norm_facts, strict=True)
     vectors = [(n, t, f) for n, t, f in known if f]
     half = None
     if training:
         if link.state.traced:  # in a graph they are counted where they stand
             return NotImplemented
-        if not valueless(link.convolution.kept[0][1].tensor):
-            half = _begin(link, plan, norm)
+        if not is_valueless(link.convolution.kept[0][1].tensor):
+            half = _run_first(link, plan, norm)
             if half is None:
                 return NotImplemented
             vectors = [one for one in vectors if one[0] in _AFFINE]  # others are counted by now
     if not training and _are_copied(link.state, norm):
         link.begun.frozen = frozen = Frozen(
             link.plan, link.shape, link.state.inference, norm, plan,
-            copied([(n, t) for n, t, _ in vectors]), tuple([f for *_, f in vectors]),
+            copy_vectors([(n, t) for n, t, _ in vectors]), tuple([f for *_, f in vectors]),
         )  # fmt: skip
-        return _frozen(link, norm, frozen)
+        return _promise_frozen(link, norm, frozen)
     try:
         kept = tuple([(n, Kept(t, f[1:4])) for n, t, f in vectors])
     except CannotDefer:
         return NotImplemented
-    longer = _after(link, norm, plan, kept)
+    longer = _norm_link(link, norm, plan, kept)
     longer.half = half
     longer.vectors = (weight, bias) if training else (weight, bias, running_mean, running_var)
-    return promised(longer)
+    return promise_or_trace(longer)
 
 
-def _after(link: Link, norm: BatchNorm, plan: Plan, kept: Any) -> Link:
+def _norm_link(link: Link, norm: BatchNorm, plan: Plan, kept: Any) -> Link:
     """The call of a batch norm."""
     training, momentum, eps = norm[4:7]
 
@@ -225,18 +224,18 @@ class Frozen(NamedTuple):
         for now, then in zip(norm, self.norm, strict=True):
             if now is not then:
                 return False
-        for (name, one), told in zip(self.kept, self.facts, strict=True):
+        for (name, one), then in zip(self.kept, self.facts, strict=True):
             t = getattr(norm, name)
-            if not share(t, one.tensor) or facts(t) != told:
+            if not share(t, one.tensor) or facts(t) != then:
                 return False
         return True
 
 
-def _frozen(link: Link, norm: BatchNorm, frozen: Frozen) -> Any:
-    longer = _after(link, norm, frozen.plan, frozen.kept)
+def _promise_frozen(link: Link, norm: BatchNorm, frozen: Frozen) -> Any:
+    longer = _norm_link(link, norm, frozen.plan, frozen.kept)
     rows = {name: one.tensor for name, one in frozen.kept}
     longer.vectors, longer.reads = tuple(map(rows.get, _IN_ORDER)), link.reads
-    return promised(longer)
+    return promise_or_trace(longer)
 
 
 _VECTORS = BatchNorm._fields[:4]
@@ -244,18 +243,20 @@ _AFFINE = _VECTORS[2:]
 _IN_ORDER = *_AFFINE, *_VECTORS[:2]  # of the operation
 
 
-def _with_norm(link: Link, norm: BatchNorm, told: tuple[Any, ...]) -> Plan | None:
-    """The plan of a chain with a batch norm, or None for what is left to PyTorch; ``told``: of its
-    vectors, False for none."""
+def _plan_with_norm(link: Link, norm: BatchNorm, norm_facts: tuple[Any, ...]) -> Plan | None:
+    """The plan of a chain with a batch norm, or None for what is left to PyTorch.
+
+    ``norm_facts``: of its vectors, False for none.
+    """
     numbers: Any = norm.training, norm.eps, type(norm.eps), type(norm.momentum)
     try:
-        return _normed(link.plan, link.shape, *told, *numbers)
+        return _cached_plan_with_norm(link.plan, link.shape, *norm_facts, *numbers)
     except TypeError:
-        return _normed.__wrapped__(link.plan, link.shape, *told, *numbers)
+        return _cached_plan_with_norm.__wrapped__(link.plan, link.shape, *norm_facts, *numbers)
 
 
 @lru_cache(maxsize=4096)
-def _normed(
+def _cached_plan_with_norm(
     plan: Plan, shape: torch.Size, mean: Any, var: Any, weight: Any, bias: Any,
     training: bool, eps: Any, kind: type, of_momentum: type,
 ) -> Plan | None:  # fmt: skip
@@ -273,13 +274,13 @@ def _normed(
     if {kind, of_momentum} - {int, float}:
         return None
     vectors = [Facts(*f) for f in (mean, var, weight, bias) if f]
-    if not _fit(vectors, eps, training, shape, plan.dtype, plan.given[0].device):
+    if not _knows_vectors(vectors, eps, training, shape, plan.dtype, plan.given[0].device):
         return None
     asked = mean, var, weight, bias, training, eps, kind
-    return changed(plan, norm=asked, dense=plan.dense and all(f.contiguous for f in vectors))
+    return change_plan(plan, norm=asked, dense=plan.dense and all(f.contiguous for f in vectors))
 
 
-def _fits(norm: BatchNorm, p: Promise) -> bool:
+def _knows_norm(norm: BatchNorm, p: Promise) -> bool:
     """Whether a batch norm is one that the operation knows, and that PyTorch would not refuse."""
     if not norm.training and (norm.running_mean is None or norm.running_var is None):
         return False
@@ -290,10 +291,10 @@ def _fits(norm: BatchNorm, p: Promise) -> bool:
     known = [Facts(*f) for f in vectors if f is not None]
     if len(known) < len(vectors):
         return False
-    return _fit(known, norm.eps, norm.training, link.shape, link.dtype, link.state.device)
+    return _knows_vectors(known, norm.eps, norm.training, link.shape, link.dtype, link.state.device)
 
 
-def _fit(
+def _knows_vectors(
     vectors: Sequence[Facts], eps: Any, training: bool, shape: torch.Size, dtype: torch.dtype,
     device: torch.device,
 ) -> bool:  # fmt: skip
@@ -313,25 +314,25 @@ def _are_copied(state: State, norm: BatchNorm) -> bool:
     return type(norm.running_mean) in (Tensor, nn.Parameter)
 
 
-def _normed_elsewhere(input: Any, norm: BatchNorm) -> Any:
+def _norm_elsewhere(input: Any, norm: BatchNorm) -> Any:
     """A norm of what is no first convolution of a pair."""
-    if type(input.link.plan) not in (endings.Ending, Alone, readings.Reading):
+    if type(input.link.plan) not in (endings.Ending, Single, readings.Reading):
         return NotImplemented
-    if not _fits(norm, input):
+    if not _knows_norm(norm, input):
         return NotImplemented
-    if is_open(input, Alone):
-        return _folded(input.link, norm)
-    made = endings.batch_norm(input, norm) if endings.ends(input) else NotImplemented
+    if is_open(input, Single):
+        return _fold(input.link, norm)
+    made = endings.batch_norm(input, norm) if endings.is_ending(input) else NotImplemented
     return readings.batch_norm(input, norm) if made is NotImplemented else made
 
 
-def _folded(link: Link, norm: BatchNorm) -> Any:
+def _fold(link: Link, norm: BatchNorm) -> Any:
     """A convolution of a copy for inference with the frozen norm behind it."""
-    if norm.training or needs_grad(link.state, *norm[:4]) or not link.unchanged():
+    if norm.training or needs_grad(link.state, *norm[:4]) or not link.is_unchanged():
         return NotImplemented
     tensors = {name: kept.tensor for name, kept in link.kept}
     x, weight, bias = tensors["input"], tensors["weight"], tensors.get("bias")
-    plan: Alone = link.plan
+    plan: Single = link.plan
     if not (folds(weight) or _has_kernels(_settings(plan), x, weight, bias)):
         return NotImplemented
     link.begun.misses = 0
@@ -343,7 +344,7 @@ def _folded(link: Link, norm: BatchNorm) -> Any:
     )
 
 
-def _settings(plan: Alone) -> tuple[Any, ...]:
+def _settings(plan: Single) -> tuple[Any, ...]:
     """Stride, padding, dilation, groups and mode, as ``conv3d`` takes them."""
     stride, padding, *rest, mode, widths = plan.settings
     return (stride, padding if mode == "zeros" else sides_of(widths), *rest, mode)
@@ -363,7 +364,7 @@ def _has_kernels(settings: Any, *tensors: Any) -> bool:
     return dispatch.has_kernels(ConvProblem.of(given, spec))
 
 
-def _begin(link: Link, plan: Plan, norm: BatchNorm) -> Any:
+def _run_first(link: Link, plan: Plan, norm: BatchNorm) -> Any:
     """Run the first convolution, for the pair that it was last in or a likely one.
 
     ``plan``: of the chain with the norm.
@@ -374,13 +375,13 @@ def _begin(link: Link, plan: Plan, norm: BatchNorm) -> Any:
     kernel, padding = ((1, 3, 3), (0, 1, 1)) if temporal else ((3, 1, 1), (1, 0, 0))
     likely = Guess((m, m, *kernel), (1, padding, 1, 1))
     for guess in filter(None, (link.begun.guess, likely)):
-        known = _guessed(plan, guess)
+        known = _guess_pair(plan, guess)
         if known is None:
             continue
-        if not link.unchanged():
+        if not link.is_unchanged():
             return None
         x, weight, *bias = [kept.tensor for _, kept in link.convolution.kept]
-        first = forms.lifted(weight, temporal)
+        first = forms.lift(weight, temporal)
         rows = first.is_contiguous(memory_format=torch.channels_last_3d)
         layout = torch.channels_last_3d if rows else torch.contiguous_format
         second = torch.empty(
@@ -411,7 +412,7 @@ class Guessed(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _guessed(plan: Plan, guess: Guess) -> Guessed | None:
+def _guess_pair(plan: Plan, guess: Guess) -> Guessed | None:
     """A chain with such a second convolution, or None where that is none."""
     u = plan.shape if len(plan.shape) == 5 else torch.Size((*plan.shape[:2], 1, *plan.shape[2:]))
     found = second_pass(plan.first, (), u, guess.shape, False, *guess.how)
@@ -424,7 +425,7 @@ def _activation(
     """The rule of an activation; ``written``: it is the in-place form."""
 
     def rule(input: Any, *args: Any, **kwargs: Any) -> Any:
-        named = _named(name, args, kwargs)
+        named = _parse_activation(name, args, kwargs)
         if named is None:
             return NotImplemented
         kind, slope, in_place = named
@@ -439,9 +440,9 @@ def _activation(
             plan = input.link.plan
             if plan.activation is not None or plan.padded:
                 return NotImplemented
-            plan = changed(plan, activation=(kind, slope))
-            return extended(input, run, plan, in_place=in_place)
-        if endings.ends(input):
+            plan = change_plan(plan, activation=(kind, slope))
+            return extend(input, run, plan, in_place=in_place)
+        if endings.is_ending(input):
             made = endings.activation(input, kind, slope, in_place)
             if made is not NotImplemented:
                 return made
@@ -450,7 +451,7 @@ def _activation(
     return rule
 
 
-def _named(name: str, args: Any, kwargs: Any) -> tuple[str, float, bool] | None:
+def _parse_activation(name: str, args: Any, kwargs: Any) -> tuple[str, float, bool] | None:
     """An activation's name, slope, and whether it is in place, of a call's other arguments."""
     if name == "gelu":
         how = kwargs.get("approximate", args[0] if args else "none")
@@ -473,17 +474,17 @@ def _add(in_place: bool = False) -> Callable[..., Any]:
     def rule(input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or input is other:
             return NotImplemented
-        if endings.ends(input):
+        if endings.is_ending(input):
             made = endings.add(input, real(other, "a sum"), in_place, first=True)
             if made is not NotImplemented:
                 return made
-        if not in_place and endings.ends(other):
+        if not in_place and endings.is_ending(other):
             return endings.add(other, real(input, "a sum"), False, first=False)
         if in_place:
             return NotImplemented
         if is_open(input, norms.Root):
-            return norms.raised(input, other)
-        return readings.added(input, other)
+            return norms.add_eps(input, other)
+        return readings.add(input, other)
 
     return rule
 
@@ -492,11 +493,11 @@ def _multiply(input: Any, other: Any, **kwargs: Any) -> Any:
     if kwargs:
         return NotImplemented
     if is_promise(input) and is_promise(other):
-        made = norms.divided(input, other)
-        return norms.divided(other, input) if made is NotImplemented else made
+        made = norms.apply_root(input, other)
+        return norms.apply_root(other, input) if made is NotImplemented else made
     if is_promise(input):
-        return readings.multiplied(input, other)
-    return readings.multiplied(other, input)
+        return readings.multiply(input, other)
+    return readings.multiply(other, input)
 
 
 def _dropout(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Any:
@@ -529,7 +530,7 @@ RULES.update({
     **readings.RULES,
     **norms.RULES,
     **dict.fromkeys(CONVOLVE.values(), pairs.second),
-    **views.FOLLOWED,
+    **views.RULES,
     **{getattr(F, name): _activation(name, getattr(F, name)) for name in activations.FUNCTIONS},
     torch.relu: _activation("relu", torch.relu),
     Tensor.relu: _activation("relu", torch.relu),

@@ -41,7 +41,7 @@ def run(model: nn.Module, sample: Any) -> tuple[list[Replaced], list[Alone], dic
     for event in events:
         plan = event.plan
         if isinstance(plan, Ran):
-            alone[plan.name] = plan.told()
+            alone[plan.name] = plan.entry()
             continue
         first = event.name
         if event.why is not None:

@@ -35,13 +35,13 @@ class State:
         self.autocast = torch.get_autocast_dtype(kind) if on else None
         self.stream = torch.cuda.current_stream(device) if kind == "cuda" else None
         self.hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
-        self.watched = watched() and not self.traced  # modes of the user's see each call
+        self.watched = is_watched() and not self.traced  # modes of the user's see each call
 
     @property
     def current(self) -> bool:
         """Whether it is that of this thread now. In transforms no promise is made."""
         inference, grad, kind = self.inference, self.grad, self.kind
-        if transformed():
+        if in_transform():
             return False
         if inference != torch.is_inference_mode_enabled():
             return False
@@ -55,7 +55,7 @@ class State:
         if kind == "cuda" and self.stream != torch.cuda.current_stream(self.device):
             return False
         if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-            if self.watched != (watched() and not self.traced):
+            if self.watched != (is_watched() and not self.traced):
                 return False
         elif self.watched:
             return False
@@ -73,6 +73,12 @@ class State:
         """Whether backward will run all this again, and must find what was saved now."""
         return self.hooks is not None and self.hooks[0].__module__ == checkpoint.__name__
 
+    @property
+    def forbids_operations(self) -> bool:
+        """Whether each call must run at once and as it stands: somebody sees it, or a checkpoint
+        saves what it saves."""
+        return not self.traced and (self.watched or self.in_checkpoint or in_make_fx())
+
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """The state as it was, within the block."""
@@ -81,7 +87,7 @@ class State:
             if now.watched and not self.watched:
                 stack.enter_context(torch._C.DisableTorchFunction())
                 stack.enter_context(_disable_current_modes())
-            if self.grad and _below_autograd():
+            if self.grad and _is_below_autograd():
                 stack.enter_context(_above_autograd())
             if now.inference != self.inference:
                 stack.enter_context(torch.inference_mode(self.inference))
@@ -103,7 +109,7 @@ class State:
             now.stream.wait_stream(self.stream)
 
 
-def transformed() -> bool:
+def in_transform() -> bool:
     """Whether functorch, forward-mode AD or ``torch.jit.trace`` is at work."""
     return bool(
         torch._C._are_functorch_transforms_active()
@@ -112,7 +118,7 @@ def transformed() -> bool:
     )
 
 
-def watched() -> bool:
+def is_watched() -> bool:
     """Whether a mode of the user's sees calls of functions or of operators, outside of a compiler.
 
     ``with torch.device(...)`` is one that only looks at what makes tensors.
@@ -131,14 +137,14 @@ def watched() -> bool:
     return not all(hasattr(mode, "_mode_key") or hasattr(mode, KNOWS) for mode in below)
 
 
-def proxied() -> bool:
+def in_make_fx() -> bool:
     """Whether ``make_fx`` records each operator."""
     if not torch._C._len_torch_dispatch_stack():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
-def _below_autograd() -> bool:
+def _is_below_autograd() -> bool:
     """Whether the reader is C++ that autograd has called: it would see nothing of what runs now."""
     if torch.compiler.is_dynamo_compiling():  # 2.11 has no place for keys in its graph
         return False

@@ -56,7 +56,7 @@ def allow() -> None:
 vars(allow)["_dynamo_marked_constant"] = True
 
 
-def written_exactly(*numbers: Any) -> bool:
+def can_hold(*numbers: Any) -> bool:
     """Whether a graph can hold the numbers of a convolution."""
     for n in numbers:
         if type(n) is tuple:

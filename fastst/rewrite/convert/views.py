@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import norms, readings
-from .axes import Atom, Axes, Padded, merges, reshaped, whole
-from .chain import Plan, changed, extended, is_open, seen
-from .graphs import is_promise, unread
+from .axes import Atom, Axes, AxisPad, merges, reshape_dims, whole_dims
+from .chain import Plan, as_view, change_plan, extend, is_open
+from .graphs import is_promise, is_unread
 from .link import Link
 from .padding import Pad
 from .promise import Promise
@@ -23,23 +23,23 @@ from .readings import Reading
 # ---- other shapes
 
 
-def _reordered(p: Any, order: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
+def _reorder(p: Any, order: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
     plan = p.link.plan
     if type(plan) is not Plan:
-        return norms.turned(p, order, call)
+        return norms.reorder(p, order, call)
     if plan.pads or sorted(order) != list(range(len(p.link.shape))):
         return NotImplemented
     axes = plan.axes_of(p.link.shape)
     axes = axes._replace(dims=tuple(axes.dims[i] for i in order))
-    return _in_shape(p, axes, [p.link.shape[i] for i in order], call)
+    return _as_shape(p, axes, [p.link.shape[i] for i in order], call)
 
 
-def _resized(
+def _resize(
     p: Any, sizes: Sequence[Any], call: Callable[[Tensor], Tensor], view: bool = False
 ) -> Any:
     plan, shape = p.link.plan, p.link.shape
     if type(plan) is not Plan:
-        return norms.resized(p, _known(sizes, shape), call)
+        return norms.resize(p, _complete_sizes(sizes, shape), call)
     if plan.pads or not all(type(n) is int for n in sizes) or not shape.numel():
         return NotImplemented
     known = prod(n for n in sizes if n != -1)
@@ -49,13 +49,13 @@ def _resized(
     if prod(sizes) != shape.numel():
         return NotImplemented
     axes = plan.axes_of(shape)
-    dims = reshaped(axes.dims, sizes)
+    dims = reshape_dims(axes.dims, sizes)
     if dims is None or (view and merges(dims)):  # which PyTorch may refuse
         return NotImplemented
-    return _in_shape(p, axes._replace(dims=dims), sizes, call)
+    return _as_shape(p, axes._replace(dims=dims), sizes, call)
 
 
-def _known(sizes: Sequence[Any], shape: Sequence[int]) -> Sequence[Any]:
+def _complete_sizes(sizes: Sequence[Any], shape: Sequence[int]) -> Sequence[Any]:
     """Sizes without the one that PyTorch is to find."""
     if list(sizes).count(-1) != 1 or not all(type(n) is int for n in sizes):
         return sizes
@@ -63,13 +63,13 @@ def _known(sizes: Sequence[Any], shape: Sequence[int]) -> Sequence[Any]:
     return [prod(shape) // rest if n == -1 else n for n in sizes] if rest > 0 else sizes
 
 
-def _in_shape(
+def _as_shape(
     p: Promise, axes: Axes, shape: Sequence[int], call: Callable[[Tensor], Tensor]
 ) -> Promise:
     plan: Plan = p.link.plan
-    back = not axes.padded and axes.dims == whole(plan.names, plan.shape)
+    back = not axes.padded and axes.dims == whole_dims(plan.names, plan.shape)
     known = None if back and tuple(shape) == plan.shape else axes
-    return seen(p, call, torch.Size(shape), changed(plan, axes=known))
+    return as_view(p, call, torch.Size(shape), change_plan(plan, axes=known))
 
 
 def _sizes(args: Sequence[Any]) -> Sequence[Any]:
@@ -88,27 +88,27 @@ def _rule(rule: Callable[..., Any]) -> Callable[..., Any]:
     """Of an open promise and plain arguments; anything that it does not take is PyTorch's."""
     reads = rule in _READ
 
-    def guarded(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (is_open(input) or (reads and readings.onto(input) is not None)):
+    def guard(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (is_open(input) or (reads and readings.reading_of(input) is not None)):
             return NotImplemented
         try:
             return rule(input, *args, **kwargs)
         except (TypeError, ValueError, IndexError):
             return NotImplemented
 
-    return guarded
+    return guard
 
 
 def _permute(p: Promise, *dims: Any) -> Any:
     order = [_dim(p, d) for d in _sizes(dims)]
-    return _reordered(p, order, lambda u: u.permute(order))
+    return _reorder(p, order, lambda u: u.permute(order))
 
 
 def _transpose(p: Promise, dim0: Any, dim1: Any) -> Any:
     a, b = _dim(p, dim0), _dim(p, dim1)
     order = list(range(len(p.link.shape)))
     order[a], order[b] = b, a
-    return _reordered(p, order, lambda u: u.transpose(a, b))
+    return _reorder(p, order, lambda u: u.transpose(a, b))
 
 
 def _movedim(p: Promise, source: Any, destination: Any) -> Any:
@@ -116,17 +116,17 @@ def _movedim(p: Promise, source: Any, destination: Any) -> Any:
         return NotImplemented
     order = list(range(len(p.link.shape)))
     order.insert(_dim(p, destination), order.pop(_dim(p, source)))
-    return _reordered(p, order, lambda u: u.movedim(source, destination))
+    return _reorder(p, order, lambda u: u.movedim(source, destination))
 
 
 def _reshape(p: Promise, *shape: Any) -> Any:
     sizes = tuple(_sizes(shape))
-    return _resized(p, sizes, lambda u: u.reshape(sizes))
+    return _resize(p, sizes, lambda u: u.reshape(sizes))
 
 
 def _view(p: Promise, *shape: Any) -> Any:
     sizes = tuple(_sizes(shape))
-    return _resized(p, sizes, lambda u: u.view(sizes), view=True)
+    return _resize(p, sizes, lambda u: u.view(sizes), view=True)
 
 
 def _flatten(p: Promise, start_dim: Any = 0, end_dim: Any = -1) -> Any:
@@ -134,7 +134,7 @@ def _flatten(p: Promise, start_dim: Any = 0, end_dim: Any = -1) -> Any:
     if a >= b:
         return NotImplemented
     sizes = (*shape[:a], prod(shape[a : b + 1]), *shape[b + 1 :])
-    return _resized(p, sizes, lambda u: u.flatten(a, b))
+    return _resize(p, sizes, lambda u: u.flatten(a, b))
 
 
 def _unflatten(p: Promise, dim: Any, sizes: Any) -> Any:
@@ -146,7 +146,7 @@ def _unflatten(p: Promise, dim: Any, sizes: Any) -> Any:
     if prod(whole_sizes) != shape[a]:
         return NotImplemented
     made = (*shape[:a], *whole_sizes, *shape[a + 1 :])
-    return _resized(p, made, lambda u: u.unflatten(a, sizes))
+    return _resize(p, made, lambda u: u.unflatten(a, sizes))
 
 
 def _unsqueeze(p: Promise, dim: Any) -> Any:
@@ -155,19 +155,19 @@ def _unsqueeze(p: Promise, dim: Any) -> Any:
         return NotImplemented
     sizes = list(p.link.shape)
     sizes.insert(operator.index(dim) % rank, 1)
-    return _resized(p, sizes, lambda u: u.unsqueeze(dim))
+    return _resize(p, sizes, lambda u: u.unsqueeze(dim))
 
 
 def _squeeze(p: Promise, dim: Any) -> Any:
     a, sizes = _dim(p, dim), list(p.link.shape)
     if sizes.pop(a) != 1:
         return NotImplemented
-    return _resized(p, sizes, lambda u: u.squeeze(a))
+    return _resize(p, sizes, lambda u: u.squeeze(a))
 
 
 def _contiguous(p: Promise, memory_format: Any = torch.contiguous_format) -> Any:
-    plan = readings.onto(p) or p.link.plan
-    return seen(p, lambda u: u.contiguous(memory_format=memory_format), p.link.shape, plan)
+    plan = readings.reading_of(p) or p.link.plan
+    return as_view(p, lambda u: u.contiguous(memory_format=memory_format), p.link.shape, plan)
 
 
 # ---- pads
@@ -190,10 +190,10 @@ def _pad(p: Promise, pad: Any, mode: str = "constant", value: float | None = Non
     limit = {"reflect": 1, "circular": 0}.get(mode)
     if limit is not None and any(max(s) > p.link.shape[i] - limit for i, s in sides.items()):
         return NotImplemented
-    return _padded(p, sides, _MODES[mode], lambda z: F.pad(z, widths, mode))
+    return _pad_sides(p, sides, _MODES[mode], lambda z: F.pad(z, widths, mode))
 
 
-def _padded(
+def _pad_sides(
     p: Promise, sides: Mapping[int, Sequence[int]], mode: str, call: Callable[[Tensor], Tensor]
 ) -> Any:
     """With samples before and after some dimensions."""
@@ -203,9 +203,9 @@ def _padded(
         shape[i] += sum(s)
     pad = Pad(tuple(tuple(sides.get(i, (0, 0))) for i in (2, 3, 4)), mode)  # type: ignore[misc]
     if type(plan) is not Plan:
-        return readings.padded(p, pad, call, torch.Size(shape))
+        return readings.pad(p, pad, call, torch.Size(shape))
     if plan.axes is None and plan.names == "bcthw":
-        return extended(p, call, changed(plan, pads=(*plan.pads, pad)), shape=torch.Size(shape))
+        return extend(p, call, change_plan(plan, pads=(*plan.pads, pad)), shape=torch.Size(shape))
     axes = plan.axes_of(p.link.shape)
     dims, told = list(axes.dims), []
     for i, (before, after) in sides.items():
@@ -213,8 +213,8 @@ def _padded(
             new = f"padded {len(axes.padded)} {i}"
             told.append((new, dims[i], before, after))
             dims[i] = (Atom(new, 1, shape[i]),)
-    axes = Axes(tuple(dims), (*axes.padded, Padded(mode, tuple(told))))
-    return extended(p, call, changed(plan, axes=axes), shape=torch.Size(shape))
+    axes = Axes(tuple(dims), (*axes.padded, AxisPad(mode, tuple(told))))
+    return extend(p, call, change_plan(plan, axes=axes), shape=torch.Size(shape))
 
 
 # ---- some of the frames
@@ -227,8 +227,8 @@ class Part(NamedTuple):
     dim: int
     samples: tuple[int, int]  # from one to before the other
 
-    def told(self, link: Link, why: str) -> None:
-        self.source.plan.told(self.source, why)
+    def note_separate(self, link: Link, why: str) -> None:
+        self.source.plan.note_separate(self.source, why)
 
 
 def _getitem(p: Promise, index: Any) -> Any:
@@ -257,7 +257,7 @@ def _narrow(p: Promise, dim: Any, start: Any, length: Any) -> Any:
 
 def _part(p: Promise, dim: int, start: int, stop: int) -> Any:
     link, shape = p.link, list(p.link.shape)
-    plan = readings.onto(p)
+    plan = readings.reading_of(p)
     frames = dim == 2 and plan is not None and plan.frame_by_frame
     if dim < 2 or (plan is not None and plan.form) or not start < stop <= shape[dim]:
         return NotImplemented
@@ -265,11 +265,11 @@ def _part(p: Promise, dim: int, start: int, stop: int) -> Any:
         return NotImplemented
     shape[dim] = stop - start
     part = Part(link, dim, (start, stop))
-    return seen(p, lambda z: z.narrow(dim, start, stop - start), torch.Size(shape), part)
+    return as_view(p, lambda z: z.narrow(dim, start, stop - start), torch.Size(shape), part)
 
 
 def _is_part(p: Any) -> bool:
-    return is_promise(p) and type(p.link.plan) is Part and unread(p)
+    return is_promise(p) and type(p.link.plan) is Part and is_unread(p)
 
 
 def _is_end(p: Any, which: str, of: Promise | None = None) -> bool:
@@ -292,11 +292,11 @@ def _clone(p: Any, *, memory_format: Any = torch.preserve_format) -> Any:
     if not (plan.norm or plan.activation) or link.value is not None or not p.link.state.current:
         return NotImplemented
     start, stop = part.samples
-    value = plan.source.current(keep=True).narrow(2, start, stop - start)
-    return link.replayed(plan.source, value)
+    value = plan.source.current_value(keep=True).narrow(2, start, stop - start)
+    return link.replay(plan.source, value)
 
 
-def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
+def _repeat(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
     """A rule of ``repeat`` or ``expand``; ``keeps``: what stands for a dimension that stays."""
 
     def rule(p: Any, *sizes: Any) -> Any:
@@ -311,7 +311,7 @@ def _repeated(call: Callable[..., Tensor], keeps: int) -> Callable[..., Any]:
         if not all(stays[:dim] + stays[dim + 1 :]):
             return NotImplemented
         shape[dim] = sizes[dim]
-        return seen(p, lambda z: call(z, sizes), torch.Size(shape), p.link.plan)
+        return as_view(p, lambda z: call(z, sizes), torch.Size(shape), p.link.plan)
 
     return rule
 
@@ -322,26 +322,26 @@ def _cat(tensors: Any, dim: Any = 0, **kwargs: Any) -> Any:
     if kwargs or not isinstance(tensors, (tuple, list)) or not tensors:
         return NotImplemented
     if type(dim) is int and is_promise(tensors[0]) and is_open(tensors[0], norms.Frames):
-        return norms.joined(tensors, dim)
+        return norms.join_frames(tensors, dim)
     if len(tensors) < 2:
         return NotImplemented
     at = next((i for i, t in enumerate(tensors) if is_promise(t) and not _is_part(t)), None)
     if at is None or type(dim) is not int:
         return NotImplemented
     p, before, after = tensors[at], tensors[:at], tensors[at + 1 :]
-    reads = readings.onto(p) is not None
+    reads = readings.reading_of(p) is not None
     if not (is_open(p) or reads):
         return NotImplemented
     dim = dim % len(p.link.shape)
     if reads and (len(before), len(after), dim) == (1, 0, 2) and not is_promise(before[0]):
-        return readings.after(p, before[0])
+        return readings.prepend(p, before[0])
     ends = [_is_end(t, "first", p) for t in before] + [_is_end(t, "last", p) for t in after]
     if not all(ends) or any(t.link.plan.dim != dim for t in (*before, *after)):
         return NotImplemented
-    return _repeating(p, dim, *(sum(t.link.shape[dim] for t in ts) for ts in (before, after)))
+    return _pad_with_copies(p, dim, *(sum(t.link.shape[dim] for t in ts) for ts in (before, after)))
 
 
-def _repeating(p: Promise, dim: int, before: int, after: int) -> Any:
+def _pad_with_copies(p: Promise, dim: int, before: int, after: int) -> Any:
     """With so many copies of its first samples before it, and of its last ones after it."""
 
     def call(z: Tensor) -> Tensor:
@@ -351,10 +351,10 @@ def _repeating(p: Promise, dim: int, before: int, after: int) -> Any:
 
         return torch.cat([*copies(0, before), z, *copies(z.shape[dim] - 1, after)], dim)
 
-    return _padded(p, {dim: (before, after)}, "replicate", call)
+    return _pad_sides(p, {dim: (before, after)}, "replicate", call)
 
 
-def _both(*names: str) -> list[Any]:
+def _find(*names: str) -> list[Any]:
     """Functions of these names, of torch and of tensors."""
     return [getattr(where, n) for n in names for where in (torch, Tensor) if hasattr(where, n)]
 
@@ -365,16 +365,16 @@ _READ = (
     _unflatten,
 )  # fmt: skip
 _SHAPES: dict[Callable[..., Any], Sequence[Any]] = {
-    _permute: _both("permute"), _transpose: _both("transpose", "swapaxes", "swapdims"),
-    _movedim: _both("movedim", "moveaxis"), _reshape: _both("reshape"), _view: [Tensor.view],
-    _flatten: _both("flatten"), _unflatten: _both("unflatten"), _squeeze: _both("squeeze"),
-    _unsqueeze: _both("unsqueeze"), _contiguous: [Tensor.contiguous],
-    _pad: [F.pad, torch._C._nn.pad], _getitem: [Tensor.__getitem__], _narrow: _both("narrow"),
+    _permute: _find("permute"), _transpose: _find("transpose", "swapaxes", "swapdims"),
+    _movedim: _find("movedim", "moveaxis"), _reshape: _find("reshape"), _view: [Tensor.view],
+    _flatten: _find("flatten"), _unflatten: _find("unflatten"), _squeeze: _find("squeeze"),
+    _unsqueeze: _find("unsqueeze"), _contiguous: [Tensor.contiguous],
+    _pad: [F.pad, torch._C._nn.pad], _getitem: [Tensor.__getitem__], _narrow: _find("narrow"),
 }  # fmt: skip
 # By function: the rule of it.
-FOLLOWED: dict[Any, Callable[..., Any]] = {
+RULES: dict[Any, Callable[..., Any]] = {
     **{f: _rule(rule) for rule, functions in _SHAPES.items() for f in functions},
-    **dict.fromkeys(_both("clone"), _clone),
-    Tensor.repeat: _repeated(Tensor.repeat, 1), Tensor.expand: _repeated(Tensor.expand, -1),
+    **dict.fromkeys(_find("clone"), _clone),
+    Tensor.repeat: _repeat(Tensor.repeat, 1), Tensor.expand: _repeat(Tensor.expand, -1),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
 }  # fmt: skip

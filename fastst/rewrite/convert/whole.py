@@ -25,7 +25,7 @@ from .plain import plain_call
 from .promise import real
 from .readings import INPUT, Read
 from .report import Alone
-from .state import State, proxied, watched
+from .state import State
 
 
 class Ran(NamedTuple):
@@ -35,7 +35,7 @@ class Ran(NamedTuple):
     chain: Read
     ending: dict[str, Any]
 
-    def told(self) -> Alone:
+    def entry(self) -> Alone:
         plan, ending = self.chain.plan, self.ending
         outer = {
             "residual": "residual" in ending, "outer": ending.get("outer_activation", "none"),
@@ -57,8 +57,7 @@ class Whole(Begins):
     def __call__(self, x: Any, weight: Any, bias: Any) -> Tensor:
         conv = self.conv
         if not torch.compiler.is_compiling():
-            asked = self.wanted and not self.barred and self._defers()
-            if asked and not (watched() or proxied()):
+            if self.wanted and not self.barred and self._defers():
                 made = self._operation(x, weight, bias)
                 if made is not None:
                     return made
@@ -130,7 +129,7 @@ class Whole(Begins):
             held=chain.held,
         )
         state = State(x.device)
-        return endings.defer(op, state) if is_deferred(self, x, state) else endings.computed(op)
+        return endings.defer(op, state) if is_deferred(self, x, state) else endings.compute(op)
 
     def _calls(self, chain: Read) -> tuple[Call, ...]:
         """What the operation stands for."""

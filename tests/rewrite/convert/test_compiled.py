@@ -141,7 +141,7 @@ def test_aot_inductor(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of a graph that remember their chain whatever is written to them."""
-    monkeypatch.setattr(fastst.rewrite.convert.chain, "unread", lambda p: True)
+    monkeypatch.setattr(fastst.rewrite.convert.chain, "is_unread", lambda p: True)
     with pytest.raises(AssertionError):
         test_compiled("written")
 

@@ -264,7 +264,7 @@ def test_reshaping_is_followed_exactly() -> None:
     followed = 0
     for _ in range(300):
         x = torch.arange(2 * 3 * 4 * 6).view(6, 2, 12)
-        dims: Any = axes.whole("abc", x.shape)
+        dims: Any = axes.whole_dims("abc", x.shape)
         y = x
         for _ in range(4):
             order = torch.randperm(y.dim(), generator=generator).tolist()
@@ -274,19 +274,19 @@ def test_reshaping_is_followed_exactly() -> None:
                 options = [n for n in (2, 3, 4, 6, 12) if left % n == 0]
                 sizes.append(options[int(torch.randint(len(options), (1,), generator=generator))])
                 left //= sizes[-1]
-            found = axes.reshaped(dims, sizes)
+            found = axes.reshape_dims(dims, sizes)
             if found is None:
                 continue
             y, dims = y.reshape(sizes), found
-        how = axes.recipe(axes.whole("abc", x.shape), dims)
+        how = axes.recipe(axes.whole_dims("abc", x.shape), dims)
         assert how is not None
-        assert torch.equal(forms.arranged(x, how), y)
+        assert torch.equal(forms.arrange(x, how), y)
         followed += y.dim() != x.dim()
     assert followed > 100
 
 
 def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dimensions in the right sizes and the wrong order."""
-    monkeypatch.setattr(forms, "arranged", lambda x, how: x.reshape(how.sizes))
+    monkeypatch.setattr(forms, "arrange", lambda x, how: x.reshape(how.sizes))
     with pytest.raises(AssertionError):
         test_form("movinet", torch.contiguous_format)

@@ -200,7 +200,7 @@ def test_laid_out_anew_in_the_same_memory(change: Any, grad: bool) -> None:
 
 def test_a_planted_bug_in_layouts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions and addresses alone."""
-    monkeypatch.setattr(kept, "_laid_out", lambda t: mock.ANY)
+    monkeypatch.setattr(kept, "_layout", lambda t: mock.ANY)
     for change in CHANGES:
         with pytest.raises((AssertionError, pytest.fail.Exception)):
             test_laid_out_anew_in_the_same_memory(change, change in (turned_weight, spread_bias))
@@ -268,7 +268,7 @@ def test_frozen_norms_are_as_they_were_when_they_were_called(
 def test_a_planted_alias_of_a_frozen_norm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         rules,
-        "copied",
+        "copy_vectors",
         lambda given: tuple((name, kept.Copied((t.detach(),))) for name, t in given),
     )
     for write in WRITES:
