@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastst
 from fastst.rewrite.convert import traced
 from tests.rewrite.convert.test_forms import FORMS, Frames
-from tests.rewrite.convert.test_promise import Block, results
+from tests.support.blocks import Block, results
 
 fuses = pytest.mark.skipif(not traced.LOWERS, reason="calls stay separate before PyTorch 2.13")
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastst
 from tests.rewrite.convert.programs.helpers import Doubles, Scale
-from tests.rewrite.convert.test_promise import BODIES, Block, Reverse
+from tests.support.blocks import Block, Reverse, compute_pair
 
 
 @pytest.mark.parametrize("ask", [
@@ -28,7 +28,7 @@ from tests.rewrite.convert.test_promise import BODIES, Block, Reverse
 @pytest.mark.parametrize("named", ["u", "z", "y"])
 def test_gradients_of_what_lies_in_an_operation_are_refused(named: str, ask: Any) -> None:
     """The operation passes them by: asked for before, they are what they were."""
-    block = Block(BODIES["pair"][0])
+    block = Block(compute_pair)
     fastst.convert(block)
     u = block.s(torch.randn(2, 4, 5, 6, 6))
     z = F.relu(block.n(u))
@@ -66,7 +66,7 @@ HOOKS: dict[str, Callable[[Tensor], Callable[[], Any]]] = {
 
 
 def plain_and_converted() -> tuple[Block, Block]:
-    plain = Block(BODIES["pair"][0]).double()
+    plain = Block(compute_pair).double()
     converted = copy.deepcopy(plain)
     fastst.convert(converted)
     return plain, converted
@@ -88,7 +88,7 @@ def test_hooks_of_what_was_extended_already(name: str, named: str) -> None:
 
 
 def test_hooks_that_change_gradients_of_what_was_extended_already() -> None:
-    block = Block(BODIES["pair"][0])
+    block = Block(compute_pair)
     fastst.convert(block)
     u = block.s(torch.randn(2, 4, 5, 6, 6))
     z, read = F.relu(u), Reverse.apply(F.silu(u))
@@ -119,7 +119,7 @@ def test_gradients_of_what_was_extended(ask: Any) -> None:
 
 def test_gradients_of_what_a_custom_function_has_read_are_refused() -> None:
     """Its graph goes to the leaves at once."""
-    block = Block(BODIES["pair"][0])
+    block = Block(compute_pair)
     fastst.convert(block)
     u = block.s(torch.randn(2, 4, 5, 6, 6))
     for read in (Reverse.apply(F.relu(u)).sum() + u.sum(), Reverse.apply(u)):
@@ -131,7 +131,7 @@ def test_gradients_of_what_a_custom_function_has_read_are_refused() -> None:
 
 def test_written_after_its_gradient_was_asked_for() -> None:
     """What was made of it before would be of another value, without hooks."""
-    block = Block(BODIES["pair"][0])
+    block = Block(compute_pair)
     fastst.convert(block)
     u = block.s(torch.randn(2, 4, 5, 6, 6))
     z = F.relu(u)
@@ -144,7 +144,7 @@ def test_written_after_its_gradient_was_asked_for() -> None:
 
 def test_frozen_before_backward() -> None:
     """Gradients of gradients need what the first ones needed."""
-    block = Block(BODIES["pair"][0]).double().eval()
+    block = Block(compute_pair).double().eval()
     x = torch.randn(1, 4, 5, 6, 6, dtype=torch.float64, requires_grad=True)
     found = []
     for convert in (False, True):

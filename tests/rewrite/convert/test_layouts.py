@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fastst
 from fastst.rewrite.convert import endings
 from tests.backends.cpu.test_cpu import built
-from tests.rewrite.convert.test_promise import Block
 from tests.rewrite.convert.test_readings import Net
+from tests.support.blocks import Block
 
 pytestmark = built
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last_3d}
