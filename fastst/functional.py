@@ -402,7 +402,11 @@ def conv3d(
         input_activation, activation, negative_slope, output_statistics, batched,
     )  # fmt: skip
     if cast is not None:
-        x, weight, bias, past = _cast((x, weight, bias, past), cast)
+        if input_norm is not None and x.dtype not in (cast, torch.float64):
+            # Autocast rounds what the convolution reads, and not what a norm reads.
+            tensors = tensors._replace(x=_z_of(tensors, spec, input_norm), mean=None, var=None)
+            input_norm, spec = None, spec._replace(**_READS_X)
+        x, weight, bias, past = _cast((tensors.x, weight, bias, past), cast)
         tensors = tensors._replace(x=x, weight=weight, bias=bias, past=past)
     batch = input_norm if isinstance(input_norm, BatchNorm) else None
     if input_norm is not None:
@@ -413,7 +417,7 @@ def conv3d(
         if output_statistics:
             raise ValueError("conv3d: output_statistics requires a y without output_norm")
         problem, asks = ConvProblem.of(tensors, spec), spec._replace(output_norm=True)
-        checks.outer_norm("conv3d", output_norm, problem)
+        checks.outer_norm("conv3d", output_norm, problem, "output_norm")
         if not _is_taken_in(output_norm, tensors, problem, ConvProblem.of(tensors, asks)):
             y = _norm_of_conv3d(tensors, spec, batch, output_norm)
             y = y if residual is None else y + residual
@@ -435,13 +439,35 @@ def _conv3d(
         y = reference.compose_conv3d(tensors, spec, function)
         if not spec.output_statistics:
             return y, None
-        return y, torch.var_mean(y, (0, 2, 3, 4), correction=0)[::-1]
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+        return y, torch.var_mean(wide, (0, 2, 3, 4), correction=0)[::-1]
     y, taken, found = ops.conv3d(tensors, spec, dispatch.requested())
     known: Any = taken or (tensors.mean, tensors.var)
     if norm is not None and norm.training:
         mean, var = known
         _update_running(norm, mean, var, x.numel() // x.shape[1])
     return y, found
+
+
+# Of a specification whose convolution reads x as it is.
+_READS_X: dict[str, Any] = {
+    name: ConvSpec._field_defaults[name]
+    for name in ("input_activation", "norm", "eps", "norm_groups", "per_frame")
+}
+
+
+def _z_of(tensors: ConvTensors, spec: ConvSpec, norm: BatchNorm | Norm) -> Tensor:
+    """Norm and activation of x by operators of their own, in the dtype of x."""
+    x = tensors.x
+    if isinstance(norm, Norm):
+        affine = tensors._replace(norm_weight=norm.weight, norm_bias=norm.bias)
+        v = reference.normalise(x, affine, spec)
+    elif tensors.var is not None:
+        moments, backend = (tensors.mean, tensors.var), reference.BACKEND
+        v = _normalise(norm, x, moments, backend)  # type: ignore[arg-type]  # both are given
+    else:
+        v = _norm_function(norm)(x)
+    return activations.apply(spec.input_activation, v, spec.slope)
 
 
 def _norm_of_conv3d(
@@ -470,14 +496,28 @@ def recomputes(recompute: bool | None, norm: BatchNorm | None) -> bool:
 
 
 def _composes(x: Tensor) -> bool:
-    """Whether PyTorch's own operators must be seen: functorch, forward-mode AD, empty tensors, and
-    where their very bits are asked for."""
+    """Whether PyTorch's own operators must be seen: functorch, forward-mode AD, empty tensors,
+    where their very bits are asked for, and where their FLOPs are counted."""
     return (
         exactness.required()
+        or _is_counted()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or x.numel() == 0
     )
+
+
+def _is_counted() -> bool:
+    """Whether PyTorch's counter of FLOPs watches, which knows PyTorch's operators alone."""
+    if torch.compiler.is_compiling() or not (modes := torch._C._len_torch_dispatch_stack()):
+        return False
+    watching = map(torch._C._get_dispatch_stack_at, range(modes))
+    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in watching)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """That of a convolution of x, by autocast as well."""
+    return x.dtype if x.dtype == torch.float64 else _autocast_dtype(x) or x.dtype
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

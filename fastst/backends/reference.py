@@ -44,6 +44,19 @@ from .conv_pass import conv_pass
 _DIFFERENTIABLE = PairTensors._fields.index("norm_bias") + 1  # tensors that have a gradient
 
 
+def _batch_norm(x: Tensor, *args: Any) -> Tensor:
+    """``F.batch_norm``, whose gradient on a CPU PyTorch computes right.
+
+    PyTorch 2.11 to 2.14 do not where x or dy has an axis of size 1 with a stride of no memory
+    format, as ``frames.permute(3, 0, 1, 2)[None]`` has, and the other one is contiguous. An x in
+    channels-last with PyTorch's own strides is right beside every dy.
+    """
+    watched = exactness.required() or torch._C._are_functorch_transforms_active()
+    if x.is_cpu and 1 in x.shape and not (watched or torch.compiler.is_compiling()):
+        x = x.clone(memory_format=torch.channels_last_3d)
+    return F.batch_norm(x, *args)
+
+
 def batch_norm(t: PairTensors, spec: PairSpec) -> Callable[[Tensor], Tensor]:
     """Norm of the spec as a function of u."""
     if spec.norm == "none":
@@ -53,7 +66,7 @@ def batch_norm(t: PairTensors, spec: PairSpec) -> Callable[[Tensor], Tensor]:
         return lambda u: ranks.batch_norm(u, *affine, spec.eps, group)[0]
     mean, var = (t.mean, t.var) if spec.norm == "frozen" else (None, None)
     training = spec.norm == "batch"
-    return lambda u: F.batch_norm(u, mean, var, t.norm_weight, t.norm_bias, training, 0.0, spec.eps)
+    return lambda u: _batch_norm(u, mean, var, t.norm_weight, t.norm_bias, training, 0.0, spec.eps)
 
 
 def compose_pair(
@@ -90,9 +103,9 @@ def normalise(x: Tensor, t: ConvTensors, spec: ConvSpec) -> Tensor:
     if spec.norm == "none":
         return x
     if spec.norm == "frozen":
-        return F.batch_norm(x, t.mean, t.var, gamma, beta, False, 0.0, spec.eps)
+        return _batch_norm(x, t.mean, t.var, gamma, beta, False, 0.0, spec.eps)
     if spec.norm == "batch":
-        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, spec.eps)
+        return _batch_norm(x, None, None, gamma, beta, True, 0.0, spec.eps)
     if spec.norm == "group":
         if x.device.type == "cpu" and not exactness.required():
             x = x.contiguous()  # PyTorch's gradient of γ alone crashes on channels-last memory

@@ -9,11 +9,17 @@ from torch import Tensor, nn
 
 from .. import dispatch, functional
 from ..functional import BatchNorm, Causal, IntOrTriple, Norm, PaddingArg, Pair
+from ..machine import exactness
 from ..problem import activations, checks, geometry
-from ..problem.geometry import left_padding
 from .layers import ActivationArg
 from .pair_of_modules import NORMS, batch_norm_arguments, counts_batches, why_foreign
-from .streaming import advance, check_chunk, check_frame_by_frame, check_state
+from .streaming import (
+    advance,
+    check_chunk,
+    check_frame_by_frame,
+    check_state,
+    frames_before,
+)
 
 
 class Conv3d(nn.Conv3d):
@@ -92,6 +98,8 @@ class Conv3d(nn.Conv3d):
         if even and not isinstance(padding, str):
             self.padding = tuple(before for before, _ in sides)
         self.padding_mode, self.causal = padding_mode, causal
+        # Of nn.Conv3d, which pads by it where the mode is not "zeros": before and after w, h and t.
+        self._reversed_padding_repeated_twice = [p for side in reversed(sides) for p in side]
         if input_norm is not None:
             if not isinstance(input_norm, nn.Module):
                 raise TypeError(f"{op}: input_norm must be a module or None, got {input_norm!r}")
@@ -106,8 +114,18 @@ class Conv3d(nn.Conv3d):
             raise ValueError(f"{op}: both leaky ReLUs must have one slope, got {sorted(slopes)}")
         self.negative_slope = slopes.pop() if slopes else self.negative_slope
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y of x; shapes as above, ``residual`` of exactly that of y."""
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        streams: bool = False,
+        state: tuple[Tensor, ...] | None = None,
+    ) -> Any:
+        """y of x; shapes as above, ``residual`` of exactly that of y. With ``streams`` what
+        ``stream`` gives."""
+        if streams:
+            return self._advance(x, state, residual)
         checks.layer_input("Conv3d", x, self.in_channels)
         return self._run(x, residual, padding=self.padding, causal=self.causal)
 
@@ -122,7 +140,7 @@ class Conv3d(nn.Conv3d):
         Outputs concatenated along time equal the run over the whole clip, for any cutting of it,
         one frame at a time included. With a temporal stride a chunk may complete no output: y then
         has no frames. The state holds the frames that the convolution reads again: it is read where
-        it lies.
+        it lies. It is a call of the layer: its hooks, which may set the weight, run.
 
         Args:
             x: (N, C, t, H, W), the next t ≥ 1 frames.
@@ -133,25 +151,32 @@ class Conv3d(nn.Conv3d):
             TypeError, ValueError: the layer is not causal, its norm looks across frames, or a chunk
                 or state does not fit.
         """
+        y: tuple[Tensor, tuple[Tensor, ...]] = self(x, residual, streams=True, state=state)
+        return y
+
+    def _advance(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, residual: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         check_chunk(self.causal, self.in_channels, x)
-        if not self.norm_per_frame:
-            check_frame_by_frame("stream", self._norm(), strict=True)
+        if not _sees_frames_apart(norm := self._norm(), self.norm_per_frame):
+            check_frame_by_frame("stream", norm, strict=True)
         stride, reach = self.stride[0], self.dilation[0] * (self.kernel_size[0] - 1) + 1
-        skip = max(0, stride - reach)
-        past = self._before(x, skip) if state is None else check_state(state, x, skip + reach)
+        past = self._before(x) if state is None else check_state(state, x, stride, reach)
 
         def run(fresh: Tensor, window: Tensor | None) -> Tensor:
             return self._run(fresh, residual, padding=self._sides(), past=window)
 
         y, after = advance(past, x, stride, reach, run, self._z_of)
-        return x.new_empty(self._shape_without_frames(x)) if y is None else y, after
+        return self._no_frames(x, residual) if y is None else y, after
 
     def _norm(self) -> Any:
         return self._modules.get("input_norm")
 
     def _run(self, x: Tensor, residual: Tensor | None, **geometry: Any) -> Tensor:
         norm, found = self._norm(), None
-        if norm is not None:
+        if norm is not None and exactness.required():
+            x = self._apply_norm(x)
+        elif norm is not None:
             found, why = _norm_arguments(norm, x, self.norm_per_frame)
             if why is not None:
                 dispatch.fall_back("the input norm of a Conv3d", why)
@@ -197,22 +222,29 @@ class Conv3d(nn.Conv3d):
         _, _, *space = self._geometry().padding
         return ((0, 0), tuple(space[:2]), tuple(space[2:]))
 
-    def _before(self, x: Tensor, skip: int) -> Tensor:
+    def _before(self, x: Tensor) -> Tensor:
         """The state before the first chunk: frames that the convolution reads as padding."""
-        left = left_padding(self.kernel_size[0], self.stride[0], self.dilation[0], self.causal)
-        shape = (*x.shape[:2], skip + left, *x.shape[3:])
+        t = self.kernel_size[0], self.stride[0], self.dilation[0]
+        shape = (*x.shape[:2], frames_before(*t, self.causal), *x.shape[3:])
         if self._geometry().padding_mode[1] == "zeros":
             return x.new_zeros(shape)
         return self._z_of(x[:, :, :1]).expand(shape)
 
-    def _shape_without_frames(self, x: Tensor) -> tuple[int, ...]:
+    def _no_frames(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """y of a chunk that completes none."""
         sides = self._sides()
         size = (
             (x.shape[2 + i] + sum(sides[i]) - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
             // self.stride[i] + 1
             for i in (1, 2)
         )  # fmt: skip
-        return (x.shape[0], self.out_channels, 0, *size)
+        y = x.new_empty((x.shape[0], self.out_channels, 0, *size), dtype=functional.result_dtype(x))
+        if residual is not None and residual.shape != y.shape:
+            raise ValueError(
+                f"stream: residual must have the shape of the output, {tuple(y.shape)}, got "
+                f"{tuple(residual.shape)}"
+            )
+        return y
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
@@ -244,6 +276,13 @@ def _activation_name(what: str, activation: ActivationArg) -> tuple[str, float]:
     return found
 
 
+def _sees_frames_apart(norm: Any, per_frame: bool) -> bool:
+    """Whether a norm has statistics of each frame, by ``norm_per_frame``."""
+    if isinstance(norm, nn.InstanceNorm3d):
+        return per_frame and norm.running_mean is None
+    return per_frame and isinstance(norm, nn.GroupNorm)
+
+
 def _norm_arguments(
     norm: Any, x: Tensor, per_frame: bool
 ) -> tuple[BatchNorm | Norm | None, str | None]:
@@ -266,7 +305,9 @@ def _norm_arguments(
             return None, f"it is over {tuple(norm.normalized_shape)}, not over the channels"
         if isinstance(norm, nn.LayerNorm):
             return Norm("layer", norm.weight, norm.bias, eps=norm.eps), None
-        eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+        # PyTorch's default is that of the dtype in which it computes.
+        computed = torch.promote_types(x.dtype, torch.float32)
+        eps = torch.finfo(computed).eps if norm.eps is None else norm.eps
         return Norm("rms", norm.weight, eps=eps), None
     found = batch_norm_arguments(norm)
     return (found, None) if found is None or not found.group else (None, "it spans several ranks")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import dispatch, functional
 from ..functional import Causal, IntOrTriple, PaddingArg, Pair
+from ..machine import exactness
 from ..problem import activations, checks, geometry
 from ..problem.spec import COMBINES, ORDERS, Triple, default_mid_channels
 from . import streaming
@@ -318,7 +319,7 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
     Args:
         combine: "add" or "cat".
         split: with "cat", the output channels of the spatial branch; default half, rounded up.
-        branch_norm: None or "batch": one for each branch.
+        branch_norm: None, "batch" or a class of norms: one for each branch.
         branch_activation: name, module or None, of each branch.
         norm: None, "batch" or a module, after combining.
         activation: name, module or None, after combining.
@@ -343,7 +344,7 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
         *,
         combine: str = "add",
         split: int | None = None,
-        branch_norm: str | None = None,
+        branch_norm: str | type[nn.Module] | None = None,
         branch_activation: ActivationArg = None,
         norm: NormArg = None,
         activation: ActivationArg = None,
@@ -363,6 +364,11 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
                 f"got {split!r} with combine={combine!r}"
             )
         self.combine = combine
+        if isinstance(branch_norm, nn.Module):
+            raise TypeError(
+                f"{self._op}: branch_norm must be None, 'batch' or a class of modules, one for "
+                f"each branch, got the module {branch_norm!r}"
+            )
 
         spatial, temporal = k, k
         if combine == "cat":
@@ -379,6 +385,9 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
     def forward(self, x: Tensor) -> Tensor:
         """y of x; shapes as ``nn.Conv3d``."""
         checks.layer_input(self._op, x, self.in_channels)
+        if x.dim() == 4:  # for norms and activations channels are the second axis
+            y: Tensor = self.forward(x.unsqueeze(0)).squeeze(0)
+            return y
         if self.causal:
             parts = self.spatial_norm, self.temporal_norm, self.branch_activation, self.norm
             owner = f"{self._op}: causal=True"
@@ -386,6 +395,8 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
         why = self._why_composed()
         if why is not None:
             dispatch.fall_back(self._op, why)
+            return self._compose(x)
+        if exactness.required():  # folded norms have other bits
             return self._compose(x)
         branch = activations.from_module(self.branch_activation)
         after = activations.from_module(self.activation)
@@ -438,7 +449,7 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
         b = self.temporal(pad_causally(x, self.temporal, self.causal))
         a = self.branch_activation(a if self.spatial_norm is None else self.spatial_norm(a))
         b = self.branch_activation(b if self.temporal_norm is None else self.temporal_norm(b))
-        y = a + b if self.combine == "add" else torch.cat((a, b), -4)
+        y = a + b if self.combine == "add" else torch.cat((a, b), 1)
         return self.activation(y if self.norm is None else self.norm(y))
 
     def extra_repr(self) -> str:

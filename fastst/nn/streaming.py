@@ -140,12 +140,12 @@ def _stream_through(
         return _activate(layer, frames) if spatial_first else frames
 
     if state is None:
-        left = left_padding(temporal.kernel_size[0], stride, temporal.dilation[0], layer.causal)
-        shape = (*fresh.shape[:2], max(0, stride - reach) + left, *fresh.shape[3:])
+        before = frames_before(temporal.kernel_size[0], stride, temporal.dilation[0], layer.causal)
+        shape = (*fresh.shape[:2], before, *fresh.shape[3:])
         zeros = temporal.padding_mode == "zeros"
         past = fresh.new_zeros(shape) if zeros else read(fresh[:, :, :1]).expand(shape)
     else:
-        past = check_state(state, fresh, max(0, stride - reach) + reach)
+        past = check_state(state, fresh, stride, reach)
     own: dict[str, Any] = between if spatial_first else {}
     y, after = advance(
         past, fresh, stride, reach, lambda f, window: _convolve(temporal, f, window, **own), read
@@ -181,11 +181,10 @@ def stream(
     else:
         fresh = x
     if state is None:
-        left = left_padding(temporal.kernel_size[0], stride, temporal.dilation[0], layer.causal)
-        padding = (skip + left, 0, 0, 0, 0, 0)
-        frames = pad(fresh, padding, str(temporal.padding_mode))
+        before = frames_before(temporal.kernel_size[0], stride, temporal.dilation[0], layer.causal)
+        frames = pad(fresh, (before, 0, 0, 0, 0, 0), str(temporal.padding_mode))
     else:
-        frames = torch.cat((check_state(state, fresh, skip + reach), fresh), 2)
+        frames = torch.cat((check_state(state, fresh, stride, reach), fresh), 2)
 
     count = max(0, (frames.shape[2] - skip - reach) // stride + 1)
     end = skip + (count - 1) * stride + reach
@@ -220,16 +219,28 @@ def _activate(layer: CausalPair, u: Tensor) -> Tensor:
     return layer.activation(u if layer.norm is None else layer.norm(u))
 
 
-def check_state(state: tuple[Tensor, ...], fresh: Tensor, limit: int) -> Tensor:
+def frames_before(kernel: int, stride: int, dilation: int, causal: bool | str) -> int:
+    """Frames of the buffer before the first chunk: padding, after those that are skipped."""
+    skip = max(0, stride - dilation * (kernel - 1) - 1)
+    return skip + left_padding(kernel, stride, dilation, causal)
+
+
+def check_state(state: tuple[Tensor, ...], fresh: Tensor, stride: int, reach: int) -> Tensor:
+    """
+    Raises:
+        TypeError, ValueError: no state that a layer of this temporal stride and reach leaves.
+    """
     if not isinstance(state, tuple) or len(state) != 1 or not isinstance(state[0], Tensor):
         raise TypeError(f"stream: state must be a tuple of one tensor, got {state!r}")
     (buffer,) = state
     n, c, _, h, w = fresh.shape
     fits = buffer.dim() == 5 and (*buffer.shape[:2], *buffer.shape[3:]) == (n, c, h, w)
-    if not fits or buffer.shape[2] >= limit:
+    least, most = max(0, reach - stride), max(reach, stride) - 1
+    if not fits or not least <= buffer.shape[2] <= most:
+        length = str(most) if least == most else f"{least} to {most}"
         raise ValueError(
-            f"stream: state must be ({n}, {c}, t, {h}, {w}) with t below {limit} for this layer "
-            f"and chunk, got {tuple(buffer.shape)}"
+            f"stream: state must be ({n}, {c}, t, {h}, {w}), t being {length}, for this layer and "
+            f"chunk, got {tuple(buffer.shape)}"
         )
     if buffer.dtype != fresh.dtype or buffer.device != fresh.device:
         raise TypeError(

@@ -57,6 +57,33 @@ def as_own(y: Tensor) -> Tensor:
     return y.new_empty(0).set_(*memory, y.shape, y.stride())  # its very strides
 
 
+Aside = list[tuple[int, Tensor]]
+
+
+def put_aside(tensors: Sequence[Any], *unread: int) -> tuple[tuple[Any, ...], Aside]:
+    """Tensors without those at some places, and these: biases of what is linear in them.
+
+    No gradient of any order depends on such a bias, so whoever writes to it before backward may.
+    """
+    if torch.compiler.is_compiling():
+        return tuple(tensors), []
+    aside = [
+        (i, t.detach().requires_grad_(t.requires_grad))
+        for i in unread
+        if (t := tensors[i]) is not None
+    ]
+    left = {i for i, _ in aside}
+    return tuple(None if i in left else t for i, t in enumerate(tensors)), aside
+
+
+def take_back(tensors: Sequence[Any], aside: Aside) -> list[Any]:
+    """What ``put_aside`` was given."""
+    found = [*tensors]
+    for i, t in aside:
+        found[i] = t
+    return found
+
+
 class _PairFunction(torch.autograd.Function):
     """y of conv2plus1d and its statistics; keeps x and, unless it is to be recomputed, u."""
 
@@ -76,11 +103,12 @@ class _PairFunction(torch.autograd.Function):
         else:
             results = second_pass(PairTensors(*args), problem, backend, begun)
         y, u, mean, var, *_ = scatter(results, results_of(spec))
-        ctx.second_bias = None
-        if args[4] is not None and not torch.compiler.is_compiling():
-            # No gradient depends on it: whoever writes to it before backward may.
-            ctx.second_bias = args[4].detach().requires_grad_(args[4].requires_grad)
-            args = (*args[:4], None, *args[5:])
+        args, ctx.aside = put_aside(args, 4)
+        ctx.first_bias = None
+        if u is not None and args[3] is not None and not torch.compiler.is_compiling():
+            # Gradients of the first order read u in its place.
+            ctx.first_bias = args[3], None if args[3].is_inference() else args[3]._version
+            args = (*args[:3], None, *args[4:])
         ctx.save_for_backward(u, mean, var, *args)
         ctx.watched = _record_versions(args)
         statistics = results[1 if u is None else 2 :]
@@ -102,8 +130,11 @@ class _PairFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         u, mean, var, *tensors = ctx.saved_tensors  # read once: a checkpoint unpacks them
         _check_unwritten(ctx.watched, tensors)
-        bias = tensors[4] if ctx.second_bias is None else ctx.second_bias
-        tensors = [*tensors[:4], bias, *tensors[5:]]
+        tensors = take_back(tensors, ctx.aside)
+        if ctx.first_bias is not None:
+            tensors[3], version = ctx.first_bias
+            if torch.is_grad_enabled() or is_vmapped(owner[0]):  # composes, from x on
+                _check_version(tensors[3], version)
         needs = ctx.needs_input_grad[4:]
         # Then none holds them.
         if not torch.is_grad_enabled() and is_plain_call(owner[0], *tensors):
@@ -149,12 +180,20 @@ def _check_unwritten(watched: Watched, found: Sequence[Tensor | None]) -> None:
         t = None if was is None else was[0]()
         if was is None or t is None or now is None or read_address(now) != was[2]:
             continue
-        if t._version != was[1]:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: {tuple(t.shape)} is at version {t._version}, expected version "
-                f"{was[1]} instead"
-            )
+        _check_version(t, was[1])
+
+
+def _check_version(t: Tensor, version: int | None) -> None:
+    """
+    Raises:
+        RuntimeError: t has been written to since it had a version; None: it counts none.
+    """
+    if version is not None and t._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: {tuple(t.shape)} is at version {t._version}, expected version {version} "
+            "instead"
+        )
 
 
 class _ParallelFunction(torch.autograd.Function):
@@ -162,14 +201,16 @@ class _ParallelFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: ParallelSpec, backend: str, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.watched = _record_versions(tensors)
+        linear = spec.branch_activation == spec.activation == "none"
+        saved, ctx.aside = put_aside(tensors, *((3, 4) if linear else ()))
+        ctx.save_for_backward(*saved)
+        ctx.watched = _record_versions(saved)
         ctx.spec, ctx.backend = spec, backend
         return as_own(call("parallel_conv2plus1d", *tensors, *encode_spec(spec), backend))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        tensors = ctx.saved_tensors
+        tensors = take_back(ctx.saved_tensors, ctx.aside)
         _check_unwritten(ctx.watched, tensors)
         grads = backward_of(
             torch.ops.fastst.parallel_conv2plus1d_backward, reference.compose_parallel, dy, (),

@@ -17,7 +17,7 @@ from ..backends import reference
 from ..backends.contract import ConvBackward, ConvResult
 from ..problem import activations, norms
 from ..problem.conv3d import ConvSpec, ConvTensors
-from .autograd import as_own, backward_of, needs_grad, scatter
+from .autograd import as_own, backward_of, needs_grad, put_aside, scatter, take_back
 from .registered import as_laid_out, call, clone_aliases, register
 from .schema import CONV, CONV_SPEC, CONV_TENSORS, conv_arguments, encode_spec
 
@@ -109,7 +109,8 @@ class _ConvFunction(torch.autograd.Function):
         results = call("conv3d_train", *tensors, *encode_spec(spec), backend)
         there = results_of(spec, ConvTensors(*tensors).var is not None)  # type: ignore[arg-type]
         _, mean, var, *_ = scatter(results, there)
-        ctx.save_for_backward(mean, var, *tensors)
+        saved, ctx.aside = put_aside(tensors, ConvTensors._fields.index("bias"))
+        ctx.save_for_backward(mean, var, *saved)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)  # no zeros for the statistics
         # Those of y are no part of what backward computes.
@@ -122,6 +123,7 @@ class _ConvFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         mean, var, *tensors = ctx.saved_tensors
+        tensors = take_back(tensors, ctx.aside)
         grads = backward_of(
             torch.ops.fastst.conv3d_backward, reference.compose_conv3d, dy, (mean, var),
             ConvTensors(*tensors), ctx.spec, ctx.backend, ctx.needs_input_grad[2:],

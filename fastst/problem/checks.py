@@ -231,15 +231,16 @@ def with_norm(tensors: PairTensors, norm: BatchNorm | None) -> PairTensors:
     return PairTensors(*tensors[:5], norm.weight, norm.bias, mean, var, tensors.residual)
 
 
-def outer_norm(op: str, norm: Any, problem: Problem) -> None:
+def outer_norm(op: str, norm: Any, problem: Problem, what: str = "outer_norm") -> None:
     """
     Raises:
-        TypeError, ValueError: a norm of the output that is none, or does not fit it.
+        TypeError, ValueError: a norm of the output, an argument of this name, that is none, or does
+            not fit it.
     """
-    batch_norm(op, norm, "outer_norm")
+    batch_norm(op, norm, what)
     labels = ("running_mean", "running_var", "weight", "bias")
     for label, t in zip(labels, norm[:4], strict=True):
-        vector_fits(op, f"outer_norm.{label}", t, problem.out_channels, problem.device)
+        vector_fits(op, f"{what}.{label}", t, problem.out_channels, problem.device)
     n, _, t_, h, w = problem.out_shape
     if norm.training and not norm.group and n * t_ * h * w == 1:
         raise ValueError(

@@ -152,7 +152,7 @@ def _input_norm(
     if kind == "group":
         values *= channels // groups
         values //= 1 if norm.kind == "group" else n * (t_ if per_frame else 1)
-    if kind in ("batch", "group") and values == 1 and not known:
+    if kind in ("batch", "group") and values == 1:
         raise ValueError(
             f"{op}: a norm by statistics of x requires more than 1 value for each, got x of shape "
             f"{tuple(x.shape)}"

@@ -52,6 +52,42 @@ def test_a_convolution() -> None:
         _same(layer, nn.Sequential(norm, nn.SiLU(), plain), torch.randn(2, 8, 4, 12, 12))
 
 
+def test_a_convolution_behind_a_norm_of_instances() -> None:
+    norm = nn.InstanceNorm3d(8, affine=True)
+    layer = fastst.Conv3d(8, 8, 3, padding=1, input_norm=norm)
+    plain = nn.Conv3d(8, 8, 3, padding=1)
+    plain.weight, plain.bias = layer.weight, layer.bias
+    with fastst.exact():
+        _same(layer, nn.Sequential(norm, plain), torch.randn(2, 8, 4, 6, 6))
+
+
+@pytest.mark.parametrize("combine", ["add", "cat"])
+@pytest.mark.parametrize("norms", [dict(branch_norm="batch"), dict(norm="batch")])
+def test_parallel_branches(norms: dict[str, Any], combine: str) -> None:
+    torch.manual_seed(0)
+    m = fastst.ParallelConv2Plus1d(8, 8, 3, padding=1, activation="relu", combine=combine, **norms)
+    x = torch.randn(2, 8, 4, 6, 6) * 3 + 1
+    m(x)
+    m.eval()
+
+    def apart(x: Tensor) -> Tensor:
+        a, b = m.spatial(x), m.temporal(x)
+        if m.spatial_norm is not None and m.temporal_norm is not None:
+            a, b = m.spatial_norm(a), m.temporal_norm(b)
+        y = a + b if combine == "add" else torch.cat((a, b), 1)
+        return m.activation(y if m.norm is None else m.norm(y))  # type: ignore[no-any-return]
+
+    with fastst.exact():
+        _same(m, apart, x)
+
+
+def test_statistics_are_in_float32_at_least() -> None:
+    x, w = torch.randn(1, 8, 2, 3, 3).bfloat16(), torch.randn(8, 8, 1, 1, 1).bfloat16()
+    with fastst.exact():
+        _, statistics = fastst.functional.conv3d(x, w, output_statistics=True)
+    assert statistics.mean.dtype == statistics.var.dtype == torch.float32
+
+
 def test_a_converted_model() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastst
 from tests.nn.test_streaming import cut
@@ -181,16 +183,96 @@ def test_streams_have_gradients_and_residuals() -> None:
         (dict(causal=False), (1, 4, 2, 5, 5), None, "requires a layer with causal=True"),
         (dict(), (1, 3, 2, 5, 5), None, "must have 4 channels"),
         (dict(), (4, 2, 5, 5), None, r"must be \(N, C, t, H, W\)"),
-        (dict(), (1, 4, 2, 5, 5), (torch.zeros(1, 4, 3, 5, 5),), "with t below 3"),
+        (dict(), (1, 4, 2, 5, 5), (torch.zeros(1, 4, 3, 5, 5),), "t being 2, for this"),
+        (dict(), (1, 4, 2, 5, 5), (torch.zeros(1, 4, 1, 5, 5),), "t being 2, for this"),
+        (dict(stride=(2, 1, 1)), (1, 4, 2, 5, 5), (torch.zeros(1, 4, 0, 5, 5),), "t being 1 to 2"),
         (dict(), (1, 4, 2, 5, 5), (torch.zeros(1, 4, 2, 5, 6),), "state must be"),
         (dict(), (1, 4, 2, 5, 5), (torch.zeros(1, 4, 2, 5, 5).double(),), "must be torch.float32"),
         (dict(), (1, 4, 2, 5, 5), torch.zeros(1, 4, 2, 5, 5), "tuple of one tensor"),
         (dict(input_norm=nn.GroupNorm(2, 4)), (1, 4, 2, 5, 5), None, "GroupNorm that looks at all"),
         (dict(input_norm=nn.BatchNorm3d(4)), (1, 4, 2, 5, 5), None, "without fixed statistics"),
         (dict(input_norm=nn.InstanceNorm3d(4)), (1, 4, 2, 5, 5), None, "got a InstanceNorm3d"),
+        # A norm of frames is one by groups or instances: a batch norm looks at the whole batch.
+        (
+            dict(input_norm=nn.BatchNorm3d(4), norm_per_frame=True),
+            (1, 4, 2, 5, 5),
+            None,
+            "without fixed statistics",
+        ),
     ],
 )
 def test_streams_refuse(settings: Any, chunk: Any, state: Any, message: str) -> None:
     layer = fastst.Conv3d(4, 6, 3, **(dict(causal=True, padding=(0, 1, 1)) | settings))
     with pytest.raises((ValueError, TypeError), match=message):
         layer.stream(torch.zeros(chunk), state)
+
+
+def test_streams_run_the_hooks_of_the_layer() -> None:
+    layer = fastst.Conv3d(4, 4, 3, padding=(0, 1, 1), causal=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(layer)
+    x = torch.randn(1, 4, 5, 6, 6)
+    with torch.no_grad():
+        layer.weight_g.mul_(3)  # as an optimiser does
+        streamed = layer.stream(x)[0]
+        torch.testing.assert_close(streamed, layer(x))
+
+
+def test_chunks_without_outputs_are_of_one_kind_with_others() -> None:
+    layer = fastst.Conv3d(8, 8, 3, stride=(2, 1, 1), padding=(0, 1, 1), causal=True)
+    frame = torch.randn(1, 8, 1, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, state = layer.stream(frame)
+        second, _ = layer.stream(frame, state)
+        assert (first.shape[2], second.shape[2]) == (1, 0)
+        assert first.dtype == second.dtype == torch.bfloat16
+        with pytest.raises(ValueError, match=r"shape of the output, \(1, 8, 0, 6, 6\), got"):
+            layer.stream(frame, state, first)
+
+
+@pytest.mark.parametrize("name", ["batch", "group", "layer", "rms"])
+def test_norms_read_x_before_autocast_rounds_it(name: str) -> None:
+    norm = {
+        "batch": nn.BatchNorm3d(8), "group": nn.GroupNorm(2, 8), "layer": nn.LayerNorm(8),
+        "rms": nn.RMSNorm(8),
+    }[name]  # fmt: skip
+    layer = fastst.Conv3d(8, 8, 3, padding=1, input_norm=norm, input_activation="relu")
+    x = torch.randn(2, 8, 4, 6, 6) + (0 if name == "rms" else 100)
+    true = copy.deepcopy(layer).double()(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        z = layer._z_of(x)
+        apart = F.conv3d(z, layer.weight, layer.bias, padding=1)
+    assert y.dtype == torch.bfloat16
+    ours, theirs = ((t.double() - true).abs().max() for t in (y, apart))
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_epsilon_that_nobody_gave(dtype: torch.dtype) -> None:
+    norm = nn.RMSNorm(8).to(dtype)
+    layer = fastst.Conv3d(8, 8, 1, input_norm=norm).to(dtype)
+    x = (torch.randn(1, 8, 2, 5, 5) * 0.02).to(dtype)
+    with torch.no_grad():
+        apart = F.conv3d(_over_channels(norm, x), layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), apart, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(padding_mode="replicate"), dict(padding="same", padding_mode="circular"), dict()],
+)
+def test_as_an_nn_conv3d_it_pads_as_well(settings: dict[str, Any]) -> None:
+    layer = fastst.Conv3d(4, 4, 3, **(dict(padding=1) | settings))
+    x = torch.randn(1, 4, 5, 6, 6)
+    torch.testing.assert_close(nn.Conv3d.forward(layer, x), layer(x))
+
+
+def test_flops_are_counted() -> None:
+    found = []
+    for layer in (nn.Conv3d(8, 8, 3, padding=1), fastst.Conv3d(8, 8, 3, padding=1)):
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.randn(1, 8, 4, 6, 6)).sum().backward()
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0

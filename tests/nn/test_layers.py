@@ -342,6 +342,31 @@ def test_unbatched() -> None:
 # ---- the parallel layer
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(norm=nn.GroupNorm(2, 6)),
+        dict(norm=nn.GroupNorm(2, 6), combine="cat"),
+        dict(activation=nn.Softmax(1)),
+        dict(norm="batch"),
+        dict(branch_norm="batch", branch_activation="relu"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_unbatched_branches(settings: dict[str, Any], training: bool) -> None:
+    layer = ParallelConv2Plus1d(4, 6, 3, padding=1, **settings).train(training)
+    x = torch.randn(4, 4, 6, 6)
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
+
+
+def test_branches_have_norms_of_their_own() -> None:
+    with pytest.raises(TypeError, match="one for each branch, got the module BatchNorm3d"):
+        ParallelConv2Plus1d(4, 6, 3, branch_norm=nn.BatchNorm3d(6))  # type: ignore[arg-type]
+    layer = ParallelConv2Plus1d(4, 6, 3, branch_norm=nn.BatchNorm3d)
+    assert layer.spatial_norm is not layer.temporal_norm
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "settings",

@@ -133,7 +133,9 @@ def test_refusals() -> None:
         layer.stream(x[:, :, :0])
     with pytest.raises(TypeError, match=r"state must be a tuple of one tensor, got"):
         layer.stream(x, [1])  # type: ignore[arg-type]
-    for wrong in (state[0][..., :4], state[0][:, :2], torch.cat(state * 2, 2)):
+    for wrong in (
+        state[0][..., :4], state[0][:, :2], state[0][:, :, 1:], torch.cat(state * 2, 2),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=r"state must be \(1, \d+, t, 5, 5\).*got \("):
             layer.stream(x, (wrong,))
     with pytest.raises(TypeError, match=r"state must be torch.float64 on cpu, got torch.float32"):

@@ -161,6 +161,44 @@ def test_writing_over_what_backward_needs_is_refused() -> None:
         y.sum().backward()
 
 
+def _biases(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in layer.named_parameters() if name.endswith("bias") and p.dim() == 1]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fastst.Conv3d(4, 4, 3, padding=1),
+        fastst.ParallelConv2Plus1d(4, 4, 3, padding=1),
+        fastst.Conv2Plus1d(4, 4, 3, padding=1, recompute=False),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_biases_that_backward_does_not_read_may_be_written_to(layer: nn.Module) -> None:
+    x = torch.randn(1, 4, 3, 6, 6)
+    layer(x).square().sum().backward()
+    expected = [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+    y = layer(x)
+    loss = y.square().sum()
+    with torch.no_grad():
+        for p in _biases(layer):
+            p.add_(1)
+    loss.backward()
+    for p, grad in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_a_bias_that_gradients_of_gradients_read_may_not() -> None:
+    layer = fastst.Conv2Plus1d(4, 4, 3, padding=1, recompute=False, activation="silu")
+    x = torch.randn(1, 4, 3, 6, 6, requires_grad=True)
+    y = layer(x)
+    with torch.no_grad():
+        layer.spatial.bias.add_(1)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
 # ---- functorch
 
 

@@ -279,3 +279,34 @@ def test_empty_batch() -> None:
 def test_meta() -> None:
     x, w = torch.empty(2, 4, 3, 6, 6, device="meta"), torch.empty(6, 4, 3, 3, 3, device="meta")
     assert conv3d(x, w, padding=1).shape == (2, 6, 3, 6, 6)
+
+
+def test_one_value_for_each_statistic_is_refused() -> None:
+    x, w = torch.randn(1, 4, 1, 1, 1), torch.randn(4, 4, 1, 1, 1)
+    u, statistics = conv3d(x, w, output_statistics=True)
+    norm = BatchNorm(torch.zeros(4), torch.ones(4), training=True)
+    for known in (None, statistics):
+        with pytest.raises(ValueError, match="requires more than 1 value"):
+            conv3d(u, w, input_norm=norm, input_statistics=known)
+    with pytest.raises(ValueError, match=r"output_norm.running_mean must be \(4,\), got \(3,\)"):
+        conv3d(x, w, output_norm=BatchNorm(torch.zeros(3), torch.ones(3)))
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_the_reference_is_right_for_any_stride_of_one_clip(norm: str) -> None:
+    # As of frames.permute(3, 0, 1, 2)[None]: PyTorch's own batch norm backward is not.
+    frames = torch.randn(4, 5, 6, 8)
+    x, w = frames.permute(3, 0, 1, 2)[None], torch.randn(6, 8, 3, 3, 3)
+    dy = torch.randn(1, 6, 4, 5, 6)
+    running = (None, None) if norm == "batch" else (torch.randn(8), torch.rand(8) + 0.5)
+
+    def gradients(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        x, gamma = x.to(dtype).requires_grad_(), torch.ones(8, dtype=dtype, requires_grad=True)
+        found = BatchNorm(*(t if t is None else t.to(dtype) for t in running), gamma, None)
+        y = conv3d(x, w.to(dtype), padding=1, input_norm=found._replace(training=norm == "batch"))
+        return torch.autograd.grad(y, (x, gamma), dy.to(dtype))
+
+    with fastst.use_backend("reference"):
+        true = gradients(x.clone(memory_format=torch.contiguous_format), torch.float64)
+        for ours, expected in zip(gradients(x.detach(), torch.float32), true, strict=True):
+            torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)

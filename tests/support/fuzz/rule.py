@@ -84,6 +84,11 @@ KITS: dict[type, Kit] = {
 Results = dict[str, Tensor]
 
 
+def _as_usual(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the truth: PyTorch's batch norm backward is wrong for some strides of N."""
+    return t.to(dtype).clone(memory_format=torch.contiguous_format)
+
+
 def results(
     function: Callable[[Any, dict[str, Tensor]], Tensor],
     config: Any,
@@ -93,8 +98,10 @@ def results(
 ) -> Results:
     """Output, gradients by the name of their tensor, and running statistics after the call."""
     leaves = {}
+    if dtype is not None and dy is not None:
+        dy = _as_usual(dy, dtype)
     for name, t in tensors.items():
-        leaf = t.detach() if dtype is None else t.detach().to(dtype)
+        leaf = t.detach() if dtype is None else _as_usual(t.detach(), dtype)
         if name.startswith("running"):
             leaf = leaf.clone()
         elif dy is not None and name not in config.constant:
