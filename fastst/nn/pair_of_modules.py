@@ -305,21 +305,40 @@ def why_foreign(
                 return f"its {label} is a {name}, not a plain nn.Conv3d"
         elif kind not in known if label in norms else activations.from_module(child) is None:
             return f"its {label} is a {kind.__name__}, which no kernel knows"
-        if (
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-        ):
-            return f"its {label} has hooks"
-        replaced = _find_replaced_method(child)
-        if replaced is not None:
-            return f"the {replaced} of its {label} was replaced"
+        why = why_more_than_class(child)
+        if why is not None:
+            return f"its {label} {why}"
     if torch_module._has_any_global_hook():
         return "global module hooks are registered"
     if _read(F, _FUNCTION_NAMES, _read_functions) != _FUNCTIONS:
         return "a function of torch.nn.functional was replaced"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees a module's call, or moves what it needs when it returns."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def why_more_than_class(module: nn.Module) -> str | None:
+    """What the call of a module of PyTorch's runs besides the forward of its class, or None."""
+    if has_hooks(module):
+        return "has hooks"
+    replaced = _find_replaced_method(module)
+    return None if replaced is None else f"has a {replaced} that is not of its class"
+
+
+class Answer:
+    """What stands in the place of a module's method and does the same, as in converted models."""
+
+    def answers_for(self, module: nn.Module) -> bool:
+        """Whether it is of this module, and not of one from which somebody took it."""
+        raise NotImplementedError
 
 
 class _Methods(NamedTuple):
@@ -343,14 +362,17 @@ class _Methods(NamedTuple):
 def _find_replaced_method(module: nn.Module) -> str | None:
     """The method of a module that somebody replaced, on the module or on its class."""
     kind, here = type(module), module.__dict__
-    known = _OWN_METHODS[kind]
+    known = _OWN_METHODS.get(kind) or _Methods.of(kind)
     now = _read(kind, known.names, known.read)
     forward, conv_forward, check, call = _METHODS
     replaced = forward in here or conv_forward in here or check in here or call in here
     if now == known.own and not replaced:
         return None
+    for name in _METHODS:
+        if name in here and not (isinstance(here[name], Answer) and here[name].answers_for(module)):
+            return name
     of_class = (n for n, a, b in zip(known.names, now, known.own, strict=True) if a is not b)
-    return next((n for n in _METHODS if n in here), None) or next(of_class)
+    return next(of_class, None)
 
 
 def _read(of: Any, names: Sequence[str], read: Callable[[Any], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Modules of which more than the class has a say in what they compute."""
+"""Modules whose parameters are no plain tensors with values."""
 
 from __future__ import annotations
 
@@ -6,21 +6,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody sees a module's call, or moves what it needs when it returns."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def does_more(module: nn.Module) -> bool:
-    """Whether calling a module runs more than the forward of its class."""
-    return has_hooks(module) or "forward" in module.__dict__
 
 
 def why_altered(modules: Callable[[str], nn.Module], paths: Iterable[str]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.layers import Conv2Plus1d
+from ..nn.pair_of_modules import why_more_than_class
 from ..problem import geometry
 from ..problem.spec import ORDERS
-from .altered import does_more, why_altered
+from .altered import why_altered
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def factorize(
     cut down to its largest singular values; the two factors are the weights of a ``Conv2Plus1d``
     without norm and activation. No pair with as many mid channels has a smaller error (Eckart and
     Young). It is exact where the rank of the weight is no larger. Temporal-first sees the weight as
-    a (K·kh·kw, C/g·kt) matrix.
+    a (K·kh·kw, C/g·kt) matrix. Pairs share weights where their convolutions do.
 
     Args:
         model: an ``nn.Conv3d``, or a model with some; left as it is.
@@ -110,15 +112,20 @@ def factorize(
     module = copy.deepcopy(model)
     layers, left = [], {}
     pairs: dict[int, Conv2Plus1d] = {}  # by convolution, so that shared ones stay shared
-    for name, conv in list(module.named_modules(remove_duplicate=False)):
+    made: dict[int, Conv2Plus1d] = {}  # by weight: the first pair of those that share it
+    named = list(module.named_modules(remove_duplicate=False))
+    for name, conv in named:
         if not _is_full(conv):
             continue
         if id(conv) not in pairs:
-            why = _why_left(module, name, conv)
+            why = _why_left(name, conv) or _why_tied(conv, named)
             if why is not None:
                 left[name] = why
                 continue
-            pairs[id(conv)], layer = _factorize(name, conv, mid_channels, energy, order)
+            pair, layer = _factorize(name, conv, mid_channels, energy, order)
+            first = made.setdefault(id(conv.weight), pair)
+            pair.spatial.weight, pair.temporal.weight = first.spatial.weight, first.temporal.weight
+            pairs[id(conv)] = pair
             layers.append(layer)
         if not name:
             module = pairs[id(conv)]
@@ -138,15 +145,27 @@ def _is_full(module: Any) -> bool:
     return kt > 1 and max(space) > 1
 
 
-def _why_left(module: nn.Module, name: str, conv: nn.Conv3d) -> str | None:
-    altered = why_altered(module.get_submodule, [name])
+def _why_left(name: str, conv: Any) -> str | None:
+    altered = why_altered({name: conv}.__getitem__, [name])
     if altered is not None:
         return altered
     if type(conv) is not nn.Conv3d:
         return f"it is a {type(conv).__module__}.{type(conv).__name__}, not a plain nn.Conv3d"
-    if does_more(conv):
-        return "it has hooks"
+    why = why_more_than_class(conv)
+    if why is not None:
+        return f"it {why}"
     return None if conv.weight.isfinite().all() else "its weight is not finite"
+
+
+def _why_tied(conv: nn.Conv3d, named: Sequence[tuple[str, nn.Module]]) -> str | None:
+    """Why the weight of a convolution must stay, or None: somebody else reads it who stays."""
+    for name, other in named:
+        if not any(p is conv.weight for p in other.parameters(recurse=False)):
+            continue
+        alike = _is_full(other) and other.weight is conv.weight and other.groups == conv.groups
+        if not alike or _why_left(name, other) is not None:
+            return f"its weight is also that of {name or 'the model'}, which stays as it is"
+    return None
 
 
 def _factorize(
@@ -219,10 +238,9 @@ def _layer(conv: Any, spatial: Tensor, temporal: Tensor, m: int, order: str) -> 
     with torch.no_grad():
         layer.spatial.weight.copy_(spatial)
         layer.temporal.weight.copy_(temporal)
-        if conv.bias is not None:
-            last.bias = nn.Parameter(conv.bias.detach().clone())
     for p in layer.parameters():
         p.requires_grad_(conv.weight.requires_grad)
+    last.bias = conv.bias
     return layer.train(conv.training)
 
 

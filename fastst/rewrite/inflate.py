@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..nn.layers import Conv2Plus1d
+from ..nn.pair_of_modules import why_more_than_class
 from ..problem import geometry
-from .altered import does_more, why_altered
+from .altered import why_altered
 
 _TOLERANCE = 1e-9  # of float64 outputs, relative to the largest
 
@@ -33,14 +34,20 @@ def inflate(
     averages over time, too.
 
     So features equal those of the 2D network frame by frame, and the logits of a linear head its
-    logits averaged over the frames. That is checked on random frames before the copy is returned.
+    logits averaged over the frames. That is checked before the copy is returned: on frames that
+    differ, with the weights and buffers that there are and with random ones, in eval mode. Modules
+    that are not PyTorch's are checked in training mode as well, where the 2D network returns a
+    tensor then that is the same each time. (What is random is not drawn alike for frames and clips.
+    PyTorch's modules stay in eval mode: a batch norm behind the pooling has other batches.) A plain
+    number that hides something by being 0 is not seen through.
 
     Args:
         model: 2D network in the manner of torchvision's and timm's ResNets, or a convolution; left
             as it is.
         temporal_kernel: kt, odd.
         depthwise: temporal convolutions of single channels instead of all to all.
-        example: (T, C, H, W) frames to check with; by default 2 random ones of 64 × 64.
+        example: (T, C, H, W) frames to check with; by default 2 random ones of 64 × 64. A random
+            frame is added to frames that are all the same.
 
     Returns:
         A network from (N, C, T, H, W). Keys: ``x.weight`` becomes ``x.spatial.weight``, and
@@ -49,19 +56,24 @@ def inflate(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: an even or no kernel; a module without a 3D form, or that is hooked,
-            parametrized, quantised, lazy or meta; or the copy is not equal to the 2D network.
+            parametrized, quantised, lazy or meta; a weight of a convolution that other modules read
+            as well; or the copy is not equal to the 2D network.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"inflate: model must be an nn.Module, got {type(model).__name__}")
     geometry.triple("inflate: temporal_kernel", temporal_kernel, 1)
     if temporal_kernel % 2 == 0:
         raise ValueError(f"inflate: temporal_kernel must be odd, got {temporal_kernel}")
+    _check_tied(model)
     inflated = _inflate(copy.deepcopy(model), temporal_kernel, depthwise)
     frames = _frames(model, example)
     _check(model, inflated, frames)
     # Norms, gates and scales that start at 0 hide what comes before them.
     drawn = _randomise_copy(model)
-    _check(drawn, _inflate(copy.deepcopy(drawn), temporal_kernel, depthwise), frames)
+    deep = _inflate(copy.deepcopy(drawn), temporal_kernel, depthwise)
+    _check(drawn, deep, frames)
+    if any(not _is_of_torch(m) for m in model.modules()):
+        _check(drawn, deep, frames, training=True)
     return inflated
 
 
@@ -82,14 +94,32 @@ def _inflate(model: nn.Module, temporal_kernel: int, depthwise: bool) -> nn.Modu
     return model
 
 
+def _check_tied(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: a weight that becomes a 5-D one is that of another module, too.
+    """
+    convs: dict[int, str] = {}  # by weight
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv2d:
+            convs[id(module.weight)] = f"{name}.weight" if name else "weight"
+    for name, module in model.named_modules():
+        for own, p in module.named_parameters(recurse=False):
+            if id(p) in convs and (type(module) is not nn.Conv2d or own != "weight"):
+                raise ValueError(
+                    f"inflate: {convs[id(p)]} is also {name}.{own}, of a {type(module).__name__}"
+                )
+
+
 def _check_plain(name: str, module: nn.Module) -> None:
     """
     Raises:
         ValueError: a module whose replacement would lose hooks, or whose weights have no values.
     """
     why = why_altered({name: module}.__getitem__, [name])
-    if why is None and does_more(module):
-        why = f"{name or 'the model'} has hooks"
+    if why is None and _is_of_torch(module):
+        more = why_more_than_class(module)
+        why = more and f"{name or 'the model'} {more}"
     if why is not None:
         raise ValueError(f"inflate: {why}")
 
@@ -107,18 +137,21 @@ def _inflate_module(name: str, module: Any, kt: int, depthwise: bool) -> nn.Modu
         new = make(module)
         new._parameters, new._buffers = module._parameters, module._buffers
         return new.train(module.training)
-    if spatial or (kind.__module__.startswith("torch.nn") and kind.__name__.endswith("2d")):
+    if spatial or (_is_of_torch(module) and kind.__name__.endswith("2d")):
         raise ValueError(
             f"inflate: {name or 'the model'} is a {kind.__name__}, of which no 3D form is known"
         )
     return module
 
 
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
 def _conv(conv: Any, kt: int, depthwise: bool) -> nn.Module:
     where = {"device": conv.weight.device, "dtype": conv.weight.dtype}
     stride, dilation = (1, *conv.stride), (1, *conv.dilation)
     space = (0, 0) if conv.padding == "valid" else conv.padding
-    bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
     if conv.kernel_size == (1, 1):
         padding = space if isinstance(space, str) else (0, *space)
         new: Any = nn.Conv3d(
@@ -138,9 +171,9 @@ def _conv(conv: Any, kt: int, depthwise: bool) -> nn.Module:
         nn.init.zeros_(new.temporal.weight)
         i = torch.arange(k)
         new.temporal.weight.data[i, 0 if depthwise else i, kt // 2] = 1.0
-    spatial.weight.data.copy_(conv.weight.detach().unsqueeze(2))
-    spatial.weight.requires_grad_(conv.weight.requires_grad)
-    spatial.bias = bias
+    if conv.weight.dim() == 4:  # it is the same parameter for all who share it
+        conv.weight.data = conv.weight.data.unsqueeze(2)
+    spatial.weight, spatial.bias = conv.weight, conv.bias
     return new.train(conv.training)
 
 
@@ -191,29 +224,34 @@ def _frames(model: nn.Module, example: Tensor | None) -> Tensor:
     Raises:
         ValueError: the example does not fit, or there is none and nothing says how many channels.
     """
+    generator = torch.Generator().manual_seed(0)
     if example is None:
         convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
         if not convs:
             raise ValueError("inflate: the model has no nn.Conv2d")
-        example = torch.randn(
-            2, convs[0].in_channels, 64, 64, generator=torch.Generator().manual_seed(0)
-        )
+        example = torch.randn(2, convs[0].in_channels, 64, 64, generator=generator)
     if example.dim() != 4:
         raise ValueError(f"inflate: example must be (T, C, H, W), got {tuple(example.shape)}")
-    return example.detach().cpu().double()
+    frames = example.detach().cpu().double()
+    if (frames == frames[:1]).all():
+        other = torch.randn(frames[:1].shape, generator=generator, dtype=frames.dtype)
+        frames = torch.cat([frames, 2 * other])
+    return frames
 
 
 def _randomise_copy(model: nn.Module) -> nn.Module:
-    """A float64 copy with other parameters and statistics, none of which is 0."""
+    """A float64 copy with other parameters and buffers, none of which is 0."""
     model = copy.deepcopy(model).cpu().double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in (*model.parameters(), *model.buffers()):
             if p.is_floating_point():
+                sign = torch.where(p < 0, -1.0, 1.0)  # a square root may be taken of a buffer
                 fan_in = p[0].numel() if p.dim() > 1 else 1
                 p.uniform_(0.5, 1.5, generator=generator).div_(fan_in**0.5)
-                if p.dim() > 1:  # of both signs, so that sums neither vanish nor grow
-                    p.mul_(torch.empty_like(p).bernoulli_(0.5, generator=generator).mul_(2).sub_(1))
+                if isinstance(p, nn.Parameter) and p.dim() > 1:  # so that sums do not grow
+                    sign.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+                p.mul_(sign)
         for m in model.modules():
             if isinstance(m, nn.modules.batchnorm._NormBase):
                 for statistics, low in ((m.running_mean, -0.5), (m.running_var, 0.5)):
@@ -222,20 +260,28 @@ def _randomise_copy(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check(model: nn.Module, inflated: nn.Module, frames: Tensor) -> None:
+def _check(model: nn.Module, inflated: nn.Module, frames: Tensor, training: bool = False) -> None:
     """
     Raises:
-        ValueError: the inflated network is not equal to the 2D one frame by frame.
+        ValueError: the inflated network is not equal to the 2D one frame by frame. In training mode
+            that is only asked where the 2D network returns the same tensor twice.
     """
     flat, deep = (copy.deepcopy(m).cpu().double().eval() for m in (model, inflated))
+    for m in (*flat.modules(), *deep.modules()):
+        m.training = training and not _is_of_torch(m)
     with torch.no_grad(), dispatch.use_backend("reference"):
         try:
             wanted = flat(frames)
+            again = flat(frames) if training else wanted
         except Exception as error:  # whatever user code raises on frames that it cannot take
+            if training:
+                return
             raise ValueError(
                 f"inflate: the 2D network does not run on frames of {tuple(frames.shape)}, give an "
                 f"example that it runs on: {error}"
             ) from error
+        if training and not (isinstance(wanted, Tensor) and torch.equal(wanted, again)):
+            return
         try:
             y = deep(frames.transpose(0, 1).unsqueeze(0))
         except Exception as error:  # whatever user code raises on a 5-D tensor

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from types import MethodType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastst
@@ -167,3 +169,66 @@ def test_what_cannot_be_factorized():
     made = fastst.factorize(nn.Sequential(nn.Linear(3, 3)), energy=0.5)
     assert (made.layers, made.left) == ([], {})
     assert str(made) == "factorized: 0"
+
+
+def tiled(self, x, weight, bias):
+    return F.conv3d(F.pad(x, (1, 1, 1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+@pytest.mark.parametrize("method", ["forward", "_conv_forward"])
+def test_what_somebody_has_replaced_is_left(method):
+    model = nn.Sequential(build())
+    setattr(model[0], method, MethodType(tiled, model[0]))
+    made = fastst.factorize(model, energy=1.0)
+    assert made.left == {"0": f"it has a {method} that is not of its class"}
+
+
+def test_what_convert_has_put_on_is_no_replacement():
+    model = nn.Sequential(build())
+    fastst.convert(model)
+    assert "_conv_forward" in vars(model[0])
+    assert len(fastst.factorize(model, energy=1.0).layers) == 1
+
+
+def test_methods_of_the_class_count(monkeypatch):
+    monkeypatch.setattr(nn.Conv3d, "_conv_forward", tiled)
+    assert list(fastst.factorize(nn.Sequential(build()), energy=1.0).left) == ["0"]
+
+
+@pytest.mark.parametrize("order", ["spatial-first", "temporal-first"])
+@pytest.mark.parametrize(("weight", "bias"), [(False, True), (True, False)])
+def test_what_is_frozen_stays_so(order, weight, bias):
+    conv = build()
+    conv.weight.requires_grad_(weight), conv.bias.requires_grad_(bias)
+    layer = fastst.factorize(conv, energy=1.0, order=order).module
+    last = layer.temporal if order == "spatial-first" else layer.spatial
+    assert last.bias.requires_grad == bias
+    assert {layer.spatial.weight.requires_grad, layer.temporal.weight.requires_grad} == {weight}
+    assert last.bias is not conv.bias
+
+
+def test_shared_parameters_stay_shared():
+    first, second = (nn.Conv3d(4, 4, 3, padding=1) for _ in range(2))
+    second.weight, second.bias = first.weight, first.bias
+    pairs = fastst.factorize(nn.Sequential(first, second), energy=1.0).module
+    for name, p in pairs[0].named_parameters():
+        assert pairs[1].get_parameter(name) is p
+
+
+def test_weights_that_others_read_are_left():
+    convs = [nn.Conv3d(4, 4, 3, padding=1) for _ in range(2)]
+    hooked = nn.Conv3d(4, 4, 3, padding=1)
+    hooked.register_forward_hook(lambda m, args, y: None)
+    grouped = nn.Conv3d(8, 4, 3, padding=1, groups=2)
+    table = nn.Module()
+    table.known = nn.Parameter(torch.zeros_like(convs[1].weight))
+    hooked.weight = grouped.weight = convs[0].weight
+    convs[1].weight = table.known
+    made = fastst.factorize(nn.ModuleList([*convs, hooked, grouped, table]), energy=1.0)
+    assert made.left == {
+        "0": "its weight is also that of 2, which stays as it is",
+        "1": "its weight is also that of 4, which stays as it is",
+        "2": "it has hooks",
+        "3": "its weight is also that of 0, which stays as it is",
+    }
+    assert made.module[0].weight is made.module[2].weight

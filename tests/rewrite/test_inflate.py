@@ -154,6 +154,7 @@ class Gated(nn.Module):
         super().__init__()
         self.conv, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
         self.norm, self.scale = nn.BatchNorm2d(8), nn.Parameter(torch.ones(()))
+        self.register_buffer("gate", torch.full((1,), float(start != "buffer")))
         nn.init.zeros_({"norm": self.norm, "conv": self.conv}.get(start, self.norm).weight)
         if start == "scale":
             nn.init.ones_(self.norm.weight)
@@ -165,10 +166,11 @@ class Gated(nn.Module):
 
     def forward(self, x):
         y = self.norm(self.conv(x))
-        return x + self.scale * y * torch.sigmoid(self.fc(y.mean(self.dims, keepdim=True)))
+        gate = self.gate * torch.sigmoid(self.fc(y.mean(self.dims, keepdim=True)))
+        return x + self.scale * y * gate
 
 
-@pytest.mark.parametrize("start", ["norm", "scale", "conv", "statistics"])
+@pytest.mark.parametrize("start", ["norm", "scale", "conv", "statistics", "buffer"])
 def test_what_starts_at_zero_hides_nothing(start):
     stem = nn.Conv2d(3, 8, 3, padding=1)
     with pytest.raises(ValueError, match="not equal to the 2D one frame by frame"):
@@ -180,6 +182,90 @@ def test_what_starts_at_zero_hides_nothing(start):
     assert torch.equal(inflated[1].conv.spatial.weight[:, :, 0], model[1].conv.weight)
     clip = torch.randn(1, 3, 4, 12, 10, dtype=torch.float64)
     torch.testing.assert_close(inflated(clip), frame_by_frame(model, clip), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_frames_that_are_all_the_same_hide_nothing(frames):
+    """A group norm of a clip is not one of each frame."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
+    with pytest.raises(ValueError, match="not equal to the 2D one frame by frame"):
+        fastst.inflate(model, example=torch.randn(1, 3, 16, 16).expand(frames, 3, 16, 16))
+
+
+class InTraining(nn.Module):
+    """Something else in training mode."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x) if self.training else x
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_training_mode_is_checked(training):
+    stem, wrong = nn.Conv2d(3, 8, 3), InTraining(lambda x: x - x.mean((2, 3), keepdim=True))
+    with pytest.raises(ValueError, match="not equal to the 2D one frame by frame"):
+        fastst.inflate(nn.Sequential(stem, wrong).train(training))
+    right = InTraining(lambda x: x - x.mean((-2, -1), keepdim=True))
+    fastst.inflate(nn.Sequential(stem, right).train(training))
+
+
+def targets_are_missing(x):
+    raise ValueError("requires targets")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x * torch.rand(()), lambda x: (x, x), targets_are_missing]
+)
+def test_training_is_not_compared_where_it_cannot_be(change):
+    fastst.inflate(nn.Sequential(nn.Conv2d(3, 8, 3), InTraining(change)))
+
+
+def test_heads_with_a_batch_norm_have_other_batches_in_training():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), InTraining(torch.abs), nn.AdaptiveAvgPool2d(1), nn.Flatten(1),
+        nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 5),
+    )  # fmt: skip
+    fastst.inflate(model)
+
+
+def test_square_roots_of_buffers_are_numbers():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("variances", torch.ones(1, 8))
+
+        def forward(self, x):
+            return x / self.variances.sqrt().view(-1, *(1,) * (x.dim() - 2))
+
+    fastst.inflate(nn.Sequential(nn.Conv2d(3, 8, 3), Scaled()))
+
+
+def test_what_is_frozen_stays_so_and_what_is_shared():
+    convs = [nn.Conv2d(4, 4, kernel, padding="same") for kernel in (3, 3, 1, 1)]
+    model = nn.Sequential(*convs)
+    model[1].weight, model[3].bias = model[0].weight, model[2].bias
+    for p in (model[0].bias, model[1].bias, model[2].weight):
+        p.requires_grad_(False)
+    inflated = fastst.inflate(model)
+    spatial = [m.spatial if isinstance(m, fastst.Conv2Plus1d) else m for m in inflated]
+    for was, now in zip(model, spatial, strict=True):
+        assert torch.equal(now.weight[:, :, 0], was.weight)
+        assert torch.equal(now.bias, was.bias)
+        assert was.weight.dim() == 4
+        for name in ("weight", "bias"):
+            assert getattr(was, name).requires_grad == getattr(now, name).requires_grad
+    assert spatial[0].weight is spatial[1].weight
+    assert spatial[2].bias is spatial[3].bias
+
+
+def test_weights_that_others_read_are_refused():
+    conv, table = nn.Conv2d(4, 4, 3), nn.Identity()
+    table.known = conv.weight
+    with pytest.raises(ValueError, match=r"0\.weight is also 1\.known, of a Identity"):
+        fastst.inflate(nn.Sequential(conv, table))
 
 
 def test_numbers_that_are_none_prove_nothing():
@@ -199,6 +285,13 @@ def hooked():
     return model
 
 
+def replaced():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    method = model[0]._conv_forward
+    model[0]._conv_forward = lambda x, weight, bias: method(x, 2 * weight, bias)
+    return model
+
+
 def on_meta():
     with torch.device("meta"):
         return nn.Sequential(nn.Conv2d(3, 4, 3))
@@ -208,6 +301,7 @@ def on_meta():
     ("model", "told"),
     [
         (hooked(), "0 has hooks"),
+        (replaced(), "0 has a _conv_forward that is not of its class"),
         (on_meta(), r"0\.weight is on the meta device"),
         (nn.Sequential(nn.LazyConv2d(4, 3)), "0 is lazy"),
         (

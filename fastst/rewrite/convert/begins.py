@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ... import dispatch
-from ...nn.pair_of_modules import RECOMPUTE
-from ..altered import has_hooks
+from ...nn.pair_of_modules import RECOMPUTE, Answer, has_hooks
 from . import pairs, rules, traced
 from .chain import Guess
 from .folded import Folded
@@ -62,7 +61,7 @@ def tell(event: Event) -> None:
         events.append(event)
 
 
-class Begins:
+class Begins(Answer):
     """The convolution itself, answered with a promise where it may be the first of a pair."""
 
     reads = False  # whether it can take in what stands before it
@@ -114,6 +113,9 @@ class Begins:
             if made is not None:
                 return made
         return type(conv)._conv_forward(conv, x, weight, bias)
+
+    def answers_for(self, module: nn.Module) -> bool:
+        return self.conv is module
 
     @property
     def conv(self) -> Any:
