@@ -47,7 +47,7 @@ def absent(device: torch.device) -> Iterator[dict[str, Any]]:
     """A row for each backend without kernels on a GPU; that one was not built is not wrong."""
     for name, backend in dispatch.BACKENDS.items() if device.type == "cuda" else ():
         why = backend.why_not(check.problem_for(device), "forward")
-        if backend.device == "cuda" and why is not None:
+        if backend.device == "gpu" and why is not None:
             built = name != "cuda" or importlib.util.find_spec("fastst._C") is not None
             unit = Unit(name, "none", torch.float16, 0, "no kernel at all")
             row: dict[str, Any] = unit._asdict() | {"dtype": "", "seconds": 0.0, "why": f"it {why}"}

@@ -13,6 +13,7 @@ import torch
 
 import fastst
 from fastst import dispatch
+from fastst.machine import devices
 from fastst.models import r2plus1d_18
 from fastst.rewrite.convert import convert
 
@@ -70,7 +71,7 @@ def stress(device: torch.device, repeats: int) -> int:
 
 def with_kernels(device: torch.device) -> list[str]:
     """Backends whose kernels a device has, if they are there."""
-    return [name for name, b in dispatch.BACKENDS.items() if b.device == device.type]
+    return [name for name, b in dispatch.BACKENDS.items() if b.device == devices.kind(device)]
 
 
 def probe(device: torch.device, cases: Sequence[Case]) -> int:

@@ -25,7 +25,7 @@ import torch
 from .backends.contract import Backend, Example, Later
 from .dispatch import quarantine, selfcheck
 from .dispatch.selection import BACKENDS
-from .machine import settings
+from .machine import devices, settings
 from .problem.examples import of_kind
 from .problem.spec import Problem
 
@@ -41,18 +41,18 @@ _USUAL = (torch.bfloat16, torch.float16)
 _ALL = (*_USUAL, torch.float32, torch.float64)
 
 
-def devices() -> list[torch.device]:
+def gpus() -> list[torch.device]:
     """One GPU of each model here; the CPU where it stands in for one."""
     if settings.flag("FASTST_CUDA_EMULATE"):
         return [torch.device("cpu")]
-    found = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return list({torch.cuda.get_device_name(d): d for d in reversed(found)}.values())
+    found = reversed(devices.present())
+    return list({devices.runtime(d).get_device_name(d): d for d in found}.values())
 
 
 def checks(device: torch.device, dtypes: Sequence[torch.dtype]) -> Iterator[Check]:
     """Everything that can be checked on a device without a call."""
     for backend in BACKENDS.values():
-        if backend.device != "cuda" or backend.why_not(problem_for(device), "forward") is not None:
+        if backend.device != "gpu" or backend.why_not(problem_for(device), "forward") is not None:
             continue
         for dtype in dtypes:
             for kind in backend.kinds(device, dtype):
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _serve()
     states = set()
     print(_row("device", "backend", "kernels", "dtype", "state"))
-    for device in devices():
+    for device in gpus():
         if options.again:
             selfcheck.discard(device)
         for backend, kind, dtype in checks(device, _ALL if options.all else _USUAL):
@@ -108,8 +108,8 @@ def answer(request: quarantine.Request, say: Callable[..., object]) -> bool:
         say: is told "doing" before each example and, at the end, "verdict" or "postponed".
     """
     try:
-        if request.device.type == "cuda":
-            torch.cuda.set_device(request.device)
+        if devices.is_gpu(request.device):
+            devices.runtime(request.device).set_device(request.device)
             precision = "tf32" if request.tf32 else "ieee"
             torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
         verdict = selfcheck.check(
@@ -123,17 +123,17 @@ def answer(request: quarantine.Request, say: Callable[..., object]) -> bool:
         say(postponed=f"{type(error).__name__}: {error}")
         return False
     finally:
-        if request.device.type == "cuda":
-            _let_go()
+        if devices.is_gpu(request.device):
+            _let_go(request.device)
     lost = verdict is not None and selfcheck.state(verdict) == "fault"
     say(verdict=verdict or "", last=lost)
     return lost
 
 
-def _let_go() -> None:
+def _let_go(device: torch.device) -> None:
     """Leave the memory of the GPU to who asked; a device that is lost has none to leave."""
     with suppress(RuntimeError):
-        torch.cuda.empty_cache()
+        devices.runtime(device).empty_cache()
 
 
 def _serve() -> NoReturn:

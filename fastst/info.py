@@ -95,15 +95,12 @@ def _devices() -> Iterator[str]:
     import torch
 
     yield f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    if not torch.cuda.is_available():
-        yield "no CUDA device"
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        gib = p.total_memory / 2**30
-        yield (
-            f"cuda:{i}: {p.name}, compute capability {p.major}.{p.minor}, "
-            f"{p.multi_processor_count} multiprocessors, {gib:.0f} GiB"
-        )
+    devices = importlib.import_module("fastst.machine.devices")
+    found = devices.present()
+    if not found:
+        yield "no GPU"
+    for device in found:
+        yield f"{device}: {devices.describe(device)}"
 
 
 def _native() -> Iterator[str]:
@@ -139,8 +136,8 @@ def _backends() -> Iterator[str]:
     dispatch = importlib.import_module("fastst.dispatch")
     yield f"auto takes the first that can run of: {', '.join(dispatch.AUTO)}"
     cases = [(torch.device("cpu"), torch.float32)]
-    if torch.cuda.is_available():
-        cases.append((torch.device("cuda"), torch.bfloat16))
+    gpus = importlib.import_module("fastst.machine.devices").present()
+    cases += [(device, torch.bfloat16) for device in gpus[:1]]
     for device, dtype in cases:
         problem = _dense_pair(device, dtype)
         for name, backend in dispatch.BACKENDS.items():

@@ -22,8 +22,8 @@ from fastst.backends.cuda import depthwise as cuda_depthwise
 from fastst.backends.cuda import examples as cuda_examples
 from fastst.backends.cuda import library
 from fastst.backends.triton import launch, rehearsal
-from fastst.demo import measure as demo_measure
 from fastst.dispatch import quarantine, selection, selfcheck, tune
+from fastst.machine import devices
 from fastst.problem import examples as examples_of_layers
 from fastst.problem.examples import of_kind
 from fastst.problem.spec import Problem
@@ -87,7 +87,7 @@ def triton_runs(s: Setting) -> None:
                 assert tune.race_on_gpu({way: trial}, 0.001, GPU).keys() == {way}
             layer = pair(8).to("cuda", torch.float16).eval()
             assert fastst.tune(layer, torch.zeros(clip(8)).to("cuda").half(), seconds=0.001)
-        with launch.guard(torch.device("cuda", 2)):
+        with devices.guard(torch.device("cuda", 2)):
             assert torch.cuda.current_device() == 2
         assert "multiprocessors" in "\n".join(info._devices())
         assert "triton, on cuda in bfloat16: runs" in "\n".join(info._backends())
@@ -134,7 +134,7 @@ def checks_in_advance(s: Setting) -> None:
     StandIn.compile(launched._replace(kernel=kernel), GPU)
     assert warm[0]["grid"] == (1,)
     s.mp.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    launch.capability_of.cache_clear()
+    devices.capability.cache_clear()
     assert not triton.BACKEND.kinds(GPU, torch.float16)
 
 
@@ -153,10 +153,10 @@ def promises_of_streams(s: Setting) -> None:
 
 def hip(s: Setting) -> None:
     s.mp.setattr(torch.version, "hip", "6.4")
-    launch.capability_of.cache_clear()
+    devices.capability.cache_clear()
     assert launch.capability(GPU) == (0, 0x942)
     assert not launch.tf32_allowed()
-    launch.capability_of.cache_clear()
+    devices.capability.cache_clear()
 
 
 def cuda_runs(s: Setting) -> None:
@@ -192,7 +192,7 @@ def a_check_in_the_other_process(s: Setting) -> None:
     flags.fp32_precision = before
     assert told[-1] == {"verdict": "", "last": False}
     assert s.gpus.current == 0  # on the device that was asked for, whichever was in use
-    assert [d.index for d in check.devices()] == [2, 0]
+    assert [d.index for d in check.gpus()] == [2, 0]
     with kernels(s.mp):
         assert any(k == "dense forward" for k in triton.BACKEND.kinds(GPU, torch.float16))
 
@@ -352,7 +352,7 @@ def the_rest(s: Setting) -> None:
     from fastst.demo import __main__ as demo_main
 
     assert demo is not None and demo_main._machine(GPU) == "NVIDIA H200"
-    demo_measure._wait_for(GPU)
+    devices.wait_for(GPU)
     s.mp.setattr(selection, "AUTO", ("aten",))
     with kernels(s.mp):
         assert demo_main._options([]).device == torch.device("cuda")

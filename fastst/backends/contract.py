@@ -242,7 +242,7 @@ class Backend:
 
     Attributes:
         name: what users ask for.
-        device: kind of device whose tensors "auto" offers to it; None for all.
+        device: kind of device whose tensors "auto" offers to it, "cpu" or "gpu"; None for all.
         pair_fields: fields of ``PairSpec`` that it honours.
         parallel_fields: the same of ``ParallelSpec``.
         conv_fields: the same of ``ConvSpec``.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastst
 
 from .. import models
+from ..machine import devices
 
 try:
     from tqdm import tqdm
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fastst.demo", description=__doc__)
-    gpu = torch.cuda.is_available()
+    gpu = next(iter(devices.present()), None)
     add = parser.add_argument
     add("--video", type=Path, default=clip.SHIPPED, help="any file that FFmpeg reads")
     add("--frames", type=_at_least(1), default=16, help="frames of the clip (16)")
@@ -115,7 +116,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=_at_least(1), default=1, help="times the clip is repeated (1)")
     add("--repeats", type=_at_least(1), default=5, help="timed runs of each kind (5)")
     add("--threads", type=_at_least(1), help="CPU threads (PyTorch's choice)")
-    add("--device", type=_device, default="cuda" if gpu else "cpu", help="cuda if there is one")
+    add("--device", type=_device, default=gpu.type if gpu else "cpu", help="a GPU if there is one")
     add("--model", choices=_NETWORKS, default="r2plus1d_18", help="the network (r2plus1d_18)")
     add("--weights", type=Path, help="torchvision's checkpoint of it (random weights)")
     add("--seed", type=int, default=0, help="of the random weights (0)")
@@ -175,8 +176,8 @@ def _scale(factor: float, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if devices.is_gpu(device):
+        return str(devices.runtime(device).get_device_name(device))
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..machine import devices
+
 Step = Callable[[nn.Module, Tensor], object]
 
 
@@ -74,19 +76,14 @@ def medians(
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + 1):
         for name, model in models.items():
-            _wait_for(x.device)
+            devices.wait_for(x.device)
             start = time.perf_counter()
             step(model, x)
-            _wait_for(x.device)
+            devices.wait_for(x.device)
             if turn:
                 times[name].append(time.perf_counter() - start)
             tick()
     return {name: statistics.median(t) for name, t in times.items()}
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..backends import aten, cpu, cuda, reference, triton
 from ..backends.contract import Backend, Phase
-from ..machine import choices, settings
+from ..machine import choices, devices, settings
 from ..machine.scoped import Scoped
 from ..problem.spec import PairProblem, Problem
 from . import said, selfcheck
@@ -152,7 +152,7 @@ def able(problem: Problem, phase: Phase) -> list[str]:
     return [
         name
         for name in AUTO
-        if BACKENDS[name].device in (None, problem.device.type)
+        if BACKENDS[name].device in (None, devices.kind(problem.device))
         and _why_not_auto(BACKENDS[name], problem, phase) is None
     ]
 
@@ -181,8 +181,8 @@ def _choose(problem: Problem, phase: Phase, name: str) -> Backend:
     if (fastest := fastest_measured(problem, phase)) is not None:
         return fastest
     refusals: list[str] = []
-    device = problem.device.type
-    slow = device == "cuda"
+    device = devices.kind(problem.device)
+    slow = device == "gpu"
     for candidate in AUTO:
         backend = BACKENDS[candidate]
         # Tensors elsewhere it takes at most in an emulation, for who names it.

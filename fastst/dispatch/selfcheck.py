@@ -25,7 +25,7 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.contract import Backend, Example, Later, Phase
 from ..backends.rehearsal import bare
-from ..machine import cache
+from ..machine import cache, devices
 from ..problem.conv3d import ConvSpec, problem_of
 from ..problem.examples import kind_of, move
 from ..problem.spec import PairSpec, Problem
@@ -68,7 +68,7 @@ def why_broken(
         _load()
         if (found := _find_verdict(keys)) is not None:
             return found or None
-        if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if devices.capturing(problem.device):
             return "has not been checked before this graph capture"
         when, why = _postponed.get(keys.together, (0.0, ""))
         if why and time.monotonic() - when < _AGAIN_SECONDS:
@@ -95,7 +95,7 @@ def why_broken(
 def _verdict_of(backend: Backend, problem: Problem, phase: Phase, way: str | None) -> str:
     """The verdict on kernels that nobody has seen run here; empty: passed."""
     device, dtype = problem.device, problem.dtype
-    if backend.device != "cuda":
+    if backend.device != "gpu":
         with bare(device):
             examples = backend.rehearse(problem, phase, way)
         return check(backend, examples, device, dtype) or ""
@@ -368,7 +368,7 @@ def _rounding(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return devices.is_gpu(device) and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def _key(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> str:

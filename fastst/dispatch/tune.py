@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..backends.contract import ConvBackward, PairBackward, Phase
-from ..machine import choices
+from ..machine import choices, devices
 from ..problem.conv3d import ConvProblem
 from ..problem.examples import example
 from ..problem.spec import PairProblem, Problem
@@ -98,7 +98,7 @@ def _measure(calls: Sequence[Decision], training: bool, seconds: float) -> list[
             if len(makers) < 2 or key in found:
                 continue
             trials = {way: make() for way, make in makers.items()}
-            if call.problem.device.type == "cuda":
+            if devices.is_gpu(call.problem.device):
                 times = race_on_gpu(trials, seconds, call.problem.device)
             else:
                 times = race(trials, seconds)
@@ -180,29 +180,31 @@ def race_on_gpu(
 
     Each is captured as a graph of ``_CALLS`` calls, and a graph is timed by events around it.
     """
-    with torch.cuda.device(device):
-        pool = torch.cuda.graph_pool_handle()  # one for all: they run in turns
-        graphs = {name: _capture(trial, pool) for name, trial in trials.items()}
-        return _medians({name: partial(_gpu_seconds, g) for name, g in graphs.items()}, seconds)
+    gpu_runtime = devices.runtime(device)
+    with gpu_runtime.device(device):
+        pool = gpu_runtime.graph_pool_handle()  # one for all: they run in turns
+        graphs = {name: _capture(gpu_runtime, trial, pool) for name, trial in trials.items()}
+        timed = {name: partial(_gpu_seconds, gpu_runtime, graph) for name, graph in graphs.items()}
+        return _medians(timed, seconds)
 
 
 _CALLS = 8  # of a graph: those of a small layer take longer than a replay
 
 
-def _capture(trial: Callable[[], object], pool: Any) -> Any:
+def _capture(gpu_runtime: Any, trial: Callable[[], object], pool: Any) -> Any:
     """A graph of several calls, after one that compiles and loads."""
     trial()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    gpu_runtime.synchronize()
+    graph = gpu_runtime.CUDAGraph()
+    with gpu_runtime.graph(graph, pool=pool):
         for _ in range(_CALLS):
             trial()
     return graph
 
 
-def _gpu_seconds(graph: Any) -> float:
+def _gpu_seconds(gpu_runtime: Any, graph: Any) -> float:
     """Of one call of a graph."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (gpu_runtime.Event(enable_timing=True) for _ in range(2))
     start.record()
     graph.replay()
     end.record()

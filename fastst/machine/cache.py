@@ -21,9 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import settings
-
-_MODULE = Path("/proc/driver/nvidia/version")
+from . import devices, settings
 
 
 def folder() -> Path:
@@ -39,10 +37,8 @@ def folder() -> Path:
 @lru_cache(maxsize=16)
 def machine(device: torch.device) -> str:
     """Model and vector unit of the CPU; name, driver and cuDNN of a GPU."""
-    if device.type == "cuda":
-        driver, cudnn = torch._C._cuda_getDriverVersion(), torch.backends.cudnn.version()  # type: ignore[attr-defined]
-        name = torch.cuda.get_device_name(device)
-        return f"{name} driver {driver}{_kernel_module()} cudnn {cudnn}"
+    if devices.is_gpu(device):
+        return f"{devices.runtime(device).get_device_name(device)} {devices.describe_driver()}"
     if device.type != "cpu":
         return f"{device.type} {platform.machine()}"
     model = platform.processor() or platform.machine()
@@ -50,15 +46,6 @@ def machine(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(s.split(":", 1)[1].strip() for s in lines if s.startswith("model name"))
     return f"{model} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _kernel_module() -> str:
-    """Version of NVIDIA's driver where Linux tells: that of CUDA stays the same over many."""
-    with suppress(OSError):
-        told = _MODULE.read_text(errors="replace")
-        if found := re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", told):
-            return f" {found[1]}"
-    return ""
 
 
 def sources() -> list[Path]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends.ranks import SyncedNorm, update_running
+from ..machine import devices
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -53,7 +54,7 @@ def sync_batch_norm(model: nn.Module, group: Any = None) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            on_gpu = module.weight is not None and module.weight.is_cuda
+            on_gpu = module.weight is not None and devices.is_gpu(module.weight.device)
             kind = nn.SyncBatchNorm if on_gpu else SyncBatchNorm
             object.__setattr__(module, "__class__", kind)
             module.process_group = group

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import tune
-from ..machine import served
+from ..machine import devices, served
 from .convert import convert
 from .convert.converter import serve
 
@@ -97,7 +97,9 @@ def _usual_format(model: nn.Module) -> torch.memory_format:
     float32, by a tenth, and 16 bits run as rows as well; there is no more to gain with float64.
     """
     weights = [p for p in model.parameters() if p.dim() == 5]
-    rows = any(p.device.type in ("cpu", "cuda") and p.dtype != torch.float64 for p in weights)
+    rows = any(
+        devices.kind(p.device) in ("cpu", "gpu") and p.dtype != torch.float64 for p in weights
+    )
     return torch.channels_last_3d if rows else torch.contiguous_format
 
 
@@ -111,8 +113,7 @@ def _fastest_format(model: nn.Module, sample: Tensor, seconds: float) -> torch.m
         def run() -> None:
             with torch.no_grad():
                 m(sample)
-            if sample.device.type == "cuda":
-                torch.cuda.synchronize(sample.device)
+            devices.wait_for(sample.device)
 
         return run
 

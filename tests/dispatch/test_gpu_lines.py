@@ -16,7 +16,7 @@ from fastst.backends.contract import Phase
 from fastst.backends.cuda import examples
 from fastst.backends.triton import launch, rehearsal
 from fastst.dispatch import quarantine, selfcheck
-from fastst.machine import cache
+from fastst.machine import cache, devices
 from fastst.problem.examples import of_kind
 from fastst.problem.spec import Problem
 from tests.support.standin import StandIn
@@ -30,10 +30,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     monkeypatch.delenv("FASTST_CUDA_EMULATE", raising=False)
     monkeypatch.setattr(selfcheck, "_verdicts", {})
     monkeypatch.setattr(selfcheck, "_postponed", {})
-    for cached in (cache.machine, launch.capability_of, launch.count_processors):
+    for cached in (cache.machine, devices.capability, devices.processors):
         cached.cache_clear()
     yield StandIn(monkeypatch)
-    for cached in (cache.machine, launch.capability_of, launch.count_processors):
+    for cached in (cache.machine, devices.capability, devices.processors):
         cached.cache_clear()
 
 
@@ -74,7 +74,7 @@ def test_a_capture_reads_the_disk_and_checks_nothing(
 
 
 def test_the_command_takes_a_gpu_of_each_model(gpus: StandIn) -> None:
-    assert check.devices() == [GPUS[2], GPUS[0]]
+    assert check.gpus() == [GPUS[2], GPUS[0]]
     assert "hopper" in examples.kinds(GPUS[0], torch.bfloat16)
     assert "hopper" not in examples.kinds(GPUS[2], torch.bfloat16)
     assert launch.capability(GPUS[2]) == (8, 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastst
-from fastst.machine import cache
+from fastst.machine import cache, devices
 from tests.support.standin import StandIn
 
 PACKAGE = Path(fastst.__file__).parent
@@ -65,7 +65,7 @@ def test_keys_name_the_driver(
     told: str | None, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     StandIn(monkeypatch)
-    monkeypatch.setattr(cache, "_MODULE", tmp_path / "version")
+    monkeypatch.setattr(devices, "_MODULE", tmp_path / "version")
     if told is not None:
         (tmp_path / "version").write_text(told)
     assert driver in cache.machine.__wrapped__(torch.device("cuda", 0))

@@ -1,7 +1,7 @@
 """Which lines only a GPU reaches, and whether they ran: for ``tests/test_gpu_lines.py``.
 
-Such a line asks something of ``torch.cuda`` or of another CUDA-only part of PyTorch, or lies in a
-branch whose condition says that a device is one, or behind one that leaves where it is none.
+Such a line asks something of ``torch.cuda`` or of ``machine.devices.runtime``, or lies in a branch
+whose condition says that a device is a GPU, or behind one that leaves where it is none.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 from tests.support import ROOT
 
 _WORDS = ("cuda", "on_gpu", "hip")  # names and texts by which conditions tell a GPU
+_QUESTIONS = ("is_gpu", "is_rocm", "capturing")  # functions of ``machine.devices``
+_RUNTIMES = ("torch.cuda.", "gpu_runtime.", "runtime(", "devices.runtime(")
 
 
 def lines() -> dict[tuple[str, int], str]:
@@ -39,7 +41,7 @@ def _of(tree: ast.AST) -> Iterator[int]:
                 yield from _statements(node.orelse)
         for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
             yield from _behind_exits(block if isinstance(block, list) else [])
-        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.cuda."):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(_RUNTIMES):
             yield node.lineno
 
 
@@ -61,6 +63,10 @@ def _tells(test: ast.expr, how: type[ast.cmpop]) -> bool:
     """Whether a condition that is true (of equality) or false says that something is on a GPU."""
     if isinstance(test, ast.BoolOp):
         return isinstance(test.op, ast.And) and any(_tells(v, how) for v in test.values)
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return how is ast.NotEq and _tells(test.operand, ast.Eq)
+    if isinstance(test, ast.Call):
+        return how is ast.Eq and ast.unparse(test.func).split(".")[-1] in _QUESTIONS
     if isinstance(test, ast.Compare) and isinstance(test.ops[0], how):
         return any(isinstance(c, ast.Constant) and c.value == "cuda" for c in test.comparators)
     if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot) and how is ast.Eq:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from fastst.backends import cuda
 from fastst.backends.cuda import library
 from fastst.backends.triton import launch
-from fastst.machine import cache
+from fastst.machine import cache, devices
 from fastst.ops import autograd, registered
 from fastst.problem.spec import Problem
 
@@ -77,7 +77,7 @@ class StandIn:
         monkeypatch.setattr(
             launch.Launch, "compile", lambda each, device: self.compiled.append(each)
         )
-        for cached in (cache.machine, launch.capability_of, launch.count_processors):
+        for cached in (cache.machine, devices.capability, devices.processors):
             cached.cache_clear()
 
     def _index(self, device: Any) -> int:

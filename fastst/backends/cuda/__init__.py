@@ -285,7 +285,7 @@ CALLS = Calls(
 )  # fmt: skip
 BACKEND = Backend(
     name="cuda",
-    device="cuda",
+    device="gpu",
     pair_fields=COMMON_PAIR_FIELDS | {"group", "output_statistics"},
     parallel_fields=COMMON_PARALLEL_FIELDS,
     conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},

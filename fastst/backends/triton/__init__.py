@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...machine import gpu
+from ...machine import devices, gpu
 from ...problem.conv3d import ConvProblem
 from ...problem.spec import PairProblem, Problem
 from ..contract import (
@@ -32,7 +32,7 @@ _ON_CPU = "runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1 set
 
 def _why_not(problem: Problem, phase: Phase) -> str | None:
     device = problem.device
-    if device.type not in ("cuda", "cpu"):
+    if devices.kind(device) not in ("cpu", "gpu"):
         return f"runs on NVIDIA and AMD GPUs, not on {device.type} tensors"
     # Asked first: importing Triton takes half a second that calls on a CPU need not pay.
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
@@ -101,7 +101,7 @@ def _candidate(problem: Problem, phase: Phase, name: str, save: bool) -> Callabl
 
 BACKEND = Backend(
     name="triton",
-    device="cuda",
+    device="gpu",
     pair_fields=COMMON_PAIR_FIELDS | {"group", "output_statistics"},
     parallel_fields=COMMON_PARALLEL_FIELDS,
     conv_fields=COMMON_CONV_FIELDS | {"output_statistics"},

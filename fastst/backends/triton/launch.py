@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...machine import gpu
+from ...machine import devices, gpu
 from . import tiles
 
 if TYPE_CHECKING:
@@ -71,14 +71,9 @@ def serves_cpu() -> bool:
 
 def capability(device: torch.device) -> gpu.Capability:
     """Compute capability; that of the data-centre Hopper where the interpreter stands in."""
-    return capability_of(_watch.device if device.type == "meta" and _watch.device else device)
-
-
-@functools.cache
-def capability_of(device: torch.device) -> gpu.Capability:
-    if device.type == "cuda" and torch.version.hip is not None:
-        return gpu.amd(torch.cuda.get_device_properties(device).gcnArchName)
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    if device.type == "meta" and _watch.device:
+        device = _watch.device
+    return devices.capability(device) if devices.is_gpu(device) else (9, 0)
 
 
 @functools.cache
@@ -93,17 +88,14 @@ def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a usual number where the interpreter stands in."""
     if device.type == "meta" and _watch.device:
         device = _watch.device
-    return count_processors(device) if device.type == "cuda" else gpu.processors(capability(device))
-
-
-@functools.cache
-def count_processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    if devices.is_gpu(device):
+        return devices.processors(device)
+    return gpu.processors(capability(device))
 
 
 def tf32_allowed() -> bool:
     """Whether float32 convolutions may round their operands to TF32, by PyTorch's own switch."""
-    if torch.version.hip is not None:
+    if devices.is_rocm():
         return False  # most of AMD's GPUs have no such product, and Triton refuses to compile it
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
@@ -136,7 +128,7 @@ class Launch(NamedTuple):
     def compile(self, device: torch.device) -> None:
         """Compile it, where that has not been done, and start nothing."""
         options = {} if self.config is None else tiles.launch_options(self.config)
-        with torch.cuda.device(device):
+        with devices.guard(device):
             self.kernel.warmup(*self.args, grid=(1,), **self.meta, **options)
 
 
@@ -220,7 +212,6 @@ def list_launches(device: torch.device, call: Callable[[], object]) -> list[Laun
 # ---- launches, which are recorded as steps of a plan
 
 _recording = threading.local()
-_NOTHING = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -249,7 +240,7 @@ def keeps_plans(device: torch.device) -> bool:
 
     Not in the interpreter, which tests change at will, and not where somebody looks at launches.
     """
-    return device.type == "cuda" and not interpreted() and _watch.told is None
+    return devices.is_gpu(device) and not interpreted() and _watch.told is None
 
 
 @dataclass(frozen=True)
@@ -288,17 +279,10 @@ def start(
         return found
     address = recorder().address
     known = [Pointer(a.dtype, address(a)) if isinstance(a, Tensor) else a for a in args]
-    with guard(device()):
+    with devices.guard(device()):
         compiled = kernel.warmup(*known, grid=grid, **options)
         found = compiled[(*grid, 1, 1)[:3]]
     return found
-
-
-def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The device is the current one."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return _NOTHING
-    return torch.cuda.device(device)
 
 
 def stream(device: torch.device) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from ...machine import devices
 from ...problem.memory import read_address
 from . import launch
 
@@ -137,7 +138,7 @@ class Plan:
 
     def __call__(self, held: Held) -> list[Any]:
         held += [None] * (self.memories - len(held))
-        with launch.guard(self.device):
+        with devices.guard(self.device):
             stream = launch.stream(self.device) if self.compiled else None
             for step in self.steps:
                 step(held, stream)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ...machine import choices
+from ...machine import choices, devices
 from ...problem.conv3d import ConvProblem, problem_of
 from ...problem.examples import KINDS, gradient_like, of_kind, problems, resembling
 from ...problem.spec import PairProblem, ParallelProblem, Pass, Problem
@@ -53,7 +53,7 @@ def _instances(problem: Problem, phase: Phase, way: str | None, tf32: bool) -> t
 
 def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
     """Of the checks that can be made without a call."""
-    if device.type == "cuda" and launch.capability(device) < tiles.LEAST_CAPABILITY:
+    if devices.is_gpu(device) and launch.capability(device) < tiles.LEAST_CAPABILITY:
         return ()
     return [f"{kind} {phase}" for kind in (*KINDS, "conv3d") for phase in ("forward", "backward")]
 
@@ -64,7 +64,7 @@ def examples(kind: str, dtype: torch.dtype, device: torch.device) -> list[Later]
     phase: Phase = "backward" if word == "backward" else "forward"
     spec, tensors = of_kind(kind, dtype)
     layers = [replace(problem_of(tensors, spec), device=device)]
-    if device.type == "cuda":
+    if devices.is_gpu(device):
         layers += problems(kind, dtype, device)
     return [e for p in layers for e in rehearse(p, phase)]
 
@@ -77,7 +77,7 @@ def rehearse(problem: Problem, phase: Phase, way: str | None = None) -> list[Lat
     found = rehearsal.rehearse(
         problem, phase, ways, partial(_instance_names, problem, phase), partial(_smaller, problem)
     )
-    if problem.device.type == "cuda":
+    if devices.is_gpu(problem.device):
         found[0] = found[0]._replace(
             make=partial(_compile_all, found[0].make, problem, phase, ways)
         )
@@ -153,7 +153,7 @@ def _clips(problem: Problem, size: tuple[int, int, int]) -> tuple[int, ...]:
 
     The compiler is told whether all tiles are whole, of up to 128 positions: so many, or not.
     """
-    if problem.device.type != "cuda":
+    if not devices.is_gpu(problem.device):
         return (min(problem.batch, 2),)
     n = max(1, min(POSITIONS, problem.batch * math.prod(problem.size)) // math.prod(size))
     return n // 128 * 128 or n, n | 1

@@ -12,6 +12,8 @@ from torch.utils import checkpoint
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ...machine import devices
+
 _autograd: Any = torch._C._autograd
 _outside_of_functorch: Any = torch._C._DisableFuncTorch
 KNOWS = "knows_operations"  # an attribute of modes that look for operations of this library
@@ -33,7 +35,7 @@ class State:
         self.traced = torch.compiler.is_compiling()
         on = kind != "meta" and torch.is_autocast_enabled(kind)
         self.autocast = torch.get_autocast_dtype(kind) if on else None
-        self.stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+        self.stream = None if kind == "cpu" else devices.current_stream(device)
         self.hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
         self.watched = is_watched() and not self.traced  # modes of the user's see each call
 
@@ -52,7 +54,7 @@ class State:
         on = kind != "meta" and torch.is_autocast_enabled(kind)
         if self.autocast is not (torch.get_autocast_dtype(kind) if on else None):
             return False
-        if kind == "cuda" and self.stream != torch.cuda.current_stream(self.device):
+        if self.stream is not None and self.stream != devices.current_stream(self.device):
             return False
         if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
             if self.watched != (is_watched() and not self.traced):
@@ -98,7 +100,7 @@ class State:
                     torch.autocast(self.kind, self.autocast, on, cache_enabled=False)
                 )
             if now.stream != self.stream:
-                stack.enter_context(torch.cuda.stream(self.stream))
+                stack.enter_context(devices.runtime(self.device).stream(self.stream))
             # Asked anew: where the reader records nothing it has not looked for hooks.
             if self.grad and _autograd._top_saved_tensors_default_hooks(True) != self.hooks:
                 stack.enter_context(_saved_under(self.hooks))

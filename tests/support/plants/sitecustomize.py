@@ -63,7 +63,7 @@ def _plant() -> None:
     from fastst.dispatch import selection
 
     for backend in selection.BACKENDS.values():
-        if backend.device != "cuda":
+        if backend.device != "gpu":
             continue
         first, kinds = backend.rehearse, backend.examples
 
