@@ -141,12 +141,17 @@ struct Cell {
   }
 };
 
-// du = g + p·u + r takes the place of g in a box; zeros outside of the plane.
+// du = g + p·u + r takes the place of g in a box; zeros outside of the plane. Of the last chunk
+// only what products read, 16 or 32 channels.
 template <class T>
 __device__ void form(const Parameters<T>& p, const Step& at, const Ring& ring, Shared<T> g,
                      Shared<T> u) {
   const Shared<uint32_t> places = shared<uint32_t>(kPlaces);
-  const int thread = static_cast<int>(threadIdx.x) - 32, piece = thread % 4;
+  const int thread = static_cast<int>(threadIdx.x) - 32, steps = p.steps(at.chunk);
+  const int piece = thread & ((1 << steps) - 1);  // of a row: 2 for each step
+  // Of 8 rows those that come together lie on banks of their own, with 2 pieces of each as with 4.
+  const int turn = thread >> steps;
+  const int first_row = (turn & ~6) | (turn & 2) << 1 | (turn & 4) >> 1;
   float norm_p[kPiece], norm_r[kPiece];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -157,7 +162,7 @@ __device__ void form(const Parameters<T>& p, const Step& at, const Ring& ring, S
   }
   const int first_h = p.h.start(at.h), first_w = p.w.start(at.w);
   ring.wait();
-  for (int row = thread / 4; row < p.box_rows(); row += kFormers * 8) {
+  for (int row = first_row; row < p.box_rows(); row += kFormers * 32 >> steps) {
     const int where = row * kChunk + (piece ^ row / 2 % 4) * kPiece;  // as the swizzle has them
     const uint32_t place = places[row];
     const bool inside = static_cast<uint32_t>(first_h + int(place & 0xffff)) < uint32_t(p.h.size) &&
@@ -259,14 +264,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         const Descriptor weight =
             descriptor(shared<T>(weights_at + weights.stage() * column_bytes), Swizzle::b64);
         const int from = row + p.columns[kw], parity = p.parity[kw];
-        const auto load = [&](int i, uint32_t (&a)[2][4]) {
+        const auto load = [&]<int Steps>(int i, uint32_t (&a)[Steps][4]) {
           const int r = from + p.rows[i];
 #pragma unroll
-          for (int k = 0; k < 2; ++k)
+          for (int k = 0; k < Steps; ++k)
             ldmatrix_x4(a[k], box + r * kChunk + ((2 * k + lane / 16) ^ r / 2 % 4) * kPiece);
         };
         // The products of a fragment by one tap.
-        const auto multiply = [&]<int Steps>(const uint32_t (&a)[2][4], float (&sums)[N / 2],
+        const auto multiply = [&]<int Steps>(const uint32_t (&a)[Steps][4], float (&sums)[N / 2],
                                              int tap) {
 #pragma unroll
           for (int k = 0; k < Steps; ++k)
@@ -277,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const auto column = [&]<Pattern P, int Parity, int Steps>() {
           using K = Taps<P, Blocks>;
           constexpr int kAtOnce = K::kRows > 4 ? K::kRows / 2 : K::kRows;
-          uint32_t a[kAtOnce][2][4];
+          uint32_t a[kAtOnce][Steps][4];
 #pragma unroll
           for (int i = 0; i < K::kRows; ++i) {
             load(i, a[i % kAtOnce]);
@@ -285,8 +290,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
             for (int o = 0; o < K::kSpan; ++o)
               if (K::tap(i, o) >= 0)
-                multiply.template operator()<Steps>(
-                    a[i % kAtOnce], sums[o * (Blocks / K::kSpan) + Parity], K::tap(i, o));
+                multiply(a[i % kAtOnce], sums[o * (Blocks / K::kSpan) + Parity], K::tap(i, o));
             wgmma_commit();
             if (i % kAtOnce == kAtOnce - 1) wgmma_wait<0>();
           }
@@ -294,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const auto by_table = [&]<int Steps>() {
 #pragma unroll 1
           for (int i = 0; i < p.reach; ++i) {
-            uint32_t a[2][4];
+            uint32_t a[Steps][4];
             load(i, a);
             keep(a);
 #pragma unroll
@@ -302,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               const int tap = p.taps[parity][i] >> 8 * b & 255;
               if (tap == kNone) continue;
               wgmma_fence();
-              multiply.template operator()<Steps>(a, sums[b], tap);
+              multiply(a, sums[b], tap);
               wgmma_commit();
             }
             wgmma_wait<0>();

@@ -145,17 +145,19 @@ class Launcher(native.Launcher):
         return self.sum_rows(partials)[0]
 
     def sum_rows(self, *partials: Tensor) -> list[Tensor]:
-        """The sum of each over the first axis; nothing that is launched later may read them."""
+        """The sum of each over the first axis; nothing that is launched later may read them.
+
+        One part is its own sum.
+        """
         lib = self.lib
-        out = [self.empty(*p.shape[1:]) for p in partials]
-        lib.sum_rows(
-            self.dtype,
-            [
-                lib.RowSum(self.array(p), self.array(o), p.shape[0])
-                for p, o in zip(partials, out, strict=True)
-            ],
-            self.stream,
-        )
+        out = [p[0] if p.shape[0] == 1 else self.empty(*p.shape[1:]) for p in partials]
+        sums = [
+            lib.RowSum(self.array(p), self.array(o), p.shape[0])
+            for p, o in zip(partials, out, strict=True)
+            if p.shape[0] > 1
+        ]
+        if sums:
+            lib.sum_rows(self.dtype, sums, self.stream)
         self.kept = [t for t in self.kept if all(t is not p for p in partials)]
         return out
 

@@ -109,11 +109,14 @@ def spatial_gradient(
             multiplied = products * steps * columns
             places = box[0] * there_h * there_w
             own, common = sources * places * channels * 2, chunks * taps * columns * _ROW
-            made = math.ceil(rows * 4 / _FORMERS) * chunks * _FORM_CLOCKS if sources > 1 else 0
+            # Of the last chunk only the channels that products read are made, and read as A.
+            whole, half = divmod(steps, 2)
+            formed = whole * math.ceil(rows * 4 / _FORMERS) + half * math.ceil(rows * 2 / _FORMERS)
+            made = formed * _FORM_CLOCKS if sources > 1 else 0
             # Boxes come in; du is made of both and written; A is read once for each row of du that
             # a column of the kernel reads, and B for each product.
-            moved = chunks * _ROW * rows * (5 if sources > 1 else 1)
-            moved += chunks * _ROW * (w.kernel * reach * _CELLS + taps * columns)
+            moved = chunks * _ROW * (rows * sources + taps * columns)
+            moved += steps * 32 * (rows * (3 if sources > 1 else 0) + w.kernel * reach * _CELLS)
             moved += products * steps * columns * 64
             for cluster in CLUSTERS:  # of blocks with neighbouring boxes of frames
                 copied = max((own + common / cluster) / _L2_BYTES, (own + common) / _PORT_BYTES)

@@ -111,8 +111,9 @@ def weight_gradient(
                     splits = min(tiles, max(1, waves * processors // outputs))
                     passes = math.ceil(outputs * splits / processors)
                     cost = passes * (math.ceil(tiles / splits) * clocks + _TILE_CLOCKS)
-                    # Partial sums are written and read again.
-                    cost += 8 * splits * taps * rows * columns / (_MEMORY_BYTES * processors)
+                    # Partial sums are written and, but for one, read again.
+                    partials = (4 if splits == 1 else 8) * splits
+                    cost += partials * taps * rows * columns / (_MEMORY_BYTES * processors)
                     order = cost * (_CUT_GAIN if n % _SPAN else 1), splits
                     if best is None or order < best[:2]:
                         tile = WeightTile(n, units, blocks, box, stages, splits, cost)

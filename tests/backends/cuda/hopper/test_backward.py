@@ -378,6 +378,7 @@ def test_nothing_is_caught_without_a_bug(
         # du: p·u left out, r where there is no place
         ("spatial_gradient", "(norm_p[i] * widen", "(0 * norm_p[i] * widen", NORM),
         more("spatial_gradient", "inside ? widen", "inside || true ? widen", STRIDED),
+        more("spatial_gradient", "thread >> steps", "thread >> 2", NORM),
         # a missing fence or barrier, a wrong phase, a stage given back too early, a wrong swizzle
         more("spatial_gradient", "fence_proxy_async();\n", "", DEEP),
         more("spatial_gradient", "if (p.affine) formed.wait();", "", NORM),

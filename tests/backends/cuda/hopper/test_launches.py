@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastst
 from fastst.backends.contract import PairBackward
 from fastst.backends.cuda import hopper, library
+from fastst.backends.cuda.hopper import weights
 from fastst.machine import served
 from fastst.problem.examples import pair_tensors
 from fastst.problem.spec import PairProblem, PairSpec, PairTensors, Problem
@@ -91,7 +93,13 @@ def test_forward(launched: Launched, spec: dict[str, Any], save: bool, most: int
 
 
 @pytest.mark.parametrize("norm", ["batch", "frozen", "none"])
-def test_backward(launched: Launched, norm: str) -> None:
+@pytest.mark.parametrize(("parts", "most"), [(2, 8), (1, 6)])
+def test_backward(
+    launched: Launched, norm: str, parts: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One part of a sum is the sum."""
+    tile = weights.weight_gradient
+    monkeypatch.setattr(weights, "weight_gradient", lambda *of: replace(tile(*of), splits=parts))
     problem, tensors = pair(norm=norm)
     y, u, mean, var, *_ = hopper.forward(problem, tensors, True)
     needs = [t is not None and n not in ("mean", "var") for n, t in tensors._asdict().items()]
@@ -100,7 +108,7 @@ def test_backward(launched: Launched, norm: str) -> None:
     with launched:
         found = hopper.backward(call)
     assert all((g is not None) == n for g, n in zip(found, needs, strict=False))
-    assert launched.ours.total() == 8, launched.ours
+    assert launched.ours.total() == most, launched.ours
     assert launched.ours["pack"] == 1 and not launched.others, launched.others
 
 
