@@ -228,7 +228,6 @@ def _shard(module: nn.Module, group: Any) -> None:
         sharded = TimeShardedGlobalPool3d
     elif type(module) in (nn.BatchNorm2d, nn.BatchNorm3d):
         sharded = TimeShardedBatchNorm
-        module.process_group = group
     if sharded is not None:
         module._time = _Time(group, type(module), before, after)  # type: ignore[assignment]
         module.__class__ = sharded
@@ -236,6 +235,10 @@ def _shard(module: nn.Module, group: Any) -> None:
 
 class TimeShardedBatchNorm(_TimeSharded, SyncBatchNorm):
     """Batch norm over the frames of all ranks."""
+
+    @property
+    def process_group(self) -> Any:
+        return self._time.group
 
 
 def _shard_causal(layer: Conv2Plus1d | ParallelConv2Plus1d, group: Any) -> None:

@@ -76,6 +76,7 @@ LAYERS = {
     "reflect": lambda: nn.Conv3d(2, 3, 3, padding=1, padding_mode="reflect"),
     "circular": lambda: nn.Conv3d(2, 3, 3, padding=1, padding_mode="circular"),
     "grouped": lambda: nn.Conv3d(2, 4, 3, padding=1, groups=2),
+    "batch norm": lambda: nn.Sequential(nn.Conv3d(2, 3, 3, padding=1), nn.BatchNorm3d(3)),
     "causal": lambda: fastst.Conv2Plus1d(2, 3, 3, padding=(0, 1, 1), causal=True),
     "causal, first frame repeated": lambda: fastst.Conv2Plus1d(
         2, 3, 3, (2, 1, 1), (0, 1, 1), causal=True, padding_mode=("zeros", "replicate")
@@ -118,7 +119,10 @@ def sharded_layer(rank: int, name: str) -> None:
     shard_time.unshard_time(model)
     torch.testing.assert_close(model(x), y, **TIGHT)
     assert type(sharded) is type(layer)
+    for was, now in zip(layer.modules(), sharded.modules(), strict=True):
+        assert vars(was).keys() == vars(now).keys()
     assert getattr(sharded, "causal", None) == getattr(layer, "causal", None)
+    copy.deepcopy(model)
 
 
 @pytest.mark.filterwarnings("ignore::fastst.FallbackWarning")
