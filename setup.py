@@ -13,6 +13,7 @@ The rest of the package is described in pyproject.toml. Nothing here needs torch
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -31,6 +32,14 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 UP = Path("../..")  # ROOT from where ninja runs, so that objects serve wherever build/ is moved
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # sm_90a code serves no later chip: PTX of 9.0 does
+LEAST = (7, 5)  # of nvcc 13, which fails at any other
+# As PyTorch reads them.
+NAMED = {
+    "Kepler+Tesla": "3.7", "Kepler": "3.5+PTX", "Maxwell+Tegra": "5.3", "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX", "Volta+Tegra": "7.2", "Volta": "7.0+PTX", "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7", "Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0", "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}  # fmt: skip
 # csrc/cuda/hopper is written for it alone, and is launched on nothing else.
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"
 ONE_SOURCE = "-MD -MF $out.d -c $in -o $out"  # as ninja reads it
@@ -88,24 +97,38 @@ def missing_cxx() -> str:
     return f"CXX={named} was not found" if named else "no C++ compiler for x86-64 was found"
 
 
+@functools.cache
 def architecture_flags(listed: str) -> list[str]:
     """nvcc's -gencode options. "+PTX" alone adds no machine code to an entry listed for PTX only.
 
     Raises:
-        SystemExit: an entry that is no compute capability.
+        BuildError: an entry that is no compute capability, or none that is high enough.
     """
     flags: list[str] = []
-    entries = re.split(r"[;,\s]+", listed.strip())
+    names = re.split(r"[;,\s]+", listed.strip())
+    entries = [entry for name in names for entry in NAMED.get(name, name).split(";")]
+    dropped: list[str] = []
     for entry in entries:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:
-            sys.exit(f"TORCH_CUDA_ARCH_LIST: {entry!r} is no compute capability such as 9.0a+PTX")
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: {entry!r} is neither a compute capability such as 9.0a+PTX "
+                "nor a name such as Hopper"
+            )
+        if (int(match[1]), int(match[2])) < LEAST:
+            dropped.append(entry)
+            continue
         number = match[1] + match[2] + match[3]
         # Code of 9.0a runs wherever that of 9.0 does; then only the PTX is wanted.
         if not (match[4] and f"{match[1]}.{match[2]}a" in entries):
             flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if match[4]:
             flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    low = f"TORCH_CUDA_ARCH_LIST: {', '.join(dropped)} is below {LEAST[0]}.{LEAST[1]}, the least"
+    if not flags:
+        raise BuildError(low)
+    if dropped:
+        print(f"fastst: {low}, and left out", file=sys.stderr)
     return flags
 
 

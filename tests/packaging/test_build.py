@@ -121,6 +121,19 @@ def test_nvcc_without_a_host_compiler(source: Path) -> None:
 
 
 @pytest.mark.slow
+def test_architectures_that_are_none(source: Path) -> None:
+    listed = {"FASTST_BUILD_CPU": "0", "TORCH_CUDA_ARCH_LIST": "8.0;Grace"}
+    done, left_out = build(source, {"nvcc": WORKING}, **listed)
+    assert done.returncode == 0, done.stderr
+    (line,) = lines(done)
+    assert "'Grace' is neither a compute capability" in line and left_out["_C"] in line
+
+    done, _ = build(source, {"nvcc": WORKING}, **listed, FASTST_BUILD_CUDA="1")
+    assert done.returncode != 0
+    assert lines(done)[0].startswith("fastst: FASTST_BUILD_CUDA=1, but TORCH_CUDA_ARCH_LIST: ")
+
+
+@pytest.mark.slow
 def test_what_can_be_built_is_built_beside_what_cannot(source: Path) -> None:
     done, left_out = build(source, {"g++": WORKING, "nvcc": NO_HOST_COMPILER})
     assert done.returncode == 0, done.stderr

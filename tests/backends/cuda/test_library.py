@@ -262,5 +262,21 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = ("code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
     assert all(code in default for code in codes)
     assert "code=sm_90 " not in default
-    with pytest.raises(SystemExit, match="'Hopper' is no compute capability"):
-        flags("Hopper")  # type: ignore[operator]
+    assert flags("Hopper") == flags("9.0+PTX")  # type: ignore[operator]
+    assert flags("Ampere Ada") == flags("8.0;8.6+PTX;8.9+PTX")  # type: ignore[operator]
+    with pytest.raises(made["BuildError"], match="'Grace' is neither"):  # type: ignore[call-overload]
+        flags("Grace")  # type: ignore[operator]
+
+
+def test_architectures_below_the_least_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = script(monkeypatch, None)
+    flags = made["architecture_flags"]
+    for _ in range(2):
+        assert flags("6.1, 7.0+PTX, 7.5") == flags("7.5")  # type: ignore[operator]
+    assert capsys.readouterr().err == (
+        "fastst: TORCH_CUDA_ARCH_LIST: 6.1, 7.0+PTX is below 7.5, the least, and left out\n"
+    )
+    with pytest.raises(made["BuildError"], match=r"7\.0 is below 7\.5"):  # type: ignore[call-overload]
+        flags("7.0")  # type: ignore[operator]
