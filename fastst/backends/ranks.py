@@ -44,6 +44,9 @@ def pool_statistics(
         mean, var: (C,) of this rank's values, the variance biased.
         count: how many values this rank has of each channel; ranks may have different numbers.
         group: a process group.
+
+    Raises:
+        ValueError: all ranks together have one value, on every one of them.
     """
     local = torch.cat((mean, var, mean.new_full((1,), count)))
     parts = [torch.empty_like(local) for _ in ranks_of(group)]
@@ -53,6 +56,11 @@ def pool_statistics(
     counts = table[:, -1:]
     means, variances = table[:, :-1].tensor_split(2, 1)  # (ranks, C) each
     total = counts.sum()
+    if count <= 1 and total == 1:  # total may be on a GPU: read where it can be 1 alone
+        raise ValueError(
+            "batch norm in training requires more than 1 value per channel, got 1 in "
+            f"{len(parts)} ranks together"
+        )
     mean = (counts * means).sum(0) / total
     var = (counts * (variances + (means - mean) ** 2)).sum(0) / total
     return mean, var, total

@@ -16,7 +16,8 @@ class SyncBatchNorm(_BatchNorm):
     """Batch norm with training statistics over all ranks of ``process_group`` together.
 
     ``nn.SyncBatchNorm`` for any device (PyTorch's own refuses the CPU). Ranks may hold different
-    numbers of values. Outside of a process group, and in evaluation, it is a plain batch norm.
+    numbers of values. Outside of a process group, alone in one, and in evaluation, it is a plain
+    batch norm.
 
     Raises:
         ValueError: in training, one value per channel in all ranks together.
@@ -29,16 +30,16 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"SyncBatchNorm requires (N, C, ...), got {tuple(input.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized():
+        if not group_name(self):
             return super().forward(x)
         self._check_input_dim(x)
         group = self.process_group or dist.group.WORLD
+        y, mean, var, n = SyncedNorm.apply(x, self.weight, self.bias, self.eps, group)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        y, mean, var, n = SyncedNorm.apply(x, self.weight, self.bias, self.eps, group)
         update_running(self.running_mean, self.running_var, mean, var, n, momentum)
         return y
 

@@ -54,6 +54,27 @@ def test_sync_batch_norm(ranks: Ranks, kind: Any, shape: tuple[int, ...], cumula
     ranks.run(sync_norm, kind, shape, cumulative)
 
 
+def one_value(rank: int, n: int, model: Any, x: Any) -> None:
+    """A rank alone, and ranks of which the first has ``n`` samples and the others the rest."""
+    groups = [dist.new_group([r]) for r in range(dist.get_world_size())]
+    for group, mine in ((groups[rank], x), (None, x[:n] if rank == 0 else x[n:])):
+        synced = shard_time.sync_batch_norm(copy.deepcopy(model), group)
+        before = copy.deepcopy(synced.state_dict())
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            synced(mine)
+        for name, b in synced.state_dict().items():
+            if group is None:  # PyTorch's own counts the batch that it refuses
+                torch.testing.assert_close(b, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 0])
+@pytest.mark.parametrize(
+    "model", [nn.BatchNorm3d(4), fastst.Conv2Plus1d(4, 4, 1, norm="batch")], ids=["norm", "pair"]
+)
+def test_one_value_in_all_ranks_is_refused(ranks: Ranks, model: nn.Module, n: int) -> None:
+    ranks.run(one_value, n, model, torch.randn(1, 4, 1, 1, 1))
+
+
 PAIRS: dict[str, dict[str, Any]] = {
     "usual": {},
     "recompute, temporal first": dict(recompute=True, order="temporal-first"),
