@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends.conv_pass import pad
 from ..backends.ranks import Sum, ranks_of
+from ..functional import conv3d
+from ..nn.conv3d import Conv3d
 from ..nn.layers import Conv2Plus1d, ParallelConv2Plus1d
 from ..nn.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 from ..problem.geometry import left_padding
@@ -35,11 +37,16 @@ __all__ = [
 
 # Leaves that treat every frame, or a clip's pooled features, by itself.
 _FRAMEWISE = (
-    nn.Linear, nn.Flatten, nn.Unflatten, nn.Identity, nn.LayerNorm, nn.Conv2d, nn.MaxPool2d,
-    nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.PixelShuffle, nn.PixelUnshuffle,
-    nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU,
-    nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid,
-    nn.Hardtanh, nn.Softplus,
+    nn.Linear, nn.Flatten, nn.Unflatten, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.Conv2d,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.PixelShuffle,
+    nn.PixelUnshuffle, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU,
+    nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish,
+    nn.Hardsigmoid, nn.Hardtanh, nn.Softplus,
+)  # fmt: skip
+
+# Of PyTorch's modules and of the layers those that leave what is done along time to their children.
+_CONTAINERS = (
+    nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, Conv2Plus1d, ParallelConv2Plus1d,
 )  # fmt: skip
 
 
@@ -179,6 +186,34 @@ class TimeShardedConv3d(_TimeSharded, nn.Conv3d):
         return F.conv3d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
+class TimeShardedFusedConv3d(_TimeSharded, Conv3d):
+    """The same of a layer whose norm and activation see this rank's frames before it."""
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        streams: bool = False,
+        state: tuple[Tensor, ...] | None = None,
+    ) -> Any:
+        if streams:
+            raise ValueError("Conv3d: a layer under shard_time takes shares of clips, not streams")
+        if x.dim() == 4:
+            residual = None if residual is None else residual.unsqueeze(0)
+            return self.forward(x.unsqueeze(0), residual).squeeze(0)
+        window = Window(
+            self.kernel_size[0], self.stride[0], self.dilation[0], self._time.before,
+            self._time.after, self._geometry().padding_mode[1],
+        )  # fmt: skip
+        z = read_frames(self._z_of(x), window, self._time.group)
+        return conv3d(
+            z, self.weight, self.bias, self.stride, self._sides(), self.dilation, self.groups,
+            padding_mode=self.padding_mode, residual=residual, activation=self.activation,
+            negative_slope=self.negative_slope,
+        )  # fmt: skip
+
+
 class TimeShardedMaxPool3d(_TimeSharded, nn.MaxPool3d):
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride, padding, dilation = map(
@@ -218,6 +253,10 @@ def _shard(module: nn.Module, group: Any) -> None:
         before, after = w[4], w[5]
         if (module.kernel_size[0], module.stride[0], before, after) != (1, 1, 0, 0):
             sharded = TimeShardedConv3d
+    elif type(module) is Conv3d:
+        before, after = module._geometry().padding[:2]
+        if (module.kernel_size[0], module.stride[0], before, after) != (1, 1, 0, 0):
+            sharded = TimeShardedFusedConv3d
     elif type(module) in (nn.MaxPool3d, nn.AvgPool3d):
         moves = tuple(_triple(v)[0] for v in (module.kernel_size, module.stride, module.padding))
         if moves != (1, 1, 0):
@@ -270,7 +309,7 @@ def _refuse(model: nn.Module, framewise: tuple[type[nn.Module], ...]) -> None:
 def _why_not(module: nn.Module) -> str | None:
     """Why a module cannot run on a share of the frames, or None where it can."""
     kind = type(module)
-    if kind is nn.Conv3d or kind in (*_FRAMEWISE, nn.BatchNorm2d, nn.BatchNorm3d):
+    if kind in (nn.Conv3d, Conv3d, *_FRAMEWISE, nn.BatchNorm2d, nn.BatchNorm3d):
         return None
     if isinstance(module, nn.SyncBatchNorm | SyncBatchNorm):
         return None  # its group is the user's choice
@@ -283,11 +322,22 @@ def _why_not(module: nn.Module) -> str | None:
         frames = _triple(module.output_size)[0]
         return None if frames in (1, None) else f"pools to {frames} frames; only 1 can be split"
     if kind is nn.Upsample:
-        whole = module.mode == "nearest" and module.scale_factor is not None
-        return None if whole else "must be nearest and by a factor"
-    if next(module.children(), None) is not None and not isinstance(module, nn.RNNBase):
+        factor = _triple(module.scale_factor)[0]
+        whole = module.mode == "nearest" and factor is not None and factor == int(factor)
+        return None if whole else "must be nearest and by a whole factor"
+    if next(module.children(), None) is not None and _leaves_time_to_children(module):
         return None
     return "is of no class known to treat every frame by itself; name it in framewise= if it does"
+
+
+def _leaves_time_to_children(module: nn.Module) -> bool:
+    """Whether nothing shows that a module does more than call its children."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    layers = {
+        base for base in type(module).__mro__
+        if base.__module__.startswith(("torch.nn.modules.", "fastst.nn."))
+    }  # fmt: skip
+    return not own and layers <= {base for kind in _CONTAINERS for base in kind.__mro__}
 
 
 class _ShareCheck:

@@ -87,6 +87,25 @@ LAYERS = {
     "parallel, causal": lambda: fastst.ParallelConv2Plus1d(
         2, 4, 3, 1, (0, 1, 1), combine="cat", causal=True
     ),
+    "norm, activation, convolution": lambda: fastst.Conv3d(
+        2,
+        3,
+        3,
+        padding=((2, 0), 1, 1),
+        input_norm=nn.BatchNorm3d(2),
+        input_activation="silu",
+        activation="relu",
+    ),
+    "norm, convolution, causal": lambda: fastst.Conv3d(
+        2,
+        3,
+        3,
+        (2, 1, 1),
+        (0, 1, 1),
+        padding_mode=("zeros", "replicate"),
+        input_norm=nn.RMSNorm(2),
+        causal=True,
+    ),
     "max pool": lambda: nn.MaxPool3d(3, 2, 1),
     "max pool, rounding up": lambda: nn.MaxPool3d(3, 2, ceil_mode=True),
     "average pool": lambda: nn.AvgPool3d(3, (2, 1, 1), 1),
@@ -144,6 +163,24 @@ class MeanOverTime(nn.Module):
         return x - x.mean(2, keepdim=True)
 
 
+class NormAndConv(nn.Conv3d):
+    def __init__(self) -> None:
+        super().__init__(2, 2, 3, padding=1)
+        self.norm = nn.BatchNorm3d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+class WithPositions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.conv = nn.Parameter(torch.zeros(4, 1, 1)), nn.Conv3d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x + self.positions)
+
+
 def errors(rank: int) -> None:
     mesh = init_device_mesh("cpu", (SIZE,))
     refused = {
@@ -151,6 +188,10 @@ def errors(rank: int) -> None:
         "only 1 can be split": nn.AdaptiveAvgPool3d((2, 1, 1)),
         "LSTM": nn.LSTM(2, 2),
         "nearest": nn.Upsample(scale_factor=2, mode="trilinear"),
+        "whole factor": nn.Upsample(scale_factor=(1.5, 1, 1)),
+        r"1 \(NormAndConv\) is of no class known": NormAndConv(),
+        r"1 \(ParametrizedConv3d\)": nn.utils.parametrizations.weight_norm(nn.Conv3d(2, 2, 3)),
+        r"1 \(WithPositions\)": WithPositions(),
         "fewer frames at the ends": nn.AvgPool3d(3, padding=1, count_include_pad=False),
     }
     for message, module in refused.items():
