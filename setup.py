@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,18 +72,23 @@ INSTRUCTIONS = {
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home and (found := shutil.which("nvcc", path=str(Path(home) / "bin"))):
+    if home and (found := shutil.which(str(Path(home) / "bin" / "nvcc"))):
         return found
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def find_cxx() -> str | None:
-    """A C++ compiler for this machine's x86-64, else None."""
+def find_cxx() -> list[str]:
+    """The command of a C++ compiler for this machine's x86-64, or nothing."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return None
+        return []
     if named := os.environ.get("CXX"):
-        return named if shutil.which(named.split()[0]) else None
-    return shutil.which("g++") or shutil.which("clang++")
+        try:
+            words = [named] if shutil.which(named) else shlex.split(named)
+        except ValueError:  # a quotation mark without another
+            return []
+        return words if words and shutil.which(words[0]) else []
+    found = shutil.which("g++") or shutil.which("clang++")
+    return [found] if found else []
 
 
 def native() -> str:
@@ -132,11 +138,16 @@ def architecture_flags(listed: str) -> list[str]:
     return flags
 
 
+def quoted(*words: object) -> str:
+    """Words of a command as the shell reads them, once ninja has read them."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
 def includes(*folders: str) -> str:
     import pybind11
 
     found = [*(UP / f for f in folders), pybind11.get_include(), sysconfig.get_path("include")]
-    return " ".join(f"-I{i}" for i in found)
+    return quoted(*(f"-I{i}" for i in found))
 
 
 def architectures_of(source: Path | None = None) -> str:
@@ -152,7 +163,7 @@ def cuda_rules() -> tuple[str, str, list[Path]]:
 
     The PTX that the machine code was made from stays beside each object, for emulator/ptx.
     """
-    nvcc = find_nvcc()
+    nvcc = quoted(find_nvcc())
     compile = (
         f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DFASTST_MODULE=_C "
         f"-DFASTST_EMULATED=false {includes('csrc', 'csrc/cuda')} -I. $architectures "
@@ -168,7 +179,7 @@ def cpu_rules(name: str) -> tuple[str, str, list[Path]]:
     Two whole libraries: with both in one, the linker could let a machine without AVX-512 run an
     inline function that was compiled for it.
     """
-    cxx = find_cxx()
+    cxx = quoted(*find_cxx())
     compile = (
         f"{cxx} -std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra "
         f"-DFASTST_MODULE={name} {INSTRUCTIONS[name]} {includes('csrc', 'csrc/cpu')} {ONE_SOURCE}"
@@ -201,7 +212,8 @@ def ninja_file(name: str, output: Path) -> str:
         lines.append(f"build {object}: compile {UP / source.relative_to(ROOT)}")
         if name == "_C":
             lines.append(f"  architectures = {architectures_of(source)}")
-    return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", ""])
+    target = re.sub("[$ :]", r"$\g<0>", str(output))
+    return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
 
 
 class BuildError(Exception):

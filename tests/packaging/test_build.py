@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,28 @@ def test_what_can_be_built_is_built_beside_what_cannot(source: Path) -> None:
     assert set(left_out) == {"_C"} and len(lines(done)) == 1
     made = {f.name.split(".")[0] for f in (source.parent / "built").rglob("*.so")}
     assert made == {"_cpu_avx2", "_cpu_avx512"}
+
+
+@pytest.mark.slow
+def test_paths_of_any_characters(source: Path) -> None:
+    """Of the sources, of what is built and of both compilers."""
+    odd = source.parent / 'it\'s a $HOME: "C" & #1'
+    odd.mkdir()
+    source = source.rename(odd / "source")
+    named = shlex.quote(str(odd / "bin" / "g++"))
+    done, left_out = build(source, {"g++": WORKING, "nvcc": WORKING}, CXX=named)
+    assert done.returncode == 0 and not left_out, done.stderr
+    assert {f.name.split(".")[0] for f in (odd / "built").rglob("*.so")} == set(LIBRARIES)
+
+
+def test_a_compiler_may_be_named_with_arguments(source: Path) -> None:
+    told = "case $1 in '-B/a b') ;; *) exit 3;; esac\n"
+    done, _ = build(
+        source, {"g++": told + WORKING}, CXX="g++ '-B/a b'", FASTST_BUILD_CPU="native"
+    )  # fmt: skip
+    assert [*(source.parent / "built").rglob("*.so")], done.stdout
+    _, left_out = build(source, {"g++": WORKING}, CXX="g++ '")
+    assert left_out["_cpu_avx2"] == "CXX=g++ ' was not found"
 
 
 @pytest.mark.slow
