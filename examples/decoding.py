@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -141,12 +143,14 @@ def decode_here(path: Path, choose: Choose, short_side: int) -> list[np.ndarray]
         times = _times(path)
     clips = choose(len(times))
     with _readable():
-        images = _images(path, {times[i] for clip in clips for i in clip}, short_side)
+        wanted = {times[i] for clip in clips for i in clip}
+        images = _images(path, wanted, short_side, isinstance(times, range))
     least = [min(image.shape[axis] for image in images.values()) for axis in (0, 1)]
     return [np.stack([_centre(images[times[i]], least) for i in clip]) for clip in clips]
 
 
 _SEEKABLE = ("mp4", "matroska")  # whose marks of key frames can be trusted: AVI's cannot
+_UNTIMED = ("avi", "asf")  # which keep when frames are stored, not when they are due
 _MOST_PIXELS = 1 << 26  # of a frame: 8192²
 _MOST_LONGER = 16  # than the short side
 
@@ -178,30 +182,59 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _times(path: Path) -> list[int]:
-    """When the frames of a video are due: their exact number, without decoding them."""
+def _times(path: Path) -> Sequence[int]:
+    """When the frames of a video are due: their exact number, without decoding them.
+
+    A range, and so their places, where the file does not say it, or not as the frames are shown.
+    """
     with _opened(path) as (container, stream):
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        times = [p.dts if p.pts is None else p.pts for p in packets]
-        if None in times:
-            raise VideoError("has frames that do not say when they are due")
-        return sorted(times)
+        untold = any(name in container.format.name for name in _UNTIMED)
+        reordered = stream.codec_context.has_b_frames
+    due = [p.pts for p in packets]
+    stored = [p.dts for p in packets if p.dts is not None]
+    told = not untold and None not in due and len(set(due)) == len(due) and _ascend(stored)
+    # Where frames are stored in another order than they are shown in, their times tell.
+    return sorted(due) if told and not (reordered and _ascend(due)) else range(len(packets))
 
 
-def _images(path: Path, wanted: set[int], short_side: int) -> dict[int, np.ndarray]:
-    images: dict[int, np.ndarray] = {}
-    scaler = VideoReformatter()  # one for all frames: each has a thread for every core
+def _ascend(times: Sequence[int]) -> bool:
+    return all(a < b for a, b in pairwise(times))
+
+
+def _images(path: Path, wanted: set[int], short_side: int, counted: bool) -> dict[int, np.ndarray]:
+    """The frames that are due at, or where they are counted have the places, that are wanted."""
     with _opened(path) as (container, stream):
-        if any(name in container.format.name for name in _SEEKABLE):
+        images = {}
+        if not counted and any(name in container.format.name for name in _SEEKABLE):
             container.seek(min(wanted), stream=stream)  # the key frame at or before
-        for frame in container.decode(stream):
-            if frame.pts in wanted:
-                images[frame.pts] = _scaled(frame, short_side, scaler)
-            if frame.pts is not None and frame.pts >= max(wanted):
-                break
+            images = _decoded(container, stream, wanted, short_side, False)
+    if len(images) < len(wanted):  # what follows a key frame may need what is before it
+        with _opened(path) as (container, stream):
+            images = _decoded(container, stream, wanted, short_side, counted)
     missing = len(wanted) - len(images)
     if missing:
         raise VideoError(f"{missing} of the {len(wanted)} frames wanted do not decode")
+    return images
+
+
+def _decoded(
+    container: Any, stream: Any, wanted: set[int], short_side: int, counted: bool
+) -> dict[int, np.ndarray]:
+    images: dict[int, np.ndarray] = {}
+    scaler = VideoReformatter()  # one for all frames: each has a thread for every core
+    last = -math.inf
+    for place, frame in enumerate(container.decode(stream)):
+        at = place if counted else frame.pts
+        if at is None:
+            continue
+        if at <= last:
+            raise VideoError("has frames that are due before others that are shown before them")
+        last = at
+        if at in wanted:
+            images[at] = _scaled(frame, short_side, scaler)
+        if at >= max(wanted):
+            break
     return images
 
 

@@ -32,7 +32,7 @@ def encode(path: Path, images: list[np.ndarray], codec: str = "libx264", **optio
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         container.metadata.update(options.pop("metadata", {}))
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
         for image in images:
@@ -112,6 +112,53 @@ def test_resolution_that_changes(tmp_path: Path, sizes: list[tuple[int, int]]) -
     assert np.abs(clip.mean((1, 2, 3)) - 40 - 8 * wanted).max() < 8
     for train in (True, False):
         assert load(path, train)["label"] == 0
+
+
+def shades(clip: np.ndarray) -> list[int]:
+    """Which of ``grey`` the frames of a clip are."""
+    return [round((image.mean() - 40) / 12) for image in clip]
+
+
+B_FRAMES = {"bf": "3", "g": "6", "b_strategy": "0", "sc_threshold": "0"}
+OPEN = {"x264-params": "open-gop=1:keyint=6:min-keyint=6:bframes=3:scenecut=0"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("avi", "libx264", B_FRAMES), ("avi", "mpeg4", {"bf": "2"}), ("asf", "libx264", B_FRAMES),
+        ("h264", "libx264", B_FRAMES), ("mpg", "mpeg2video", {"bf": "2"}),
+        ("ts", "libx264", B_FRAMES), ("flv", "libx264", B_FRAMES), ("mp4", "libx264", OPEN),
+        ("mkv", "libx264", OPEN),
+    ],
+)  # fmt: skip
+def test_frames_come_in_the_order_in_which_they_are_shown(
+    tmp_path: Path, suffix: str, codec: str, options: dict[str, str]
+) -> None:
+    """Also where the file tells no time, or another than that."""
+    path = encode(tmp_path / f"a.{suffix}", grey(16), codec, **options)
+    wanted = [np.arange(16), np.arange(3), np.arange(1, 16, 5), np.array([7])]
+    clips = decoding.decode_here(path, lambda count: wanted if count == 16 else [], 32)
+    assert [shades(clip) for clip in clips] == [w.tolist() for w in wanted]
+    for i in range(16):
+        (clip,) = decoding.decode_here(path, lambda count, i=i: [np.array([i])], 32)
+        assert shades(clip) == [i]
+
+
+def test_streams_one_behind_the_other(tmp_path: Path) -> None:
+    """Times begin anew in the second."""
+    path = encode(tmp_path / "a.ts", grey(8), "libx264", **B_FRAMES)
+    path.write_bytes(2 * path.read_bytes())
+    (clip,) = decoding.decode_here(path, lambda count: [np.arange(count)], 32)
+    assert shades(clip) == 2 * [*range(8)]
+
+
+def test_times_that_contradict_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that is not known to keep other times than those of its frames."""
+    path = encode(tmp_path / "a.avi", grey(16), "libx264", **B_FRAMES)
+    monkeypatch.setattr(decoding, "_times", lambda path: [*range(1, 17)])
+    with pytest.raises(decoding.VideoError, match="due before others that are shown before them"):
+        decoding.decode_here(path, lambda count: [np.arange(16)], 32)
 
 
 @pytest.mark.parametrize(
