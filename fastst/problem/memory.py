@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,3 +24,23 @@ read_address: Callable[[Tensor], int] = getattr(Tensor, "const_data_ptr", _from_
 def is_shared(t: Tensor) -> bool:
     """Whether there may be copy-on-write clones of a tensor's memory."""
     return bool(_torch._is_cow_tensor(t))
+
+
+# The first clone of some memory changes who owns it, which two threads must not do at once.
+_cloning = threading.Lock()
+
+
+def lazy_clone(t: Tensor) -> Tensor | None:
+    """A copy-on-write clone, without a gradient; None of memory that PyTorch has not allocated:
+    NumPy's, shared with other processes, mapped from a file, given by DLPack."""
+    grad = t.requires_grad and torch.is_grad_enabled()
+    try:  # which somebody may interrupt anywhere
+        if grad:
+            torch._C._set_grad_enabled(False)
+        with _cloning:
+            return torch._lazy_clone(t)
+    except RuntimeError:
+        return None
+    finally:
+        if grad:
+            torch._C._set_grad_enabled(True)

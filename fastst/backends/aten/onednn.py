@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...machine import choices
 from ...problem import activations
-from ...problem.memory import is_shared
+from ...problem.memory import is_shared, lazy_clone
 from ...problem.spec import PairProblem, PairTensors, Pass
 
 # Stages of oneDNN's convolutions with what comes after them; Inductor's own, so they may move.
@@ -108,7 +108,8 @@ def _run_blocked(problem: PairProblem, x: Tensor, weights: _Weights, fused: str)
     bare = problem.spec.activation == "none" and weights.scale is None
     if fused != "none" or bare:
         # Which reads as if it wrote: x would move.
-        x = (torch._lazy_clone(x) if is_shared(x) else x).to_mkldnn()
+        clone = lazy_clone(x) if is_shared(x) else None
+        x = (x if clone is None else clone).to_mkldnn()
     u = conv(x, *weights.first, problem.passes[0], fused)
     if not u.is_mkldnn:
         u = _activate(problem, u, weights, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ...problem.memory import read_address
+from ...problem.memory import lazy_clone, read_address
 
 
 class CannotDefer(Exception):
@@ -65,27 +64,17 @@ class Kept:
     def hold(self, shared: bool = False) -> None:
         """Take a clone, where that can be; ``shared``: others may have the address.
 
-        Vectors of others are copied: PyTorch's batch norm counts no version of its statistics.
+        Vectors of which none can be taken so are copied: PyTorch's batch norm counts no version of
+        its statistics.
         """
         if self.resized:
             return
-        if shared or _has_other_owners(self.tensor):
-            if self.tensor.is_cpu and self.tensor.dim() == 1:
-                self.clone = copied = self.tensor.detach().clone()
-                self.address = _address(copied)
-            return
-        grad = self.needs_grad and torch.is_grad_enabled()
-        try:  # which somebody may interrupt anywhere
-            if grad:
-                torch._C._set_grad_enabled(False)
-            with _cloning:
-                self.clone = clone = torch._lazy_clone(self.tensor)
-            self.address = _address(clone)
-        except RuntimeError:  # memory that PyTorch has not allocated
-            self.clone, self.address = None, 0
-        finally:
-            if grad:
-                torch._C._set_grad_enabled(True)
+        t = self.tensor
+        clone = None if shared or _has_other_owners(t) else lazy_clone(t)
+        if clone is None and t.is_cpu and t.dim() == 1:
+            clone = t.detach().clone()
+        if clone is not None:
+            self.clone, self.address = clone, _address(clone)
 
     def let_go(self) -> None:
         """Watch it instead: hooks of saved tensors may ask for its address, which would move."""
@@ -180,11 +169,11 @@ class Copied(tuple[Tensor]):
 def copy_vectors(vectors: Sequence[tuple[str, Tensor]]) -> tuple[tuple[str, Any], ...]:
     """Vectors alike that need no gradient, as they are now: copied in less time than watched, or
     copy-on-write clones, which may serve again as long as they ``share``."""
-    if any(_is_held_elsewhere(t) or _has_other_owners(t) for _, t in vectors):
-        rows: Sequence[Tensor] = torch.stack([t for _, t in vectors]).unbind()
-    else:
-        with torch.no_grad(), _cloning:
-            rows = [torch._lazy_clone(t) for _, t in vectors]
+    held = any(_is_held_elsewhere(t) or _has_other_owners(t) for _, t in vectors)
+    clones = [None if held else lazy_clone(t) for _, t in vectors]
+    rows: Sequence[Tensor] = [clone for clone in clones if clone is not None]
+    if len(rows) < len(vectors):
+        rows = torch.stack([t.detach() for _, t in vectors]).unbind()
     return tuple([(name, Copied((row,))) for (name, _), row in zip(vectors, rows, strict=True)])
 
 
@@ -236,8 +225,6 @@ def _layout(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.stride(), t.dtype
 
 
-# The first clone of some memory changes who owns it, which two threads must not do at once.
-_cloning = threading.Lock()
 _use_count: Callable[[int], int] = torch._C._storage_Use_Count
 # Without making memory of its own of a clone.
 _address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]

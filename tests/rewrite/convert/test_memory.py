@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -321,6 +322,44 @@ BETWEEN: dict[str, Callable[[Tensor], Any]] = {
 def test_frozen_norms_that_are_written_between_calls(write: str, name: str, held: str) -> None:
     plain, converted = outputs_of_norms_written_between_calls(BETWEEN[write], held, name)
     torch.testing.assert_close(converted, plain)
+
+
+def mapped(t: Tensor) -> Tensor:
+    file = tempfile.NamedTemporaryFile()  # noqa: SIM115 -- which lives on in the mapping
+    return torch.from_file(file.name, True, t.numel(), dtype=t.dtype).view_as(t).copy_(t)
+
+
+# Memory that PyTorch has not allocated, of which there are no copy-on-write clones.
+FOREIGN: dict[str, Callable[[Tensor], Tensor]] = {
+    "shared": lambda t: t.share_memory_(), "mapped": mapped,
+    "array": lambda t: torch.from_numpy(t.numpy().copy()),
+    "buffer": lambda t: torch.frombuffer(bytearray(t.numpy().tobytes()), dtype=t.dtype).view_as(t),
+    "capsule": lambda t: torch.from_dlpack(t.numpy().copy()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_all_that_a_model_reads_in_memory_of_others(foreign: str, served: bool, state: Any) -> None:
+    """Frozen norms' vectors too, read as they were at the call, whoever writes to them since."""
+    outputs = []
+    for convert in (False, True):
+        net, _ = with_frozen_norm(convert and not served)
+        if convert and served:
+            net = fastst.optimize_for_inference(net)  # type: ignore[assignment]
+        for p in net.parameters():
+            p.data = FOREIGN[foreign](p.detach())
+        norm: Any = net[1]
+        for name in ("running_mean", "running_var"):
+            setattr(norm, name, FOREIGN[foreign](getattr(norm, name)))
+        with state():
+            x, z = FOREIGN[foreign](torch.ones(1, 3, 4, 6, 6)), torch.ones(1, 6, 1, 1, 2).cumsum(4)
+            y = net(x) + 0
+            v = norm(net[0](x))
+            norm.train()(z)
+            outputs += [y, v + 0, net.eval()(x) + 0]
+    torch.testing.assert_close(outputs[3:], outputs[:3])
 
 
 @pytest.mark.parametrize("write", [*WRITES, "statistics"])
