@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 
 from ... import dispatch
 from ...nn.pair_of_modules import RECOMPUTE, Answer, has_hooks
-from . import pairs, rules, traced
+from . import pairs, replaced, rules, traced
 from .chain import Guess
 from .folded import Folded
 from .graphs import is_promise, read_out
@@ -88,7 +88,7 @@ class Begins(Answer):
             widths = tuple(conv._reversed_padding_repeated_twice)
         if not torch.compiler.is_dynamo_compiling():
             return self.answer(x, weight, bias, how, mode, widths)
-        known = traced.LOWERS and type(conv)._conv_forward in _FORWARDS
+        known = traced.LOWERS and traced.finds_convolutions() and _is_pytorchs(conv)
         if known and traced.can_hold(*how):
             traced.allow()
             return traced.convolution(self.key, x, weight, bias, *how, mode, widths)
@@ -98,7 +98,7 @@ class Begins(Answer):
         """The promise of the convolution, the pair that it is the second of, or its output."""
         conv = self.conv
         if type(x) is not Tensor and is_promise(x):
-            if self.barred or _is_hooked(conv) or not rules.extends(x):
+            if self.barred or not self._speaks() or not rules.extends(x):
                 x = read_out(x, f"{type(conv).__name__} {self.name}")
             else:
                 x.link.ends = self
@@ -149,10 +149,13 @@ class Begins(Answer):
         if self.waits and not torch.compiler.is_compiling():
             self.waits -= 1
             return False
+        return self._speaks() and not in_transform()
+
+    def _speaks(self) -> bool:
+        """Whether it may answer for its convolution: not where calling that one may do more than
+        PyTorch's own."""
         conv = self.conv
-        if _is_hooked(conv) or in_transform():
-            return False
-        return type(conv)._conv_forward in _FORWARDS
+        return _is_pytorchs(conv) and not _is_hooked(conv)
 
     def note_waste(self, ending: bool) -> None:
         """A promise was read although it is part of an operation: something is computed twice."""
@@ -223,6 +226,12 @@ def _rebuild(kind: type[Begins], state: dict[str, Any], make: Any, args: Any) ->
     begins.__setstate__({**state, "conv": conv})
     put_on(begins)
     return conv
+
+
+def _is_pytorchs(conv: Any) -> bool:
+    """Whether a convolution, and the functions that a chain stands for, compute what PyTorch's do:
+    tools replace the method of a class, or a function of ``torch.nn.functional``."""
+    return type(conv)._conv_forward in _FORWARDS and replaced.are_pytorchs()
 
 
 def _is_hooked(m: Any) -> bool:

@@ -19,9 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 # Earlier ones read what a graph returns where its calls can no longer be lowered.
 LOWERS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-CONVOLVE: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by rank
+CONVOLVE: Any = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}  # by rank
 _known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _keys = itertools.count()
+
+
+def finds_convolutions() -> bool:
+    """Whether nobody has replaced PyTorch's convolutions, in words that Dynamo guards."""
+    return F.conv1d is torch.conv1d and F.conv2d is torch.conv2d and F.conv3d is torch.conv3d
 
 
 def register(begins: Any) -> int:
