@@ -33,11 +33,22 @@ def sizes(
 def tiling(config: tiles.TapConfig | tiles.StreamConfig) -> dict[str, int]:
     """Tiles as the dense kernels take them, where need be without products of matrices."""
     if isinstance(config, tiles.StreamConfig):
-        return {"BLOCK_P": config.block_p, "BLOCK_N": config.block_c, "REST_N": 0, "BLOCK_K": 16}
-    return {
-        "BLOCK_P": config.block_p, "BLOCK_N": config.block_n, "REST_N": config.rest_n,
-        "BLOCK_K": config.block_k,
-    }  # fmt: skip
+        blocks = {"BLOCK_P": config.block_p, "BLOCK_N": config.block_c, "REST_N": 0, "BLOCK_K": 16}
+    else:
+        blocks = {
+            "BLOCK_P": config.block_p, "BLOCK_N": config.block_n, "REST_N": config.rest_n,
+            "BLOCK_K": config.block_k,
+        }  # fmt: skip
+    return {**blocks, "TURNED": turned()}
+
+
+def turned() -> bool:
+    """Whether packed weights have the reduction side by side in memory, not the columns.
+
+    A lane of AMD's products takes neighbours of the reduction: of columns side by side it would
+    read two bytes at a time from shared memory.
+    """
+    return launch.capability(launch.device())[0] == 0
 
 
 def wide(count: int) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +59,8 @@ def pack(
     out_channels = weight.view.shape[1] * weight.lanes
     width = width or gpu.round_up(out_channels, config.columns)
     depth = channels if config.flat else gpu.round_up(channels, config.block_k)
-    return pack_weight(weight, depth, gpu.round_up(weight.rows(depth), config.block_k), width)
+    rows = gpu.round_up(weight.rows(depth), config.block_k)
+    return pack_weight(weight, depth, rows, width, turned=arguments.turned())
 
 
 def pack_direct(weight: Weight) -> Tensor:
@@ -68,41 +71,46 @@ def pack_direct(weight: Weight) -> Tensor:
 
 
 def pack_weight(
-    weight: Weight, depth: int, rows: int, width: int, *, products: bool = True
+    weight: Weight,
+    depth: int,
+    rows: int,
+    width: int,
+    *,
+    products: bool = True,
+    turned: bool = False,
 ) -> Tensor:
     """(groups, rows, width) with ``depth`` rows of each tap; for tensor cores or ordinary ones.
+
+    Turned, the rows of a column are neighbours in memory.
 
     On every call: what was changed through ``weight.data`` leaves no trace by which a cache could
     know, and a captured graph must see it, too.
     """
     groups = weight.view.shape[0]
-    out = weight.view.new_empty(groups, rows, width)
+    out = weight.view.new_empty(groups, *((width, rows) if turned else (rows, width)))
     layout = arguments.hidden(rows, width, depth, weight.parts, weight.lanes)
     count = -(-rows // ROWS) * -(-width // COLUMNS) * groups
     view = weight.view
     args = view, arguments.hidden(*view.shape), arguments.hidden(*view.stride()), out, layout
-    launch_all = _launch_rounded if products and arguments.rounds(view.dtype) else _plain
+    launch_all = _launcher(products and arguments.rounds(view.dtype), turned)
     launch.recorder().first(launch_all, view, (count, args))
-    return out
+    return out.mT if turned else out
 
 
 Job = tuple[int, tuple[Any, ...]]  # tiles and arguments of one weight
 
 
-def _plain(jobs: list[Job]) -> None:
-    _launch(jobs, False)
+@functools.cache
+def _launcher(rounded: bool, turned: bool) -> Callable[[list[Job]], None]:
+    return functools.partial(_launch, rounded=rounded, turned=turned)
 
 
-def _launch_rounded(jobs: list[Job]) -> None:
-    _launch(jobs, True)
-
-
-def _launch(jobs: list[Job], rounded: bool) -> None:
+def _launch(jobs: list[Job], rounded: bool, turned: bool) -> None:
     """Weights of a call, packed two at a time."""
     for i in range(0, len(jobs), 2):
         (count, one), *others = jobs[i : i + 2]
         more, other = others[0] if others else (0, (None,) * 5)
         launch.run(
             launch.kernels().pack.pack, (count + more,), None, *one, count, *other,
-            ROUND=rounded, BLOCK_R=ROWS, BLOCK_N=COLUMNS,
+            ROUND=rounded, TURNED=turned, BLOCK_R=ROWS, BLOCK_N=COLUMNS,
         )  # fmt: skip

@@ -316,7 +316,7 @@ MUTANTS = {
     "r without the mean": ("statistics", " - p * mean", ""),
     "sums over rows that are not there": (
         "input_gradient", "(row_ok, -1), acc, 0.0)", "(row_ok, -1), acc, 1.0)"),
-    "sums of half of the rows": ("common", "x = a + b", "x = a"),
+    "sums of half of the rows": ("common", "both = a + b", "both = a"),
     "sums not about the mean": ("input_gradient", "acc * (u - mean)", "acc * u"),
     "the wrong residue": ("input_gradient", "(residue + TAPS.before[AXIS]", "(residue"),
     "classes share their taps": (

@@ -454,7 +454,7 @@ MUTANTS = {
     "padding channels stay unwritten": (
         "tap_conv", "channels if stored is None else stored", "channels"),
     "second column block repeats the first": (
-        "tap_conv", "width + BLOCK_N + tl.arange", "width + tl.arange"),
+        "tap_conv", "n = BLOCK_N + tl.arange", "n = tl.arange"),
     "kernel height and width change places": (
         "tap_conv", "index // lanes % rows, index % lanes", "index % rows, index // rows % lanes"),
     "relu loses NaN": (

@@ -348,36 +348,42 @@ def by_rows(acc):
 
 @triton.jit
 def halves(x):
-    """The upper and the lower half of (R, C)."""
-    return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
+    """The upper and the lower half of (R, C, 2)."""
+    both = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1], 2))
+    return tl.split(tl.permute(both, (1, 2, 3, 0)))
 
 
 @triton.jit
-def column_sums(x):
-    """(C,) sums over the rows of (P, C) or of (P/16, 16, C).
+def column_sums(x, z):
+    """(C,) sums over the rows of two of (P, C) or of (P/16, 16, C).
 
-    Warps exchange what is left by halves: up to Triton 3.7, its own reduction would ask a bank of
-    shared memory for the columns of 16 threads at once.
+    Warps exchange what is left of both by halves: up to Triton 3.7, its own reduction would ask a
+    bank of shared memory for the columns of 16 threads at once.
     """
-    x = tl.sum(x, 0)
+    x, z = tl.sum(x, 0), tl.sum(z, 0)
     if len(x.shape) == 2:
+        both = tl.join(x, z)
         for _ in tl.static_range(4):
-            a, b = halves(x)
-            x = a + b
-        x = tl.reshape(x, (x.shape[1],))
-    return x
+            a, b = halves(both)
+            both = a + b
+        x, z = tl.split(tl.reshape(both, (x.shape[1], 2)))
+    return x, z
 
 
 @triton.jit
-def merged(mean, m2, rows, R: tl.constexpr):
-    """(R, C) of both from twice as many, of a tile's rows r, r + 2R, …: by Chan's formula."""
+def merged(both, rows, R: tl.constexpr):
+    """(R, C, 2) of mean and M2 from twice as many, of a tile's rows r, r + 2R, …: Chan's formula.
+
+    They go through shared memory together.
+    """
     left = rows + (R - 1) - tl.arange(0, R)[:, None]
-    n, more = ((left + R) // (2 * R)).to(mean.dtype), (left // (2 * R)).to(mean.dtype)
-    mean, other = halves(mean)
-    m2, other_m2 = halves(m2)
+    n, more = ((left + R) // (2 * R)).to(both.dtype), (left // (2 * R)).to(both.dtype)
+    upper, lower = halves(both)
+    mean, m2 = tl.split(upper)
+    other, other_m2 = tl.split(lower)
     step = other - mean
     share = more / tl.maximum(n + more, 1.0)
-    return mean + step * share, m2 + other_m2 + step * step * (n * share)
+    return tl.join(mean + step * share, m2 + other_m2 + step * step * (n * share))
 
 
 @triton.jit
@@ -391,9 +397,10 @@ def column_moments(x, row_ok, rows):
     away = tl.where(ok, x - mean, 0.0)
     m2 = tl.sum(away * away, 0)
     if len(x.shape) == 3:
+        both = tl.join(mean, m2)
         for _ in tl.static_range(4):
-            mean, m2 = merged(mean, m2, rows, mean.shape[0] // 2)
-        mean, m2 = tl.reshape(mean, (x.shape[2],)), tl.reshape(m2, (x.shape[2],))
+            both = merged(both, rows, both.shape[0] // 2)
+        mean, m2 = tl.split(tl.reshape(both, (x.shape[2], 2)))
     return mean, m2
 
 

@@ -27,7 +27,14 @@ from .common import (
     tile_rows,
     written_positions,
 )
-from .tap_conv import accumulate, reduction_rows, store, tile_positions
+from .tap_conv import (
+    accumulate,
+    read_once,
+    reduction_rows,
+    store,
+    tile_positions,
+    weight_start,
+)
 
 
 @triton.jit
@@ -78,7 +85,7 @@ def gather(
     w_ptr, width, first,  # (groups, reduction, width), and the tile's first column
     position, row_ok, residue, size,  # positions of dx, and its (T, H, W)
     TAPS: tl.constexpr, CLASSES: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """acc and rest plus what the outputs of a convolution give to the positions they have read."""
@@ -89,11 +96,12 @@ def gather(
         tap_w, taps_w = class_taps(residue[2], 2, TAPS)
         subset = (tap_t, tap_h, tap_w, taps_t, taps_h, taps_w)
     dy_ptr += (group * channels).to(tl.int64) * dy_strides[1]
-    w_ptr += group.to(tl.int64) * reduction_rows(channels, TAPS, FLAT, BLOCK_K) * width + first
+    reduction = reduction_rows(channels, TAPS, FLAT, BLOCK_K)
+    w_ptr = weight_start(w_ptr, group, first, reduction, width, TURNED)
     if TAPS.images[0] * TAPS.images[1] * TAPS.images[2] == 1:
         acc, rest = accumulate(
             acc, rest, dy_ptr, dy_strides, dy_size, None, channels, w_ptr, width, position, row_ok,
-            subset, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+            subset, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, TURNED, PRECISION, EMULATE,
         )  # fmt: skip
     else:
         for m in range(TAPS.images[0] * TAPS.images[1] * TAPS.images[2]):
@@ -102,8 +110,9 @@ def gather(
             if tl.max(ok.to(tl.int32), 0) > 0:
                 acc, rest = accumulate(
                     acc, rest, dy_ptr, dy_strides, dy_size, None, channels, w_ptr, width, at, ok,
-                    None, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+                    None, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, TURNED, PRECISION, EMULATE,
                 )  # fmt: skip
+                acc, rest = read_once(acc), read_once(rest)
     return acc, rest
 
 
@@ -126,6 +135,8 @@ def finish_gradient(
     # ALIGN divides both numbers: multiplied by it, the mask is seen to be one of whole vectors.
     there = n < (channels if stored is None else stored) // ALIGN * ALIGN
     channel = group * channels // ALIGN * ALIGN + n
+    if partial_ptr is not None:
+        acc = read_once(acc)
     if u_ptr is not None:
         offsets = tile_offsets(position, channel, dv_strides, ALIGN)
         ok = tl.expand_dims(row_ok, -1) & there
@@ -139,10 +150,14 @@ def finish_gradient(
         acc = tl.where(n_ok, acc, 0.0)
     if partial_ptr is not None:
         acc = tl.where(tl.expand_dims(row_ok, -1), acc, 0.0)
-        tl.store(partial_ptr + channel, column_sums(acc), mask=n_ok)
+        away = acc
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + channel, mask=n_ok, other=0.0).to(acc.dtype)
-            tl.store(partial_ptr + all_channels + channel, column_sums(acc * (u - mean)), mask=n_ok)
+            away = acc * (u - mean)
+        dv, dv_away = column_sums(acc, away)
+        tl.store(partial_ptr + channel, dv, mask=n_ok)
+        if mean_ptr is not None:
+            tl.store(partial_ptr + all_channels + channel, dv_away, mask=n_ok)
     if SCALED:
         acc = acc * tl.load(scale_ptr + channel, mask=n_ok, other=0.0)
     store(acc, channel, there, dv_ptr, dv_strides, position, row_ok, ALIGN, EMULATE)
@@ -162,7 +177,8 @@ def input_gradient(
     WHOLE: tl.constexpr, DENSE: tl.constexpr,  # as of ``tap_conv``
     SCALED: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx, or dv with its sums. Programs of one tile of positions are neighbours."""
     dy_strides, dy_size = strides_of(dy_strides), size_of(dy_size)
@@ -180,8 +196,8 @@ def input_gradient(
         tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE),
         tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
         dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, first, position, row_ok,
-        residue, dx_size, TAPS, CLASSES, FLAT, Y_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION,
-        EMULATE,
+        residue, dx_size, TAPS, CLASSES, FLAT, Y_ALIGN, BLOCK_N, REST_N, BLOCK_K, TURNED,
+        PRECISION, EMULATE,
     )  # fmt: skip
 
     all_channels = groups * dx_channels

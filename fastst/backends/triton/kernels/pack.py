@@ -10,8 +10,8 @@ from .common import shown, to_tf32
 
 @triton.jit
 def pack_tile(
-    tile, w_ptr, w_sizes, w_strides, out_ptr, layout, ROUND: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    tile, w_ptr, w_sizes, w_strides, out_ptr, layout, ROUND: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of one weight; arguments as of ``pack``."""
     rows, width = shown(layout[0]), shown(layout[1])
@@ -34,7 +34,10 @@ def pack_tile(
     w = tl.load(w_ptr + at, mask=ok, other=0.0)
     if ROUND:
         w = to_tf32(w)
-    out_ptr += (group.to(tl.int64) * rows + r) * width + n
+    if TURNED:
+        out_ptr += (group.to(tl.int64) * width + n) * rows + r
+    else:
+        out_ptr += (group.to(tl.int64) * rows + r) * width + n
     tl.store(out_ptr, w, mask=(r < rows) & (n < width))
 
 
@@ -43,17 +46,18 @@ def pack(
     w_ptr, w_sizes, w_strides,  # (g, n, n', c, c', kt, kh, kw), of any strides
     out_ptr, layout, tiles,  # (g, rows, width), written; its layout, and how many tiles it has
     next_ptr, next_sizes, next_strides, next_out_ptr, next_layout,  # another weight, or None
-    ROUND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROUND: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[g, tap·depth + c·parts + c', n·lanes + n'] = w[g, n, n', c, c', tap], else zeros.
 
-    ``layout``: rows, width, depth, parts and lanes. ROUND: to TF32.
+    ``layout``: rows, width, depth, parts and lanes. ROUND: to TF32. TURNED: rows are neighbours.
     """
     tile = tl.program_id(0)
     if tile < tiles:
-        pack_tile(tile, w_ptr, w_sizes, w_strides, out_ptr, layout, ROUND, BLOCK_R, BLOCK_N)
+        pack_tile(tile, w_ptr, w_sizes, w_strides, out_ptr, layout, ROUND, TURNED, BLOCK_R, BLOCK_N)
     elif next_ptr is not None:
         pack_tile(
             tile - tiles, next_ptr, next_sizes, next_strides, next_out_ptr, next_layout, ROUND,
-            BLOCK_R, BLOCK_N,
+            TURNED, BLOCK_R, BLOCK_N,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .common import activate, grid_of, narrow, product, size_of, strides_of
-from .tap_conv import accumulate, biased, finish, reduction_rows
+from .tap_conv import accumulate, biased, finish, read_once, reduction_rows
 from .walk import beside, walk_source, walk_start, walk_steps, walked
 
 
@@ -32,8 +32,9 @@ def through(
     z, none = accumulate(
         tl.zeros((BLOCK_P, BLOCK_M), sums[0].dtype), tl.zeros((BLOCK_P, 16), sums[0].dtype),
         x_ptr, x_strides, x_size, None, channels, first_ptr + m, mid_width, position, ok, None,
-        FIRST, FLAT, ALIGN, BLOCK_M, 0, BLOCK_K, PRECISION, EMULATE,
+        FIRST, FLAT, ALIGN, BLOCK_M, 0, BLOCK_K, False, PRECISION, EMULATE,
     )  # fmt: skip
+    z = read_once(z)
     m += tl.arange(0, BLOCK_M)
     m_ok = m < mid_channels
     if scale_ptr is not None:

@@ -26,7 +26,15 @@ from .common import (
 from .depthwise import direct_sum
 from .depthwise_backward import direct_tile, gather_direct, read_tile
 from .input_gradient import class_tile, finish_gradient, gather
-from .tap_conv import accumulate, biased, reduction_rows, store, tile_positions
+from .tap_conv import (
+    accumulate,
+    biased,
+    read_once,
+    reduction_rows,
+    store,
+    tile_positions,
+    weight_start,
+)
 from .weight_gradient import weight_tile
 
 
@@ -51,7 +59,7 @@ def branch(
     part, parts, per_part, first, position, row_ok,
     TAPS: tl.constexpr, FLAT: tl.constexpr, DIRECT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """acc and rest plus one of the convolutions, with its bias."""
     out_channels = parts * per_part
@@ -73,11 +81,12 @@ def branch(
         group, column = group_of(part, per_group, per_part, first)
         rows = reduction_rows(channels, TAPS, FLAT, BLOCK_K)
         x_ptr += (group * (channels // ALIGN * ALIGN)).to(tl.int64) * x_strides[1]
-        w_ptr += group.to(tl.int64) * rows * width + column
+        w_ptr = weight_start(w_ptr, group, column, rows, width, TURNED)
         acc, rest = accumulate(
             acc, rest, x_ptr, x_strides, x_size, None, channels, w_ptr, width, position, row_ok,
-            None, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+            None, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, TURNED, PRECISION, EMULATE,
         )  # fmt: skip
+        acc, rest = read_once(acc), read_once(rest)
     return biased(acc, bias_ptr, n, out_channels), biased(rest, bias_ptr, n_rest, out_channels)
 
 
@@ -131,7 +140,7 @@ def parallel_conv(
     X_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr,
     WIDE: tl.constexpr, BRANCH: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    UNROLL: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    UNROLL: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """ACTIVATION(BRANCH(spatial) + BRANCH(temporal)), or the gradients of both convolutions.
@@ -152,7 +161,7 @@ def parallel_conv(
     a, a_rest = branch(
         acc, rest, x_ptr, x_strides, x_size, channels[0], per_group[0], spatial_ptr, widths[0],
         spatial_bias_ptr, part, parts, per_part, first, position, row_ok, SPATIAL, SPATIAL_FLAT,
-        DIRECT[0], X_ALIGN, BLOCK_N, REST_N, BLOCK_K, UNROLL, PRECISION, EMULATE,
+        DIRECT[0], X_ALIGN, BLOCK_N, REST_N, BLOCK_K, UNROLL, TURNED, PRECISION, EMULATE,
     )  # fmt: skip
     if BRANCH == "none":
         acc, rest = a, a_rest
@@ -160,7 +169,8 @@ def parallel_conv(
         acc, rest = branch(
             acc, rest, x_ptr, x_strides, x_size, channels[1], per_group[1], temporal_ptr, widths[1],
             temporal_bias_ptr, part, parts, per_part, first, position, row_ok, TEMPORAL,
-            TEMPORAL_FLAT, DIRECT[1], X_ALIGN, BLOCK_N, REST_N, BLOCK_K, UNROLL, PRECISION, EMULATE,
+            TEMPORAL_FLAT, DIRECT[1], X_ALIGN, BLOCK_N, REST_N, BLOCK_K, UNROLL, TURNED, PRECISION,
+            EMULATE,
         )  # fmt: skip
     if partial_ptr is not None:
         sums = 1 if db_ptr is None else 2
@@ -185,7 +195,7 @@ def gather_branch(
     part, parts, per_part, first, position, row_ok, residue, size,
     TAPS: tl.constexpr, CLASSES: tl.constexpr, FLAT: tl.constexpr, DIRECT: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_K: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """acc and rest plus what one of the convolutions gives to the positions it has read."""
     if DIRECT:
@@ -208,8 +218,9 @@ def gather_branch(
         acc, rest = gather(
             acc, rest, dy_ptr, dy_strides, dy_size, channels, group, w_ptr, width, column,
             position, row_ok, residue, size, TAPS, CLASSES, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K,
-            PRECISION, EMULATE,
+            TURNED, PRECISION, EMULATE,
         )  # fmt: skip
+        acc, rest = read_once(acc), read_once(rest)
     return acc, rest
 
 
@@ -225,7 +236,8 @@ def parallel_input_gradient(
     SPATIAL_FLAT: tl.constexpr, TEMPORAL_FLAT: tl.constexpr, DIRECT: tl.constexpr,
     Y_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dx of both branches, as one sum."""
     da_strides, db_strides = strides_of(da_strides), strides_of(db_strides)
@@ -240,12 +252,14 @@ def parallel_input_gradient(
     acc, rest = gather_branch(
         acc, rest, da_ptr, da_strides, dy_size, channels[0], per_group[0], spatial_ptr, widths[0],
         part, parts, per_part, first, position, row_ok, residue, dx_size, SPATIAL, CLASSES,
-        SPATIAL_FLAT, DIRECT[0], Y_ALIGN, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+        SPATIAL_FLAT, DIRECT[0], Y_ALIGN, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, TURNED, PRECISION,
+        EMULATE,
     )  # fmt: skip
     acc, rest = gather_branch(
         acc, rest, db_ptr, db_strides, dy_size, channels[1], per_group[1], temporal_ptr, widths[1],
         part, parts, per_part, first, position, row_ok, residue, dx_size, TEMPORAL, CLASSES,
-        TEMPORAL_FLAT, DIRECT[1], Y_ALIGN, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+        TEMPORAL_FLAT, DIRECT[1], Y_ALIGN, BLOCK_P, BLOCK_N, REST_N, BLOCK_K, TURNED, PRECISION,
+        EMULATE,
     )  # fmt: skip
     all_channels = parts * per_part
     finish_gradient(

@@ -4,8 +4,9 @@
 
 Spatial passes have kh·kw taps, temporal ones kt; taps out of range are skipped, not multiplied.
 Weights come packed as (groups, reduction, width), where reduction is tap-major and padded to whole
-``BLOCK_K`` with zeros, width = output channels of a group padded to whole tiles with zeros. A tile
-is ``BLOCK_N`` channels plus, where that fits the channel count better, ``REST_N`` more.
+``BLOCK_K`` with zeros, width = output channels of a group padded to whole tiles with zeros. Side by
+side in memory are columns or, ``TURNED``, rows. A tile is ``BLOCK_N`` channels plus, where that
+fits the channel count better, ``REST_N`` more.
 """
 
 from __future__ import annotations
@@ -44,6 +45,27 @@ def reduction_rows(channels, TAPS: tl.constexpr, FLAT: tl.constexpr, BLOCK_K: tl
     else:
         rows = COUNT * ((channels + BLOCK_K - 1) // BLOCK_K * BLOCK_K)
     return rows
+
+
+@triton.jit
+def weight_start(w_ptr, group, first, rows, width, TURNED: tl.constexpr):
+    """Packed weights of a group from a column on."""
+    w_ptr += group.to(tl.int64) * rows * width
+    if TURNED:
+        w_ptr += tl.cast(first, tl.int64) * rows
+    else:
+        w_ptr += first
+    return w_ptr
+
+
+@triton.jit
+def weight_offsets(k, n, rows, width, TURNED: tl.constexpr):
+    """int64 offsets of rows k and columns n of packed weights."""
+    if TURNED:
+        offsets = k[:, None] + n.to(tl.int64)[None, :] * rows
+    else:
+        offsets = k.to(tl.int64)[:, None] * width + n[None, :]
+    return offsets
 
 
 @triton.jit
@@ -173,7 +195,7 @@ def accumulate(
     subset,  # first tap and number of taps, each along t, h, w; or None for all
     TAPS: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """acc and rest plus the convolution at the tile's positions.
 
@@ -190,9 +212,12 @@ def accumulate(
         rows, lanes = tl.maximum(taps_h, 1), tl.maximum(taps_w, 1)
     at = columns(position)
     k = tl.arange(0, BLOCK_K)
-    w_tile = w_ptr + k.to(tl.int64)[:, None] * width + tl.arange(0, BLOCK_N)[None, :]
+    reduction = reduction_rows(channels, TAPS, FLAT, BLOCK_K)
+    pitch = 1 if TURNED else width  # from a row of weights to the next
+    w_tile = w_ptr + weight_offsets(k, tl.arange(0, BLOCK_N), reduction, width, TURNED)
     if REST_N > 0:
-        w_rest = w_ptr + k.to(tl.int64)[:, None] * width + BLOCK_N + tl.arange(0, REST_N)[None, :]
+        n = BLOCK_N + tl.arange(0, REST_N)
+        w_rest = w_ptr + weight_offsets(k, n, reduction, width, TURNED)
     if FLAT > 0:
         chunks = 1
         steps = (count * FLAT + BLOCK_K - 1) // BLOCK_K
@@ -246,15 +271,15 @@ def accumulate(
             ok = ok & (c < channels)
         a = tl.load(read, mask=ok, other=0.0)
         if subset is None:
-            moved = tl.cast(step, tl.int64) * BLOCK_K * width
+            moved = tl.cast(step, tl.int64) * BLOCK_K * pitch
             w_ok = None
         else:  # rows of taps that are not neighbours
             _, place = tap_of((i_t, i_h, i_w), subset, TAPS)
             if FLAT > 0:
-                moved = tl.trans(place * FLAT + c - k[None, :]).to(tl.int64) * width
+                moved = tl.trans(place * FLAT + c - k[None, :]).to(tl.int64) * pitch
                 w_ok = tl.trans(c_ok)
             else:
-                moved = (place * (chunks * BLOCK_K) + chunk).to(tl.int64) * width
+                moved = (place * (chunks * BLOCK_K) + chunk).to(tl.int64) * pitch
                 w_ok = tl.zeros((BLOCK_K, 1), tl.int32) + step < steps
         acc = product(a, load_rows(w_tile + moved, w_ok), acc, PRECISION, EMULATE)
         if REST_N > 0:
@@ -266,8 +291,13 @@ def accumulate(
             i_w, whole = advance(i_w, lanes, whole, KERNEL[2])
             i_h, whole = advance(i_h, rows, whole, KERNEL[1])
             i_t += whole.to(tl.int32)
-    # ptxas makes every product wait, too, where what follows reads the sums in several places.
-    return acc + 0.0, rest + 0.0
+    return acc, rest
+
+
+@triton.jit
+def read_once(acc):
+    """Sums of products that what follows reads in several places: ptxas else makes each wait."""
+    return acc + 0.0
 
 
 @triton.jit
@@ -381,7 +411,8 @@ def tap_conv(
     DENSE: tl.constexpr,  # of y and residual: ``written_positions``
     INNER: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """One pass. Programs of one tile of positions are neighbours, so that they share it in L2."""
     x_strides, x_size = strides_of(x_strides), size_of(x_size)
@@ -407,9 +438,10 @@ def tap_conv(
         tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
         x_ptr + in_channel.to(tl.int64) * x_strides[1], x_strides, x_size,
         earlier(past_ptr, past_strides, past_size, in_channel), channels,
-        w_ptr + group.to(tl.int64) * reduction * width + first, width, position, row_ok, None,
-        TAPS, FLAT, X_ALIGN, BLOCK_N, REST_N, BLOCK_K, PRECISION, EMULATE,
+        weight_start(w_ptr, group, first, reduction, width, TURNED), width, position, row_ok, None,
+        TAPS, FLAT, X_ALIGN, BLOCK_N, REST_N, BLOCK_K, TURNED, PRECISION, EMULATE,
     )  # fmt: skip
+    acc, rest = read_once(acc), read_once(rest)
 
     all_channels = groups * y_channels
     if partial_ptr is not None:
