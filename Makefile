@@ -87,15 +87,8 @@ format: $(TOOLS)
 	$(BIN)/ruff format .
 	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
 
-# The oldest Triton compiles a kernel of each kind: its language takes less than the newest.
-OLDEST := build/triton-3.6.0
-
-$(OLDEST): $(SETUP)
-	$(PIP) install --quiet --no-deps --target $@ triton==3.6.0
-
-static: $(SETUP) $(OLDEST)
+static: $(SETUP)
 	$(if $(wildcard tests/static/triton.py),$(BIN)/python tests/static/triton.py $(ARGS))
-	$(if $(wildcard tests/static/triton.py),$(BIN)/python tests/static/triton.py --triton $(OLDEST) --arch 8.0)
 	$(if $(wildcard tests/static/cuda.py),$(BIN)/python tests/static/cuda.py $(ARGS))
 
 bench: $(SETUP)

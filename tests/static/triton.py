@@ -30,9 +30,21 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[0] = str(Path(__file__).parents[2])  # this file's own name would hide the package triton
+ROOT = Path(__file__).parents[2]
+sys.path[0] = str(ROOT)  # this file's own name would hide the package triton
+
+
+def folder(version: str) -> Path:
+    """Where another version of Triton lies, installed if it is not yet."""
+    found = ROOT / "build" / f"triton-{version}"
+    if not found.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--target", found, f"triton=={version}"], check=True)
+    return found
+
+
 if "--triton" in sys.argv:  # before anything imports the installed one
-    sys.path.insert(0, sys.argv[sys.argv.index("--triton") + 1])
+    sys.path.insert(0, str(folder(sys.argv[sys.argv.index("--triton") + 1])))
 
 import torch
 
@@ -47,7 +59,7 @@ from tests.static.sass import Program
 NVIDIA = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 AMD = {"gfx942": 64, "gfx1100": 32}  # threads of a warp
 # What every change is measured on (``SUBSET``): all cases where most is at stake, some elsewhere.
-# --all has every case on every architecture.
+# --all has every case on every architecture, with every version of Triton.
 EVERYWHERE = ("64-144-64",)
 SOME = (*EVERYWHERE, "256-576-256", "stem", "64-230-128 s2", "tf32", "one kernel", "depthwise")
 # What the committed table has beside: --table.
@@ -55,7 +67,9 @@ TABLE = {
     **dict.fromkeys(("8.0", "8.9", "9.0"), (*EVERYWHERE, "128-288-128", "256-576-256", "stem")),
     **dict.fromkeys(("8.6", "10.0", "12.0", *AMD), EVERYWHERE),
 }
-# One of each kind: what other versions of Triton are tried on, unless cases are named.
+# The oldest and the newest version that is supported, beside the one that is installed.
+OLDEST, NEWEST = "3.6.0", "3.8.0"
+# One of each kind: what the oldest is tried on, whose language takes less than the newest's.
 KINDS = (
     *EVERYWHERE, "one kernel", "depthwise batch", "parallel add", "conv3d", "conv3d past",
     "conv3d depthwise past",
@@ -74,6 +88,7 @@ SUBSET = {
 # cost nothing; ptxas does it to stay at 128 registers, or 72, so that more programs run at once.
 KEPT = 4 * 4
 LOAD_OF_TWO_BYTES = re.compile(r"\bLDG\S*\.U16\b")
+READ_OF_TWO_BYTES = re.compile(r"\bds_(read|load)_u16\b")  # from LDS
 TENSOR_CORES = re.compile(r"\b(HGMMA|UTCHMMA|UTCQMMA|UTCMMA|HMMA|DMMA)\b")
 
 
@@ -230,6 +245,9 @@ def of_amd(kernel: Kernel, case: Case | ConvCase, arch: str) -> tuple[Row, list[
         wrong.append("spills")
     if kernel.dense and case.dtype.itemsize == 2 and not re.search(r"v_(mfma|wmma)_", code):
         wrong.append("no tensor-core instruction")
+    # Weights are packed for their products; what is summed over positions is turned as it is read.
+    if kernel.vectors and row.kernel in PACKED and READ_OF_TWO_BYTES.search(code):
+        wrong.append("reads of 2 bytes")
     return row, wrong
 
 
@@ -261,6 +279,7 @@ def planted(fault: str) -> str:
     case = Case("planted", (64, 144, 64), (16, 56, 56), **SERVED)
     if fault in BROKEN:
         return inspect(broken(BROKEN[fault]), case, "9.0").wrong
+    arch = "gfx942" if fault in AMD_FAULTS else "9.0"
     plain = tiles.candidates
     change: dict[str, Any] = {}
     if fault == "shared memory":
@@ -277,11 +296,13 @@ def planted(fault: str) -> str:
         if fault == "loads of 2 bytes":
             apart = lambda t, align: (t.stride(0) // align, 2, 3, 3, 3)  # noqa: E731
             stack.enter_context(patch(backend.arguments, "strides", apart))
+        if fault == "reads of 2 bytes":
+            stack.enter_context(patch(backend.arguments, "turned", lambda: False))
         if fault == "no tensor-core instruction":
-            found = list(kernels(replace(case, dtype=SINGLE, tf32=False), "9.0"))
+            found = list(kernels(replace(case, dtype=SINGLE, tf32=False), arch))
         else:
-            found = list(kernels(case, "9.0"))
-    return ", ".join(inspect(k, case, "9.0").wrong for k in found)
+            found = list(kernels(case, arch))
+    return ", ".join(inspect(k, case, arch).wrong for k in found)
 
 
 def every_kernel() -> set[str]:
@@ -295,9 +316,10 @@ def every_kernel() -> set[str]:
 
 # By the least depth of the product, of which a step has 64.
 BROKEN = {"operands overwritten in flight": 64, "serialised products": 0}
+AMD_FAULTS = ("reads of 2 bytes",)
 FAULTS = (
     *BROKEN, "spills in a loop", "bytes in local memory", "shared memory",
-    "no tensor-core instruction", "loads of 2 bytes",
+    "no tensor-core instruction", "loads of 2 bytes", *AMD_FAULTS,
 )  # fmt: skip
 
 
@@ -341,13 +363,30 @@ def measure(args: argparse.Namespace) -> list[Row]:
     return found
 
 
+def others(args: argparse.Namespace) -> Iterator[list[str]]:
+    """What to run with other versions of Triton, as arguments."""
+    if args.triton:
+        return
+    if args.all or args.table:
+        chosen = ["--all" if args.all else "--table"]
+        for name in ("arch", "case"):
+            if getattr(args, name):
+                chosen += [f"--{name}", *getattr(args, name)]
+        for version in (OLDEST, NEWEST):
+            yield ["--triton", version, *chosen]
+    elif not (args.arch or args.case):
+        yield ["--triton", OLDEST, "--arch", "8.0"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="*", help=f"of {', '.join([*NVIDIA, *AMD])}")
     parser.add_argument("--case", nargs="*", help="names of cases")
-    parser.add_argument("--all", action="store_true", help="every case on every architecture")
+    parser.add_argument(
+        "--all", action="store_true", help="every case on every architecture by every version"
+    )
     parser.add_argument("--table", action="store_true", help="what the table has beside the subset")
-    parser.add_argument("--triton", metavar="FOLDER", help="where another version is installed")
+    parser.add_argument("--triton", metavar="VERSION", help="by this one alone")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all rows")
     parser.add_argument("--write", action="store_true", help="put the rows into the table")
     args = parser.parse_args()
@@ -356,7 +395,7 @@ def main() -> int:
         found = measure(args)
     written = measured.unique(found)
     if args.json:
-        measured.save(written, args.json)
+        measured.save(written, args.json, add=args.triton is not None)
     table = json.loads(measured.TABLE.read_text())
     if args.write:
         table = measured.merged(written, table)
@@ -370,14 +409,18 @@ def main() -> int:
         print(f"slower: {line}")
     bad = sum(bool(row.wrong) for row in found) + len(worse)
     print(f"{len(written)} kernels, {bad} wrong, {len(told)} other than in the table")
-    return 1 if bad or not found else 0
+    failed = bool(bad or not found)
+    for arguments in others(args):
+        arguments += ["--json", str(args.json)] if args.json else []
+        arguments += ["--write"] if args.write else []
+        print(f"\nTriton {arguments[1]}", flush=True)
+        failed |= bool(subprocess.run([sys.executable, __file__, *arguments]).returncode)
+    return int(failed)
 
 
 FORWARD = ("tap_conv", "parallel_conv", "pair_conv")
-DENSE = (
-    *FORWARD, "input_gradient", "weight_gradient",
-    "parallel_input_gradient", "parallel_weight_gradient",
-)  # fmt: skip
+PACKED = ("tap_conv", "parallel_conv", "input_gradient", "parallel_input_gradient")
+DENSE = (*PACKED, "pair_conv", "weight_gradient", "parallel_weight_gradient")
 
 if __name__ == "__main__":
     sys.exit(main())
