@@ -23,6 +23,7 @@ from . import pairs, replaced, rules, traced
 from .chain import Guess
 from .folded import Folded
 from .graphs import is_promise, read_out
+from .promise import hear_of_data
 from .state import in_transform
 
 ATTRIBUTE = "_conv_forward"
@@ -212,6 +213,7 @@ class Begins(Answer):
 
 def put_on(begins: Begins) -> None:
     """Let it answer for its convolution."""
+    hear_of_data()
     vars(begins.conv).update({ATTRIBUTE: begins, _REDUCE: begins.reduce})
 
 

@@ -8,6 +8,7 @@ that the separate modules would have made, computed in the state in which it was
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import NoneType
@@ -261,8 +262,45 @@ class Promise(Tensor):
                 "fastst: set_ of the output of a converted convolution requires that it has been "
                 "computed; call it on a clone of it"
             )
+        if func is _fits_data:
+            return _fits_with_memory(*args)
         args, kwargs = _reals(args, func, True), _reals(kwargs or {}, func, True)
         return func(*args, **kwargs)
+
+
+# What PyTorch asks before ``t.data = u``, and the only thing: then t is in the memory that u has.
+_fits_data = torch.ops.aten._has_compatible_shallow_copy_type.default
+_AUTOGRAD = "AutogradCPU", "AutogradCUDA", "AutogradMPS", "AutogradXPU"
+
+
+@functools.cache
+def hear_of_data() -> torch.library.Library:
+    """Let promises hear of ``t.data = u`` from now on, whatever t is; returns what sees to that as
+    long as it lives."""
+    library = torch.library.Library("aten", "IMPL")
+    for key in _AUTOGRAD:
+        library.impl("_has_compatible_shallow_copy_type", _fits_with_memory, key)
+    return library
+
+
+def _fits_with_memory(t: Tensor, u: Tensor) -> Any:
+    """What PyTorch answers, once u has memory."""
+    if type(u) is not Promise:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _fits_data(t, u)
+    value = u.link.compute(".data").detach()
+    with torch._C._AutoDispatchBelowAutograd(), _as_kernels_see_it(), unseen():
+        torch.ops.aten.set_.source_Tensor(u, value)
+        return _fits_data(t, u)
+
+
+def _as_kernels_see_it() -> Any:
+    """A context in which no operator asks a promise."""
+    keys: Any = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("Python", "PythonTLSSnapshot", "ADInplaceOrView"):
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    guard: Any = torch._C._ForceDispatchKeyGuard
+    return guard(torch._C._dispatch_tls_local_include_set(), keys)
 
 
 def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastst
+from fastst.rewrite.convert.promise import Promise
 from tests.support.blocks import Block, compute_pair
 
 
@@ -48,6 +49,71 @@ def test_memory_that_is_not_there() -> None:
         with pytest.raises(RuntimeError, match="Cannot access data pointer"):
             torch.utils.dlpack.to_dlpack(promised)
         assert torch.equal(promised, wanted)
+
+
+def as_data(u: Tensor) -> Tensor:
+    t = torch.zeros(1)
+    t.data = u
+    t.add_(1)
+    return t + u
+
+
+def as_parameter(u: Tensor) -> Tensor:
+    t = nn.Parameter(torch.zeros(2, 3))
+    t.data = u
+    t.data.mul_(2)
+    return t.detach() + u
+
+
+def as_data_twice(u: Tensor) -> Tensor:
+    one, other = torch.zeros(1), torch.zeros(1)
+    one.data = u
+    other.data = u
+    u.mul_(3)
+    return one + other.detach() * u.shape[3]
+
+
+def other_data(u: Tensor) -> Tensor:
+    t = torch.ones(2, 3)
+    u.data = t
+    u.data[0] = 5
+    return u + t
+
+
+def as_buffer(u: Tensor) -> Tensor:
+    module = nn.Module()
+    module.register_buffer("bank", u)
+    module.bank.data = module.bank.data * 2  # type: ignore[operator, union-attr]
+    return module.double().state_dict()["bank"]
+
+
+def swapped(u: Tensor) -> Tensor:
+    t = torch.ones(2, 3)
+    torch.utils.swap_tensors(t, u)
+    return t * 2 + u.sum()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("hand", [
+    as_data, as_parameter, as_data_twice, other_data, as_buffer, swapped,
+    lambda u: as_data(u.detach()), lambda u: as_data(F.relu(u)), lambda u: as_data(u[:, :2]),
+])  # fmt: skip
+def test_memory_that_is_handed_on(hand: Any, mode: Any) -> None:
+    """``t.data = u`` and what is alike: the memory is that of the value, and both see writes."""
+    outputs = []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
+        if convert:
+            fastst.convert(conv)
+        with mode():
+            u = conv[0](torch.ones(1, 4, 3, 6, 6).cumsum(3))
+            if mode is torch.enable_grad:
+                u = u.detach()
+            if convert and mode is not torch.enable_grad:
+                assert type(u) is Promise
+            outputs.append((hand(u), u + 0))
+    torch.testing.assert_close(*outputs)
 
 
 def test_set_is_refused() -> None:
