@@ -375,6 +375,19 @@ def test_where_winograd_would_overflow_it_is_not_used(bad: float, stride: int) -
 
 
 @built
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])  # one by one and Winograd's way
+def test_channels_of_one_value_do_not_deviate(kernel: tuple[int, int]) -> None:
+    """Else γ of such a channel had a gradient, of nothing but rounding."""
+    tensors = PairTensors(
+        torch.zeros(2, 16, 5, 11, 13), torch.zeros(50, 16, 1, *kernel), torch.zeros(8, 50, 1, 1, 1),
+        first_bias=torch.randn(50),
+    )  # fmt: skip
+    begun = cpu.first_pass(Problem.of(tensors, PairSpec(norm="batch")), tensors)
+    assert torch.equal(begun.mean, tensors.first_bias)
+    assert not begun.var.any()
+
+
+@built
 @pytest.mark.parametrize("write", ["forward", "norm_gradient"])
 def test_reductions_are_not_counted_twice_where_winograd_was_given_up(write: str) -> None:
     run = Spatial(5)
