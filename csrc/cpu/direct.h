@@ -79,14 +79,23 @@ struct Dense : AllChannels {
   static constexpr bool kBeside = false;  // whether sums are finished beside other products
   const Block& block;
   Dense(const Block& block, int64_t, const Run&) : block(block) {}
-  // Positions that are best multiplied together.
-  Groups groups(int64_t positions) const { return {positions, most_rows(block.vectors)}; }
+  // As many positions as are finished together: whole calls of the microkernel.
+  struct Calls {
+    int64_t positions, rows;
+    Groups calls;
+    const int64_t count = calls.count;
+    int64_t start(int64_t i) const { return std::min(calls.start(i) * rows, positions); }
+  };
+  Calls groups(int64_t positions) const {
+    const int64_t rows = most_rows(block.vectors);
+    return {positions, rows, {parts_of(positions, rows), finished_rows(rows) / rows}};
+  }
   // Sums of `count` positions from `first` on, onto what is there if `accumulate`.
   void operator()(int64_t first, int64_t count, const float* x, const Offsets& places,
                   const float* weights, const std::vector<Segment>& segments, float* to,
                   bool accumulate) const {
     const int64_t pitch = block.vectors * kLanes;
-    const Groups parts = groups(count);
+    const Groups parts(count, most_rows(block.vectors));
     for (int64_t j = 0; j < parts.count; ++j) {
       const int64_t at = parts.start(j);
       const int n = static_cast<int>(parts.start(j + 1) - at);

@@ -11,6 +11,11 @@ namespace fastst::cpu {
 // Positions that are finished together, and where they lie in a tensor.
 constexpr int kMostPlaces = 32;
 static_assert(kMostPlaces >= 2 * kMostRows && kMostPlaces * 4 >= kLine);
+// Of rows that are multiplied `rows` at a time, how many are finished together. With AVX2 four are
+// too few for what finishing them takes at least, and for a transposition.
+constexpr int64_t finished_rows(int64_t rows) {
+  return kLanes == 16 ? rows : kMostPlaces / rows * rows;
+}
 struct Places {
   const int64_t* offset;
   int count;
@@ -135,7 +140,7 @@ class Finisher {
   }
 
  private:
-  static constexpr int kBlock = 8;  // rows that are finished in registers
+  static constexpr int kBlock = kLanes == 16 ? 8 : 4;  // rows that are finished in registers
 
   static bool has_lines(const Tensor& out, int64_t stored) {
     const auto whole = [](auto... floats) { return ((floats % (kLine / 4) == 0) && ...); };

@@ -60,7 +60,20 @@ inline __m256i lanes(int64_t n) {
                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 inline Vec load(const float* p, int64_t n) { return _mm256_maskload_ps(p, lanes(n)); }
-inline void store(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, lanes(n), v); }
+// In pieces of 4, 2 and 1: a store through a mask takes 13 cycles on AMD's processors with AVX2.
+inline void store(float* p, Vec v, int64_t n) {
+  if (n == kLanes) return store(p, v);
+  __m128 rest = _mm256_castps256_ps128(v);
+  if (n & 4) {
+    _mm_storeu_ps(p, rest), p += 4;
+    rest = _mm256_extractf128_ps(v, 1);
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), rest), p += 2;
+    rest = _mm_movehl_ps(rest, rest);
+  }
+  if (n & 1) _mm_store_ss(p, rest);
+}
 inline Vec first(Vec v, int64_t n) { return _mm256_and_ps(v, _mm256_castsi256_ps(lanes(n))); }
 #endif
 
@@ -77,6 +90,7 @@ inline Vec permute(Vec a, Vec b, Bits from) {
 }
 #endif
 
+#if defined(__AVX512F__)
 // One step of a transposition: blocks of B lanes change places between two rows.
 template <int B, int... Lane>
 inline void exchange(Vec& x, Vec& y, std::integer_sequence<int, Lane...>) {
@@ -94,5 +108,29 @@ inline void transpose(Vec (&rows)[kLanes]) {
     transpose<B * 2>(rows);
   }
 }
+#else
+// Within halves of the vectors, then of these: every step is one instruction.
+[[gnu::always_inline]] inline void transpose(Vec (&rows)[kLanes]) {
+  Vec pairs[kLanes], fours[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  const auto wide = [](Vec v) { return _mm256_castps_pd(v); };
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 2) {
+    const int from = i / 4 * 4 + i / 2 % 2;
+    const __m256d a = wide(pairs[from]), b = wide(pairs[from + 2]);
+    fours[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+    fours[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes / 2; ++i) {
+    rows[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+#endif
 
 }  // namespace fastst::cpu

@@ -118,24 +118,60 @@ class WeightPacker {
       }
   }
 
-  // Entries that are neighbours in memory, of n output channels: a transposition.
+  // Entries of ascending offsets that a vector holds, of n output channels: a transposition.
   template <class S>
   void turn(const Entry* e, int length, const S* from, int64_t n, int64_t ahead, float* column,
             int64_t pitch) const {
+    const int64_t width = e[length - 1].offset - e->offset + 1;
     Vec rows[kLanes] = {};
-    for (int64_t o = 0; o < n; ++o) {
-      rows[o] = load(from + o * w_.out_stride, length);
-      prefetch(from + o * w_.out_stride + ahead);
+    if (n == kLanes && width == kLanes) {  // in registers
+#pragma GCC unroll 16
+      for (int o = 0; o < kLanes; ++o) {
+        rows[o] = load(from + o * w_.out_stride);
+        prefetch(from + o * w_.out_stride + ahead);
+      }
+      transpose(rows);
+    } else {
+      for (int64_t o = 0; o < n; ++o) {
+        rows[o] = load(from + o * w_.out_stride, width);
+        prefetch(from + o * w_.out_stride + ahead);
+      }
+      transpose(rows);
     }
-    transpose(rows);
-    for (int j = 0; j < length; ++j) store(column + e[j].row * pitch, rows[j]);
+    if (length == kLanes) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) store(column + e[j].row * pitch, rows[j]);
+      return;
+    }
+    for (int j = 0; j < length; ++j)
+      store(column + e[j].row * pitch, rows[e[j].offset - e->offset]);
   }
 
-  // Entries between which the next output channel does not begin: each takes every out_stride-th
-  // float of a stretch of memory. The next stretches lie `ahead`, in other pages.
+  // Entries between which the next output channel does not begin. The next stretches lie `ahead`,
+  // in other pages.
   template <class S>
   void pick(const Entry* e, int length, const S* from, int64_t n, int64_t ahead, float* column,
             int64_t pitch) const {
+    // Of neighbours that are close a vector of the output holds too few for a transposition.
+    if (w_.out_stride < kLanes) return permute_all(e, length, from, n, ahead, column, pitch);
+    for (int begin = 0, end; begin < length; begin = end) {
+      const int64_t offset = e[begin].offset;
+      const auto reaches = [&](int j) {  // beyond the one before, which may be the same element
+        return e[j].offset > e[j - 1].offset && e[j].offset - offset < kLanes;
+      };
+      for (end = begin + 1; end < length && reaches(end);) ++end;
+      const S* const at = from + offset - e->offset;
+      if (end - begin == 1)
+        store(column + e[begin].row * pitch, gather(at, w_.out_stride, n));
+      else
+        turn(e + begin, end - begin, at, n, ahead, column, pitch);
+    }
+  }
+
+  // Each takes every out_stride-th float of a stretch of memory.
+  template <class S>
+  void permute_all(const Entry* e, int length, const S* from, int64_t n, int64_t ahead,
+                   float* column, int64_t pitch) const {
     const int64_t floats = (n - 1) * w_.out_stride + e[length - 1].offset - e->offset + 1;
     Vec read[2 * kMixed];
     int count = 0;

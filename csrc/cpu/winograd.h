@@ -226,8 +226,12 @@ class Winograd {
               weights + point * taps() * row * pitch, pitch, few.taps.data(), few.taps.size(),
               sums + (point * batch() + few.row - first) * pitch, pitch, false);
         }
-      for (size_t i = begin; i < end; ++i)
-        put_together(tile, rows, groups[i], first, sums, block, done);
+      for (size_t i = begin, next; i < end; i = next) {
+        int count = groups[i].count;
+        for (next = i + 1; next < end; count += groups[next++].count)
+          if (count + groups[next].count > put_rows(block)) break;
+        put_together(tile, rows, groups[i].row, count, first, sums, block, done);
+      }
     }
   }
 
@@ -379,13 +383,17 @@ class Winograd {
     }
   };
 
-  // Outputs of some rows of a batch that starts at row `first` of the tile.
+  // Rows of sums whose outputs are finished together, at most: as finished_rows.
+  static int put_rows(const Block& block) {
+    return kLanes == 16 ? most_rows(block.vectors) : kMostRows;
+  }
+
+  // Outputs of `count` rows from `row` on, of a batch that starts at row `first` of the tile.
   template <class F>
-  void put_together(const Tile& tile, const Rows& rows, const Few& few, int64_t first,
+  void put_together(const Tile& tile, const Rows& rows, int64_t row, int count, int64_t first,
                     const float* sums, const Block& block, F done) const {
-    const int64_t pitch = block.vectors * kLanes, begin = few.row - first;
-    const int64_t end = begin + few.count;
-    const Outputs found(tile, rows, few.row, few.count);
+    const int64_t pitch = block.vectors * kLanes, begin = row - first, end = begin + count;
+    const Outputs found(tile, rows, row, count);
     alignas(64) float results[A::kOut][kMostPlaces * kMostVectors * kLanes];
     for (int64_t i = begin; i < end; ++i)
       for (int v = 0; v < block.vectors; ++v) {
