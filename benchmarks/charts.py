@@ -157,7 +157,7 @@ def network(record: Record) -> Card | None:
     return card
 
 
-def held(record: Record) -> dict[str, float]:
+def kept_mib(record: Record) -> dict[str, float]:
     """MiB that all pairs of the network together keep for backward, by contender."""
     found = {}
     for name in HELD:
@@ -172,7 +172,7 @@ def held(record: Record) -> dict[str, float]:
 
 def memory(record: Record) -> Card | None:
     """What the pairs keep for backward in a training step."""
-    found = held(record)
+    found = kept_mib(record)
     if "eager" not in found or "fastst auto" not in found:
         return None
     base = found["eager"]

@@ -146,7 +146,7 @@ def _stream(model: nn.Module, x: Tensor) -> Callable[[int], Any]:
 MODES = {"inference": _inference, "training": _training, "stream": _stream}
 
 
-def measured(shape: Shape, mode: str, seconds: float) -> tuple[Spread, float]:
+def compare_layers(shape: Shape, mode: str, seconds: float) -> tuple[Spread, float]:
     """Quartiles of eager's time over fastst's, and fastst's peak memory over eager's.
 
     Raises:
@@ -163,7 +163,7 @@ def measured(shape: Shape, mode: str, seconds: float) -> tuple[Spread, float]:
     return ratios(times["eager"], times["fastst"]), peaks["fastst"] / max(1, peaks["eager"])
 
 
-def whole(name: str, mode: str, dtype: str, seconds: float) -> list[str]:
+def compare_network(name: str, mode: str, dtype: str, seconds: float) -> list[str]:
     """A line for each way to run a network at 16×112²: against the plain one's time and memory."""
     clip, device = models.Clip(1, model=name), torch.device("cpu")
     with precision(dtype):
@@ -194,13 +194,13 @@ def main() -> None:
     for name in options.networks:
         for mode in options.modes:
             if mode != "stream":
-                lines = whole(name, mode, options.dtype, options.seconds)
+                lines = compare_network(name, mode, options.dtype, options.seconds)
                 print(*lines, sep="\n", flush=True)
     for shape in SHAPES if not options.networks else ():
         for mode in options.modes:
             if shape.family not in options.families or (mode == "stream" and shape.family != "wan"):
                 continue
-            spread, memory = measured(shape, mode, options.seconds)
+            spread, memory = compare_layers(shape, mode, options.seconds)
             print(
                 f"{shape.family:4} {shape.name:16} {mode:10} {spread.median:5.2f}× "
                 f"({spread.q25:.2f}–{spread.q75:.2f})  peak {memory:.2f}",

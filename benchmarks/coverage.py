@@ -74,12 +74,12 @@ def families(line: Line) -> list[tables.Family]:
     return [f for f in FAMILIES if f.backend == line.backend and belongs(f.what)]
 
 
-def executed(line: Line, hardware: str) -> bool:
+def is_executed(line: Line, hardware: str) -> bool:
     """Whether compiled code of all these kernels was executed for this hardware."""
-    return all(f"{hardware}.0" in tables.executed(f) for f in families(line))
+    return all(f"{hardware}.0" in tables.executed_capabilities(f) for f in families(line))
 
 
-def measured(record: Record, line: Line) -> bool:
+def is_measured(record: Record, line: Line) -> bool:
     """Whether the record has rows of these kernels, and none of them was refused."""
     if record["machine"]["device"] == "cpu":
         rows = [r for r in record["layers"] if line.backend in r.get("ran_on", ())]
@@ -93,9 +93,11 @@ def states(records: dict[str, Record]) -> list[tuple[Line, dict[str, str]]]:
     found = []
     for line in LINES:
         known = {h: line.states.get(h, "no") for h in HARDWARE}
-        known |= {h: "executed" for h, s in known.items() if s == "emulated" and executed(line, h)}
+        known |= {
+            h: "executed" for h, s in known.items() if s == "emulated" and is_executed(line, h)
+        }
         for record in records.values():
-            if known.get(hardware(record), "no") != "no" and measured(record, line):
+            if known.get(hardware(record), "no") != "no" and is_measured(record, line):
                 known[hardware(record)] = "measured"
         found.append((line, known))
     return found

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.engines and not engines:
         parser.error(f"--engines requires one of {', '.join(ENGINES)}: pip install '.[engines]'")
     start = time.monotonic()
-    record, device, _ = layers.opened(args)
+    record, device, _ = layers.open_record(args)
     cases = [c.at_batch(1) for c in R2PLUS1D_18]
     clip, seconds, rounds = models.Clip(1), 3.0, 20
     if args.dry:

@@ -320,14 +320,14 @@ def judge_sanitizer(status: int, text: str) -> dict[str, Any]:
     return {"ok": False, "told": last}
 
 
-def skipped(stage: Stage, why: str) -> dict[str, Any]:
+def skip(stage: Stage, why: str) -> dict[str, Any]:
     return {"stage": stage.name, "ok": True, "skipped": True, "seconds": 0.0, "told": why}
 
 
 def run_stage(stage: Stage, limit_s: float, log: Path, warm: bool) -> dict[str, Any]:
     """Run one stage within its limit; what happened, for the record."""
     if stage.why_not is not None:
-        return skipped(stage, stage.why_not)
+        return skip(stage, stage.why_not)
     # The measuring stages stop by themselves a little before they would be ended.
     minutes = f"{max(limit_s - 25, 0.6 * limit_s) / 60:.3f}"
     command = [a.replace("{minutes}", minutes) for a in stage.command]
@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shares = sum(s.share for s in todo if s.why_not is None or s is stage)
             limit, todo = left * stage.share / shares, todo[1:]
             if limit < 5:
-                found = skipped(stage, "no time left")
+                found = skip(stage, "no time left")
             else:
                 found = run_stage(stage, limit, log, args.dry == "few")
             record = Record(path, device)  # a stage may have written to it

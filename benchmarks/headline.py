@@ -38,7 +38,7 @@ def _column(record: Record) -> dict[str, str]:
         eager = geomean([r["vs_users"][1] for r in steps])
         name = "speed of a training step of a pair, float32"
         cells[name] = f"**{eager:.1f} ×** ({geomean(better):.1f} ×)"
-    held = charts.held(record)
+    held = charts.kept_mib(record)
     if set(held) == set(charts.HELD):
         base, kept, lean = held.values()
         name = "memory that training keeps for backward; with `recompute=True`"

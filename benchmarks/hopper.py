@@ -47,7 +47,7 @@ def _share(p: Pass, positions: int, clocks: float, moved: float) -> tuple[float,
     return seconds * 1e6, 100 * p.flops(positions) / DENSE / seconds
 
 
-def _moved(problem: PairProblem) -> tuple[int, int, int]:
+def _moved_bytes(problem: PairProblem) -> tuple[int, int, int]:
     """Bytes of x, of u and of y."""
     x = 2 * problem.batch * problem.passes[0].in_channels * math.prod(problem.size)
     return x, problem.bytes(1) - problem.bytes(0), 2 * math.prod(problem.out_shape)
@@ -63,7 +63,7 @@ def _shares(problem: PairProblem, *kernels: tuple[int, Any, int]) -> list[tuple[
 
 
 def _forward(problem: PairProblem) -> list[tuple[float, float]]:
-    x, u, y = _moved(problem)
+    x, u, y = _moved_bytes(problem)
     return _shares(
         problem, (0, launches.spatial_tile(problem), x + u),
         (1, launches.temporal_tile(problem), u + y),
@@ -72,7 +72,7 @@ def _forward(problem: PairProblem) -> list[tuple[float, float]]:
 
 def _backward(problem: PairProblem) -> list[tuple[float, float]]:
     """dz, dWt, dx, dWs."""
-    x, u, y = _moved(problem)
+    x, u, y = _moved_bytes(problem)
     return _shares(
         problem, (1, launches.temporal_gradient_tile(problem), y + 2 * u),
         (1, weights.temporal_tile(problem, 1), y + u),

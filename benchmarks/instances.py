@@ -43,7 +43,7 @@ def units(device: torch.device, dtypes: Sequence[torch.dtype], dry: bool) -> Ite
             yield Unit(backend.name, kind, dtype, index, example.name or f"{kind} {index}")
 
 
-def absent(device: torch.device) -> Iterator[dict[str, Any]]:
+def absent_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     """A row for each backend without kernels on a GPU; that one was not built is not wrong."""
     for name, backend in dispatch.BACKENDS.items() if device.type == "cuda" else ():
         why = backend.why_not(check.problem_for(device), "forward")
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["FASTST_CHECK_SECONDS"] = args.unit_seconds
     device = torch.device(args.device)
     dtypes = [torch.float16] if args.dry else [torch.bfloat16, torch.float16, torch.float32]
-    missing = list(absent(device))
+    missing = list(absent_rows(device))
     for row in missing:
         print(f"{row['backend']}: {row['name']}, {row['why']}", flush=True)
 

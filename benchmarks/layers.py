@@ -88,7 +88,7 @@ class Step:
             torch.autograd.backward(y, self.seeds[i])
         return y.detach()
 
-    def within(self) -> None:
+    def step_within(self) -> None:
         """A training step as within a network, where nobody keeps y, and dy only until backward."""
         with self.contender.context():
             (self.module(self.clips[0]) * self.seeds[0]).sum().backward()
@@ -258,8 +258,8 @@ def _contest(
     device, torch_dtype = options.device, measure.DTYPES[dtype]
     cuda = device.type == "cuda"
     field = [
-        *peers.others(model, mode, cuda, options.level),
-        *peers.ours(model, list(options.backends), mode),
+        *peers.peer_contenders(model, mode, cuda, options.level),
+        *peers.own_contenders(model, list(options.backends), mode),
     ]
     work = case.work(mode, torch_dtype)
     needs = mode.startswith("training") and case.x_grad
@@ -286,7 +286,7 @@ def _contest(
                 found = measure.errors(outputs, truth)
                 row["error"] = {"l2": found["y"].l2, "largest": found["y"].largest}
                 if c.name in peers.YARDSTICKS:
-                    row["refused"] = measure.untrusted(found, dtype)
+                    row["refused"] = measure.why_untrusted(found, dtype)
                     if row["refused"] is None:
                         yardsticks.append(found)
                 elif not yardsticks:
@@ -321,7 +321,7 @@ def _costs(step: Step, device: torch.device) -> dict[str, Any]:
     step.clear()
     found: dict[str, Any] = seen._asdict()
     if step.training:
-        found["peak_bytes"] = measure.observe(step.within, device).peak_bytes
+        found["peak_bytes"] = measure.observe(step.step_within, device).peak_bytes
         step.clear()
         found["saved_bytes"] = measure.saved_bytes(step.forward)
     return found
@@ -384,7 +384,7 @@ def run(
     wrong, skipped = 0, []
     bar = progress(units, desc=label, unit="unit")
     for case, mode in bar:
-        if options.resume and _reached(record, case, mode):
+        if options.resume and _is_done(record, case, mode):
             continue
         if deadline is not None and time.monotonic() > deadline:
             skipped.append(f"{case.family}/{case.name}/{mode}")
@@ -420,7 +420,7 @@ def run(
     return wrong
 
 
-def _reached(record: Record, case: Case, mode: str) -> bool:
+def _is_done(record: Record, case: Case, mode: str) -> bool:
     """Whether an earlier process of the same run measured it, or was ended by it."""
     if f"{case.family}/{case.name}/{mode}" in record.data.get("faults", []):
         return True
@@ -447,7 +447,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry", action="store_true", help="tiny sizes: exercises everything")
 
 
-def opened(args: argparse.Namespace) -> tuple[Record, torch.device, float | None]:
+def open_record(args: argparse.Namespace) -> tuple[Record, torch.device, float | None]:
     """Record, device and deadline of shared arguments."""
     device = torch.device(args.device)
     if args.threads:
@@ -470,7 +470,7 @@ def main(argv: Sequence[str] | None = None, before: Callable[[], None] | None = 
     parser.add_argument("--batch", type=int, help="instead of each case's own")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing, per unit")
     args = parser.parse_args(argv)
-    record, device, deadline = opened(args)
+    record, device, deadline = open_record(args)
     cuda = device.type == "cuda"
     dtypes = (args.dtypes or ("bf16,fp16,tf32,fp32" if cuda else "fp32")).split(",")
     wanted = [f for f in args.families.split(",") if f]

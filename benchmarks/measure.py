@@ -178,7 +178,7 @@ def observe(call: Callable[[], Any], device: torch.device) -> Observed:
             peak = max(peak, held)
         elif device.type == "cpu" or "CUDA" in str(e.device_type()):
             names[e.name()] = None
-    found = [n for n in names if _telling(n, device)]
+    found = [n for n in names if _tells(n, device)]
     slow = next((s for s in SLOW_PATHS if any(s in n for n in found)), None)
     return Observed(peak, tuple(n[:120] for n in found[:16]), slow)
 
@@ -197,7 +197,7 @@ def _no_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _telling(name: str, device: torch.device) -> bool:
+def _tells(name: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return not name.startswith(("Memset", "Memcpy", "cuda"))
     return any(s in name for s in ("conv", "norm", "copy_", "mkldnn", "fastst", "gemm", "mm"))
@@ -254,7 +254,7 @@ def errors(outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> di
     return found
 
 
-def untrusted(found: Mapping[str, Error], dtype: str) -> str | None:
+def why_untrusted(found: Mapping[str, Error], dtype: str) -> str | None:
     """Why a result is wrong by any measure, so that it cannot be a yardstick either; or None."""
     for name, e in found.items():
         if not e.l2 <= TRUSTED[dtype]:

@@ -27,7 +27,7 @@ from fastst.rewrite.convert import convert
 
 from . import measure
 from .engines import ENGINES, version
-from .layers import arguments, opened
+from .layers import arguments, open_record
 from .measure import Spread
 from .record import Record, progress
 
@@ -368,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", help="GiB, comma-separated: largest batches")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, per mode")
     args = parser.parse_args(argv)
-    record, device, deadline = opened(args)
+    record, device, deadline = open_record(args)
     cuda = device.type == "cuda"
     clip = Clip(args.batch or (16 if cuda else 1))
     memory = args.memory if args.memory is not None else "16,40" if cuda else ""

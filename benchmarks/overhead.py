@@ -21,7 +21,7 @@ import torch
 from fastst.rewrite.convert import convert
 
 from . import peers
-from .layers import Inputs, Step, arguments, draw, model_of, opened
+from .layers import Inputs, Step, arguments, draw, model_of, open_record
 from .measure import Spread
 from .record import ROOT, Record
 from .shapes import R2PLUS1D_18
@@ -125,7 +125,7 @@ def one_core(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def quiet(measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], str | None]:
+def measure_quietly(measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], str | None]:
     """The least of as many takes as it needs for eager to agree with itself; or why none did."""
     least: dict[str, float] = {}
     for _ in range(TAKES):
@@ -138,7 +138,7 @@ def quiet(measure: Callable[[], dict[str, float]]) -> tuple[dict[str, float], st
     return least, f"eager and eager again are a factor of {apart:.2f} apart"
 
 
-def _converted(model: torch.nn.Module) -> torch.nn.Module:
+def _convert(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of eager modules of which every call defers."""
     model = copy.deepcopy(model)
     convert(model)
@@ -165,7 +165,7 @@ def per_call(device: torch.device, rounds: int) -> list[dict[str, Any]]:
         makes: dict[str, Callable[[], Any]] = {
             peers.BASELINE: lambda m=model: m,  # type: ignore[misc]
             "fastst": lambda m=model: peers.layer(m),  # type: ignore[misc]
-            CONVERTED: lambda m=model: _converted(m),  # type: ignore[misc]
+            CONVERTED: lambda m=model: _convert(m),  # type: ignore[misc]
             AGAIN: lambda m=model: m,  # type: ignore[misc]
         }
         steps = {}
@@ -176,10 +176,10 @@ def per_call(device: torch.device, rounds: int) -> list[dict[str, Any]]:
         if device.type == "cuda" and mode == "eval":
             # A promise that is read after the capture would not be in the graph.
             made = {name: step for name, step in steps.items() if name != CONVERTED}
-            rows += graphed(device, made, rounds)
+            rows += measure_graphs(device, made, rounds)
         for cold, caches in ((False, ""), (True, ", cold caches")):
             with one_core(device):
-                least, refused = quiet(
+                least, refused = measure_quietly(
                     lambda s=steps, c=cold: host_us(s, rounds, synchronize, c)  # type: ignore[misc]
                 )
             for name, us in least.items():
@@ -196,7 +196,7 @@ def per_call(device: torch.device, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def graphed(
+def measure_graphs(
     device: torch.device, steps: Mapping[str, Callable[[], Any]], rounds: int
 ) -> list[dict[str, Any]]:
     """µs of the device per replay of a captured forward pass, which must give what the call gives.
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments(parser)
     parser.add_argument("--starts", type=int, default=3, help="of each, cold")
     args = parser.parse_args(argv)
-    record, device, _ = opened(args)
+    record, device, _ = open_record(args)
     run(record, device, 3 if args.dry else 30, args.starts)
     return 0
 

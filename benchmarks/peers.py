@@ -222,7 +222,7 @@ def layer(model: Eager, recompute: bool = False) -> nn.Module:
     return ours.train(model.training)
 
 
-def ours(model: Eager, backends: list[str], mode: str) -> Iterator[Contender]:
+def own_contenders(model: Eager, backends: list[str], mode: str) -> Iterator[Contender]:
     """This library on each backend, from contiguous and from channels_last_3d input."""
     for backend in backends:
         for channels_last in (False, True):
@@ -233,7 +233,7 @@ def ours(model: Eager, backends: list[str], mode: str) -> Iterator[Contender]:
             yield Contender(name, "fastst", lambda: layer(model, True), True, backend)
 
 
-def others(model: Eager, mode: str, cuda: bool, level: str) -> Iterator[Contender]:
+def peer_contenders(model: Eager, mode: str, cuda: bool, level: str) -> Iterator[Contender]:
     """The peers, by level.
 
     "short": the two eager layouts and the 4D path. "core": also aligned mids, cuDNN's fused call

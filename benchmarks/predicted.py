@@ -87,10 +87,10 @@ def _kernels(case: shapes.Case) -> Iterator[Predicted]:
                 positions, channels, columns, 1, count, torch.bfloat16, True, (9, 0), PROCESSORS
             )
             floor = max(flops / DENSE, 2 * moved / MEMORY)
-            yield _predicted(kernel, p, sizes, rows, floor, 2 * moved / MEMORY)
+            yield _predict(kernel, p, sizes, rows, floor, 2 * moved / MEMORY)
 
 
-def _predicted(
+def _predict(
     kernel: str, p: Pass, sizes: tiles.Sizes, rows: Sequence[Any], floor: float, memory: float
 ) -> Predicted:
     c: Any

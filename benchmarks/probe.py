@@ -48,7 +48,7 @@ def stress(device: torch.device, repeats: int) -> int:
         model = layers.model_of(case, "training-bn", generator)
         clips, seeds = layers.draw(case, generator, 1)
         inputs = layers.Inputs(clips, seeds, torch.bfloat16, device, True)
-        for contender in peers.ours(model, ["auto"], "training-bn"):
+        for contender in peers.own_contenders(model, ["auto"], "training-bn"):
             step = layers.Step(contender, "training-bn", inputs, torch.bfloat16, device, m)
             with dispatch.recording() as calls:
                 outputs = step.outputs().items()  # running statistics are meant to go on
@@ -95,11 +95,11 @@ def probe(device: torch.device, cases: Sequence[Case]) -> int:
             for dtype in dtypes:
                 kind, needs = measure.DTYPES[dtype], mode.startswith("training") and case.x_grad
                 inputs = layers.Inputs(clips, seeds, kind, device, needs)
-                for c in peers.ours(model, backends, mode):
+                for c in peers.own_contenders(model, backends, mode):
                     try:
                         step = layers.Step(c, mode, inputs, kind, device, case.channels[1])
                         found = {k: v.cpu() for k, v in step.outputs().items()}
-                        why = measure.untrusted(measure.errors(found, truth), dtype)
+                        why = measure.why_untrusted(measure.errors(found, truth), dtype)
                     except dispatch.BackendError as e:
                         print(case.label, mode, dtype, c.name, f"cannot: {str(e)[:120]}")
                         continue

@@ -133,18 +133,18 @@ class Record:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(_rounded(self.data), indent=1, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(_round(self.data), indent=1, ensure_ascii=False) + "\n")
         partial.replace(self.path)
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     """Five significant digits: more than any clock here has. NaN, which is no JSON, as None."""
     if isinstance(value, float):
         return None if value != value else float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: _round(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(v) for v in value]
+        return [_round(v) for v in value]
     return value
 
 

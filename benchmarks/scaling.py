@@ -19,7 +19,7 @@ from .record import place
 from .shapes import ALL, Case
 
 
-def measured(
+def compare_threads(
     case: Case, mode: str, dtype: torch.dtype, threads: list[int], seconds: float
 ) -> dict[str, list[float]]:
     """Milliseconds of eager and fastst with each number of threads, in alternating order."""
@@ -46,7 +46,9 @@ def main() -> None:
     few = options.threads[0]
     for case in (c.at_batch(1) for c in ALL if c.family in options.families):
         for mode in ("inference", "training"):
-            found = measured(case, mode, DTYPES[options.dtype], options.threads, options.seconds)
+            found = compare_threads(
+                case, mode, DTYPES[options.dtype], options.threads, options.seconds
+            )
             for n in options.threads:
                 gains = (
                     f"{name} {ratios(found[f'{name} {few}'], found[f'{name} {n}']).median:.2f}×"

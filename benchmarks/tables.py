@@ -54,7 +54,7 @@ def find(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [r for r in rows if r["ms"] is not None and all(r[k] == v for k, v in wanted.items())]
 
 
-def pooled(spreads: Sequence[Sequence[float]]) -> Spread:
+def pool(spreads: Sequence[Sequence[float]]) -> Spread:
     """Geometric means of quartiles over cases."""
     return Spread(*(geomean(q) for q in zip(*spreads, strict=True)))
 
@@ -95,9 +95,9 @@ def summary(rows: list[Row], family: str, dtype: str) -> str:
                 continue
             users = [r["vs_users"] for r in mine]
             body.append([
-                title, layout, str(len(mine)), times(pooled(users)),
+                title, layout, str(len(mine)), times(pool(users)),
                 f"{min(u[1] for u in users):.2f}", f"{geomean(better):.2f}",
-                f"{min(better):.2f}", times(pooled([r["vs_best"] for r in mine])),
+                f"{min(better):.2f}", times(pool([r["vs_best"] for r in mine])),
             ])  # fmt: skip
     head = [
         "mode", "input", "shapes", "× eager contiguous", "least", "× better eager layout", "least",
@@ -213,7 +213,7 @@ def control(rows: list[Row]) -> str:
     if not again:
         return ""
     worst = max(abs(math.log(r["vs_users"][1])) for r in again)
-    spread = pooled([r["vs_users"] for r in again])
+    spread = pool([r["vs_users"] for r in again])
     pooled_again = times(spread)
     quiet = spread.q75 / spread.q25 < 1.1 and worst < 0.1
     return (
@@ -297,11 +297,11 @@ def by_family(rows: list[Row]) -> str:
         mine = [r for r in best.values() if r.get("vs_users") and r.get("vs_best")]
         if not mine:
             continue
-        users = pooled([r["vs_users"] for r in mine])
+        users = pool([r["vs_users"] for r in mine])
         roofline = [r["roofline"] for r in mine if r.get("roofline")]
         body.append([
             family, MODES[mode], dtype, str(len(mine)), times(users),
-            times(pooled([r["vs_best"] for r in mine])),
+            times(pool([r["vs_best"] for r in mine])),
             f"{min(r['vs_best'][1] for r in mine):.2f}",
             f"{geomean(roofline):.0%}" if roofline else "–",
         ])  # fmt: skip
@@ -322,7 +322,8 @@ def status_rows(records: dict[str, Record]) -> list[dict[str, Any]]:
     """What is known of each kernel family; ``fastst.info`` has it from machine/status.json."""
     return [
         {
-            "backend": family.backend, "kernels": family.what, "executed": executed(family),
+            "backend": family.backend, "kernels": family.what,
+            "executed": executed_capabilities(family),
             "gpus": {r["machine"]["gpu"]: status(r, family) for r in records.values()},
         }
         for family in FAMILIES
@@ -390,15 +391,15 @@ FAMILIES = [
 
 
 @functools.cache
-def _executed() -> dict[str, Any]:
+def _executed_table() -> dict[str, Any]:
     return json.loads(EXECUTED.read_text()) if EXECUTED.exists() else {}
 
 
-def executed(family: Family) -> list[str]:
+def executed_capabilities(family: Family) -> list[str]:
     """Compute capabilities for which compiled kernels of a family were executed in both dtypes of
     16 bits, and were right."""
     dtypes: dict[str, set[str]] = {}
-    for compiler, rows in _executed().items():
+    for compiler, rows in _executed_table().items():
         if compiler.startswith(COMPILERS[family.backend]):
             for case, row in rows.items():
                 if family.holds(row):

@@ -54,7 +54,7 @@ class Launcher:
             assert size == 0
 
 
-def compiled(self: Any, key: Any, signature: Any, device: int, *rest: Any) -> CompiledKernel:
+def compile_nothing(self: Any, key: Any, signature: Any, device: int, *rest: Any) -> CompiledKernel:
     """A kernel that starts nothing, where Triton would compile one."""
     kernel = CompiledKernel.__new__(CompiledKernel)
     given = {"module": 1, "function": 1, "_run": Launcher(), "packed_metadata": (), "src": None}
@@ -111,7 +111,7 @@ def main() -> None:
     launch = backend.launch
     with (
         torch.no_grad(),
-        mock.patch.object(JITFunction, "_do_compile", compiled),
+        mock.patch.object(JITFunction, "_do_compile", compile_nothing),
         mock.patch.object(launch, "keeps_plans", lambda device: True),
         mock.patch.object(launch, "stream", lambda device: 0),
         mock.patch.object(launch, "capability", lambda device: (9, 0)),

@@ -85,21 +85,21 @@ def module(csrc: Path = CSRC, changed: str | None = None) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(made, sources))
-    return _made(digest(*(str(o) for o in objects)), f"{MODULE}.so", "-shared", *map(str, objects))
+    return _make(digest(*(str(o) for o in objects)), f"{MODULE}.so", "-shared", *map(str, objects))
 
 
 def program(source: Path) -> Path:
     """Path of the executable made from one source file and the emulator."""
     sources = (source, *EMULATOR, CSRC / "cuda" / "tensor_map.cpp")
     objects = [_object(s, CSRC, _flags(s)) for s in sources]
-    return _made(digest(*(str(o) for o in objects)), source.stem, *map(str, objects))
+    return _make(digest(*(str(o) for o in objects)), source.stem, *map(str, objects))
 
 
 def shared_library(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     """Path of the library made from sources that need nothing of csrc, built if need be."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda s: _object(s, CSRC, flags), sources))
-    return _made(digest(*(str(o) for o in objects)), f"{name}.so", "-shared", *map(str, objects))
+    return _make(digest(*(str(o) for o in objects)), f"{name}.so", "-shared", *map(str, objects))
 
 
 def _flags(source: Path) -> tuple[str, ...]:
@@ -110,11 +110,11 @@ def _flags(source: Path) -> tuple[str, ...]:
 def _prelude() -> tuple[str, ...]:
     """What includes the prelude, as the compiler has stored it."""
     text = "".join(f"#include <{name}>\n" for name in PRELUDE)
-    files = (f for name in PRELUDE for f in (HERE / name, *included(HERE / name)))
+    files = (f for name in PRELUDE for f in (HERE / name, *own_headers(HERE / name)))
     flags = (*FLAGS, *KERNEL, f"-I{HERE}")
     key = digest(compiler(), text, *(f.read_text() for f in files), *flags)
-    header = _written(cache() / key / "prelude.h", text)
-    _made(key, "prelude.h.gch", *flags, "-x", "c++-header", str(header))
+    header = _write(cache() / key / "prelude.h", text)
+    _make(key, "prelude.h.gch", *flags, "-x", "c++-header", str(header))
     return f"-I{header.parent}", "-include", header.name
 
 
@@ -127,10 +127,10 @@ def _folders(csrc: Path) -> tuple[Path, ...]:
 def instances() -> Path:
     """The folder of the generated header of the Hopper kernels' tiles."""
     text = runpy.run_path(str(INSTANCES))["header"]()
-    return _written(cache() / digest(text) / "hopper_instances.h", text).parent
+    return _write(cache() / digest(text) / "hopper_instances.h", text).parent
 
 
-def _written(file: Path, text: str) -> Path:
+def _write(file: Path, text: str) -> Path:
     """The file with this text; other processes may be writing the same."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def _written(file: Path, text: str) -> Path:
     return file
 
 
-def included(source: Path, csrc: Path = CSRC) -> list[Path]:
+def own_headers(source: Path, csrc: Path = CSRC) -> list[Path]:
     """The headers of ours that a source may include, and those that they may, in a fixed order."""
     found: set[Path] = set()
     left = [source]
@@ -158,12 +158,12 @@ def included(source: Path, csrc: Path = CSRC) -> list[Path]:
 
 def _object(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
     includes = [f"-I{folder}" for folder in _folders(csrc)]
-    texts = [f.read_text() for f in (source, *included(source, csrc))]
+    texts = [f.read_text() for f in (source, *own_headers(source, csrc))]
     key = digest(compiler(), *texts, *FLAGS, *flags)
-    return _made(key, f"{source.stem}.o", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source))
+    return _make(key, f"{source.stem}.o", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source))
 
 
-def _made(key: str, name: str, *arguments: str) -> Path:
+def _make(key: str, name: str, *arguments: str) -> Path:
     """The compiler's output for these arguments, from the cache where it is there."""
     target = cache() / key / name
     if target.exists():

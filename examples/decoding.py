@@ -232,7 +232,7 @@ def _decoded(
             raise VideoError("has frames that are due before others that are shown before them")
         last = at
         if at in wanted:
-            images[at] = _scaled(frame, short_side, scaler)
+            images[at] = _scale(frame, short_side, scaler)
         if at >= max(wanted):
             break
     return images
@@ -244,7 +244,7 @@ def _check_size(width: int, height: int) -> None:
         raise VideoError(f"has frames of {width}×{height} pixels")
 
 
-def _scaled(frame: Any, short_side: int, scaler: VideoReformatter) -> np.ndarray:
+def _scale(frame: Any, short_side: int, scaler: VideoReformatter) -> np.ndarray:
     _check_size(frame.width, frame.height)
     scale = short_side / min(frame.width, frame.height)
     size = [max(short_side, round(n * scale)) for n in (frame.width, frame.height)]

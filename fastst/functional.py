@@ -195,13 +195,13 @@ def begin(tensors: PairTensors, call: Checked, norm: BatchNorm) -> Begun | None:
     Returns:
         None where the backend computes both convolutions in one call only: nothing has been done.
     """
-    if exactness.required():
+    if exactness.is_required():
         return None
     problem = call.problem
     if call.cast is not None:
         tensors, problem = _cast_pair(tensors, problem, call.cast)
     try:
-        begun = ops.first_pass(tensors, problem, dispatch.requested())
+        begun = ops.first_pass(tensors, problem, dispatch.requested_backend())
     except dispatch.BackendError:
         if dispatch.strict():
             raise
@@ -229,7 +229,9 @@ def _pair(
         if begun is not None and norm is not None:
             norm = norm._replace(running_mean=None, running_var=None)
         return reference.compose_pair(tensors, problem.spec, _norm_function(norm)), None
-    y, statistics, outer = ops.conv2plus1d(tensors, problem, dispatch.requested(), forward, begun)
+    y, statistics, outer = ops.conv2plus1d(
+        tensors, problem, dispatch.requested_backend(), forward, begun
+    )
     if statistics is not None and norm is not None and begun is None:
         mean, var, count = statistics
         _update_running(norm, mean, var, count if problem.spec.group else values)
@@ -250,7 +252,7 @@ def _norm_of_pair(
     problem, backend = Problem.of(tensors, spec), None
     if _takes_statistics(outer_norm, tensors.x):
         asking = Problem.of(tensors, spec._replace(output_statistics=True))
-        backend = dispatch.choose_with_statistics(problem, asking, dispatch.requested())
+        backend = dispatch.choose_with_statistics(problem, asking, dispatch.requested_backend())
     if backend is None:
         y, _ = _pair(tensors, problem, values, norm, begun=begun)
         return _norm_function(outer_norm)(y)
@@ -320,7 +322,7 @@ def parallel_conv2plus1d(
     if _composes(x):
         y = reference.compose_parallel(tensors, spec)
     else:
-        y = ops.parallel_conv2plus1d(tensors, spec, dispatch.requested())
+        y = ops.parallel_conv2plus1d(tensors, spec, dispatch.requested_backend())
     return y if batched else y.squeeze(0)
 
 
@@ -441,7 +443,7 @@ def _conv3d(
             return y, None
         wide = y.to(torch.promote_types(y.dtype, torch.float32))
         return y, torch.var_mean(wide, (0, 2, 3, 4), correction=0)[::-1]
-    y, taken, found = ops.conv3d(tensors, spec, dispatch.requested())
+    y, taken, found = ops.conv3d(tensors, spec, dispatch.requested_backend())
     known: Any = taken or (tensors.mean, tensors.var)
     if norm is not None and norm.training:
         mean, var = known
@@ -478,7 +480,7 @@ def _norm_of_conv3d(
     backend = None
     if _takes_statistics(output_norm, tensors.x):
         backend = dispatch.choose_unrecorded(
-            ConvProblem.of(tensors, spec), "forward", dispatch.requested()
+            ConvProblem.of(tensors, spec), "forward", dispatch.requested_backend()
         )
     if backend is None or not backend.forms_statistics:
         y, _ = _conv3d(tensors, spec, norm)
@@ -499,7 +501,7 @@ def _composes(x: Tensor) -> bool:
     """Whether PyTorch's own operators must be seen: functorch, forward-mode AD, empty tensors,
     where their very bits are asked for, and where their FLOPs are counted."""
     return (
-        exactness.required()
+        exactness.is_required()
         or _is_counted()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
@@ -568,7 +570,7 @@ def _is_taken_in(
         return False
     if ops.needs_grad((*tensors, *norm[:4])):
         return False
-    return dispatch.takes_in(problem, asking, dispatch.requested())
+    return dispatch.takes_in(problem, asking, dispatch.requested_backend())
 
 
 def _table(norm: BatchNorm, problem: Problem) -> Tensor:

@@ -108,7 +108,7 @@ def _native() -> Iterator[str]:
     yield f"nvcc: {shutil.which('nvcc') or 'not on PATH'}"
     found = importlib.util.find_spec("fastst._C")
     if found is None:
-        missing = importlib.import_module("fastst.machine.left_out").not_built("_C")
+        missing = importlib.import_module("fastst.machine.left_out").why_not_built("_C")
         yield f"fastst._C {missing}: FASTST_BUILD_CUDA=1 pip install . says what it takes"
         return
     yield f"fastst._C is {found.origin}"
@@ -207,7 +207,7 @@ def _self_checks() -> Iterator[str]:
         yield f"of {backend}, with these versions: {checks.format_counts(counts)}"
     for what, why in failed.items():
         yield f"not chosen, {what}: it {why}"
-    for what, why in checks.postponed().items():
+    for what, why in checks.postponed_checks().items():
         yield f"left out for now, {what}: it {why}"
 
 

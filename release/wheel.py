@@ -54,7 +54,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> None:
     subprocess.run([*map(str, command)], cwd=cwd, env=environment, check=True)
 
 
-def unpacked(out: Path, work: Path, reuse: bool) -> Path:
+def unpack(out: Path, work: Path, reuse: bool) -> Path:
     """Make the source archive; the folder that comes out of it."""
     isolation = ["--no-isolation"] if reuse else []
     run(sys.executable, "-m", "build", "--sdist", *isolation, "--outdir", out, ROOT, cwd=work)
@@ -90,7 +90,7 @@ def build(source: Path, out: Path, work: Path, reuse: bool) -> tuple[Path, list[
     return repaired, held
 
 
-def installed(source: Path, wheel: Path, work: Path, reuse: bool) -> Path:
+def install(source: Path, wheel: Path, work: Path, reuse: bool) -> Path:
     """The Python of a fresh environment with the wheel in it."""
     folder = work / "venv"
     venv.create(folder, with_pip=not reuse)
@@ -145,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         old.unlink()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        source = unpacked(out, work, reuse)
+        source = unpack(out, work, reuse)
         wheel, libraries = build(source, out, work, reuse)
         if not options.no_test:
-            python = installed(source, wheel, work, reuse)
+            python = install(source, wheel, work, reuse)
             test(source, python, libraries, work, reuse)
     print(wheel)
 

@@ -81,14 +81,14 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter() -> None:
-    if launch.interpreted():
+    if launch.is_interpreted():
         interpreter.quicken()
 
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large tiles: the interpreter pays by the program, not by the element."""
-    if launch.interpreted():
+    if launch.is_interpreted():
         monkeypatch.setattr(gpu, "processors", lambda capability: 1)
 
 
@@ -106,6 +106,6 @@ def _seeded() -> Iterator[None]:
     choices.cache_file().unlink(missing_ok=True)
     choices.forget()
     fastst.dispatch.selection._warned.clear()  # what another test was told is said again
-    before = fastst.dispatch.requested()
+    before = fastst.dispatch.requested_backend()
     yield
     fastst.use_backend(before)

@@ -155,7 +155,7 @@ def hip(s: Setting) -> None:
     s.mp.setattr(torch.version, "hip", "6.4")
     devices.capability.cache_clear()
     assert launch.capability(GPU) == (0, 0x942)
-    assert not launch.tf32_allowed()
+    assert not launch.allows_tf32()
     devices.capability.cache_clear()
 
 
@@ -279,14 +279,14 @@ def benchmarks_of_the_host(s: Setting) -> None:
                 graphs[-1].again = lambda: y.copy_(x)
             return y.copy_(x)
 
-        (row,) = overhead.graphed(GPU, {"eager": call}, 3)
+        (row,) = overhead.measure_graphs(GPU, {"eager": call}, 3)
         assert row["us"] >= 0 and graphs[-1].replays == 1 + 3 * overhead.CALLS
         graphs.clear()
         with pytest.raises(RuntimeError, match="gives other results"):
-            overhead.graphed(GPU, {"eager": lambda: y.copy_(x)}, 3)
-        s.mp.setattr(overhead, "graphed", lambda *_: [])
+            overhead.measure_graphs(GPU, {"eager": lambda: y.copy_(x)}, 3)
+        s.mp.setattr(overhead, "measure_graphs", lambda *_: [])
         s.mp.setattr(overhead, "EVICTION", 64)
-        s.mp.setattr(overhead, "_converted", lambda model: model)  # promises need a real device
+        s.mp.setattr(overhead, "_convert", lambda model: model)  # promises need a real device
         s.mp.setattr(overhead, "CALLS", 1)
         assert {r["contender"] for r in overhead.per_call(GPU, 1)} >= {"fastst"}
 

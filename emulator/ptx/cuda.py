@@ -53,7 +53,7 @@ def objects() -> list[Path]:
     for made in found:
         place = build.CSRC / made.relative_to(BUILT)
         source = next(f for s in (".cu", ".cpp") if (f := place.with_suffix(s)).exists())
-        headers = (h for h in build.included(source) if h.is_relative_to(build.CSRC))
+        headers = (h for h in build.own_headers(source) if h.is_relative_to(build.CSRC))
         if made.stat().st_mtime < max(f.stat().st_mtime for f in (source, *headers)):
             stale.append(source.name)
     if stale or not found:

@@ -121,7 +121,7 @@ class Module:
         size = library().ptx_parameter_bytes(self._handle, kernel.encode())
         given = bytearray(size)
         for (offset, bytes_), argument in zip(places, arguments, strict=True):
-            given[offset : offset + bytes_] = _packed(argument, bytes_)
+            given[offset : offset + bytes_] = _pack(argument, bytes_)
         regions = list(memory)
         ranges = [n for m in regions for n in (m.address, m.size)]
         dims = [*_three(grid), *_three(block), *_three(cluster)]
@@ -140,7 +140,7 @@ def _three(dims: Sequence[int]) -> tuple[int, ...]:
     return (*dims, 1, 1)[:3]
 
 
-def _packed(argument: int | float | bytes, size: int) -> bytes:
+def _pack(argument: int | float | bytes, size: int) -> bytes:
     if isinstance(argument, bytes):
         return argument
     if isinstance(argument, float):

@@ -32,7 +32,7 @@ class Launcher:
     ) -> None:  # fmt: skip
         module, name = function
         given: list[int | float] = []
-        for type_, value in _passed(self.types, args):
+        for type_, value in _passed_arguments(self.types, args):
             if type_[0] == "*":
                 given.append(value.data_ptr() if isinstance(value, torch.Tensor) else value or 0)
             else:
@@ -44,11 +44,11 @@ class Launcher:
         )  # fmt: skip
 
 
-def _passed(types: tuple[Any, ...], values: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+def _passed_arguments(types: tuple[Any, ...], values: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
     """Type and value of what is a parameter of the machine code: no constants, no tuples."""
     for type_, value in zip(types, values, strict=True):
         if isinstance(type_, tuple):
-            yield from _passed(type_, value)
+            yield from _passed_arguments(type_, value)
         elif type_ != "constexpr":
             yield type_, value
 

@@ -58,7 +58,7 @@ def prepare(x: Tensor, p: Pass) -> tuple[Tensor, tuple[int, int, int], Pass]:
 
 def conv_pass(x: Tensor, weight: Tensor, bias: Tensor | None, p: Pass) -> Tensor:
     """One pass as ``nn.Conv3d`` computes it; of 16 bits on CPUs, where oneDNN's is wrong, wider."""
-    if exactness.required():
+    if exactness.is_required():
         return _module(x, weight, bias, p)
     if x.device.type == "cpu" and x.dtype.itemsize == 2:
         wide = conv_pass(x.float(), weight.float(), None if bias is None else bias.float(), p)

@@ -25,7 +25,7 @@ def load(name: str, compiler: str, variable: str) -> ModuleType | str:
     """
     if importlib.util.find_spec(f"fastst.{name}") is None:
         return (
-            f"needs the native library fastst.{name}, which {left_out.not_built(name)}: with "
+            f"needs the native library fastst.{name}, which {left_out.why_not_built(name)}: with "
             f"{compiler} on PATH, install fastst from source with {variable}=1"
         )
     try:

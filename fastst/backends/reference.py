@@ -51,7 +51,7 @@ def _batch_norm(x: Tensor, *args: Any) -> Tensor:
     format, as ``frames.permute(3, 0, 1, 2)[None]`` has, and the other one is contiguous. An x in
     channels-last with PyTorch's own strides is right beside every dy.
     """
-    watched = exactness.required() or torch._C._are_functorch_transforms_active()
+    watched = exactness.is_required() or torch._C._are_functorch_transforms_active()
     if x.is_cpu and 1 in x.shape and not (watched or torch.compiler.is_compiling()):
         x = x.clone(memory_format=torch.channels_last_3d)
     return F.batch_norm(x, *args)
@@ -107,7 +107,7 @@ def normalise(x: Tensor, t: ConvTensors, spec: ConvSpec) -> Tensor:
     if spec.norm == "batch":
         return _batch_norm(x, None, None, gamma, beta, True, 0.0, spec.eps)
     if spec.norm == "group":
-        if x.device.type == "cpu" and not exactness.required():
+        if x.device.type == "cpu" and not exactness.is_required():
             x = x.contiguous()  # PyTorch's gradient of γ alone crashes on channels-last memory
         if not spec.per_frame:
             return F.group_norm(x, spec.norm_groups, gamma, beta, spec.eps)

@@ -25,7 +25,7 @@ from ..problem.examples import (
     off_kinks,
     random_gradient,
     random_like,
-    resembling,
+    resemble,
 )
 from ..problem.spec import (
     PairProblem,
@@ -186,11 +186,11 @@ def rehearse(
     examples: list[Later] = []
     seen: set[str] = set()
     for way in found:
-        whole = instances(way, resembling(problem, problem.batch, problem.size))
+        whole = instances(way, resemble(problem, problem.batch, problem.size))
         if seen and seen.issuperset(whole):
             continue
         for passes, batch, size in smaller():
-            made = resembling(problem, batch, size, passes)
+            made = resemble(problem, batch, size, passes)
             if set(whole).issubset(instances(way, made)):
                 break
         name = f"{kind_of(problem)} {phase}{way.name}: {problem.spec} on {(batch, *size)}"

@@ -72,7 +72,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
 def _reasons(call: Decision, phase: Phase) -> dict[str, str]:
     if call.problem is None:
         return {}
-    requested = selection.requested()
+    requested = selection.requested_backend()
     if requested != "auto":
         other = f"{requested!r} was asked for"
     elif selection.fastest_measured(call.problem, phase) is not None:

@@ -72,7 +72,7 @@ class use_backend(Scoped):
         super().__init__(_check_known(name))
 
 
-def requested() -> str:
+def requested_backend() -> str:
     """The backend that calls made now ask for: "auto" or a name."""
     return use_backend.value
 
@@ -101,7 +101,7 @@ def _record(*call: Any) -> None:
 
 def reasons(problem: Problem, phase: Phase = "forward") -> dict[str, str | None]:
     """For every backend the reason why it cannot run the problem, or None where it can."""
-    auto = requested() == "auto"
+    auto = requested_backend() == "auto"
     return {
         name: _why_not_auto(backend, problem, phase) if auto else _why_not(backend, problem, phase)
         for name, backend in BACKENDS.items()
@@ -159,8 +159,8 @@ def able(problem: Problem, phase: Phase) -> list[str]:
 
 def has_kernels(problem: Problem) -> bool:
     """Whether a call would run forward on kernels of this library, not on PyTorch's operators."""
-    if requested() != "auto":
-        return _why_not(BACKENDS[requested()], problem, "forward") is None
+    if requested_backend() != "auto":
+        return _why_not(BACKENDS[requested_backend()], problem, "forward") is None
     return able(problem, "forward")[:1] != [AUTO[-1]]
 
 
@@ -237,8 +237,10 @@ def fall_back(what: str, why: str) -> None:
     """
     composed = f"{what} runs as separate PyTorch operators"
     record_composed(what, why)
-    if requested() != "auto":
-        raise BackendError(f"{composed}: {why} (refused, as backend {requested()!r} was asked for)")
+    if requested_backend() != "auto":
+        raise BackendError(
+            f"{composed}: {why} (refused, as backend {requested_backend()!r} was asked for)"
+        )
     _say_slow(composed, why)
 
 

@@ -73,7 +73,7 @@ def why_broken(
         when, why = _postponed.get(keys.together, (0.0, ""))
         if why and time.monotonic() - when < _AGAIN_SECONDS:
             return why
-        if given_up := _given_up(backend.name, problem):
+        if given_up := _why_given_up(backend.name, problem):
             return given_up
         what = f"{kind_of(problem)} layers such as this one, {phase}, in {problem.dtype}"
         with cache.locked(_file()):  # ranks of a node share one check
@@ -141,7 +141,7 @@ def _keep(found: dict[str, str]) -> None:
     cache.add(_file(), found)
 
 
-def _given_up(backend: str, problem: Problem) -> str | None:
+def _why_given_up(backend: str, problem: Problem) -> str | None:
     """Why a backend is not even checked: each hang of its kernels has cost minutes."""
     start = f"{cache.machine(problem.device)} | {cache.versions()} | {backend} | "
     bad = [v for k, v in _verdicts.items() if k.startswith(start) and state(v) in ("hang", "fault")]
@@ -355,7 +355,7 @@ def discard(device: torch.device) -> None:
         cache.add(_file(), {}, without=lambda key: key.startswith(start))
 
 
-def postponed() -> dict[str, str]:
+def postponed_checks() -> dict[str, str]:
     """What could not be checked in this process, by a description of the check, and why."""
     return {key: why for key, (_, why) in _postponed.items()}
 

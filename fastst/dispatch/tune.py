@@ -117,7 +117,7 @@ def _choices(call: Decision, training: bool) -> Iterator[tuple[str, dict[str, Ma
     """
     p, phase = call.problem, call.phase
     assert p is not None
-    auto = selection.requested() == "auto"
+    auto = selection.requested_backend() == "auto"
     able = selection.able(p, phase) if auto else [call.chosen]
     keeps = training and not (isinstance(p, PairProblem) and p.has_ending)
     for name in able:

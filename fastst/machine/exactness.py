@@ -22,6 +22,6 @@ class exact(Scoped):
         super().__init__(bool(on))
 
 
-def required() -> bool:
+def is_required() -> bool:
     """Whether calls made now must give the very bits of PyTorch's separate modules."""
     return exact.value

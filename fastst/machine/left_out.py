@@ -21,7 +21,7 @@ def reasons() -> dict[str, str]:
         return {}
 
 
-def not_built(name: str) -> str:
+def why_not_built(name: str) -> str:
     """That a library was not built and, where it is known, why.
 
     Every installation writes its record. Where there is none, Python has found the sources before

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..nn.layers import Conv2Plus1d
 from .checkpoint import load_weights
-from .resnet import Weights, positive
+from .resnet import Weights, check_positive
 
 State = tuple[Tensor, ...]
 
@@ -55,7 +55,7 @@ class CausalAutoencoder(nn.Module):
             ("latent_channels", latent_channels), ("width", width), ("stages", stages),
             ("in_channels", in_channels),
         ):  # fmt: skip
-            positive(name, value)
+            check_positive(name, value)
         widths = [width * 2**i for i in range(stages + 1)]
         encoder: list[nn.Module] = [_causal(in_channels, width), ResidualPair(width)]
         for c, k in itertools.pairwise(widths):

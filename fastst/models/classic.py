@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import load_weights
-from .resnet import Stage, VideoResNet, Weights, positive
+from .resnet import Stage, VideoResNet, Weights, check_positive
 
 # Channels of the convolutions between poolings; the first pooling leaves time as it is.
 _C3D = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -29,8 +29,8 @@ class C3D(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, dropout: float) -> None:
         super().__init__()
-        positive("num_classes", num_classes)
-        positive("in_channels", in_channels)
+        check_positive("num_classes", num_classes)
+        check_positive("in_channels", in_channels)
         width, modules = in_channels, []
         for i, group in enumerate(_C3D):
             for channels in group:
@@ -67,7 +67,7 @@ class CnnLstm(VideoResNet):
     """
 
     def __init__(self, num_classes: int, in_channels: int, width: int) -> None:
-        positive("width", width)
+        check_positive("width", width)
         stages = [Stage("2d", width * 2**i, 2, 1 if i == 0 else 2) for i in range(4)]
         super().__init__("2d", stages, num_classes, in_channels=in_channels)
         self.avgpool = nn.AdaptiveAvgPool3d((None, 1, 1))

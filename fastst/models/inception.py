@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_weights
-from .resnet import Rules, Stage, Weights, conv3, initialise, positive, residual_stage
+from .resnet import Rules, Stage, Weights, check_positive, conv3, initialise, residual_stage
 
 _EPS = 1e-3  # of all batch norms of both networks
 
@@ -108,8 +108,8 @@ class I3D(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, dropout: float) -> None:
         super().__init__()
-        positive("num_classes", num_classes)
-        positive("in_channels", in_channels)
+        check_positive("num_classes", num_classes)
+        check_positive("in_channels", in_channels)
         self.stem = nn.Sequential(
             unit(3, in_channels, 64, 7, 2),
             Pool(1).module(),
@@ -152,8 +152,8 @@ class EcoLite(nn.Module):
 
     def __init__(self, num_classes: int, conv: str, in_channels: int, dropout: float) -> None:
         super().__init__()
-        positive("num_classes", num_classes)
-        positive("in_channels", in_channels)
+        check_positive("num_classes", num_classes)
+        check_positive("in_channels", in_channels)
         first = Inception(192, (64, 64, 64, 64, 96, 32), 2, double=True, average=True)
         second = Inception(256, (64, 64, 96, 64, 96, 64), 2, double=True, average=True)
         self.frames = nn.Sequential(

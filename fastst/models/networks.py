@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .checkpoint import load_weights
-from .resnet import Rules, Stage, VideoResNet, Weights, positive
+from .resnet import Rules, Stage, VideoResNet, Weights, check_positive
 
 _BLOCKS = {
     18: (2, 2, 2, 2),
@@ -45,7 +45,7 @@ def _network(
     frames: int | None = None,
 ) -> VideoResNet:
     """The network of a depth; ``convs`` are the kinds of its stem and of its four stages."""
-    positive("width", width)
+    check_positive("width", width)
     stages = [
         Stage(conv, width * 2**i, blocks, 1 if i == 0 else 2)
         for i, (conv, blocks) in enumerate(zip(convs[1:], _BLOCKS[depth], strict=True))

@@ -137,12 +137,12 @@ class VideoResNet(nn.Module):
         rules: Rules = Rules(),  # noqa: B008 -- immutable
     ) -> None:
         super().__init__()
-        positive("num_classes", num_classes)
-        positive("in_channels", in_channels)
+        check_positive("num_classes", num_classes)
+        check_positive("in_channels", in_channels)
         if rules.mids not in _MIDS:
             raise ValueError(f"mids must be one of {_MIDS}, got {rules.mids!r}")
         if stem == "flat":
-            positive("frames", frames)
+            check_positive("frames", frames)
         width = stages[0].channels
         self.frames = frames
         self.stem = _stem(stem, in_channels, width, frames or 1, rules.eps)
@@ -230,7 +230,7 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def positive(name: str, value: int | None) -> None:
+def check_positive(name: str, value: int | None) -> None:
     """
     Raises:
         ValueError: no positive int.

@@ -13,13 +13,7 @@ from ..machine import exactness
 from ..problem import activations, checks, geometry
 from .layers import ActivationArg
 from .pair_of_modules import NORMS, batch_norm_arguments, counts_batches, why_foreign
-from .streaming import (
-    advance,
-    check_chunk,
-    check_frame_by_frame,
-    check_state,
-    frames_before,
-)
+from .streaming import advance, check_chunk, check_frame_by_frame, check_state, frames_before
 
 
 class Conv3d(nn.Conv3d):
@@ -161,7 +155,7 @@ class Conv3d(nn.Conv3d):
         if not _sees_frames_apart(norm := self._norm(), self.norm_per_frame):
             check_frame_by_frame("stream", norm, strict=True)
         stride, reach = self.stride[0], self.dilation[0] * (self.kernel_size[0] - 1) + 1
-        past = self._before(x) if state is None else check_state(state, x, stride, reach)
+        past = self._first_state(x) if state is None else check_state(state, x, stride, reach)
 
         def run(fresh: Tensor, window: Tensor | None) -> Tensor:
             return self._run(fresh, residual, padding=self._sides(), past=window)
@@ -174,7 +168,7 @@ class Conv3d(nn.Conv3d):
 
     def _run(self, x: Tensor, residual: Tensor | None, **geometry: Any) -> Tensor:
         norm, found = self._norm(), None
-        if norm is not None and exactness.required():
+        if norm is not None and exactness.is_required():
             x = self._apply_norm(x)
         elif norm is not None:
             found, why = _norm_arguments(norm, x, self.norm_per_frame)
@@ -222,7 +216,7 @@ class Conv3d(nn.Conv3d):
         _, _, *space = self._geometry().padding
         return ((0, 0), tuple(space[:2]), tuple(space[2:]))
 
-    def _before(self, x: Tensor) -> Tensor:
+    def _first_state(self, x: Tensor) -> Tensor:
         """The state before the first chunk: frames that the convolution reads as padding."""
         t = self.kernel_size[0], self.stride[0], self.dilation[0]
         shape = (*x.shape[:2], frames_before(*t, self.causal), *x.shape[3:])

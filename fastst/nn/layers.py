@@ -396,7 +396,7 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
         if why is not None:
             dispatch.fall_back(self._op, why)
             return self._compose(x)
-        if exactness.required():  # folded norms have other bits
+        if exactness.is_required():  # folded norms have other bits
             return self._compose(x)
         branch = activations.from_module(self.branch_activation)
         after = activations.from_module(self.activation)
@@ -405,7 +405,7 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
         folds = self.norm is None or (_folds(self.norm) and branch[0] == "none")
         weights = [_fold(self.spatial, self.spatial_norm), _fold(self.temporal, self.temporal_norm)]
         if self.norm is not None and folds:
-            weights = self._fold_after(weights)
+            weights = self._fold_branches(weights)
         (ws, bs), (wt, bt) = weights
         try:
             y = functional.parallel_conv2plus1d(
@@ -434,7 +434,7 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
             return "its two leaky ReLUs have different slopes"
         return None
 
-    def _fold_after(self, weights: list[tuple[Tensor, Tensor | None]]) -> Any:
+    def _fold_branches(self, weights: list[tuple[Tensor, Tensor | None]]) -> Any:
         scale, shift = _scale_shift(self.norm)
         if self.combine == "add":
             (ws, bs), (wt, bt) = weights

@@ -21,7 +21,7 @@ from ..backends.conv_pass import pad
 from ..functional import BatchNorm, Causal
 from ..problem import activations
 from ..problem.geometry import left_padding
-from ..problem.spec import cached
+from ..problem.spec import memoize
 from . import streaming, sync_batch_norm
 
 RECOMPUTE = "_fastst_recompute"  # on spatial convolutions, by ``memory.set_memory_budget``
@@ -37,7 +37,7 @@ class Ending(NamedTuple):
     slope: float
     in_place: bool  # the sum is written to y, whose dtype it keeps
 
-    def after(self, y: Tensor) -> Tensor:
+    def apply(self, y: Tensor) -> Tensor:
         """As the block computes it."""
         if self.residual is not None:
             y = y.add_(self.residual) if self.in_place else y + self.residual
@@ -88,7 +88,7 @@ def pair_forward(
         dispatch.fall_back(owner, why)
         y = compose_modules(x, first, norm, activation, second, order, causal)
         y = y if outer_norm is None else outer_norm(y)
-        return y if ending is None else ending.after(y)
+        return y if ending is None else ending.apply(y)
     spatial, temporal = as_spatial_temporal(first, second, order)
     named = activations.from_module(activation)
     assert named is not None
@@ -146,7 +146,7 @@ def run_pair(
         y = outer_norm(y)
     elif counts_batches(outer_norm):
         outer_norm.num_batches_tracked.add_(1)
-    return y if after is None else after.after(y)
+    return y if after is None else after.apply(y)
 
 
 def say_separate(norm: nn.Module, why: str) -> None:
@@ -236,7 +236,7 @@ def _both(side: Any) -> tuple[int, int]:
     return side if isinstance(side, tuple) else (side, side)
 
 
-@cached
+@memoize
 def _why_no_pair(*both: Any) -> str | None:
     """Why convolutions of these numbers, the spatial one's first, are no pair, or None."""
     for label, numbers, axes in (("spatial", both[:6], (0,)), ("temporal", both[6:], (1, 2))):
@@ -251,7 +251,7 @@ def _why_no_pair(*both: Any) -> str | None:
     return None
 
 
-@cached
+@memoize
 def _settings(*both: Any) -> dict[str, Any]:
     """Arguments of ``conv2plus1d`` from the numbers of both, the spatial one's first."""
     (_, stride, sides, *how), (_, of_t, before_t, *how_t) = both[:6], both[6:]

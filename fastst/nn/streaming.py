@@ -123,7 +123,7 @@ def _convolve(conv: Any, x: Tensor, past: Tensor | None = None, **before: Any) -
     return y
 
 
-def _stream_through(
+def _stream_both(
     layer: CausalPair, x: Tensor, state: tuple[Tensor, ...] | None, through: Through
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """Both convolutions as operations of their own: no frame is concatenated for them, and neither
@@ -173,7 +173,7 @@ def stream(
     reach = temporal.dilation[0] * (temporal.kernel_size[0] - 1) + 1
     skip = max(0, stride - reach)
     if through is not None:
-        y, after = _stream_through(layer, x, state, through)
+        y, after = _stream_both(layer, x, state, through)
         if y is not None:
             return y, after
     if layer.order == "spatial-first":

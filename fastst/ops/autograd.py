@@ -26,7 +26,7 @@ from ..problem.spec import (
     ParallelSpec,
     ParallelTensors,
     Problem,
-    cached,
+    memoize,
 )
 from . import registered
 from .registered import (
@@ -395,7 +395,7 @@ def conv2plus1d(
     )
 
 
-@cached
+@memoize
 def _without_u(spec: PairSpec) -> PairSpec:
     return spec._replace(recompute=True)
 

@@ -46,7 +46,7 @@ def gradients(
     summed = bool(below or wanted.intersection(_NORM))  # then other ranks wait for the sums
     frozen = spec._replace(norm="frozen", group="")
     rest = wanted - below | (set(_NORM) if summed else set())
-    sums.sweep(frozen, _frozen(call.tensors, mean, var), rest)
+    sums.sweep(frozen, _freeze(call.tensors, mean, var), rest)
     if summed:
         table = torch.stack((sums["norm_bias"], sums["norm_weight"] * (var + spec.eps).sqrt()))
         values = problem.batch * math.prod(problem.mid_size)
@@ -103,7 +103,7 @@ class _Sums(dict[str, Tensor]):
         return [self.dx if n == "x" else self.get(n) for n in PairTensors._fields]
 
 
-def _frozen(t: PairTensors, mean: Tensor, var: Tensor) -> PairTensors:
+def _freeze(t: PairTensors, mean: Tensor, var: Tensor) -> PairTensors:
     """With these statistics, γ and β, whose gradients then are in the accumulation dtype."""
     gamma = torch.ones_like(mean) if t.norm_weight is None else t.norm_weight.to(mean.dtype)
     beta = torch.zeros_like(mean) if t.norm_bias is None else t.norm_bias.to(mean.dtype)

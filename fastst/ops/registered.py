@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import dispatch
 from ..backends.contract import Begun, Gradients, PairBackward, PairResult, apply_ending
 from ..problem import slicing
-from ..problem.spec import PairProblem, PairSpec, PairTensors, cached
+from ..problem.spec import PairProblem, PairSpec, PairTensors, memoize
 from . import batch_slices
 from .schema import (
     PAIR,
@@ -177,7 +177,7 @@ def _conv2plus1d_fake(*args: Any) -> Tensor:
     return pair_arguments(args)[2].empty_output(args[0])
 
 
-@cached
+@memoize
 def results_of(spec: PairSpec) -> tuple[bool, ...]:
     """Which of y, u, batch_mean, batch_var, batch_count, out_mean and out_var there are."""
     batch, out = spec.norm == "batch", spec.output_statistics

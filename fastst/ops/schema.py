@@ -15,7 +15,7 @@ from ..problem.spec import (
     ParallelSpec,
     ParallelTensors,
     Problem,
-    cached,
+    memoize,
 )
 
 PAIR_TENSORS = (
@@ -45,7 +45,7 @@ PAIR, PARALLEL = len(PairTensors._fields), len(ParallelTensors._fields)
 CONV = len(ConvTensors._fields)
 
 
-@cached
+@memoize
 def encode_spec(spec: PairSpec | ParallelSpec | ConvSpec) -> tuple[Any, ...]:
     """A specification as the ops take it: all ints, all names, then what is left, in its order."""
     stride, padding, dilation, groups, modes, *rest = spec

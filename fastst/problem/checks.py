@@ -112,7 +112,7 @@ def same_dtype(
             )
 
 
-def cached_check(check: Callable[..., Any]) -> Callable[..., Any]:
+def memoize_check(check: Callable[..., Any]) -> Callable[..., Any]:
     """Check a combination of layouts, dtypes, devices and settings only the first time."""
     passed: dict[Any, Any] = {}
 
@@ -150,7 +150,7 @@ def _identity(tensors: Any, cast: torch.dtype | None, norm: Any, settings: tuple
     return marshal.dumps(settings, 2), cast, type(norm), offset_of(tensors[0]), *seen
 
 
-@cached_check
+@memoize_check
 def pair(
     tensors: PairTensors,
     cast: torch.dtype | None,
@@ -268,7 +268,7 @@ def residual_fits(op: str, residual: Any, problem: Problem) -> None:
         )
 
 
-@cached_check
+@memoize_check
 def parallel(
     tensors: ParallelTensors,
     cast: torch.dtype | None,

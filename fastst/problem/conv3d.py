@@ -20,8 +20,8 @@ from .spec import (
     Pass,
     Problem,
     Triple,
-    cached,
     is_channels_last,
+    memoize,
     offset_of,
     stride_of,
     time_height_width,
@@ -125,7 +125,7 @@ class ConvProblem(Problem):
         return super().bytes(mid_transfers) + (past + residual) * self.dtype.itemsize
 
 
-@cached
+@memoize
 def _describe(
     spec: ConvSpec,
     x: Sequence[int],

@@ -10,8 +10,8 @@ from torch import Tensor
 from . import geometry, norms
 from .checks import (
     batch_norm,
-    cached_check,
     describe_channels,
+    memoize_check,
     residual_fits,
     same_dtype,
     sizes_fit,
@@ -21,7 +21,7 @@ from .conv3d import ConvProblem, ConvSpec, ConvTensors
 from .spec import BatchNorm, time_height_width
 
 
-@cached_check
+@memoize_check
 def conv3d(
     tensors: ConvTensors,
     cast: torch.dtype | None,

@@ -38,7 +38,7 @@ def example(problem: ConvProblem) -> ConvTensors: ...
 def example(problem: Problem) -> PairTensors | ParallelTensors | ConvTensors:
     """Random tensors of a problem, of magnitudes as in a network; of pairs without biases."""
     if isinstance(problem, ConvProblem):
-        drawn = random_like(resembling(problem, problem.batch, problem.size)[0])
+        drawn = random_like(resemble(problem, problem.batch, problem.size)[0])
         placed: Iterator[Any] = (None if t is None else t.to(problem.device) for t in drawn)
         return ConvTensors(*placed)
     layout = torch.channels_last_3d if problem.channels_last else torch.contiguous_format
@@ -139,7 +139,7 @@ def move(t: Tensor, device: torch.device) -> Tensor:
 _ENDING = ("residual", "outer_table", "output_table")  # of the size of y, or of its channels
 
 
-def resembling(
+def resemble(
     problem: Problem, batch: int, size: Sequence[int], passes: Sequence[Pass] | None = None
 ) -> tuple[Any, Any]:
     """Tensors on "meta", laid out as those of a problem, of other sizes; and its specification.

@@ -108,7 +108,7 @@ def _groups_and_axes(norm: Norm, channels: int) -> tuple[int, tuple[int, ...]]:
     return 1, (2,)
 
 
-def _beside(norm: Norm, statistic: Tensor, x: Tensor) -> Tensor:
+def _broadcast(norm: Norm, statistic: Tensor, x: Tensor) -> Tensor:
     """A mean or variance as it broadcasts against (N, G, C/G, T, H, W)."""
     if norm.kind in _BY_CHANNEL:
         return statistic.view(1, -1, 1, 1, 1, 1)
@@ -199,10 +199,10 @@ def apply(norm: Norm, x: Tensor, mean: Tensor | None, var: Tensor, dtype: torch.
     """v of x by given statistics, in the dtype in which it is computed."""
     groups, _ = _groups_and_axes(norm, x.shape[1])
     values = x.unflatten(1, (groups, -1)).to(dtype)
-    r = _beside(norm, rstd(norm, var.to(dtype), x.shape[1]), x)
+    r = _broadcast(norm, rstd(norm, var.to(dtype), x.shape[1]), x)
     if norm.kind in (*_BY_CHANNEL, "group") and norm.weight is not None:
         r = r * _per_channel(norm, norm.weight.to(dtype), groups)
-    v = values * r if mean is None else (values - _beside(norm, mean.to(dtype), x)).mul_(r)
+    v = values * r if mean is None else (values - _broadcast(norm, mean.to(dtype), x)).mul_(r)
     if norm.kind not in (*_BY_CHANNEL, "group") and norm.weight is not None:
         v.mul_(_per_channel(norm, norm.weight.to(dtype), groups))
     if norm.bias is not None:
@@ -222,9 +222,9 @@ def gradient(
     """Gradients of x, γ and β where needed, in a dtype; statistics count as functions of x, but
     those of "frozen"."""
     groups, axes = _groups_and_axes(norm, x.shape[1])
-    r = _beside(norm, rstd(norm, var.to(dtype), x.shape[1]), x)
+    r = _broadcast(norm, rstd(norm, var.to(dtype), x.shape[1]), x)
     values, g = (a.unflatten(1, (groups, -1)).to(dtype) for a in (x, dv))
-    away = (values if mean is None else values - _beside(norm, mean.to(dtype), x)) * r
+    away = (values if mean is None else values - _broadcast(norm, mean.to(dtype), x)) * r
     dgamma = (g * away).sum((0, 3, 4, 5)).flatten() if needs[1] else None
     dbeta = g.sum((0, 3, 4, 5)).flatten() if needs[2] else None
     if not needs[0]:
@@ -235,7 +235,7 @@ def gradient(
         projected = (g * away).mean(axes, keepdim=True)
         if norm.kind == "l2":  # where the norm is held at its least it is a constant
             least = norm.eps / math.sqrt(x.shape[1])
-            projected = projected * (_beside(norm, var.to(dtype), x).sqrt() >= least)
+            projected = projected * (_broadcast(norm, var.to(dtype), x).sqrt() >= least)
         centre = g.mean(axes, keepdim=True) if is_centred(norm.kind) else 0
         g = g - away.mul_(projected) - centre
     return (g * r).flatten(1, 2), dgamma, dbeta

@@ -34,7 +34,7 @@ def time_height_width(shape: Sequence[int]) -> Triple:
     return t, h, w
 
 
-def cached(function: Callable[..., Any]) -> Any:
+def memoize(function: Callable[..., Any]) -> Any:
     """``lru_cache``, but not while a graph is traced, nor for symbolic sizes, which do not hash."""
     lookup = lru_cache(maxsize=4096)(function)
 
@@ -313,7 +313,7 @@ class Problem:
         return torch.empty(self.out_shape, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
-@cached
+@memoize
 def _with_layout(problem: Problem, layout: tuple[tuple[int, ...], int]) -> Problem:
     return replace(problem, dy_layout=layout)
 
@@ -374,7 +374,7 @@ class ParallelProblem(Problem):
     passes: tuple[Pass, Pass]
 
 
-@cached
+@memoize
 def _describe(
     spec: PairSpec | ParallelSpec,
     x: Sequence[int],

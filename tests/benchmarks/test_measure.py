@@ -197,9 +197,9 @@ def test_refused_rows_make_the_run_fail(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_pytorchs_own_wrong_result_is_no_yardstick() -> None:
     good = {"y": measure.Error(1e-7, 1e-7)}
     bad = {"y": measure.Error(1e-2, 1.0)}
-    assert measure.untrusted(good, "fp32") is None
-    assert "relative error of 0.01" in str(measure.untrusted(bad, "fp32"))
-    assert measure.untrusted({"y": measure.Error(math.nan, 0)}, "fp32") is not None
+    assert measure.why_untrusted(good, "fp32") is None
+    assert "relative error of 0.01" in str(measure.why_untrusted(bad, "fp32"))
+    assert measure.why_untrusted({"y": measure.Error(math.nan, 0)}, "fp32") is not None
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,8 @@ def test_training_holds_what_the_library_promises() -> None:
     inputs = layers.Inputs(*layers.draw(case, generator, 1), torch.float32, CPU, True)
     held = {}
     mode = "training-bn"
-    eager = peers.others(model, mode, False, "short")
-    for c in (*eager, *peers.ours(model, ["auto"], mode)):
+    eager = peers.peer_contenders(model, mode, False, "short")
+    for c in (*eager, *peers.own_contenders(model, ["auto"], mode)):
         step = layers.Step(c, "training-bn", inputs, torch.float32, CPU, 144)
         held[c.name] = measure.saved_bytes(step.forward)
     assert held["fastst auto"] <= 0.6 * held["eager"]
@@ -354,7 +354,7 @@ def test_overhead_compares_the_layer_with_eager() -> None:
 def test_overhead_takes_the_least_of_takes_until_eager_agrees_with_itself() -> None:
     takes = iter([(50.0, 20.0, 60.0), (48.0, 30.0, 80.0), (60.0, 25.0, 49.0), (1.0, 1.0, 1.0)])
     names = ("eager", "fastst", "eager again")
-    least, refused = overhead.quiet(lambda: dict(zip(names, next(takes), strict=True)))
+    least, refused = overhead.measure_quietly(lambda: dict(zip(names, next(takes), strict=True)))
     assert refused is None
     assert least == {"eager": 48.0, "fastst": 20.0, "eager again": 49.0}
 

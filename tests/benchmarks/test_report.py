@@ -331,13 +331,13 @@ def test_coverage_follows_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     assert state({"gpu": gpu}, "triton", "8") == {"executed"}
     assert state({"gpu": gpu}, "triton", "10") == {"emulated"}
     assert state({"gpu": gpu}, "cuda", "9") == {"executed"}
-    every = tables._executed()
+    every = tables._executed_table()
     half = {
         compiler: {case: row for case, row in rows.items() if row["dtype"] != "float16"}
         for compiler, rows in every.items()
     }
     for found in ({}, half):  # both dtypes of 16 bits, or it was not
-        monkeypatch.setattr(tables, "_executed", lambda found=found: found)
+        monkeypatch.setattr(tables, "_executed_table", lambda found=found: found)
         assert state({"gpu": gpu}, "cuda", "9") == {"emulated"}
     assert "measured" in " ".join(texts(coverage.picture({"gpu": gpu})))
 
@@ -347,7 +347,7 @@ def test_coverage_is_what_the_backends_say(monkeypatch: pytest.MonkeyPatch) -> N
     library = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "")
     monkeypatch.setattr(fastst.backends.cuda, "load", lambda: library)
     monkeypatch.setattr(fastst.backends.cpu, "load", lambda: library)
-    monkeypatch.setattr(fastst.backends.triton.launch, "interpreted", lambda: False)
+    monkeypatch.setattr(fastst.backends.triton.launch, "is_interpreted", lambda: False)
     for line, known in coverage.states({}):
         backend = fastst.dispatch.BACKENDS[line.backend]
         for hardware in ("avx512", *coverage.NVIDIA, "amd"):

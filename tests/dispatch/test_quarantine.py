@@ -86,7 +86,7 @@ def planted(backend: Any, plant: str, mp: pytest.MonkeyPatch) -> None:
     assert why is not None
     kept = cache.read(selfcheck._file())
     if state is None:
-        assert kept == {} and list(selfcheck.postponed().values()) == [why]
+        assert kept == {} and list(selfcheck.postponed_checks().values()) == [why]
         with warnings.catch_warnings():  # not at once again, and said once
             warnings.simplefilter("error")
             assert selfcheck.why_broken(backend, call, "forward") == why
@@ -288,7 +288,7 @@ def test_a_user_who_interrupts_leaves_no_verdict_and_no_process(
     with pytest.raises(KeyboardInterrupt):
         selfcheck.why_broken(triton.BACKEND, problem(), "forward")
     assert len(ended) == 1 and not ended[0].alive()
-    assert cache.read(selfcheck._file()) == {} and selfcheck.postponed() == {}
+    assert cache.read(selfcheck._file()) == {} and selfcheck.postponed_checks() == {}
 
 
 def test_a_full_disk_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

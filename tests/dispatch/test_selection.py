@@ -53,10 +53,10 @@ def test_use_backend_within_a_block() -> None:
         with fastst.use_backend("aten"):
             assert ran() == ["aten"]
         assert ran() == ["reference"]
-    assert dispatch.requested() == "auto"
+    assert dispatch.requested_backend() == "auto"
     with pytest.raises(KeyError), fastst.use_backend("reference"):
         raise KeyError
-    assert dispatch.requested() == "auto"
+    assert dispatch.requested_backend() == "auto"
 
 
 def test_use_backend_from_here_on() -> None:
@@ -88,7 +88,7 @@ def test_a_request_reaches_other_threads() -> None:
 def test_unknown_backend(name: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown backend {name!r}: expected one of 'auto', .*"):
         fastst.use_backend(name)
-    assert dispatch.requested() == "auto"
+    assert dispatch.requested_backend() == "auto"
 
 
 def test_a_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

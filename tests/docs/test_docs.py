@@ -232,7 +232,7 @@ def test_table_of_backends_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "load", lambda: library)
     monkeypatch.setattr(cpu, "load", lambda: library)
     monkeypatch.setattr(triton.launch, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(triton.launch, "interpreted", lambda: False)
+    monkeypatch.setattr(triton.launch, "is_interpreted", lambda: False)
     rows = re.findall(r"^\| (.+) \|$", (ROOT / "docs/backends.md").read_text(), re.MULTILINE)
     table = {label: cells for label, *cells in (row.split(" | ") for row in rows)}
     names = [cell.strip("`") for cell in table["call"]]

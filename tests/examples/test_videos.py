@@ -253,7 +253,7 @@ def test_whatever_the_decoder_raises(
 ) -> None:
     """In training another video takes the place."""
     good, bad = (encode(tmp_path / n, grey()) for n in ("good.mp4", "bad.mp4"))
-    scaled = decoding._scaled
+    scaled = decoding._scale
 
     def broken(frame: Any, *arguments: Any) -> np.ndarray:
         if frame.pts and bad.name in opened[-1]:
@@ -263,7 +263,7 @@ def test_whatever_the_decoder_raises(
     opened: list[str] = []
     original = av.open
     monkeypatch.setattr(av, "open", lambda p, **k: opened.append(p) or original(p, **k))
-    monkeypatch.setattr(decoding, "_scaled", broken)
+    monkeypatch.setattr(decoding, "_scale", broken)
     listing = videos.Listing([videos.Video(bad, 1), videos.Video(good, 0)], ["x", "y"])
     data = videos.Clips(listing, 4, 2, 24, True)
     samples = [data[0], data[1]]

@@ -48,10 +48,10 @@ def test_the_reason_is_told_where_the_library_is_missed(record: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"another": "reason"}'])
 def test_from_a_record_without_a_reason_nothing_is_guessed(record: Path, text: str) -> None:
     record.write_text(text)
-    assert left_out.not_built("_C") == "was not built"
+    assert left_out.why_not_built("_C") == "was not built"
 
 
 def test_sources_that_hide_an_installation_are_named(record: Path) -> None:
     """As after ``pip install .``, where Python is started in the checkout."""
-    told = left_out.not_built("_C")
+    told = left_out.why_not_built("_C")
     assert f"({record.parent} holds sources that are not installed: start Python elsewhere)" in told

@@ -44,7 +44,7 @@ class Block(nn.Module):
                 x, p.spatial, p.norm, p.activation, p.temporal, outer_norm=self.outer, ending=ending
             )
         y = self.outer(p.temporal(p.activation((p.norm or nn.Identity())(p.spatial(x)))))
-        return y if ending is None else ending.after(y)
+        return y if ending is None else ending.apply(y)
 
 
 def twins(outer: nn.Module, **settings: Any) -> tuple[Block, Block]:

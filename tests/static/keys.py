@@ -36,7 +36,7 @@ def compiled(cases: list[Case], batches: tuple[int, ...]) -> int:
         mock.patch.object(JITFunction, "_do_compile", note),
         mock.patch.object(backend.launch, "run", launch),
         mock.patch.object(backend.launch, "capability", lambda device: (9, 0)),
-        mock.patch.object(backend.launch, "tf32_allowed", lambda: True),
+        mock.patch.object(backend.launch, "allows_tf32", lambda: True),
     ):
         for case in cases:
             for batch in batches:

@@ -154,7 +154,7 @@ def kernels(case: Case | ConvCase, arch: str) -> Iterator[Kernel]:
     with (
         mock.patch.object(backend.launch, "run", launch),
         mock.patch.object(backend.launch, "capability", lambda device: capability(arch)),
-        mock.patch.object(backend.launch, "tf32_allowed", lambda: tf32),
+        mock.patch.object(backend.launch, "allows_tf32", lambda: tf32),
         mock.patch.object(backend.single, "why_miscompiled", lambda device: None),
     ):
         case.run()

@@ -208,7 +208,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, native: bool = False) -> Iterator[N
         real.device_count, real.device_error = lambda: len(NAMES), lambda: ""
         for module in (cuda, library):
             monkeypatch.setattr(module, "load", lambda: real)
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
     inside = registered.without_autocast
 
     def op(device: str, implementation: Any, *args: Any) -> Any:

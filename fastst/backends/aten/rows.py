@@ -111,7 +111,7 @@ class _Conv4d:
         self.stride, self.dilation = seen.stride[axes], seen.dilation[axes]
         self.padding = _own_padding(p)[axes]
         self.layout = _layout(self.x, self.weight, seen)
-        self.x, self.weight = _dense(self.x, self.layout), _dense(self.weight, self.layout)
+        self.x, self.weight = _lay_out(self.x, self.layout), _lay_out(self.weight, self.layout)
 
     def rows(self, y: Tensor) -> Tensor:
         """Rows of an output of the 2D convolution, or of a gradient of its input."""
@@ -123,8 +123,8 @@ class _Conv4d:
     def unrows(self, g: Tensor) -> Tensor:
         """The 4D view, shaped as the convolution's output, of rows."""
         if self.p.kind == "spatial":
-            return _dense(as_frames(g), self.layout)
-        return _dense(g.flatten(2, 3).permute(0, 3, 1, 2), self.layout)
+            return _lay_out(as_frames(g), self.layout)
+        return _lay_out(g.flatten(2, 3).permute(0, 3, 1, 2), self.layout)
 
     def unstride(self, g: Tensor) -> Tensor:
         """Gradient of the subsampling of the axes with one tap."""
@@ -152,7 +152,7 @@ def _layout(x: Tensor, weight: Tensor, p: Pass) -> torch.memory_format:
     return torch.contiguous_format if odd or heavy else torch.channels_last
 
 
-def _dense(t: Tensor, layout: torch.memory_format) -> Tensor:
+def _lay_out(t: Tensor, layout: torch.memory_format) -> Tensor:
     """A 4D tensor in a memory format, with the very strides that a fresh one has.
 
     Axes of size 1 may have any stride and still count, but oneDNN's grouped ones believe them.

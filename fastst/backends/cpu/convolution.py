@@ -85,7 +85,7 @@ def conv3d_backward(call: ConvBackward) -> Gradients:
         db = call.dy.sum((0, 2, 3, 4))
     of_norm = (need.x, need.norm_weight, need.norm_bias)
     if any(of_norm) or need.past:
-        padding = _copied(problem)
+        padding = _copied_sides(problem)
         if spec.norm == "none" and not problem.past and not any(padding):
             # act'(x) is what dz is multiplied by as it is stored.
             act = spec.input_activation
@@ -95,11 +95,11 @@ def conv3d_backward(call: ConvBackward) -> Gradients:
             dz = _gradient_of_z(k, call, padding, k.epilogue())
             dpast = dz[:, :, : problem.past] if need.past else None
             if any(of_norm):
-                dx, dgamma, dbeta = _through_norm(call, dz[:, :, problem.past :])
+                dx, dgamma, dbeta = _norm_backward(call, dz[:, :, problem.past :])
     return dx, dw, db, dgamma, dbeta, None, None, dpast
 
 
-def _copied(problem: ConvProblem) -> Sequence[int]:
+def _copied_sides(problem: ConvProblem) -> Sequence[int]:
     """Padding, before and after t, h, w, that repeats values."""
     p = problem.conv
     return [n if p.modes[i // 2] != "zeros" else 0 for i, n in enumerate(p.padding)]
@@ -133,7 +133,7 @@ def _norm(call: ConvBackward) -> norms.Norm:
     return call.problem.spec.norm_form._replace(weight=t.norm_weight, bias=t.norm_bias)
 
 
-def _through_norm(call: ConvBackward, dz: Tensor) -> tuple[Any, Any, Any]:
+def _norm_backward(call: ConvBackward, dz: Tensor) -> tuple[Any, Any, Any]:
     """Gradients of x, γ and β from that of z."""
     need, spec, v = call.need, call.problem.spec, _v(call)
     dv = activations.grad(spec.input_activation, dz.to(v.dtype), v, spec.slope)

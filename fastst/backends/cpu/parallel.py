@@ -26,7 +26,7 @@ def parallel_conv2plus1d_backward(
     problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor, needs: Sequence[bool]
 ) -> Gradients:
     need = by_name(tensors, needs)
-    of_branches = _through_activations(problem, tensors, dy)
+    of_branches = _activation_gradients(problem, tensors, dy)
     dx = torch.empty_like(tensors.x) if need.x else None
     dws = torch.empty_like(tensors.spatial_weight) if need.spatial_weight else None
     dwt = torch.empty_like(tensors.temporal_weight) if need.temporal_weight else None
@@ -41,7 +41,7 @@ def parallel_conv2plus1d_backward(
     return dx, dws, dwt, *biases
 
 
-def _through_activations(
+def _activation_gradients(
     problem: ParallelProblem, tensors: ParallelTensors, dy: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of what the two convolutions give, which is computed again where it is needed."""

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from ...problem.conv3d import ConvProblem
-from ...problem.spec import (
-    PairProblem,
-    PairTensors,
-    ParallelProblem,
-    ParallelTensors,
-    Problem,
-)
+from ...problem.spec import PairProblem, PairTensors, ParallelProblem, ParallelTensors, Problem
 from ..contract import (
     COMMON_CONV_FIELDS,
     COMMON_PAIR_FIELDS,
@@ -37,11 +31,11 @@ from ..contract import (
 )
 from ..rehearsal import Calls
 from . import convolution, depthwise, examples, hopper
-from .library import Launcher, emulating, launching, load, load_emulated
+from .library import Launcher, is_emulated, launching, load, load_emulated
 
 
 def _why_not(problem: Problem, phase: Phase) -> str | None:
-    if emulating():
+    if is_emulated():
         if problem.device.type != "cpu":
             return f"is emulated (FASTST_CUDA_EMULATE) and needs CPU tensors, not {problem.device}"
         found = load_emulated()
@@ -61,7 +55,7 @@ def _mid_tensors_alive(problem: PairProblem) -> int:
 
 
 def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
-    if emulating():
+    if is_emulated():
         return "is emulated"
     if isinstance(problem, ConvProblem):
         taps = "×".join(map(str, problem.conv.kernel))

@@ -63,7 +63,7 @@ class _Read:
     def z(self, activation: str, past: Tensor | None = None) -> Any:
         return self.k.norm_act(self.x, self.table, activation, self.positions, past)
 
-    def through_norm(self, dv: Tensor, dx: bool) -> tuple[Tensor, Tensor]:
+    def norm_backward(self, dv: Tensor, dx: bool) -> tuple[Tensor, Tensor]:
         """Gradients of γ and β, and that of x, where it is asked for, in the place of dv."""
         by_position = norms.by_position(self.norm.kind)
         sets = norms.sets_of(self.norm, self.x.shape)
@@ -72,9 +72,9 @@ class _Read:
             sums[1] *= self._rstd()
         dbeta, dgamma = sums.sum(1)
         if dx:
-            of_positions = self._through_positions(dv) if by_position else None
+            of_positions = self._position_table(dv) if by_position else None
             if self.norm.kind in ("batch", "group"):
-                self._through_sets(sums, sets)
+                self._fill_table(sums, sets)
             read = self.k.norm_gradient(dv, self.x, self.table, of_positions)
             self.k.write_source(read, dv)
         return dgamma, dbeta
@@ -85,7 +85,7 @@ class _Read:
         r = norms.rstd(self.norm, self.var.to(self.wide), self.channels)
         return norms.of_channels(self.norm, r, self.channels).reshape(-1, self.channels)
 
-    def _through_sets(self, sums: Tensor, sets: norms.Sets) -> None:
+    def _fill_table(self, sums: Tensor, sets: norms.Sets) -> None:
         """Fill p and q of the tables: dx = r·(γ·dv − mean of γ·dv − x̂·mean of γ·dv·x̂).
 
         Args:
@@ -100,7 +100,7 @@ class _Read:
         r, rows = self._rstd(), self.table.view(-1, 5, self.channels)
         rows[:, 3], rows[:, 4] = -r * r * slope, -r * centre
 
-    def _through_positions(self, dv: Tensor) -> Tensor:
+    def _position_table(self, dv: Tensor) -> Tensor:
         """(4, N, T, H, W): mean and factor, mean of γ·dv and mean of γ·dv·x̂ of each position."""
         assert self.positions is not None and self.var is not None
         means = self.k.position_sums(dv, self.z("none"), norms.is_centred(self.norm.kind))
@@ -133,5 +133,5 @@ def conv3d_backward(call: ConvBackward) -> Gradients:
                 around=(problem.past, 0),
             )  # fmt: skip
             if spec.norm != "none":
-                dgamma, dbeta = read.through_norm(dx, need.x)
+                dgamma, dbeta = read.norm_backward(dx, need.x)
     return dx, dw, db, dgamma, dbeta, None, None, dpast

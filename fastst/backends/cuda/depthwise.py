@@ -17,7 +17,7 @@ from torch import Tensor
 from ...problem.memory import read_address
 from ...problem.spec import PairProblem, PairTensors
 from ..contract import Begun, Gradients, PairBackward, PairResult
-from .library import Launcher, emulating, launching, library
+from .library import Launcher, is_emulated, launching, library
 
 KERNELS = (3, 5)
 STRIDES = (1, 2)
@@ -72,7 +72,7 @@ def _stages(problem: PairProblem, backward: bool) -> int:
     if problem.device.type == "cuda" and problem.device.index is None:
         index = torch.cuda.current_device()
     return _fitting_stages(
-        emulating(), index, spatial.kernel[1], temporal.kernel[0], spatial.stride[1], backward
+        is_emulated(), index, spatial.kernel[1], temporal.kernel[0], spatial.stride[1], backward
     )
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.examples import pair_tensors, problems, resembling
+from ...problem.examples import pair_tensors, problems, resemble
 from ...problem.spec import PairProblem, PairSpec, PairTensors, Problem, Triple
 from .. import rehearsal
 from ..contract import Example, Gradients, Later, PairBackward, Phase, gradient_example
 from ..rehearsal import POSITIONS, Smaller, Way, strip_ending
 from . import depthwise, hopper
 from .hopper import examples as hopper_examples
-from .library import emulating
+from .library import is_emulated
 
 _SIZES: tuple[Triple, ...] = ((8, 28, 28), (16, 56, 56))  # tried before a problem's own
 
@@ -70,7 +70,7 @@ def rehearse(
 def _smaller(problem: Problem) -> Iterator[Smaller]:
     for size in _SIZES:
         least: Any = tuple(map(min, problem.size, size))
-        tensors, spec = resembling(problem, 1, least)
+        tensors, spec = resemble(problem, 1, least)
         if min(Problem.of(tensors, spec).out_size) > 0:
             yield problem.passes, _clips(problem, least), least
     yield problem.passes, _clips(problem, problem.size), problem.size
@@ -87,7 +87,7 @@ def kinds(device: torch.device, dtype: torch.dtype) -> Sequence[str]:
     found = []
     if dtype != torch.float64:
         found += ["depthwise", "depthwise backward"]
-    hopper = emulating() or torch.cuda.get_device_capability(device)[0] == 9
+    hopper = is_emulated() or torch.cuda.get_device_capability(device)[0] == 9
     if hopper and dtype in (torch.float16, torch.bfloat16):
         found += ["hopper", "hopper backward"]
     return found

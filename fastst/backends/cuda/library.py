@@ -41,7 +41,7 @@ def _no_tables(mean: Tensor, var: Tensor) -> Sequence[Any]:
     return ()
 
 
-def emulating() -> bool:
+def is_emulated() -> bool:
     return settings.flag("FASTST_CUDA_EMULATE")
 
 
@@ -77,7 +77,7 @@ def library() -> ModuleType:
     Raises:
         ImportError: there is none; says why.
     """
-    return native.require("cuda", load_emulated() if emulating() else load())
+    return native.require("cuda", load_emulated() if is_emulated() else load())
 
 
 @functools.cache

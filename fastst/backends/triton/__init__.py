@@ -42,7 +42,7 @@ def _why_not(problem: Problem, phase: Phase) -> str | None:
         return missing
     if device.type == "cpu":
         return None if launch.serves_cpu() else _ON_CPU
-    if launch.interpreted():
+    if launch.is_interpreted():
         return (
             "interprets its kernels because TRITON_INTERPRET is set, and that on CPU tensors only"
         )
@@ -76,7 +76,11 @@ def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
 def _avoids(problem: Problem, phase: Phase) -> str | None:
     if not isinstance(problem, PairProblem) or phase == "backward":
         return None
-    why = single.why_miscompiled(problem.device) if "pair_conv" in single.fitting(problem) else None
+    why = (
+        single.why_miscompiled(problem.device)
+        if "pair_conv" in single.fitting_kernels(problem)
+        else None
+    )
     return None if why is None else f"pair_conv, the pair in one kernel, {why}"
 
 

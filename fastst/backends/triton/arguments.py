@@ -51,7 +51,7 @@ def turned() -> bool:
     return launch.capability(launch.device())[0] == 0
 
 
-def wide(count: int) -> bool:
+def is_wide(count: int) -> bool:
     """Whether coordinates of that many positions must be int64."""
     return count >= (1 << 31) - 4096  # the last tile reaches beyond them
 
@@ -99,7 +99,7 @@ def images(p: Pass) -> tuple[int, ...]:
 def operand(t: Tensor, channels: int) -> tuple[tuple[Any, ...], int]:
     """(pointer, strides, (T, H, W)) of a video with that many channels in use, and its ALIGN."""
     align = alignment(t, channels)
-    return (t, strides(t, align), hidden(*t.shape[2:])), align
+    return (t, strides(t, align), hide(*t.shape[2:])), align
 
 
 def sources(x: Tensor, past: Tensor | None, channels: int) -> tuple[tuple[Any, ...], int]:
@@ -110,8 +110,8 @@ def sources(x: Tensor, past: Tensor | None, channels: int) -> tuple[tuple[Any, .
     if past is not None:
         align = math.gcd(align, alignment(past, channels))
         t += past.shape[2]
-        before = past, strides(past, align), hidden(*past.shape[2:])
-    return (x, strides(x, align), hidden(t, *plane), *before), align
+        before = past, strides(past, align), hide(*past.shape[2:])
+    return (x, strides(x, align), hide(t, *plane), *before), align
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def alignment(t: Tensor, channels: int) -> int:
     return math.gcd(8, channels, *used)
 
 
-def hidden(*numbers: int) -> tuple[int, ...]:
+def hide(*numbers: int) -> tuple[int, ...]:
     """Numbers that a kernel is not compiled anew for, which takes back this 2n + 3.
 
     Triton knows those of a tuple that are 1 or multiples of 16, whatever is not to be specialised.
@@ -155,7 +155,7 @@ def hidden(*numbers: int) -> tuple[int, ...]:
 def strides(t: Tensor, align: int) -> tuple[int, ...]:
     """Strides as the kernels take them: of positions in units of ``align``, and hidden."""
     n, c, *thw = t.stride()
-    n, *thw = hidden(n // align, *(s // align for s in thw))
+    n, *thw = hide(n // align, *(s // align for s in thw))
     return (n, c, *thw)
 
 
@@ -163,7 +163,7 @@ def strides(t: Tensor, align: int) -> tuple[int, ...]:
 def grid(size: tuple[int, ...], run: int) -> tuple[int, ...]:
     """(T, H, W) and what positions are divided by, for ``common.positions``; hidden."""
     t, h, w = size
-    return hidden(t, h, w, *divisor(w // run), *divisor(h), *divisor(t))
+    return hide(t, h, w, *divisor(w // run), *divisor(h), *divisor(t))
 
 
 def divisor(d: int) -> tuple[int, int]:
@@ -178,7 +178,7 @@ def run_length(x: Tensor, y: Tensor) -> int:
     return math.gcd(16, y.shape[4]) if contiguous else 1
 
 
-def dense(*tensors: Tensor | None) -> bool:
+def is_dense(*tensors: Tensor | None) -> bool:
     """Whether positions of all these lie one after another, at the distance of columns."""
     for t in tensors:
         if t is not None:
@@ -191,17 +191,17 @@ def dense(*tensors: Tensor | None) -> bool:
 
 
 def uses_tensor_cores(dtype: torch.dtype) -> bool:
-    return dtype.itemsize == 2 or (dtype == torch.float32 and launch.tf32_allowed())
+    return dtype.itemsize == 2 or (dtype == torch.float32 and launch.allows_tf32())
 
 
 def arithmetic(dtype: torch.dtype, dot: bool = True) -> dict[str, Any]:
     """How products and sums are formed; ``dot``: of matrices."""
     kinds: dict[str, Any] = {
-        "EMULATE": launch.interpreted() and dtype == torch.bfloat16,
+        "EMULATE": launch.is_interpreted() and dtype == torch.bfloat16,
         "ACCUMULATE": dot_type(dtype),
     }
     if dot:
-        tf32 = dtype == torch.float32 and launch.tf32_allowed()
+        tf32 = dtype == torch.float32 and launch.allows_tf32()
         kinds["PRECISION"] = "tf32" if tf32 else "ieee"
     return kinds
 
@@ -211,7 +211,7 @@ def rounds(dtype: torch.dtype) -> bool:
 
     The interpreter multiplies in float32.
     """
-    return dtype == torch.float32 and launch.tf32_allowed() and not launch.interpreted()
+    return dtype == torch.float32 and launch.allows_tf32() and not launch.is_interpreted()
 
 
 def dot_type(dtype: torch.dtype) -> Any:

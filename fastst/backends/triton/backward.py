@@ -45,7 +45,7 @@ def ways(problem: PairProblem) -> list[str]:
 
 def count_ways(p: Pass) -> int:
     """Ranks of tiles that the gradients of a pass can run in."""
-    return 1 if tiles.thin(p.in_channels // p.groups, p.groups) else _WAYS
+    return 1 if tiles.is_thin(p.in_channels // p.groups, p.groups) else _WAYS
 
 
 def trial(problem: PairProblem, way: str) -> Callable[[], object]:
@@ -98,7 +98,7 @@ def _run(
         scale, shift = finish_norm(problem, tensors._replace(mean=mean, var=var))
 
     processed = spec.norm != "none" or spec.activation != "none"
-    dense = [not tiles.thin(p.in_channels // p.groups, p.groups) for p in (first, second)]
+    dense = [not tiles.is_thin(p.in_channels // p.groups, p.groups) for p in (first, second)]
     if dense[1]:
         dy = arguments.channels_last(dy)  # read in all taps
     # Parameters of a slice of the batch: in the dtype that they are added up in.
@@ -141,7 +141,9 @@ def _run(
         if spec.norm != "none" and not scaled:
             norm = NormTerms(scale)
         if spec.norm == "batch" or (spec.norm == "frozen" and sums is not None):
-            dgamma, db1, p, r = _through_norm(call, means, sums, dv[:, 0].numel(), mean, var, scale)
+            dgamma, db1, p, r = _norm_backward(
+                call, means, sums, dv[:, 0].numel(), mean, var, scale
+            )
             if spec.norm == "batch":
                 norm = NormTerms(scale, r, mid, p)
         bias_of_ranks = b1 if need.first_bias and spec.norm == "batch" and spec.group else None
@@ -162,7 +164,7 @@ def _run(
     return dx, dw1, dw2, db1, db2, dgamma, dbeta
 
 
-def _through_norm(
+def _norm_backward(
     call: PairBackward,
     means: Tensor | None,
     sums: Tensor | None,
@@ -192,7 +194,9 @@ def _through_norm(
 def _pool_means(sums: Tensor, count: int, group: str) -> Tensor:
     """Means over the values of all ranks."""
     means = sums.new_empty(sums.shape)
-    plans.aside(lambda sums: [ranks.pool_means(sums, count, ranks.resolve(group))], [sums], [means])
+    plans.run_aside(
+        lambda sums: [ranks.pool_means(sums, count, ranks.resolve(group))], [sums], [means]
+    )
     return means
 
 
@@ -221,7 +225,7 @@ def pass_gradients(
     its shape would be read. For a dense pass x is what it has read where its weight is asked for,
     and there are no terms of a norm.
     """
-    if tiles.thin(p.in_channels // p.groups, p.groups):
+    if tiles.is_thin(p.in_channels // p.groups, p.groups):
         x = dx if x is None else x
         assert x is not None
         return direct_gradients(

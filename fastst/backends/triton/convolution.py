@@ -88,11 +88,11 @@ def _run(given: Sequence[Any], problem: ConvProblem, like: ConvProblem, rank: in
     return ConvResult(y, *taken, *out)
 
 
-def _thin(problem: ConvProblem) -> bool:
-    return tiles.thin(problem.in_channels // problem.conv.groups, problem.conv.groups)
+def _is_thin(problem: ConvProblem) -> bool:
+    return tiles.is_thin(problem.in_channels // problem.conv.groups, problem.conv.groups)
 
 
-def _plain(problem: ConvProblem) -> bool:
+def _is_plain(problem: ConvProblem) -> bool:
     """Whether z is x."""
     return problem.spec.norm == problem.spec.input_activation == "none"
 
@@ -100,7 +100,7 @@ def _plain(problem: ConvProblem) -> bool:
 def _reads_x(problem: ConvProblem) -> bool:
     """Whether the convolution forms z as it loads x."""
     by_channel = problem.spec.norm in ("none", "batch", "frozen")
-    return _plain(problem) or (_thin(problem) and by_channel)
+    return _is_plain(problem) or (_is_thin(problem) and by_channel)
 
 
 def _z_channels(problem: ConvProblem) -> int:
@@ -140,7 +140,7 @@ def _backward(
     t = ConvTensors(*tensors)
     need = ConvBackward(problem, t, dy, mean, var, needs).need
     of_norm = (need.x, need.norm_weight, need.norm_bias)
-    thin, frames = _thin(problem), problem.read_size[0]
+    thin, frames = _is_thin(problem), problem.read_size[0]
     dx = dw = db = dgamma = dbeta = dpast = dz = None
     if not thin:
         dy = arguments.channels_last(dy)  # read in all taps
@@ -149,7 +149,7 @@ def _backward(
         db = channel_sums(dy, t.bias)
     z = _z(problem, t, mean, var) if need.weight else None
     if any(of_norm) or need.past:
-        if _plain(problem) and t.past is None:
+        if _is_plain(problem) and t.past is None:
             dz = torch.empty_like(t.x)
         elif z is None or thin:
             dz = _empty_z(problem, t.x, frames)
@@ -161,7 +161,7 @@ def _backward(
         if need.past:
             dpast = dz[:, : problem.in_channels, : problem.past]
         dz = dz[:, : problem.in_channels, problem.past :]
-        if _plain(problem):
+        if _is_plain(problem):
             dx = dz
         elif any(of_norm):
             dx, dgamma, dbeta = gradients(problem, t, mean, var, dz, of_norm)
@@ -170,12 +170,12 @@ def _backward(
 
 def _z(problem: ConvProblem, t: ConvTensors, mean: Tensor | None, var: Tensor | None) -> Tensor:
     """All that the convolution has read."""
-    if t.past is None and _plain(problem):
+    if t.past is None and _is_plain(problem):
         return t.x
     z, past = _empty_z(problem, t.x, problem.read_size[0]), problem.past
     if t.past is not None:
         z[:, :, :past].copy_(t.past)
-    if _plain(problem):
+    if _is_plain(problem):
         z[:, :, past:].copy_(t.x)
     else:
         write_z(problem, t, mean, var, z[:, :, past:])

@@ -67,7 +67,7 @@ def direct_gradients(
         dx, None if dx is None else arguments.strides(dx, dx_align),
         x if activation != "none" or mean is not None else None, mean, partial, parts, count,
         TAPS=arguments.transposed_taps(p), X_ALIGN=x_align, Y_ALIGN=dy_align, DX_ALIGN=dx_align,
-        RUN=run, WIDE=arguments.wide(count), ACTIVATION=activation, SLOPE=slope,
+        RUN=run, WIDE=arguments.is_wide(count), ACTIVATION=activation, SLOPE=slope,
         BLOCK_P=c.block_p, BLOCK_C=c.block_c, **arguments.arithmetic(x.dtype, dot=False),
     )  # fmt: skip
     return partial, None if parts is None else finish_direct(p, parts, weight, dtype)

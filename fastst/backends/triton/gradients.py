@@ -85,8 +85,8 @@ def input_gradient(
         arguments.grid(grid, run), count,
         TAPS=arguments.transposed_taps(p, classes), FLAT=channels if config.flat else 0,
         CLASSES=classes, Y_ALIGN=dy_align, X_ALIGN=dx_align,
-        RUN=run, WIDE=arguments.wide(count), WHOLE=sums and count % config.block_p == 0,
-        DENSE=classes == (1, 1, 1) and arguments.dense(dx),
+        RUN=run, WIDE=arguments.is_wide(count), WHOLE=sums and count % config.block_p == 0,
+        DENSE=classes == (1, 1, 1) and arguments.is_dense(dx),
         SCALED=scaled, ACTIVATION=activation, SLOPE=slope, **arguments.tiling(config),
         **arguments.arithmetic(dy.dtype),
     )  # fmt: skip
@@ -161,7 +161,7 @@ def split_into_boxes(
     total = n * math.prod(thw)
     per_split = gradient_tiles.boxes_per_split(total, blocks, processors)
     splits = max(1, -(-total // per_split))
-    return arguments.hidden(*box), arguments.hidden(*thw, n), per_split, splits
+    return arguments.hide(*box), arguments.hide(*thw, n), per_split, splits
 
 
 # Axes of ``Weight.view`` in the order of partials.
@@ -181,8 +181,8 @@ def finish_weight(partial: Tensor, dw: Weight, axes: Sequence[int], channels: in
     count = partial[0].numel()
     launch.run(
         launch.kernels().weight_gradient.finish_weight, (-(-count // 256),), None,
-        partial, partial.shape[0], count, dw.view, *(arguments.hidden(*n) for n in of_axes),
-        BLOCK=256, EMULATE=launch.interpreted() and dw.view.dtype == torch.bfloat16,
+        partial, partial.shape[0], count, dw.view, *(arguments.hide(*n) for n in of_axes),
+        BLOCK=256, EMULATE=launch.is_interpreted() and dw.view.dtype == torch.bfloat16,
         ACCUMULATE=arguments.dot_type(partial.dtype),
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ def channel_sums(
         launch.kernels().weight_gradient.channel_sums, (tiles * -(-channels // block_c),), None,
         dy, arguments.strides(dy, align), arguments.grid(dy.shape[2:], run), channels,
         *(norm or NormTerms()), partial, count, per_tile,
-        ALIGN=align, RUN=run, WIDE=arguments.wide(count), BLOCK_P=block_p, BLOCK_C=block_c,
+        ALIGN=align, RUN=run, WIDE=arguments.is_wide(count), BLOCK_P=block_p, BLOCK_C=block_c,
         **arguments.arithmetic(dy.dtype, dot=False),
     )  # fmt: skip
     return sum_rows(partial, torch.empty_like(bias, dtype=dtype))
@@ -221,7 +221,7 @@ def sum_rows(partial: Tensor, out: Tensor) -> Tensor:
     launch.run(
         launch.kernels().statistics.sum_rows, (-(-columns // block_c), max(1, splits)), None,
         partial, rows, columns, into, per_split, BLOCK_T=block_t, BLOCK_C=block_c,
-        EMULATE=launch.interpreted() and into.dtype == torch.bfloat16,
+        EMULATE=launch.is_interpreted() and into.dtype == torch.bfloat16,
         ACCUMULATE=arguments.dot_type(partial.dtype),
     )  # fmt: skip
     return out if splits <= 1 else sum_rows(into, out)

@@ -58,7 +58,7 @@ def kernels() -> ModuleType:
 
 
 @functools.cache
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter (set before Triton was imported)."""
     modules, _ = load_kernels()
     return modules is not None and type(modules.tap_conv.tap_conv).__name__ == "InterpretedFunction"
@@ -66,7 +66,7 @@ def interpreted() -> bool:
 
 def serves_cpu() -> bool:
     """Whether CPU tensors can be computed; tests that execute compiled kernels replace this."""
-    return interpreted()
+    return is_interpreted()
 
 
 def capability(device: torch.device) -> gpu.Capability:
@@ -93,7 +93,7 @@ def processors(device: torch.device) -> int:
     return gpu.processors(capability(device))
 
 
-def tf32_allowed() -> bool:
+def allows_tf32() -> bool:
     """Whether float32 convolutions may round their operands to TF32, by PyTorch's own switch."""
     if devices.is_rocm():
         return False  # most of AMD's GPUs have no such product, and Triton refuses to compile it
@@ -169,9 +169,9 @@ def _specialisation(value: Any, specialised: bool = True) -> Any:
 
 
 class _Watch(threading.local):
-    """Who looks at the launches of this thread: is told of each, and says whether it is made."""
+    """Who looks at the launches of this thread: is asked of each, and says whether it is made."""
 
-    told: Callable[[Launch], bool] | None = None
+    permits: Callable[[Launch], bool] | None = None
     device: torch.device | None = None  # that meta tensors stand for
 
 
@@ -180,20 +180,20 @@ _watch = _Watch()
 
 @contextlib.contextmanager
 def watch_launches(
-    told: Callable[[Launch], bool], device: torch.device | None = None
+    permits: Callable[[Launch], bool], device: torch.device | None = None
 ) -> Iterator[None]:
-    """Ask ``told`` before every launch of this thread.
+    """Ask ``permits`` before every launch of this thread.
 
     Args:
-        told: whether to make it.
+        permits: whether to make it.
         device: that tensors on "meta" stand for.
     """
-    before = _watch.told, _watch.device
-    _watch.told, _watch.device = told, device
+    before = _watch.permits, _watch.device
+    _watch.permits, _watch.device = permits, device
     try:
         yield
     finally:
-        _watch.told, _watch.device = before
+        _watch.permits, _watch.device = before
 
 
 def list_launches(device: torch.device, call: Callable[[], object]) -> list[Launch]:
@@ -240,7 +240,7 @@ def keeps_plans(device: torch.device) -> bool:
 
     Not in the interpreter, which tests change at will, and not where somebody looks at launches.
     """
-    return devices.is_gpu(device) and not interpreted() and _watch.told is None
+    return devices.is_gpu(device) and not is_interpreted() and _watch.permits is None
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,8 @@ def run(
     **meta: Any,
 ) -> None:
     """Launch a kernel with these arguments, those in ``meta`` by their names."""
-    told = _watch.told
-    if told is not None and not told(Launch(kernel, config, args, meta)):
+    permits = _watch.permits
+    if permits is not None and not permits(Launch(kernel, config, args, meta)):
         return
     args = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
     options = {} if config is None else tiles.launch_options(config)

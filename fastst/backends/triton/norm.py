@@ -120,7 +120,7 @@ def gradients(
         parts = -(-sets.length // block_p)
         grid, shape = _tiles(problem, x, dx, block_p, block_c)
         launch.run(
-            kernels.through_norm, (sets.number * parts * -(-channels // block_c),), None,
+            kernels.normalise_gradient, (sets.number * parts * -(-channels // block_c),), None,
             *read[0], grid, channels, *operands, *read[1], centre, slope,
             dx, arguments.strides(dx, dx_align), sets.length, parts,
             CENTRED=norms.is_centred(spec.norm), **_form(problem), **aligned, DX_ALIGN=dx_align,
@@ -134,7 +134,7 @@ def _tiles(
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The grid of positions of x, and tiles of what is read and written there."""
     run = math.gcd(arguments.run_length(x, y), block_p)
-    wide = arguments.wide(problem.batch * math.prod(problem.size))
+    wide = arguments.is_wide(problem.batch * math.prod(problem.size))
     shape = {"RUN": run, "WIDE": wide, "BLOCK_P": block_p, "BLOCK_C": block_c}
     return arguments.grid(problem.size, run), shape
 

@@ -88,10 +88,10 @@ def pack_weight(
     """
     groups = weight.view.shape[0]
     out = weight.view.new_empty(groups, *((width, rows) if turned else (rows, width)))
-    layout = arguments.hidden(rows, width, depth, weight.parts, weight.lanes)
+    layout = arguments.hide(rows, width, depth, weight.parts, weight.lanes)
     count = -(-rows // ROWS) * -(-width // COLUMNS) * groups
     view = weight.view
-    args = view, arguments.hidden(*view.shape), arguments.hidden(*view.stride()), out, layout
+    args = view, arguments.hide(*view.shape), arguments.hide(*view.stride()), out, layout
     launch_all = _launcher(products and arguments.rounds(view.dtype), turned)
     launch.recorder().first(launch_all, view, (count, args))
     return out.mT if turned else out

@@ -104,7 +104,7 @@ def _batch_norm(
         return *norm, mean, var, None
     count = problem.batch * math.prod(problem.mid_size)
     pooled = mean.new_empty(mean.shape), var.new_empty(var.shape), mean.new_empty(())
-    plans.aside(
+    plans.run_aside(
         lambda mean, var: ranks.pool_statistics(mean, var, count, ranks.resolve(group)),
         (mean, var), pooled,
     )  # fmt: skip

@@ -50,7 +50,7 @@ class Cut(NamedTuple):
 
 def direct(p: Pass) -> bool:
     """Whether a branch runs on ordinary cores."""
-    return configs.thin(p.in_channels // p.groups, p.groups)
+    return configs.is_thin(p.in_channels // p.groups, p.groups)
 
 
 def branches(problem: ParallelProblem, tensors: ParallelTensors) -> list[Branch]:
@@ -145,7 +145,7 @@ def parallel_conv(
         y, db, arguments.strides(y, y_align), arguments.grid(y.shape[2:], run), partial, count,
         SPATIAL=spatial, TEMPORAL=temporal, SPATIAL_FLAT=channels[0] if flat else 0,
         TEMPORAL_FLAT=channels[-1] if flat else 0, DIRECT=tuple(direct(p) for p in convs),
-        X_ALIGN=x_align, DY_ALIGN=dy_align, Y_ALIGN=y_align, RUN=run, WIDE=arguments.wide(count),
+        X_ALIGN=x_align, DY_ALIGN=dy_align, Y_ALIGN=y_align, RUN=run, WIDE=arguments.is_wide(count),
         BRANCH=spec.branch_activation, ACTIVATION=spec.activation, SLOPE=spec.slope, **tiling,
         UNROLL=config.unroll if isinstance(config, configs.StreamConfig) else 1,
         **arguments.arithmetic(x.dtype),

@@ -110,7 +110,7 @@ def _operands(above: Sequence[Tensor], groups: Sequence[int]) -> tuple[tuple[Any
         *(arguments.alignment(t, t.shape[1] // g) for t, g in zip(above, groups, strict=True))
     )
     a, b = above
-    size = arguments.hidden(*a.shape[2:])
+    size = arguments.hide(*a.shape[2:])
     return (a, arguments.strides(a, align), b, arguments.strides(b, align), size), align
 
 
@@ -160,7 +160,7 @@ def _input_gradient(
         TEMPORAL=arguments.transposed_taps(passes[1], classes),
         CLASSES=classes, Y_ALIGN=dy_align, X_ALIGN=dx_align, DIRECT=direct,
         SPATIAL_FLAT=channels[0] if c.flat else 0, TEMPORAL_FLAT=channels[1] if c.flat else 0,
-        RUN=run, WIDE=arguments.wide(count), **arguments.tiling(c),
+        RUN=run, WIDE=arguments.is_wide(count), **arguments.tiling(c),
         **arguments.arithmetic(dx.dtype),
     )  # fmt: skip
 
@@ -241,7 +241,7 @@ def _direct_gradients(
         dx, None if dx is None else arguments.strides(dx, dx_align), *parts, count,
         SPATIAL=arguments.transposed_taps(passes[0]), TEMPORAL=arguments.transposed_taps(passes[1]),
         X_ALIGN=x_align, Y_ALIGN=dy_align, DX_ALIGN=dx_align,
-        RUN=run, WIDE=arguments.wide(count), BLOCK_P=c.block_p, BLOCK_C=c.block_c,
+        RUN=run, WIDE=arguments.is_wide(count), BLOCK_P=c.block_p, BLOCK_C=c.block_c,
         **arguments.arithmetic(x.dtype, dot=False),
     )  # fmt: skip
     return [

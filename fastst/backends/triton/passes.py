@@ -35,7 +35,7 @@ def candidates(
         channels = p.in_channels // p.groups
     if (by_rows := rows_of.of(p)) is not None:
         p, channels = by_rows, by_rows.in_channels
-    if configs.thin(channels, p.groups):
+    if configs.is_thin(channels, p.groups):
         capability = launch.capability(device)
         taps = math.prod(p.kernel)
         return [configs.direct(count, p.out_channels, taps, channels_last, capability)]
@@ -83,7 +83,7 @@ def conv_pass(
     count = y.shape[0] * math.prod(y.shape[2:])
     common = {
         "INNER": inner, "ACTIVATION": activation, "SLOPE": slope,
-        "WIDE": arguments.wide(count),
+        "WIDE": arguments.is_wide(count),
     }  # fmt: skip
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -128,7 +128,7 @@ def conv_pass(
         None if stored == out_channels else stored, count,
         TAPS=arguments.taps(p), FLAT=channels if config.flat else 0, X_ALIGN=x_align,
         Y_ALIGN=y_align, RUN=run, WHOLE=statistics and count % config.block_p == 0,
-        DENSE=arguments.dense(y, residual), **common, **arguments.tiling(config),
+        DENSE=arguments.is_dense(y, residual), **common, **arguments.tiling(config),
         **arguments.arithmetic(x.dtype),
     )  # fmt: skip
     return partial, config.block_p
@@ -167,7 +167,7 @@ def moments(partial: Tensor, rows: int, total: int) -> tuple[Tensor, Tensor]:
     if sets:
         tiles = partial.shape[1]
     else:
-        partial, tiles, rows = _few(partial, rows, total)
+        partial, tiles, rows = _combine_partials(partial, rows, total)
     mean, var = partial.new_empty(*sets, k), partial.new_empty(*sets, k)
     blocks = -(-k // configs.combine(k)[1])
     launch.run(
@@ -178,7 +178,7 @@ def moments(partial: Tensor, rows: int, total: int) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _few(partial: Tensor, rows: int, total: int) -> tuple[Tensor, int, int]:
+def _combine_partials(partial: Tensor, rows: int, total: int) -> tuple[Tensor, int, int]:
     """Partials, how many and of how many positions, combined to what one program takes."""
     tiles, _, k = partial.shape
     _, block_c, per_split = configs.combine(k)
@@ -217,7 +217,7 @@ def finish_norm(
     if partial is None:
         mean, var = t.mean, t.var
     else:
-        partial, tiles, rows = _few(partial, rows, total)
+        partial, tiles, rows = _combine_partials(partial, rows, total)
     return coefficients(
         problem, t, mean, var, problem.mid_shape[-1], problem.mid_channels,
         (partial, tiles, rows, total), bias,

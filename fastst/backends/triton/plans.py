@@ -277,7 +277,7 @@ def run(
     known = [
         None if t is None else (t.dtype, t.shape, t.stride(), read_address(t) % 16) for t in tensors
     ]
-    key = (host, settings, launch.tf32_allowed(), tuple(known))
+    key = (host, settings, launch.allows_tf32(), tuple(known))
     keeps = launch.keeps_plans(device)
     plan = _plans.get(key) if keeps else None
     if plan is None:
@@ -303,7 +303,7 @@ def record(
         return recorder.plan(host(recorder.inputs, *settings))
 
 
-def aside(
+def run_aside(
     function: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], made: Sequence[Tensor]
 ) -> None:
     """Let a function of real tensors make what stands for its results, when the plan runs.

@@ -19,7 +19,7 @@ import torch
 
 from ...machine import choices, devices
 from ...problem.conv3d import ConvProblem, problem_of
-from ...problem.examples import KINDS, gradient_like, of_kind, problems, resembling
+from ...problem.examples import KINDS, gradient_like, of_kind, problems, resemble
 from ...problem.spec import PairProblem, ParallelProblem, Pass, Problem
 from .. import rehearsal
 from ..contract import Example, Later, Phase
@@ -38,14 +38,14 @@ def instances(problem: Problem, phase: Phase, way: str | None = None) -> Sequenc
         way: one of its ``ways``; None: the one that its calls take.
     """
     way = way or choices.choice("triton", problem, phase)
-    return _instances(problem, phase, way, launch.tf32_allowed())
+    return _instances(problem, phase, way, launch.allows_tf32())
 
 
 @lru_cache(maxsize=4096)
 def _instances(problem: Problem, phase: Phase, way: str | None, tf32: bool) -> tuple[str, ...]:
     problem = strip_ending(problem, phase)
     with rehearsal.bare(problem.device):
-        made = resembling(problem, problem.batch, problem.size)
+        made = resemble(problem, problem.batch, problem.size)
         ways = rehearsal.ways(_calls(way), problem, phase)
         found = [name for w in ways for name in _instance_names(problem, phase, w, made)]
     return tuple(dict.fromkeys(found))
@@ -101,7 +101,7 @@ def _compile_all(
 
 def _kernels(problem: Problem, phase: Phase, ways: Sequence[Way]) -> list[launch.Launch]:
     """One launch of each instance."""
-    made = resembling(problem, problem.batch, problem.size)
+    made = resemble(problem, problem.batch, problem.size)
     return [*{e.instance: e for w in ways for e in _launches(problem, phase, w, made)}.values()]
 
 
@@ -193,7 +193,7 @@ def _few_channels(problem: Problem) -> tuple[Pass, ...]:
 
 def _laid_out(problem: Problem, size: Sequence[int]) -> list[Any]:
     """What the compiler knows of the strides of what the kernels see."""
-    tensors, spec = resembling(problem, problem.batch, size)
+    tensors, spec = resemble(problem, problem.batch, size)
     small = problem_of(tensors, spec)
     y = small.empty_output(tensors.x)
     seen = [tensors.x, y]

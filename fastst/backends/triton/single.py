@@ -25,7 +25,7 @@ MISCOMPILED: tuple[tuple[int, tuple[int, ...] | None, str, str], ...] = (
 
 def why_miscompiled(device: torch.device) -> str | None:
     """Why ``pair_conv`` is not trusted to the compiler for a GPU, as the end of "pair_conv …"."""
-    if launch.interpreted():
+    if launch.is_interpreted():
         return None
     major, version = launch.capability(device)[0], launch.triton_version()
     for architecture, mended, fault, where in MISCOMPILED:
@@ -38,10 +38,10 @@ def why_miscompiled(device: torch.device) -> str | None:
 def available(problem: PairProblem) -> list[str]:
     """Kernels that can run the pair where nobody asks for the mid tensor."""
     trusted = why_miscompiled(problem.device) is None
-    return [k for k in fitting(problem) if k != "pair_conv" or trusted]
+    return [k for k in fitting_kernels(problem) if k != "pair_conv" or trusted]
 
 
-def fitting(problem: PairProblem) -> list[str]:
+def fitting_kernels(problem: PairProblem) -> list[str]:
     """Kernels that a pair fits into, whatever the compiler makes of them."""
     first, second = problem.passes
     sums = second.kernel[_axis(problem)]
@@ -69,7 +69,7 @@ def predict(problem: PairProblem) -> str | None:
 
     def alone(index: int, moved: float) -> float:
         p = problem.passes[index]
-        thin = configs.thin(_per_group(p), p.groups)
+        thin = configs.is_thin(_per_group(p), p.groups)
         flat = _per_group(p) * (math.prod(p.kernel) if _per_group(p) < 16 else 1)
         padding = 1.0 if thin else _padding(flat) * _padding(p.out_channels // p.groups)
         positions = problem.batch * math.prod((problem.mid_size, problem.out_size)[index])
@@ -144,7 +144,7 @@ def run(
     first, second = problem.passes
     x, w1, w2, _, b2, *_ = tensors
     axis = _axis(problem)
-    count, tall = (p.batch * _across(p) for p in (problem, like))
+    count, tall = (p.batch * _positions_across(p) for p in (problem, like))
     channels, m, k = _per_group(first), first.out_channels, second.out_channels
     if kernel == "direct_pair":
         direct = configs.direct(
@@ -185,11 +185,11 @@ def run(
     programs, pieces = _programs(problem, -(-count // c.block_p) * tiles)
     launch.run(
         jit, (programs,), c, *x_args, *weights, scale, shift, b2, *end,
-        arguments.hidden(*y.shape[2:]), arguments.hidden(*problem.mid_size),
+        arguments.hide(*y.shape[2:]), arguments.hide(*problem.mid_size),
         arguments.grid(tuple(1 if i == axis else n for i, n in enumerate(y.shape[2:])), run),
         count, pieces,
         FIRST=arguments.taps(first), SECOND=arguments.taps(second), AXIS=axis,
-        X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run, WIDE=arguments.wide(count),
+        X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run, WIDE=arguments.is_wide(count),
         ACTIVATION=spec.activation, OUTER=spec.outer_activation, SLOPE=spec.slope,
         BLOCK_P=c.block_p, **meta, **arguments.arithmetic(x.dtype, dot=kernel == "pair_conv"),
     )  # fmt: skip
@@ -200,7 +200,7 @@ def _axis(problem: PairProblem) -> int:
     return 0 if problem.passes[1].kind == "temporal" else 1
 
 
-def _across(problem: PairProblem) -> int:
+def _positions_across(problem: PairProblem) -> int:
     """Positions of one clip of y across that axis."""
     return math.prod(n for i, n in enumerate(problem.out_size) if i != _axis(problem))
 

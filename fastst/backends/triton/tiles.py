@@ -222,7 +222,7 @@ def pair_fits(out_channels: int, sums: int, dtype: torch.dtype, tensor_cores: bo
 
     Args:
         out_channels: of one group; all of them are in one tile.
-        sums: taps of the second pass along the walk, each with a sum of its own.
+        sums: taps of the second pass along the axis, each with a sum of its own.
         dtype: of x.
         tensor_cores: whether products run on them.
     """
@@ -287,7 +287,7 @@ def pair_conv(
 
 
 def pieces(programs: int, outputs: int, taps: int, capability: Capability) -> int:
-    """Programs that share the walk of a single-kernel pair along ``outputs`` positions.
+    """Programs that share the axis of a single-kernel pair along ``outputs`` positions.
 
     Enough for two programs on each multiprocessor; but each computes ``taps − 1`` mid positions of
     its neighbour, too, which must not be more than half of its own.
@@ -308,7 +308,7 @@ def least_time(flops: float, moved: float, dtype: torch.dtype, tensor_cores: boo
     return max(flops / rate, moved)
 
 
-def thin(channels: int, groups: int) -> bool:
+def is_thin(channels: int, groups: int) -> bool:
     """Whether a grouped convolution runs on ordinary cores.
 
     Tensor cores multiply at least 16 channels with 16: below 4 of a group at most a quarter of
@@ -333,7 +333,7 @@ def direct(
         taps: kernel positions of the pass that reads x.
         channels_last: whether the channels of x, not its columns, are neighbours in memory.
         capability: of the GPU.
-        sums: in registers of each thread: taps of the second pass along the walk of a pair.
+        sums: in registers of each thread: taps of the second pass along the axis of a pair.
     """
     # 8 elements of 16 bits are one load of 16 bytes; 64 channels are whole 128-byte lines.
     block_c = min(64, power(out_channels)) if channels_last else 1

@@ -127,7 +127,7 @@ def test_auto_says_why_it_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = ConvProblem.of(tensors, ConvSpec(padding=(1,) * 6))
     assert cuda.BACKEND.why_unhonoured(problem.spec) is None
     assert cuda.BACKEND.why_not(problem, "backward") is None
-    monkeypatch.setattr(cuda, "emulating", lambda: False)
+    monkeypatch.setattr(cuda, "is_emulated", lambda: False)
     why = str(cuda.BACKEND.why_not_auto(problem, "forward"))
     assert "only its generic kernels" in why and "Hopper" in why and "3×3×3" in why
 

@@ -136,7 +136,7 @@ def test_depthwise_says_what_it_does_not_take(case: Problem, why: str) -> None:
 
 
 def test_auto_passes_over_what_would_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "emulating", lambda: False)
+    monkeypatch.setattr(cuda, "is_emulated", lambda: False)
     assert cuda.BACKEND.why_not_auto(problem(), "forward") is None
     assert "generic" in str(cuda.BACKEND.why_not_auto(problem(channels=12), "forward"))
 

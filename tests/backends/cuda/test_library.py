@@ -81,7 +81,7 @@ def test_a_launch_that_fails_says_which_kernel_and_shape() -> None:
 
 def test_cpu_tensors_are_refused_by_name() -> None:
     x, ws, wt = torch.ones(1, 4, 3, 5, 5), torch.ones(6, 4, 1, 3, 3), torch.ones(5, 6, 3, 1, 1)
-    if library.emulating():
+    if library.is_emulated():
         pytest.skip("FASTST_CUDA_EMULATE is set")
     with (
         fastst.use_backend("cuda"),

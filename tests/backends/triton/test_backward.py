@@ -30,7 +30,7 @@ def dense(config: Config) -> bool:
     """Whether no pass has so few channels of a group that it runs on ordinary cores."""
     channels = (config.channels, config.mid)
     groups = config.groups if config.order == "spatial-first" else config.groups[::-1]
-    return not any(tiles.thin(c // g, g) for c, g in zip(channels, groups, strict=True))
+    return not any(tiles.is_thin(c // g, g) for c, g in zip(channels, groups, strict=True))
 
 
 TINY = Limits(
@@ -98,7 +98,7 @@ def test_layouts(layout: str) -> None:
 
 
 def test_positions_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend.arguments, "wide", lambda count: True)
+    monkeypatch.setattr(backend.arguments, "is_wide", lambda count: True)
     check(Config(norm="batch", size=(2, 4, 5), stride=(1, 2, 2)))
 
 

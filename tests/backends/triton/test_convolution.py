@@ -69,7 +69,7 @@ def test_each_kind(kind: str) -> None:
 
 
 def test_positions_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "wide", lambda count: True)
+    monkeypatch.setattr(arguments, "is_wide", lambda count: True)
     check(ConvConfig(**(SMALL | KINDS["group by frames, past"])))
 
 

@@ -24,7 +24,7 @@ def thin(config: Config) -> bool:
     if config.order == "temporal-first":
         channels = channels[::-1]
     groups = zip(channels, config.groups, strict=True)
-    return any(tiles.thin(c // g, g) for c, g in groups)
+    return any(tiles.is_thin(c // g, g) for c, g in groups)
 
 
 TINY = Limits(

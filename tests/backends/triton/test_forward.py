@@ -136,7 +136,7 @@ STEM = dict(channels=(3, 45, 64), size=(16, 112, 112), kernel=(3, 7, 7), stride=
 def test_one_kernel_where_it_pays(
     call: dict[str, Any], kernel: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend.launch, "tf32_allowed", lambda: False)
+    monkeypatch.setattr(backend.launch, "allows_tf32", lambda: False)
     monkeypatch.setattr(backend.launch, "capability", lambda device: (9, 0))
     assert single.predict(described(**call)) == kernel
 
@@ -159,7 +159,7 @@ def test_one_kernel_where_registers_allow(
     call: dict[str, Any], kernels: list[str], tf32: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What ``tune`` may measure; the limits are those of ``configs.pair_fits``."""
-    monkeypatch.setattr(backend.launch, "tf32_allowed", lambda: tf32)
+    monkeypatch.setattr(backend.launch, "allows_tf32", lambda: tf32)
     assert single.available(described(**call)) == kernels
 
 
@@ -292,7 +292,7 @@ def test_layouts(layout: str, groups: int) -> None:
 
 @pytest.mark.slow
 def test_positions_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend.arguments, "wide", lambda count: True)
+    monkeypatch.setattr(backend.arguments, "is_wide", lambda count: True)
     forward(Config(norm="batch"))
     forward(Config(op="parallel_conv2plus1d", mid=5))
     forward(Config(channels=6, groups=(6, 6), out=6))
@@ -394,7 +394,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "meta" in (
         backend.BACKEND.why_not(replace(problem, device=torch.device("meta")), "forward") or ""
     )
-    monkeypatch.setattr(backend.launch, "interpreted", lambda: False)
+    monkeypatch.setattr(backend.launch, "is_interpreted", lambda: False)
     monkeypatch.setattr(backend.launch, "capability", lambda device: (7, 5))
     on_gpu = replace(problem, device=torch.device("cuda", 0))
     assert "8.0" in (backend.BACKEND.why_not(on_gpu, "forward") or "")
@@ -475,10 +475,10 @@ MUTANTS = {
     "taps in the wrong order": (
         "depthwise", "tap = ((TAPS - 1 - age) * ACROSS", "tap = (age * ACROSS"),
     "the second part of a walk starts late": (
-        "walk", "first = tl.minimum(piece * share, outputs)",
+        "rolling_window", "first = tl.minimum(piece * share, outputs)",
         "first = tl.minimum(piece * share + piece, outputs)"),
-    "a walk keeps every frame": ("walk", "index % STRIDE == 0", "index >= 0"),
-    "a walk forgets dilation": ("walk", "across * SECOND.dilation[2]", "across"),
+    "a walk keeps every frame": ("rolling_window", "index % STRIDE == 0", "index >= 0"),
+    "a walk forgets dilation": ("rolling_window", "across * SECOND.dilation[2]", "across"),
     "residual after the activation": (
         "tap_conv", "acc = activate(acc, ACTIVATION, SLOPE)\n    if stored", "if stored"),
     "weights packed with rows and columns exchanged": (
@@ -520,7 +520,7 @@ def test_nothing_is_seen_without_a_bug(
 
 
 def all_checks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    walks = MUTANTS[name][0] in ("walk", "pair", "depthwise") or "residual" in name
+    walks = MUTANTS[name][0] in ("rolling_window", "pair", "depthwise") or "residual" in name
     (check_walks if walks else check_passes)(monkeypatch)
 
 

@@ -47,7 +47,7 @@ def test_packs_as_kernels_read(count: int, turned: bool, launched: dict[str, int
     assert launched["pack"] == (count + 1) // 2
 
 
-@pytest.mark.skipif(not backend.launch.interpreted(), reason="of the interpreter")
+@pytest.mark.skipif(not backend.launch.is_interpreted(), reason="of the interpreter")
 def test_a_comparison_of_scalars_stays_a_mask_over_a_block() -> None:
     """Triton 3.9 refuses masks of integers; its interpreter made this one of them."""
     import triton.language as tl

@@ -23,7 +23,7 @@ from fastst.dispatch import quarantine, selfcheck
 from fastst.machine import gpu
 from fastst.problem import examples
 from fastst.problem.conv3d import problem_of
-from fastst.problem.examples import of_kind, off_kinks, resembling
+from fastst.problem.examples import of_kind, off_kinks, resemble
 from fastst.problem.spec import PairProblem, PairSpec, PairTensors, Problem
 from tests.support import fuzz
 from tests.support.fuzz import ConvLimits, Limits
@@ -180,7 +180,7 @@ def of(name: str, norm: str, layout: str) -> Problem | None:
     pair = isinstance(problem, PairProblem)
     if norm == "batch" and not (isinstance(problem, PairProblem) and problem.spec.norm != "none"):
         return None
-    tensors, spec = resembling(problem, problem.batch, problem.size)
+    tensors, spec = resemble(problem, problem.batch, problem.size)
     x = torch.empty(tensors.x.shape, dtype=torch.bfloat16, device="meta")
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last_3d)

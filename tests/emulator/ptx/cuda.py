@@ -124,7 +124,7 @@ def serving(arch: str) -> Iterator[Executed]:
     with (
         machine.executing(NUMBERS[arch], readable) as (module, executed),
         mock.patch.object(library, "load_emulated", lambda: module),
-        mock.patch.object(hopper, "emulating", lambda: arch == "9.0"),
+        mock.patch.object(hopper, "is_emulated", lambda: arch == "9.0"),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: (8, 0)),
     ):
         yield executed

@@ -119,7 +119,7 @@ def serving(arch: str) -> Iterator[Executed]:
         mock.patch.object(launch, "serves_cpu", lambda: True),
         mock.patch.object(launch, "capability", lambda device: capability),
         mock.patch.object(launch, "processors", lambda device: 4),
-        mock.patch.object(launch, "tf32_allowed", lambda: False),
+        mock.patch.object(launch, "allows_tf32", lambda: False),
     ):
         yield executed
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ....problem.memory import read_address
 from ....problem.spec import PairProblem, PairSpec, PairTensors
 from ...contract import Begun, PairResult
-from ..library import Launcher, emulating, launching
+from ..library import Launcher, is_emulated, launching
 from . import weights
 from .backward import backward
 from .launches import (
@@ -74,7 +74,7 @@ def _why_neither(problem: PairProblem) -> str | None:
     if spec.order != "spatial-first":
         return "run a spatial and then a temporal convolution"
     device = problem.device
-    if not emulating():
+    if not is_emulated():
         major, minor = torch.cuda.get_device_capability(device)
         if major != 9:
             return f"need compute capability 9.0 (Hopper), but {device} has {major}.{minor}"

@@ -96,7 +96,7 @@ def backward(
             del dy
             du = Gradient(g)
             if partials is not None:
-                du, (dgamma, dbeta, dbs) = _through_norm(k, call, norm, partials, g, mid)
+                du, (dgamma, dbeta, dbs) = _norm_backward(k, call, norm, partials, g, mid)
             if need.first_weight:
                 dws = weights.spatial(k, problem, tensors.x, du, tensors.first_weight, instances)
             if need.x:
@@ -144,7 +144,7 @@ def _pack(
     return packed
 
 
-def _through_norm(
+def _norm_backward(
     k: Launcher, call: PairBackward, norm: Any, partials: Tensor, g: Tensor, mid: Tensor | None
 ) -> tuple[Gradient, Sequence[Tensor | None]]:
     """du, and the gradients of gamma, beta and the first bias, from sums of dv."""

@@ -42,13 +42,13 @@ def _forward(dtype: torch.dtype) -> list[Example]:
         )  # fmt: skip
         if batch:
             tensors = tensors._replace(mean=None, var=None)
-        name = f"spatial {_of(spatial)}, temporal {_of(temporal)} stride {stride}"
+        name = f"spatial {_describe(spatial)}, temporal {_describe(temporal)} stride {stride}"
         examples.append(Example(spec, tensors, run, name=name))
     stem = *_stem(dtype, 21, 20), lambda p, t: [forward(p, t, False).y]
     return [*examples, Example(*stem, name="stem")]
 
 
-def _of(tile: Any) -> str:
+def _describe(tile: Any) -> str:
     turns = " by turns" if getattr(tile, "groups", 0) == 1 else ""
     return f"{tile.columns} columns of {tile.blocks} blocks{turns} in clusters of {tile.cluster}"
 
@@ -79,7 +79,8 @@ def _backward(dtype: torch.dtype) -> list[Example]:
         )
         # Statistics take a bias away again: its gradient is 0.
         tensors = tensors._replace(mean=None, var=None, first_bias=None)
-        name = f"gradients: spatial {_of(spatial)}, temporal {_of(temporal)} stride {stride}"
+        tiles = f"spatial {_describe(spatial)}, temporal {_describe(temporal)}"
+        name = f"gradients: {tiles} stride {stride}"
         examples.append(_gradients(spec, tensors, name, (spatial, temporal)))
     for i, instance in enumerate(weight_tiles.TILES):
         m = instance[0] + 8 * (i % 2)  # whole tiles, and one that is cut

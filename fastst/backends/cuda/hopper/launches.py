@@ -15,7 +15,7 @@ from torch import Tensor
 from ....machine.gpu import round_up
 from ....problem.spec import PairProblem
 from ..depthwise import channels_last
-from ..library import Launcher, emulating
+from ..library import Launcher, is_emulated
 from . import gradient_tiles
 from . import tiles as configs_hopper
 from .gradient_tiles import Axis, GradientTile
@@ -56,7 +56,7 @@ def stem_why_not(problem: PairProblem) -> str | None:
 
 
 def _processors(device: torch.device) -> int:
-    if emulating():
+    if is_emulated():
         return _EMULATED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 

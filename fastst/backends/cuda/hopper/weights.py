@@ -113,7 +113,7 @@ def temporal(
     m, p = weight.shape[1], problem.passes[1]
     tile = temporal_tile(problem, 0 if z.table is None else 1, instances)
     assert tile is not None
-    parts, tap = [], _through(p)
+    parts, tap = [], _common_tap(p)
     if biased and tap is not None:
         parts = [k.empty(tile.splits, dy.shape[1])]
     partials = _partials(
@@ -124,7 +124,7 @@ def temporal(
     return dwt[..., :m].permute(1, 2, 0)[..., None, None], dbt
 
 
-def _through(p: Pass) -> int | None:
+def _common_tap(p: Pass) -> int | None:
     """A tap through which every frame of the output reads a frame that exists, if there is one."""
     before, after = p.padding[:2]
     taps, apart = p.kernel[0], p.dilation[0]

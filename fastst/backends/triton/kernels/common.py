@@ -83,7 +83,7 @@ def activate_gradient(dz, v, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def shown(hidden):
+def reveal(hidden):
     """n as it was; hosts pass 2n + 3, which is nothing that Triton compiles a kernel anew for."""
     return (hidden - 3) >> 1
 
@@ -91,27 +91,28 @@ def shown(hidden):
 @triton.jit
 def size_of(hidden):
     """(T, H, W) as they were."""
-    return shown(hidden[0]), shown(hidden[1]), shown(hidden[2])
+    return reveal(hidden[0]), reveal(hidden[1]), reveal(hidden[2])
 
 
 @triton.jit
 def four_of(hidden):
-    return shown(hidden[0]), shown(hidden[1]), shown(hidden[2]), shown(hidden[3])
+    return reveal(hidden[0]), reveal(hidden[1]), reveal(hidden[2]), reveal(hidden[3])
 
 
 @triton.jit
 def grid_of(hidden):
     """What ``positions`` takes."""
     return (
-        shown(hidden[0]), shown(hidden[1]), shown(hidden[2]), shown(hidden[3]), shown(hidden[4]),
-        shown(hidden[5]), shown(hidden[6]), shown(hidden[7]), shown(hidden[8]),
+        reveal(hidden[0]), reveal(hidden[1]), reveal(hidden[2]),
+        reveal(hidden[3]), reveal(hidden[4]), reveal(hidden[5]),
+        reveal(hidden[6]), reveal(hidden[7]), reveal(hidden[8]),
     )  # fmt: skip
 
 
 @triton.jit
 def strides_of(hidden):
     """Strides, of which that of the channels is not hidden: 1 is worth a kernel of its own."""
-    return shown(hidden[0]), hidden[1], shown(hidden[2]), shown(hidden[3]), shown(hidden[4])
+    return reveal(hidden[0]), hidden[1], reveal(hidden[2]), reveal(hidden[3]), reveal(hidden[4])
 
 
 @triton.jit
@@ -251,7 +252,7 @@ def tap_start(i, first, AXIS: tl.constexpr, TAPS: tl.constexpr):
 
 
 @triton.jit
-def below(i, size):
+def is_below(i, size):
     """0 ≤ i < size, in one comparison."""
     return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
 
@@ -339,7 +340,7 @@ def tile_rows(BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def by_rows(acc):
+def regroup(acc):
     """(BLOCK_P, columns) with rows as of ``tile_rows``."""
     if acc.shape[1] >= _MANY:
         acc = tl.reshape(acc, (acc.shape[0] // 16, 16, acc.shape[1]))
@@ -371,7 +372,7 @@ def column_sums(x, z):
 
 
 @triton.jit
-def merged(both, rows, R: tl.constexpr):
+def merge(both, rows, R: tl.constexpr):
     """(R, C, 2) of mean and M2 from twice as many, of a tile's rows r, r + 2R, …: Chan's formula.
 
     They go through shared memory together.
@@ -399,7 +400,7 @@ def column_moments(x, row_ok, rows):
     if len(x.shape) == 3:
         both = tl.join(mean, m2)
         for _ in tl.static_range(4):
-            both = merged(both, rows, both.shape[0] // 2)
+            both = merge(both, rows, both.shape[0] // 2)
         mean, m2 = tl.split(tl.reshape(both, (x.shape[2], 2)))
     return mean, m2
 

@@ -12,15 +12,15 @@ import triton
 import triton.language as tl
 
 from .common import activate, columns, grid_of, positions, size_of, strides_of, tap_position
-from .tap_conv import earlier, finish, row_pointers, tile_positions
-from .walk import beside, walk_source, walk_start, walk_steps, walked
+from .rolling_window import mid_at, output_at, window_source, window_start, window_steps
+from .tap_conv import finish, past_source, row_pointers, tile_positions
 
 
 @triton.jit
 def direct_sum(
     acc,  # (BLOCK_P, BLOCK_C)
     x_ptr, x_strides, x_size,
-    past,  # ``earlier``: of what the prologue makes of x; or None
+    past,  # ``past_source``: of what the prologue makes of x; or None
     w_ptr,
     n, n_ok, out_channels,  # output channels of the tile, and how many there are
     per_group, out_per_group,  # channels of a group
@@ -90,7 +90,7 @@ def direct_conv(
     n = pid % tiles_n * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = direct_sum(
         tl.zeros((BLOCK_P, BLOCK_C), ACCUMULATE), x_ptr, x_strides, x_size,
-        earlier(past_ptr, past_strides, past_size, tl.cast(0, tl.int32)), w_ptr, n,
+        past_source(past_ptr, past_strides, past_size, tl.cast(0, tl.int32)), w_ptr, n,
         n < out_channels, out_channels, per_group, out_per_group, in_scale_ptr, in_shift_ptr,
         columns(position), row_ok[:, None], TAPS, X_ALIGN, IN_ACTIVATION, SLOPE, UNROLL,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def direct_pair(
     residual_ptr, residual_strides,  # like y, or None
     y_ptr, y_strides, y_size,  # (N, K, T', H', W')
     mid_size, grid,  # grid: of y, 1 along the axis
-    count, pieces,  # positions of y across the axis, and programs that share one walk
+    count, pieces,  # positions of y across the axis, and programs that share the axis
     FIRST: tl.constexpr, SECOND: tl.constexpr, AXIS: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTER: tl.constexpr, SLOPE: tl.constexpr,
@@ -137,7 +137,7 @@ def direct_pair(
     pid = tl.program_id(0)
     n = pid % tiles_n * BLOCK_C + tl.arange(0, BLOCK_C)
     n_ok = n < out_channels
-    position, row_ok, residue, first, end = walk_start(
+    position, row_ok, residue, first, end = window_start(
         pid // tiles_n, y_size, grid_of(grid), count, pieces, SECOND, AXIS, BLOCK_P, RUN, WIDE
     )
 
@@ -145,17 +145,17 @@ def direct_pair(
     sums = ()
     for _ in tl.static_range(TAPS):
         sums = sums + (zero,)
-    begin, stop = walk_steps(first, end, SECOND, AXIS)
+    begin, stop = window_steps(first, end, SECOND, AXIS)
     for step in range(begin, stop):
         index = residue + tl.cast(step, tl.int32) * SECOND.dilation[AXIS]
-        row, there = walk_source(index, mid_size, SECOND, AXIS)
+        row, there = window_source(index, mid_size, SECOND, AXIS)
         for turn in range(mid_per_group * ACROSS if there else 0):
             across = turn % ACROSS
             lane = turn // ACROSS
             if mid_per_group == 1:
                 lane = 0  # known to be: channels stay neighbours
             m = n // out_per_group * mid_per_group + lane
-            at, ok = beside(position, row, across, mid_size, SECOND, AXIS)
+            at, ok = mid_at(position, row, across, mid_size, SECOND, AXIS)
             ok = (ok & row_ok)[:, None]
             z = direct_sum(
                 zero, x_ptr, x_strides, x_size, None, first_ptr, m, n_ok, mid_channels, per_group,
@@ -175,7 +175,7 @@ def direct_pair(
                 moved = moved + (sums[age] + z * w.to(ACCUMULATE)[None, :],)
             sums = moved
         output = step - (TAPS - 1)
-        at, kept = walked(position, residue + output * SECOND.dilation[AXIS], SECOND, AXIS)
+        at, kept = output_at(position, residue + output * SECOND.dilation[AXIS], SECOND, AXIS)
         finish(
             sums[0], n, 0, out_channels, 0, None, None, bias_ptr, None, residual_ptr,
             residual_strides, y_ptr, y_strides, at, row_ok & kept & (output >= first), BLOCK_P,

@@ -17,24 +17,17 @@ import triton.language as tl
 
 from .common import (
     activate_gradient,
-    by_rows,
     column_sums,
     grid_of,
     image_positions,
+    regroup,
     size_of,
     strides_of,
     tile_offsets,
     tile_rows,
     written_positions,
 )
-from .tap_conv import (
-    accumulate,
-    read_once,
-    reduction_rows,
-    store,
-    tile_positions,
-    weight_start,
-)
+from .tap_conv import accumulate, read_once, reduction_rows, store, tile_positions, weight_start
 
 
 @triton.jit
@@ -208,7 +201,7 @@ def input_gradient(
         WHOLE, DENSE,
     )  # fmt: skip
     finish_gradient(
-        by_rows(acc), first + tl.arange(0, BLOCK_N), group, dx_channels, all_channels, dx_stored,
+        regroup(acc), first + tl.arange(0, BLOCK_N), group, dx_channels, all_channels, dx_stored,
         u_ptr, scale_ptr, shift_ptr, mean_ptr, partial_ptr, dx_ptr, dx_strides, position, row_ok,
         SCALED, ACTIVATION, SLOPE, X_ALIGN, EMULATE,
     )  # fmt: skip
@@ -218,7 +211,7 @@ def input_gradient(
             WHOLE, DENSE,
         )  # fmt: skip
         finish_gradient(
-            by_rows(rest), first + BLOCK_N + tl.arange(0, REST_N), group, dx_channels, all_channels,
+            regroup(rest), first + BLOCK_N + tl.arange(0, REST_N), group, dx_channels, all_channels,
             dx_stored, u_ptr, scale_ptr, shift_ptr, mean_ptr, partial_ptr, dx_ptr, dx_strides,
             position, row_ok, SCALED, ACTIVATION, SLOPE, X_ALIGN, EMULATE,
         )  # fmt: skip

@@ -82,7 +82,7 @@ def per_channel(ptr, c, c_ok, missing: tl.constexpr, ACCUMULATE: tl.constexpr):
 
 
 @triton.jit
-def normalised(
+def apply_norm(
     x, mean_ptr, var_ptr, each, p, p_ok, c, c_ok, groups, per_group, frames,
     EPS: tl.constexpr, LEAST: tl.constexpr, POSITION: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +167,7 @@ def normalise(
         tl.store(var_ptr + p, var, mask=row_ok)
         x = x * factor(var, EPS, LEAST)[:, None]
     else:
-        x, _ = normalised(
+        x, _ = apply_norm(
             x, mean_ptr, var_ptr, each, p, row_ok, c, c_ok, groups, per_group, frames, EPS, LEAST,
             POSITION,
         )  # fmt: skip
@@ -221,7 +221,7 @@ def norm_sums(
         ok = row_ok[:, None] & c_ok[None, :]
         position = positions(p, grid, RUN)
         x = video_tile(x_ptr, x_strides, position, ok, c, X_ALIGN).to(ACCUMULATE)
-        x, _ = normalised(
+        x, _ = apply_norm(
             x, mean_ptr, var_ptr, each, p, row_ok, c, c_ok, groups, per_group, frames, EPS, LEAST,
             POSITION,
         )  # fmt: skip
@@ -238,7 +238,7 @@ def norm_sums(
 
 
 @triton.jit(do_not_specialize=["frames", "length", "parts"])
-def through_norm(
+def normalise_gradient(
     x_ptr, x_strides, grid, channels,  # (N, C, T, H, W)
     mean_ptr, var_ptr, gamma_ptr, beta_ptr, groups, per_group, frames,  # as of ``normalise``
     dz_ptr, dz_strides,  # like x
@@ -264,7 +264,7 @@ def through_norm(
     ok = row_ok[:, None] & c_ok[None, :]
     position = positions(p, grid_of(grid), RUN)
     x = video_tile(x_ptr, x_strides, position, ok, c, X_ALIGN).to(ACCUMULATE)
-    x, r = normalised(
+    x, r = apply_norm(
         x, mean_ptr, var_ptr, each, p, row_ok, c, c_ok, groups, per_group, frames, EPS, LEAST,
         POSITION,
     )  # fmt: skip

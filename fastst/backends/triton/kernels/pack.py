@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import shown, to_tf32
+from .common import reveal, to_tf32
 
 
 @triton.jit
@@ -14,14 +14,14 @@ def pack_tile(
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of one weight; arguments as of ``pack``."""
-    rows, width = shown(layout[0]), shown(layout[1])
-    depth, parts, lanes = shown(layout[2]), shown(layout[3]), shown(layout[4])
+    rows, width = reveal(layout[0]), reveal(layout[1])
+    depth, parts, lanes = reveal(layout[2]), reveal(layout[3]), reveal(layout[4])
     tiles_r, tiles_n = (rows + BLOCK_R - 1) // BLOCK_R, (width + BLOCK_N - 1) // BLOCK_N
     n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     r = tile // tiles_n % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     group = tile // tiles_n // tiles_r
     tap, c = r // depth, r % depth
-    kh, kw = shown(w_sizes[6]), shown(w_sizes[7])
+    kh, kw = reveal(w_sizes[6]), reveal(w_sizes[7])
     index = (
         group, n // lanes, n % lanes, c // parts, c % parts, tap // (kh * kw), tap // kw % kh,
         tap % kw,
@@ -29,8 +29,8 @@ def pack_tile(
     at = tl.zeros((BLOCK_R, BLOCK_N), tl.int64)
     ok = (r < rows) & (n < width)
     for i in tl.static_range(8):
-        at += tl.cast(index[i], tl.int64) * shown(w_strides[i])
-        ok = ok & (index[i] < shown(w_sizes[i]))
+        at += tl.cast(index[i], tl.int64) * reveal(w_strides[i])
+        ok = ok & (index[i] < reveal(w_sizes[i]))
     w = tl.load(w_ptr + at, mask=ok, other=0.0)
     if ROUND:
         w = to_tf32(w)

@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 
 from .common import activate, grid_of, narrow, product, size_of, strides_of
-from .tap_conv import accumulate, biased, finish, read_once, reduction_rows
-from .walk import beside, walk_source, walk_start, walk_steps, walked
+from .rolling_window import mid_at, output_at, window_source, window_start, window_steps
+from .tap_conv import accumulate, add_bias, finish, read_once, reduction_rows
 
 
 @triton.jit
-def through(
+def add_mid_channels(
     sums,  # of the outputs that read a mid position, oldest first; (BLOCK_P, BLOCK_N) each
     x_ptr, x_strides, x_size, channels,  # at the first channel of the group
     first_ptr, mid_width, second_ptr,  # packed weights of the group
@@ -39,7 +39,7 @@ def through(
     m_ok = m < mid_channels
     if scale_ptr is not None:
         z = z * tl.load(scale_ptr + m, mask=m_ok, other=0.0).to(z.dtype)[None, :]
-    z = activate(biased(z, shift_ptr, m, mid_channels), ACTIVATION, SLOPE)
+    z = activate(add_bias(z, shift_ptr, m, mid_channels), ACTIVATION, SLOPE)
     # Padding of the second pass is of z, with zeros: skipped, not normalised.
     z = tl.where(ok[:, None] & m_ok[None, :], z, 0.0)
     z = narrow(z, x_ptr.dtype.element_ty, EMULATE)
@@ -63,7 +63,7 @@ def pair_conv(
     residual_ptr, residual_strides,  # like y, or None
     y_ptr, y_strides, y_size,  # (N, K, T', H', W')
     mid_size, grid,  # grid: of y, 1 along the axis
-    count, pieces,  # positions of y across the axis, and programs that share one walk
+    count, pieces,  # positions of y across the axis, and programs that share the axis
     FIRST: tl.constexpr, SECOND: tl.constexpr, AXIS: tl.constexpr, FLAT: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTER: tl.constexpr, SLOPE: tl.constexpr,
@@ -84,7 +84,7 @@ def pair_conv(
     ACROSS: tl.constexpr = SECOND.kernel[2]
     pid = tl.program_id(0)
     group = pid % groups
-    position, row_ok, residue, first, end = walk_start(
+    position, row_ok, residue, first, end = window_start(
         pid // groups, y_size, grid_of(grid), count, pieces, SECOND, AXIS, BLOCK_P, RUN, WIDE
     )
     x_ptr += (group * channels).to(tl.int64) * x_strides[1]
@@ -101,14 +101,14 @@ def pair_conv(
     sums = ()
     for _ in tl.static_range(TAPS):
         sums = sums + (zero,)
-    begin, stop = walk_steps(first, end, SECOND, AXIS)
+    begin, stop = window_steps(first, end, SECOND, AXIS)
     for step in range(begin, stop):
         index = residue + tl.cast(step, tl.int32) * SECOND.dilation[AXIS]
-        row, there = walk_source(index, mid_size, SECOND, AXIS)
+        row, there = window_source(index, mid_size, SECOND, AXIS)
         whole = (mid_width - REST_M) // BLOCK_M
         for turn in range(whole * ACROSS if there else 0):
-            at, ok = beside(position, row, turn // whole, mid_size, SECOND, AXIS)
-            sums = through(
+            at, ok = mid_at(position, row, turn // whole, mid_size, SECOND, AXIS)
+            sums = add_mid_channels(
                 sums, x_ptr, x_strides, x_size, channels, first_ptr, mid_width, second_ptr,
                 scale_ptr, shift_ptr, turn % whole * BLOCK_M, mid_channels, at, ok & row_ok,
                 turn // whole, FIRST, SECOND, AXIS, FLAT, X_ALIGN, ACTIVATION, SLOPE,
@@ -116,15 +116,15 @@ def pair_conv(
             )  # fmt: skip
         if REST_M > 0:
             for across in range(ACROSS if there else 0):
-                at, ok = beside(position, row, across, mid_size, SECOND, AXIS)
-                sums = through(
+                at, ok = mid_at(position, row, across, mid_size, SECOND, AXIS)
+                sums = add_mid_channels(
                     sums, x_ptr, x_strides, x_size, channels, first_ptr, mid_width, second_ptr,
                     scale_ptr, shift_ptr, whole * BLOCK_M, mid_channels, at, ok & row_ok,
                     across, FIRST, SECOND, AXIS, FLAT, X_ALIGN, ACTIVATION, SLOPE,
                     REST_M, BLOCK_K, PRECISION, EMULATE,
                 )  # fmt: skip
         output = step - (TAPS - 1)
-        at, kept = walked(position, residue + output * SECOND.dilation[AXIS], SECOND, AXIS)
+        at, kept = output_at(position, residue + output * SECOND.dilation[AXIS], SECOND, AXIS)
         finish(
             sums[0], tl.arange(0, BLOCK_N), group, out_channels, 0, None, None, bias_ptr,
             None, residual_ptr, residual_strides, y_ptr, y_strides, at,

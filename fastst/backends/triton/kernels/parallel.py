@@ -28,7 +28,7 @@ from .depthwise_backward import direct_tile, gather_direct, read_tile
 from .input_gradient import class_tile, finish_gradient, gather
 from .tap_conv import (
     accumulate,
-    biased,
+    add_bias,
     read_once,
     reduction_rows,
     store,
@@ -87,7 +87,7 @@ def branch(
             None, TAPS, FLAT, ALIGN, BLOCK_N, REST_N, BLOCK_K, TURNED, PRECISION, EMULATE,
         )  # fmt: skip
         acc, rest = read_once(acc), read_once(rest)
-    return biased(acc, bias_ptr, n, out_channels), biased(rest, bias_ptr, n_rest, out_channels)
+    return add_bias(acc, bias_ptr, n, out_channels), add_bias(rest, bias_ptr, n_rest, out_channels)
 
 
 @triton.jit

@@ -16,16 +16,16 @@ import triton.language as tl
 
 from .common import (
     activate,
-    below,
-    by_rows,
     column_moments,
     columns,
     grid_of,
+    is_below,
     narrow,
     positions,
     product,
+    regroup,
+    reveal,
     row_offsets,
-    shown,
     size_of,
     strides_of,
     tap_position,
@@ -96,7 +96,7 @@ def taps_within(start, size, count, AXIS: tl.constexpr, TAPS: tl.constexpr):
     MOVE: tl.constexpr = TAPS.move[AXIS]
     bits = tl.zeros_like(start)
     for k in tl.static_range(COUNT):
-        inside = below(start + k * MOVE, size)
+        inside = is_below(start + k * MOVE, size)
         if count is not None:
             inside = inside & (k < count)
         bits |= inside.to(tl.int32) << k
@@ -104,7 +104,7 @@ def taps_within(start, size, count, AXIS: tl.constexpr, TAPS: tl.constexpr):
 
 
 @triton.jit
-def combined(within_t, within_h, within_w, rows, lanes, TAPS: tl.constexpr):
+def combine_taps(within_t, within_h, within_w, rows, lanes, TAPS: tl.constexpr):
     """A bit for each tap, of those along each axis."""
     KT: tl.constexpr = TAPS.kernel[0]
     KH: tl.constexpr = TAPS.kernel[1]
@@ -117,7 +117,7 @@ def combined(within_t, within_h, within_w, rows, lanes, TAPS: tl.constexpr):
 
 
 @triton.jit
-def earlier(past_ptr, past_strides, past_size, channel):
+def past_source(past_ptr, past_strides, past_size, channel):
     """What ``sources`` takes of the frames before x, from a channel on; or None, if there are none.
 
     Made and returned here alone: Triton 3.6 gives no None back that it was given.
@@ -125,7 +125,7 @@ def earlier(past_ptr, past_strides, past_size, channel):
     past = None
     if past_ptr is not None:
         strides = strides_of(past_strides)
-        past = (past_ptr + channel.to(tl.int64) * strides[1], strides, shown(past_size[0]))
+        past = (past_ptr + channel.to(tl.int64) * strides[1], strides, reveal(past_size[0]))
     return past
 
 
@@ -168,7 +168,7 @@ def taps_inside(first, row_ok, x_size, counts, rows, lanes, TAPS: tl.constexpr):
     within_h = taps_within(first[1], x_size[1], counts[1], 1, TAPS)
     within_w = taps_within(first[2], x_size[2], counts[2], 2, TAPS)
     if TAPS.kernel[0] * TAPS.kernel[1] * TAPS.kernel[2] <= 32:
-        within = combined(within_t, within_h, within_w, rows, lanes, TAPS)
+        within = combine_taps(within_t, within_h, within_w, rows, lanes, TAPS)
     else:
         within = (within_t, within_h, within_w)
     return within
@@ -188,7 +188,7 @@ def is_inside(within, index, along, TAPS: tl.constexpr):
 def accumulate(
     acc, rest,  # (BLOCK_P, BLOCK_N) and, with REST_N, (BLOCK_P, REST_N)
     x_ptr, x_strides, x_size,  # x_ptr at the first channel of the group
-    past,  # ``earlier``: x_size counts its frames, too; or None
+    past,  # ``past_source``: x_size counts its frames, too; or None
     channels,  # of the group
     w_ptr, width,  # w_ptr at the group's first row and the tile's first column
     position, row_ok,
@@ -311,7 +311,7 @@ def load_rows(w, ok):
 
 
 @triton.jit
-def biased(acc, bias_ptr, channel, channels):
+def add_bias(acc, bias_ptr, channel, channels):
     """acc plus a bias per channel, which may be None."""
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0)
@@ -437,7 +437,7 @@ def tap_conv(
         tl.zeros((BLOCK_P, BLOCK_N), ACCUMULATE),
         tl.zeros((BLOCK_P, REST_N if REST_N > 0 else 16), ACCUMULATE),
         x_ptr + in_channel.to(tl.int64) * x_strides[1], x_strides, x_size,
-        earlier(past_ptr, past_strides, past_size, in_channel), channels,
+        past_source(past_ptr, past_strides, past_size, in_channel), channels,
         weight_start(w_ptr, group, first, reduction, width, TURNED), width, position, row_ok, None,
         TAPS, FLAT, X_ALIGN, BLOCK_N, REST_N, BLOCK_K, TURNED, PRECISION, EMULATE,
     )  # fmt: skip
@@ -448,7 +448,7 @@ def tap_conv(
         partial_ptr += tile_p.to(tl.int64) * 2 * all_channels
     row = tile_rows(BLOCK_P, BLOCK_N)
     finish(
-        by_rows(acc), first + tl.arange(0, BLOCK_N), group, y_channels, all_channels, y_stored,
+        regroup(acc), first + tl.arange(0, BLOCK_N), group, y_channels, all_channels, y_stored,
         out_scale_ptr, out_shift_ptr, partial_ptr, residual_ptr, residual_strides, y_ptr, y_strides,
         written_positions(start + row, grid, RUN, DENSE), row < rows, rows,
         INNER, ACTIVATION, SLOPE, Y_ALIGN, EMULATE,
@@ -456,7 +456,7 @@ def tap_conv(
     if REST_N > 0:
         row = tile_rows(BLOCK_P, REST_N)
         finish(
-            by_rows(rest), first + BLOCK_N + tl.arange(0, REST_N), group, y_channels, all_channels,
+            regroup(rest), first + BLOCK_N + tl.arange(0, REST_N), group, y_channels, all_channels,
             y_stored, out_scale_ptr, out_shift_ptr, partial_ptr, residual_ptr, residual_strides,
             y_ptr, y_strides, written_positions(start + row, grid, RUN, DENSE), row < rows, rows,
             INNER, ACTIVATION, SLOPE, Y_ALIGN, EMULATE,

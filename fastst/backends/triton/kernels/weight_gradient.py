@@ -16,16 +16,16 @@ import triton
 import triton.language as tl
 
 from .common import (
-    below,
     columns,
     four_of,
     grid_of,
+    is_below,
     narrow,
     positions,
     product,
     read_du,
+    reveal,
     row_offsets,
-    shown,
     size_of,
     strides_of,
     tap_offsets,
@@ -83,11 +83,11 @@ def read_taps(
         w0 = w0 * TAPS.stride[2] + kw * TAPS.move[2]
         ok = row_ok
         if TAPS.kernel[0] > 1 or TAPS.before[0] > 0:
-            ok = ok & below(start[0] + t0, x_size[0])
+            ok = ok & is_below(start[0] + t0, x_size[0])
         if KH > 1 or TAPS.before[1] > 0:
-            ok = ok & below(start[1] + h0, x_size[1])
+            ok = ok & is_below(start[1] + h0, x_size[1])
         if KW > 1 or TAPS.before[2] > 0:
-            ok = ok & below(start[2] + w0, x_size[2])
+            ok = ok & is_below(start[2] + w0, x_size[2])
         moved = row_offsets((n0, t0, h0, w0), x_strides, ALIGN)
         read = rows + (moved + c.to(tl.int64) * x_strides[1])
     else:
@@ -267,11 +267,11 @@ def finish_weight(
         total += tl.load(at + index, mask=ok, other=0.0)
     at = tl.zeros((BLOCK,), tl.int64)
     for axis in tl.static_range(6, -1, -1):
-        size = shown(sizes[axis])
+        size = reveal(sizes[axis])
         place = index % size
         index = index // size
-        ok = ok & (place < shown(limits[axis]))
-        at += place.to(tl.int64) * shown(strides[axis])
+        ok = ok & (place < reveal(limits[axis]))
+        at += place.to(tl.int64) * reveal(strides[axis])
     tl.store(dw_ptr + at, narrow(total, dw_ptr.dtype.element_ty, EMULATE), mask=ok)
 
 

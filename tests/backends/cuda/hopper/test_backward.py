@@ -261,8 +261,8 @@ def test_auto_waits_for_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.extend([phase] * (backend.name == "cuda"))
         return "is off by 1"
 
-    monkeypatch.setattr(cuda, "emulating", lambda: False)
-    monkeypatch.setattr(cuda_hopper, "emulating", lambda: False)
+    monkeypatch.setattr(cuda, "is_emulated", lambda: False)
+    monkeypatch.setattr(cuda_hopper, "is_emulated", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(selfcheck, "why_broken", broken)
     monkeypatch.setattr(cuda.BACKEND, "why_not", lambda *arguments: None)

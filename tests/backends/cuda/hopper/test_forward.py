@@ -322,7 +322,7 @@ def test_self_check_runs_every_instance(
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the emulated kernels ran on a GPU, for whoever chooses among backends."""
     for module in (cuda, cuda_hopper):
-        monkeypatch.setattr(module, "emulating", lambda: False)
+        monkeypatch.setattr(module, "is_emulated", lambda: False)
     monkeypatch.setattr(cuda.BACKEND, "why_not", lambda *arguments: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
@@ -429,11 +429,11 @@ def test_copies_nothing(
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_needs_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_hopper, "emulating", lambda: False)
+    monkeypatch.setattr(cuda_hopper, "is_emulated", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     why = f"need compute capability 9.0 (Hopper), but cpu has {capability[0]}.{capability[1]}"
     assert cuda_hopper.why_not(problem()) == why
-    monkeypatch.setattr(cuda, "emulating", lambda: False)
+    monkeypatch.setattr(cuda, "is_emulated", lambda: False)
     monkeypatch.setattr(cuda.BACKEND, "why_not", lambda *arguments: None)
     assert why in str(dispatch.reasons(problem())["cuda"])  # which is what explain prints
 

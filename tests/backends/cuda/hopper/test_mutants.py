@@ -166,7 +166,7 @@ def test_auto_passes_over_a_wrong_kernel(
 
     monkeypatch.setattr(quarantine, "ask", here)
     for module in (cuda, cuda_hopper):
-        monkeypatch.setattr(module, "emulating", lambda: False)
+        monkeypatch.setattr(module, "is_emulated", lambda: False)
     monkeypatch.setattr(cuda.BACKEND, "why_not", lambda *arguments: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     spec, tensors, *_ = examples("hopper", torch.float16)[-1 if "stem" in file else 0]

@@ -1,4 +1,4 @@
-"""How the single-kernel pairs walk: along the axis of the second pass, with rotating sums.
+"""A window of rotating sums, which the single-kernel pairs move along the axis of the second pass.
 
 A program keeps its positions in the plane across that axis: the time of a spatial-first pair, the
 rows of a temporal-first one. At each step it has one mid frame (or row) of them, of one residue
@@ -16,7 +16,7 @@ from .tap_conv import tile_positions
 
 
 @triton.jit
-def walk_start(
+def window_start(
     tile, y_size, grid, count, pieces, SECOND: tl.constexpr, AXIS: tl.constexpr,
     BLOCK_P: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def walk_start(
 
 
 @triton.jit
-def walk_steps(first, end, SECOND: tl.constexpr, AXIS: tl.constexpr):
+def window_steps(first, end, SECOND: tl.constexpr, AXIS: tl.constexpr):
     """The steps that complete outputs first..end − 1."""
     TAPS: tl.constexpr = SECOND.kernel[AXIS]
     begin = first
@@ -51,14 +51,14 @@ def walk_steps(first, end, SECOND: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def walk_source(index, mid_size, SECOND: tl.constexpr, AXIS: tl.constexpr):
+def window_source(index, mid_size, SECOND: tl.constexpr, AXIS: tl.constexpr):
     """Index in the mid tensor of padded index ``index`` along the axis, and whether it exists."""
     MODE: tl.constexpr = SECOND.modes[AXIS]
     return source(index - SECOND.before[AXIS], mid_size[AXIS], MODE)
 
 
 @triton.jit
-def beside(position, at, across, mid_size, SECOND: tl.constexpr, AXIS: tl.constexpr):
+def mid_at(position, at, across, mid_size, SECOND: tl.constexpr, AXIS: tl.constexpr):
     """Positions in the mid tensor at ``at`` along the axis, seen through column tap ``across``.
 
     With them, which of them exist; ``at`` does.
@@ -76,7 +76,7 @@ def beside(position, at, across, mid_size, SECOND: tl.constexpr, AXIS: tl.conste
 
 
 @triton.jit
-def walked(position, index, SECOND: tl.constexpr, AXIS: tl.constexpr):
+def output_at(position, index, SECOND: tl.constexpr, AXIS: tl.constexpr):
     """The output position at index ``index`` (at stride 1) along the axis; whether it is kept."""
     n, t, h, w = position
     STRIDE: tl.constexpr = SECOND.stride[AXIS]
