@@ -110,8 +110,7 @@ def answer(request: quarantine.Request, say: Callable[..., object]) -> bool:
     try:
         if devices.is_gpu(request.device):
             devices.runtime(request.device).set_device(request.device)
-            precision = "tf32" if request.tf32 else "ieee"
-            torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+            devices.set_tf32(request.tf32)
         verdict = selfcheck.check(
             BACKENDS[request.backend], _examples(request), request.device, request.dtype,
             begin=lambda name: say(doing=name),

@@ -368,7 +368,7 @@ def _rounding(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _tf32(device: torch.device) -> bool:
-    return devices.is_gpu(device) and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return devices.is_gpu(device) and devices.convolves_in_tf32()
 
 
 def _key(backend: str, kind: str, device: torch.device, dtype: torch.dtype) -> str:

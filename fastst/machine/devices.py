@@ -21,6 +21,8 @@ from . import gpu
 _RUNTIMES: dict[str, Any] = {"cuda": torch.cuda}
 _NOTHING = contextlib.nullcontext()
 _MODULE = Path("/proc/driver/nvidia/version")
+_torch: Any = torch._C
+_cudnn: Any = torch.backends.cudnn  # its attributes are made when it is imported
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -76,17 +78,27 @@ def describe(device: torch.device) -> str:
 
 def describe_driver() -> str:
     """What beside its model decides how a GPU computes."""
-    driver, cudnn = torch._C._cuda_getDriverVersion(), torch.backends.cudnn.version()  # type: ignore[attr-defined]
-    return f"driver {driver}{_kernel_module()} cudnn {cudnn}"
+    driver = _torch._cuda_getDriverVersion()
+    return f"driver {driver}{_kernel_module()} cudnn {_cudnn.version()}"
 
 
 def _kernel_module() -> str:
     """Version of NVIDIA's driver where Linux tells: that of CUDA stays the same over many."""
     with suppress(OSError):
-        told = _MODULE.read_text(errors="replace")
-        if found := re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", told):
+        text = _MODULE.read_text(errors="replace")
+        if found := re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", text):
             return f" {found[1]}"
     return ""
+
+
+def convolves_in_tf32() -> bool:
+    """Whether PyTorch's float32 convolutions may round their operands to TF32."""
+    return bool(_cudnn.conv.fp32_precision == "tf32")
+
+
+def set_tf32(on: bool) -> None:
+    """Turn PyTorch's switch of that."""
+    _cudnn.conv.fp32_precision = "tf32" if on else "ieee"
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:

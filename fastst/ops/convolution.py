@@ -7,6 +7,7 @@ gradients it knows. Kept for backward are x and the statistics of its norm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -52,8 +53,9 @@ def results_of(spec: ConvSpec, known: bool) -> tuple[bool, ...]:
 
 def _conv3d_train(*args: Any) -> list[Tensor]:
     result, spec = _run(args, True)
+    results: Sequence[Any] = result  # of which those that are asked for are there
     there = results_of(spec, args[ConvTensors._fields.index("var")] is not None)
-    return clone_aliases([t for t, asked in zip(result, there, strict=True) if asked])  # type: ignore[misc]
+    return clone_aliases(list(compress(results, there)))
 
 
 def _conv3d_train_fake(*args: Any) -> list[Tensor]:
@@ -107,7 +109,7 @@ class _ConvFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: ConvSpec, backend: str, *tensors: Tensor | None) -> Any:
         results = call("conv3d_train", *tensors, *encode_spec(spec), backend)
-        there = results_of(spec, ConvTensors(*tensors).var is not None)  # type: ignore[arg-type]
+        there = results_of(spec, ConvTensors._make(tensors).var is not None)
         _, mean, var, *_ = scatter(results, there)
         saved, ctx.aside = put_aside(tensors, ConvTensors._fields.index("bias"))
         ctx.save_for_backward(mean, var, *saved)

@@ -80,7 +80,7 @@ class ConvProblem(Problem):
     residual_stride: tuple[int, ...] | None  # of what is added to y
 
     @staticmethod
-    def of(tensors: ConvTensors, spec: ConvSpec) -> ConvProblem:  # type: ignore[override]
+    def of(tensors: ConvTensors, spec: ConvSpec) -> ConvProblem:  # type: ignore[override]  # of other tensors
         """Describe a validated call. Remembered by sizes, so that it costs little on every one."""
         x, w = tensors[:2]
         found: ConvProblem = _describe(

@@ -268,8 +268,8 @@ def _shard(module: nn.Module, group: Any) -> None:
     elif type(module) in (nn.BatchNorm2d, nn.BatchNorm3d):
         sharded = TimeShardedBatchNorm
     if sharded is not None:
-        module._time = _Time(group, type(module), before, after)  # type: ignore[assignment]
-        module.__class__ = sharded
+        made: Any = module
+        made._time, made.__class__ = _Time(group, type(module), before, after), sharded
 
 
 class TimeShardedBatchNorm(_TimeSharded, SyncBatchNorm):
@@ -288,7 +288,7 @@ def _shard_causal(layer: Conv2Plus1d | ParallelConv2Plus1d, group: Any) -> None:
     if (kernel, stride, before) != (1, 1, 0):
         conv._time = _Time(group, type(conv), before, 0)
         conv.__class__ = TimeShardedConv3d
-    layer._time_causal = layer.causal  # type: ignore[assignment]
+    vars(layer)["_time_causal"] = layer.causal
     layer.causal = False
 
 

@@ -97,7 +97,7 @@ def allows_tf32() -> bool:
     """Whether float32 convolutions may round their operands to TF32, by PyTorch's own switch."""
     if devices.is_rocm():
         return False  # most of AMD's GPUs have no such product, and Triton refuses to compile it
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return devices.convolves_in_tf32()
 
 
 class Launch(NamedTuple):

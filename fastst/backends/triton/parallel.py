@@ -116,11 +116,12 @@ def parallel_conv(
     cut = Cut.of(convs, out_channels, tiling["BLOCK_N"] + tiling["REST_N"])
     channels = tuple(p.in_channels // p.groups for p in convs)
     widths = tuple(cut.width(p) for p in convs)
-    packed = [
-        pack_direct(Weight.of(b.weight, 1)) if direct(b.conv)
-        else pack(Weight.of(b.weight, b.conv.groups), n, config, width)  # type: ignore[arg-type]
-        for b, n, width in zip(chosen, channels, widths, strict=True)
-    ]  # fmt: skip
+    packed = []
+    for b, n, width in zip(chosen, channels, widths, strict=True):
+        if isinstance(config, configs.StreamConfig) or direct(b.conv):
+            packed.append(pack_direct(Weight.of(b.weight, 1)))
+        else:
+            packed.append(pack(Weight.of(b.weight, b.conv.groups), n, config, width))
     flat = isinstance(config, configs.TapConfig) and config.flat
     if isinstance(config, configs.TapConfig) and not flat:
         x = arguments.channels_last(x)

@@ -22,7 +22,8 @@ from ...machine import devices
 from ...problem.memory import read_address
 from . import launch
 
-Held = list[Tensor | None]  # what a call holds: its arguments and what it has made, by number
+# Tensors that a call holds, by number: its arguments and what it has made; None: not any more.
+Held = list[Any]
 _MOST = 4096  # plans that are kept
 _plans: dict[Hashable, Plan] = {}
 
@@ -71,7 +72,7 @@ class Launch:
     def __call__(self, held: Held, stream: Any) -> None:
         args = self.args.copy()
         for i, number, offset in self.places:
-            args[i] = read_address(held[number]) + offset  # type: ignore[arg-type]
+            args[i] = read_address(held[number]) + offset
         self.start(*args, stream=stream)
 
 

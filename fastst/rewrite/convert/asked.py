@@ -69,9 +69,10 @@ def _backward(tensors: Any, *args: Any, inputs: Any = None, **kwargs: Any) -> An
     return NotImplemented if inputs is None else _grad(tensors, inputs)
 
 
+_GRAD_FN: Any = Tensor.grad_fn  # of the class: what reads it
 # By function: refuses, notes, or nothing.
 RULES: dict[Any, Callable[..., Any]] = {
     Tensor.register_hook: _ask, Tensor.retain_grad: _ask,
     Tensor.backward: _backward, torch.autograd.backward: _backward, torch.autograd.grad: _grad,
-    Tensor.grad_fn.__get__: _mark_asked,  # type: ignore[union-attr]
+    _GRAD_FN.__get__: _mark_asked,
 }  # fmt: skip

@@ -227,7 +227,7 @@ def _layout(t: Tensor) -> tuple[Any, ...]:
 
 _use_count: Callable[[int], int] = torch._C._storage_Use_Count
 # Without making memory of its own of a clone.
-_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
+_address: Callable[[Tensor], int] = vars(torch._C)["_data_address"]
 
 
 _VALUELESS = (FakeTensor, FunctionalTensor)

@@ -253,7 +253,7 @@ class Promise(Tensor):
         return result
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # which C++ has, without a signature
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Below autograd, which has seen ``_Node``."""

@@ -186,7 +186,7 @@ def _pad(p: Promise, pad: Any, mode: str = "constant", value: float | None = Non
     if min(pad) < 0 or (mode != "constant" and len(pad) != 2 * (rank - 2)):
         return NotImplemented
     widths = tuple(pad)
-    sides = {rank - 1 - i: widths[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
+    sides = {rank - 1 - i: (widths[2 * i], widths[2 * i + 1]) for i in range(len(pad) // 2)}
     limit = {"reflect": 1, "circular": 0}.get(mode)
     if limit is not None and any(max(s) > p.link.shape[i] - limit for i, s in sides.items()):
         return NotImplemented
@@ -194,14 +194,14 @@ def _pad(p: Promise, pad: Any, mode: str = "constant", value: float | None = Non
 
 
 def _pad_sides(
-    p: Promise, sides: Mapping[int, Sequence[int]], mode: str, call: Callable[[Tensor], Tensor]
+    p: Promise, sides: Mapping[int, tuple[int, int]], mode: str, call: Callable[[Tensor], Tensor]
 ) -> Any:
     """With samples before and after some dimensions."""
     plan: Any = p.link.plan
     shape = list(p.link.shape)
     for i, s in sides.items():
         shape[i] += sum(s)
-    pad = Pad(tuple(tuple(sides.get(i, (0, 0))) for i in (2, 3, 4)), mode)  # type: ignore[misc]
+    pad = Pad(tuple(sides.get(i, (0, 0)) for i in (2, 3, 4)), mode)
     if type(plan) is not Plan:
         return readings.pad(p, pad, call, torch.Size(shape))
     if plan.axes is None and plan.names == "bcthw":
