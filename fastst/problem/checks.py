@@ -197,13 +197,7 @@ def pair(
     first, second = problem.passes
     names = ("x", *(f"{p.kind}_{what}" for what in ("weight", "bias") for p in problem.passes))
     _weights_fit(op, names, tensors)
-    if first.in_channels != tensors.x.shape[1] or second.in_channels != first.out_channels:
-        read = describe_channels(tensors.x if batched else tensors.x[0])
-        raise ValueError(
-            f"{op}: channels must chain: {read}; the {first.kind} weight takes "
-            f"{first.in_channels} (groups {first.groups}) and gives {first.out_channels}; the "
-            f"{second.kind} weight takes {second.in_channels} (groups {second.groups})"
-        )
+    _channels_chain(op, tensors.x if batched else tensors.x[0], problem)
     sizes_fit(op, first, problem.size, problem.mid_size)
     sizes_fit(op, second, problem.mid_size, problem.out_size)
     if tensors.residual is not None:
@@ -221,6 +215,20 @@ def pair(
         )
     same_dtype(op, names, tensors[:5], cast, tensors.residual)
     return Problem.of(with_norm(tensors, norm), spec), values
+
+
+def _channels_chain(op: str, x: Tensor, problem: PairProblem) -> None:
+    """
+    Raises:
+        ValueError: a pass does not take the channels that come to it; x is as it came.
+    """
+    first, second = problem.passes
+    if first.in_channels != x.shape[-4] or second.in_channels != first.out_channels:
+        raise ValueError(
+            f"{op}: channels must chain: {describe_channels(x)}; the {first.kind} weight takes "
+            f"{first.in_channels} (groups {first.groups}) and gives {first.out_channels}; the "
+            f"{second.kind} weight takes {second.in_channels} (groups {second.groups})"
+        )
 
 
 def with_norm(tensors: PairTensors, norm: BatchNorm | None) -> PairTensors:

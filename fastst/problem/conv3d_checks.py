@@ -18,7 +18,7 @@ from .checks import (
     vector_fits,
 )
 from .conv3d import ConvProblem, ConvSpec, ConvTensors
-from .spec import BatchNorm, time_height_width
+from .spec import BatchNorm, Triple, time_height_width
 
 
 @memoize_check
@@ -50,27 +50,12 @@ def conv3d(
     """
     op = "conv3d"
     x, w, bias = tensors[:3]
-    if not isinstance(w, Tensor):
-        raise TypeError(f"{op}: weight must be a tensor, got {type(w).__name__}")
-    if w.dim() != 5 or 0 in w.shape:
-        raise ValueError(f"{op}: weight must be (out, in/groups, kt, kh, kw), got {tuple(w.shape)}")
-    kernel = time_height_width(w.shape)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"{op}: groups must be an int, got {groups!r}")
+    kernel = _kernel(op, w, groups)
     g = geometry.resolve(
         op, kernel, stride, padding, dilation, groups, padding_mode, causal,
         0 if tensors.past is None else _frames(op, tensors),
     )  # fmt: skip
-    if groups < 1 or w.shape[0] % groups:
-        raise ValueError(
-            f"{op}: groups must be at least 1 and divide the {w.shape[0]} output channels, "
-            f"got {groups}"
-        )
-    if w.shape[1] * groups != x.shape[1]:
-        raise ValueError(
-            f"{op}: {describe_channels(x if batched else x[0])}; the weight takes "
-            f"{w.shape[1] * groups} (groups {groups})"
-        )
+    _channels_fit(op, x if batched else x[0], w, groups)
     kind, eps, norm_groups, per_frame = _input_norm(op, norm, x, tensors)
     spec = ConvSpec(
         g.stride, g.padding, g.dilation, (groups,), g.padding_mode,
@@ -93,6 +78,38 @@ def conv3d(
     labels = ("x", "weight", "bias", "past")
     same_dtype(op, labels, (x, w, bias, tensors.past), cast, tensors.residual)
     return spec
+
+
+def _kernel(op: str, w: Any, groups: Any) -> Triple:
+    """
+    Raises:
+        TypeError, ValueError: a weight or groups that are none.
+    """
+    if not isinstance(w, Tensor):
+        raise TypeError(f"{op}: weight must be a tensor, got {type(w).__name__}")
+    if w.dim() != 5 or 0 in w.shape:
+        raise ValueError(f"{op}: weight must be (out, in/groups, kt, kh, kw), got {tuple(w.shape)}")
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"{op}: groups must be an int, got {groups!r}")
+    return time_height_width(w.shape)
+
+
+def _channels_fit(op: str, x: Tensor, w: Tensor, groups: int) -> None:
+    """
+    Raises:
+        ValueError: groups that do not divide the channels, or channels that the weight does not
+            take; x is as it came.
+    """
+    if groups < 1 or w.shape[0] % groups:
+        raise ValueError(
+            f"{op}: groups must be at least 1 and divide the {w.shape[0]} output channels, "
+            f"got {groups}"
+        )
+    if w.shape[1] * groups != x.shape[-4]:
+        raise ValueError(
+            f"{op}: {describe_channels(x)}; the weight takes {w.shape[1] * groups} "
+            f"(groups {groups})"
+        )
 
 
 def _frames(op: str, tensors: ConvTensors) -> int:

@@ -18,6 +18,7 @@ from ...machine import choices
 from ...problem import activations
 from ...problem.memory import is_shared, lazy_clone
 from ...problem.spec import PairProblem, PairTensors, Pass
+from .rows import lay_out
 
 # Stages of oneDNN's convolutions with what comes after them; Inductor's own, so they may move.
 _pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
@@ -101,10 +102,10 @@ def _run_blocked(problem: PairProblem, x: Tensor, weights: _Weights, fused: str)
     """3D convolutions of contiguous tensors; u stays in oneDNN's layout unless it is activated."""
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor | None, p: Pass, fused: str) -> Tensor:
-        weight = _lay_out(weight, torch.contiguous_format)
+        weight = lay_out(weight, torch.contiguous_format)
         return _convolve(x, weight, bias, p.padding[::2], p.stride, fused)
 
-    x = _lay_out(x, torch.contiguous_format)
+    x = lay_out(x, torch.contiguous_format)
     bare = problem.spec.activation == "none" and weights.scale is None
     if fused != "none" or bare:
         # Which reads as if it wrote: x would move.
@@ -261,18 +262,9 @@ def _conv_rows(
     narrow = x.shape[1] < weight.shape[2] or x.shape[2] < weight.shape[3]
     # oneDNN's channels-last convolutions read out of bounds over frames narrower than the kernel.
     layout = torch.contiguous_format if narrow else torch.channels_last
-    x, weight = _lay_out(x.permute(0, 3, 1, 2), layout), _lay_out(weight, layout)
+    x, weight = lay_out(x.permute(0, 3, 1, 2), layout), lay_out(weight, layout)
     y = _convolve(x, weight, bias, padding, stride, fused).permute(0, 2, 3, 1).contiguous()
     return y.unflatten(0, (n, t)) if p.kind == "spatial" else y.unflatten(2, (h, w))
-
-
-def _lay_out(t: Tensor, layout: torch.memory_format) -> Tensor:
-    """A tensor in a memory format with the very strides of a fresh one, which oneDNN believes.
-
-    Axes of size 1 may have any stride and still count as being in the format.
-    """
-    t = t.contiguous(memory_format=layout)
-    return t.as_strided(t.shape, torch.empty_like(t, device="meta", memory_format=layout).stride())
 
 
 def _convolve(

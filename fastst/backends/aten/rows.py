@@ -7,6 +7,8 @@ How PyTorch's convolutions are called is decided here: no call reads or writes o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +113,7 @@ class _Conv4d:
         self.stride, self.dilation = seen.stride[axes], seen.dilation[axes]
         self.padding = _own_padding(p)[axes]
         self.layout = _layout(self.x, self.weight, seen)
-        self.x, self.weight = _lay_out(self.x, self.layout), _lay_out(self.weight, self.layout)
+        self.x, self.weight = lay_out(self.x, self.layout), lay_out(self.weight, self.layout)
 
     def rows(self, y: Tensor) -> Tensor:
         """Rows of an output of the 2D convolution, or of a gradient of its input."""
@@ -123,8 +125,8 @@ class _Conv4d:
     def unrows(self, g: Tensor) -> Tensor:
         """The 4D view, shaped as the convolution's output, of rows."""
         if self.p.kind == "spatial":
-            return _lay_out(as_frames(g), self.layout)
-        return _lay_out(g.flatten(2, 3).permute(0, 3, 1, 2), self.layout)
+            return lay_out(as_frames(g), self.layout)
+        return lay_out(g.flatten(2, 3).permute(0, 3, 1, 2), self.layout)
 
     def unstride(self, g: Tensor) -> Tensor:
         """Gradient of the subsampling of the axes with one tap."""
@@ -152,15 +154,17 @@ def _layout(x: Tensor, weight: Tensor, p: Pass) -> torch.memory_format:
     return torch.contiguous_format if odd or heavy else torch.channels_last
 
 
-def _lay_out(t: Tensor, layout: torch.memory_format) -> Tensor:
-    """A 4D tensor in a memory format, with the very strides that a fresh one has.
+def lay_out(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """A tensor in a memory format, with the very strides that a fresh one has.
 
-    Axes of size 1 may have any stride and still count, but oneDNN's grouped ones believe them.
+    Axes of size 1 may have any stride and still count, but oneDNN believes them.
     """
-    _, c, h, w = t.shape
+    c, *size = t.shape[1:]
     last = layout is torch.channels_last
-    stride = (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
-    if t.stride() == stride:
+    stride = list(accumulate(reversed([*size, c] if last else t.shape[1:]), mul, initial=1))[::-1]
+    if last:
+        stride.insert(1, stride.pop())
+    if t.stride() == tuple(stride):
         return t
     return t.contiguous(memory_format=layout).as_strided(t.shape, stride)
 

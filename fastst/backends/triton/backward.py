@@ -79,6 +79,8 @@ def _backward(call: PairBackward, rank: int) -> Gradients:
 def _run(
     given: Sequence[Any], problem: PairProblem, needs: Sequence[bool], sliced: bool, rank: int
 ) -> Gradients:
+    # One function: when each tensor is made and let go is what it is about (see above), and a part
+    # of it would hold those of the others.
     count = len(PairTensors._fields)
     tensors, (u, mean, var, dx, means, dy) = PairTensors(*given[:count]), given[count:]
     part = BatchSlice(dx, means) if sliced else None

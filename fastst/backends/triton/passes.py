@@ -71,6 +71,7 @@ def conv_pass(
     Returns:
         Partials (tiles, 2, K) of the statistics of y, if asked for, and positions per tile.
     """
+    # One function: the two kernels share all but their tiles, and each would take 14 arguments.
     kernels = launch.kernels()
     laid_out = Weight.of(weight, p.groups)
     if (by_rows := rows_of.of(p)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,60 +139,79 @@ def run(
     like: PairProblem,  # whose configuration is used
 ) -> None:
     """Both passes into y, with residual and outer activation."""
-    kernels = launch.kernels()
-    spec = problem.spec
+    x, spec, axis = tensors.x, problem.spec, _axis(problem)
     first, second = problem.passes
-    x, w1, w2, _, b2, *_ = tensors
-    axis = _axis(problem)
-    count, tall = (p.batch * _positions_across(p) for p in (problem, like))
-    channels, m, k = _per_group(first), first.out_channels, second.out_channels
-    if kernel == "direct_pair":
-        direct = configs.direct(
-            tall, like.out_channels, math.prod(first.kernel), x.stride(1) == 1,
-            launch.capability(launch.device()), second.kernel[axis],
-        )  # fmt: skip
-        x_args, x_align = arguments.operand(x, first.in_channels)
-        end, y_align = arguments.results(y, tensors.residual, k)
-        c: configs.StreamConfig | configs.PairConfig = direct
-        tiles = -(-k // direct.block_c)
-        weights: tuple[Any, ...] = (
-            channels, m // first.groups, m, _per_group(second), k // second.groups, k,
-            pack_direct(Weight.of(w1, 1)), pack_direct(Weight.of(w2, 1)),
-        )  # fmt: skip
-        meta = {"BLOCK_C": direct.block_c, "UNROLL": direct.unroll}
-        jit = kernels.depthwise.direct_pair
-    else:
-        c = pair = _pair_config(like)
-        m, k, tiles = m // first.groups, k // second.groups, first.groups
-        x_args, x_align = arguments.operand(x, channels)
-        end, y_align = arguments.results(y, tensors.residual, k)
-        width = pair.mid_width(m)
-        depth = channels if pair.flat else gpu.round_up(channels, pair.block_k)
-        reduction = gpu.round_up(depth * math.prod(first.kernel), pair.block_k)
-        weights = (
-            channels, m, k, tiles,
-            pack_weight(Weight.of(w1, tiles), depth, reduction, width), width,
-            pack_weight(
-                Weight.of(w2, tiles), width, width * math.prod(second.kernel), pair.block_n
-            ),
-        )  # fmt: skip
-        meta = {
-            "FLAT": channels if pair.flat else 0, "BLOCK_M": pair.block_m, "REST_M": pair.rest_m,
-            "BLOCK_N": pair.block_n, "BLOCK_K": pair.block_k,
-        }  # fmt: skip
-        jit = kernels.pair.pair_conv
+    describe = _direct if kernel == "direct_pair" else _matrix
+    chosen = describe(problem, tensors, like)
+    config = chosen.config
+    end, y_align = arguments.results(y, tensors.residual, chosen.y_channels)
+    count = problem.batch * _positions_across(problem)
     run = arguments.run_length(x, y)
-    programs, pieces = _programs(problem, -(-count // c.block_p) * tiles)
+    programs, pieces = _programs(problem, -(-count // config.block_p) * chosen.tiles)
     launch.run(
-        jit, (programs,), c, *x_args, *weights, scale, shift, b2, *end,
+        chosen.kernel, (programs,), config, *chosen.x, *chosen.weights, scale, shift,
+        tensors.second_bias, *end,
         arguments.hide(*y.shape[2:]), arguments.hide(*problem.mid_size),
         arguments.grid(tuple(1 if i == axis else n for i, n in enumerate(y.shape[2:])), run),
         count, pieces,
         FIRST=arguments.taps(first), SECOND=arguments.taps(second), AXIS=axis,
-        X_ALIGN=x_align, Y_ALIGN=y_align, RUN=run, WIDE=arguments.is_wide(count),
+        X_ALIGN=chosen.x_align, Y_ALIGN=y_align, RUN=run, WIDE=arguments.is_wide(count),
         ACTIVATION=spec.activation, OUTER=spec.outer_activation, SLOPE=spec.slope,
-        BLOCK_P=c.block_p, **meta, **arguments.arithmetic(x.dtype, dot=kernel == "pair_conv"),
+        BLOCK_P=config.block_p, **chosen.meta,
+        **arguments.arithmetic(x.dtype, dot=kernel == "pair_conv"),
     )  # fmt: skip
+
+
+class _Kernel(NamedTuple):
+    """What one of the kernels takes that the other does not."""
+
+    kernel: Any
+    config: configs.StreamConfig | configs.PairConfig
+    x: tuple[Any, ...]
+    x_align: int
+    weights: tuple[Any, ...]
+    y_channels: int  # of all groups, or of each
+    tiles: int  # of channels
+    meta: dict[str, int]
+
+
+def _direct(problem: PairProblem, tensors: PairTensors, like: PairProblem) -> _Kernel:
+    first, second = problem.passes
+    m, k, x = first.out_channels, second.out_channels, tensors.x
+    config = configs.direct(
+        like.batch * _positions_across(like), like.out_channels, math.prod(first.kernel),
+        x.stride(1) == 1, launch.capability(launch.device()), second.kernel[_axis(problem)],
+    )  # fmt: skip
+    weights = (
+        _per_group(first), m // first.groups, m, _per_group(second), k // second.groups, k,
+        pack_direct(Weight.of(tensors.first_weight, 1)),
+        pack_direct(Weight.of(tensors.second_weight, 1)),
+    )  # fmt: skip
+    meta = {"BLOCK_C": config.block_c, "UNROLL": config.unroll}
+    kernel = launch.kernels().depthwise.direct_pair
+    read = arguments.operand(x, first.in_channels)
+    return _Kernel(kernel, config, *read, weights, k, -(-k // config.block_c), meta)
+
+
+def _matrix(problem: PairProblem, tensors: PairTensors, like: PairProblem) -> _Kernel:
+    first, second = problem.passes
+    config, groups, channels = _pair_config(like), first.groups, _per_group(first)
+    m, k = first.out_channels // groups, second.out_channels // second.groups
+    width = config.mid_width(m)
+    depth = channels if config.flat else gpu.round_up(channels, config.block_k)
+    reduction = gpu.round_up(depth * math.prod(first.kernel), config.block_k)
+    one = pack_weight(Weight.of(tensors.first_weight, groups), depth, reduction, width)
+    other = pack_weight(
+        Weight.of(tensors.second_weight, groups), width, width * math.prod(second.kernel),
+        config.block_n,
+    )  # fmt: skip
+    meta = {
+        "FLAT": channels if config.flat else 0, "BLOCK_M": config.block_m, "REST_M": config.rest_m,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+    }  # fmt: skip
+    kernel, read = launch.kernels().pair.pair_conv, arguments.operand(tensors.x, channels)
+    weights = (channels, m, k, groups, one, width, other)
+    return _Kernel(kernel, config, *read, weights, k, groups, meta)
 
 
 def _axis(problem: PairProblem) -> int:
