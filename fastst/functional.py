@@ -28,7 +28,7 @@ from .problem.spec import (
 
 IntOrTriple = int | Sequence[int]
 PaddingArg = int | Sequence[int | tuple[int, int]] | str
-Pair = str | tuple[str, str]
+PaddingMode = str | tuple[str, str]
 Causal = bool | Literal["strided"]
 
 
@@ -50,7 +50,7 @@ def conv2plus1d(
     padding: PaddingArg = 0,
     dilation: IntOrTriple = 1,
     groups: int | tuple[int, int] = 1,
-    padding_mode: Pair = "zeros",
+    padding_mode: PaddingMode = "zeros",
     activation: str | None = "relu",
     negative_slope: float = 0.01,
     norm: BatchNorm | None = None,
@@ -271,7 +271,7 @@ def parallel_conv2plus1d(
     padding: PaddingArg = 0,
     dilation: IntOrTriple = 1,
     groups: int | tuple[int, int] = 1,
-    padding_mode: Pair = "zeros",
+    padding_mode: PaddingMode = "zeros",
     branch_activation: str | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
@@ -335,7 +335,7 @@ def conv3d(
     dilation: IntOrTriple = 1,
     groups: int = 1,
     *,
-    padding_mode: Pair = "zeros",
+    padding_mode: PaddingMode = "zeros",
     causal: Causal = False,
     input_norm: BatchNorm | Norm | None = None,
     input_activation: str | None = None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch, functional
-from ..functional import BatchNorm, Causal, IntOrTriple, Norm, PaddingArg, Pair
+from ..functional import BatchNorm, Causal, IntOrTriple, Norm, PaddingArg, PaddingMode
 from ..machine import exactness
 from ..problem import activations, checks, geometry
 from .layers import ActivationArg
@@ -65,7 +65,7 @@ class Conv3d(nn.Conv3d):
         dilation: IntOrTriple = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: Pair = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,

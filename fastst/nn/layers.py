@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch, functional
-from ..functional import Causal, IntOrTriple, PaddingArg, Pair
+from ..functional import Causal, IntOrTriple, PaddingArg, PaddingMode
 from ..machine import exactness
 from ..problem import activations, checks, geometry
 from ..problem.spec import COMBINES, ORDERS, Triple, default_mid_channels
@@ -50,7 +50,7 @@ class _FactorizedConv3d(nn.Module):
         padding: PaddingArg,
         dilation: IntOrTriple,
         groups: int | tuple[int, int],
-        padding_mode: Pair,
+        padding_mode: PaddingMode,
         causal: Causal,
     ) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Conv2Plus1d(_FactorizedConv3d):
         dilation: IntOrTriple = 1,
         groups: int | tuple[int, int] = 1,
         bias: bool = True,
-        padding_mode: Pair = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         mid_channels: int | None = None,
         norm: NormArg = None,
@@ -340,7 +340,7 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
         dilation: IntOrTriple = 1,
         groups: int | tuple[int, int] = 1,
         bias: bool = True,
-        padding_mode: Pair = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         combine: str = "add",
         split: int | None = None,

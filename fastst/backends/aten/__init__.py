@@ -80,7 +80,7 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
     if not save and onednn.why_not(problem) is None:
         return PairResult(onednn.conv2plus1d(problem, tensors))
     spec = problem.spec
-    weights = _Weights(problem, tensors)
+    weights = _PaddedWeights(problem, tensors)
     u = weights.clear(conv(as_rows(tensors.x), *weights.first, problem.passes[0]))
     v, mean, var, total = u, None, None, None
     if spec.norm != "none":
@@ -99,7 +99,7 @@ def conv2plus1d(problem: PairProblem, tensors: PairTensors, save: bool) -> PairR
 
 
 def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
-    weights, m, total = _Weights(problem, tensors), problem.mid_channels, None
+    weights, m, total = _PaddedWeights(problem, tensors), problem.mid_channels, None
     u = weights.clear(conv(as_rows(tensors.x), *weights.first, problem.passes[0]))
     if problem.dtype == problem.accumulate_dtype and not problem.spec.group:
         var, mean = torch.var_mean(u.flatten(0, 3)[:, :m], 0, correction=0)
@@ -112,7 +112,7 @@ def first_pass(problem: PairProblem, tensors: PairTensors) -> Begun:
 
 def second_pass(problem: PairProblem, tensors: PairTensors, begun: Begun) -> PairResult:
     spec = problem.spec
-    weights, u = _Weights(problem, tensors), begun.u
+    weights, u = _PaddedWeights(problem, tensors), begun.u
     if u.shape[-1] != weights.mid:
         u = u[..., : weights.mid].contiguous()
     v = _affine(problem, tensors, u, begun.mean, begun.var)
@@ -126,7 +126,7 @@ def conv2plus1d_backward(call: PairBackward) -> Gradients:
     spec = problem.spec
     first, second = problem.passes
     need_first = (need.first_weight, need.first_bias)
-    weights = _Weights(problem, tensors)
+    weights = _PaddedWeights(problem, tensors)
     x = as_rows(tensors.x)
     if u is None:
         u = weights.clear(conv(x, *weights.first, first))
@@ -218,7 +218,7 @@ def _branches(problem: ParallelProblem, t: ParallelTensors, x: Tensor) -> tuple[
 # ---- weights with mid channels padded to whole vectors
 
 
-class _Weights:
+class _PaddedWeights:
     """(weight, bias) of the two passes in order, mid channels padded with zeros where possible.
 
     Padding needs ungrouped passes: in a grouped one, appended channels would belong to no group.

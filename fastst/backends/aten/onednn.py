@@ -28,7 +28,7 @@ _pointwise_ = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
 _FRAMES = 2
 
 
-class _Weights(NamedTuple):
+class _FoldedWeights(NamedTuple):
     """The two passes in order, ready to run; ``scale`` and ``shift`` where nothing was folded."""
 
     first: tuple[Tensor, Tensor | None]
@@ -98,7 +98,7 @@ def run(way: str, problem: PairProblem, tensors: PairTensors) -> Tensor:
     return y if y.stride() == out.stride() else out.copy_(y)
 
 
-def _run_blocked(problem: PairProblem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
+def _run_blocked(problem: PairProblem, x: Tensor, weights: _FoldedWeights, fused: str) -> Tensor:
     """3D convolutions of contiguous tensors; u stays in oneDNN's layout unless it is activated."""
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor | None, p: Pass, fused: str) -> Tensor:
@@ -118,7 +118,7 @@ def _run_blocked(problem: PairProblem, x: Tensor, weights: _Weights, fused: str)
     return y.to_dense() if y.is_mkldnn else y
 
 
-def _rows(problem: PairProblem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
+def _rows(problem: PairProblem, x: Tensor, weights: _FoldedWeights, fused: str) -> Tensor:
     """2D convolutions of (N, T, H, W, C), seen as frames and as pixels."""
     first, second = problem.passes
     u = _conv_rows(x.permute(0, 2, 3, 4, 1).contiguous(), *weights.first, first, fused)
@@ -126,7 +126,7 @@ def _rows(problem: PairProblem, x: Tensor, weights: _Weights, fused: str) -> Ten
     return _conv_rows(z, *weights.second, second).permute(0, 4, 1, 2, 3)
 
 
-def _winograd(problem: PairProblem, x: Tensor, weights: _Weights, fused: str) -> Tensor:
+def _winograd(problem: PairProblem, x: Tensor, weights: _FoldedWeights, fused: str) -> Tensor:
     """Rows with F(2, 3) along the height of the spatial pass (Winograd; arXiv 1509.09308).
 
     Two output rows come from four products of 1×kw convolutions instead of six::
@@ -188,12 +188,12 @@ def _winograd_weights(w: Tensor) -> list[Tensor]:
     return [g.unsqueeze(1).permute(0, 3, 1, 2) for g in (w0, mean + half, mean - half, w2)]
 
 
-_WAYS: dict[str, Callable[[PairProblem, Tensor, _Weights, str], Tensor]] = {
+_WAYS: dict[str, Callable[[PairProblem, Tensor, _FoldedWeights, str], Tensor]] = {
     "blocked": _run_blocked, "rows": _rows, "winograd": _winograd,
 }  # fmt: skip
 
 
-def _prepare(problem: PairProblem, t: PairTensors) -> _Weights:
+def _prepare(problem: PairProblem, t: PairTensors) -> _FoldedWeights:
     """Weights in the order of the passes, the norm folded in where that is the shorter pass."""
     _, w1, w2, b1, b2, *_ = t
     scale = shift = None
@@ -206,14 +206,14 @@ def _prepare(problem: PairProblem, t: PairTensors) -> _Weights:
             shift = shift + t.norm_bias
         scale, shift = scale.float(), shift.float()
     if w1.numel() > _mid_elements(problem):
-        return _Weights((w1, b1), (w2, b2), scale, shift)
+        return _FoldedWeights((w1, b1), (w2, b2), scale, shift)
     if scale is not None and shift is not None:
         w1 = w1 * scale.view(-1, 1, 1, 1, 1)
         b1 = shift if b1 is None else torch.addcmul(shift, scale, b1)
-    return _Weights((w1, b1), (w2, b2), None, None)
+    return _FoldedWeights((w1, b1), (w2, b2), None, None)
 
 
-def _pad(weights: _Weights) -> _Weights:
+def _pad(weights: _FoldedWeights) -> _FoldedWeights:
     """Mid channels in whole blocks of 16; for finite x only, since 0 · inf is NaN."""
     (w1, b1), (w2, b2) = weights.first, weights.second
     extra = -w1.shape[0] % 16
@@ -221,7 +221,7 @@ def _pad(weights: _Weights) -> _Weights:
         return weights
     w1 = F.pad(w1, (0, 0) * 4 + (0, extra))
     b1 = None if b1 is None else F.pad(b1, (0, extra))
-    return _Weights((w1, b1), (F.pad(w2, (0, 0) * 3 + (0, extra)), b2), None, None)
+    return _FoldedWeights((w1, b1), (F.pad(w2, (0, 0) * 3 + (0, extra)), b2), None, None)
 
 
 def _mid_elements(problem: PairProblem) -> int:
@@ -239,7 +239,7 @@ def _largest(t: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
-def _activate(problem: PairProblem, u: Tensor, weights: _Weights, dim: int) -> Tensor:
+def _activate(problem: PairProblem, u: Tensor, weights: _FoldedWeights, dim: int) -> Tensor:
     """act(norm(u)) in place where it can be; channels along ``dim``."""
     if weights.scale is not None and weights.shift is not None:
         shape = [-1 if d == dim % 5 else 1 for d in range(5)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .axes import Axes, Dim, whole_dims
-from .geometry import Pass
+from .geometry import Separable
 from .graphs import is_promise, is_unread, promise_or_trace, write_in_graph
 from .kept import Kept
 from .link import Link
@@ -44,7 +44,7 @@ class Plan:
         shape: of its output.
     """
 
-    first: Pass
+    first: Separable
     names: str  # of the axes of its input
     given: tuple[Facts, ...]
     dtype: torch.dtype

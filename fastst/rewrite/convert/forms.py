@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...backends.contract import Begun
 from .axes import Atom, Axes, Dim, Recipe, join_atoms, recipe, whole_dims
-from .geometry import Pass, second_dims, second_pass
+from .geometry import Separable, second_dims, second_pass
 from .padding import Pad
 
 
@@ -40,7 +40,7 @@ def lift(w: Tensor, temporal: bool) -> Tensor:
     return w.unsqueeze(2)
 
 
-def lifted_shape(w: Sequence[int], first: Pass) -> tuple[int, ...]:
+def lifted_shape(w: Sequence[int], first: Separable) -> tuple[int, ...]:
     """The same of the shape of a second convolution's weight."""
     if len(w) == 5:
         return tuple(w)

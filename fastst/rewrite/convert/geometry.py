@@ -11,7 +11,7 @@ import torch
 from .padding import Pad, merge
 
 
-class Pass(NamedTuple):
+class Separable(NamedTuple):
     """A separable convolution as a function call describes it."""
 
     kind: str  # "spatial" | "temporal"
@@ -24,7 +24,7 @@ class Pass(NamedTuple):
 class First(NamedTuple):
     """A first convolution, and how to compute it alone."""
 
-    pass_: Pass | None  # None where it is no pass of a pair
+    pass_: Separable | None  # None where it is no pass of a pair
     shape: torch.Size  # of its output
     names: str  # of the axes of its input
     padded: tuple[int, ...] | None  # by ``F.pad`` before it
@@ -76,7 +76,7 @@ def first_pass(
         return None
     first = None
     if kind is not None:
-        first = Pass(kind, read.stride, Pad(read.sides, mode), read.dilation, groups)
+        first = Separable(kind, read.stride, Pad(read.sides, mode), read.dilation, groups)
     strides, dilations = ([v[i] for i in read.axes] for v in (read.stride, read.dilation))
     how = strides, padding if mode == "zeros" else 0, dilations, groups
     padded = None if mode == "zeros" else tuple(widths)
@@ -165,7 +165,7 @@ def _kind(read: Numbers) -> str | None:
     return "spatial" if any(acts[1:]) and not acts[0] else None
 
 
-def second_dims(first: Pass, w: Sequence[int], *settings: Any) -> tuple[int, ...] | None:
+def second_dims(first: Separable, w: Sequence[int], *settings: Any) -> tuple[int, ...] | None:
     """Which dimensions of its input are those of a second convolution, of any rank."""
     read = _numbers(w, *settings)
     if read is None or _kind(read) in (None, first.kind):
@@ -175,7 +175,7 @@ def second_dims(first: Pass, w: Sequence[int], *settings: Any) -> tuple[int, ...
 
 
 def second_pass(
-    first: Pass,
+    first: Separable,
     pads: tuple[Pad, ...],
     z: Sequence[int],
     w: Sequence[int],
@@ -207,7 +207,7 @@ def second_pass(
     ]
     if any(n < 1 for n in size):
         return None
-    second = Pass(other, stride, around, dilation, groups)
+    second = Separable(other, stride, around, dilation, groups)
     spatial, temporal = (first, second) if other == "temporal" else (second, first)
     settings = {
         "stride": (temporal.stride[0], *spatial.stride[1:]),
