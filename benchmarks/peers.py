@@ -264,13 +264,13 @@ def peer_contenders(model: Eager, mode: str, cuda: bool, level: str) -> Iterator
         for multiple in (8, 64):
             if m % multiple:
 
-                def padded(path: Callable[[], Eager], n: int = multiple) -> nn.Module:
+                def pad_path(path: Callable[[], Eager], n: int = multiple) -> nn.Module:
                     return pad_mid(path(), n)
 
-                eager = partial(padded, lambda: model)
+                eager = partial(pad_path, lambda: model)
                 add(f"eager mid/{multiple}", eager, False)
                 add(f"eager channels-last mid/{multiple}", eager, True)
-                add(f"4D mid/{multiple}", partial(padded, four), True)
+                add(f"4D mid/{multiple}", partial(pad_path, four), True)
     yield from plain[1:]
     fused = case.activation == "relu" and case.order == "spatial-first" and not case.combine
     if cuda and mode == "inference" and fused:

@@ -77,14 +77,14 @@ def module(csrc: Path = CSRC, changed: str | None = None) -> Path:
     if changed is not None:  # the linker takes the first of what is inline
         sources = [csrc / "cuda" / changed] + [s for s in sources if s != cuda / changed]
 
-    def made(source: Path) -> Path:
+    def make(source: Path) -> Path:
         own = csrc if source.is_relative_to(csrc) else CSRC
         # Binding code is slow to optimise and its speed does not matter.
         binding = source.name == "bindings.cpp"
         return _object(source, own, ("-O0", *python, *names) if binding else _flags(source))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(made, sources))
+        objects = list(pool.map(make, sources))
     return _make(digest(*(str(o) for o in objects)), f"{MODULE}.so", "-shared", *map(str, objects))
 
 

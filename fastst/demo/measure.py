@@ -31,12 +31,12 @@ def train(model: nn.Module, x: Tensor) -> None:
 
 def gradient(model: nn.Module) -> Tensor:
     """The gradients of all parameters as one float64 vector on the CPU."""
-    return _flat([p.grad for p in model.parameters() if p.grad is not None])
+    return _flatten([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def running_statistics(model: nn.Module) -> Tensor:
     """All buffers of floating point as one float64 vector on the CPU."""
-    return _flat([b for b in model.buffers() if b.is_floating_point()])
+    return _flatten([b for b in model.buffers() if b.is_floating_point()])
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -86,5 +86,5 @@ def medians(
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def _flatten(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().cpu().flatten() for t in tensors])

@@ -215,12 +215,12 @@ def _gpu_seconds(gpu_runtime: Any, graph: Any) -> float:
 def race(trials: Mapping[Name, Callable[[], object]], seconds: float) -> dict[Name, float]:
     """Median seconds of each, measured in turns so that all see the same machine."""
 
-    def took(trial: Callable[[], object]) -> float:
+    def measure(trial: Callable[[], object]) -> float:
         start = time.perf_counter()
         trial()
         return time.perf_counter() - start
 
-    return _medians({name: partial(took, trial) for name, trial in trials.items()}, seconds)
+    return _medians({name: partial(measure, trial) for name, trial in trials.items()}, seconds)
 
 
 def _medians(timers: Mapping[Name, Callable[[], float]], seconds: float) -> dict[Name, float]:

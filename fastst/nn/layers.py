@@ -87,7 +87,7 @@ class _FactorizedConv3d(nn.Module):
     ) -> nn.Conv3d:
         """The spatial or the temporal ``nn.Conv3d``, from c to k channels."""
 
-        def own(values: Triple, other: int) -> Triple:
+        def pick(values: Triple, other: int) -> Triple:
             t, h, w = values
             return (other, h, w) if kind == "spatial" else (t, other, other)
 
@@ -99,11 +99,11 @@ class _FactorizedConv3d(nn.Module):
                 f"{self._op}: groups must be at least 1 and divide the channels of the {kind} "
                 f"convolution, {c} to {k}, got {groups}"
             )
-        padding: Any = self.padding if isinstance(self.padding, str) else own(self.padding, 0)
+        padding: Any = self.padding if isinstance(self.padding, str) else pick(self.padding, 0)
         if self.causal and kind == "temporal":
             padding = 0
         return nn.Conv3d(
-            c, k, own(self.kernel_size, 1), stride, padding, own(self.dilation, 1), groups, bias,
+            c, k, pick(self.kernel_size, 1), stride, padding, pick(self.dilation, 1), groups, bias,
             mode, device, dtype,
         )  # fmt: skip
 

@@ -97,10 +97,10 @@ def same_dtype(
             all but the residual.
     """
 
-    def after(t: Tensor) -> torch.dtype:
+    def cast_dtype(t: Tensor) -> torch.dtype:
         return t.dtype if cast is None or t.dtype == torch.float64 else cast
 
-    came = {n: after(t) for n, t in zip(labels, tensors, strict=True) if t is not None}
+    came = {n: cast_dtype(t) for n, t in zip(labels, tensors, strict=True) if t is not None}
     dtype = came[labels[0]]
     if residual is not None:
         came["residual"] = residual.dtype
@@ -117,7 +117,7 @@ def memoize_check(check: Callable[..., Any]) -> Callable[..., Any]:
     passed: dict[Any, Any] = {}
 
     @wraps(check)
-    def checked(tensors: Any, cast: torch.dtype | None, norm: Any, *settings: Any) -> Any:
+    def check_once(tensors: Any, cast: torch.dtype | None, norm: Any, *settings: Any) -> Any:
         if torch.compiler.is_compiling():
             return check(tensors, cast, norm, *settings)
         try:
@@ -131,7 +131,7 @@ def memoize_check(check: Callable[..., Any]) -> Callable[..., Any]:
             found = passed[key] = check(tensors, cast, norm, *settings)
         return found
 
-    return checked
+    return check_once
 
 
 def _identity(tensors: Any, cast: torch.dtype | None, norm: Any, settings: tuple[Any, ...]) -> Any:

@@ -33,11 +33,11 @@ def conv2plus1d_backward(call: PairBackward) -> Gradients:
     # What is added up over the slices of a batch is rounded once, at the end.
     wide = None if call.slice is None else torch.float32
 
-    def like(weight: Tensor, needed: bool) -> Tensor | None:
+    def empty_gradient(weight: Tensor, needed: bool) -> Tensor | None:
         return torch.empty_like(weight, dtype=wide) if needed else None
 
-    dw1 = like(tensors.first_weight, need.first_weight)
-    dw2 = like(tensors.second_weight, need.second_weight)
+    dw1 = empty_gradient(tensors.first_weight, need.first_weight)
+    dw2 = empty_gradient(tensors.second_weight, need.second_weight)
     db1, dgamma, dbeta = (
         floats(m) if needed else None
         for needed in (need.first_bias, need.norm_weight, need.norm_bias)

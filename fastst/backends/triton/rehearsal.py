@@ -165,13 +165,13 @@ def _few_channels(problem: Problem) -> tuple[Pass, ...]:
     if isinstance(problem, ConvProblem) and problem.spec.norm in ("group", "layer", "rms", "l2"):
         return passes  # groups of channels, or tiles of all of them
 
-    def few(n: int) -> int:
+    def shrink(n: int) -> int:
         return n if n < _FEW else _FEW - _SAME + n % _SAME
 
     groups = math.gcd(*(p.groups for p in passes))
     if all(p.groups == 1 for p in passes):
         return tuple(
-            p._replace(in_channels=few(p.in_channels), out_channels=few(p.out_channels))
+            p._replace(in_channels=shrink(p.in_channels), out_channels=shrink(p.out_channels))
             for p in passes
         )
     widest = max(n for p in passes for n in (p.in_channels, p.out_channels))

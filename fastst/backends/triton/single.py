@@ -67,7 +67,7 @@ def predict(problem: PairProblem) -> str | None:
     mid = problem.batch * problem.mid_channels * math.prod(problem.mid_size) * size
     y = math.prod(problem.out_shape) * size * (2 if problem.residual else 1)
 
-    def alone(index: int, moved: float) -> float:
+    def time_alone(index: int, moved: float) -> float:
         p = problem.passes[index]
         thin = configs.is_thin(_per_group(p), p.groups)
         flat = _per_group(p) * (math.prod(p.kernel) if _per_group(p) < 16 else 1)
@@ -75,13 +75,13 @@ def predict(problem: PairProblem) -> str | None:
         positions = problem.batch * math.prod((problem.mid_size, problem.out_size)[index])
         return configs.least_time(p.flops(positions) * padding, moved, dtype, cores and not thin)
 
-    two = alone(0, x + mid) + alone(1, mid + y)
+    two = time_alone(0, x + mid) + time_alone(1, mid + y)
     best = None
     for kernel in available(problem):
         flops = _direct_flops(problem) if kernel == "direct_pair" else _pair_flops(problem)
         one = configs.least_time(flops, x + y, dtype, cores and kernel == "pair_conv")
         if spec.norm == "batch":
-            one += alone(0, x)  # for its statistics
+            one += time_alone(0, x)  # for its statistics
         # Dense passes by themselves come close to the roofline; a walk has less to overlap.
         if one * (1.15 if problem.passes[0].groups == 1 else 1) <= two:
             best, two = kernel, one
