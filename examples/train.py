@@ -81,7 +81,9 @@ def load_data(options: Options) -> Data:
     classes = None if options.classes is None else videos.read_classes(options.classes)
     if options.train_list is not None and options.val_list is not None:
         train_listing = videos.read_list(options.train_list, options.data, classes)
-        val_listing = videos.read_list(options.val_list, options.data, train_listing.classes)
+        val_listing = videos.read_list(
+            options.val_list, options.data, classes or train_listing.classes
+        )
     elif options.train_list is None and options.val_list is None:
         train_listing = videos.read_folder(options.data / "train")
         val_listing = videos.read_folder(options.data / "val")

@@ -13,7 +13,7 @@ import gc
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,9 @@ class DataError(ValueError):
 class Video(NamedTuple):
     path: Path
     label: int  # index into the classes
+
+
+Classes = Sequence[str] | Mapping[int, str]  # names in the order of the labels; by their numbers
 
 
 class Listing(NamedTuple):
@@ -59,7 +62,7 @@ def read_folder(root: Path) -> Listing:
     return Listing([Video(p, classes.index(p.parent.name)) for p in found], classes)
 
 
-def read_list(path: Path, root: Path, classes: Sequence[str] | None = None) -> Listing:
+def read_list(path: Path, root: Path, classes: Classes | None = None) -> Listing:
     """Videos named by a list file, in the form in which the data sets are distributed.
 
     - ``*.json``, Something-Something V2: objects with ``id`` and ``template`` (or ``label``); files
@@ -67,17 +70,18 @@ def read_list(path: Path, root: Path, classes: Sequence[str] | None = None) -> L
     - a table with a column ``youtube_id``, Kinetics: ``label, youtube_id, time_start, time_end``;
       files ``root/[LABEL/]ID_START_END.mp4`` or ``root/[LABEL/]ID.mp4``.
     - anything else, UCF-101 and most others: a path per line, below root, and after a space, tab,
-      comma or semicolon a class index, counted from 0 or, as UCF-101's, from 1. The folder of the
-      file is the class where it is a known one, or goes one to one with the index.
+      comma or semicolon a class index: the number of a class where classes have numbers, else
+      counted from 0 or from 1. The folder of the file is the class where it is a known one, or goes
+      one to one with the index.
 
     Bytes that are not UTF-8 are kept, as in the names of files.
 
     Args:
-        classes: names in the order of the labels; None to take them from the list, sorted.
+        classes: as ``read_classes`` gives them; None to take them from the list, sorted.
 
     Raises:
-        DataError: no such file, an entry that does not parse or names an unknown class, or no
-            entries.
+        DataError: no such file, an entry that does not parse, names an unknown class, or says two
+            of them, or no entries.
     """
     text = _text(path)
     first = text.lstrip().partition("\n")[0]
@@ -89,7 +93,7 @@ def read_list(path: Path, root: Path, classes: Sequence[str] | None = None) -> L
         named = _lines(path, text, root, classes)
     if not named:
         raise DataError(f"{path}: lists no videos")
-    names = list(classes) if classes is not None else sorted({name for _, name in named})
+    names = sorted({name for _, name in named}) if classes is None else _names(classes)
     index = {name: i for i, name in enumerate(names)}
     unknown = sorted({name for _, name in named} - index.keys())
     if unknown:
@@ -100,32 +104,57 @@ def read_list(path: Path, root: Path, classes: Sequence[str] | None = None) -> L
     return Listing([Video(p, index[name]) for p, name in named], names)
 
 
-def read_classes(path: Path) -> list[str]:
-    """Names of classes, in the order of their labels.
+def read_classes(path: Path) -> Classes:
+    """Classes by their numbers where the file numbers them, else in its order; sorted by label.
 
-    Something-Something V2's ``labels.json`` (name to index), UCF-101's ``classInd.txt`` (index and
-    name per line), or a name per line.
+    Something-Something V2's ``labels.json`` (name to number), UCF-101's ``classInd.txt`` (number
+    and name per line, or the other way round), or a name per line.
+
+    Raises:
+        DataError: no such file, one that does not parse, no classes, or one name or number twice.
     """
     text = _text(path)
+    names: list[str] = []
     if path.suffix.lower() == ".json":
         try:
-            names = [k for k, _ in sorted(json.loads(text).items(), key=lambda e: int(e[1]))]
+            numbered = [(int(str(n)), name) for name, n in json.loads(text).items()]
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read as a list of classes: {error}") from error
     else:
         names = list(_filled_lines(text))
-        numbered = [re.fullmatch(rf"([0-9]+){_SEPARATOR}+(.+)", name) for name in names]
-        found = [m.groups() for m in numbered if m is not None]
-        if len(found) == len(names):
-            names = [name for _, name in sorted(found, key=lambda n: int(n[0]))]
+        numbered = _numbered(names)
+    if numbered:
+        names = [name for _, name in sorted(numbered)]
     if not names:
         raise DataError(f"{path}: names no classes")
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{path}: names the class {twice!r} more than once")
-    return names
+    for what, values in (("number", [n for n, _ in numbered]), ("class", names)):
+        twice = next((v for v in values if values.count(v) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: names the {what} {twice!r} more than once")
+    return dict(sorted(numbered)) if numbered else names
 
 
+def _numbered(lines: list[str]) -> list[tuple[int, str]]:
+    """Number and name of each line, or nothing: names may begin or end with digits themselves."""
+
+    def matches(pattern: str) -> list[tuple[str, str]]:
+        found = (re.fullmatch(pattern, line) for line in lines)
+        return [(m[1], m[2]) for m in found if m is not None]
+
+    first = matches(rf"({_INDEX}){_SEPARATOR}+(.+)")
+    if len(first) == len(lines):
+        return [(int(n), name) for n, name in first]
+    last = matches(rf"(.+?){_SEPARATOR}+({_INDEX})")
+    if len({name for name, _ in last}) == len(lines):  # "Level 1" and "Level 2" are names
+        return [(int(n), name) for name, n in last]
+    return []
+
+
+def _names(classes: Classes) -> list[str]:
+    return list(classes.values() if isinstance(classes, Mapping) else classes)
+
+
+_INDEX = "[0-9]{1,18}"
 _SEPARATOR = r"[ \t,;]"
 
 
@@ -187,7 +216,7 @@ def _kinetics(path: Path, text: str, root: Path) -> list[tuple[Path, str]]:
 
 def _entry(path: Path, line: str, root: Path) -> tuple[str, int | None]:
     """The name of the file and, where there is one, the index of its class."""
-    found = re.fullmatch(rf"(.*?){_SEPARATOR}+([0-9]+)", line)
+    found = re.fullmatch(rf"(.*?){_SEPARATOR}+({_INDEX})", line)
     name, label = (line, None) if found is None else (found[1], int(found[2]))
     if len(name) > 1 and name[0] == name[-1] == '"':
         name = name[1:-1].replace('""', '"')
@@ -202,22 +231,28 @@ def _entry(path: Path, line: str, root: Path) -> tuple[str, int | None]:
 _DOT_EXTENSIONS = "|".join(map(re.escape, EXTENSIONS))
 
 
-def _lines(
-    path: Path, text: str, root: Path, classes: Sequence[str] | None
-) -> list[tuple[Path, str]]:
+def _lines(path: Path, text: str, root: Path, classes: Classes | None) -> list[tuple[Path, str]]:
     entries = [_entry(path, line, root) for line in _filled_lines(text)]
     folders = [Path(name).parent.name for name, _ in entries]
     labels = [label for _, label in entries]
     # Folders name the classes where they say the same as the indices do.
     pairs = set(zip(folders, labels, strict=True))
     one_to_one = len(pairs) == len(set(folders)) == len(set(labels)) or set(labels) == {None}
-    if all(folders) and (one_to_one if classes is None else set(folders) <= set(classes)):
+    named = one_to_one if classes is None else set(folders) <= set(_names(classes))
+    if isinstance(classes, Mapping):
+        for folder, n in pairs:
+            if n is not None and (n not in classes or (named and folder != classes[n])):
+                meant = repr(classes[n]) if n in classes else "the number of no class"
+                raise DataError(f"{path}: gives {folder!r} the class index {n}, which is {meant}")
+    if all(folders) and named:
         return [(root / name, folder) for (name, _), folder in zip(entries, folders, strict=True)]
     if None in labels:
         raise DataError(
             f"{path}: requires a class index, or a folder that is a class, in each line"
         )
     numbers = [label for label in labels if label is not None]
+    if isinstance(classes, Mapping):
+        return [(root / name, classes[n]) for (name, _), n in zip(entries, numbers, strict=True)]
     names = {n: f"class {n:06d}" for n in numbers}  # in the order of the indices when sorted
     if classes is not None and not set(names.values()) <= set(classes):
         first = 0 if 0 in names else 1

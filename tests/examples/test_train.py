@@ -171,7 +171,7 @@ def test_ucf_lists(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).write_text(text)
     classes = videos.read_classes(tmp_path / "classInd.txt")
-    assert classes == ["Archery", "Biking", "Diving"]
+    assert classes == {1: "Archery", 2: "Biking", 10: "Diving"}
     for given in (classes, None):
         listing = videos.read_list(tmp_path / "trainlist01.txt", tmp_path, given)
         assert [c for _, c in names_of(listing)] == ["Archery", "Diving"]
@@ -186,7 +186,7 @@ def test_something_something_lists(tmp_path: Path) -> None:
         json.dumps({"Holding something up": "1", "Pushing it": "0"})
     )
     classes = videos.read_classes(tmp_path / "labels.json")
-    assert classes == ["Pushing it", "Holding something up"]
+    assert classes == {0: "Pushing it", 1: "Holding something up"}
     listing = videos.read_list(tmp_path / "train.json", tmp_path, classes)
     assert names_of(listing) == [("78687.webm", "Holding something up")]
     (tmp_path / "train.json").write_text("{}")
@@ -203,11 +203,14 @@ def test_something_something_lists(tmp_path: Path) -> None:
         ("v/a.mp4 0\nv/b.mp4 12\n", None, ["class 000000", "class 000012"]),
         ("v/a.mp4 0\nv/b.mp4 2\n", ["x", "y", "z"], ["x", "z"]),
         ("v/a.mp4,1\nv/b.mp4,3\n", ["x", "y", "z"], ["x", "z"]),
+        ("v/a.mp4 4\nv/b.mp4 1\n", {1: "x", 2: "y", 4: "z"}, ["z", "x"]),
+        ("v/a.mp4 1\n", {0: "x", 1: "y", 2: "z"}, ["y"]),
+        ("y/a.mp4 4\nx/b.mp4 1\n", {1: "x", 4: "y"}, ["y", "x"]),
         ("y/a b.mp4 1\nx/b.mp4 0\n", None, ["y", "x"]),
     ],
 )
 def test_plain_lists(
-    tmp_path: Path, lines: str, classes: list[str] | None, expected: list[str]
+    tmp_path: Path, lines: str, classes: videos.Classes | None, expected: list[str]
 ) -> None:
     (tmp_path / "list.txt").write_text(lines)
     listing = videos.read_list(tmp_path / "list.txt", tmp_path, classes)
@@ -222,6 +225,18 @@ def test_bad_lists(tmp_path: Path) -> None:
         ("v/a.mp4 1\n", ["x", "y"], "start them at 0"),  # counted from 0 or from 1?
         ("v/a.mp4 7\n", ["x", "y"], "start them at 0"),
         ("w/a.mp4\n", ["x", "y"], "a class index, or a folder"),
+        (
+            "v/a.mp4 3\n",
+            {1: "x", 2: "y", 4: "z"},
+            "'v' the class index 3, which is the number of no",
+        ),
+        (
+            "v/a.mp4 0\nv/b.mp4 1\n",
+            {1: "x", 2: "y"},
+            "the class index 0, which is the number of no",
+        ),
+        ("x/a.mp4 2\n", {1: "x", 2: "y"}, "'x' the class index 2, which is 'y'"),
+        ("v/a.mp4 " + "9" * 5000 + "\n", ["x", "y"], "requires a path and a class index"),
     ):
         path.write_text(text)
         with pytest.raises(videos.DataError, match=message):

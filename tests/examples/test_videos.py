@@ -463,13 +463,23 @@ def test_lists_of_classes(tmp_path: Path) -> None:
     path = tmp_path / "classInd.txt"
     for separator in (" ", "\t", ",", ", "):
         path.write_bytes(f"\ufeff2{separator}Run fast\r\n1{separator}Jump\r\n".encode())
-        assert videos.read_classes(path) == ["Jump", "Run fast"]
+        assert videos.read_classes(path) == {1: "Jump", 2: "Run fast"}
+        path.write_text(f"Run fast{separator}7\nJump{separator}0\n")
+        assert videos.read_classes(path) == {0: "Jump", 7: "Run fast"}
     path.write_text("² a\nb\n", encoding="utf-8")
     assert videos.read_classes(path) == ["² a", "b"]
+    for names in (["Level 1", "Level 2"], ["1 a", "b"], ["Run 1", "Jump"]):
+        path.write_text("\n".join(names))
+        assert videos.read_classes(path) == names
+    for text in ("1 a\n1 b\n2 c\n", "Run 1\nJump 1\n"):
+        path.write_text(text)
+        with pytest.raises(videos.DataError, match="the number 1 more than once"):
+            videos.read_classes(path)
     path.write_text("a\nb\na\n")
     with pytest.raises(videos.DataError, match="'a' more than once"):
         videos.read_classes(path)
-    for text in ("[", "[1]", '{"a": null}', json.dumps({}), "1"):
+    for text in ("[", "[1]", '{"a": null}', json.dumps({}), "1", '{"a": Infinity}', '{"a": 1.5}',
+                 '{"a": 0, "b": "0"}', '{"a": true}'):  # fmt: skip
         (tmp_path / "labels.json").write_text(text)
         with pytest.raises(videos.DataError, match=r"labels\.json"):
             videos.read_classes(tmp_path / "labels.json")
