@@ -255,7 +255,10 @@ class Trainer:
             CheckpointError: it is damaged, or of another run.
         """
         found = read_checkpoint(path)
-        if found.keys() < {"model", "optimizer", "classes", "epoch", "step", "steps"}:
+        if not found.keys() >= {
+            "model", "optimizer", "scaler", "network", "classes", "epoch", "step", "steps",
+            "history", "best", "unusable",
+        }:  # fmt: skip
             raise CheckpointError(f"{path} is no checkpoint of a run; --weights takes a state_dict")
         network = [self.options.model, self.options.width]
         if found["network"] != network:

@@ -381,10 +381,14 @@ def test_runs_that_cannot_be(folder: Path, tmp_path: Path) -> None:
     renamed = train.load_data(resumed)._replace(classes=["dark", "bright"])
     with pytest.raises(checkpoints.CheckpointError, match="'light' there is 'bright' here"):
         train.train(resumed, renamed)
-    kept = last.read_bytes()
+    kept, found = last.read_bytes(), checkpoints.read_checkpoint(last)
     last.write_bytes(kept[: len(kept) // 2])
     with pytest.raises(checkpoints.CheckpointError, match=r"last\.pt is damaged"):
         train.train(resumed)
+    for state in (found["model"], {k: v for k, v in found.items() if k != "history"}):
+        torch.save(state, last)
+        with pytest.raises(checkpoints.CheckpointError, match="no checkpoint of a run; --weights"):
+            train.train(resumed)
     last.unlink()
     with pytest.raises(checkpoints.CheckpointError, match="no such checkpoint"):
         train.train(resumed)
