@@ -12,8 +12,11 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import torch
+from checkpoints import CheckpointError, read_checkpoint
+from options import whole
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,15 +72,18 @@ class Decoder(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--frames", type=int, default=5)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--frames", type=whole(1), default=5)
+    parser.add_argument("--size", type=whole(1), default=32)
+    parser.add_argument("--width", type=whole(1), default=32)
     parser.add_argument("--checkpoint", type=Path)
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     plain, fused = Decoder(options.width), Decoder(options.width, fused=True)
     if options.checkpoint:
-        plain.load_state_dict(torch.load(options.checkpoint, weights_only=True))
+        try:
+            plain.load_state_dict(read_checkpoint(options.checkpoint))
+        except (CheckpointError, RuntimeError) as error:
+            parser.error(f"--checkpoint: {shorten(str(error), 300)}")
     fused.load_state_dict(plain.state_dict())
     latents = torch.randn(1, options.width, options.frames, options.size, options.size)
     results = {}

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,19 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class OptionError(ValueError):
     """A run that cannot be."""
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A type of argparse: whole numbers from ``least`` on."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"requires a whole number from {least} on, got {text!r}"
+            )
+        return int(text)
+
+    return parse
 
 
 def option(default: Any, text: str, **kwargs: Any) -> Any:
@@ -62,7 +78,7 @@ class Options:
     sync_bn: bool = option(False, "batch norm statistics over all processes")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     workers: int = option(4, "decoding processes per device", least=0)
-    seed: int = option(0, "of everything random", least=0)
+    seed: int = option(0, "of everything random", least=0, below=1 << 64)
     out: Path = option(Path("out/train"), "folder of checkpoints and TensorBoard logs", type=Path)
     resume: bool = option(False, "go on from OUT/last.pt")
     save_every: int = option(
@@ -73,9 +89,16 @@ class Options:
     def __post_init__(self) -> None:
         for f in fields(self):
             least, value = f.metadata.get("least"), getattr(self, f.name)
-            if least is not None and value is not None and not least <= value < math.inf:
+            below = f.metadata.get("below", math.inf)
+            if least is not None and value is not None and not least <= value < below:
                 name = f.name.replace("_", "-")
-                raise OptionError(f"--{name} requires a number from {least} on, got {value}")
+                end = "on" if below == math.inf else f"to {below - 1}"
+                raise OptionError(f"--{name} requires a number from {least} {end}, got {value}")
+        network = models.NETWORKS[self.model]
+        if self.width is not None and "width" not in signature(network).parameters:
+            raise OptionError(f"--width: {self.model} has one width only")
+        if self.new_classifier and self.weights is None:
+            raise OptionError("--new-classifier requires --weights")
 
     @classmethod
     def parse(cls, description: str | None, arguments: list[str] | None = None) -> Options:
@@ -83,7 +106,7 @@ class Options:
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         for f in fields(cls):
-            kwargs = {k: v for k, v in f.metadata.items() if k != "least"}
+            kwargs = {k: v for k, v in f.metadata.items() if k not in ("least", "below")}
             if isinstance(f.default, bool):
                 kwargs["action"] = argparse.BooleanOptionalAction
             elif "type" not in kwargs:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import videos
 from checkpoints import CheckpointError, read_checkpoint, write_checkpoint
-from options import AMP, Options
+from options import AMP, OptionError, Options
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -71,6 +72,11 @@ def load_data(options: Options) -> Data:
     Raises:
         videos.DataError: one cannot be used.
     """
+    lists = options.train_list, options.val_list
+    if options.data is None and (*lists, options.classes) != (None, None, None):
+        raise videos.DataError("--train-list, --val-list and --classes require the folder DATA")
+    if options.classes is not None and None in lists:
+        raise videos.DataError("--classes requires --train-list and --val-list")
     if options.data is None:
         from digits import MovingDigits, same_direction
 
@@ -113,9 +119,20 @@ class World(NamedTuple):
 
     @classmethod
     def join(cls, device: str) -> World:
-        if "RANK" not in os.environ:
-            return cls(0, 1, torch.device(device))
-        local = torch.device(device, int(os.environ["LOCAL_RANK"]) if device == "cuda" else None)
+        """
+        Raises:
+            OptionError: there is no such device here.
+        """
+        ranked = "RANK" in os.environ
+        own = f":{os.environ['LOCAL_RANK']}" if ranked and device == "cuda" else ""
+        try:
+            local = torch.device(device + own)
+            torch.zeros(1, device=local).item()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise OptionError(f"--device {device} cannot be used here: {reason}") from error
+        if not ranked:
+            return cls(0, 1, local)
         if device == "cuda":
             torch.cuda.set_device(local)
         if not dist.is_initialized():
@@ -139,24 +156,38 @@ def build_model(options: Options, classes: list[str]) -> nn.Module:
     """The network, with weights where given.
 
     Raises:
+        OptionError: it does not take clips of this size.
         CheckpointError: the weights are of other classes or another network.
     """
     kwargs = {} if options.width is None else {"width": options.width}
+    clips = options.batch, 3, options.frames, options.size, options.size
+    with torch.device("meta"):  # shapes alone
+        trial = models.NETWORKS[options.model](len(classes), **kwargs)
+        try:
+            trial.train(not options.sync_bn)(torch.empty(clips))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise OptionError(
+                f"{options.model} does not take clips of {clips}: {reason}"
+            ) from error
     model = models.NETWORKS[options.model](len(classes), **kwargs)
     if options.weights is not None:
         found = read_checkpoint(options.weights)
         state = found.get("model", found)
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise CheckpointError(f"{options.weights} has no state_dict")
         if options.new_classifier:
             last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
-            own = model.state_dict()
-            state = {k: own[k] if k.rpartition(".")[0] == last else t for k, t in state.items()}
+            own = {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] == last}
+            state = {**state, **own}
         elif "classes" in found:
             check_classes(options.weights, found["classes"], classes)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
+            reason = shorten(str(error), 300)
             raise CheckpointError(
-                f"{options.weights} does not fit {options.model}: {error}"
+                f"{options.weights} does not fit {options.model}: {reason}"
             ) from error
     return model
 
@@ -416,8 +447,11 @@ def train(options: Options, data: Data | None = None) -> Trainer:
     """Run what the options say.
 
     Raises:
-        videos.DataError, CheckpointError: data or checkpoints that cannot be used.
+        OptionError, videos.DataError, CheckpointError: settings, data or checkpoints that cannot be
+            used.
+        OSError: of the folder of the run.
     """
+    options.out.mkdir(parents=True, exist_ok=True)
     world = World.join(options.device)
     data = load_data(options) if data is None else data
     last = options.out / "last.pt"
@@ -437,7 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         train(Options.parse(__doc__, arguments))
-    except (videos.DataError, CheckpointError) as error:
+    except (OptionError, videos.DataError, CheckpointError, OSError) as error:
         sys.exit(f"train: {error}")
     finally:
         if dist.is_initialized():

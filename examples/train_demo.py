@@ -22,7 +22,7 @@ import torch
 import train
 from digits import CLASSES, MovingDigits, same_direction
 from matplotlib.figure import Figure
-from options import Options
+from options import Options, whole
 
 NAMES = {"fr2d_18": "f-R2D-18", "r2plus1d_18": "R(2+1)D-18"}
 FRAMES, SIZE, WIDTH, BATCH = 8, 32, 16, 16
@@ -98,7 +98,6 @@ def draw(path: Path, results: dict[str, Result]) -> None:
     panels[0].annotate("chance", (1, 50), (0, -12), textcoords="offset points", color=_FAINT)
     _curves(panels[1], results, "loss", "training loss (6 classes)", 1)
     panels[1].set_ylim(bottom=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -173,12 +172,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--clips", type=int, default=480, help="of an epoch (default: 480)")
-    parser.add_argument("--evaluated", type=int, default=300, help="clips (default: 300)")
+    parser.add_argument("--epochs", type=whole(1), default=12)
+    parser.add_argument(
+        "--clips", type=whole(BATCH), default=480, help="of an epoch (default: 480)"
+    )
+    parser.add_argument("--evaluated", type=whole(1), default=300, help="clips (default: 300)")
     parser.add_argument("--out", type=Path, default=Path("out/train-demo.png"), help="chart")
     parser.add_argument("--record", action="store_true", help="update the documentation")
     options = parser.parse_args(arguments)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     sizes = options.epochs, options.clips, options.evaluated
     results = run(*sizes)
     draw(options.out, results)

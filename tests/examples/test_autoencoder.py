@@ -16,3 +16,23 @@ def test_runs_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     differences = [float(line.split()[-5]) for line in lines if "largest difference" in line]
     assert len(differences) == 2 and max(differences) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--frames", "0"], "requires a whole number from 1 on, got '0'"),
+        (["--width", "x"], "requires a whole number from 1 on, got 'x'"),
+        (["--checkpoint", "missing.pt"], "missing.pt: no such checkpoint"),
+        (["--checkpoint", "other.pt"], "Missing key(s)"),
+    ],
+)
+def test_options_that_do_not_fit(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.zeros(1)}, "other.pt")
+    with pytest.raises(SystemExit):
+        autoencoder.main(arguments)
+    assert told in capsys.readouterr().err.splitlines()[-1]

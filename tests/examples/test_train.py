@@ -398,6 +398,61 @@ def test_runs_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         train.train(options(tmp_path / "half", folder, train_list=folder))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "c3d", "--width", "4"], "--width: c3d has one width only"),
+        (["--device", "nonsense"], "--device nonsense cannot be used here: "),
+        (["--device", "meta"], "--device meta cannot be used here: "),
+        (["--seed", str(1 << 64)], "--seed requires a number from 0 to 18446744073709551615"),
+        (["--new-classifier"], "--new-classifier requires --weights"),
+        (["--model", "c3d", "--size", "16"], "c3d does not take clips of (8, 3, 16, 16, 16): "),
+        (["--model", "r2d_18"], "r2d_18 does not take clips of (8, 3, 16, 112, 112): "),
+        (["--batch", "1", "--frames", "1", "--size", "1"], "more than 1 value per channel"),
+        (["--train-list", "x"], "--classes require the folder DATA"),
+        (["--classes", "x"], "--classes require the folder DATA"),
+        (["data", "--classes", "__init__.py"], "--classes requires --train-list and --val-list"),
+        (["--weights", "tensor.pt"], "tensor.pt has no state_dict"),
+        (["--weights", "folder"], "folder is damaged or no checkpoint: "),
+        (["--weights", "other.pt"], "other.pt does not fit r2plus1d_18: Error(s) in loading"),
+        (["--weights", "other.pt", "--new-classifier"], "other.pt does not fit r2plus1d_18: "),
+        (["--out", "tensor.pt"], "File exists: 'tensor.pt'"),
+        (["--out", "tensor.pt/run"], "Not a directory: 'tensor.pt/run'"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_one_line(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": torch.zeros(1)}, "tensor.pt")
+    torch.save({"fc.extra": torch.zeros(1)}, "other.pt")
+    Path("folder").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        train.main([*(["--device", "cpu"] if "--device" not in arguments else []), *arguments])
+    usage = capsys.readouterr().err  # of the parser, which then ends with 2
+    line = usage.splitlines()[-1] if ended.value.code == 2 else str(ended.value.code)
+    assert "\n" not in line
+    assert told in line and len(line) < 400
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--epochs", "0"], ["--clips", "15"], ["--evaluated", "-1"], ["--epochs", "1.5"],
+     ["--out", "file/chart.png"]],
+)  # fmt: skip
+def test_options_of_the_demo(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(train_demo, "run", lambda *sizes: pytest.fail("began"))
+    with pytest.raises(SystemExit):
+        train_demo.main(arguments)
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_starts_from_weights_of_other_classes(folder: Path, tmp_path: Path) -> None:
     data = train.load_data(options(tmp_path, folder))
