@@ -47,7 +47,7 @@ class Explanation:
 def explain(module: nn.Module, x: Tensor) -> Explanation:
     """Say what runs ``module(x)``: the backend, and for every other one the reason it does not.
 
-    Runs the module once, without gradients, and leaves it and the random state as they were.
+    Runs the module once, without gradients, and leaves it, x and random numbers as they were.
 
     Args:
         module: a layer of fastst, or a model that contains some.

@@ -25,7 +25,7 @@ from ..problem.examples import example
 from ..problem.spec import PairProblem, Problem
 from . import selection, selfcheck
 from .selection import Decision
-from .without_trace import without_trace
+from .without_trace import DryRun, without_trace
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -59,7 +59,8 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
     with gradients, in eval mode without. Then it times every distinct call on random tensors, in
     turns, keeping what backward needs where the model trains: on the CPU the backends that "auto"
     may take, and the ways of those that have several. On a GPU its own time counts, of captured
-    graphs, not that of the host. The model and the random state stay as they were.
+    graphs, not that of the host. The model, the sample and random numbers stay as they
+    were.
 
     Args:
         model: a layer of fastst, or a model that contains some.
@@ -76,7 +77,7 @@ def tune(model: nn.Module, sample: Tensor, *, seconds: float = 1.0) -> list[Meas
         raise ValueError(f"tune: seconds must be positive, got {seconds}")
     with without_trace(model, sample) as run:
         with selection.recording() as calls:
-            _run(run, model, sample)
+            _run(run, model.training)
         found = _measure(calls, model.training, seconds)
     if not found:
         made = sorted({f"{c.what} {c.phase} on {c.chosen!r}" for c in calls})
@@ -162,12 +163,12 @@ def _trial(
     return run
 
 
-def _run(run: Callable[[], Any], model: nn.Module, sample: Tensor) -> None:
+def _run(run: DryRun, training: bool) -> None:
     """Once forward and, in training mode, backward, without touching any ``.grad``."""
-    with torch.set_grad_enabled(model.training):
+    with torch.set_grad_enabled(training):
         found = tree_leaves(run())
     outputs = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
-    sources = [t for t in (*model.parameters(), sample) if t.requires_grad]
+    sources = [t for t in (*run.parameters.values(), *run.args) if t.requires_grad]
     if outputs and sources:
         ones = [torch.ones_like(t) for t in outputs]
         torch.autograd.grad(outputs, sources, ones, allow_unused=True)

@@ -52,6 +52,11 @@ def present() -> list[torch.device]:
     ]  # fmt: skip
 
 
+def in_use() -> list[torch.device]:
+    """Those that this process has asked something of already."""
+    return [device for device in present() if runtime(device).is_initialized()]
+
+
 @functools.cache
 def capability(device: torch.device) -> gpu.Capability:
     """What kernels are compiled for: see ``gpu``."""

@@ -271,8 +271,8 @@ def _check(model: nn.Module, inflated: nn.Module, frames: Tensor, training: bool
         m.training = training and not _is_of_torch(m)
     with torch.no_grad(), dispatch.use_backend("reference"):
         try:
-            wanted = flat(frames)
-            again = flat(frames) if training else wanted
+            wanted = flat(frames.clone())
+            again = flat(frames.clone()) if training else wanted
         except Exception as error:  # whatever user code raises on frames that it cannot take
             if training:
                 return
@@ -283,7 +283,7 @@ def _check(model: nn.Module, inflated: nn.Module, frames: Tensor, training: bool
         if training and not (isinstance(wanted, Tensor) and torch.equal(wanted, again)):
             return
         try:
-            y = deep(frames.transpose(0, 1).unsqueeze(0))
+            y = deep(frames.clone().transpose(0, 1).unsqueeze(0))
         except Exception as error:  # whatever user code raises on a 5-D tensor
             raise ValueError(f"inflate: the inflated network does not run: {error}") from error
     if not isinstance(y, Tensor) or not isinstance(wanted, Tensor):

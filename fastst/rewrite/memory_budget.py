@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from ..dispatch.without_trace import copied, keep_random_numbers
 from ..nn.pair_of_modules import RECOMPUTE
 from ..ops.schema import pair_arguments
 from ..problem import slicing
@@ -52,7 +53,7 @@ def set_memory_budget(
     where that keeps the peak of a step down, which counts among their operations. The choice counts
     for layers and converted pairs for which ``recompute`` was not given, and goes before
     ``FASTST_RECOMPUTE``. It depends on the shapes of the inputs only, and nothing is computed: the
-    model runs on fake tensors, in the mode it is in.
+    a copy of the model, without one of its parameters, runs on fake tensors, in the mode it is in.
 
     Args:
         model: any module with ``Conv2Plus1d`` layers or converted pairs.
@@ -65,9 +66,9 @@ def set_memory_budget(
 
     Raises:
         TypeError: ``model`` is no module, or the budget no number.
-        ValueError: the budget is not within 0 and 1, the model does not run on these inputs or
-            wants to read values of them, or none of its pairs keeps anything, as where nothing
-            needs a gradient.
+        ValueError: the budget is not within 0 and 1, the model cannot be copied, does not run on
+            these inputs or wants to read values of them, or none of its pairs keeps anything, as
+            where nothing needs a gradient.
     """
     _check(model, budget)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv3d)}
@@ -131,9 +132,16 @@ def _mark(convs: dict[str, nn.Conv3d], value: bool | None) -> None:
 def _uses(model: nn.Module, inputs: Any, keywords: Any) -> dict[str, _Use]:
     """The pairs that a forward pass runs, by the names of their spatial convolutions."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    try:
+        model = copied(model, tensors.values())  # whose forward may keep what it makes
+    except Exception as error:  # whatever its attributes raise
+        raise ValueError(
+            "set_memory_budget: the model must be one that copy.deepcopy takes: what its "
+            f"forward keeps has no values: {error}"
+        ) from error
     counters = {n: t.item() for n, t in tensors.items() if t.dim() == 0 and not t.is_meta}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.enable_grad(), mode:
+    with keep_random_numbers(), torch.enable_grad(), mode:
         state: dict[str, Tensor] = {n: mode.from_tensor(t) for n, t in tensors.items()}
         for name, value in counters.items():  # may be read: a constant has a value
             t = state[name]

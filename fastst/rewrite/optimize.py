@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import tune
+from ..dispatch.without_trace import copied, copied_arguments, keep_random_numbers
 from ..machine import devices, served
 from .convert import convert
 from .convert.converter import serve
@@ -57,8 +58,7 @@ def optimize_for_inference(
                 f"optimize_for_inference: {name} is lazy: it has no values before the first call"
             )
     _check(memory_format, sample, seconds)
-    with torch.no_grad():  # else those of TorchScript would be copied as results of a clone
-        optimised = copy.deepcopy(model).eval()
+    optimised = copied(model).eval()
     for p in optimised.parameters():
         p.requires_grad_(False)
     convert(optimised)
@@ -112,12 +112,13 @@ def _fastest_format(model: nn.Module, sample: Tensor, seconds: float) -> torch.m
     def trial(m: nn.Module) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad():
-                m(sample)
+                m(copied_arguments(sample))
             devices.wait_for(sample.device)
 
         return run
 
-    times = tune.race({fmt: trial(m) for fmt, m in models.items()}, seconds)
+    with keep_random_numbers():
+        times = tune.race({fmt: trial(m) for fmt, m in models.items()}, seconds)
     return min(times, key=times.__getitem__)
 
 

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends.conv_pass import pad
 from ..backends.ranks import Sum, ranks_of
+from ..dispatch.without_trace import without_trace
 from ..functional import conv3d
 from ..nn.conv3d import Conv3d
 from ..nn.layers import Conv2Plus1d, ParallelConv2Plus1d
@@ -360,8 +361,8 @@ class _ShareCheck:
 def _evaluate(model: nn.Module, x: Tensor) -> Tensor:
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    with torch.no_grad():
-        y = model(x)
+    with torch.no_grad(), without_trace(model, x) as call:
+        y: Tensor = call()
     for module, training in modes:
         module.training = training
     return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -213,6 +214,39 @@ def test_models_may_make_tensors() -> None:
 def test_models_that_read_values_are_refused(reads: Callable[[Tensor], Any]) -> None:
     model = Makes(reads)
     with pytest.raises(ValueError, match="shapes but no values, whose values its forward must"):
+        fastst.set_memory_budget(model, 0.5, torch.randn(1, 4, 4, 6, 6))
+
+
+class Streams(nn.Module):
+    """A forward that keeps frames for its next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = fastst.Conv2Plus1d(4, 4, 3, padding=1, norm="batch")
+        self.past: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.pair(x if self.past is None else torch.cat([self.past, x], 2))
+        self.past = x[:, :, -1:]
+        return y
+
+
+def test_what_a_forward_keeps_stays_as_it_was() -> None:
+    model, x = Streams(), torch.randn(1, 4, 4, 6, 6)
+    plan = fastst.set_memory_budget(model, 0.5, x)
+    assert plan is not None and plan.recomputed == ("pair.spatial",)
+    assert model.past is None
+    model(x)
+    past = model.past
+    fastst.set_memory_budget(model, 0.5, x)
+    assert model.past is past
+    copy.deepcopy(model)
+
+
+def test_models_that_cannot_be_copied_are_refused() -> None:
+    model = Streams()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"must be one that copy\.deepcopy takes: .* pickle"):
         fastst.set_memory_budget(model, 0.5, torch.randn(1, 4, 4, 6, 6))
 
 

@@ -36,10 +36,10 @@ _PATIENCE = 4  # chains in a row that end nowhere, before the convolution is ask
 class Event(NamedTuple):
     """What became of a promise."""
 
-    name: str  # of the convolution
+    begun: Begins  # of the convolution
     plan: Any
     why: str | None = None  # it was computed as it stood; None for a pair
-    second: str | None = None  # of a pair; None for a function
+    second: Begins | None = None  # of a pair; None for a function
     norm: Any = None  # of a pair, as ``functional`` has it
 
 
@@ -197,13 +197,12 @@ class Begins(Answer):
         """A pair runs as one operation."""
         self.misses, self.guess = 0, second
         if _listeners:
-            ends = None if link.ends is None else link.ends.name
-            tell(Event(self.name, link.plan, second=ends, norm=link.norm))
+            tell(Event(self, link.plan, second=link.ends, norm=link.norm))
 
     def note_miss(self, link: Any, why: str) -> None:
         """A promise was computed as it stands. After some in a row, fewer and fewer are made."""
         dispatch.record_composed(self.name or "the convolution", why)
-        tell(Event(self.name, link.plan, why))
+        tell(Event(self, link.plan, why))
         if torch.compiler.is_compiling():
             return
         self.misses += 1

@@ -29,23 +29,22 @@ from .state import State
 
 
 class Ran(NamedTuple):
-    """An operation that ran: by whom it is called, what it read, and what ended it."""
+    """An operation that ran: what it read, and what ended it."""
 
-    name: str
     chain: Read
     ending: dict[str, Any]
 
-    def entry(self) -> Alone:
+    def entry(self, name: str) -> Alone:
         plan, ending = self.chain.plan, self.ending
         outer = {
             "residual": "residual" in ending, "outer": ending.get("outer_activation", "none"),
             "outer_norm": "second" in ending or "outer_norm" in ending,
         }  # fmt: skip
         if plan is None:
-            return Alone(self.name, **outer)
+            return Alone(name, **outer)
         kind = plan.norm and ("batch" if isinstance(plan.norm, BatchNorm) else plan.norm.kind)
         activation = (plan.activation or ("none",))[0]
-        return Alone(self.name, kind, activation, plan.past, bool(plan.pads), **outer)
+        return Alone(name, kind, activation, plan.past, bool(plan.pads), **outer)
 
 
 class Whole(Begins):
@@ -104,7 +103,7 @@ class Whole(Begins):
 
         def run(given: dict[str, Any], second: Any = None, **ending: Any) -> Tensor:
             folded = {} if second is None else {"second": second}
-            tell(Event(self.name, Ran(self.name, chain, ending | folded)))
+            tell(Event(self, Ran(chain, ending | folded)))
             w, b = second or (given["second weight"], given.get("second bias"))
             ending["activation"] = ending.pop("outer_activation", None)
             ending["output_norm"] = ending.pop("outer_norm", None)

@@ -366,3 +366,18 @@ def test_truth_values_are_no_numbers(name: str) -> None:
             model(x) + 0
         setattr(conv, name, old)
     model(x)
+
+
+def test_parts_that_were_converted_before_have_the_names_of_the_whole() -> None:
+    def pair() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv3d(4, 6, (1, 3, 3), padding=(0, 1, 1)), nn.ReLU(),
+            nn.Conv3d(6, 4, (3, 1, 1), padding=(1, 0, 0)),
+        )  # fmt: skip
+
+    whole = nn.Sequential(pair(), pair())
+    fastst.convert(whole[0])
+    report = fastst.convert(whole, torch.randn(1, 4, 4, 6, 6))
+    assert [(e.first, e.second) for e in report.already] == [("0.0", "0.2")]
+    assert [(e.first, e.second) for e in report.replaced] == [("1.0", "1.2")]
+    assert not report.left
