@@ -19,6 +19,7 @@ from .axes import Axes, Dim, whole_dims
 from .geometry import Separable
 from .graphs import is_promise, is_unread, promise_or_trace, write_in_graph
 from .kept import Kept
+from .layouts import dtype_under_autocast
 from .link import Link
 from .padding import Pad
 from .plain import Facts
@@ -149,8 +150,10 @@ def extend(
     link = p.link
     if in_place and (link.sees or any(view() is not None for view in link.views)):
         return NotImplemented
-    state = link.state
-    longer = Link(link, run, plan, kept, state, shape or link.shape, link.dtype)
+    state, dtype = link.state, link.dtype
+    if state.autocast is not None and not (kept or state.traced):
+        dtype = dtype_under_autocast(run, link.shape, dtype, state.device)
+    longer = Link(link, run, plan, kept, state, shape or link.shape, dtype)
     if state.traced:
         return write_in_graph(p, longer) if in_place else promise_or_trace(longer)
     return write_to(p, longer) if in_place else promise(longer)

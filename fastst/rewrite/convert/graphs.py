@@ -116,7 +116,7 @@ def write_in_graph(p: Any, link: Link) -> Any:
 
 
 def _remember(value: Any, link: Link) -> Any:
-    link.value, link.version = value, _version(value)
+    link.value, link.version, link.dtype = value, _version(value), value.dtype
     value.__class__ = _REMEMBERING.get(type(value), type(value))
     value.link = link
     return value

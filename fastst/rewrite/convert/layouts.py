@@ -28,6 +28,7 @@ Names = Mapping[str, str]
 _BY_DEVICE = (F.conv1d, F.conv2d, F.conv3d, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm)
 _LONGEST = 4096
 _known: dict[Any, tuple[int, ...]] = {}
+_known_dtypes: dict[Any, torch.dtype] = {}
 
 
 def call(run: Callable[..., Tensor], names: Names) -> Call:
@@ -69,6 +70,21 @@ def _strides(calls: Sequence[Call], given: Mapping[str, Tensor]) -> tuple[int, .
             for run, names in calls:
                 value = run(value, **{own: empty[n] for own, n in names if n in empty})
         found = _known[key] = value.stride()
+    return found
+
+
+def dtype_under_autocast(
+    run: Callable[..., Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """Of what a call makes of a value: autocast has one of its own for some functions."""
+    key = _meaning(run), shape, dtype, device, torch.get_autocast_dtype(device.type)
+    found = _known_dtypes.get(key)
+    if found is None:
+        if len(_known_dtypes) >= _LONGEST:
+            _known_dtypes.clear()
+        with _disable_current_modes(), FakeTensorMode(), torch.no_grad():
+            made = run(torch.empty(shape, dtype=dtype, device=device))
+        found = _known_dtypes[key] = made.dtype
     return found
 
 

@@ -245,6 +245,8 @@ class Promise(Tensor):
         if torch.compiler.is_compiling():  # of a part of the model: Dynamo guards all that is read
             return result
         _resemble(args)
+        if kwargs:  # out=u
+            _resemble(kwargs.values())
         if isinstance(result, Tensor):  # u.mul_(2) is u, and so is u.contiguous()
             for given, own in ((args, reals), ((kwargs or {}).values(), named.values())):
                 for p, t in zip(given, own, strict=True):
@@ -352,6 +354,8 @@ def _resemble(values: Any) -> None:
     """Let promises tell what their values are, which a call may have changed: ``u.resize_(0)``,
     ``u.transpose_(0, 1)``, ``u.data = ...``, ``u.detach_()``, ``u.add_(w)``."""
     for p in values:
+        if type(p) in (tuple, list):
+            _resemble(p)
         if type(p) is not Promise or p.link.value is None:
             continue
         link, value = p.link, p.link.value

@@ -17,6 +17,7 @@ from .chain import Plan, as_view, change_plan, extend, is_open
 from .graphs import is_promise, is_unread
 from .link import Link
 from .padding import Pad
+from .plain import are_in_order
 from .promise import Promise
 from .readings import Reading
 
@@ -166,8 +167,19 @@ def _squeeze(p: Promise, dim: Any) -> Any:
 
 
 def _contiguous(p: Promise, memory_format: Any = torch.contiguous_format) -> Any:
+    if _is_in_order(p.link) and torch.empty(p.link.shape, device="meta").is_contiguous(
+        memory_format=memory_format
+    ):
+        return p
     plan = readings.reading_of(p) or p.link.plan
     return as_view(p, lambda u: u.contiguous(memory_format=memory_format), p.link.shape, plan)
+
+
+def _is_in_order(link: Link) -> bool:
+    """Whether the value lies in the order of its dimensions, as all does that it is made of."""
+    if link.viewed or link.state.traced:
+        return False
+    return all(are_in_order(t.shape, t.stride()) for t in link.tensors())
 
 
 # ---- pads

@@ -28,6 +28,7 @@ PAIRS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "padded": lambda m, x: m.t(F.pad(m.s(x), (0, 0, 0, 0, 1, 1), mode="replicate")),
     "turned": lambda m, x: m.t(m.n(m.s(x.transpose(3, 4)))),
 }
+PADS = ("constant", "replicate", "reflect", "circular")
 CHAINS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "norm": lambda m, x: m.two(F.silu(m.group(m.one(x)))),
     "cache": lambda m, x: m.two(torch.cat([x.contiguous(), m.silu(m.l2(m.one(x)))], 2)),
@@ -133,3 +134,29 @@ def test_no_clips(fmt: str) -> None:
                     memory_format=FORMATS[fmt]
                 ),
             )
+
+
+@pytest.mark.parametrize("how", ["as it runs", "compiled"])
+@pytest.mark.parametrize("mode", PADS)
+def test_dtypes_of_pads_under_autocast(mode: str, how: str) -> None:
+    """Autocast pads in float32 by some modes on a CPU; a pair is a pair there, too."""
+    torch.manual_seed(0)
+    seen: list[torch.dtype] = []
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        z = F.pad(F.relu(m.s(x)), (0, 0, 0, 0, 1, 1), mode=mode)
+        seen.append(z.dtype)
+        y: Tensor = F.conv3d(z, m.t.weight, m.t.bias) + z.to(torch.bfloat16)[:, :4, 2:]
+        return y
+
+    plain = Block(body).eval()
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    outputs, x = [], torch.randn(1, 4, 4, 6, 6)
+    for model in (plain, converted):
+        run = model if how == "as it runs" else torch.compile(model, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            outputs.append(run(x))
+    assert seen[0] == seen[-1]
+    assert outputs[0].dtype == outputs[1].dtype
+    torch.testing.assert_close(*outputs, rtol=5e-2, atol=5e-2)

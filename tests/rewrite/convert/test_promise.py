@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -142,10 +143,12 @@ def test_written_in_place_after_it_left_a_function() -> None:
     lambda v: v.requires_grad_(v.requires_grad), lambda v: v.type(v.dtype), lambda v: v.cpu(),
     lambda v: v.__iadd__(1), lambda v: v.clamp_(min=0), lambda v: torch.relu_(v),
     lambda v: v.detach(), lambda v: v.clone(), lambda v: v.view_as(v), lambda v: F.relu(v),
+    lambda v: v.contiguous(memory_format=torch.channels_last_3d),
 ])  # fmt: skip
 @pytest.mark.parametrize("grad", [False, True])
-def test_what_gives_back_its_argument(call: Any, grad: bool) -> None:
-    """The same object, also when somebody has read it before."""
+@pytest.mark.parametrize("read", [True, False])
+def test_what_gives_back_its_argument(call: Any, read: bool, grad: bool) -> None:
+    """The same object, also when somebody has read it before, with what was set on it."""
     found = []
     for convert in (False, True):
         block = Block(lambda m, x: m.s(x))
@@ -153,6 +156,29 @@ def test_what_gives_back_its_argument(call: Any, grad: bool) -> None:
             fastst.convert(block)
         with torch.set_grad_enabled(grad):
             v = block(torch.randn(1, 4, 3, 6, 6))
-            v.sum().item()
-            found.append(call(v) is v)
+            v.mask = 3  # type: ignore[attr-defined]
+            if read:
+                v.sum().item()
+            found.append((call(v) is v, getattr(call(v), "mask", None)))
     assert found[0] == found[1]
+
+
+def minima_into(x: Tensor, u: Tensor) -> Tensor:
+    torch.min(x, 1, out=(u, torch.empty(0, dtype=torch.long)))
+    return u
+
+
+@pytest.mark.parametrize("write", [lambda x, u: torch.add(x[:, :1], 1, out=u), minima_into])
+def test_written_as_the_output_of_another_size(write: Any) -> None:
+    found, x = [], torch.randn(1, 4, 4, 6, 6)
+    for convert in (False, True):
+        block = Block(lambda m, x: m.s(x))
+        if convert:
+            fastst.convert(block)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch would have outputs resized by hand
+            u = block(x)
+            given = write(x, u)
+            found.append((u.shape, given.shape, u.numel(), u + 0))
+    assert found[0][:3] == found[1][:3]
+    torch.testing.assert_close(found[0][3], found[1][3])
