@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .link import needs_gradient
-from .promise import OURS, Promise, needs_clone, real
+from .promise import OURS, Promise, needs_clone, real, settle
 
 
 def _ask(*args: Any, **kwargs: Any) -> Any:
@@ -34,6 +34,14 @@ def _mark_asked(p: Any) -> Any:
     """What is made of a promise goes by its value from now on."""
     if type(p) is Promise and needs_gradient(p):
         p.link.asked = True
+    return NotImplemented
+
+
+def _grad_fn(p: Any) -> Any:
+    """Its node is that of the value, of which there is to be one for all who read it."""
+    _mark_asked(p)
+    if type(p) is Promise and needs_gradient(p) and not torch.compiler.is_compiling():
+        settle(p)
     return NotImplemented
 
 
@@ -74,5 +82,5 @@ _GRAD_FN: Any = Tensor.grad_fn  # of the class: what reads it
 RULES: dict[Any, Callable[..., Any]] = {
     Tensor.register_hook: _ask, Tensor.retain_grad: _ask,
     Tensor.backward: _backward, torch.autograd.backward: _backward, torch.autograd.grad: _grad,
-    _GRAD_FN.__get__: _mark_asked,
+    _GRAD_FN.__get__: _grad_fn,
 }  # fmt: skip

@@ -374,6 +374,20 @@ def _resemble(values: Any) -> None:
         link.promise = weakref.ref(p)
 
 
+def settle(p: Promise) -> None:
+    """Let what C++ reads from now on send its gradient through the node of the value itself."""
+    link = p.link
+    value = link.compute("grad_fn")
+    with unseen():
+        read_by_link = isinstance(p.grad_fn, _Node._backward_cls)
+    if read_by_link and value.requires_grad:
+        link.written = value.grad_fn
+        with torch.enable_grad():
+            other = _mark_differentiable(link, _apply_written_node(link, link.dtype, value))
+        _become(p, other)
+        link.promise = weakref.ref(p)
+
+
 def _become(p: Promise, other: Promise) -> None:
     """Let a promise be, to C++, what another one is."""
     torch._C._swap_tensor_impl(p, other)

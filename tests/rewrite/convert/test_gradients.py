@@ -376,3 +376,38 @@ def test_steps_in_a_checkpoint(call: Any, twice: bool) -> None:
                 loss.backward()
             found.append([x.grad, *(p.grad for p in m.parameters()), *m.buffers()])
         torch.testing.assert_close(*found)
+
+
+class Passed(torch.autograd.Function):
+    """What ``DistributedDataParallel`` hands all outputs through."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Any:
+        return tuple(y.clone() for y in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_nodes_that_somebody_looked_at_before_a_custom_function_reads(hooked: bool) -> None:
+    """Of several outputs, made of each other: a hook that hangs there is called with all of it."""
+    grads = []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        block = Block(lambda m, x: m.t(F.relu(m.s(x))))
+        head = nn.Conv3d(4, 2, (1, 3, 3))
+        if convert:
+            fastst.convert(nn.ModuleList([block, head]))
+        y = block(torch.ones(1, 4, 3, 6, 6).cumsum(3).cos())
+        z = head(y)
+        nodes: list[Any] = [y.grad_fn, z.grad_fn]
+        seen: list[Tensor] = []
+        if hooked:
+            for node in nodes:
+                node.register_prehook(lambda given, seen=seen: seen.append(given[0]))
+        y, z = Passed.apply(y, z)
+        (y.sin().sum() + z.cos().sum()).backward()
+        grads.append([p.grad for m in (block, head) for p in m.parameters()] + seen)
+    torch.testing.assert_close(*grads)
