@@ -386,6 +386,6 @@ def test_the_command_prints_a_table(
 def test_the_command_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "devices", list)
+    monkeypatch.setattr(check, "gpus", list)
     assert check.main(["--all"]) == 2
     assert "nothing to check" in capsys.readouterr().out
