@@ -125,9 +125,12 @@ def _why_unhonoured(backend: Backend, problem: Problem) -> str | None:
 
 def _why_not_auto(backend: Backend, problem: Problem, phase: Phase) -> str | None:
     """Why "auto" does not take a backend: it cannot, need not, or has been seen to be wrong."""
-    why = _why_unhonoured(backend, problem) or backend.why_not(problem, phase)
-    why = why or backend.why_not_auto(problem, phase)
-    return selfcheck.why_broken(backend, problem, phase) if why is None else why
+    return (
+        _why_unhonoured(backend, problem)
+        or backend.why_not(problem, phase)
+        or backend.why_not_auto(problem, phase)
+        or selfcheck.why_broken(backend, problem, phase)
+    )
 
 
 def choose_unrecorded(problem: Problem, phase: Phase, name: str) -> Backend:

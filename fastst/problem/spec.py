@@ -309,6 +309,9 @@ class Problem:
 
     def empty_output(self, x: Tensor) -> Tensor:
         """Uninitialised y with the strides that ``nn.Conv3d`` would give it."""
+        if type(x) is Tensor and not x.is_meta:  # in half the time
+            stride, _ = self._as_y
+            return torch.empty_strided(self.out_shape, stride, dtype=x.dtype, device=x.device)
         fmt = torch.channels_last_3d if self.channels_last else torch.contiguous_format
         return torch.empty(self.out_shape, dtype=x.dtype, device=x.device, memory_format=fmt)
 

@@ -9,6 +9,8 @@ where the first stores and the second loads.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -35,21 +37,29 @@ _LEAST_PER_GROUP = 8
 
 
 def _why_not(problem: Problem, phase: Phase) -> str | None:
+    if (why := _why_unfit(problem, phase)) is not None:
+        return why
+    found = load()
+    return found if isinstance(found, str) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _why_unfit(problem: Problem, phase: Phase) -> str | None:
+    """Why it cannot run a problem on any machine."""
     if problem.device.type != "cpu":
         return f"runs on the CPU, the tensors are on {problem.device}"
     if problem.dtype not in STORED:
         return "computes float32, bfloat16 and float16, the tensors are in float64"
-    pair = not isinstance(problem, ConvProblem)
-    if pair and phase == "backward" and (why := backward.why_not(problem)) is not None:
-        return why
-    found = load()
-    return found if isinstance(found, str) else None
+    if phase == "backward" and not isinstance(problem, ConvProblem):
+        return backward.why_not(problem)
+    return None
 
 
 def _mid_tensors_alive(problem: PairProblem) -> int:
     return 2  # u and dv
 
 
+@functools.lru_cache(maxsize=4096)
 def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
     if isinstance(problem, ConvProblem) and problem.in_channels < _LEAST_PER_GROUP:
         return (
