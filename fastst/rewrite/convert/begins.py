@@ -9,7 +9,7 @@ takes its place.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -68,7 +68,8 @@ class Begins(Answer):
     reads = False  # whether it can take in what stands before it
 
     def __init__(self, conv: Any, name: str, wanted: bool, barred: bool) -> None:
-        self._conv = weakref.ref(conv)  # which has this: a model is freed with its last user
+        # It has this: a model is freed with its last user.
+        self._conv: Callable[[], Any] = weakref.ref(conv)
         self.name = name  # in the model that was converted
         self.wanted = wanted  # by only=
         self.barred = barred  # by skip=
@@ -82,7 +83,7 @@ class Begins(Answer):
         self.guess: Guess | None = None  # the second convolution of its last pair, or a likely one
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Tensor:
-        conv = self.conv
+        conv = self._conv()
         how = (conv.stride, conv.padding, conv.dilation, conv.groups)
         mode, widths = conv.padding_mode, None
         if mode != "zeros":
@@ -97,7 +98,7 @@ class Begins(Answer):
 
     def answer(self, x: Any, weight: Any, bias: Any, how: Any, mode: str, widths: Any) -> Tensor:
         """The promise of the convolution, the pair that it is the second of, or its output."""
-        conv = self.conv
+        conv = self._conv()
         if type(x) is not Tensor and is_promise(x):
             if self.barred or not self._speaks() or not rules.extends(x):
                 x = read_out(x, f"{type(conv).__name__} {self.name}")
@@ -141,7 +142,7 @@ class Begins(Answer):
 
     @property
     def recompute(self) -> bool | None:
-        conv = self.conv
+        conv = self._conv()
         found: bool | None = None if conv is None else vars(conv).get(RECOMPUTE)
         return found
 
@@ -155,7 +156,7 @@ class Begins(Answer):
     def _speaks(self) -> bool:
         """Whether it may answer for its convolution: not where calling that one may do more than
         PyTorch's own."""
-        conv = self.conv
+        conv = self._conv()
         return _is_pytorchs(conv) and not _is_hooked(conv)
 
     def note_waste(self, ending: bool) -> None:
@@ -171,7 +172,7 @@ class Begins(Answer):
     def awaits_follower(self, state: Any) -> bool:
         """Whether to promise the output of an operation: a norm in training may follow, or what the
         next convolution reads."""
-        conv = self.conv
+        conv = self._conv()
         if (conv is None or not conv.training) and (state.grad or not self.reads):
             return False
         self.missed_followers += 1

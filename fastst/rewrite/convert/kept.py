@@ -23,7 +23,7 @@ class CannotDefer(Exception):
 class Kept:
     """A tensor as it is now, whatever is written to it later.
 
-    ``laid_out``: what ``_layout`` says of the tensor, where that is known.
+    ``known``: what ``facts`` says of the tensor, where that has been asked.
 
     A copy-on-write clone: it costs no memory unless somebody writes. Then it is the tensor that
     moves, so memory of which others may have the address is not cloned. That, memory that cannot be
@@ -39,14 +39,18 @@ class Kept:
     clone: Tensor | None
     address: Any  # of the clone, or the place of memory that has none
 
-    def __init__(self, tensor: Tensor, laid_out: Any = None) -> None:
-        self.tensor, self.needs_grad, self.leaf = tensor, tensor.requires_grad, tensor.is_leaf
-        self.version = None if tensor.is_inference() else tensor._version
+    def __init__(self, tensor: Tensor, known: Sequence[Any] | None = None) -> None:
+        if known is None:
+            grad, inference = tensor.requires_grad, tensor.is_inference()
+        else:
+            grad, inference = known[5], known[7]
+        self.tensor, self.needs_grad, self.leaf = tensor, grad, tensor.is_leaf
+        self.version = None if inference else tensor._version
         self.resized, self.clone, self.address, self.laid_out = False, None, 0, None
         self.valueless = tensor.is_meta or type(tensor) in _VALUELESS
         if self.valueless:
             return
-        self.laid_out = laid_out or _layout(tensor)
+        self.laid_out = _layout(tensor) if known is None else known[1:4]
         if type(tensor) is nn.Parameter and _SHARDED in sys.modules:
             self.resized = _is_sharded(tensor)
         self.hold(_is_held_elsewhere(tensor))
@@ -183,10 +187,10 @@ def share(t: Tensor, clone: Tensor) -> bool:
     return read_address(t) == read_address(clone)
 
 
-def as_own(x: Tensor, laid_out: Any = None) -> Kept:
+def as_own(x: Tensor, known: Sequence[Any] | None = None) -> Kept:
     """x, or a copy of it where others may write to its memory unseen, or know its address."""
     try:
-        kept = Kept(x, laid_out)
+        kept = Kept(x, known)
         if kept.clone is not None or not kept.foreign:
             return kept
     except CannotDefer:

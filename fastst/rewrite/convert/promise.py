@@ -23,6 +23,7 @@ from .link import NO_GATES, Gates, Link, needs_gradient, output_of, unseen
 
 _as_tensor: Callable[..., Any] = torch._C._disabled_torch_function_impl
 _make: Callable[..., Any] = Tensor._make_wrapper_subclass
+_node_of: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 _set_throw = torch._C._set_throw_on_mutable_data_ptr
 
 
@@ -30,14 +31,14 @@ class _Node(torch.autograd.Function):
     """Lets autograd see a promise where C++ reads it without asking: a custom Function's input."""
 
     @staticmethod
-    def forward(ctx: Any, link: Link, dtype: torch.dtype, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, link: Link, *tensors: Tensor) -> Any:
         ctx.link, ctx.tensors, ctx.materialize_grads = link, tensors, False
-        return _wrap(link, dtype)
+        return _wrap(link)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
-            return (None,) * (2 + len(ctx.tensors))
+            return (None,) * (1 + len(ctx.tensors))
         link: Link = ctx.link
         # Some may have been frozen since. One that is read twice gets all of its gradient once.
         wanted = list(dict.fromkeys(t for t in ctx.tensors if t.requires_grad))
@@ -59,23 +60,23 @@ class _Node(torch.autograd.Function):
                     raise
                 grads = _gradients(_value_with_own_graph(link, cause=error), wanted, grad)
         found = dict(zip(wanted, grads, strict=True))
-        return None, None, *(found.pop(t, None) for t in ctx.tensors)
+        return None, *(found.pop(t, None) for t in ctx.tensors)
 
 
 class _WrittenNode(torch.autograd.Function):
     """The same of a promise whose value autograd has seen somebody write to."""
 
     @staticmethod
-    def forward(ctx: Any, link: Link, dtype: torch.dtype, value: Tensor) -> Any:
+    def forward(ctx: Any, link: Link, value: Tensor) -> Any:
         ctx.link, ctx.written = link, value.grad_fn
         ctx.set_materialize_grads(False)
-        return _wrap(link, dtype)
+        return _wrap(link)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if ctx.link.value.grad_fn is not ctx.written:
             _check_writes(ctx.link)
-        return None, None, grad
+        return None, grad
 
 
 def _check_writes(link: Link) -> None:
@@ -196,21 +197,20 @@ class _ValueNode(torch.autograd.Function):
         return grad
 
 
-def _wrap(link: Link, dtype: torch.dtype) -> Promise:
-    made: Promise = _make(Promise, link.shape, dtype=dtype, device=link.state.device)
+def _wrap(link: Link) -> Promise:
+    made: Promise = _make(Promise, link.shape, dtype=link.dtype, device=link.state.device)
     # It has no memory: C++ that asks nobody (to_dlpack of old) is to raise, not to crash.
     _set_throw(made)
     return made
 
 
 def promise(link: Link) -> Promise:
-    """The promise of what a link computes, whose dtype it knows."""
-    dtype = link.dtype
+    """The promise of what a link computes."""
     if link.state.grad:
         tensors = [kept.tensor for _, kept in link.reads if kept.needs_grad]
         if tensors:
-            return _mark_differentiable(link, _apply_node(link, dtype, *tensors))
-    made = _wrap(link, dtype)
+            return _mark_differentiable(link, _apply_node(link, *tensors))
+    made = _wrap(link)
     made.link = link
     return made
 
@@ -332,8 +332,7 @@ def is_current(p: Any) -> bool:
 def _is_as_made(p: Promise) -> bool:
     """What leaves a custom Function's forward gets that one's node, or loses its own where the
     Function records nothing."""
-    with unseen():
-        node: Any = p.grad_fn
+    node: Any = _as_tensor(_node_of, (), (p,), {})
     return isinstance(node, OURS) if p.differentiable else node is None
 
 
@@ -367,9 +366,9 @@ def _resemble(values: Any) -> None:
             continue
         link.shape, link.dtype, link.written = value.shape, value.dtype, value.grad_fn
         if written:
-            other = _mark_differentiable(link, _apply_written_node(link, link.dtype, value))
+            other = _mark_differentiable(link, _apply_written_node(link, value))
         else:
-            other = _wrap(link, link.dtype) if detached else promise(link)
+            other = _wrap(link) if detached else promise(link)
         _become(p, other)
         link.promise = weakref.ref(p)
 

@@ -5,6 +5,7 @@ Only values decide: shapes, strides and functions as they arrive, never names or
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -62,9 +63,9 @@ def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: 
     if start is None:
         return None
     try:
-        kept = [("input", as_own(x, given[0][1:4])), ("weight", Kept(weight, given[1][1:4]))]
+        kept = [("input", as_own(x, given[0])), ("weight", Kept(weight, given[1]))]
         if bias is not None:
-            kept.append(("bias", Kept(bias, given[2][1:4])))
+            kept.append(("bias", Kept(bias, given[2])))
     except CannotDefer:
         return None
     run, plan, shape, dtype = start
@@ -147,16 +148,16 @@ def _batch_norm(
     """A norm in training runs the first convolution now: its statistics are counted at its call."""
     if not is_promise(input):
         return NotImplemented
-    training = bool(training)
-    norm = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
-    link = input.link
+    link, training = input.link, bool(training)
+    given = running_mean, running_var, weight, bias, training, momentum, eps
     if type(link.plan) is not Plan:
-        return _norm_elsewhere(input, norm)
+        return _norm_elsewhere(input, BatchNorm(*given))
     if not is_open(input):
         return NotImplemented
     frozen: Frozen | None = link.begun.frozen
-    if frozen is not None and frozen.holds(link, norm):
-        return _promise_frozen(link, norm, frozen)
+    if frozen is not None and frozen.holds(link, given):
+        return frozen.make_promise(link)
+    norm = BatchNorm(*given)
     norm_facts = tuple([t is not None and facts(t) for t in norm[:4]])
     plan = None if None in norm_facts else _plan_with_norm(link, norm, norm_facts)
     if plan is None:
@@ -173,35 +174,36 @@ def _batch_norm(
                 return NotImplemented
             vectors = [one for one in vectors if one[0] in _AFFINE]  # others are counted by now
     if not training and _are_copied(link.state, norm):
+        copies = copy_vectors([(n, t) for n, t, _ in vectors])
+        rows = {name: one.tensor for name, one in copies}
         link.begun.frozen = frozen = Frozen(
-            link.plan, link.shape, link.state.inference, norm, plan,
-            copy_vectors([(n, t) for n, t, _ in vectors]), tuple([f for *_, f in vectors]),
+            link.plan, link.shape, link.state.inference, norm, plan, copies,
+            tuple([(t, rows[n], f) for n, t, f in vectors]), tuple(map(rows.get, _IN_ORDER)),
+            _bind_norm(norm),
         )  # fmt: skip
-        return _promise_frozen(link, norm, frozen)
+        return frozen.make_promise(link)
     try:
-        kept = tuple([(n, Kept(t, f[1:4])) for n, t, f in vectors])
+        kept = tuple([(n, Kept(t, f)) for n, t, f in vectors])
     except CannotDefer:
         return NotImplemented
-    longer = _norm_link(link, norm, plan, kept)
-    longer.half = half
+    longer = Link(link, _bind_norm(norm), plan, kept, link.state, link.shape, link.dtype)
+    longer.norm, longer.half = norm, half
     longer.vectors = (weight, bias) if training else (weight, bias, running_mean, running_var)
     return promise_or_trace(longer)
 
 
-def _norm_link(link: Link, norm: BatchNorm, plan: Plan, kept: Any) -> Link:
-    """The call of a batch norm."""
+def _bind_norm(norm: BatchNorm) -> Callable[..., Tensor]:
+    """A batch norm as a call of its own."""
     training, momentum, eps = norm[4:7]
 
-    def separately(
+    def run(
         u: Tensor, running_mean: Any = None, running_var: Any = None, **affine: Tensor
     ) -> Tensor:
         return F.batch_norm(
             u, running_mean, running_var, **affine, training=training, momentum=momentum, eps=eps
         )
 
-    longer = Link(link, separately, plan, kept, link.state, link.shape, link.dtype)
-    longer.norm = norm
-    return longer
+    return run
 
 
 class Frozen(NamedTuple):
@@ -213,29 +215,28 @@ class Frozen(NamedTuple):
     norm: BatchNorm
     plan: Plan  # of the chain with it
     kept: tuple[tuple[str, Any], ...]  # its vectors as they were
-    facts: tuple[Any, ...]  # of the vectors themselves
+    watched: tuple[tuple[Tensor, Tensor, Any], ...]  # each vector, as it was, and its facts
+    in_order: tuple[Tensor | None, ...]  # as they were, in the order of the operation
+    run: Callable[..., Tensor]
 
-    def holds(self, link: Link, norm: BatchNorm) -> bool:
+    def holds(self, link: Link, given: tuple[Any, ...]) -> bool:
         """Whether a norm of a chain is this one, to the values of its vectors."""
         if link.plan is not self.before or link.shape != self.shape:
             return False
         if link.state.inference is not self.inference:
             return False
-        for now, then in zip(norm, self.norm, strict=True):
-            if now is not then:
-                return False
-        for (name, one), then in zip(self.kept, self.facts, strict=True):
-            t = getattr(norm, name)
-            if not share(t, one.tensor) or facts(t) != then:
+        if not all(map(operator.is_, given, self.norm)):
+            return False
+        for t, one, then in self.watched:  # noqa: SIM110 -- in less time
+            if not share(t, one) or facts(t) != then:
                 return False
         return True
 
-
-def _promise_frozen(link: Link, norm: BatchNorm, frozen: Frozen) -> Any:
-    longer = _norm_link(link, norm, frozen.plan, frozen.kept)
-    rows = {name: one.tensor for name, one in frozen.kept}
-    longer.vectors, longer.reads = tuple(map(rows.get, _IN_ORDER)), link.reads
-    return promise_or_trace(longer)
+    def make_promise(self, link: Link) -> Any:
+        """The promise of a chain with it."""
+        longer = Link(link, self.run, self.plan, self.kept, link.state, link.shape, link.dtype)
+        longer.norm, longer.vectors, longer.reads = self.norm, self.in_order, link.reads
+        return promise_or_trace(longer)
 
 
 _VECTORS = BatchNorm._fields[:4]
@@ -371,21 +372,16 @@ def _run_first(link: Link, plan: Plan, norm: BatchNorm) -> Any:
     """
     if plan.names not in ("bcthw", "bchw"):  # whose pixels or clips show later
         return None
-    temporal, m = plan.first.kind == "temporal", plan.shape[1]
-    kernel, padding = ((1, 3, 3), (0, 1, 1)) if temporal else ((3, 1, 1), (1, 0, 0))
-    likely = Guess((m, m, *kernel), (1, padding, 1, 1))
-    for guess in filter(None, (link.begun.guess, likely)):
+    for guess in (link.begun.guess, None):
         known = _guess_pair(plan, guess)
         if known is None:
             continue
         if not link.is_unchanged():
             return None
         x, weight, *bias = [kept.tensor for _, kept in link.convolution.kept]
-        first = forms.lift(weight, temporal)
-        rows = first.is_contiguous(memory_format=torch.channels_last_3d)
-        layout = torch.channels_last_3d if rows else torch.contiguous_format
-        second = torch.empty(
-            guess.shape, dtype=first.dtype, device=first.device, memory_format=layout
+        first = forms.lift(weight, plan.first.kind == "temporal")
+        second = torch.empty_strided(
+            known.guess.shape, known.stride, dtype=first.dtype, device=first.device
         )
         if x.dim() == 4:
             x = x.unsqueeze(2)
@@ -395,7 +391,7 @@ def _run_first(link: Link, plan: Plan, norm: BatchNorm) -> Any:
         offset = offset_of(x)
         call = known.checked.get(offset)
         if call is None:
-            name, slope = guess.activation
+            name, slope = known.guess.activation
             call = known.checked[offset] = functional.check(
                 tensors, norm, **known.settings, activation=name, negative_slope=slope
             )
@@ -407,16 +403,29 @@ def _run_first(link: Link, plan: Plan, norm: BatchNorm) -> Any:
 class Guessed(NamedTuple):
     """A pair with a second convolution that is a guess."""
 
+    guess: Guess
     settings: dict[str, Any]  # of ``conv2plus1d``
+    stride: tuple[int, ...]  # of the second weight: in the memory format of the first
     checked: dict[int, Any]  # by ``offset_of`` x: what ``functional.check`` has passed
 
 
 @lru_cache(maxsize=4096)
-def _guess_pair(plan: Plan, guess: Guess) -> Guessed | None:
-    """A chain with such a second convolution, or None where that is none."""
+def _guess_pair(plan: Plan, guess: Guess | None) -> Guessed | None:
+    """A chain with such a second convolution, or a likely one; None where that is none."""
+    temporal, m = plan.first.kind == "temporal", plan.shape[1]
+    if guess is None:
+        kernel, padding = ((1, 3, 3), (0, 1, 1)) if temporal else ((3, 1, 1), (1, 0, 0))
+        guess = Guess((m, m, *kernel), (1, padding, 1, 1))
     u = plan.shape if len(plan.shape) == 5 else torch.Size((*plan.shape[:2], 1, *plan.shape[2:]))
     found = second_pass(plan.first, (), u, guess.shape, False, *guess.how)
-    return None if found is None else Guessed(found[0], {})
+    if found is None:
+        return None
+    weight = plan.given[1]
+    first = forms.lift(torch.empty_strided(weight.shape, weight.stride, device="meta"), temporal)
+    rows = first.is_contiguous(memory_format=torch.channels_last_3d)
+    layout = torch.channels_last_3d if rows else torch.contiguous_format
+    second = torch.empty(guess.shape, device="meta", memory_format=layout)
+    return Guessed(guess, found[0], second.stride(), {})
 
 
 def _activation(

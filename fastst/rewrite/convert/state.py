@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...machine import devices
 
 _autograd: Any = torch._C._autograd
+_top_hooks: Any = _autograd._top_saved_tensors_default_hooks
 _outside_of_functorch: Any = torch._C._DisableFuncTorch
 KNOWS = "knows_operations"  # an attribute of modes that look for operations of this library
 _KINDS: dict[torch.device, str] = {}  # their ``type``, which makes a string each time
@@ -24,51 +25,27 @@ class State:
     """As it is in this thread now."""
 
     __slots__ = (
-        "autocast", "device", "grad", "hooks", "inference", "kind", "stream", "traced", "watched",
+        "_modes", "autocast", "device", "grad", "hooks", "inference", "kind", "stream", "traced",
+        "watched",
     )  # fmt: skip
 
     def __init__(self, device: torch.device) -> None:
         kind = _KINDS.get(device) or _KINDS.setdefault(device, device.type)
-        self.device, self.kind = device, kind
-        self.inference = torch.is_inference_mode_enabled()
-        self.grad = torch.is_grad_enabled() and not self.inference
-        self.traced = torch.compiler.is_compiling()
-        on = kind != "meta" and torch.is_autocast_enabled(kind)
-        self.autocast = torch.get_autocast_dtype(kind) if on else None
-        self.stream = None if kind == "cpu" else devices.current_stream(device)
-        self.hooks = _autograd._top_saved_tensors_default_hooks(True) if self.grad else None
-        self.watched = is_watched() and not self.traced  # modes of the user's see each call
+        self.device, self.kind, self._modes = device, kind, (modes := _read_modes(device, kind))
+        (
+            self.inference, self.grad, self.traced, self.autocast, self.stream, self.hooks,
+            self.watched,
+        ) = modes  # fmt: skip
 
     @property
     def current(self) -> bool:
         """Whether it is that of this thread now. In transforms no promise is made."""
-        inference, grad, kind = self.inference, self.grad, self.kind
-        if in_transform():
-            return False
-        if inference != torch.is_inference_mode_enabled():
-            return False
-        if grad != (torch.is_grad_enabled() and not inference):
-            return False
-        if self.traced != torch.compiler.is_compiling():
-            return False
-        on = kind != "meta" and torch.is_autocast_enabled(kind)
-        if self.autocast is not (torch.get_autocast_dtype(kind) if on else None):
-            return False
-        if self.stream is not None and self.stream != devices.current_stream(self.device):
-            return False
-        if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-            if self.watched != (is_watched() and not self.traced):
-                return False
-        elif self.watched:
-            return False
-        return not grad or self.hooked
+        return not in_transform() and _read_modes(self.device, self.kind) == self._modes
 
     @property
     def hooked(self) -> bool:
         """Whether what backward needs is saved by the same hooks now."""
-        if not self.grad:
-            return True
-        return bool(self.hooks == _autograd._top_saved_tensors_default_hooks(True))
+        return not self.grad or bool(self.hooks == _top_hooks(True))
 
     @property
     def in_checkpoint(self) -> bool:
@@ -102,13 +79,28 @@ class State:
             if now.stream != self.stream:
                 stack.enter_context(devices.runtime(self.device).stream(self.stream))
             # Asked anew: where the reader records nothing it has not looked for hooks.
-            if self.grad and _autograd._top_saved_tensors_default_hooks(True) != self.hooks:
+            if self.grad and _top_hooks(True) != self.hooks:
                 stack.enter_context(_saved_under(self.hooks))
             if torch._C._are_functorch_transforms_active():
                 stack.enter_context(_outside_of_functorch())
             yield
         if now.stream is not None and self.stream is not None and now.stream != self.stream:
             now.stream.wait_stream(self.stream)
+
+
+def _read_modes(device: torch.device, kind: str) -> tuple[Any, ...]:
+    """In inference mode? Are gradients recorded? Does a compiler trace? Then autocast's dtype, the
+    stream, the hooks of saved tensors, and whether modes of the user's see each call."""
+    inference, traced = torch.is_inference_mode_enabled(), torch.compiler.is_compiling()
+    grad = torch.is_grad_enabled() and not inference
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return (
+        inference, grad, traced,
+        torch.get_autocast_dtype(kind) if on else None,
+        None if kind == "cpu" else devices.current_stream(device),
+        _top_hooks(True) if grad else None,
+        is_watched() and not traced,
+    )  # fmt: skip
 
 
 def in_transform() -> bool:
@@ -167,7 +159,7 @@ def _above_autograd() -> Any:
 def _saved_under(hooks: Any) -> Iterator[None]:
     """Within the block tensors for backward are saved by these hooks: later ones see none."""
     later = []
-    while (top := _autograd._top_saved_tensors_default_hooks(True)) not in (None, hooks):
+    while (top := _top_hooks(True)) not in (None, hooks):
         later.append(top)
         _autograd._pop_saved_tensors_default_hooks()
     try:
