@@ -78,7 +78,10 @@ class Kept:
         if clone is None and t.is_cpu and t.dim() == 1:
             clone = t.detach().clone()
         if clone is not None:
-            self.clone, self.address = clone, _address(clone)
+            try:
+                self.clone, self.address = clone, _address(clone)
+            except NotImplementedError:  # made within a transform, which has wrapped it
+                self.clone, self.address = None, 0
 
     def let_go(self) -> None:
         """Watch it instead: hooks of saved tensors may ask for its address, which would move."""
