@@ -38,7 +38,8 @@ def test_written_before_backward_under_hooks_that_save(name: str, pack: Any) -> 
             y = m(torch.ones(2, 4, 5, 6, 6, dtype=torch.float64).cumsum(3).cos())
         with torch.no_grad():
             m.get_parameter(name).mul_(2)
-        if m is converted and pack is not torch.clone and name != "t.bias":
+        read = name not in ("s.bias", "t.bias")  # no gradient depends on these
+        if m is converted and pack is not torch.clone and read:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.square().sum().backward()
             return
