@@ -22,7 +22,7 @@ from fastst.backends.cuda import depthwise as cuda_depthwise
 from fastst.backends.cuda import examples as cuda_examples
 from fastst.backends.cuda import library
 from fastst.backends.triton import launch, rehearsal
-from fastst.dispatch import quarantine, selection, selfcheck, tune
+from fastst.dispatch import quarantine, selection, selfcheck, tune, without_trace
 from fastst.machine import devices
 from fastst.problem import examples as examples_of_layers
 from fastst.problem.examples import of_kind
@@ -149,6 +149,16 @@ def promises_of_streams(s: Setting) -> None:
         assert then.current
         with torch.cuda.stream(other):
             assert not then.current
+
+
+def random_numbers_of_gpus(s: Setting) -> None:
+    put: list[tuple[int, int]] = []
+    s.mp.setattr(torch.cuda, "is_initialized", lambda: True)
+    s.mp.setattr(torch.cuda, "get_rng_state", lambda device: 7 + device.index)
+    s.mp.setattr(torch.cuda, "set_rng_state", lambda state, d: put.append((d.index, state)))
+    with without_trace.keep_random_numbers():
+        assert not put
+    assert put == [(0, 7), (1, 8), (2, 9)]
 
 
 def hip(s: Setting) -> None:
@@ -365,7 +375,7 @@ def the_rest(s: Setting) -> None:
 
 
 SCENARIOS = [
-    triton_runs, checks_in_advance, promises_of_streams, hip, cuda_runs,
+    triton_runs, checks_in_advance, promises_of_streams, random_numbers_of_gpus, hip, cuda_runs,
     a_check_in_the_other_process, selfcheck_in_a_capture,
     clocks_memory_and_kernel_names, benchmarks_of_layers, benchmarks_of_the_host,
     benchmarks_of_networks, stress_beside_a_stream, whole_runs, the_rest,
