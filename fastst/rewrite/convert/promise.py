@@ -286,13 +286,12 @@ def hear_of_data() -> torch.library.Library:
 
 
 def _fits_with_memory(t: Tensor, u: Tensor) -> Any:
-    """What PyTorch answers, once u has memory."""
-    if type(u) is not Promise:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _fits_data(t, u)
-    value = u.link.compute(".data").detach()
-    with torch._C._AutoDispatchBelowAutograd(), _as_kernels_see_it(), unseen():
-        torch.ops.aten.set_.source_Tensor(u, value)
+    """What PyTorch answers, once u has memory; as there, no class and no mode is asked."""
+    value = u.link.compute(".data").detach() if type(u) is Promise else None
+    below = torch._C._AutoDispatchBelowAutograd()
+    with below, _as_kernels_see_it(), torch._C.DisableTorchFunction():
+        if value is not None:
+            torch.ops.aten.set_.source_Tensor(u, value)
         return _fits_data(t, u)
 
 

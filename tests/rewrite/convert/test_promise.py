@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastst
@@ -115,6 +116,39 @@ def test_memory_that_is_handed_on(hand: Any, mode: Any) -> None:
                 assert type(u) is Promise
             outputs.append((hand(u), u + 0))
     torch.testing.assert_close(*outputs)
+
+
+class Refusing(Tensor):
+    """Knows no operators."""
+
+    @staticmethod
+    def __new__(cls) -> Refusing:
+        made: Refusing = Tensor._make_wrapper_subclass(cls, (2, 3))  # type: ignore[attr-defined]
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+class RefusingMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+def test_data_of_other_classes_and_under_modes() -> None:
+    """Nobody else hears of ``t.data = u`` through what promises hear of it."""
+    fastst.convert(Block(compute_pair))
+    t, other, refusing = torch.zeros(1), torch.ones(2, 3), Refusing()
+    refusing.data = other
+    t.data = refusing
+    assert t.shape == (2, 3)
+    t = torch.zeros(1)
+    with RefusingMode():
+        t.data = other
+    assert torch.equal(t, other)
 
 
 def test_set_is_refused() -> None:
