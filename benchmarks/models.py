@@ -121,7 +121,7 @@ class ModelStep:
         if not (training or half is None or variant.engine):
             self.model, clips = self.model.to(half), [x.to(half) for x in clips]
         if variant.model == "optimised":
-            self.model = optimize_for_inference(self.model)
+            self.model = optimize_for_inference(self.model, memory_format=torch.channels_last_3d)
         converted = variant.model == "converted"
         self.replaced = len(convert(self.model).replaced) if converted else 0
         fmt = torch.contiguous_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ..dispatch import tune
 from ..dispatch.without_trace import copied, copied_arguments, keep_random_numbers
 from ..machine import devices, served
+from ..nn.conv3d import Conv3d
+from ..nn.pair_of_modules import why_more_than_class
 from .convert import convert
 from .convert.converter import serve
 
@@ -30,13 +33,15 @@ def optimize_for_inference(
     reach the operation when it runs, so that the copy is right for every way in which its parts
     are called.
 
-    Weights are put in one memory format, so that nothing has to be rearranged between operations:
-    with a sample in the one that is measured to be the faster, else by a rule. What backends make
-    of weights they keep until a version counter says that the weights have changed.
+    Weights stay as they lie, and outputs have the strides that they have in the model. With a
+    memory format, or a sample by which the faster one is measured, weights of convolutions are put
+    in it, and outputs follow: less is rearranged between operations, and a ``view`` of an output
+    may be refused. A format in which the sample does not run is not taken. What backends make of
+    weights they keep until a version counter says that the weights have changed.
 
     Args:
         model: left as it is, and in its mode.
-        memory_format: of 5-D weights; what they read and write takes it too. None to choose.
+        memory_format: of the weights of 3D convolutions; what they write takes it too.
         sample: what the model is called with: sizes, dtype, device and threads count.
         seconds: time for measuring with the sample.
 
@@ -65,7 +70,8 @@ def optimize_for_inference(
     serve(optimised)
     if sample is not None:
         memory_format = _fastest_format(optimised, sample, seconds)
-    _lay_out(optimised, memory_format or _usual_format(optimised))
+    if memory_format is not None:
+        _lay_out(optimised, memory_format)
     served.serve(p for p in optimised.parameters() if p.dim() == 5)
     return optimised
 
@@ -90,21 +96,9 @@ def _check(
         raise ValueError(f"optimize_for_inference: seconds must be positive, got {seconds}")
 
 
-def _usual_format(model: nn.Module) -> torch.memory_format:
-    """Channels-last where kernels read rows of channels; elsewhere PyTorch's own format.
-
-    On GPUs those are Triton's and the tensor cores'. On CPUs it was the faster one on R(2+1)D-18 in
-    float32, by a tenth, and 16 bits run as rows as well; there is no more to gain with float64.
-    """
-    weights = [p for p in model.parameters() if p.dim() == 5]
-    rows = any(
-        devices.kind(p.device) in ("cpu", "gpu") and p.dtype != torch.float64 for p in weights
-    )
-    return torch.channels_last_3d if rows else torch.contiguous_format
-
-
-def _fastest_format(model: nn.Module, sample: Tensor, seconds: float) -> torch.memory_format:
-    """The memory format of weights with which a call takes the least time."""
+def _fastest_format(model: nn.Module, sample: Tensor, seconds: float) -> torch.memory_format | None:
+    """The memory format of weights with which a call takes the least time; None where it runs only
+    with weights as they are."""
     models = {fmt: copy.deepcopy(model) for fmt in _FORMATS}
     for fmt, m in models.items():
         _lay_out(m, fmt)
@@ -118,11 +112,27 @@ def _fastest_format(model: nn.Module, sample: Tensor, seconds: float) -> torch.m
         return run
 
     with keep_random_numbers():
-        times = tune.race({fmt: trial(m) for fmt, m in models.items()}, seconds)
-    return min(times, key=times.__getitem__)
+        trial(copy.deepcopy(model))()  # which says what is wrong with the sample
+        trials = {fmt: trial(m) for fmt, m in models.items()}
+        trials = {fmt: call for fmt, call in trials.items() if _runs(call)}
+        times = tune.race(trials, seconds) if trials else {}
+    return min(times, key=times.__getitem__, default=None)
+
+
+def _runs(call: Callable[[], None]) -> bool:
+    try:
+        call()
+    except RuntimeError:  # of a view that a memory format does not allow
+        return False
+    return True
 
 
 def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
-    for p in model.parameters():
-        if p.dim() == 5:
-            p.data = p.data.contiguous(memory_format=memory_format)
+    """Put the weights of convolutions that nobody else reads in a memory format."""
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for m in model.modules():
+        weight = m._parameters.get("weight")
+        if type(m) not in (nn.Conv3d, Conv3d) or weight is None or owners[id(weight)] > 1:
+            continue
+        if why_more_than_class(m) is None:
+            weight.data = weight.data.contiguous(memory_format=memory_format)

@@ -98,15 +98,108 @@ def test_measured_memory_format():
     assert len(formats(fastst.optimize_for_inference(model, sample=x, seconds=0.01))) == 1
 
 
-def test_memory_format_by_rule():
-    for dtype, fmt in (
-        (torch.float32, torch.channels_last_3d),
-        (torch.bfloat16, torch.channels_last_3d),
-        (torch.float64, torch.contiguous_format),
-    ):
-        model = settle(small()).to(dtype)
+def test_weights_stay_as_they_lie():
+    for fmt in (torch.channels_last_3d, torch.contiguous_format):
+        model = settle(small()).to(memory_format=fmt)
         assert formats(fastst.optimize_for_inference(model)) == {fmt}
     assert fastst.optimize_for_inference(nn.ReLU())(torch.ones(1)) == 1
+
+
+class Flattened(nn.Module):
+    """As C3D: a view of what convolutions write."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv3d(3, 8, 3, padding=1), nn.Conv3d(8, 8, 3, padding=1)
+        self.pool, self.fc = nn.MaxPool3d(2), nn.Linear(32, 5)
+
+    def forward(self, x):
+        h = self.pool(torch.relu(self.two(self.pool(torch.relu(self.one(x))))))
+        return self.fc(h.view(h.size(0), -1))
+
+
+class FramesAsChannels(nn.Module):
+    """A view of what a pair writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.space, self.time = nn.Conv3d(3, 8, (1, 3, 3)), nn.Conv3d(8, 8, (3, 1, 1))
+        self.norm, self.flat = nn.BatchNorm3d(8), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x):
+        y = self.norm(self.time(torch.relu(self.space(x)))).relu()
+        return self.flat(y.view(y.shape[0], -1, *y.shape[3:]))
+
+
+class Standardised(nn.Conv3d):
+    """Standardises its weight, by a view."""
+
+    def forward(self, x):
+        w = self.weight
+        mean = w.view(w.size(0), -1).mean(1).view(-1, 1, 1, 1, 1)
+        return self._conv_forward(x, w - mean, self.bias)
+
+
+class Positions(nn.Module):
+    """A 5-D table that is no weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(3, 8, (1, 3, 3), padding=(0, 1, 1))
+        self.table = nn.Parameter(torch.randn(1, 8, 4, 8, 8))
+
+    def forward(self, x):
+        return self.conv(x).flatten(1) + self.table.view(1, -1)
+
+
+def tied():
+    """A table that is the weight of a convolution."""
+    model = Positions()
+    model.other = nn.Conv3d(8, 1, (4, 8, 8))
+    model.other.weight = model.table
+    return model
+
+
+VIEWED = {
+    "an output": Flattened,
+    "an output of a pair": FramesAsChannels,
+    "a weight": lambda: nn.Sequential(Standardised(3, 8, (1, 3, 3)), Standardised(8, 8, (3, 1, 1))),
+    "a table": Positions,
+    "a tied weight": tied,
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"sample": torch.ones(1, 3, 4, 8, 8), "seconds": 0.01}])
+@pytest.mark.parametrize("name", VIEWED)
+def test_views_are_what_they_were(name, options):
+    torch.manual_seed(0)
+    model, x = settle(VIEWED[name]()), torch.randn(1, 3, 4, 8, 8)
+    served = fastst.optimize_for_inference(model, **options)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(served(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_only_weights_that_convolutions_read_are_laid_out():
+    for make in (VIEWED["a weight"], Positions, tied):
+        model = make()
+        last = fastst.optimize_for_inference(model, memory_format=torch.channels_last_3d)
+        for (name, p), q in zip(model.named_parameters(), last.parameters(), strict=True):
+            assert (p.stride() == q.stride()) == (name != "conv.weight"), name
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_strides_of_outputs_are_those_of_the_model(channels_last):
+    model, x = settle(small()), torch.randn(2, 3, 5, 8, 7)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    with torch.no_grad():
+        assert fastst.optimize_for_inference(model)(x).stride() == model(x).stride()
+
+
+def test_samples_that_do_not_run_say_why():
+    with pytest.raises(RuntimeError, match="channels"):
+        fastst.optimize_for_inference(small(), sample=torch.randn(1, 4, 5, 8, 7), seconds=0.01)
 
 
 @pytest.mark.parametrize(

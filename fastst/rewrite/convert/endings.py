@@ -8,7 +8,7 @@ where a whole residual block ends in its last pair.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ class Ending(NamedTuple):
             else:
                 options["outer_norm"] = norm
         y = self.run(given, **options)
-        return _lay_out(self, y, lambda: self.calls, given)
+        return as_separate(y, lambda: self.calls, given, self.viewed)
 
 
 class Operation(NamedTuple):
@@ -125,14 +125,7 @@ def defer(op: Operation, state: State) -> Tensor:
 
 def compute(op: Operation) -> Tensor:
     """The output of an operation."""
-    return _lay_out(op, op.run(op.tensors), op.calls, op.tensors)
-
-
-def _lay_out(
-    op: Operation | Ending, y: Tensor, calls: Callable[[], Sequence[Call]], given: dict[str, Tensor]
-) -> Tensor:
-    """y in the strides of separate calls; a copy for inference has its own layout."""
-    return y if op.begun.served else as_separate(y, calls, given, op.viewed)
+    return as_separate(op.run(op.tensors), op.calls, op.tensors, op.viewed)
 
 
 def is_ending(p: Any) -> bool:
@@ -154,7 +147,7 @@ def batch_norm(p: Promise, norm: BatchNorm) -> Any:
         p.link.take()
         given = {name: kept.tensor for name, kept in p.link.kept}
         y = plan.run(given, outer_norm=norm)
-        return _lay_out(plan, y, lambda: plan.calls, given)
+        return as_separate(y, lambda: plan.calls, given, plan.viewed)
     if not plan.begun.served:
         return NotImplemented
     tensors = {n: t for n, t in zip(norm._fields, norm[:4], strict=False) if t is not None}
