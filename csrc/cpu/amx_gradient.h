@@ -36,7 +36,7 @@ class AmxGroup : GradientGroup {
  private:
   static constexpr int kVectors = AmxPairs::kMostVectors, kLefts = most_lefts(kVectors);
   // So many pairs, and the rest of their stretch, are summed before they are added to others.
-  static constexpr int64_t kLongestAmxSum = 4 * kLongestSum;
+  static constexpr int64_t kLongestAmxSum = 2048;
 
   // How dy of a box lies: for each channel frames, of rows `row` apart if x is read in one stretch
   // over all of them.

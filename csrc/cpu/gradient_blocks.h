@@ -12,7 +12,7 @@
 
 namespace fastst::cpu {
 
-constexpr int64_t kLongestSum = 512;          // products, before they are added to others
+constexpr int64_t kLongestSum = 128;          // products, before they are added to others
 constexpr int64_t kBoxFloats = 192 << 10;     // packed x and dy of one box: most of an L2
 constexpr int64_t kWholeFloats = 512 << 10;   // packed at once if dW then is written only once
 constexpr int64_t kResultFloats = 160 << 10;  // of dW that a thread sums for itself

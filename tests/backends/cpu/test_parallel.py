@@ -43,6 +43,12 @@ def test_forward_and_backward(combine: str) -> None:
     fuzz.fuzz("cpu", 30, some, first=fuzz.SEED + 2000, least=1.0)
 
 
+def test_weight_gradients_add_short_sums() -> None:
+    """Where 384 products were one sum, its rounding was beyond the rule."""
+    some = Limits(dtypes=DTYPES, fixed=limits(combine="cat", padding_mode=("zeros", "zeros")).fixed)
+    fuzz.fuzz("cpu", 1, some, first=15015, least=1.0)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_weights_that_outweigh_positions(threads: int) -> None:
     """Then blocks of weights go through all tiles: those of the second branch after the first's."""
