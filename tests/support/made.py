@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Made(TorchDispatchMode):
-    """Counts what operators allocate, each storage once."""
+    """Counts what operators allocate, each storage once; tensors of no device have no memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Made(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         made = any(not r.alias_info for r in func._schema.returns)
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            if made and isinstance(t, torch.Tensor):
+            if made and isinstance(t, torch.Tensor) and not t.is_meta:
                 self.sizes.append(t.untyped_storage().nbytes())
         return out
 

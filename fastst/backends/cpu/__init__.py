@@ -59,15 +59,20 @@ def _mid_tensors_alive(problem: PairProblem) -> int:
     return 2  # u and dv
 
 
-@functools.lru_cache(maxsize=4096)
 def _why_not_auto(problem: Problem, phase: Phase) -> str | None:
+    if outdoes(problem.dtype):
+        name = str(problem.dtype).removeprefix("torch.")
+        return f"does not use the instructions by which this processor multiplies {name}"
+    return _why_slow(problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def _why_slow(problem: Problem) -> str | None:
+    """Why it is slow on any machine with its library."""
     if isinstance(problem, ConvProblem) and problem.in_channels < _LEAST_PER_GROUP:
         return (
             f"is slow with fewer than {_LEAST_PER_GROUP} input channels, here {problem.in_channels}"
         )
-    if outdoes(problem.dtype):
-        name = str(problem.dtype).removeprefix("torch.")
-        return f"does not use the instructions by which this processor multiplies {name}"
     in_pairs = problem.dtype == torch.bfloat16 and library.library().multiplies_pairs()
     for p in problem.passes:
         if in_pairs and p.groups > 1 and p.in_channels // p.groups < _LEAST_PER_GROUP:
