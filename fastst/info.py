@@ -5,6 +5,7 @@ Imports nothing but the standard library itself, and survives whatever the rest 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -135,18 +136,23 @@ def _backends() -> Iterator[str]:
 
     dispatch = importlib.import_module("fastst.dispatch")
     yield f"auto takes the first that can run of: {', '.join(dispatch.AUTO)}"
-    cases = [(torch.device("cpu"), torch.float32)]
-    gpus = importlib.import_module("fastst.machine.devices").present()
-    cases += [(device, torch.bfloat16) for device in gpus[:1]]
-    for device, dtype in cases:
-        problem = _dense_pair(device, dtype)
-        for name, backend in dispatch.BACKENDS.items():
-            label = f"{name}, on {device.type} in {str(dtype).removeprefix('torch.')}: "
-            found = [_verdict(backend, problem, phase) for phase in ("forward", "backward")]
-            if found[0] == found[1]:
-                yield label + found[0]
-            else:
-                yield f"{label}forward {found[0]}; backward {found[1]}"
+    yield from _verdicts(dispatch.BACKENDS, torch.device("cpu"), torch.float32)
+    gpus: list[Any] = []
+    with contextlib.suppress(Exception):  # of a broken driver, of which the devices tell
+        gpus = importlib.import_module("fastst.machine.devices").present()
+    for gpu in gpus[:1]:
+        yield from _verdicts(dispatch.BACKENDS, gpu, torch.bfloat16)
+
+
+def _verdicts(backends: dict[str, Any], device: Any, dtype: Any) -> Iterator[str]:
+    problem = _dense_pair(device, dtype)
+    for name, backend in backends.items():
+        label = f"{name}, on {device.type} in {str(dtype).removeprefix('torch.')}: "
+        found = [_verdict(backend, problem, phase) for phase in ("forward", "backward")]
+        if found[0] == found[1]:
+            yield label + found[0]
+        else:
+            yield f"{label}forward {found[0]}; backward {found[1]}"
 
 
 def _verdict(backend: Any, problem: Any, phase: str) -> str:
