@@ -381,7 +381,7 @@ def settle(p: Promise) -> None:
     if read_by_link and value.requires_grad:
         link.written = value.grad_fn
         with torch.enable_grad():
-            other = _mark_differentiable(link, _apply_written_node(link, link.dtype, value))
+            other = _mark_differentiable(link, _apply_written_node(link, value))
         _become(p, other)
         link.promise = weakref.ref(p)
 
