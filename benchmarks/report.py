@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import charts, coverage, diagrams, headline, tables
-from .record import RESULTS, ROOT, chip, newest
+from .record import RESULTS, ROOT, cpu, newest
 from .svg import Card
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "backends.md")
@@ -38,8 +38,8 @@ def status(records: dict[str, dict[str, Any]]) -> str:
 
 
 def of_cpus(results: Path) -> dict[str, dict[str, Any]]:
-    """The newest record of each processor, by its name."""
-    found = newest(results, lambda r: chip(r["machine"]) if r["place"] == "cpu" else "")
+    """The newest record of each processor, by its name and what it computes with."""
+    found = newest(results, lambda r: cpu(r["machine"]) if r["place"] == "cpu" else "")
     return {name: record for name, record in sorted(found.items()) if name}
 
 

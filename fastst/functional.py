@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, ops
@@ -548,7 +547,7 @@ def _norm_function(norm: BatchNorm | None) -> Callable[[Tensor], Tensor]:
     if norm is None:
         return lambda u: u
     if not norm.training or not norm.group:
-        return lambda u: F.batch_norm(u, *norm[:-1])
+        return lambda u: reference.normalise_batch(u, *norm[:-1])
 
     def pool(u: Tensor) -> Tensor:
         group = ranks.resolve(norm.group)

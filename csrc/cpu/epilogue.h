@@ -214,12 +214,15 @@ class Finisher {
   }
 
   // Joins the mean and the squared deviations of these rows to those of the `before` rows so far.
-  // Means are counted from the first row: of values that are all alike it is that value, and none
-  // of them deviates.
+  // The mean takes what deviates from it once more: of values that are all alike it is that value,
+  // and none of them deviates.
   static void statistics(const Vec* x, int rows, const Partial& p, int64_t before) {
-    Vec mean{}, m2{};
-    for (int r = 1; r < rows; ++r) mean += x[r] - x[0];
-    mean = x[0] + mean * (1.0f / static_cast<float>(rows));
+    const float one = 1.0f / static_cast<float>(rows);
+    Vec mean{}, away{}, m2{};
+    for (int r = 0; r < rows; ++r) mean += x[r];
+    mean *= one;
+    for (int r = 0; r < rows; ++r) away += x[r] - mean;
+    mean += away * one;
     for (int r = 0; r < rows; ++r) m2 += (x[r] - mean) * (x[r] - mean);
     if (before) {
       const float share = static_cast<float>(rows) / static_cast<float>(before + rows);

@@ -44,17 +44,35 @@ from .conv_pass import conv_pass
 _DIFFERENTIABLE = PairTensors._fields.index("norm_bias") + 1  # tensors that have a gradient
 
 
-def _batch_norm(x: Tensor, *args: Any) -> Tensor:
-    """``F.batch_norm``, whose gradient on a CPU PyTorch computes right.
+def with_usual_strides(t: Tensor) -> Tensor:
+    """t with PyTorch's own strides along axes of size 1, where a memory format says the others."""
+    if t.dim() != 5 or 1 not in t.shape:
+        return t
+    for fmt in (torch.contiguous_format, torch.channels_last_3d):
+        if t.is_contiguous(memory_format=fmt):
+            stride = torch.empty(t.shape, device="meta", memory_format=fmt).stride()
+            same = t.stride() == stride
+            return t if same else t.as_strided(t.shape, stride, t.storage_offset())
+    return t
 
-    PyTorch 2.11 to 2.14 do not where x or dy has an axis of size 1 with a stride of no memory
-    format, as ``frames.permute(3, 0, 1, 2)[None]`` has, and the other one is contiguous. An x in
-    channels-last with PyTorch's own strides is right beside every dy.
+
+def normalise_batch(x: Tensor, *args: Any) -> Tensor:
+    """``F.batch_norm``, whose gradient on a CPU is right.
+
+    That of PyTorch 2.11 to 2.14 is not where x or the gradient of v has an axis of size 1 with a
+    stride of no memory format, as ``frames.permute(3, 0, 1, 2)[None]`` has, and they lie in two.
     """
     watched = exactness.is_required() or torch._C._are_functorch_transforms_active()
-    if x.is_cpu and 1 in x.shape and not (watched or torch.compiler.is_compiling()):
-        x = x.clone(memory_format=torch.channels_last_3d)
-    return F.batch_norm(x, *args)
+    if not x.is_cpu or 1 not in x.shape or watched or torch.compiler.is_compiling():
+        return F.batch_norm(x, *args)
+    v = F.batch_norm(with_usual_strides(x), *args)
+    if v.grad_fn is not None:
+        v.grad_fn.register_prehook(_with_usual_strides)
+    return v
+
+
+def _with_usual_strides(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(g if g is None else with_usual_strides(g) for g in grads)
 
 
 def batch_norm(t: PairTensors, spec: PairSpec) -> Callable[[Tensor], Tensor]:
@@ -66,7 +84,9 @@ def batch_norm(t: PairTensors, spec: PairSpec) -> Callable[[Tensor], Tensor]:
         return lambda u: ranks.batch_norm(u, *affine, spec.eps, group)[0]
     mean, var = (t.mean, t.var) if spec.norm == "frozen" else (None, None)
     training = spec.norm == "batch"
-    return lambda u: _batch_norm(u, mean, var, t.norm_weight, t.norm_bias, training, 0.0, spec.eps)
+    return lambda u: normalise_batch(
+        u, mean, var, t.norm_weight, t.norm_bias, training, 0.0, spec.eps
+    )
 
 
 def compose_pair(
@@ -103,9 +123,9 @@ def normalise(x: Tensor, t: ConvTensors, spec: ConvSpec) -> Tensor:
     if spec.norm == "none":
         return x
     if spec.norm == "frozen":
-        return _batch_norm(x, t.mean, t.var, gamma, beta, False, 0.0, spec.eps)
+        return normalise_batch(x, t.mean, t.var, gamma, beta, False, 0.0, spec.eps)
     if spec.norm == "batch":
-        return _batch_norm(x, None, None, gamma, beta, True, 0.0, spec.eps)
+        return normalise_batch(x, None, None, gamma, beta, True, 0.0, spec.eps)
     if spec.norm == "group":
         if x.device.type == "cpu" and not exactness.is_required():
             x = x.contiguous()  # PyTorch's gradient of γ alone crashes on channels-last memory

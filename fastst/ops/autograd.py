@@ -334,7 +334,16 @@ class _NormFunction(torch.autograd.Function):
             grads = ctx.own(dy, y, mean, var, gamma, ctx.eps, needs)
         if grads is None:
             grads = torch.ops.aten.native_batch_norm_backward(
-                dy, y, gamma, None, None, mean, (var + ctx.eps).rsqrt(), True, ctx.eps, needs
+                reference.with_usual_strides(dy),
+                y,
+                gamma,
+                None,
+                None,
+                mean,
+                (var + ctx.eps).rsqrt(),
+                True,
+                ctx.eps,
+                needs,
             )
         dx, dgamma, dbeta = (g if n else None for g, n in zip(grads, needs, strict=True))
         return dx, None, None, dgamma, dbeta, None, None

@@ -332,7 +332,9 @@ def test_a_wrong_model_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clip = models.Clip(1, 2, 16, 4, dry=True)
     monkeypatch.setattr(models, "convert", wrong)
-    monkeypatch.setattr(models, "optimize_for_inference", lambda m: wrong(m) and optimise(m))
+    monkeypatch.setattr(
+        models, "optimize_for_inference", lambda m, **how: wrong(m) and optimise(m, **how)
+    )
     rows = models.compare(clip, CPU, "fp32", False, "none", 0.0, 1)
     for row in rows:
         assert (row["ms"] is None) == (row["kind"] == "fastst")

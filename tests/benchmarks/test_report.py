@@ -307,7 +307,7 @@ def test_headline_has_a_column_for_each_processor(tmp_path: Path) -> None:
             found["machine"]["cpu_instructions"] = ["avx2"] if models else ["amx_bf16"]
             (results / f"{older}-{day}.json").write_text(json.dumps(found))
     text = report.blocks(tmp_path)["headline"]
-    assert "| AMD EPYC | Some Xeon |" in text
+    assert "| AMD EPYC | Some Xeon with AMX |" in text
     assert "whole network, float32 | **2.6 ×** (2.1 ×) |  |" in text
     assert "AMD EPYC, 2 threads, PyTorch 2.13.0, 2020-01-01; Some Xeon with AMX, 2 threads" in text
 

@@ -65,7 +65,7 @@ FOUR, SIX = torch.ones(4), torch.ones(6)
             dict(output_statistics=True, output_norm=BatchNorm(SIX, SIX)),
             "a y without output_norm",
         ),
-        (dict(output_norm=BatchNorm(FOUR, FOUR)), r"outer_norm.running_mean must be \(6,\)"),
+        (dict(output_norm=BatchNorm(FOUR, FOUR)), r"output_norm.running_mean must be \(6,\)"),
         (
             dict(x=X[:1, :, :1, :1, :1], padding=1, input_norm=Norm("instance")),
             "requires more than 1 value for each",

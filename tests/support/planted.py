@@ -93,7 +93,7 @@ def library(
         assert times, f"{name} no longer has {pattern}"
         (changed / name).write_text(text)
     (changed / "hopper_instances.h").write_text(instances.header())
-    included = builder.included(changed / file, changed.parent)
+    included = builder.own_headers(changed / file, changed.parent)
     places = [p for h in headers if (p := changed / h) in included] + [changed / file]
     place = next((p for p in places if right in p.read_text()), None)
     assert place, f"{file} no longer has {right!r}: plant the bug elsewhere"

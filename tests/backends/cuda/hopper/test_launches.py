@@ -27,8 +27,8 @@ KERNELS = {
     "hopper_weight_gradient",
 }  # fmt: skip
 # What PyTorch may do on the way: it launches nothing.
-FREE = {"empty", "new_empty", "empty_like", "view", "permute", "slice", "select", "as_strided",
-        "unbind", "unsqueeze", "squeeze", "alias", "detach"}  # fmt: skip
+FREE = {"empty", "empty_strided", "new_empty", "empty_like", "view", "permute", "slice", "select",
+        "as_strided", "unbind", "unsqueeze", "squeeze", "alias", "detach"}  # fmt: skip
 
 
 class Launched(TorchDispatchMode):
