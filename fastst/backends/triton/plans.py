@@ -25,7 +25,7 @@ from . import launch
 # Tensors that a call holds, by number: its arguments and what it has made; None: not any more.
 Held = list[Any]
 _MOST = 4096  # plans that are kept
-_plans: dict[Hashable, Plan] = {}
+_plans: dict[Hashable, LaunchPlan] = {}
 
 
 class Place(NamedTuple):
@@ -62,7 +62,7 @@ class Allocation:
 
 
 @dataclass
-class Launch:
+class PlannedLaunch:
     """A kernel, and where the addresses of tensors stand among its arguments."""
 
     start: Callable[..., None]
@@ -92,7 +92,7 @@ class Interpreted:
 
 
 @dataclass
-class Operation:
+class PlannedCall:
     """A function of tensors and what it makes."""
 
     function: Callable[..., Any]
@@ -124,11 +124,11 @@ class Drop:
         held[self.number] = None
 
 
-Step = Allocation | Launch | Interpreted | Operation | Drop
+Step = Allocation | PlannedLaunch | Interpreted | PlannedCall | Drop
 
 
 @dataclass
-class Plan:
+class LaunchPlan:
     """A record call."""
 
     device: torch.device
@@ -224,7 +224,7 @@ class Recorder(TorchDispatchMode):
         numbers = tuple(self.place(t).number for t in made)
         for number in numbers:
             self.memories[number].allocation = None
-        self._step(Operation(function, args, kwargs, numbers))
+        self._step(PlannedCall(function, args, kwargs, numbers))
 
     def _step(self, step: Step) -> None:
         (self.early if self.begins else self.steps).append(step)
@@ -240,11 +240,11 @@ class Recorder(TorchDispatchMode):
         places = [(i, self.place(a)) for i, a in enumerate(args) if isinstance(a, Tensor)]
         plain = [None if isinstance(a, Tensor) else a for a in args]
         if compiled:
-            self._step(Launch(start, plain, [(i, p.number, p.offset) for i, p in places]))
+            self._step(PlannedLaunch(start, plain, [(i, p.number, p.offset) for i, p in places]))
         else:
             self._step(Interpreted(start, plain, places))
 
-    def plan(self, results: Sequence[Any]) -> Plan:
+    def plan(self, results: Sequence[Any]) -> LaunchPlan:
         """With memory taken just before its first use and given back after its last."""
         places = [self.place(r) if isinstance(r, Tensor) else r for r in results]
         self.begins = True
@@ -257,8 +257,8 @@ class Recorder(TorchDispatchMode):
             steps += [m.allocation for _, m in used if m.allocation and min(m.uses) == i]
             steps += self.early if i < 0 else self.steps[i : i + 1]
             steps += [Drop(n) for n, m in used if max(m.uses) == i and n not in returned]
-        compiled = any(isinstance(step, Launch) for step in steps)
-        return Plan(self.device, len(self.memories), steps, places, compiled)
+        compiled = any(isinstance(step, PlannedLaunch) for step in steps)
+        return LaunchPlan(self.device, len(self.memories), steps, places, compiled)
 
 
 def run(
@@ -297,7 +297,7 @@ def record(
     device: torch.device,
     tensors: Sequence[Tensor | None],
     *settings: Hashable,
-) -> Plan:
+) -> LaunchPlan:
     """The plan of a call."""
     recorder = Recorder(device, tensors)
     with launch.recording(recorder), recorder:

@@ -1,7 +1,8 @@
 """A first convolution and what follows it: what is known of that, and how it grows.
 
-What is decided of a chain is decided by facts alone, once: a ``Plan`` is one object for all chains
-that are alike, and what may follow it is remembered by it and by what the next call is given.
+What is decided of a chain is decided by facts alone, once: a ``ChainPlan`` is one object for all
+chains that are alike, and what may follow it is remembered by it and by what the next call is
+given.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Guess(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ChainPlan:
     """What a chain of calls is, as one operation; compared by identity.
 
     Attributes:
@@ -81,11 +82,11 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def _change_plan(plan: Plan, **changes: Any) -> Plan:
+def _change_plan(plan: ChainPlan, **changes: Any) -> ChainPlan:
     return replace(plan, **changes)
 
 
-def change_plan(plan: Plan, **changes: Any) -> Plan:
+def change_plan(plan: ChainPlan, **changes: Any) -> ChainPlan:
     """The plan of a chain with one more call."""
     try:
         return _change_plan(plan, **changes)
@@ -117,7 +118,7 @@ class Single(NamedTuple):
         link.begun.note_miss(link, why)
 
 
-def is_open(p: Any, kind: type = Plan) -> bool:
+def is_open(p: Any, kind: type = ChainPlan) -> bool:
     """Whether nobody has computed a promise yet, or asked for the gradient of what it is made of,
     and its state is still the current one, in which autograd sees it as it was made."""
     if type(p) is not Promise and not is_promise(p):

@@ -23,7 +23,7 @@ from .promise import Promise, is_current, promise, write_to
 from .state import State
 
 
-class Ending(NamedTuple):
+class EndingPlan(NamedTuple):
     """What a chain behind a pair is, as part of its operation."""
 
     begun: Any  # the ``Begins`` of the first convolution
@@ -67,7 +67,7 @@ class Ending(NamedTuple):
         return as_separate(y, lambda: self.calls, given, self.viewed)
 
 
-class Operation(NamedTuple):
+class PendingOperation(NamedTuple):
     """An operation that is about to run."""
 
     begun: Any  # the ``Begins`` of the first convolution
@@ -110,12 +110,12 @@ def is_deferred(begun: Any, x: Tensor, state: State) -> bool:
     return (served and state.autocast is None) or bool(begun.awaits_follower(state))
 
 
-def defer(op: Operation, state: State) -> Tensor:
+def defer(op: PendingOperation, state: State) -> Tensor:
     """The promise of an operation's output, or that itself where nothing would tell of writes;
     ``state``: that of now."""
     with contextlib.suppress(CannotDefer):
         kept = op.keep()
-        plan = Ending(
+        plan = EndingPlan(
             op.begun, op.run, op.slope, op.sums,
             ran=([],), calls=op.calls(), viewed=op.viewed,
         )  # fmt: skip
@@ -123,21 +123,21 @@ def defer(op: Operation, state: State) -> Tensor:
     return compute(op)
 
 
-def compute(op: Operation) -> Tensor:
+def compute(op: PendingOperation) -> Tensor:
     """The output of an operation."""
     return as_separate(op.run(op.tensors), op.calls, op.tensors, op.viewed)
 
 
 def is_ending(p: Any) -> bool:
     """Whether a promise is one of this module that nobody has read."""
-    if type(p) is not Promise or type(p.link.plan) is not Ending or p.link.value is not None:
+    if type(p) is not Promise or type(p.link.plan) is not EndingPlan or p.link.value is not None:
         return False
     return is_current(p) and p.link.is_unchanged()
 
 
 def batch_norm(p: Promise, norm: BatchNorm) -> Any:
     """In training with the statistics of the pair's kernel; a frozen one waits for what follows."""
-    plan: Ending = p.link.plan
+    plan: EndingPlan = p.link.plan
     if plan.norm is not None or plan.residual or plan.activation is not None:
         return NotImplemented
     if norm.training:
@@ -157,7 +157,7 @@ def batch_norm(p: Promise, norm: BatchNorm) -> Any:
 def add(p: Promise, other: Any, in_place: bool, first: bool) -> Any:
     """The sum with a shortcut of the same shape and dtype; ``first``: the shortcut is what is added
     to the promise."""
-    plan: Ending = p.link.plan
+    plan: EndingPlan = p.link.plan
     if not plan.sums or plan.residual or plan.activation is not None or type(other) is not Tensor:
         return NotImplemented
     link = p.link
@@ -180,7 +180,7 @@ def _other_sum(y: Tensor, residual: Tensor) -> Tensor:
 
 def activation(p: Promise, kind: str, slope: float, in_place: bool) -> Any:
     """The last of what the operation can end in."""
-    plan: Ending = p.link.plan
+    plan: EndingPlan = p.link.plan
     if plan.activation is not None or not plan.begun.served:
         return NotImplemented
     if kind == "leaky_relu" and plan.slope not in (None, slope):
@@ -193,7 +193,7 @@ def _extend(p: Promise, tensors: dict[str, Tensor], in_place: bool = False, **ch
     link = p.link
     if in_place and any(view() is not None for view in link.views):  # which see what is written
         return NotImplemented
-    plan: Ending = link.plan._replace(**changes)
+    plan: EndingPlan = link.plan._replace(**changes)
     try:
         kept = tuple((name, Kept(t)) for name, t in tensors.items())
     except CannotDefer:

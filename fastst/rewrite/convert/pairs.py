@@ -13,8 +13,8 @@ from ... import functional
 from ...functional import BatchNorm
 from ...problem.spec import PairTensors, offset_of
 from . import endings, forms
-from .chain import Guess, Plan, exact_key, have_flags, is_open
-from .endings import Operation
+from .chain import ChainPlan, Guess, exact_key, have_flags, is_open
+from .endings import PendingOperation
 from .forms import Form
 from .geometry import second_pass
 from .layouts import Call, call
@@ -67,7 +67,7 @@ class Fit(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _fit(
-    plan: Plan, z: torch.Size, w: Any, b: Any, how: tuple[Any, ...], exact: bytes
+    plan: ChainPlan, z: torch.Size, w: Any, b: Any, how: tuple[Any, ...], exact: bytes
 ) -> Fit | None:
     """A convolution of z with weight and bias of these facts (False for none), if it makes a pair
     of a chain. ``exact``: ``how`` with the types of its numbers."""
@@ -139,7 +139,9 @@ def _run(link: Link, fit: Fit, second: tuple[Tensor, Tensor | None]) -> Tensor:
     return functional.run(tensors, call, norm, link.half)
 
 
-def _operation(link: Link, fit: Fit, half: Any, weight: Tensor, bias: Tensor | None) -> Operation:
+def _operation(
+    link: Link, fit: Fit, half: Any, weight: Tensor, bias: Tensor | None
+) -> PendingOperation:
     """The operation, of tensors by name."""
     convolution, norm = link.convolution, link.norm
     given = {_FIRST[n]: kept.tensor for n, kept in convolution.kept}
@@ -150,7 +152,7 @@ def _operation(link: Link, fit: Fit, half: Any, weight: Tensor, bias: Tensor | N
         given["second bias"] = bias
     pair = _Pair(link.plan, norm, fit, half, _recompute(link))
     name, slope = fit.guess.activation
-    return Operation(
+    return PendingOperation(
         link.begun, pair.run, given, fit.shape, fit.dtype, slope if name == "leaky_relu" else None,
         fit.form is None, lambda: (*link.calls(_FIRST, _NORM), fit.last), link.viewed,
     )  # fmt: skip
@@ -159,7 +161,7 @@ def _operation(link: Link, fit: Fit, half: Any, weight: Tensor, bias: Tensor | N
 class _Pair(NamedTuple):
     """Two convolutions as one operation of tensors that are given by name."""
 
-    plan: Plan
+    plan: ChainPlan
     norm: BatchNorm | None
     fit: Fit
     half: Any  # what the first pass has left

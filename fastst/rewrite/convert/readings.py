@@ -17,7 +17,7 @@ from torch import Tensor
 from ...functional import BatchNorm
 from ...problem.norms import Norm, frame_by_frame
 from .chain import extend, is_open
-from .endings import Ending
+from .endings import EndingPlan
 from .geometry import pad_of
 from .kept import CannotDefer, Kept
 from .layouts import Call
@@ -63,7 +63,7 @@ def reading_of(p: Any) -> Reading | None:
     if type(p) is not Promise:
         return None
     link = p.link
-    if type(link.plan) is Ending:
+    if type(link.plan) is EndingPlan:
         if not is_current(p):
             return None
         if not (link.is_unchanged() if link.value is None else link.steady):

@@ -21,7 +21,7 @@ from ...problem import activations, conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
 from ...problem.spec import PairTensors, offset_of
 from . import asked, endings, forms, norms, pairs, readings, views
-from .chain import Guess, Plan, Single, change_plan, exact_key, extend, have_flags, is_open
+from .chain import ChainPlan, Guess, Single, change_plan, exact_key, extend, have_flags, is_open
 from .folded import folds
 from .geometry import first_pass, second_pass, sides_of
 from .graphs import is_promise, promise_or_trace
@@ -39,7 +39,7 @@ class Start(NamedTuple):
     """How a convolution begins a chain."""
 
     run: Callable[..., Tensor]
-    plan: Plan | Single
+    plan: ChainPlan | Single
     shape: torch.Size  # of its output
     dtype: torch.dtype
 
@@ -117,10 +117,10 @@ def _start(
             input = F.pad(input, padded, mode)
         return convolve(input, weight, bias, *how)
 
-    plan: Plan | Single = Single(settings)
+    plan: ChainPlan | Single = Single(settings)
     if found.pass_ is not None:
         dense = not traced and all(f.contiguous for f in given)
-        plan = Plan(
+        plan = ChainPlan(
             found.pass_, found.names, tuple(given), dtype, autocast, found.shape,
             dense=dense,
         )  # fmt: skip
@@ -132,7 +132,7 @@ def _start(
 
 def extends(p: Promise) -> bool:
     """Whether a promise is of a first convolution, not of a pair."""
-    return type(p.link.plan) is Plan
+    return type(p.link.plan) is ChainPlan
 
 
 def _batch_norm(
@@ -150,7 +150,7 @@ def _batch_norm(
         return NotImplemented
     link, training = input.link, bool(training)
     given = running_mean, running_var, weight, bias, training, momentum, eps
-    if type(link.plan) is not Plan:
+    if type(link.plan) is not ChainPlan:
         return _norm_elsewhere(input, BatchNorm(*given))
     if not is_open(input):
         return NotImplemented
@@ -209,11 +209,11 @@ def _bind_norm(norm: BatchNorm) -> Callable[..., Tensor]:
 class Frozen(NamedTuple):
     """A frozen norm as it was when it was called last."""
 
-    before: Plan  # of the chain that it was called of
+    before: ChainPlan  # of the chain that it was called of
     shape: torch.Size  # of that one's value
     inference: bool  # whether in inference mode
     norm: BatchNorm
-    plan: Plan  # of the chain with it
+    plan: ChainPlan  # of the chain with it
     kept: tuple[tuple[str, Any], ...]  # its vectors as they were
     watched: tuple[tuple[Tensor, Tensor, Any], ...]  # each vector, as it was, and its facts
     in_order: tuple[Tensor | None, ...]  # as they were, in the order of the operation
@@ -244,7 +244,7 @@ _AFFINE = _VECTORS[2:]
 _IN_ORDER = *_AFFINE, *_VECTORS[:2]  # of the operation
 
 
-def _plan_with_norm(link: Link, norm: BatchNorm, norm_facts: tuple[Any, ...]) -> Plan | None:
+def _plan_with_norm(link: Link, norm: BatchNorm, norm_facts: tuple[Any, ...]) -> ChainPlan | None:
     """The plan of a chain with a batch norm, or None for what is left to PyTorch.
 
     ``norm_facts``: of its vectors, False for none.
@@ -258,9 +258,9 @@ def _plan_with_norm(link: Link, norm: BatchNorm, norm_facts: tuple[Any, ...]) ->
 
 @lru_cache(maxsize=4096)
 def _cached_plan_with_norm(
-    plan: Plan, shape: torch.Size, mean: Any, var: Any, weight: Any, bias: Any,
+    plan: ChainPlan, shape: torch.Size, mean: Any, var: Any, weight: Any, bias: Any,
     training: bool, eps: Any, kind: type, of_momentum: type,
-) -> Plan | None:  # fmt: skip
+) -> ChainPlan | None:  # fmt: skip
     """The plan of a chain of that shape with a batch norm of vectors with these facts (False for
     none), or None for what is left to PyTorch."""
     if (
@@ -317,7 +317,7 @@ def _are_copied(state: State, norm: BatchNorm) -> bool:
 
 def _norm_elsewhere(input: Any, norm: BatchNorm) -> Any:
     """A norm of what is no first convolution of a pair."""
-    if type(input.link.plan) not in (endings.Ending, Single, readings.Reading):
+    if type(input.link.plan) not in (endings.EndingPlan, Single, readings.Reading):
         return NotImplemented
     if not _knows_norm(norm, input):
         return NotImplemented
@@ -365,7 +365,7 @@ def _has_kernels(settings: Any, *tensors: Any) -> bool:
     return dispatch.has_kernels(ConvProblem.of(given, spec))
 
 
-def _run_first(link: Link, plan: Plan, norm: BatchNorm) -> Any:
+def _run_first(link: Link, plan: ChainPlan, norm: BatchNorm) -> Any:
     """Run the first convolution, for the pair that it was last in or a likely one.
 
     ``plan``: of the chain with the norm.
@@ -410,7 +410,7 @@ class Guessed(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _guess_pair(plan: Plan, guess: Guess | None) -> Guessed | None:
+def _guess_pair(plan: ChainPlan, guess: Guess | None) -> Guessed | None:
     """A chain with such a second convolution, or a likely one; None where that is none."""
     temporal, m = plan.first.kind == "temporal", plan.shape[1]
     if guess is None:

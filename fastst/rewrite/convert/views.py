@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import norms, readings
 from .axes import Atom, Axes, AxisPad, merges, reshape_dims, whole_dims
-from .chain import Plan, as_view, change_plan, extend, is_open
+from .chain import ChainPlan, as_view, change_plan, extend, is_open
 from .graphs import is_promise, is_unread
 from .link import Link
 from .padding import Pad
@@ -26,7 +26,7 @@ from .readings import Reading
 
 def _reorder(p: Any, order: Sequence[int], call: Callable[[Tensor], Tensor]) -> Any:
     plan = p.link.plan
-    if type(plan) is not Plan:
+    if type(plan) is not ChainPlan:
         return norms.reorder(p, order, call)
     if plan.pads or sorted(order) != list(range(len(p.link.shape))):
         return NotImplemented
@@ -39,7 +39,7 @@ def _resize(
     p: Any, sizes: Sequence[Any], call: Callable[[Tensor], Tensor], view: bool = False
 ) -> Any:
     plan, shape = p.link.plan, p.link.shape
-    if type(plan) is not Plan:
+    if type(plan) is not ChainPlan:
         return norms.resize(p, _complete_sizes(sizes, shape), call)
     if plan.pads or not all(type(n) is int for n in sizes) or not shape.numel():
         return NotImplemented
@@ -67,7 +67,7 @@ def _complete_sizes(sizes: Sequence[Any], shape: Sequence[int]) -> Sequence[Any]
 def _as_shape(
     p: Promise, axes: Axes, shape: Sequence[int], call: Callable[[Tensor], Tensor]
 ) -> Promise:
-    plan: Plan = p.link.plan
+    plan: ChainPlan = p.link.plan
     back = not axes.padded and axes.dims == whole_dims(plan.names, plan.shape)
     known = None if back and tuple(shape) == plan.shape else axes
     return as_view(p, call, torch.Size(shape), change_plan(plan, axes=known))
@@ -214,7 +214,7 @@ def _pad_sides(
     for i, s in sides.items():
         shape[i] += sum(s)
     pad = Pad(tuple(sides.get(i, (0, 0)) for i in (2, 3, 4)), mode)
-    if type(plan) is not Plan:
+    if type(plan) is not ChainPlan:
         return readings.pad(p, pad, call, torch.Size(shape))
     if plan.axes is None and plan.names == "bcthw":
         return extend(p, call, change_plan(plan, pads=(*plan.pads, pad)), shape=torch.Size(shape))

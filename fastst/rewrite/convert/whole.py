@@ -18,7 +18,7 @@ from ...problem import conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
 from . import endings, readings
 from .begins import Begins, Event, tell
-from .endings import Operation, is_deferred
+from .endings import PendingOperation, is_deferred
 from .geometry import padding_of
 from .layouts import Call, call
 from .plain import plain_call
@@ -115,7 +115,7 @@ class Whole(Begins):
         given = {n: t for n, t in given.items() if t is not None}
         shared = slope if options.get("input_activation") == "leaky_relu" else None
         shape = torch.Size(problem.out_shape)
-        op = Operation(
+        op = PendingOperation(
             self,
             run,
             given,

@@ -32,12 +32,12 @@ CALLS = {
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plans.Plan]]:
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plans.LaunchPlan]]:
     """Plans that are made, and kept also where the interpreter stands in."""
-    found: list[plans.Plan] = []
+    found: list[plans.LaunchPlan] = []
     record = plans.record
 
-    def noted(*args: object) -> plans.Plan:
+    def noted(*args: object) -> plans.LaunchPlan:
         found.append(record(*args))  # type: ignore[arg-type]
         return found[-1]
 
@@ -49,7 +49,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plans.Plan]]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_later_calls_are_right(name: str, made: list[plans.Plan]) -> None:
+def test_later_calls_are_right(name: str, made: list[plans.LaunchPlan]) -> None:
     """Other values at other addresses; one plan forward, one backward."""
     check(CALLS[name])
     first = len(made)
@@ -57,7 +57,9 @@ def test_later_calls_are_right(name: str, made: list[plans.Plan]) -> None:
     assert len(made) == first == 2
 
 
-def test_a_wrong_plan_is_seen(made: list[plans.Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_plan_is_seen(
+    made: list[plans.LaunchPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Plant: views that begin where their memory does."""
     real = plans.Recorder.place
     monkeypatch.setattr(plans.Recorder, "place", lambda self, t: real(self, t)._replace(offset=0))
@@ -87,7 +89,7 @@ def call(**changes: torch.Tensor) -> None:
     ],
 )
 def test_what_the_compiler_knows_makes_a_plan(
-    changes: dict[str, torch.Tensor | None], made: list[plans.Plan]
+    changes: dict[str, torch.Tensor | None], made: list[plans.LaunchPlan]
 ) -> None:
     call()
     call()
@@ -98,7 +100,7 @@ def test_what_the_compiler_knows_makes_a_plan(
 
 
 def test_plans_do_not_grow_without_end(
-    made: list[plans.Plan], monkeypatch: pytest.MonkeyPatch
+    made: list[plans.LaunchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plans, "_MOST", 2)
     for t in (1, 2, 3, 1):
@@ -107,7 +109,7 @@ def test_plans_do_not_grow_without_end(
     assert len(made) == 4
 
 
-def test_dy_is_held_no_longer_than_it_is_read(made: list[plans.Plan]) -> None:
+def test_dy_is_held_no_longer_than_it_is_read(made: list[plans.LaunchPlan]) -> None:
     check(CALLS["dense"])
     steps = made[1].steps
     given = len(PairTensors._fields) + 5  # u, mean, var, and nothing of a slice
