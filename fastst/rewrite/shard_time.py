@@ -190,19 +190,13 @@ class TimeShardedConv3d(_TimeSharded, nn.Conv3d):
 class TimeShardedFusedConv3d(_TimeSharded, Conv3d):
     """The same of a layer whose norm and activation see this rank's frames before it."""
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        *,
-        streams: bool = False,
-        state: tuple[Tensor, ...] | None = None,
-    ) -> Any:
-        if streams:
-            raise ValueError("Conv3d: a layer under shard_time takes shares of clips, not streams")
+    def _advance(self, *args: Any) -> Any:
+        raise ValueError("Conv3d: a layer under shard_time takes shares of clips, not streams")
+
+    def _run(self, x: Tensor, residual: Tensor | None, **geometry: Any) -> Any:
         if x.dim() == 4:
             residual = None if residual is None else residual.unsqueeze(0)
-            return self.forward(x.unsqueeze(0), residual).squeeze(0)
+            return self._run(x.unsqueeze(0), residual).squeeze(0)
         window = Window(
             self.kernel_size[0], self.stride[0], self.dilation[0], self._time.before,
             self._time.after, self._geometry().padding_mode[1],

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from .link import NO_GATES, Gates, Link, needs_gradient, output_of, unseen
+from .state import passing_over
 
 _as_tensor: Callable[..., Any] = torch._C._disabled_torch_function_impl
 _make: Callable[..., Any] = Tensor._make_wrapper_subclass
@@ -289,19 +290,12 @@ def _fits_with_memory(t: Tensor, u: Tensor) -> Any:
     """What PyTorch answers, once u has memory; as there, no class and no mode is asked."""
     value = u.link.compute(".data").detach() if type(u) is Promise else None
     below = torch._C._AutoDispatchBelowAutograd()
-    with below, _as_kernels_see_it(), torch._C.DisableTorchFunction():
+    # Where no operator asks a promise.
+    kernels = passing_over("Python", "PythonTLSSnapshot", "ADInplaceOrView")
+    with below, kernels, torch._C.DisableTorchFunction():
         if value is not None:
             torch.ops.aten.set_.source_Tensor(u, value)
         return _fits_data(t, u)
-
-
-def _as_kernels_see_it() -> Any:
-    """A context in which no operator asks a promise."""
-    keys: Any = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("Python", "PythonTLSSnapshot", "ADInplaceOrView"):
-        keys = keys.add(getattr(torch._C.DispatchKey, name))
-    guard: Any = torch._C._ForceDispatchKeyGuard
-    return guard(torch._C._dispatch_tls_local_include_set(), keys)
 
 
 def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:

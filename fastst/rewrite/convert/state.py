@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -148,8 +148,15 @@ def _is_below_autograd() -> bool:
 
 def _above_autograd() -> Any:
     """A context in which autograd sees calls again."""
+    return passing_over(without=("AutogradFunctionality", "ADInplaceOrView", "AutogradOther"))
+
+
+def passing_over(*names: str, without: Sequence[str] = ()) -> Any:
+    """A context in which the dispatcher passes over some keys more, and no longer over others."""
     keys: Any = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "ADInplaceOrView", "AutogradOther"):
+    for name in names:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    for name in without:
         keys = keys.remove(getattr(torch._C.DispatchKey, name))
     guard: Any = torch._C._ForceDispatchKeyGuard
     return guard(torch._C._dispatch_tls_local_include_set(), keys)
