@@ -118,6 +118,7 @@ def bars(
     """
     right = card.width - 24 - max(9.0 * len(b.label) for _, g in groups for b in g) - 8
     scale = (right - left) / max(b.value for _, group in groups for b in group)
+    at = left + mark * scale if mark is not None else left
     y = top
     for name, group in groups:
         lines = name.split("\n")
@@ -126,11 +127,14 @@ def bars(
             card.text(left - 12, middle + 18 * i, line, 14, "faint" if i else "ink", "end")
         for b in group:
             card.box(left, y, max(b.value * scale, 1), thick - 3, b.colour)
-            card.text(left + b.value * scale + 8, y + thick / 2 + 4, b.label, 14, bold=True)
+            end = left + b.value * scale
+            if end < at < end + 8 + 9 * len(b.label):  # the line would go through the label
+                end = at
+            card.text(end + 8, y + thick / 2 + 4, b.label, 14, bold=True)
             y += thick
         y += 12
     if mark is not None:
-        card.line(left + mark * scale, top - 6, left + mark * scale, y - 6, "ink")
+        card.line(at, top - 6, at, y - 6, "ink")
     return y
 
 

@@ -18,7 +18,7 @@ import torch
 import fastst
 from benchmarks import charts, coverage, gpu_run, headline, report, tables
 from benchmarks.shapes import R2PLUS1D_18
-from benchmarks.svg import Card
+from benchmarks.svg import Bar, Card, bars
 from fastst.machine.gpu import amd
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import ROOT
@@ -368,3 +368,23 @@ def test_coverage_is_what_the_backends_say(monkeypatch: pytest.MonkeyPatch) -> N
             if line.backend == "cuda" and hardware == "amd":
                 continue  # where its library cannot be loaded
             assert (known[hardware] == "no") == (why is not None), (line, hardware, why)
+
+
+def test_no_line_goes_through_a_label() -> None:
+    card = Card(760, "Near one")
+    bars(
+        card,
+        60,
+        [("near", [Bar(v, "ours", f"{v:.2f}") for v in (0.5, 0.9, 0.95, 1.0, 1.6)])],
+        200,
+        1,
+    )
+    card.height = 200
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.fromstring(card.svg())
+    (line,) = [float(e.get("x1", "")) for e in root.iter(f"{svg}line")]
+    labels = [e for e in root.iter(f"{svg}text") if re.fullmatch(r"\d\.\d\d", e.text or "")]
+    assert len(labels) == 5
+    for label in labels:
+        begin = float(label.get("x", ""))
+        assert not begin < line < begin + 9 * len(label.text or ""), label.text

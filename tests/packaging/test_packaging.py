@@ -14,6 +14,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -33,6 +34,15 @@ def without(folder: Path, *packages: str) -> dict[str, str]:
         (folder / f"{name}.py").write_text(f"raise ImportError('{name} must not be needed')")
     built = {"FASTST_BUILD_CUDA": "0", "FASTST_BUILD_CPU": "0"}
     return {**os.environ, "PYTHONPATH": str(folder), **built}
+
+
+def loaded(script: str) -> ModuleType:
+    """A script of the checkout, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +133,19 @@ def test_wheel_imports_without_optional_packages(wheel: Path, tmp_path: Path) ->
     assert "Traceback" not in demo.stderr
 
 
+def test_releases_have_a_wheel_for_each_python() -> None:
+    """The workflow's matrix, what the package says of itself, and what a wheel is tested with."""
+    workflow = (ROOT / ".github/workflows/release.yml").read_text()
+    (matrix,) = re.findall(r"^ +python: \[(.*)\]$", workflow, re.MULTILINE)
+    listed = re.findall(r"Python :: 3\.(\d+)", text := (ROOT / "pyproject.toml").read_text())
+    assert matrix.split(", ") == [f"cp3{minor}" for minor in listed]
+    assert f'requires-python = ">=3.{listed[0]}"' in text
+    tested = loaded("release/wheel.py").QUICK
+    assert f"python -m pytest -q {' '.join(tested)}\n" in workflow
+
+
 def test_release_check_names_what_does_not_agree(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("check", ROOT / "release/check.py")
-    assert spec is not None and spec.loader is not None
-    check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check)
+    check = loaded("release/check.py")
     for name in ("CHANGELOG.md", "CITATION.cff", "mkdocs.yml", "pyproject.toml"):
         text = (ROOT / name).read_text().replace("fastst.example", "project.org")
         text = re.sub(r"^## Unreleased\n.*?(?=^## )", "", text, flags=re.M | re.S)
