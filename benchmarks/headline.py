@@ -17,7 +17,7 @@ def _numbers(cpus: dict[str, Record]) -> str:
     format, where measured."""
     columns = [_column(record) for record in cpus.values()]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [(name, *(column.get(name, "") for column in columns)) for name in names]
+    rows = [(name, *(column.get(name, "not measured") for column in columns)) for name in names]
     head = ["R(2+1)D-18: × PyTorch as it is (× in its faster format)", *cpus]
     where = "; ".join(charts.place(record) for record in cpus.values())
     return f"{table(head, rows)}\n\n{where}. [All benchmarks](docs/benchmarks.md)."

@@ -296,7 +296,7 @@ def test_headline_says_what_no_gpu_has_run() -> None:
 
 
 def test_headline_has_a_column_for_each_processor(tmp_path: Path) -> None:
-    """The newest of each, by its name alone; a figure that one of them lacks stays empty."""
+    """The newest of each, by its name alone; a figure that one of them lacks says so."""
     results = tmp_path / "cpu"
     results.mkdir()
     for day, name, models in ((1, "AMD EPYC", True), (2, "Some(R) Xeon(R) CPU @ 3GHz", False)):
@@ -308,7 +308,7 @@ def test_headline_has_a_column_for_each_processor(tmp_path: Path) -> None:
             (results / f"{older}-{day}.json").write_text(json.dumps(found))
     text = report.blocks(tmp_path)["headline"]
     assert "| AMD EPYC | Some Xeon with AMX |" in text
-    assert "whole network, float32 | **2.6 ×** (2.1 ×) |  |" in text
+    assert "whole network, float32 | **2.6 ×** (2.1 ×) | not measured |" in text
     assert "AMD EPYC, 2 threads, PyTorch 2.13.0, 2020-01-01; Some Xeon with AMX, 2 threads" in text
 
 
