@@ -19,7 +19,8 @@ enum class Activation { FASTST_ACTIVATIONS(FASTST_NAME) };
 #undef FASTST_NAME
 
 // act(v, slope) and derivative(v, slope), with PyTorch's choice at the kinks; comparisons are
-// written so that NaN passes through.
+// written so that NaN passes through. Up to kFlatUpTo, where there is one, PyTorch's gradient is 0
+// whatever comes in, infinity and NaN as well.
 //
 // M has what V lacks: of(c), the constant; sigmoid(v); normal_cdf(v) = (1 + erf(v/√2))/2 and its
 // derivative normal_density(v).
@@ -40,6 +41,8 @@ struct Formula<Activation::none> {
 
 template <>
 struct Formula<Activation::relu> {
+  static constexpr float kFlatUpTo = 0;
+
   template <class M, class V>
   static FASTST_DEVICE V act(V v, V) {
     return v < M::of(0) ? M::of(0) : v;
@@ -110,6 +113,8 @@ struct Formula<Activation::leaky_relu> {
 
 template <>
 struct Formula<Activation::hardswish> {
+  static constexpr float kFlatUpTo = -3;
+
   template <class M, class V>
   static FASTST_DEVICE V act(V v, V) {
     V gate = v + M::of(3);

@@ -66,9 +66,13 @@ template <Activation K>
   return Formula<K>::template act<Lanes>(v, splat(slope));
 }
 
+// The gradient of v, from that of act(v).
 template <Activation K>
-inline Vec activate_gradient(Vec v, float slope) {
-  return Formula<K>::template derivative<Lanes>(v, splat(slope));
+inline Vec activate_gradient(Vec dz, Vec v, float slope) {
+  const Vec dv = dz * Formula<K>::template derivative<Lanes>(v, splat(slope));
+  if constexpr (requires { Formula<K>::kFlatUpTo; })
+    return v <= splat(Formula<K>::kFlatUpTo) ? splat(0.0f) : dv;
+  return dv;
 }
 
 }  // namespace fastst::cpu

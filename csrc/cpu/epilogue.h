@@ -203,7 +203,7 @@ class Finisher {
     with_activation(act_, [&](auto a) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i)
-        v[i] *= activate_gradient<decltype(a)::value>(u[i] * k.scale + k.beta, slope_);
+        v[i] = activate_gradient<decltype(a)::value>(v[i], u[i] * k.scale + k.beta, slope_);
     });
     if (!partial) return;
     Vec sum{}, product{};

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import fastst
 from fastst.backends import cpu
 from fastst.backends.cpu import library
-from fastst.functional import BatchNorm, conv2plus1d
+from fastst.functional import BatchNorm, conv2plus1d, conv3d
 from fastst.problem.spec import PairSpec, PairTensors, Problem
 from tests.support import ROOT, fuzz
 from tests.support.fuzz import Limits
@@ -149,6 +149,31 @@ def test_nan_and_infinity_reach_what_pytorch_lets_them(bad: float, norm: bool) -
         y = conv2plus1d(x, leaf, weights[1], padding=1, recompute=False)
     u = next(t for t in y.grad_fn.saved_tensors if t.shape[-1] == 24)  # type: ignore[union-attr]
     assert not u[..., 20:].any()
+
+
+@built
+@pytest.mark.parametrize("activation", ["relu", "hardswish"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_no_gradient_comes_through_where_an_activation_is_flat(bad: float, activation: str) -> None:
+    """PyTorch chooses 0 there, and does not multiply by 0, which would make NaN of infinity."""
+    torch.manual_seed(4)
+    tensors = torch.randn(1, 16, 4, 9, 9), torch.randn(20, 16, 1, 3, 3), torch.randn(9, 20, 3, 1, 1)
+    dy = torch.randn(1, 9, 4, 9, 9)
+    dy[0, 3, 1, 5, 6] = bad
+    for call in (
+        lambda x, ws, wt: conv2plus1d(x, ws, wt, padding=1, activation=activation),
+        lambda x, ws, wt: conv3d(x, ws[:9], padding=(0, 1, 1), input_activation=activation),
+    ):
+        found = []
+        for backend in ("cpu", "reference"):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            with fastst.use_backend(backend):
+                y = call(*leaves)
+            grads = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+            found.append([g for g in grads if g is not None])
+        for ours, truth in zip(*found, strict=True):
+            for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(kind(ours), kind(truth))
 
 
 @built
