@@ -493,7 +493,7 @@ def recomputes(recompute: bool | None, norm: BatchNorm | None) -> bool:
     if recompute is not None:
         return recompute
     said = settings.value("FASTST_RECOMPUTE")
-    return norm is None if said == "" else said != "0"
+    return norm is None if said == "" else settings.flag("FASTST_RECOMPUTE")
 
 
 def _composes(x: Tensor) -> bool:

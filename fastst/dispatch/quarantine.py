@@ -54,7 +54,7 @@ class Postponed(Exception):
 
 def limit_s() -> float:
     """Seconds that one example of a check may take."""
-    return float(settings.value("FASTST_CHECK_SECONDS"))
+    return settings.number("FASTST_CHECK_SECONDS")
 
 
 def ask(request: Request) -> str:

@@ -26,8 +26,8 @@ from . import devices, settings
 
 def folder() -> Path:
     """Where the files lie."""
-    if settings.flag("FASTST_CACHE"):
-        return Path(settings.value("FASTST_CACHE"))
+    if named := settings.value("FASTST_CACHE"):
+        return Path(named)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if base.startswith("~"):  # no HOME, and a user that the system does not know
         base = os.devnull  # in which no file can be
@@ -88,7 +88,7 @@ def read(path: Path) -> dict[str, str]:
         return data
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.warn(f"fastst ignores the cache {path}: {error}", stacklevel=2)
         return {}
 

@@ -6,6 +6,7 @@ Each is read where it counts, at every call, except ``FASTST_BACKEND``, which is
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import NamedTuple
 
 
@@ -28,15 +29,40 @@ VARIABLES = (
 _DEFAULTS = {v.name: v.default for v in VARIABLES}
 
 
+_SWITCHES = {
+    "1": True, "true": True, "yes": True, "on": True,
+    "": False, "0": False, "false": False, "no": False, "off": False,
+}  # fmt: skip
+
+
 def value(name: str) -> str:
-    """What a variable of ``VARIABLES`` says.
+    """What a variable of ``VARIABLES`` says; empty is not set.
 
     Raises:
         KeyError: no such variable.
     """
-    return os.environ.get(name, _DEFAULTS[name])
+    return os.environ.get(name) or _DEFAULTS[name]
 
 
 def flag(name: str) -> bool:
-    """Whether a variable is set to anything but 0."""
-    return value(name) not in ("", "0")
+    """Whether a variable that is 1 or 0 is 1.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    on = _SWITCHES.get(value(name).strip().lower())
+    if on is None:
+        raise ValueError(f"{name} must be 1 or 0, got {value(name)!r}")
+    return on
+
+
+def number(name: str) -> float:
+    """What a variable says that is a positive number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with suppress(ValueError):
+        if (found := float(value(name))) > 0:
+            return found
+    raise ValueError(f"{name} must be a positive number, got {value(name)!r}")

@@ -69,3 +69,10 @@ def test_keys_name_the_driver(
     if told is not None:
         (tmp_path / "version").write_text(told)
     assert driver in cache.machine.__wrapped__(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("broken", ["{", "[" * 100_000, "[1]", "\0"])
+def test_a_broken_file_is_no_file(broken: str, tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text(broken)
+    with pytest.warns(UserWarning, match="fastst ignores the cache"):
+        assert cache.read(tmp_path / "file.json") == {}
