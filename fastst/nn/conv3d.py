@@ -11,7 +11,7 @@ from .. import dispatch, functional
 from ..functional import BatchNorm, Causal, IntOrTriple, Norm, PaddingArg, PaddingMode
 from ..machine import exactness
 from ..problem import activations, checks, geometry
-from .layers import ActivationArg
+from .layers import ActivationArg, check_width
 from .pair_of_modules import NORMS, batch_norm_arguments, counts_batches, why_foreign
 from .streaming import advance, check_chunk, check_frame_by_frame, check_state, frames_before
 
@@ -97,6 +97,7 @@ class Conv3d(nn.Conv3d):
         if input_norm is not None:
             if not isinstance(input_norm, nn.Module):
                 raise TypeError(f"{op}: input_norm must be a module or None, got {input_norm!r}")
+            check_width(f"{op}: input_norm", input_norm, in_channels)
             self.input_norm = input_norm
         self.norm_per_frame = norm_per_frame
         slopes = set()

@@ -36,6 +36,20 @@ NormArg = str | nn.Module | type[nn.Module] | None
 ActivationArg = str | nn.Module | type[nn.Module] | None
 
 
+def check_width(what: str, norm: nn.Module, channels: int) -> None:
+    """
+    Raises:
+        ValueError: a norm of another number of channels.
+    """
+    for label in ("num_features", "num_channels"):  # of batch and instance, of group norms
+        width = getattr(norm, label, channels)
+        if isinstance(width, int) and width not in (0, channels):  # a lazy norm has 0
+            raise ValueError(
+                f"{what} must have {label}={channels}, the channels that it reads, got "
+                f"{label}={width}"
+            )
+
+
 class _FactorizedConv3d(nn.Module):
     """What both layers have: the arguments of an ``nn.Conv3d``, checked, and one for each pass."""
 
@@ -73,8 +87,19 @@ class _FactorizedConv3d(nn.Module):
         self.padding: Any = padding if isinstance(padding, str) else tuple(p for p, _ in pads)
         self.groups, self.padding_mode, self.causal = groups, padding_mode, causal
 
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Conv3d`` and the norms do."""
+        for child in self.children():
+            reset = getattr(child, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
     def _count(self, **channels: Any) -> int:
-        """A number of channels, of any type of integers."""
+        """A number of channels, of any type of integers.
+
+        Raises:
+            TypeError, ValueError: none, or less than 1.
+        """
         ((label, n),) = channels.items()
         if not isinstance(n, Integral) or isinstance(n, bool):
             raise TypeError(f"{self._op}: {label} must be an int, got {n!r}")
@@ -129,13 +154,7 @@ class _FactorizedConv3d(nn.Module):
                 f"{self._op}: norm must be None, 'batch', a module or a class of modules, got "
                 f"{norm!r}"
             )
-        for label in ("num_features", "num_channels"):  # of batch and instance, of group norms
-            width = getattr(norm, label, channels)
-            if isinstance(width, int) and width not in (0, channels):  # a lazy norm has 0
-                raise ValueError(
-                    f"{self._op}: norm must have {label}={channels}, the channels that it reads, "
-                    f"got {label}={width}"
-                )
+        check_width(f"{self._op}: norm", norm, channels)
         return norm
 
     def _act(self, activation: ActivationArg) -> nn.Module:
@@ -230,13 +249,6 @@ class Conv2Plus1d(_FactorizedConv3d):
         self.norm = self._norm(norm, self.mid_channels, device, dtype)
         self.activation = self._act(activation)
         self.temporal = self._conv("temporal", *temporal, (t, 1, 1), bias, device, dtype)
-
-    def reset_parameters(self) -> None:
-        """Initialise as ``nn.Conv3d`` and the norm do."""
-        for child in self.children():
-            reset = getattr(child, "reset_parameters", None)
-            if reset is not None:
-                reset()
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x; shapes as above."""
@@ -358,11 +370,15 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
         )  # fmt: skip
         geometry.name(f"{self._op}: combine", combine, COMBINES)
         c, k = self.in_channels, self.out_channels
-        if split is not None and (combine != "cat" or not 0 < split < k):
-            raise ValueError(
-                f"{self._op}: split requires combine='cat' and 0 < split < out_channels ({k}), "
-                f"got {split!r} with combine={combine!r}"
-            )
+        if split is None and combine == "cat":
+            split = -(-k // 2)
+        if split is not None:
+            split = self._count(split=split)
+            if combine != "cat" or not split < k:
+                raise ValueError(
+                    f"{self._op}: split requires combine='cat' and 0 < split < out_channels ({k}), "
+                    f"got {split!r} with combine={combine!r}"
+                )
         self.combine = combine
         if isinstance(branch_norm, nn.Module):
             raise TypeError(
@@ -370,10 +386,7 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
                 f"each branch, got the module {branch_norm!r}"
             )
 
-        spatial, temporal = k, k
-        if combine == "cat":
-            spatial = -(-k // 2) if split is None else split
-            temporal = k - spatial
+        spatial, temporal = (k, k) if split is None else (split, k - split)
         self.spatial = self._conv("spatial", c, spatial, self.stride, bias, device, dtype)
         self.temporal = self._conv("temporal", c, temporal, self.stride, bias, device, dtype)
         self.spatial_norm = self._norm(branch_norm, spatial, device, dtype)

@@ -231,7 +231,8 @@ def check_state(state: tuple[Tensor, ...], fresh: Tensor, stride: int, reach: in
         TypeError, ValueError: no state that a layer of this temporal stride and reach leaves.
     """
     if not isinstance(state, tuple) or len(state) != 1 or not isinstance(state[0], Tensor):
-        raise TypeError(f"stream: state must be a tuple of one tensor, got {state!r}")
+        came = f"{len(state)}" if isinstance(state, tuple) else f"a {type(state).__name__}"
+        raise TypeError(f"stream: state must be a tuple of one tensor, got {came}")
     (buffer,) = state
     n, c, _, h, w = fresh.shape
     fits = buffer.dim() == 5 and (*buffer.shape[:2], *buffer.shape[3:]) == (n, c, h, w)

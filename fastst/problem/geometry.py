@@ -161,7 +161,7 @@ def _each_side(op: str, padding: Any) -> list[tuple[int, int]]:
     """(before, after) of each axis from an int or a triple whose entries are ints or such pairs."""
     if not isinstance(padding, Sequence):
         return [(p, p) for p in triple(f"{op}: padding", padding, 0)]
-    sides = [[p, p] if isinstance(p, int) else p for p in padding]
+    sides = [[p, p] if isinstance(p, Integral) else p for p in padding]
     what = f"{op}: padding before and after each axis"
     if not all(isinstance(s, Sequence) and len(s) == 2 for s in sides):
         raise TypeError(f"{what} must be ints or pairs of ints, got {padding!r}")

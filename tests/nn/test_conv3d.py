@@ -7,6 +7,7 @@ import random
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,14 @@ def test_is_nn_conv3d(settings: dict[str, Any]) -> None:
     plain.__class__ = fastst.Conv3d  # the whole migration of a module that is there
     torch.testing.assert_close(plain(x), layer(x), rtol=0, atol=0)
     assert repr(plain) == repr(layer)
+
+
+def test_a_module_of_sizes_of_any_type_of_integers_becomes_one() -> None:
+    plain = nn.Conv3d(4, 6, np.int64(3), padding=np.int64(1))  # as nn.Conv3d takes them
+    x = torch.randn(1, 4, 3, 5, 5)
+    y = plain(x)
+    plain.__class__ = fastst.Conv3d
+    torch.testing.assert_close(plain(x), y)
 
 
 def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
@@ -116,6 +125,8 @@ def test_a_norm_that_nobody_knows_is_called(recwarn: pytest.WarningsRecorder) ->
         (dict(input_activation="sigmoid"), "input_activation must be one of"),
         (dict(activation=nn.Softmax()), "activation must be one of"),
         (dict(input_norm="batch"), "input_norm must be a module"),
+        (dict(input_norm=nn.GroupNorm(1, 6)), "input_norm must have num_channels=4, the channels"),
+        (dict(input_norm=nn.BatchNorm3d(6)), "input_norm must have num_features=4, the channels"),
         (
             dict(activation=nn.LeakyReLU(0.1), input_activation=nn.LeakyReLU(0.2)),
             "must have one slope",

@@ -126,8 +126,9 @@ def test_device_and_dtype_arguments() -> None:
     assert layer(torch.randn(1, 4, 3, 4, 4).double()).dtype == torch.float64
 
 
-def test_reset_parameters_draws_again() -> None:
-    layer = Conv2Plus1d(4, 6, 3, norm="batch")
+@pytest.mark.parametrize("kind", [Conv2Plus1d, ParallelConv2Plus1d])
+def test_reset_parameters_draws_again(kind: Any) -> None:
+    layer = kind(4, 6, 3, norm="batch")
     before = copy.deepcopy(layer.state_dict())
     layer.norm.running_mean.fill_(3)
     layer.reset_parameters()
@@ -453,6 +454,22 @@ def test_errors_name_the_layer_and_its_argument(layer: Any) -> None:
         layer(8, 8, 3, padding=1)(torch.randn(1, 8, 3, 9, 9).half())
     with pytest.raises(ValueError, match=rf"{layer.__name__}: time of 2 with padding 0 \+ 0 must"):
         layer(8, 8, 3, padding=(0, 1, 1))(torch.randn(1, 8, 2, 9, 9))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "told"),
+    [
+        (dict(split=8), ValueError, "0 < split < out_channels"),
+        (dict(split=2.5), TypeError, "split must be an int, got 2.5"),
+        (dict(out_channels=1), ValueError, r"0 < split < out_channels \(1\), got 1"),
+        (dict(split=4, combine="add"), ValueError, "split requires combine='cat'"),
+    ],
+)
+def test_each_branch_has_channels(settings: Any, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=f"ParallelConv2Plus1d: .*{told}"):
+        ParallelConv2Plus1d(
+            **dict(in_channels=4, out_channels=8, kernel_size=3, combine="cat") | settings
+        )
 
 
 def test_errors_of_other_peoples_modules_stay_as_they_are() -> None:

@@ -131,8 +131,9 @@ def test_refusals() -> None:
         layer.stream(x[:, :3])
     with pytest.raises(ValueError, match=r"t of at least 1, got \(1, 4, 0, 5, 5\)"):
         layer.stream(x[:, :, :0])
-    with pytest.raises(TypeError, match=r"state must be a tuple of one tensor, got"):
-        layer.stream(x, [1])  # type: ignore[arg-type]
+    for odd, came in (([1], "a list"), (state[0], "a Tensor"), (state * 2, "2")):
+        with pytest.raises(TypeError, match=f"state must be a tuple of one tensor, got {came}$"):
+            layer.stream(x, odd)  # type: ignore[arg-type]
     for wrong in (
         state[0][..., :4], state[0][:, :2], state[0][:, :, 1:], torch.cat(state * 2, 2),
     ):  # fmt: skip
