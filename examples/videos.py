@@ -49,11 +49,18 @@ class Listing(NamedTuple):
 
 
 def read_folder(root: Path) -> Listing:
-    """Videos in one folder per class: ``root/CLASS/FILE``; DataError if there are none."""
+    """Videos in one folder per class: ``root/CLASS/FILE``; DataError if there are none.
+
+    Folders and files whose names begin with a dot are systems' own, and no classes.
+    """
     if not os.path.isdir(root):
         raise DataError(f"{root}: requires a folder with one folder of videos per class")
     try:
-        found = sorted(p for p in root.glob("*/*") if p.suffix.lower() in EXTENSIONS)
+        found = sorted(
+            p for p in root.glob("*/*")
+            if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
+            and not p.parent.name.startswith(".")
+        )  # fmt: skip
     except OSError as error:
         raise DataError(f"{root}: cannot be read: {error}") from error
     if not found:

@@ -398,6 +398,14 @@ def test_folders_with_loops(tmp_path: Path) -> None:
         videos.read_folder(tmp_path / "loop")
 
 
+def test_what_is_hidden_is_no_class_and_no_video(tmp_path: Path) -> None:
+    for name in ("x/a.mp4", "x/._a.mp4", ".trash/b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert videos.read_folder(tmp_path).classes == ["x"]
+    assert [v.path.name for v in videos.read_folder(tmp_path).videos] == ["a.mp4"]
+
+
 # ---- lists
 
 
