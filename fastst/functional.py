@@ -224,7 +224,7 @@ def _pair(
         forward: the backend of the forward pass, where that was decided already.
         begun: what ``begin`` has left, which has updated them.
     """
-    if _composes(tensors.x):
+    if _runs_composed("conv2plus1d", tensors.x):
         if begun is not None and norm is not None:
             norm = norm._replace(running_mean=None, running_var=None)
         return reference.compose_pair(tensors, problem.spec, _norm_function(norm)), None
@@ -318,7 +318,7 @@ def parallel_conv2plus1d(
     )  # fmt: skip
     if cast is not None:
         tensors = ParallelTensors(*_cast(tensors, cast))
-    if _composes(x):
+    if _runs_composed("parallel_conv2plus1d", x):
         y = reference.compose_parallel(tensors, spec)
     else:
         y = ops.parallel_conv2plus1d(tensors, spec, dispatch.requested_backend())
@@ -435,7 +435,7 @@ def _conv3d(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """y and its statistics, if asked for; updates those of a batch norm of x."""
     x = tensors.x
-    if _composes(x):
+    if _runs_composed("conv3d", x):
         function = None if norm is None else _norm_function(norm)
         y = reference.compose_conv3d(tensors, spec, function)
         if not spec.output_statistics:
@@ -506,6 +506,13 @@ def _composes(x: Tensor) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or x.numel() == 0
     )
+
+
+def _runs_composed(op: str, x: Tensor) -> bool:
+    """Whether the call made now composes; ``explain`` is told why where the caller asked for it."""
+    if exactness.is_required():
+        dispatch.record_composed(op, exactness.WHY)
+    return _composes(x)
 
 
 def _is_counted() -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .scoped import Scoped
 
+WHY = "fastst.exact() asks for the bits of the separate modules"
+
 
 class exact(Scoped):
     """Give PyTorch's very bits from here on, or within a ``with`` block.

@@ -410,6 +410,7 @@ class ParallelConv2Plus1d(_FactorizedConv3d):
             dispatch.fall_back(self._op, why)
             return self._compose(x)
         if exactness.is_required():  # folded norms have other bits
+            dispatch.record_composed(self._op, exactness.WHY)
             return self._compose(x)
         branch = activations.from_module(self.branch_activation)
         after = activations.from_module(self.activation)

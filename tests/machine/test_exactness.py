@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastst
+from fastst.machine.exactness import WHY
 
 
 def _same(fused: Any, modules: Any, x: Tensor) -> None:
@@ -102,6 +103,13 @@ def test_a_converted_model() -> None:
     fastst.convert(converted)
     with fastst.exact():
         assert torch.equal(converted(x), y)
+
+
+@pytest.mark.parametrize("kind", [fastst.Conv2Plus1d, fastst.Conv3d, fastst.ParallelConv2Plus1d])
+def test_explain_says_so(kind: Any) -> None:
+    with fastst.exact():
+        found = fastst.explain(kind(8, 8, 3, padding=1).eval(), torch.randn(1, 8, 2, 4, 4))
+    assert (found.backend, found.why_composed) == ("composed", WHY)
 
 
 def test_holds_within_the_block_only() -> None:
