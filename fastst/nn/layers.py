@@ -250,9 +250,11 @@ class Conv2Plus1d(_FactorizedConv3d):
         self.activation = self._act(activation)
         self.temporal = self._conv("temporal", *temporal, (t, 1, 1), bias, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y of x; shapes as above."""
-        return self._run(x, None)
+    def forward(
+        self, x: Tensor, *, streams: bool = False, state: tuple[Tensor, ...] | None = None
+    ) -> Any:
+        """y of x; shapes as above. With ``streams`` what ``stream`` gives."""
+        return self._advance(x, state) if streams else self._run(x, None)
 
     def forward_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """norm(y) of x, for a norm that somebody else holds: ``fastst.convert`` calls this.
@@ -284,7 +286,7 @@ class Conv2Plus1d(_FactorizedConv3d):
 
         Outputs concatenated along time equal the run over the whole clip, for any cutting of it,
         one frame at a time included. With a temporal stride a chunk may complete no output: y then
-        has no frames.
+        has no frames. It is a call of the layer: its hooks run.
 
         Args:
             x: (N, C, t, H, W), the next t ≥ 1 frames.
@@ -294,6 +296,12 @@ class Conv2Plus1d(_FactorizedConv3d):
             TypeError, ValueError: the layer is not causal, normalises with statistics of the batch
                 or in a way that nobody knows, or a chunk or state does not fit.
         """
+        y: tuple[Tensor, tuple[Tensor, ...]] = self(x, streams=True, state=state)
+        return y
+
+    def _advance(
+        self, x: Tensor, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         spatial, temporal, norm, activation = read_members(
             self, "_modules", "spatial", "temporal", "norm", "activation"
         )

@@ -236,3 +236,17 @@ def test_each_convolution_is_one_operation(order: str) -> None:
     with torch.no_grad(), dispatch.recording() as calls:
         torch.testing.assert_close(layer.stream(x, state)[0], y, rtol=1e-5, atol=1e-5)
     assert not calls
+
+
+def test_a_stream_is_a_call_of_the_layer() -> None:
+    """As of ``Conv3d``: what hooks do before a call, such as gathering weights, is done."""
+    layer = build("spatial-first", "zeros", {})
+    weight, x = layer.spatial.weight, torch.randn(1, 4, 2, 5, 5, dtype=torch.float64)
+    expected, _ = layer.stream(x)
+    whole, weight.data = weight.data, torch.empty(0, dtype=torch.float64)
+
+    def gather(module: Any, args: Any) -> None:
+        weight.data = whole
+
+    layer.register_forward_pre_hook(gather)
+    torch.testing.assert_close(layer.stream(x)[0], expected)
