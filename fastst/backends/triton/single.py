@@ -71,14 +71,20 @@ def predict(problem: PairProblem) -> str | None:
         p = problem.passes[index]
         thin = configs.is_thin(_per_group(p), p.groups)
         flat = _per_group(p) * (math.prod(p.kernel) if _per_group(p) < 16 else 1)
-        padding = 1.0 if thin else _padding(flat) * _padding(p.out_channels // p.groups)
+        out_channels = p.out_channels // p.groups
+        padding = 1.0 if thin else _padding(flat) * _padding(out_channels)
         positions = problem.batch * math.prod((problem.mid_size, problem.out_size)[index])
-        return configs.least_time(p.flops(positions) * padding, moved, dtype, cores and not thin)
+        flops = p.flops(positions) * padding
+        if cores and not thin:
+            flops *= configs.tap_slots(out_channels)
+        return configs.least_time(flops, moved, dtype, cores and not thin)
 
     two = time_alone(0, x + mid) + time_alone(1, mid + y)
     best = None
     for kernel in available(problem):
         flops = _direct_flops(problem) if kernel == "direct_pair" else _pair_flops(problem)
+        if cores and kernel == "pair_conv":
+            flops *= configs.pair_slots(_pair_config(problem))
         one = configs.least_time(flops, x + y, dtype, cores and kernel == "pair_conv")
         if spec.norm == "batch":
             one += time_alone(0, x)  # for its statistics

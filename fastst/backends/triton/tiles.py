@@ -276,7 +276,8 @@ def pair_conv(
     # chunk; with 128 threads the sums alone took 96, and their operands spilled.
     block_p, warps = (64 if tensor_cores else 32), 8
     if not tensor_cores and block_n <= 32:
-        block_p, warps = 16, 4  # 256 threads were held to 128 registers each, and spilled
+        # 256 threads were held to 128 registers each, 128 of 16 rows on 9.x to 96, and spilled.
+        warps = 4
     elif tensor_cores and max(block_m, rest_m, block_n) == 16 and not flat:
         warps = 4  # of 16 × 16 weights 256 threads have one each, and read it by itself
     # Addresses in flight for a third stage spilled: of TF32 by (tap, channel), and beside
@@ -284,6 +285,22 @@ def pair_conv(
     few = (wide and flat) or block_n <= (16 if tensor_cores else 32)
     deep = 2 if few and (capability[0] != 9 or not tensor_cores) else 3
     return PairConfig(block_p, block_m, rest_m, block_n, 16 if thin else 32, flat, warps, deep)
+
+
+# Instructions that a scheduler issues in a kernel's loop for each cycle that the tensor cores need,
+# as compiled for 9.0 (``make static``): a loop takes so many times what its products take.
+
+
+def tap_slots(out_channels: int) -> float:
+    """Of ``tap_conv``, by the channels of one group that it writes."""
+    return 1.8 if out_channels > 16 else 6.5
+
+
+def pair_slots(config: PairConfig) -> float:
+    """Of ``pair_conv``: its mid channels go from one product to the other through registers."""
+    if config.block_m == 16:
+        return 13.0
+    return 5.4 if config.flat else 3.1
 
 
 def pieces(programs: int, outputs: int, taps: int, capability: Capability) -> int:

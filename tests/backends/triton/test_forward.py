@@ -110,9 +110,10 @@ STEM = dict(channels=(3, 45, 64), size=(16, 112, 112), kernel=(3, 7, 7), stride=
 @pytest.mark.parametrize(
     ("call", "kernel"),
     [
-        (dict(norm="frozen"), "pair_conv"),
-        (dict(STEM, norm="none"), "pair_conv"),
-        (dict(STEM, norm="batch"), "pair_conv"),  # in training with recompute, and without grad
+        # On tensor cores its loops issue 3 to 13 instructions in the time of the products.
+        (dict(norm="frozen"), None),
+        (dict(STEM, norm="none"), None),
+        (dict(STEM, norm="batch"), None),
         (dict(channels=(64, 144, 64)), None),  # at most 9% faster by the roofline
         (dict(dtype=torch.float32), None),  # bound by products, not by memory
         (dict(dtype=torch.float64), None),
@@ -121,10 +122,10 @@ STEM = dict(channels=(3, 45, 64), size=(16, 112, 112), kernel=(3, 7, 7), stride=
         (dict(channels=(64, 64, 256)), None),  # more sums than registers
         (dict(kernel=(7, 3, 3)), None),
         (dict(order="temporal-first"), None),  # would compute each mid column three times
-        (dict(groups=4), "pair_conv"),
-        (dict(groups=4, norm="batch"), "pair_conv"),
+        (dict(groups=4), None),
+        (dict(groups=4, norm="batch"), None),
         (dict(groups=4, dtype=torch.float32), "pair_conv"),
-        (dict(groups=4, order="temporal-first"), "pair_conv"),
+        (dict(groups=4, order="temporal-first"), None),
         (dict(groups=32), "direct_pair"),
         (dict(groups=64), "direct_pair"),
         (dict(groups=64, dtype=torch.float64), "direct_pair"),
@@ -163,7 +164,10 @@ def test_one_kernel_where_registers_allow(
     assert single.available(described(**call)) == kernels
 
 
-def test_one_kernel_only_where_nothing_of_the_mid_tensor_is_kept(launched: Counter[str]) -> None:
+def test_one_kernel_only_where_nothing_of_the_mid_tensor_is_kept(
+    launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "pair_slots", lambda config: 1.0)
     for recompute in (False, True):
         launched.clear()
         config = Config(dtype=torch.float16, norm="frozen", channels=3, out=4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -126,3 +128,28 @@ def test_direct(channels: int, positions: int, channels_last: bool) -> None:
     assert c.block_p & (c.block_p - 1) == c.block_c & (c.block_c - 1) == 0
     assert c.block_p % 16 == 0  # runs of positions start at multiples of 16
     assert 1 <= c.unroll <= 9
+
+
+def test_slots_are_those_of_the_machine_code() -> None:
+    """What kernels are compared by is no less than the worst that was read off, and hardly more."""
+    rows = json.loads((ROOT / "tests/static/table.json").read_text())
+    seen = []
+    for row in rows:
+        if row["arch"] != "9.0" or row["kernel"] not in ("tap_conv", "pair_conv"):
+            continue
+        if row["slots"] is None or row["case"].startswith("conv3d"):
+            continue
+        numbers = {name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", row["config"])}
+        flat = "flat=True" in row["config"]
+        if row["kernel"] == "tap_conv":
+            told = tiles.tap_slots(numbers["n"])
+        else:
+            config = tiles.PairConfig(
+                numbers["p"], numbers["m"], numbers["rest_m"], numbers["n"], numbers["k"], flat,
+                numbers["warps"], numbers["stages"],
+            )  # fmt: skip
+            told = tiles.pair_slots(config)
+        assert row["slots"] <= told, row
+        seen.append((row["kernel"], row["slots"] / told))
+    for kernel in ("tap_conv", "pair_conv"):
+        assert max(share for name, share in seen if name == kernel) > 0.9

@@ -30,7 +30,7 @@ import triton
 
 from emulator.ptx.executed import Executed
 from emulator.ptx.triton import executing
-from fastst.backends.triton import launch
+from fastst.backends.triton import launch, tiles
 from tests.emulator.ptx.driver import Driver, Plant, everywhere, in_both
 from tests.support.fuzz import CONV_NAMES, NAMES, Config, ConvConfig, ConvLimits, Limits
 
@@ -120,6 +120,7 @@ def serving(arch: str) -> Iterator[Executed]:
         mock.patch.object(launch, "capability", lambda device: capability),
         mock.patch.object(launch, "processors", lambda device: 4),
         mock.patch.object(launch, "allows_tf32", lambda: False),
+        mock.patch.object(tiles, "pair_slots", lambda config: 1.0),  # so that pair_conv runs, too
     ):
         yield executed
 
