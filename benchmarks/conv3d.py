@@ -3,14 +3,14 @@
 ``python -m benchmarks.conv3d [--families r3d wan] [--modes inference training stream]`` prints
 ratios of medians (above 1: fastst is faster) and of peak memory (below 1: fastst needs less);
 ``--networks r3d_18 mc3_18 [--dtype bf16]`` those of whole networks, plain, converted and optimised,
-each held to float64 first.
+each held to float64 first, with ``--engines`` beside OpenVINO and ONNX Runtime.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import fastst
 
-from . import models
+from . import engines, models
 from .measure import Clock, Spread, Timed, interleave, observe, precision, ratios
 from .record import place
 
@@ -163,11 +163,15 @@ def compare_layers(shape: Shape, mode: str, seconds: float) -> tuple[Spread, flo
     return ratios(times["eager"], times["fastst"]), peaks["fastst"] / max(1, peaks["eager"])
 
 
-def compare_network(name: str, mode: str, dtype: str, seconds: float) -> list[str]:
+def compare_network(
+    name: str, mode: str, dtype: str, seconds: float, peers: Sequence[str]
+) -> list[str]:
     """A line for each way to run a network at 16×112²: against the plain one's time and memory."""
     clip, device = models.Clip(1, model=name), torch.device("cpu")
     with precision(dtype):
-        rows = models.compare(clip, device, dtype, mode == "training", "none", seconds, 60)
+        rows = models.compare(
+            clip, device, dtype, mode == "training", "none", seconds, 60, engines=peers
+        )
     plain = rows[0]["peak_bytes"]
     lines = []
     for row in rows:
@@ -175,10 +179,9 @@ def compare_network(name: str, mode: str, dtype: str, seconds: float) -> list[st
         if row["refused"] is not None:
             lines.append(f"{told} refused: {row['refused']}")
             continue
-        spread, memory = row["vs_users"], row["peak_bytes"] / max(1, plain)
-        lines.append(
-            f"{told} {spread.median:5.2f}× ({spread.q25:.2f}–{spread.q75:.2f})  peak {memory:.2f}"
-        )
+        spread, peak = row["vs_users"], row["peak_bytes"]  # which is not known of engines
+        memory = "" if peak is None else f"  peak {peak / max(1, plain):.2f}"
+        lines.append(f"{told} {spread.median:5.2f}× ({spread.q25:.2f}–{spread.q75:.2f}){memory}")
     return lines
 
 
@@ -186,15 +189,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", nargs="*", default=["r3d", "mc3", "wan"])
     parser.add_argument("--networks", nargs="*", default=[], help="of fastst.models, instead")
+    engines.add_argument(parser)
     parser.add_argument("--dtype", default="fp32", help="of whole networks: fp32, bf16 or fp16")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each shape and mode")
     options = parser.parse_args()
+    peers = engines.chosen(parser, options)
     print(place(torch.device("cpu")), f"{torch.get_num_threads()} threads")
     for name in options.networks:
         for mode in options.modes:
             if mode != "stream":
-                lines = compare_network(name, mode, options.dtype, options.seconds)
+                lines = compare_network(name, mode, options.dtype, options.seconds, peers)
                 print(*lines, sep="\n", flush=True)
     for shape in SHAPES if not options.networks else ():
         for mode in options.modes:

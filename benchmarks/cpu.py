@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import charts, layers, measure, models, overhead, report
-from .engines import ENGINES, version
+from . import charts, engines, layers, measure, models, overhead, report
 from .shapes import R2PLUS1D_18
 
 MODES = ("inference", "eval", "training-bn")
@@ -26,12 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers.arguments(parser)
     parser.set_defaults(device="cpu", threads=2)
     parser.add_argument("--long", action="store_true", help="with torch.compile and all peers")
-    parser.add_argument("--engines", action="store_true", help="with OpenVINO and ONNX Runtime")
+    engines.add_argument(parser)
     parser.add_argument("--dtypes", default="fp32", help="comma-separated: fp32, bf16, fp16")
     args = parser.parse_args(argv)
-    engines = [name for name in ENGINES if version(name)] if args.engines else []
-    if args.engines and not engines:
-        parser.error(f"--engines requires one of {', '.join(ENGINES)}: pip install '.[engines]'")
+    peers = engines.chosen(parser, args)
     start = time.monotonic()
     record, device, _ = layers.open_record(args)
     cases = [c.at_batch(1) for c in R2PLUS1D_18]
@@ -49,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_seconds = 0.0 if args.dry else 15.0
     compiled = "all" if args.long else "original"
     wrong += models.run(
-        record, clip, device, dtypes, what, compiled, model_seconds, rounds, engines=engines
+        record, clip, device, dtypes, what, compiled, model_seconds, rounds, engines=peers
     )
     overhead.run(record, device, *((3, 1) if args.dry else (30, 3)))
     record.set(seconds=time.monotonic() - start)

@@ -6,6 +6,7 @@ a dtype on PyTorch's number of threads, and are compared with float64 as everybo
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -79,3 +80,19 @@ def version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engines", action="store_true", help="with OpenVINO and ONNX Runtime")
+
+
+def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """Those that are installed, where they were asked for.
+
+    Raises:
+        SystemExit: they were asked for, and none is there.
+    """
+    found = [name for name in ENGINES if version(name)] if options.engines else []
+    if options.engines and not found:
+        parser.error(f"--engines requires one of {', '.join(ENGINES)}: pip install '.[engines]'")
+    return found

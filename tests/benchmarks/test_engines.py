@@ -59,7 +59,7 @@ def test_bfloat16_is_the_dtype_of_models_and_an_engine_is_told(
 def test_asking_for_engines_that_are_not_there_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cpu, "version", lambda name: None)
+    monkeypatch.setattr(engines, "version", lambda name: None)
     with pytest.raises(SystemExit):
         cpu.main(["--engines", "--dry"])
     assert "--engines requires one of openvino, onnxruntime" in capsys.readouterr().err
