@@ -125,6 +125,10 @@ class Launcher(native.Launcher):
         self, source: Any, weight: Tensor, p: Pass, out: Tensor, epilogue: Any
     ) -> None:
         """out = epilogue(gradient of a pass's input from that of its output)."""
+        if math.prod(p.stride) > 2:
+            # Every residue of the strides packs taps of its own: where input channels are no
+            # neighbours, each would read all of the weight.
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
         conv = self.conv(p)
         self.lib.input_gradient(source, weight, conv, out, epilogue, self.way, self.threads)
 

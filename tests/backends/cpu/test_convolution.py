@@ -36,6 +36,29 @@ def test_backward() -> None:
     fuzz.fuzz("cpu", 40, limits(), first=fuzz.SEED + 200, least=1.0)
 
 
+def test_residues_of_a_stride_read_weights_whose_channels_are_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else each of eight residues reads all of the weight, which takes longer than the products."""
+    given: list[int] = []
+    lib = library.library()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(lib, name)
+
+        def input_gradient(self, source: Any, weight: torch.Tensor, *rest: Any) -> Any:
+            given.append(weight.stride(1))
+            return lib.input_gradient(source, weight, *rest)
+
+    monkeypatch.setattr(library, "library", Watched)
+    x, weight = torch.randn(1, 16, 4, 6, 6, requires_grad=True), torch.randn(32, 16, 3, 3, 3)
+    for stride in (1, 2):
+        with fastst.use_backend("cpu"):
+            conv3d(x, weight, stride=stride, padding=1).sum().backward()
+    assert given == [27, 1]
+
+
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
 def test_winograd(stride: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and every gradient, by the same rule as without."""
