@@ -110,24 +110,31 @@ def reasons(problem: Problem, phase: Phase = "forward") -> dict[str, str | None]
 
 def _why_not(backend: Backend, problem: Problem, phase: Phase) -> str | None:
     """Why a backend cannot run a problem."""
-    return _why_unhonoured(backend, problem) or backend.why_not(problem, phase)
+    return (
+        _why_unhonoured(backend, problem)
+        or backend.why_not(problem, phase)
+        or _why_no_statistics(backend, problem)
+    )
 
 
 @lru_cache(maxsize=4096)
 def _why_unhonoured(backend: Backend, problem: Problem) -> str | None:
-    why = backend.why_unhonoured(problem.spec)
-    if why is not None or not isinstance(problem, PairProblem):
-        return why
-    if problem.spec.output_statistics and not backend.gives_output_statistics(problem):
-        return "would have to read the output again for its statistics"
-    return None
+    return backend.why_unhonoured(problem.spec)
+
+
+def _why_no_statistics(backend: Backend, problem: Problem) -> str | None:
+    """Why a backend that can run a problem does not give the statistics of y that it asks for."""
+    if not isinstance(problem, PairProblem) or not problem.spec.output_statistics:
+        return None
+    if backend.gives_output_statistics(problem):
+        return None
+    return "would have to read the output again for its statistics"
 
 
 def _why_not_auto(backend: Backend, problem: Problem, phase: Phase) -> str | None:
     """Why "auto" does not take a backend: it cannot, need not, or has been seen to be wrong."""
     return (
-        _why_unhonoured(backend, problem)
-        or backend.why_not(problem, phase)
+        _why_not(backend, problem, phase)
         or backend.why_not_auto(problem, phase)
         or selfcheck.why_broken(backend, problem, phase)
     )
@@ -219,7 +226,7 @@ def choose_with_statistics(problem: PairProblem, asking: PairProblem, name: str)
         asking: the same problem with ``spec.output_statistics``.
     """
     backend = _choose(problem, "forward", name)
-    why = _why_unhonoured(backend, asking)
+    why = _why_unhonoured(backend, asking) or _why_no_statistics(backend, asking)
     if why is None and name == "auto":  # those with the statistics are other kernels
         why = selfcheck.why_broken(backend, asking, "forward")
     if why is not None:

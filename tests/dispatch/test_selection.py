@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -289,6 +290,15 @@ def test_explain_says_what_and_why() -> None:
     assert FIRST in text and "not reference" in text and "(2, 2, 3, 4, 4)" in text
     for k, v in layer.state_dict().items():
         assert torch.equal(v, before[k]), "explain changed the module"
+
+
+def test_what_a_call_on_the_cpu_asks_of_its_output_is_no_question_to_a_gpu() -> None:
+    """As of every converted network in training, where a batch norm follows a pair."""
+    with dispatch.recording() as calls:
+        call(padding=1)
+    problem: Any = calls[0].problem
+    asking = dataclasses.replace(problem, spec=problem.spec._replace(output_statistics=True))
+    assert dispatch.reasons(asking)["cuda"] == "needs an NVIDIA GPU, the tensors are on cpu"
 
 
 def test_explain_says_why_composed() -> None:
