@@ -254,17 +254,8 @@ class Conv2Plus1d(_FactorizedConv3d):
         self, x: Tensor, *, streams: bool = False, state: tuple[Tensor, ...] | None = None
     ) -> Any:
         """y of x; shapes as above. With ``streams`` what ``stream`` gives."""
-        return self._advance(x, state) if streams else self._run(x, None)
-
-    def forward_normed(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """norm(y) of x, for a norm that somebody else holds: ``fastst.convert`` calls this.
-
-        The norm is a module that takes y. Statistics of y that a batch norm in training needs come
-        with y where the backend can.
-        """
-        return self._run(x, norm)
-
-    def _run(self, x: Tensor, outer_norm: nn.Module | None) -> Tensor:
+        if streams:
+            return self._advance(x, state)
         checks.layer_input(self._op, x, self.in_channels)
         spatial, norm, activation, temporal = read_members(
             self, "_modules", "spatial", "norm", "activation", "temporal"
@@ -274,7 +265,6 @@ class Conv2Plus1d(_FactorizedConv3d):
             return pair_forward(
                 x, first, norm, activation, second,
                 order=self.order, causal=self.causal, recompute=self.recompute, owner=self._op,
-                outer_norm=outer_norm,
             )  # fmt: skip
         except (TypeError, ValueError) as error:
             raise checks.of_layer(self._op, error) from None
