@@ -5,6 +5,7 @@ Imports nothing but the standard library itself, and survives whatever the rest 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -228,6 +229,9 @@ def _environment() -> Iterator[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m fastst", description="What is installed, built and able to run here."
+    ).parse_args()
     # A terminal of another encoding must not break the one command that is for broken set-ups.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -155,3 +155,10 @@ def test_a_backend_that_auto_avoids_says_why(monkeypatch: pytest.MonkeyPatch) ->
     backend = fastst.dispatch.BACKENDS["aten"]
     monkeypatch.setattr(backend, "why_not_auto", lambda *_: "is too slow")
     assert "aten, on cpu in float32: runs by name, but not by auto: it is too slow" in info.report()
+
+
+def test_arguments_that_do_not_exist_are_an_error() -> None:
+    command = [sys.executable, "-m", "fastst", "--chek"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "python -m fastst: error: unrecognized arguments: --chek" in done.stderr
