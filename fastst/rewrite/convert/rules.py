@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -300,7 +301,7 @@ def _knows_vectors(
     device: torch.device,
 ) -> bool:  # fmt: skip
     """Whether a batch norm of a value is one that the operation knows."""
-    if eps < 0 or (training and (eps == 0 or shape.numel() == shape[1])):  # which PyTorch refuses
+    if eps < 0 or (training and (eps == 0 or prod(shape) == shape[1])):  # which PyTorch refuses
         return False
     if any(f.device != device or f.negative or f.shape != shape[1:2] for f in vectors):
         return False

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 # Earlier ones read what a graph returns where its calls can no longer be lowered.
 LOWERS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 CONVOLVE: Any = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}  # by rank
-_known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
 
@@ -29,18 +29,19 @@ def finds_convolutions() -> bool:
     return F.conv1d is torch.conv1d and F.conv2d is torch.conv2d and F.conv3d is torch.conv3d
 
 
-def register(begins: Any) -> int:
-    """A number by which a graph knows the ``Begins`` of a convolution."""
-    key = next(_keys)
+def register(begins: Any) -> str:
+    """A name by which a graph knows the ``Begins`` of a convolution: of a number that differs
+    between two calls of the same code Dynamo makes a symbol."""
+    key = str(next(_keys))
     _known[key] = begins
     return key
 
 
 def convolution(
-    key: int, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any,
+    key: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any,
     dilation: Any, groups: int, mode: str, widths: Any,
 ) -> Tensor:  # fmt: skip
-    """What the convolution of that number answers with; to Dynamo, which asks for the shape, as
+    """What the convolution of that name answers with; to Dynamo, which asks for the shape, as
     PyTorch computes it."""
     begins = _known.get(key)
     if begins is None or type(x) is FakeTensor:

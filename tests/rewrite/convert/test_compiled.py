@@ -95,6 +95,31 @@ def test_a_norm_in_training_is_counted_once() -> None:
 
 
 @pytest.mark.slow
+def test_blocks_that_are_compiled_one_by_one() -> None:
+    """Each meets the same code of another convolution, of which nothing may become a symbol."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(Block(lambda m, x: m.t(F.relu(m.n(m.s(x))))) for _ in range(3))).eval()
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    for block in converted:
+        block.compile(backend="eager")
+    x = torch.randn(2, 4, 5, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_size_that_is_marked_as_dynamic_stays_a_symbol_in_training() -> None:
+    plain, converted = two(lambda m, x: m.t(F.relu(m.n(m.s(x)))))
+    plain.train(), converted.train()
+    compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+    for n in (2, 3):
+        x = torch.randn(n, 4, 5, 6, 6)
+        torch._dynamo.mark_dynamic(x, 0)  # which raises where the size becomes a constant
+        torch.testing.assert_close(results(compiled, x), results(plain, x))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_exported(grad: bool) -> None:
     """Without gradients pairs are one operation; with them PyTorch's operators, that have some."""
