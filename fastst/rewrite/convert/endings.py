@@ -43,6 +43,11 @@ class EndingPlan(NamedTuple):
             self.begun.note_waste(ending=True)
         self.ran[0].append(None)
 
+    @property
+    def computed(self) -> EndingPlan:
+        """What is left of it when it has run."""
+        return EndingPlan(self.begun, _ran, None, False)
+
     def finish(self, _: None, **given: Any) -> Tensor:
         """The pair with all that ends it."""
         options: dict[str, Any] = {}
@@ -65,6 +70,11 @@ class EndingPlan(NamedTuple):
                 options["outer_norm"] = norm
         y = self.run(given, **options)
         return as_separate(y, lambda: self.calls, given, self.viewed)
+
+
+def _ran(*_: Any) -> Tensor:
+    """In the place of an operation that has run."""
+    raise AssertionError
 
 
 class PendingOperation(NamedTuple):

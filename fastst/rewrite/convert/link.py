@@ -150,6 +150,23 @@ class Link:
             )
         return self._settle()
 
+    def computed(self) -> Link:
+        """It without what only computing needs, once the value is there: that outlives the rest.
+
+        Backward of a custom function may compute again what needs a gradient.
+        """
+        state = self.state
+        if state.traced or not (self.kept or self.before):
+            return self
+        if state.grad and any(kept.needs_grad for _, kept in self.reads):
+            return self
+        plan = getattr(self.plan, "computed", None)
+        left = Link(None, _gone, plan, (), state, self.shape, self.dtype, self.begun)
+        left.value, left.held, left.version = self.value, self.held, self.version
+        left.edge, left.written, left.unseen = self.edge, self.written, self.unseen
+        left.sees, left.viewed, left.taken = self.sees, self.viewed, self.taken
+        return left
+
     def hold(self) -> None:
         """Notice writes to the value from now on, also those that no version counter tells of."""
         if self.value is None or self.held is not None or self.state.traced:
@@ -180,6 +197,8 @@ class Link:
 
     def _fresh_value(self) -> Tensor:
         """The value in memory of its own, whatever has been written to another one."""
+        if self.run is _gone and self.held is not None:
+            return self.held.get(output_of(self), grad=False, ended=False)
         return self._compute(None if self.before is None else self.before.current_value())
 
     def _compute(self, source: Tensor | None, gates: Gates = NO_GATES) -> Tensor:
@@ -231,6 +250,14 @@ class Link:
         return promise is not None and needs_gradient(promise)
 
     @property
+    def lasts(self) -> bool:
+        """Whether the value is there and can still be had as it is now after a write to it."""
+        if not self.steady:
+            return False
+        self.hold()
+        return self.run is not _gone or not (self.held is None or self.held.foreign)
+
+    @property
     def steady(self) -> bool:
         """Whether the value, if it is there, has not been written to."""
         if self.value is None:
@@ -238,6 +265,11 @@ class Link:
         if self.held is not None:
             return self.held.same
         return not self.value.is_inference() and self.value._version == self.version
+
+
+def _gone(*_: Any) -> Tensor:
+    """In the place of a call whose value is there."""
+    raise AssertionError
 
 
 def _nobody() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import NoneType
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .link import NO_GATES, Gates, Link, needs_gradient, output_of, unseen
 from .state import passing_over
@@ -217,7 +218,7 @@ def promise(link: Link) -> Promise:
 
 
 def _mark_differentiable(link: Link, made: Promise) -> Promise:
-    made.link, made.differentiable, link.promise = link, True, weakref.ref(made)
+    made.link, made._differentiable, link.promise = link, True, weakref.ref(made)
     return made
 
 
@@ -225,8 +226,8 @@ class Promise(Tensor):
     """A tensor that is computed when somebody reads it."""
 
     link: Link
-    differentiable = False  # whether it was made with a node of autograd's
-    seen: Tensor  # its value as part of a graph that has a node of its own for it
+    _differentiable = False  # whether it was made with a node of autograd's
+    _seen: Tensor  # its value as part of a graph that has a node of its own for it
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -298,19 +299,27 @@ def _fits_with_memory(t: Tensor, u: Tensor) -> Any:
         return _fits_data(t, u)
 
 
+_OWN = "link", "_differentiable", "_seen"  # attributes of a promise that are none of its value
+
+
 def real(value: Any, reader: Any = "C++", detached: bool = False) -> Any:
     """The tensor of a promise, for whoever reads it; anything else as it is."""
     if type(value) is not Promise:
         return value
-    tensor, seen = value.link.compute(reader), vars(value).get("seen")
+    tensor, seen = value.link.compute(reader), vars(value).get("_seen")
+    # Dynamo guards all that is read of a part of the model.
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        value.link = value.link.computed()
+        if len(vars(value)) > 1:  # copies and pickles have somebody's attributes, too
+            vars(tensor).update({n: v for n, v in vars(value).items() if n not in _OWN})
     if detached:
         return tensor.detach()
-    # Dynamo guards all that is read of a part of the model.
-    as_made = torch.compiler.is_compiling() or _is_as_made(value)
+    as_made = compiling or _is_as_made(value)
     if seen is None and not (tensor.requires_grad and as_made):
         if needs_gradient(value):
             with torch.enable_grad():
-                value.seen = seen = _ValueNode.apply(value)
+                value._seen = seen = _ValueNode.apply(value)
         elif tensor.requires_grad:
             return tensor.detach()
     return tensor if seen is None else seen
@@ -326,18 +335,25 @@ def _is_as_made(p: Promise) -> bool:
     """What leaves a custom Function's forward gets that one's node, or loses its own where the
     Function records nothing."""
     node: Any = _as_tensor(_node_of, (), (p,), {})
-    return isinstance(node, OURS) if p.differentiable else node is None
+    return isinstance(node, OURS) if p._differentiable else node is None
 
 
 def _reals(value: Any, reader: Any, detached: bool = False) -> Any:
-    """The same of what holds promises; for what calls hold mostly, tree_map takes ten times as long
-    and leaves cycles."""
+    """The same of what holds promises; what holds none is as it was, be it a ``torch.Size``.
+
+    For what calls hold mostly, tree_map takes ten times as long and leaves cycles.
+    """
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind([_reals(v, reader, detached) for v in value])
+        made = kind([_reals(v, reader, detached) for v in value])
+        return value if all(map(operator.is_, made, value)) else made
     if kind is dict:
-        return {k: _reals(v, reader, detached) for k, v in value.items()}
+        named = {k: _reals(v, reader, detached) for k, v in value.items()}
+        return value if all(named[k] is v for k, v in value.items()) else named
     if isinstance(value, (tuple, list, dict)):
+        leaves = tree_leaves(value)
+        if not any(type(leaf) is Promise for leaf in leaves):
+            return value
         return tree_map(lambda t: real(t, reader, detached), value)
     return real(value, reader, detached)
 
@@ -383,7 +399,7 @@ def settle(p: Promise) -> None:
 def _become(p: Promise, other: Promise) -> None:
     """Let a promise be, to C++, what another one is."""
     torch._C._swap_tensor_impl(p, other)
-    p.differentiable = other.differentiable
+    p._differentiable = other._differentiable
 
 
 def write_to(old: Promise, link: Link) -> Promise:

@@ -66,7 +66,7 @@ def reading_of(p: Any) -> Reading | None:
     if type(link.plan) is EndingPlan:
         if not is_current(p):
             return None
-        if not (link.is_unchanged() if link.value is None else link.steady):
+        if not (link.is_unchanged() if link.value is None else link.lasts):
             return None
         plan = Reading(link.begun, link)
     elif is_open(p, Reading):

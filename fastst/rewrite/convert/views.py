@@ -41,13 +41,13 @@ def _resize(
     plan, shape = p.link.plan, p.link.shape
     if type(plan) is not ChainPlan:
         return norms.resize(p, _complete_sizes(sizes, shape), call)
-    if plan.pads or not all(type(n) is int for n in sizes) or not shape.numel():
+    count, known = prod(shape), prod(n for n in sizes if n != -1)
+    if plan.pads or not all(type(n) is int for n in sizes) or not count:
         return NotImplemented
-    known = prod(n for n in sizes if n != -1)
-    if list(sizes).count(-1) > 1 or known <= 0 or shape.numel() % known:
+    if list(sizes).count(-1) > 1 or known <= 0 or count % known:
         return NotImplemented
-    sizes = [shape.numel() // known if n == -1 else n for n in sizes]
-    if prod(sizes) != shape.numel():
+    sizes = [count // known if n == -1 else n for n in sizes]
+    if prod(sizes) != count:
         return NotImplemented
     axes = plan.axes_of(shape)
     dims = reshape_dims(axes.dims, sizes)
@@ -179,7 +179,8 @@ def _is_in_order(link: Link) -> bool:
     """Whether the value lies in the order of its dimensions, as all does that it is made of."""
     if link.viewed or link.state.traced:
         return False
-    return all(are_in_order(t.shape, t.stride()) for t in link.tensors())
+    read = link.tensors() if link.value is None else [link.value]
+    return all(are_in_order(t.shape, t.stride()) for t in read)
 
 
 # ---- pads

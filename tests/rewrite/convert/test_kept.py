@@ -65,3 +65,44 @@ def test_chains_hold_no_cycles(training: bool) -> None:
         assert reads()() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("part", [slice(1), slice(2), slice(3), slice(4)])
+@pytest.mark.parametrize("served", [False, True])
+def test_what_has_been_read_holds_no_inputs(part: slice, served: bool) -> None:
+    """Without gradients an output needs nothing of what it was made of."""
+    model: Any = nn.Sequential(
+        nn.Conv3d(4, 6, (1, 3, 3)), nn.BatchNorm3d(6), nn.ReLU(), nn.Conv3d(6, 4, (3, 1, 1)),
+    ).eval()  # fmt: skip
+    wanted = model[part]
+    if served:
+        model = fastst.optimize_for_inference(model)
+    fastst.convert(model)
+
+    with torch.no_grad():
+        x = torch.randn(1, 4, 5, 6, 6)
+        expected, seen = wanted(x), weakref.ref(x)
+        y = model[part](x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        del x
+        assert seen() is None
+        y.mul_(2)
+        torch.testing.assert_close(y, 2 * expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_value_without_inputs_that_is_written_under_its_chain() -> None:
+    """What a norm has read of an output stays, though that can be computed no more."""
+    plain = nn.Sequential(
+        nn.Conv3d(4, 8, 3, padding=1), nn.BatchNorm3d(8), nn.Conv3d(8, 4, 3, padding=1)
+    ).eval()  # fmt: skip
+    lone = copy.deepcopy(plain)
+    fastst.convert(lone)
+    found = []
+    with torch.no_grad():
+        for m in (plain, lone):
+            y = m[0](torch.ones(1, 4, 5, 6, 6).cumsum(3).cos())
+            y.sum()
+            z = torch.relu(m[1](y))
+            y.mul_(2)
+            found.append((m[2](z), y + 0))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

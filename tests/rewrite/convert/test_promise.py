@@ -38,6 +38,26 @@ def test_leaves_in_other_ways() -> None:
         assert repr(promised[3]) == repr(wanted)
 
 
+@pytest.mark.parametrize("copied", [copy.copy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_attributes_go_with_copies(copied: Any) -> None:
+    conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
+    fastst.convert(conv)
+    with torch.no_grad():
+        u: Any = conv[0](torch.randn(1, 4, 3, 6, 6))
+        u.fps, u.seen, u.differentiable = 25, "yes", None
+        torch.testing.assert_close(conv[1](u), conv[1](u.clone()))
+        assert copied(u).fps == 25
+        assert not vars(copied(u)).keys() - {"fps", "seen", "differentiable"}
+
+
+def test_sizes_that_are_given_beside_it() -> None:
+    """Some functions take a ``torch.Size`` otherwise than a tuple of the same numbers."""
+    conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
+    fastst.convert(conv)
+    u = conv[0](torch.randn(1, 4, 3, 6, 6))
+    assert u.new(u.shape).shape == u.shape
+
+
 def test_memory_that_is_not_there() -> None:
     """Who asks by a protocol gets the tensor; C++ that reads an address raises."""
     conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
