@@ -77,7 +77,9 @@ class Kept:
         clone = None if shared or _has_other_owners(t) else lazy_clone(t)
         if clone is None and t.is_cpu and t.dim() == 1:
             clone = t.detach().clone()
-        if clone is not None:
+        if type(clone) in _VALUELESS:  # under a FakeTensorMode that takes tensors of values, too
+            self.valueless = True
+        elif clone is not None:
             try:
                 self.clone, self.address = clone, _address(clone)
             except NotImplementedError:  # made within a transform, which has wrapped it

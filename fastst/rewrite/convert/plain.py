@@ -67,7 +67,7 @@ def plain_call(x: Any, weight: Any, bias: Any) -> torch.dtype | None:
     ):
         return None
     state = State(x.device)
-    if state.forbids_operations:
+    if state.forbids_operations or (state.faked and type(x) is not FakeTensor):
         return None
     if needs_grad(state, weight, bias) and is_inference(x, weight):
         return None

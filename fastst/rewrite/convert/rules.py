@@ -54,7 +54,7 @@ def begin(begun: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: 
     if None in given:
         return None
     state = State(x.device)
-    if state.forbids_operations:
+    if state.forbids_operations or (state.faked and given[0][0] is not FakeTensor):
         return None
     modes = state.grad, state.autocast, state.traced, begun.served
     try:

@@ -25,8 +25,8 @@ class State:
     """As it is in this thread now."""
 
     __slots__ = (
-        "_modes", "autocast", "device", "grad", "hooks", "inference", "kind", "stream", "traced",
-        "watched",
+        "_modes", "autocast", "device", "faked", "grad", "hooks", "inference", "kind", "stream",
+        "traced", "watched",
     )  # fmt: skip
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class State:
         self.device, self.kind, self._modes = device, kind, (modes := _read_modes(device, kind))
         (
             self.inference, self.grad, self.traced, self.autocast, self.stream, self.hooks,
-            self.watched,
+            self.watched, self.faked,
         ) = modes  # fmt: skip
 
     @property
@@ -65,6 +65,7 @@ class State:
         with contextlib.ExitStack() as stack:
             if now.watched and not self.watched:
                 stack.enter_context(torch._C.DisableTorchFunction())
+            if (now.watched and not self.watched) or (now.faked and not self.faked):
                 stack.enter_context(_disable_current_modes())
             if self.grad and _is_below_autograd():
                 stack.enter_context(_above_autograd())
@@ -90,7 +91,8 @@ class State:
 
 def _read_modes(device: torch.device, kind: str) -> tuple[Any, ...]:
     """In inference mode? Are gradients recorded? Does a compiler trace? Then autocast's dtype, the
-    stream, the hooks of saved tensors, and whether modes of the user's see each call."""
+    stream, the hooks of saved tensors, whether modes of the user's see each call, and whether what
+    is computed has no values."""
     inference, traced = torch.is_inference_mode_enabled(), torch.compiler.is_compiling()
     grad = torch.is_grad_enabled() and not inference
     on = kind != "meta" and torch.is_autocast_enabled(kind)
@@ -100,6 +102,7 @@ def _read_modes(device: torch.device, kind: str) -> tuple[Any, ...]:
         None if kind == "cpu" else devices.current_stream(device),
         _top_hooks(True) if grad else None,
         is_watched() and not traced,
+        in_fake_mode() and not traced,
     )  # fmt: skip
 
 
@@ -129,6 +132,13 @@ def is_watched() -> bool:
     # Those of PyTorch itself, by which it traces, have a place of their own on the stack.
     below = map(torch._C._get_dispatch_stack_at, range(operators))
     return not all(hasattr(mode, "_mode_key") or hasattr(mode, KNOWS) for mode in below)
+
+
+def in_fake_mode() -> bool:
+    """Whether a ``FakeTensorMode`` makes tensors without values of all that is computed."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def in_make_fx() -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import fastst
@@ -217,3 +218,25 @@ def test_lazy_and_without_values() -> None:
         meta = Pair()
         fastst.convert(meta)
         assert meta(torch.randn(1, 4, 3, 6, 6)).shape == (1, 4, 3, 6, 6)
+
+
+@pytest.mark.parametrize("values", ["none", "of x", "of the first output"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_fake_mode_that_takes_tensors_with_values(
+    values: str, training: bool, grad: bool
+) -> None:
+    """What is computed in it has none, whatever of its inputs has some."""
+    plain = nn.Sequential(spatial(), nn.BatchNorm3d(6), nn.ReLU(), temporal()).train(training)
+    converted = copy.deepcopy(plain)
+    fastst.convert(converted)
+    shapes = []
+    with torch.set_grad_enabled(grad):
+        for m in (plain, converted):
+            given = torch.randn(2, 4, 4, 6, 6)
+            u = m[0](given)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                x = mode.from_tensor(given) if values == "none" else given
+                y = m[1:](u) if values == "of the first output" else m(x)
+                shapes.append((y.shape, y.stride(), (y + 1).shape))
+    assert shapes[0] == shapes[1]
