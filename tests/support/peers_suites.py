@@ -29,7 +29,7 @@ from torch import nn  # noqa: E402
 
 import fastst  # noqa: E402
 from fastst.rewrite.convert import begins  # noqa: E402
-from fastst.rewrite.convert.chain import Plan  # noqa: E402
+from fastst.rewrite.convert.chain import ChainPlan  # noqa: E402
 
 SUITES = {  # tests of the blocks and networks that have pairs
     "pytorchvideo": (
@@ -84,7 +84,7 @@ class _Converting:
                     return call(module, *args, **kwargs)
             finally:
                 self.pairs += sum(
-                    event.why is None and isinstance(event.plan, Plan) for event in events
+                    event.why is None and isinstance(event.plan, ChainPlan) for event in events
                 )
                 self.within.yes = False
 
