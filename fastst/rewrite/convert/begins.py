@@ -24,7 +24,7 @@ from .chain import Guess
 from .folded import Folded
 from .graphs import is_promise, read_out
 from .promise import hear_of_data
-from .state import in_transform
+from .state import in_transform, sees_functions
 
 ATTRIBUTE = "_conv_forward"
 _REDUCE = "__reduce_ex__"  # by which copies and pickles of the convolution are made
@@ -155,9 +155,9 @@ class Begins(Answer):
 
     def _speaks(self) -> bool:
         """Whether it may answer for its convolution: not where calling that one may do more than
-        PyTorch's own."""
+        PyTorch's own, or where somebody sees all that is asked of its tensors."""
         conv = self._conv()
-        return _is_pytorchs(conv) and not _is_hooked(conv)
+        return _is_pytorchs(conv) and not (_is_hooked(conv) or sees_functions())
 
     def note_waste(self, ending: bool) -> None:
         """A promise was read although it is part of an operation: something is computed twice."""

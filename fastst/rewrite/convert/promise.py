@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -233,7 +233,8 @@ class Promise(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SHAPE_ONLY:
             return _as_tensor(func, types, args, kwargs or {})
-        rule = RULES.get(func)
+        alone = _PLAIN.issuperset(types)  # no other class answers for a tensor of its own
+        rule = RULES.get(func) if alone else None
         if rule is not None:
             made = rule(*args, **(kwargs or {}))
             if made is not NotImplemented:
@@ -242,7 +243,7 @@ class Promise(Tensor):
         for p in args:
             if type(p) is Promise:
                 _notice_writes(p.link)
-        with unseen():
+        with unseen() if alone else contextlib.nullcontext():
             result = func(*reals, **named)
         if torch.compiler.is_compiling():  # of a part of the model: Dynamo guards all that is read
             return result
@@ -255,6 +256,9 @@ class Promise(Tensor):
                     if t is result:
                         return p
         return result
+
+    def as_subclass(self, cls: Any) -> Any:  # about which PyTorch asks nobody
+        return real(self, "as_subclass").as_subclass(cls)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # which C++ has, without a signature
@@ -272,6 +276,7 @@ class Promise(Tensor):
         return func(*args, **kwargs)
 
 
+_PLAIN = frozenset((Promise, Tensor, nn.Parameter))
 # What PyTorch asks before ``t.data = u``, and the only thing: then t is in the memory that u has.
 _fits_data = torch.ops.aten._has_compatible_shallow_copy_type.default
 _AUTOGRAD = "AutogradCPU", "AutogradCUDA", "AutogradMPS", "AutogradXPU"

@@ -134,6 +134,13 @@ def is_watched() -> bool:
     return not all(hasattr(mode, "_mode_key") or hasattr(mode, KNOWS) for mode in below)
 
 
+def sees_functions() -> bool:
+    """Whether a mode of the user's sees calls of functions, outside of a compiler."""
+    if not torch._C._len_torch_function_stack():
+        return False
+    return is_watched() and not torch.compiler.is_compiling()
+
+
 def in_fake_mode() -> bool:
     """Whether a ``FakeTensorMode`` makes tensors without values of all that is computed."""
     if not torch._C._len_torch_dispatch_stack():

@@ -38,6 +38,29 @@ def test_leaves_in_other_ways() -> None:
         assert repr(promised[3]) == repr(wanted)
 
 
+class Named(Tensor):
+    """A class that answers for its tensors, and for what is made of them."""
+
+
+@pytest.mark.parametrize("call", [
+    lambda u, t: u.as_subclass(Named), lambda u, t: u + t, lambda u, t: torch.relu(u) * t,
+    lambda u, t: torch.cat([t, u]), lambda u, t: u.add_(t),
+    lambda u, t: F.layer_norm(u, (4,), t[0, 0, 0, 0]),
+])  # fmt: skip
+@pytest.mark.parametrize("lone", [True, False])
+def test_beside_tensors_of_another_class(call: Any, lone: bool) -> None:
+    conv = nn.Sequential(nn.Conv3d(4, 6, 3 if lone else (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
+    x, other = torch.randn(1, 4, 3, 6, 6), torch.rand(1, 6, 1 if lone else 3, 4, 4)
+    found = []
+    with torch.no_grad():
+        for convert in (False, True):
+            if convert:
+                fastst.convert(conv)
+            found.append(call(conv[0](x), other.as_subclass(Named)))
+    assert [type(y) for y in found] == [type(found[0])] * 2
+    torch.testing.assert_close(*(y.as_subclass(Tensor) for y in found))
+
+
 @pytest.mark.parametrize("copied", [copy.copy, lambda t: pickle.loads(pickle.dumps(t))])
 def test_attributes_go_with_copies(copied: Any) -> None:
     conv = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))

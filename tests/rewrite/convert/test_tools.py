@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastst
@@ -333,6 +334,28 @@ def test_flop_counters_count_what_they_counted(training: bool) -> None:
                 y.sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]
+
+
+def test_modes_see_the_functions_that_they_saw() -> None:
+    class Log(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    logs = []
+    model, x = network(), clip()
+    for convert in (False, True):
+        if convert:
+            fastst.convert(model)
+        seen: list[Any] = []
+        u = model.blocks[0].space(x)
+        with Log():
+            model.blocks[0].relu(u)
+            model(x)
+        logs.append(seen)
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("target", ["space", "norm", "relu", "time"])
