@@ -146,8 +146,10 @@ int64_t pair(const PairPlan& p, const PairTensors& t, const View& out, int threa
     strips(0, n, 0, size, false, threads);
     return 1;
   }
-  // A vector of 16 bits fills half of a line, which goes past the caches as a whole or not at all.
-  const bool large = out.count() > p.large && out.storage == Storage::f32;
+  // A vector that fills half of a line, as with AVX2 or of 16 bits, stays in the caches: lines go
+  // past them as a whole.
+  const bool fills = kLanes * bytes_of(out.storage) == kLine;
+  const bool large = out.count() > p.large && fills;
   parallel_for(threads, n * count, [&](int64_t i) {
     const int64_t j = i % count;
     strips(i / count, i / count + 1, size * j / count, size * (j + 1) / count, large, 1);
