@@ -53,6 +53,7 @@ class WeightPacker {
     for (int64_t v = 0, n = vectors(); v < n; v += blocks_.back().vectors)
       blocks_.push_back({v, block_vectors(v, n, most)});
     list_rows();
+    if (kLanes == 8 && w_.out_stride <= kMixed && w_.out_stride % 2) choose_lanes();
   }
 
   int64_t taps() const { return w_.size[0] * w_.size[1] * w_.size[2]; }
@@ -83,6 +84,19 @@ class WeightPacker {
   struct Entry {
     int64_t offset, row;
   };
+
+  // Which vector of a stretch a lane is taken from, and which lane becomes each.
+  struct Chosen {
+    Bits vector, lane;
+  };
+  void choose_lanes() {
+    for (int64_t first = 0; first < w_.out_stride; ++first)
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t at = first + i * w_.out_stride;
+        chosen_[first].vector[at % kLanes] = static_cast<int32_t>(at / kLanes);
+        chosen_[first].lane[i] = static_cast<int32_t>(at % kLanes);
+      }
+  }
 
   int64_t entries() const { return taps() * w_.in; }
 
@@ -152,6 +166,8 @@ class WeightPacker {
   template <class S>
   void pick(const Entry* e, int length, const S* from, int64_t n, int64_t ahead, float* column,
             int64_t pitch) const {
+    if (kLanes == 8 && w_.out_stride % 2 && length < kLanes)
+      return choose(e, length, from, n, ahead, column, pitch);
     // Of neighbours that are close a vector of the output holds too few for a transposition.
     if (w_.out_stride < kLanes) return permute_all(e, length, from, n, ahead, column, pitch);
     for (int begin = 0, end; begin < length; begin = end) {
@@ -165,6 +181,27 @@ class WeightPacker {
         store(column + e[begin].row * pitch, gather(at, w_.out_stride, n));
       else
         turn(e + begin, end - begin, at, n, ahead, column, pitch);
+    }
+  }
+
+  // Each takes every out_stride-th float of a stretch of memory, an odd number: no two of them lie
+  // in one lane, so that the lanes are chosen among all vectors and then permuted once.
+  template <class S>
+  void choose(const Entry* e, int length, const S* from, int64_t n, int64_t ahead, float* column,
+              int64_t pitch) const {
+    const int64_t floats = (n - 1) * w_.out_stride + e[length - 1].offset - e->offset + 1;
+    Vec read[kMixed];
+    int count = 0;
+    for (int64_t i = 0; i < floats; i += kLanes) {
+      read[count++] = i + kLanes <= floats ? load(from + i) : load(from + i, floats - i);
+      prefetch(from + i + ahead);
+    }
+    for (int j = 0; j < length; ++j) {
+      const Chosen& chosen = chosen_[e[j].offset - e->offset];
+      Vec row = read[0];
+      for (int i = 1; i < count; ++i) row = chosen.vector >= i ? read[i] : row;
+      row = permute(row, row, chosen.lane);
+      store(column + e[j].row * pitch, n == kLanes ? row : first(row, n));
     }
   }
 
@@ -222,7 +259,8 @@ class WeightPacker {
   Weights w_;
   int64_t chunk_, width_;
   std::vector<Block> blocks_;
-  Bits every_{};    // lane · out_stride
+  Bits every_{};  // lane · out_stride
+  std::array<Chosen, kMixed> chosen_;
   Scratch memory_;  // of the entries: fresh pages for them would cost more than they do
   Entry* const entries_;
 };
