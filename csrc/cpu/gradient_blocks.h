@@ -30,7 +30,17 @@ void write_rows(const float* from, int64_t step, int64_t rows, int64_t channels,
                 int64_t stride) {
   for (int64_t m = 0; m < channels; m += kLanes) {
     const int64_t some = std::min<int64_t>(kLanes, channels - m);
-    for (int64_t r = 0; r < rows; r += kLanes) {
+    int64_t r = 0;
+    if (some == kLanes)
+      for (; r + kLanes <= rows; r += kLanes) {  // in registers
+        Vec square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load(from + (r + i) * step + m);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + (m + i) * stride + r, square[i]);
+      }
+    for (; r < rows; r += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, rows - r);
       Vec square[kLanes] = {};
       for (int64_t i = 0; i < n; ++i) square[i] = load(from + (r + i) * step + m);

@@ -119,8 +119,10 @@ class Group : GradientGroup {
       float* dy = packed + panels_of(x);
       pack_x(x, packed);
       pack_dy(own, first, last, dy);
+      std::vector<std::vector<Segment>> taps;
       for (const Panel* out = first; out < last; dy += own.count() * out++->width) {
-        const auto taps = all_segments(x, boxes_[b], x_width_, out->width);
+        if (out == first || out->width != out[-1].width)
+          taps = all_segments(x, boxes_[b], x_width_, out->width);
         for (size_t i = 0; i < in_.size(); ++i) {
           const float* panel = packed + i * x.count() * x_width_;
           float* to = whole() ? block.data() : sums + at(out - &out_[0], i);
