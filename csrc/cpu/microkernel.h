@@ -65,8 +65,8 @@ using Multiply = void (*)(const float*, const int64_t*, int64_t, const float*, i
                           const Segment*, int64_t, float*, int64_t, bool);
 
 template <class Kind, bool Unit, int V, int... R>
-constexpr Multiply pick(int rows, std::integer_sequence<int, R...>) {
-  constexpr Multiply all[] = {multiply<Kind, R + 1, V, Unit>...};
+Multiply pick(int rows, std::integer_sequence<int, R...>) {
+  static constexpr Multiply all[] = {multiply<Kind, R + 1, V, Unit>...};
   return all[rows - 1];
 }
 
@@ -122,8 +122,8 @@ constexpr bool taken_together(int64_t taps) { return taps == 3 || taps == 5 || t
 constexpr int kMostChannelRows = 8;
 
 template <int K, bool Whole, int... R>
-constexpr MultiplyChannels pick_channels(int rows, std::integer_sequence<int, R...>) {
-  constexpr MultiplyChannels all[] = {multiply_channels<R + 1, K, Whole>...};
+MultiplyChannels pick_channels(int rows, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyChannels all[] = {multiply_channels<R + 1, K, Whole>...};
   return all[rows - 1];
 }
 
