@@ -36,6 +36,11 @@ def conv3d(problem: ConvProblem, tensors: ConvTensors, train: bool = False) -> C
     return ConvResult(y, *taken, *(() if out is None else out))
 
 
+# Values of a row, and rows of a frame, are summed one after the other in float32, and digits are
+# lost with their number: a variance of 60,000 is off by 1e-5.
+_LONG = 4096
+
+
 def moments(k: Launcher, norm: norms.Norm, x: Tensor) -> tuple[Tensor | None, Tensor]:
     """As ``norms.moments``."""
     n, c, t, h, w = x.shape
@@ -45,6 +50,9 @@ def moments(k: Launcher, norm: norms.Norm, x: Tensor) -> tuple[Tensor | None, Te
         k.lib.position_moments(x, centred, out.flatten(), k.threads)
         # Memory of their own: they are kept for backward, apart.
         return (out[0].clone(), out[1].clone()) if centred else (None, out[0])
+    if max(h, w) > _LONG:
+        found = norms.moments(norm, x, torch.float64)
+        return tuple(None if s is None else s.float() for s in found)  # type: ignore[return-value]
     out = floats(2, n, t, c)
     k.lib.channel_moments(x, out.flatten(), k.threads)
     mean, var = out.double()

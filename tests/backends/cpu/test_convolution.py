@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +93,22 @@ def test_winograd_is_chosen_where_it_pays() -> None:
     assert taken(64, (4, 28, 28), 64)
     assert not taken(256, (2, 5, 5), 256)
     assert not taken(3, (4, 28, 28), 64)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_statistics_of_long_rows_and_columns(
+    size: tuple[int, int], memory_format: torch.memory_format
+) -> None:
+    """Values that are summed one after the other lose digits with their number."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 1, *size).to(memory_format=memory_format)
+    launcher: Any = SimpleNamespace(lib=library.library(), threads=1)
+    mean, var = convolution.moments(launcher, Norm("batch"), x)
+    truth, about = torch.var_mean(x.double(), (0, 2, 3, 4), correction=0)
+    assert mean is not None
+    assert float((mean - about).abs().max()) < 1e-7
+    assert float((var / truth - 1).abs().max()) < 12 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
