@@ -36,11 +36,13 @@ def with_batch(op: str, x: Tensor) -> tuple[Tensor, bool]:
     """x as (N, C, T, H, W), and whether it came so.
 
     Raises:
-        TypeError: not a floating-point tensor.
+        TypeError: not a dense floating-point tensor.
         ValueError: neither 5-D nor 4-D.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: x must be dense, with strides, got {x.layout}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() not in (4, 5):

@@ -17,6 +17,7 @@ FOUR, SIX = torch.ones(4), torch.ones(6)
     ("changes", "message"),
     [
         (dict(x="clip"), "x must be a tensor, got str"),
+        (dict(x=X.to_sparse()), "x must be dense, with strides, got torch.sparse_coo"),
         (dict(x=X.long()), "x must be float16, bfloat16, float32 or float64"),
         (dict(x=X[0, 0]), r"x must be \(N, C, T, H, W\) or \(C, T, H, W\), got \(5, 6, 7\)"),
         (dict(weight=None), "weight must be a tensor, got NoneType"),
