@@ -1,13 +1,14 @@
-"""Video models of diffusers with random weights, converted: ``python -m benchmarks.video_models``.
+"""Video and volume models with random weights, converted: ``python -m benchmarks.video_models``.
 
 Prints a table: how many of a model's 3D convolutions ran as one operation, what these took in, and
-how far the numbers are from those of the model as it was. Needs diffusers, which is installed by
-hand.
+how far the numbers are from those of the model as it was. Needs diffusers, pytorchvideo, MONAI and
+nnU-Net's dynamic-network-architectures, which are installed by hand; a row says what is missing.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,12 +21,25 @@ from fastst.problem.conv3d import ConvProblem
 
 
 class Model(NamedTuple):
-    """A class of diffusers in a small configuration, and what it is called with."""
+    """A class in a small configuration, or what makes a model, and what it is called with."""
 
     name: str
     settings: dict[str, Any]
     inputs: Callable[[], tuple[Tensor, ...]]
     tiles: bool = False  # also tiled
+    module: str = "diffusers"  # that it is of
+    part: str = ""  # the class of the modules that are converted, each by itself; else the model
+
+    @property
+    def label(self) -> str:
+        package = self.module.split(".")[0]
+        which = f" ({package})" if package != "diffusers" else ""
+        return f"`{self.name}`" + which + (f", each `{self.part}`" if self.part else "")
+
+    def convert(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if type(module).__name__ == (self.part or type(model).__name__):
+                fastst.convert(module)
 
 
 def _clip(frames: int, size: int, channels: int = 3) -> Callable[[], tuple[Tensor, ...]]:
@@ -36,6 +50,16 @@ _WAN = dict(
     base_dim=16, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[],
     temperal_downsample=[False, True],
 )  # fmt: skip
+_NNUNETS = "dynamic_network_architectures.architectures.unet"
+_NNUNET = dict(
+    input_channels=1, n_stages=3, features_per_stage=[16, 32, 64], conv_op=nn.Conv3d,
+    kernel_sizes=[3, 3, 3], strides=[1, 2, 2], num_classes=2, n_conv_per_stage_decoder=[2, 2],
+    conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
+    nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, n_conv_per_stage=[2, 2, 2],
+)  # fmt: skip
+_NNUNET_RESIDUAL = {n: v for n, v in _NNUNET.items() if n != "n_conv_per_stage"} | {
+    "n_blocks_per_stage": [1, 1, 1]
+}
 MODELS = (
     Model("AutoencoderKLWan", _WAN, _clip(9, 32), True),
     Model("AutoencoderKLQwenImage", _WAN, _clip(1, 32)),
@@ -136,39 +160,79 @@ MODELS = (
             torch.rand(1, 3),
         ),
     ),
+    Model("r3d_18", {}, _clip(16, 112), module="fastst.models"),
+    Model("mc3_18", {}, _clip(16, 112), module="fastst.models"),
+    Model("c3d", {}, _clip(16, 112), module="fastst.models"),
+    Model("i3d", {}, _clip(16, 112), module="fastst.models"),
+    Model(
+        "create_x3d",
+        dict(input_clip_length=4, input_crop_size=96),
+        _clip(4, 96),
+        module="pytorchvideo.models.x3d",
+    ),
+    Model(
+        "BasicUNet",
+        dict(spatial_dims=3, in_channels=1, features=(16, 16, 32, 64, 128, 16)),
+        _clip(32, 32, 1),
+        module="monai.networks.nets",
+    ),
+    Model(
+        "DynUNet",
+        dict(
+            spatial_dims=3,
+            in_channels=1,
+            out_channels=2,
+            kernel_size=[3, 3, 3],
+            strides=[1, 2, 2],
+            upsample_kernel_size=[2, 2],
+            filters=[16, 32, 64],
+            res_block=True,
+        ),
+        _clip(16, 32, 1),
+        module="monai.networks.nets",
+    ),
+    Model("PlainConvUNet", _NNUNET, _clip(16, 32, 1), module=_NNUNETS),
+    Model("ResidualEncoderUNet", _NNUNET_RESIDUAL, _clip(16, 32, 1), module=_NNUNETS),
 )
 
 
-def _diffusers() -> Any:
-    # torchvision's wheel for GPUs, where it is installed, asks for operators that are not there.
+_BLOCKS = {
+    "AutoencoderKLTemporalDecoder": "TemporalResnetBlock",
+    "UNet3DConditionModel": "TemporalConvLayer",
+    "UNetSpatioTemporalConditionModel": "TemporalResnetBlock",
+}
+
+
+def _let_torchvision_load() -> Any:
+    # Its wheel for GPUs, where it is installed, asks for operators that are not there.
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import diffusers  # type: ignore[import-not-found]
-
-    return diffusers, library
+    return library
 
 
 def _call(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     torch.manual_seed(1)  # of what a model draws
     extra = {"num_frames": 3} if name == "AutoencoderKLTemporalDecoder" else {}
     with torch.no_grad():
-        y: Tensor = model(*inputs, **extra).sample
-        return y + 0.0
+        y = model(*inputs, **extra)
+        z: Tensor = y if isinstance(y, Tensor) else y.sample
+        return z + 0.0
 
 
-def row(diffusers: Any, model: Model) -> str:
+def row(model: Model) -> str:
     """A row of the table.
 
     Raises:
         AssertionError: keys have changed.
     """
     torch.manual_seed(0)
-    original = getattr(diffusers, model.name)(**model.settings).eval()
+    make = getattr(importlib.import_module(model.module), model.name)
+    original = make(**model.settings).eval()
     inputs = model.inputs()
     y = _call(model.name, original, inputs)
     converted = copy.deepcopy(original)
-    fastst.convert(converted)
+    model.convert(converted)
     assert list(converted.state_dict()) == list(original.state_dict())
     with recording() as calls:
         z = _call(model.name, converted, inputs)
@@ -185,22 +249,23 @@ def row(diffusers: Any, model: Model) -> str:
         convs, len(alone), sum(p.spec.norm != "none" for p in alone),
         sum(p.past > 0 for p in alone), sum(p.residual for p in alone), len(ran) - len(alone),
     )  # fmt: skip
-    return f"| `{model.name}` | {' | '.join(map(str, numbers))} | {difference:.0e} |"
+    return f"| {model.label} | {' | '.join(map(str, numbers))} | {difference:.0e} |"
 
 
 def main() -> None:
-    diffusers, _library = _diffusers()
-    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}\n")
+    _library = _let_torchvision_load()
+    print(f"torch {torch.__version__}\n")
     print(
         "| model | 3D convolutions | calls of `conv3d` | with a norm | with cached frames "
         "| with the residual | calls of `conv2plus1d` | largest difference |"
     )
     print("|---|" + "---:|" * 7)
-    for model in MODELS:
+    parts = [m._replace(part=_BLOCKS[m.name]) for m in MODELS if m.name in _BLOCKS]
+    for model in (*MODELS, *parts):
         try:
-            print(row(diffusers, model), flush=True)
-        except (TypeError, ValueError, RuntimeError) as error:
-            print(f"| `{model.name}` | not run: {error} |", flush=True)
+            print(row(model), flush=True)
+        except (ImportError, TypeError, ValueError, RuntimeError) as error:
+            print(f"| {model.label} | not run: {error} |", flush=True)
 
 
 if __name__ == "__main__":
