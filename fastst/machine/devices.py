@@ -31,7 +31,8 @@ def is_gpu(device: torch.device) -> bool:
 
 def kind(device: torch.device) -> str:
     """ "gpu" of any type of GPU, else the type."""
-    return "gpu" if is_gpu(device) else device.type
+    name = device.type
+    return "gpu" if name in _RUNTIMES else name
 
 
 def is_rocm() -> bool:

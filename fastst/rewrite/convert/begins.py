@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 from ... import dispatch
 from ...nn.pair_of_modules import RECOMPUTE, Answer, has_hooks
 from . import pairs, replaced, rules, traced
-from .chain import Guess
+from .chain import ChainPlan, Guess
 from .folded import Folded
 from .graphs import is_promise, read_out
 from .promise import hear_of_data
@@ -100,7 +100,7 @@ class Begins(Answer):
         """The promise of the convolution, the pair that it is the second of, or its output."""
         conv = self._conv()
         if type(x) is not Tensor and is_promise(x):
-            if self.barred or not self._speaks() or not rules.extends(x):
+            if self.barred or not self._speaks() or type(x.link.plan) is not ChainPlan:
                 x = read_out(x, f"{type(conv).__name__} {self.name}")
             else:
                 x.link.ends = self
@@ -157,7 +157,8 @@ class Begins(Answer):
         """Whether it may answer for its convolution: not where calling that one may do more than
         PyTorch's own, or where somebody sees all that is asked of its tensors."""
         conv = self._conv()
-        return _is_pytorchs(conv) and not (_is_hooked(conv) or sees_functions())
+        hooked = has_hooks(conv) or torch_module._has_any_global_hook()  # of its call, of all calls
+        return not (hooked or sees_functions()) and _is_pytorchs(conv)
 
     def note_waste(self, ending: bool) -> None:
         """A promise was read although it is part of an operation: something is computed twice."""
@@ -234,8 +235,3 @@ def _is_pytorchs(conv: Any) -> bool:
     """Whether a convolution, and the functions that a chain stands for, compute what PyTorch's do:
     tools replace the method of a class, or a function of ``torch.nn.functional``."""
     return type(conv)._conv_forward in _FORWARDS and replaced.are_pytorchs()
-
-
-def _is_hooked(m: Any) -> bool:
-    """Whether there are hooks of its call, or of all calls."""
-    return has_hooks(m) or torch_module._has_any_global_hook()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ...problem.memory import lazy_clone, read_address
+from ...problem.memory import lazy_clone
 
 
 class CannotDefer(Exception):
@@ -177,19 +177,13 @@ class Copied(tuple[Tensor]):
 
 def copy_vectors(vectors: Sequence[tuple[str, Tensor]]) -> tuple[tuple[str, Any], ...]:
     """Vectors alike that need no gradient, as they are now: copied in less time than watched, or
-    copy-on-write clones, which may serve again as long as they ``share``."""
+    copy-on-write clones, which may serve again as long as they share the vectors' memory."""
     held = any(_is_held_elsewhere(t) or _has_other_owners(t) for _, t in vectors)
     clones = [None if held else lazy_clone(t) for _, t in vectors]
     rows: Sequence[Tensor] = [clone for clone in clones if clone is not None]
     if len(rows) < len(vectors):
         rows = torch.stack([t.detach() for _, t in vectors]).unbind()
     return tuple([(name, Copied((row,))) for (name, _), row in zip(vectors, rows, strict=True)])
-
-
-def share(t: Tensor, clone: Tensor) -> bool:
-    """Whether a tensor and a copy-on-write clone of it lie in the same memory: whoever writes to
-    one of them, or asks for its address, has moved it first."""
-    return read_address(t) == read_address(clone)
 
 
 def as_own(x: Tensor, known: Sequence[Any] | None = None) -> Kept:

@@ -36,7 +36,8 @@ def second(
     if not is_open(input):
         return NotImplemented
     link, given = input.link, (facts(weight), bias is not None and facts(bias))
-    if None in given or not _is_selected(link):
+    wanted = link.begun.wanted or (link.ends is not None and link.ends.wanted)  # by ``convert``
+    if None in given or not wanted:
         return NotImplemented
     if type(stride) is list or type(padding) is list or type(dilation) is list:
         stride, padding, dilation = (
@@ -198,12 +199,6 @@ def _convolution(rank: int, how: tuple[Any, ...]) -> Call:
         return convolve(z, weight, bias, *how)
 
     return call(run, {"weight": "second weight", "bias": "second bias"})
-
-
-def _is_selected(link: Link) -> bool:
-    """Whether the filters of ``convert`` want the pair."""
-    ends = link.ends
-    return bool(link.begun.wanted or (ends is not None and ends.wanted))
 
 
 def _recompute(link: Link) -> bool | None:

@@ -20,13 +20,14 @@ from ... import dispatch, functional
 from ...functional import BatchNorm
 from ...problem import activations, conv3d_checks
 from ...problem.conv3d import ConvProblem, ConvTensors
+from ...problem.memory import read_address
 from ...problem.spec import PairTensors, offset_of
 from . import asked, endings, forms, norms, pairs, readings, views
 from .chain import ChainPlan, Guess, Single, change_plan, exact_key, extend, have_flags, is_open
 from .folded import folds
 from .geometry import first_pass, second_pass, sides_of
 from .graphs import is_promise, promise_or_trace
-from .kept import CannotDefer, Kept, as_own, copy_vectors, is_valueless, share
+from .kept import CannotDefer, Kept, as_own, copy_vectors, is_valueless
 from .link import Link
 from .plain import Facts, common_dtype, facts, needs_grad
 from .promise import RULES, Promise, real
@@ -131,11 +132,6 @@ def _start(
 # ---- what may stand between
 
 
-def extends(p: Promise) -> bool:
-    """Whether a promise is of a first convolution, not of a pair."""
-    return type(p.link.plan) is ChainPlan
-
-
 def _batch_norm(
     input: Any,
     running_mean: Tensor | None,
@@ -147,7 +143,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """A norm in training runs the first convolution now: its statistics are counted at its call."""
-    if not is_promise(input):
+    if type(input) is not Promise and not is_promise(input):
         return NotImplemented
     link, training = input.link, bool(training)
     given = running_mean, running_var, weight, bias, training, momentum, eps
@@ -228,8 +224,9 @@ class Frozen(NamedTuple):
             return False
         if not all(map(operator.is_, given, self.norm)):
             return False
-        for t, one, then in self.watched:  # noqa: SIM110 -- in less time
-            if not share(t, one) or facts(t) != then:
+        # Whoever writes to a vector or to its clone, or asks for the address of one, moves it.
+        for t, one, then in self.watched:
+            if read_address(t) != read_address(one) or facts(t) != then:
                 return False
         return True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from ...machine import devices
 _autograd: Any = torch._C._autograd
 _top_hooks: Any = _autograd._top_saved_tensors_default_hooks
 _outside_of_functorch: Any = torch._C._DisableFuncTorch
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+operator_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 KNOWS = "knows_operations"  # an attribute of modes that look for operations of this library
 _KINDS: dict[torch.device, str] = {}  # their ``type``, which makes a string each time
 
@@ -56,7 +58,9 @@ class State:
     def forbids_operations(self) -> bool:
         """Whether each call must run at once and as it stands: somebody sees it, or a checkpoint
         saves what it saves."""
-        return not self.traced and (self.watched or self.in_checkpoint or in_make_fx())
+        return not self.traced and (
+            self.watched or self.in_checkpoint or (operator_modes() != 0 and in_make_fx())
+        )
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -95,14 +99,15 @@ def _read_modes(device: torch.device, kind: str) -> tuple[Any, ...]:
     is computed has no values."""
     inference, traced = torch.is_inference_mode_enabled(), torch.compiler.is_compiling()
     grad = torch.is_grad_enabled() and not inference
+    watched = bool(function_modes() or operator_modes()) and is_watched()
     on = kind != "meta" and torch.is_autocast_enabled(kind)
     return (
         inference, grad, traced,
         torch.get_autocast_dtype(kind) if on else None,
         None if kind == "cpu" else devices.current_stream(device),
         _top_hooks(True) if grad else None,
-        is_watched() and not traced,
-        in_fake_mode() and not traced,
+        watched and not traced,
+        operator_modes() != 0 and in_fake_mode() and not traced,
     )  # fmt: skip
 
 
@@ -120,12 +125,7 @@ def is_watched() -> bool:
 
     ``with torch.device(...)`` is one that only looks at what makes tensors.
     """
-    functions, operators = (
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-    )
-    if not (functions or operators):
-        return False
+    functions, operators = function_modes(), operator_modes()
     modes = map(torch._C._get_function_stack_at, range(functions))
     if not all(isinstance(mode, DeviceContext) for mode in modes):
         return True
@@ -143,15 +143,11 @@ def sees_functions() -> bool:
 
 def in_fake_mode() -> bool:
     """Whether a ``FakeTensorMode`` makes tensors without values of all that is computed."""
-    if not torch._C._len_torch_dispatch_stack():
-        return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def in_make_fx() -> bool:
     """Whether ``make_fx`` records each operator."""
-    if not torch._C._len_torch_dispatch_stack():
-        return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 

@@ -366,7 +366,7 @@ def test_all_that_a_model_reads_in_memory_of_others(foreign: str, served: bool, 
 def test_a_planted_memory_of_frozen_norms_is_caught(
     write: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "share", lambda t, clone: True)
+    monkeypatch.setattr(rules, "read_address", lambda t: 0)
     plain, converted = outputs_of_norms_written_between_calls(
         BETWEEN[write], "nothing", "running_var"
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -94,6 +95,41 @@ def test_memory_that_is_not_there() -> None:
         with pytest.raises(RuntimeError, match="Cannot access data pointer"):
             torch.utils.dlpack.to_dlpack(promised)
         assert torch.equal(promised, wanted)
+
+
+class Questions(TorchFunctionMode):
+    """Remembers what is asked of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.asked.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_how_many_dimensions() -> None:
+    """Asked before and after others have changed them, which a mode of the user's sees."""
+    seen = []
+    for convert in (False, True):
+        model = nn.Sequential(nn.Conv3d(4, 6, (1, 3, 3)), nn.Conv3d(6, 4, (3, 1, 1)))
+        if convert:
+            fastst.convert(model)
+        with torch.no_grad():
+            u = model[0](torch.randn(1, 4, 3, 6, 6))
+            assert isinstance(u, Promise) == convert
+            dims = [u.dim()]
+            with Questions() as mode:
+                dims.append(u.dim())
+            with torch._C.DisableTorchFunction():
+                dims.append(u.dim())
+            u.unsqueeze_(0)
+            dims += [u.dim(), u.squeeze_(0).dim(), u.resize_(4).dim()]
+            u.data = torch.ones(2, 3)
+            dims.append(u.dim())
+        seen.append((dims, mode.asked))
+    assert seen[0] == seen[1] == ([5, 5, 5, 6, 5, 1, 2], [Tensor.dim])
 
 
 def as_data(u: Tensor) -> Tensor:
