@@ -362,6 +362,20 @@ def test_no_number_passes_through(bad: float, activation: str, groups: int) -> N
     assert torch.equal(y["triton"].isnan(), y["reference"].isnan())
 
 
+@pytest.mark.parametrize("columns", [2, 3, 5, 7])
+@pytest.mark.parametrize("channels", [1, 3, 4, 8])
+def test_no_number_beside_a_row_is_read(channels: int, columns: int) -> None:
+    """Few channels are convolved by rows of the kernel, which end where it ends."""
+    x = torch.randn(1, channels, 1, 4, 12, device=DEVICE)
+    x[..., 8] = math.nan
+    weights = torch.rand(4, channels, 1, 1, columns), torch.rand(4, 4, 1, 1, 1)
+    y = {}
+    for name in ("triton", "reference"):
+        with fastst.use_backend(name):
+            y[name] = conv2plus1d(x, *(w.to(DEVICE) for w in weights))
+    assert torch.equal(y["triton"].isnan(), y["reference"].isnan())
+
+
 @pytest.mark.slow
 def test_two_threads() -> None:
     config = Config(channels=5)
