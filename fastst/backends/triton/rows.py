@@ -2,8 +2,8 @@
 
 A stem of 3 channels has an address for every element that it reads, of 2 bytes. Copied once with
 its zeros around it, and 4 channels for 3, a row of its kernel reads neighbours: 7 columns × 4
-channels, 28 numbers in a row of memory. Seen as channels they make the convolution
-one of a column of taps, and of vectors. The copy reads the video once and writes a little more.
+channels, 28 numbers in a row of memory. Seen as channels they make the convolution one of a
+column of taps, and of vectors. The copy reads the video once and writes a little more.
 """
 
 from __future__ import annotations
